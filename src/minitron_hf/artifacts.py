@@ -1,0 +1,157 @@
+"""Files between the stages: digests of what went in, and writes that are all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import MismatchError, OutputError
+
+#: Distributions whose versions are recorded in every artefact.
+RECORDED_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that shape a result."""
+    from ._version import __version__
+
+    found = {"python": platform.python_version(), "minitron_hf": __version__}
+    for name in RECORDED_DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of the parts, as `"sha256:<hex>"`.
+
+    Args:
+        *parts: `bytes` are hashed as they are, anything else as canonical JSON (sorted keys).
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        sha.update(len(data).to_bytes(8, "little"))
+        sha.update(data)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, as `"sha256:<hex>"`."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        OutputError: if the file is missing.
+        MismatchError: if it is not a JSON object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OutputError(f"{path} does not exist. Run the stage that writes it first.") from error
+    except json.JSONDecodeError as error:
+        raise MismatchError(f"{path} is not valid JSON ({error}). Delete it and run its stage again.") from error
+    if not isinstance(value, dict):
+        raise MismatchError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file under a temporary name, then rename it, so that no reader ever sees half of it.
+
+    Raises:
+        OutputError: if the folder cannot be written (permissions, full disk).
+    """
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file (two-space indent, final newline) under a temporary name, then rename it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any error it is removed.
+
+    A loader that looks at `path` sees the old folder, no folder, or the whole new one, never a part.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` if needed and prove that a file can be written there, before any long computation.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe."):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"The output folder {folder} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from error
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,39 @@
+"""What can go wrong, as types. Every message says what was wrong, where, what was expected, and what to do next.
+
+All of them are also `ValueError`, so code that knows nothing of this package can still catch them; the command line
+prints any `MinitronError` as one message with exit code 2.
+"""
+
+from __future__ import annotations
+
+
+class MinitronError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class UnsupportedModelError(MinitronError, ValueError):
+    """The model's architecture is unknown, or its parameters are not the ones its family table declares."""
+
+
+class PlanError(MinitronError, ValueError):
+    """The requested sizes cannot be cut from this teacher, or the stock student class cannot hold them."""
+
+
+class DataError(MinitronError, ValueError):
+    """Text, token rows or a tokenizer that cannot be used."""
+
+
+class MismatchError(MinitronError, ValueError):
+    """An artefact was made from another model, tokenizer, dataset or settings than the ones at hand."""
+
+
+class OutputError(MinitronError, ValueError):
+    """An output folder cannot be written, or already holds something else."""
+
+
+class HubError(MinitronError, ValueError):
+    """The Hub refused a request, or a model or dataset could not be found."""
+
+
+class MissingDependencyError(MinitronError, ValueError):
+    """An optional dependency is needed; the message names the extra that brings it."""
