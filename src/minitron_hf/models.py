@@ -1,0 +1,376 @@
+"""Loading models, configs and tokenizers with clear errors; counting and fingerprinting them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .artifacts import digest
+from .errors import DataError, HubError, MinitronError, UnsupportedModelError
+
+#: Values of a parameter that `model_digest` reads, at most.
+DIGEST_SAMPLES = 1024
+
+#: Config fields that say nothing about the network: who wrote it, how it is run, stored or decoded.
+BOOKKEEPING_FIELDS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def load_model(
+    model_or_path: PreTrainedModel | str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model, complete or not at all.
+
+    Transformers fills parameters that a checkpoint lacks, or holds in another shape, with random values and a warning;
+    here that is an error.
+
+    Args:
+        model_or_path: a folder or a Hub id; a model object is returned as it is.
+        dtype: `"auto"` keeps the checkpoint's.
+        device: where to move the model; None leaves it where `from_pretrained` puts it.
+        revision: branch, tag or commit on the Hub.
+        **kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`token`, `quantization_config`, …).
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        HubError: if the folder or repository cannot be found or read.
+        UnsupportedModelError: if it holds no complete causal language model that Transformers knows.
+    """
+    if isinstance(model_or_path, torch.nn.Module):
+        return model_or_path
+    name = _checked_name(model_or_path)
+    shared = {
+        key: kwargs[key] for key in ("token", "trust_remote_code", "local_files_only", "cache_dir") if key in kwargs
+    }
+    config = kwargs.pop("config", None) or load_config(name, revision=revision, **shared)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            **_given(revision=revision),
+            **{"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True},
+        )
+    except Exception as error:
+        raise _loading_error("model", name, error) from error
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"The checkpoint {name!r} lacks {len(absent)} of the parameters of {type(model).__name__}: "
+            f"{_listed(absent)}. Expected a complete causal language model, its head included; "
+            "check that the whole checkpoint was copied, and that it is not a base model or an adapter."
+        )
+    if wrong := sorted(report["mismatched_keys"], key=str):
+        lines = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in wrong]
+        raise UnsupportedModelError(
+            f"The weights of {name!r} do not fit its config.json: {_listed(lines, '; ')}. "
+            "Save model and config together with save_pretrained."
+        )
+    return model if device is None else model.to(device)
+
+
+def load_config(
+    name_or_path: PretrainedConfig | str | os.PathLike[str], *, revision: str | None = None, **kwargs: Any
+) -> PretrainedConfig:
+    """Load a model's config, without its weights.
+
+    Args:
+        name_or_path: a folder or a Hub id; a config object is returned as it is.
+        revision: branch, tag or commit on the Hub.
+        **kwargs: passed on to `AutoConfig.from_pretrained`.
+
+    Raises:
+        HubError: if the folder or repository cannot be found or read.
+        UnsupportedModelError: if it has no valid `config.json`, or Transformers does not know its architecture.
+    """
+    if isinstance(name_or_path, PretrainedConfig):
+        return name_or_path
+    name = _checked_name(name_or_path)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UnsupportedModelError(
+            f"The folder {name!r} has no config.json, so it is not a Transformers model. "
+            "Pass the folder that save_pretrained wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(name, **_given(revision=revision), **kwargs)
+    except Exception as error:
+        raise _loading_error("config", name, error) from error
+
+
+def load_tokenizer(
+    name_or_path: PreTrainedTokenizerBase | str | os.PathLike[str], *, revision: str | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name_or_path: a folder or a Hub id; a tokenizer object is returned as it is.
+        revision: branch, tag or commit on the Hub.
+        **kwargs: passed on to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        HubError: if the folder or repository cannot be found or read.
+        DataError: if it holds no tokenizer.
+    """
+    if isinstance(name_or_path, PreTrainedTokenizerBase):
+        return name_or_path
+    name = _checked_name(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name, **_given(revision=revision), **kwargs)
+    except Exception as error:
+        raise _loading_error("tokenizer", name, error) from error
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model of a config on the meta device: names and shapes of all parameters, no memory for them.
+
+    Raises:
+        UnsupportedModelError: if Transformers has no causal language model for the config, or cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            # A copy, because building a model may write its attention implementation into the config.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(
+                f"Transformers has no causal language model for model_type {config.model_type!r}. "
+                "Pass a decoder-only language model."
+            ) from error
+        raise UnsupportedModelError(
+            f"Transformers cannot build a {config.model_type!r} model from this config: {_first_line(error)}"
+        ) from error
+
+
+def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, embeddings: bool = True) -> int:
+    """Number of parameters; tied ones count once.
+
+    Args:
+        config_or_model: a config is counted on the meta device, without memory for weights. So is a quantised model,
+            whose stored tensors pack several parameters into one element.
+        embeddings: False leaves out the token embedding and the output head (P1 and P2 report both numbers); learned
+            position embeddings stay in.
+
+    Raises:
+        UnsupportedModelError: see `empty_model`.
+    """
+    model = config_or_model
+    if getattr(model, "is_quantized", False):
+        model = model.config
+    if isinstance(model, PretrainedConfig):
+        model = empty_model(model)
+    excluded: set[int] = set()
+    if not embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                excluded.update(id(parameter) for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in excluded)
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Fingerprint of a model's weights: SHA-256 over name, shape and a sample of every parameter, sorted by name.
+
+    At most `DIGEST_SAMPLES` values per parameter are read, so that an 8-billion-parameter model takes a moment. They
+    are compared in float32: a float16 or bfloat16 checkpoint has the same digest after it is loaded in float32.
+    It detects other weights, not a change of single values.
+
+    Returns:
+        `"sha256:<hex>"`.
+
+    Raises:
+        UnsupportedModelError: if a parameter holds no values (meta device, offloaded).
+    """
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"The parameter {name!r} has no values (meta device or offloaded), so the model has no digest. "
+                "Load its weights onto a device."
+            )
+        # An odd stride, so that the sample does not stay in one column of a matrix whose width divides it.
+        stride = -(-parameter.numel() // DIGEST_SAMPLES) | 1
+        sample = parameter.detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
+        sha.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        sha.update(sample.contiguous().numpy().tobytes())
+    return f"sha256:{sha.hexdigest()}"
+
+
+def architecture_digest(config: PretrainedConfig) -> str:
+    """Digest of the config fields that say which network it is, without `BOOKKEEPING_FIELDS`.
+
+    Returns:
+        `"sha256:<hex>"`.
+    """
+
+    def essential(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: essential(value) if isinstance(value, dict) else value
+            for key, value in fields.items()
+            if key not in BOOKKEEPING_FIELDS
+        }
+
+    return digest({**essential(config.to_diff_dict()), "model_type": config.model_type})
+
+
+def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
+    """The dtype to compute in on a device: bfloat16 where its hardware has it, else float32.
+
+    On a CPU without AVX512-BF16, AMX or ARM's BF16 emulated bfloat16 is 50 to 100 times slower than float32.
+
+    Args:
+        device: None means a CUDA device where there is one, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        # Since PyTorch 2.4 the plain call counts emulation as support.
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        supported = _cpu_has_bfloat16()
+    else:
+        supported = False
+    return torch.bfloat16 if supported else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
+    """The name as a string, refused where it can only be a path and nothing is there."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UnsupportedModelError(
+            f"Expected a folder, a Hub id or a loaded object, got {type(name_or_path).__name__}."
+        )
+    name = os.path.expanduser(os.fspath(name_or_path))
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise HubError(f"{name!r} is a file, expected the folder of a saved model or a Hub id. Pass its folder.")
+    looks_like_path = isinstance(name_or_path, os.PathLike) or name.startswith((".", os.sep)) or name.count("/") > 1
+    if looks_like_path or not name:
+        raise HubError(f"The folder {name!r} does not exist. Check the path, or pass a Hub id ('owner/name').")
+    return name
+
+
+def _given(**kwargs: Any) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
+    """Say in one message what went wrong while `what` of `name` was loaded, and what to do next."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, MinitronError):
+        return error
+    chain = list(_causes(error))
+
+    def raised(*types: type[BaseException]) -> bool:
+        return any(isinstance(link, types) for link in chain)
+
+    statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    start = f"Cannot load the {what} {name!r}"
+    if not os.path.isdir(name):
+        host = constants.ENDPOINT
+        if raised(errors.GatedRepoError):
+            return HubError(
+                f"{start}: the repository is gated and this account has no access. "
+                f"Accept its terms at {host}/{name}, then log in with `hf auth login` or set HF_TOKEN."
+            )
+        if raised(errors.RevisionNotFoundError):
+            return HubError(f"{start}: the revision does not exist. Choose one from {host}/{name}/tree/main.")
+        if raised(errors.RepositoryNotFoundError):
+            return HubError(
+                f"{start}: there is no such folder here, and {host} has no such model or it is private. "
+                "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN."
+            )
+        if statuses & {401, 403}:
+            return HubError(
+                f"{start}: {host} refused the token. Log in again with `hf auth login`, or set a valid HF_TOKEN."
+            )
+        if raised(errors.HFValidationError) or "Repo id must" in str(error):
+            return HubError(f"{start}: neither a folder nor a Hub id. Expected an existing folder or 'owner/name'.")
+        if raised(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+            return HubError(
+                f"{start}: HF_HUB_OFFLINE is set and the files are not in the cache ({constants.HF_HUB_CACHE}). "
+                "Pass a local folder, or unset HF_HUB_OFFLINE."
+            )
+        if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
+            return HubError(
+                f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
+                f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({_first_line(chain[-1])})"
+            )
+    if what == "tokenizer":
+        return DataError(
+            f"{start}: {_first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
+            "save the tokenizer beside the model, or name another one."
+        )
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(
+            f"{start}: it is not a causal language model. Pass a decoder-only language model, such as a Llama or Qwen."
+        )
+    if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
+        return UnsupportedModelError(
+            f"{start}: this version of Transformers does not know its model_type. "
+            "Update Transformers, or pass another model; models that need their own code are not supported."
+        )
+    return UnsupportedModelError(f"{start}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A strict config's message names the validator first and what is wrong after it.
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _listed(items: list[str], separator: str = ", ", limit: int = 4) -> str:
+    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
