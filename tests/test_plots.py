@@ -1,0 +1,134 @@
+"""Pictures of a run: what is in them, that they are drawn when they can be, and that their bytes are reproducible."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from safetensors.numpy import save_file
+
+from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.plots import PLOTS, RED, plot_importance, plot_layers, plot_training, write_plots
+from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, training_record, write_json, write_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def curves(panel):
+    return {line.get_label(): line for line in panel.get_lines()}
+
+
+def test_training_shows_what_was_logged(run_dir):
+    figure = plot_training(run_dir)
+    loss, agreement, rate = figure.axes
+    history = training_record()["log_history"]
+    drawn = curves(loss)["training loss"].get_xydata()
+    assert drawn.tolist() == [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    drawn = curves(loss)["evaluation loss"].get_xydata()
+    assert drawn.tolist() == [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
+    assert "evaluation KL to the teacher" not in curves(loss), "equal to the loss: one line, not two"
+    drawn = curves(agreement)["evaluation"].get_xydata()
+    np.testing.assert_allclose(
+        drawn[:, 1], [100 * entry["eval_agreement"] for entry in history if "eval_agreement" in entry]
+    )
+    assert len(curves(rate)["learning rate"].get_xdata()) == 40
+
+
+def test_kl_is_drawn_when_it_differs_from_the_loss(run_dir):
+    record = training_record()
+    for entry in record["log_history"]:
+        if "eval_kl" in entry:
+            entry["eval_kl"] *= 0.5
+    write_json(run_dir / "distillation.json", record)
+    assert "evaluation KL to the teacher" in curves(plot_training(run_dir).axes[0])
+
+
+def test_panels_without_values_are_left_out(run_dir):
+    record = training_record()
+    record["log_history"] = [{"step": 5, "loss": 2.0}, {"step": 10, "loss": float("nan")}]
+    write_json(run_dir / "distillation.json", record)
+    figure = plot_training(run_dir)
+    assert len(figure.axes) == 1
+    assert curves(figure.axes[0])["training loss"].get_xydata().tolist() == [[5, 2.0]], "a NaN is not drawn"
+
+
+def test_importance_marks_the_cut_and_the_dropped_units(run_dir):
+    tensors, kept = scores()
+    hidden, ffn, heads, kv = plot_importance(run_dir).axes[:4]
+    assert "8 of 12 kept in each kept layer" in heads.get_title(loc="left")
+    assert "all 4 kept" in kv.get_title(loc="left")
+    curve, cut = hidden.get_lines()
+    np.testing.assert_array_equal(curve.get_ydata(), np.sort(tensors["hidden"])[::-1])
+    assert cut.get_xdata()[0] == KEPT["hidden"] + 0.5
+    lines = ffn.get_lines()
+    assert len(lines) == LAYERS + 1
+    assert lines[-1].get_xdata()[0] == KEPT["ffn"] + 0.5
+    assert len(lines[0].get_xdata()) == FFN
+    assert [line.get_linestyle() for line in lines[:-1]] == [":" if i in DROPPED else "-" for i in range(LAYERS)]
+    crossed = {(int(layer), int(unit)) for unit, layer in heads.collections[-1].get_offsets()}
+    rows = dict(zip(plan()["layers_kept"], kept["heads"].tolist(), strict=True))
+    assert crossed == {(i, u) for i in range(LAYERS) for u in range(HEADS) if u not in rows.get(i, [])}
+
+
+def test_layers_shows_single_layers_and_the_dropped_block(run_dir):
+    tensors, _ = scores()
+    left, right, *_ = plot_layers(run_dir).axes
+    bars = left.patches
+    np.testing.assert_allclose([bar.get_height() for bar in bars], np.diag(tensors["blocks"]))
+    assert [i for i, bar in enumerate(bars) if to_hex(bar.get_facecolor()) == RED.lower()] == DROPPED
+    (outline,) = right.patches
+    assert (outline.get_y() + 0.5, outline.get_x() + 0.5) == (DROPPED[0], DROPPED[-1])
+    shown = right.images[0].get_array()
+    assert np.ma.getmaskarray(shown).sum() == LAYERS * (LAYERS - 1) // 2
+
+
+def test_plots_are_drawn_only_where_their_inputs_exist(run_dir):
+    assert [path.name for path in write_plots(run_dir)] == list(PLOTS)
+    (run_dir / "scores.safetensors").unlink()
+    assert [path.name for path in write_plots(run_dir)] == ["training.png"]
+    write_json(run_dir / "distillation.json", training_record() | {"log_history": []})
+    assert write_plots(run_dir) == []
+
+
+def test_layers_only_scores_give_no_importance_plot(run_dir):
+    tensors, _ = scores()
+    save_file({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
+    with pytest.raises(MismatchError, match="no width axis"):
+        plot_importance(run_dir)
+    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png"]
+
+
+def test_same_files_give_the_same_bytes_whatever_the_style(run_dir):
+    before = {path.name: path.read_bytes() for path in write_plots(run_dir)}
+    with matplotlib.rc_context({"axes.facecolor": "black", "figure.dpi": 33, "savefig.transparent": True}):
+        after = {path.name: path.read_bytes() for path in write_plots(run_dir)}
+        assert matplotlib.rcParams["figure.dpi"] == 33, "the user's own style is left alone"
+    assert before == after
+    assert all(content.startswith(b"\x89PNG") for content in before.values())
+
+
+def test_no_pyplot(run_dir):
+    loaded = "matplotlib.pyplot" in sys.modules
+    write_plots(run_dir)
+    if loaded:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+    else:
+        assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_missing_inputs_are_named(tmp_path):
+    with pytest.raises(OutputError, match=r"distillation\.json does not exist"):
+        plot_training(tmp_path)
+    with pytest.raises(OutputError, match=r"scores\.safetensors does not exist"):
+        plot_layers(tmp_path)
+    (tmp_path / "distillation.json").write_text(json.dumps({"log_history": [{"step": 1, "learning_rate": 1.0}]}))
+    with pytest.raises(MismatchError, match="logs no loss"):
+        plot_training(tmp_path)
