@@ -1,0 +1,125 @@
+"""Do what the plan says: index the teacher's tensors into a new stock model. The teacher is never touched."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from .axes import dimension_index
+from .data import DataSource
+from .errors import MismatchError, PlanError
+from .families import spec_for
+from .importance import ImportanceScores, estimate_importance, require_weights
+from .models import architecture_digest, load_model, load_tokenizer
+from .planning import PrunerConfig, PruningPlan, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """Build the student: a new stock model of the same class with indexed copies of the teacher's tensors.
+
+    Dtypes and devices follow the teacher's parameters, tied heads stay tied, and the plan is attached as
+    `student.pruning_plan`.
+
+    Args:
+        model: the teacher; not changed.
+        plan: made for this teacher.
+
+    Returns:
+        The student, in evaluation mode.
+
+    Raises:
+        MismatchError: if the plan was made for another architecture or other weights.
+        UnsupportedModelError: if the model is not what its family table says.
+    """
+    spec = spec_for(model.config)
+    spec.check(model)
+    student_config = plan.build_student_config()
+    planned = type(model.config)(**{k: v for k, v in plan.teacher["config"].items() if k != "model_type"})
+    if model.config.model_type != plan.model_type or architecture_digest(planned) != architecture_digest(model.config):
+        raise MismatchError(
+            f"The plan was made for a {plan.model_type} model of other sizes "
+            f"({plan.teacher['name_or_path'] or 'in memory'}) than this {type(model).__name__}. Plan again."
+        )
+    require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
+
+    student_config._attn_implementation = model.config._attn_implementation
+    student_config._name_or_path = model.config._name_or_path
+    with no_init_weights(), torch.device(model.device):
+        student = type(model)._from_config(student_config, dtype=model.dtype)
+    sizes = spec.sizes(model.config)
+    after = {axis: size["student"] for axis, size in plan.sizes.items()}
+    teacher_parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, source, shape in spec.student_parameters(teacher_parameters, after, plan.layers_kept):
+            pattern, layer = spec.locate(source) or (source, None)
+            kept = plan.kept_in(layer)
+            tensor = teacher_parameters[source].detach()
+            for position, dimension in enumerate(spec.dimensions[pattern]):
+                index = dimension_index(dimension, sizes, kept)
+                if index is not None:
+                    tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
+            assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
+            _set_parameter(student, name, tensor.clone() if tensor.is_set_to(teacher_parameters[source]) else tensor)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(model.generation_config)
+    student.pruning_plan = plan
+    return student.eval()
+
+
+def prune_model(
+    model_or_path: PreTrainedModel | str | os.PathLike[str],
+    config: PrunerConfig,
+    *,
+    calibration_data: DataSource | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    scores: ImportanceScores | None = None,
+    **importance_kwargs: Any,
+) -> PreTrainedModel:
+    """Score, plan and cut in one call.
+
+    Args:
+        model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
+        config: the student's sizes.
+        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given.
+        processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
+        scores: scores made before by `estimate_importance`.
+        **importance_kwargs: passed on to `estimate_importance` (`num_samples`, `max_length`, `batch_size`, …).
+
+    Returns:
+        The student: a new stock model that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` know, with
+        the plan as `student.pruning_plan`.
+
+    Raises:
+        MinitronError: see `estimate_importance`, `make_plan` and `apply_plan`. Impossible sizes are refused before any
+            compute.
+
+    Example:
+        >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
+        ...                       calibration_data=texts)  # doctest: +SKIP
+    """
+    if scores is not None and calibration_data is not None:
+        raise PlanError("Pass either scores or calibration_data, not both.")
+    model = load_model(model_or_path)
+    if scores is None and calibration_data is not None:
+        from .planning import student_config
+
+        student_config(model.config, config)  # every refusal of sizes comes before the scoring
+        if processing_class is None and not isinstance(model_or_path, nn.Module):
+            processing_class = load_tokenizer(model_or_path)
+        scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
+    return apply_plan(model, make_plan(model, config, scores))
+
+
+def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    requires_grad = module.get_parameter(leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
