@@ -1,0 +1,186 @@
+"""Pocket models: one tiny, random model per family and variant, for every test that asks something of all families.
+
+Sizes are pairwise distinct, products included, so that a wrong axis cannot pass by coincidence. To test another family,
+add one entry to `POCKETS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """A family's pocket config, and what the oracles need to know of its stock model, written down by hand.
+
+    Attributes:
+        config: the config.
+        layers: path of the module list of decoder layers.
+        attention_out: module inside a layer that writes the heads' outputs back to the residual stream.
+        mlp_out: likewise for the MLP neurons.
+        kv: whether heads share keys and values in groups.
+        coupled: whether hidden_size and heads only move together.
+        rms: whether the norms are RMSNorm (else LayerNorm).
+    """
+
+    config: PretrainedConfig
+    layers: str = "model.layers"
+    attention_out: str = "self_attn.o_proj"
+    mlp_out: str = "mlp.down_proj"
+    kv: bool = True
+    coupled: bool = False
+    rms: bool = True
+
+
+#: Shared by the families with grouped queries. heads*head_dim=120, kv*head_dim=30, 2*ffn=104, qkv=180.
+GROUPED = dict(
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=5,
+    num_attention_heads=12,
+    num_key_value_heads=3,
+    head_dim=10,
+    vocab_size=VOCAB,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    attn_implementation="eager",
+)
+#: The families whose heads are as wide together as the residual stream: 5 heads of 8 dimensions.
+COUPLED = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")
+GPT2 = dict(**COUPLED, n_embd=40, n_inner=52, n_layer=4, n_head=5, n_positions=64)
+NEOX = dict(
+    **COUPLED,
+    hidden_size=40,
+    intermediate_size=52,
+    num_hidden_layers=4,
+    num_attention_heads=5,
+    max_position_embeddings=64,
+    rotary_pct=0.5,
+)
+#: Layers 0 and 1 see everything, 2 to 4 only the last six tokens.
+SLIDING = dict(use_sliding_window=True, sliding_window=6, max_window_layers=2)
+
+
+def _gpt2(**changes) -> Pocket:
+    return Pocket(GPT2Config(**{**GPT2, **changes}), "transformer.h", "attn.c_proj", "mlp.c_proj", False, True, False)
+
+
+def _neox(**changes) -> Pocket:
+    config = GPTNeoXConfig(**{**NEOX, **changes})
+    return Pocket(config, "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", False, True, False)
+
+
+POCKETS: dict[str, Pocket] = {
+    "llama": Pocket(LlamaConfig(**GROUPED)),
+    "llama-biases-tied": Pocket(LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "mistral": Pocket(MistralConfig(**GROUPED, sliding_window=6)),
+    "qwen2": Pocket(Qwen2Config(**GROUPED, **SLIDING)),
+    "qwen2-tied": Pocket(Qwen2Config(**GROUPED, tie_word_embeddings=True)),
+    "qwen3": Pocket(Qwen3Config(**GROUPED, **SLIDING)),
+    "qwen3-biases-tied": Pocket(Qwen3Config(**GROUPED, attention_bias=True, tie_word_embeddings=True)),
+    "gpt2": _gpt2(),
+    "gpt2-untied": _gpt2(n_inner=None, tie_word_embeddings=False),
+    "gpt_neox": _neox(),
+    "gpt_neox-sequential": _neox(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True),
+    "phi3": Pocket(Phi3Config(**GROUPED, partial_rotary_factor=0.6)),
+}
+
+
+def pocket_config(name: str, **changes) -> PretrainedConfig:
+    """A copy of a pocket's config, with some fields changed."""
+    config = POCKETS[name].config
+    values = {**config.to_dict(), **changes}
+    if "layer_types" not in changes and {"num_hidden_layers", "max_window_layers"} & set(changes):
+        values.pop("layer_types", None)  # derived from these two
+    copied = type(config)(**values)
+    copied._attn_implementation = changes.get("attn_implementation", "eager")
+    return copied
+
+
+def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
+    """A pocket model in evaluation mode. No weight is left at 0 or 1, norms and biases included."""
+    model = AutoModelForCausalLM.from_config(pocket_config(name, **changes), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim > 1:
+                values = values * (2 / sum(parameter.shape)) ** 0.5
+            elif path.endswith("weight"):
+                values = 1 + 0.3 * values
+            else:
+                values = 0.3 * values
+            parameter.copy_(values)
+    return model.eval()
+
+
+def pocket_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids without the special ones, int64."""
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pocket_tokenizer(**changes) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that fits every pocket vocabulary; padding, beginning, end and unknown first."""
+    characters = string.ascii_letters + string.digits + " .,;:!?'\"()-\n"
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    assert len(vocabulary) < VOCAB
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokens = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes})
+
+
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let `torch.float32` mean float64: the stock models compute norms, softmax and rotations in float32 otherwise."""
+    names = ("float32", "float")
+    kept = {name: getattr(torch, name) for name in names}, torch.Tensor.float
+    for name in names:
+        setattr(torch, name, torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        for name, value in kept[0].items():
+            setattr(torch, name, value)
+        torch.Tensor.float = kept[1]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Logits in float64 throughout, [batch, length, vocabulary]."""
+    with float64_throughout():
+        return model(tokens, use_cache=False, **kwargs).logits
+
+
+def assert_same_function(one: nn.Module, other: nn.Module, tokens: torch.Tensor, tolerance: float = 1e-13) -> None:
+    """Logits equal relative to the largest, and not trivially so."""
+    left, right = logits(one, tokens), logits(other, tokens)
+    assert left.dtype == torch.float64
+    assert left.std() > 0.1
+    assert ((left - right).abs().max() / right.abs().max()).item() < tolerance
