@@ -34,22 +34,34 @@ _MODULE_OF = {
     "render_model_card": "hub",
     "push_student_to_hub": "hub",
     "Recipe": "recipe",
-    "run_recipe": "recipe",
+    "run_recipe": "stages",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
-    from .data import load_text_dataset, token_rows
-    from .errors import MinitronError
-    from .evaluation import evaluate_models, generate_samples
-    from .hub import push_student_to_hub, render_model_card
-    from .importance import ImportanceScores, estimate_importance
-    from .models import count_parameters, load_model, load_tokenizer
-    from .planning import PrunerConfig, PruningPlan, make_plan, student_config
-    from .recipe import Recipe, run_recipe
-    from .surgery import apply_plan, prune_model
-    from .trainer import DistillationConfig, DistillationTrainer
+    from .data import load_text_dataset as load_text_dataset
+    from .data import token_rows as token_rows
+    from .errors import MinitronError as MinitronError
+    from .evaluation import evaluate_models as evaluate_models
+    from .evaluation import generate_samples as generate_samples
+    from .hub import push_student_to_hub as push_student_to_hub
+    from .hub import render_model_card as render_model_card
+    from .importance import ImportanceScores as ImportanceScores
+    from .importance import estimate_importance as estimate_importance
+    from .models import count_parameters as count_parameters
+    from .models import load_model as load_model
+    from .models import load_tokenizer as load_tokenizer
+    from .planning import PrunerConfig as PrunerConfig
+    from .planning import PruningPlan as PruningPlan
+    from .planning import make_plan as make_plan
+    from .planning import student_config as student_config
+    from .recipe import Recipe as Recipe
+    from .stages import run_recipe as run_recipe
+    from .surgery import apply_plan as apply_plan
+    from .surgery import prune_model as prune_model
+    from .trainer import DistillationConfig as DistillationConfig
+    from .trainer import DistillationTrainer as DistillationTrainer
 
 
 def __getattr__(name: str) -> object:

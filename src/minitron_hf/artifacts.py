@@ -104,7 +104,9 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -127,7 +129,9 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -149,6 +153,20 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
             f"The output folder {folder} cannot be written: {error.strerror or error}. Choose another folder."
         ) from error
     return folder
+
+
+def require_empty(folder: str | os.PathLike[str]) -> Path:
+    """Prove that `folder` can be written and holds nothing yet.
+
+    Raises:
+        OutputError: if it cannot, or does.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"The output folder {folder} is a file. Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"The output folder {folder} already holds files. Choose another one, or empty it.")
+    return require_writable(folder)
 
 
 def _umask() -> int:

@@ -215,7 +215,9 @@ def _content(document: Any, text_field: str) -> str | list[int]:
         ids = list(document)
         if all(isinstance(token, int) for token in ids):
             return ids
-    raise DataError(f"Expected a text or a sequence of token ids, got {type(document).__name__}: {str(document)[:60]!r}.")
+    raise DataError(
+        f"Expected a text or a sequence of token ids, got {type(document).__name__}: {str(document)[:60]!r}."
+    )
 
 
 def padded_batches(

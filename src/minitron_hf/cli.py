@@ -1,0 +1,362 @@
+"""The command line. Commands only parse arguments and print; everything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ._version import __version__
+from .errors import DataError, MinitronError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer(
+    name="minitron-hf",
+    help="Make large causal language models small: score, prune width and depth, distil, measure, publish.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045 (Typer reads the annotation at run time, on Python 3.10 too)
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one entry; the value is YAML. Repeatable."),
+]
+SizeOption = Annotated[Optional[str], typer.Option(metavar="INT|FRACTION", help="Units or fraction to keep.")]  # noqa: UP045
+
+
+def main() -> None:
+    """Entry point: errors of the user are one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except (MinitronError, OSError) as error:
+        typer.echo(f"minitron-hf: {error}", err=True)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"minitron-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    until: Annotated[Optional[str], typer.Option(help="Last stage to run.")] = None,  # noqa: UP045
+    set_: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
+    ] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do stages again whose inputs have changed.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Run a recipe: score, plan, prune, distill, controls, evaluate, card, publish.
+
+    Stages that are done for the same inputs are skipped; a killed run resumes.
+    """
+    from .recipe import Recipe
+    from .stages import check_recipe, run_recipe
+
+    loaded = Recipe.from_yaml(recipe, set_)
+    shapes = check_recipe(loaded)
+    _print_shapes(shapes)
+    if dry_run:
+        return
+    try:
+        folder = run_recipe(loaded, until=until, redo=redo, show_progress=not quiet, report=_say)
+    except KeyboardInterrupt:
+        _say("Interrupted. The same command resumes where this one stopped.")
+        raise typer.Exit(130) from None
+    _print_results(folder)
+
+
+@app.command()
+def score(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    data: Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")],
+    output: Output,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    set_: Settings = None,
+) -> None:
+    """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
+    from .data import load_text_dataset
+    from .importance import estimate_importance
+    from .recipe import apply_overrides
+
+    model, tokenizer = _load(teacher)
+    rows = load_text_dataset(data, split=split)
+    texts: Any = (row[text_field] for row in rows) if text_field in (rows.column_names or []) else rows
+    scores = _with_arguments(
+        "estimate_importance",
+        lambda: estimate_importance(model, texts, processing_class=tokenizer, **apply_overrides({}, set_ or [])),
+    )
+    _say(f"Wrote {scores.save_pretrained(output)}")
+
+
+@app.command()
+def plan(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
+    output: Output,
+    scores: Annotated[Optional[Path], typer.Option(help="Folder or file with scores.")] = None,  # noqa: UP045
+    hidden_size: SizeOption = None,
+    intermediate_size: SizeOption = None,
+    num_attention_heads: SizeOption = None,
+    num_key_value_heads: SizeOption = None,
+    num_hidden_layers: SizeOption = None,
+    set_: Settings = None,
+) -> None:
+    """Decide what stays (make_plan), and print the shapes."""
+    from .importance import ImportanceScores
+    from .models import load_config
+    from .planning import PrunerConfig, make_plan
+    from .recipe import apply_overrides
+
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_hidden_layers": num_hidden_layers,
+    }
+    given = {name: _size(name, text) for name, text in sizes.items() if text is not None}
+    request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
+    made = make_plan(
+        load_config(teacher), request, None if scores is None else ImportanceScores.from_pretrained(scores)
+    )
+    request.save_pretrained(output)
+    path = made.save_pretrained(output)
+    _print_shapes(
+        {
+            "model_type": made.model_type,
+            "sizes": made.sizes,
+            **{
+                key: {"teacher": made.teacher[key], "student": made.student[key]}
+                for key in ("num_parameters", "num_parameters_without_embeddings")
+            },
+            "notes": made.notes,
+        }
+    )
+    _say(f"Wrote {path}")
+
+
+@app.command()
+def prune(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    plan: Annotated[Path, typer.Option(help="Folder with the plan.")],
+    output: Output,
+) -> None:
+    """Cut the student out of the teacher (apply_plan) and save it as a stock checkpoint."""
+    from .artifacts import replacing_folder, require_empty
+    from .planning import PruningPlan
+    from .surgery import apply_plan
+
+    require_empty(output)
+    made = PruningPlan.from_pretrained(plan)
+    model, tokenizer = _load(teacher)
+    student = apply_plan(model, made)
+    with replacing_folder(output) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made.save_pretrained(folder)
+    _say(f"Wrote {output}")
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Argument(help="Folder or Hub id of the pruned student.")],
+    teacher: Annotated[str, typer.Option(help="Hub id or folder.")],
+    train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
+    output: Output,
+    eval_data: Annotated[Optional[str], typer.Option(help="Held-out corpus.")] = None,  # noqa: UP045
+    split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
+    eval_split: Annotated[str, typer.Option(help="Split of the held-out corpus.")] = "train",
+    set_: Settings = None,
+) -> None:
+    """Train the student to predict like the teacher (DistillationTrainer); --set takes its arguments.
+
+    Resumes from the last checkpoint in the output folder.
+    """
+    from .data import load_text_dataset
+    from .models import load_model
+    from .recipe import DISTILL_DEFAULTS, apply_overrides
+    from .stages import distill as run_distillation
+
+    model, tokenizer = _load(student, dtype="float32")
+    settings = apply_overrides(dict(DISTILL_DEFAULTS), set_ or [])
+    if eval_data is None:
+        settings["eval_strategy"] = "no"
+    run_distillation(
+        model,
+        load_model(teacher),
+        output,
+        tokenizer,
+        settings,
+        load_text_dataset(train_data, split=split),
+        None if eval_data is None else load_text_dataset(eval_data, split=eval_split),
+    )
+    _say(f"Wrote {output}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="For example teacher=… student=…")],
+    data: Annotated[str, typer.Option(help="Held-out text: file, saved dataset or Hub id.")],
+    output: Output,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    set_: Settings = None,
+) -> None:
+    """Measure models side by side on the same text (evaluate_models)."""
+    from .data import load_text_dataset
+    from .evaluation import evaluate_models
+    from .models import load_tokenizer
+    from .recipe import apply_overrides
+
+    named = dict(model.partition("=")[::2] for model in models)
+    if not all(named.values()):
+        raise DataError(f"Expected NAME=MODEL for every model, got {' '.join(models)}.")
+    tokenizer = load_tokenizer(next(iter(named.values())))
+    _with_arguments(
+        "evaluate_models",
+        lambda: evaluate_models(
+            named,
+            load_text_dataset(data, split=split),
+            processing_class=tokenizer,
+            output_path=output,
+            **apply_overrides({}, set_ or []),
+        ),
+    )
+    _print_results(output)
+
+
+@app.command()
+def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Draw the plots and write the model card from the files of a run folder."""
+    from .hub import write_model_card
+    from .plots import write_plots
+
+    write_plots(folder)
+    _say(f"Wrote {write_model_card(folder)}")
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to.")] = None,  # noqa: UP045
+) -> None:
+    """Upload a student with plan, plots, evaluation and card to the Hub, in one commit."""
+    from .hub import push_student_to_hub
+
+    _say(f"Published {push_student_to_hub(folder, repo_id, private=not public, revision=revision).commit_url}")
+
+
+@app.command()
+def families() -> None:
+    """List the model families that can be pruned, and along which sizes."""
+    from .families import FIELD_OF_AXIS
+    from .families import families as tables
+
+    for name, spec in tables().items():
+        axes = [FIELD_OF_AXIS[axis.name] for axis in spec.axes if axis.name in FIELD_OF_AXIS]
+        typer.echo(f"{name:12} {', '.join(axes)}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    from .models import load_model, load_tokenizer
+
+    return load_model(name, **kwargs), load_tokenizer(name)
+
+
+def _size(name: str, text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise DataError(f"--{name.replace('_', '-')} {text}: expected an integer or a fraction.") from None
+
+
+def _with_arguments(function: str, call: Any) -> Any:
+    """Call with user-given keyword arguments; an unknown one is the user's mistake, not ours."""
+    try:
+        return call()
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise DataError(f"--set: {function} has no argument {str(error).split()[-1]}.") from error
+        raise
+
+
+def _print_shapes(shapes: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
+    for column in ("", "teacher", "student", "kept"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {**shapes["sizes"], "parameters": shapes["num_parameters"]}
+    rows["without embeddings"] = shapes["num_parameters_without_embeddings"]
+    for name, sizes in rows.items():
+        share = sizes["student"] / sizes["teacher"]
+        table.add_row(name, f"{sizes['teacher']:,}", f"{sizes['student']:,}", f"{share:.0%}")
+    console = Console()
+    console.print(table)
+    for note in shapes["notes"]:
+        console.print(f"Note: {note}")
+
+
+def _print_results(folder: Path) -> None:
+    """What a run found: the table, the card and the samples, as far as they exist."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if (folder / "evaluation.json").is_file():
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
+        for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for name, values in evaluation["models"].items():
+            cells = [
+                _with_error(values["metrics"].get(metric), digits)
+                for metric, digits in (
+                    ("perplexity", 2),
+                    ("bits_per_byte", 3),
+                    ("kl_divergence", 3),
+                    ("top1_agreement", 3),
+                )
+            ]
+            table.add_row(name, f"{values['num_parameters']:,}", *cells)
+        console.print(table)
+    if (folder / "samples.json").is_file():
+        for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:2]:
+            for name, text in sample["completions"].items():
+                console.print(f"\n[bold]{name}[/bold] | {sample['prompt']!r} →", highlight=False)
+                console.print(text.strip(), markup=False, highlight=False)
+    if (folder / "README.md").is_file():
+        console.print(f"\nModel card: {folder / 'README.md'}")
+
+
+def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:
+    return "–" if not metric else f"{metric['value']:.{digits}f} ± {metric['stderr']:.{digits}f}"

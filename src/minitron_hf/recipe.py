@@ -1,0 +1,262 @@
+"""A run as a file: the sections of a recipe, read from YAML, every unknown or mistyped entry refused by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from .errors import DataError
+from .planning import PrunerConfig
+
+#: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
+CONTROLS: Mapping[str, str] = {
+    "random_pruning": "the same sizes, units and layers kept at random",
+    "random_init": "the same sizes, weights initialised at random",
+    "cross_entropy": "the same pruned student, retrained with cross-entropy instead of distillation",
+}
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    """The model to compress.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: branch, tag or commit.
+        dtype: dtype to compute in; "auto": bfloat16 where the hardware has it, else float32.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class DatasetSection:
+    """A dataset: a local file, a saved dataset folder or a Hub id. A plain string in YAML means `source`.
+
+    Attributes:
+        source: path or Hub id.
+        name: configuration name.
+        split: split, slices allowed.
+        revision: Hub revision.
+        text_field: column with the text.
+        num_rows: use the first rows only.
+    """
+
+    source: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The corpora of a run.
+
+    Attributes:
+        train: for distillation.
+        eval: held out: the trainer's evaluation and the final measurement.
+        calibration: for importance scores; default: the beginning of `train`.
+    """
+
+    train: DatasetSection
+    eval: DatasetSection
+    calibration: DatasetSection | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """The final measurement.
+
+    Attributes:
+        max_length: tokens in a row.
+        num_rows: rows to measure; None: all.
+        batch_size: rows at a time.
+        speed: measure prefill and decode speed.
+        tasks: lm-evaluation-harness tasks (needs the extra `eval`).
+        task_limit: examples per task.
+        prompts: prompts to complete for the model card.
+    """
+
+    max_length: int | None = None
+    num_rows: int | None = None
+    batch_size: int = 8
+    speed: bool = True
+    tasks: list[str] = field(default_factory=list)
+    task_limit: int | None = None
+    prompts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PublishSection:
+    """Where the student goes on the Hub.
+
+    Attributes:
+        repo_id: "owner/name".
+        private: make a new repository private.
+        revision: branch.
+    """
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a run.
+
+    Attributes:
+        teacher: the model to compress.
+        data: the corpora.
+        output_dir: the run folder.
+        prune: fields of `PrunerConfig`.
+        scores: arguments of `estimate_importance`.
+        distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
+        lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
+        controls: names from `CONTROLS`, trained like the student.
+        evaluate: the final measurement.
+        publish: the Hub repository; None: nothing is uploaded.
+    """
+
+    teacher: TeacherSection
+    data: DataSection
+    output_dir: str
+    prune: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    controls: list[str] = field(default_factory=list)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    publish: PublishSection | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from nested mappings.
+
+        Raises:
+            DataError: naming every unknown, missing or mistyped entry.
+        """
+        recipe = _section(cls, values, "")
+        if unknown := sorted(set(recipe.controls) - set(CONTROLS)):
+            raise DataError(f"controls: {', '.join(unknown)} is unknown. Expected some of {', '.join(CONTROLS)}.")
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
+        """Read a recipe file.
+
+        Args:
+            path: the file.
+            overrides: `"section.key=value"`, the value in YAML; applied in order.
+
+        Raises:
+            DataError: if the file is missing or no valid recipe.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise DataError(f"The recipe {path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"The recipe {path} holds no sections. Expected teacher, data, output_dir, prune, …")
+        return cls.from_dict(apply_overrides(values, overrides or []))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every default written out."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+    @property
+    def pruner_config(self) -> PrunerConfig:
+        """The `prune` section, checked."""
+        return PrunerConfig.from_dict(self.prune)
+
+
+#: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. P2: peak learning
+#: rate 1e-4, cosine schedule, documents joined into full rows.
+DISTILL_DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "logging_steps": 0.02,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set `"a.b=value"` entries in nested mappings (the value is YAML); the input is not changed.
+
+    >>> apply_overrides({"prune": {"hidden_size": 64}}, ["prune.hidden_size=0.5", "controls=[random_init]"])
+    {'prune': {'hidden_size': 0.5}, 'controls': ['random_init']}
+    """
+    result = yaml.safe_load(yaml.safe_dump(dict(values)))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise DataError(f"--set {override!r}: expected key=value, for example --set prune.hidden_size=0.75")
+        *parents, leaf = key.split(".")
+        section = result
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            elif isinstance(section[parent], str) and parent in ("train", "eval", "calibration"):
+                section[parent] = {"source": section[parent]}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
+        section[leaf] = yaml.safe_load(text)
+    return result
+
+
+def _section(cls: Any, values: Any, where: str) -> Any:
+    """Build a (nested) dataclass from mappings, refusing unknown and missing names."""
+    if cls is DatasetSection and isinstance(values, str):
+        values = {"source": values}
+    if cls is TeacherSection and isinstance(values, str):
+        values = {"model": values}
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where or 'The recipe'}: expected a section with entries, got {values!r}.")
+    hints = get_type_hints(cls)
+    names = {field.name: field for field in fields(cls)}
+    if unknown := sorted(set(values) - set(names)):
+        raise DataError(
+            f"{where or 'The recipe'} has no entry {', '.join(map(str, unknown))}. Expected: {', '.join(names)}."
+        )
+    built = {}
+    for name, value in values.items():
+        options = getattr(hints[name], "__args__", (hints[name],))
+        nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
+        at = f"{where}.{name}" if where else name
+        if nested is not None and value is not None:
+            built[name] = _section(nested, value, at)
+        else:
+            _require_type(value, hints[name], at)
+            built[name] = value
+    try:
+        return cls(**built)
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].lstrip("s: ")
+        raise DataError(f"{where or 'The recipe'} lacks {missing}. Expected: {', '.join(names)}.") from error
+
+
+def _require_type(value: Any, hint: Any, where: str) -> None:
+    options = getattr(hint, "__args__", ()) if not hasattr(hint, "__origin__") else ()
+    allowed = tuple(getattr(option, "__origin__", option) for option in (options or (hint,)))
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise DataError(f"{where}={value!r}: expected {names}.")
