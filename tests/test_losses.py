@@ -1,0 +1,318 @@
+"""The fused loss against a naive float64 reference: full logits, plain softmax, autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import transformers
+
+from minitron_hf.errors import MismatchError, UnsupportedModelError
+from minitron_hf.losses import (
+    DenseSignal,
+    OutputHead,
+    _even_slices,
+    check_output_head,
+    default_chunk_size,
+    distillation_loss,
+    head_logits,
+    next_token_positions,
+    output_head,
+)
+
+NUM_TOKENS, VOCAB, HIDDEN, HIDDEN_T = 13, 29, 7, 11
+
+
+def problem(*, bias=False, scale=1.0, softcap=None, scale_t=1.0, softcap_t=None, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    hidden, weight, bias_V = normal(NUM_TOKENS, HIDDEN), normal(VOCAB, HIDDEN) / 2, normal(VOCAB)
+    # The teacher resembles the student, so that they agree on some tokens and not on others.
+    hidden_t = torch.cat([hidden, normal(NUM_TOKENS, HIDDEN_T - HIDDEN)], 1)
+    weight_t = torch.cat([weight, normal(VOCAB, HIDDEN_T - HIDDEN) / 4], 1)
+    bias_t = bias_V + normal(VOCAB) / 4 if bias else None
+    head_t = OutputHead(weight_t, bias_t, scale_t, softcap_t)
+    head = OutputHead(weight.requires_grad_(), bias_V.requires_grad_() if bias else None, scale, softcap)
+    labels = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+    return hidden.requires_grad_(), head, DenseSignal(hidden_t.detach(), head_t), labels
+
+
+def naive(hidden, head, teacher, labels, *, temperature=1.0, kd_weight=1.0, ce_weight=0.0):
+    """Total, KL and CE in float64 from explicit probabilities; nothing shared with the package."""
+
+    def logits(states, h):
+        z = states.double() @ h.weight.double().T
+        if h.bias is not None:
+            z = z + h.bias.double()
+        z = z * h.scale
+        return z if h.softcap is None else h.softcap * torch.tanh(z / h.softcap)
+
+    z_s, z_t = logits(hidden, head), logits(teacher.hidden, teacher.head)
+
+    def softmax(z):
+        e = torch.exp(z)
+        return e / e.sum(1, keepdim=True)
+
+    p, q = softmax(z_t / temperature), softmax(z_s / temperature)
+    kl = (p * torch.log(p / q)).sum(1)
+    ce = -torch.log(softmax(z_s)[torch.arange(len(labels)), labels])
+    total = (kd_weight * temperature**2 * kl + ce_weight * ce).sum()
+    return total, kl, ce, z_s.argmax(1) == z_t.argmax(1)
+
+
+CASES = [
+    {},
+    {"bias": True},
+    {"scale": 0.3, "scale_t": 1.7},
+    {"softcap": 5.0, "softcap_t": 3.0},
+    {"bias": True, "scale": 0.4, "softcap": 4.0, "scale_t": 2.0},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize(("kd_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
+def test_values_and_gradients_equal_the_naive_reference(case, temperature, kd_weight, ce_weight):
+    hidden, head, teacher, labels = problem(**case)
+    options = {"temperature": temperature, "kd_weight": kd_weight, "ce_weight": ce_weight}
+    inputs = [tensor for tensor in (hidden, head.weight, head.bias) if tensor is not None]
+
+    expected = naive(hidden, head, teacher, labels, **options)
+    expected_gradients = torch.autograd.grad(0.37 * expected[0], inputs)
+    found = distillation_loss(hidden, head, teacher, labels, chunk_size=5, **options)
+    gradients = torch.autograd.grad(0.37 * found.total, inputs)
+
+    torch.testing.assert_close(found.total, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.kl, expected[1].detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found.ce, expected[2].detach(), rtol=1e-11, atol=1e-13)
+    assert torch.equal(found.agreement, expected[3])
+    assert expected[3].any()
+    assert not expected[3].all()
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_gradient_is_the_slope():
+    """Central differences, which share nothing with any formula."""
+    hidden, head, teacher, labels = problem(bias=True, scale=0.5, softcap=6.0)
+    options = {"temperature": 2.0, "kd_weight": 0.8, "ce_weight": 0.3}
+    inputs = [hidden, head.weight, head.bias]
+    gradients = torch.autograd.grad(distillation_loss(hidden, head, teacher, labels, **options).total, inputs)
+    step = 1e-5
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        flat = tensor.detach().reshape(-1)
+        for index in range(0, flat.numel(), 7):
+            values = []
+            for sign in (1, -1):
+                original = flat[index].item()
+                flat[index] = original + sign * step
+                with torch.no_grad():
+                    values.append(distillation_loss(hidden, head, teacher, labels, **options).total.item())
+                flat[index] = original
+            slope = (values[0] - values[1]) / (2 * step)
+            assert slope == pytest.approx(gradient.reshape(-1)[index].item(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 12, 13, 14, 1000])
+def test_chunk_size_does_not_matter(chunk_size):
+    hidden, head, teacher, labels = problem(bias=True)
+    results = []
+    for size in (chunk_size, None):
+        loss = distillation_loss(hidden, head, teacher, labels, ce_weight=0.5, chunk_size=size)
+        gradients = torch.autograd.grad(loss.total, [hidden, head.weight, head.bias])
+        results.append((loss.total, loss.kl, loss.ce, *gradients))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_zero_where_student_is_teacher(dtype, temperature):
+    hidden, head, _, labels = problem(bias=True, softcap=7.0, dtype=dtype)
+    teacher = DenseSignal(hidden.detach(), OutputHead(head.weight.detach(), head.bias.detach(), softcap=7.0))
+    loss = distillation_loss(hidden, head, teacher, labels, temperature=temperature)
+    loss.total.backward()
+    assert torch.equal(loss.kl, torch.zeros_like(loss.kl))
+    assert loss.agreement.all()
+    for tensor in (hidden, head.weight, head.bias):
+        assert torch.count_nonzero(tensor.grad) == 0
+
+
+def test_extreme_logits_stay_finite():
+    hidden, head, teacher, labels = problem(dtype=torch.float32)
+    loss = distillation_loss(
+        (hidden.detach() * 1e3).requires_grad_(), head, DenseSignal(teacher.hidden * 1e3, teacher.head), labels
+    )
+    loss.total.backward()
+    assert torch.isfinite(loss.kl).all()
+    assert torch.isfinite(head.weight.grad).all()
+    assert (loss.kl >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_differs_by_rounding_only(dtype):
+    hidden, head, teacher, labels = problem(bias=True, dtype=dtype)
+    inputs = [hidden, head.weight, head.bias]
+    loss = distillation_loss(hidden, head, teacher, labels, ce_weight=0.5, chunk_size=4)
+    gradients = torch.autograd.grad(loss.total, inputs)
+    expected = naive(hidden, head, teacher, labels, ce_weight=0.5)
+    reference = torch.autograd.grad(expected[0], inputs)
+    eps = torch.finfo(dtype).eps
+    largest_logit = 20
+    torch.testing.assert_close(loss.kl.double(), expected[1], rtol=0, atol=4 * eps * largest_logit)
+    assert loss.kl.dtype == torch.float32
+    for gradient, target in zip(gradients, reference, strict=True):
+        assert gradient.dtype == dtype
+        error = (gradient.double() - target.double()).norm() / target.double().norm()
+        assert error < 4 * eps * largest_logit
+
+
+def test_autocast_sets_the_dtype_of_the_products_and_keeps_float32_gradients():
+    hidden, head, teacher, labels = problem(dtype=torch.float32)
+    exact = distillation_loss(hidden, head, teacher, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = distillation_loss(hidden, head, teacher, labels)
+    (gradient,) = torch.autograd.grad(loss.total, [head.weight])
+    assert gradient.dtype == torch.float32
+    difference = (loss.kl - exact.kl).abs().max()
+    assert 0 < difference < 4 * torch.finfo(torch.bfloat16).eps * 20
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden, head, teacher, labels = problem(bias=True)
+    frozen = OutputHead(head.weight.detach(), head.bias.detach())
+    (expected,) = torch.autograd.grad(distillation_loss(hidden, head, teacher, labels).total, [hidden])
+    distillation_loss(hidden, frozen, teacher, labels).total.backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert frozen.weight.grad is None
+
+
+def test_frozen_backbone_still_trains_the_head():
+    hidden, head, teacher, labels = problem()
+    (expected,) = torch.autograd.grad(distillation_loss(hidden, head, teacher, labels).total, [head.weight])
+    distillation_loss(hidden.detach(), head, teacher, labels).total.backward()
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+def test_tied_head_adds_both_gradients():
+    _, _, teacher, labels = problem()
+    embedding = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(VOCAB, (NUM_TOKENS,))
+    head = OutputHead(embedding)
+    distillation_loss(embedding[tokens].tanh(), head, teacher, labels).total.backward()
+    (expected,) = torch.autograd.grad(naive(embedding[tokens].tanh(), head, teacher, labels)[0], [embedding])
+    torch.testing.assert_close(embedding.grad, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_without_gradients_the_values_are_the_same():
+    hidden, head, teacher, labels = problem(softcap=4.0)
+    expected = distillation_loss(hidden, head, teacher, labels, temperature=2.0, ce_weight=1.0)
+    with torch.no_grad():
+        found = distillation_loss(hidden, head, teacher, labels, temperature=2.0, ce_weight=1.0)
+    assert not found.total.requires_grad
+    assert torch.equal(found.total, expected.total)
+    assert torch.equal(found.kl, expected.kl)
+    assert torch.equal(found.ce, expected.ce)
+
+
+def test_no_tokens_is_a_zero_with_zero_gradients():
+    hidden, head, teacher, labels = problem(bias=True)
+    loss = distillation_loss(hidden[:0], head, DenseSignal(teacher.hidden[:0], teacher.head), labels[:0])
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert torch.count_nonzero(head.weight.grad) == 0
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_second_backward_is_refused():
+    hidden, head, teacher, labels = problem()
+    total = distillation_loss(hidden, head, teacher, labels).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        total.backward()
+
+
+def test_unequal_vocabularies_are_refused_by_size():
+    hidden, head, teacher, labels = problem()
+    smaller = DenseSignal(teacher.hidden, OutputHead(teacher.head.weight[:-2]))
+    with pytest.raises(MismatchError, match=f"{VOCAB - 2} tokens, the student's {VOCAB}"):
+        distillation_loss(hidden, head, smaller, labels)
+
+
+@pytest.mark.parametrize(("length", "largest"), list(itertools.product([0, 1, 7, 12, 100], [1, 5, 12, 200])))
+def test_even_slices_cover_the_range_in_order(length, largest):
+    slices = list(_even_slices(length, largest))
+    assert [i for s in slices for i in range(s.start, s.stop)] == list(range(length))
+    sizes = [s.stop - s.start for s in slices]
+    assert not sizes or (max(sizes) <= largest and max(sizes) - min(sizes) <= 1)
+    assert sizes == sorted(sizes, reverse=True)  # buffers are sized by the first
+
+
+def test_chunk_size_bounds_the_memory():
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        for vocab_size in (100, 32_000, 128_256, 256_000):
+            assert default_chunk_size(vocab_size, device) >= 128
+    assert default_chunk_size(128_256, torch.device("cpu")) * 128_256 * 4 <= 140e6
+
+
+def test_next_token_positions():
+    labels = torch.tensor([[5, 6, -100, 7], [-100, -100, 8, -100]])
+    positions, targets = next_token_positions(labels)
+    # Row 0: position 0 predicts 6, position 2 predicts 7. Row 1: position 1 predicts 8. Nothing crosses the rows.
+    assert positions.tolist() == [0, 2, 5]
+    assert targets.tolist() == [6, 7, 8]
+
+
+def pocket(model_type, **changes):
+    common = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 32,
+    }
+    special = {
+        "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 61},
+        "gemma2": {**common, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 6},
+        "cohere": {**{k: v for k, v in common.items() if k != "head_dim"}, "logit_scale": 0.25},
+        "granite": {**{k: v for k, v in common.items() if k != "head_dim"}, "logits_scaling": 4.0},
+    }
+    config = transformers.AutoConfig.for_model(
+        model_type, **{**special.get(model_type, common), "pad_token_id": 0, **changes}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():  # large weights, so that a wrong scale or cap cannot hide
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere", "granite"])
+def test_head_of_the_hidden_states_is_the_models_logits(model_type):
+    model = pocket(model_type)
+    tokens = torch.randint(61, (2, 9))
+    expected = model(input_ids=tokens).logits
+    hidden = model.base_model(input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(head_logits(hidden, output_head(model)), expected, rtol=1e-12, atol=1e-12)
+    check_output_head(model)
+
+
+def test_check_output_head_refuses_an_unknown_post_processing():
+    model = pocket("granite")
+    model.config.model_type = "granite_of_tomorrow"
+    with pytest.raises(UnsupportedModelError, match="granite_of_tomorrow"):
+        check_output_head(model, role="teacher")
+
+
+def test_output_head_refuses_a_model_without_one():
+    model = pocket("llama").model
+    with pytest.raises(UnsupportedModelError, match="LlamaModel"):
+        output_head(model)
