@@ -16,17 +16,17 @@ from minitron_hf.errors import DataError, HubError, UnsupportedModelError
 
 
 def pocket_config(**changes) -> LlamaConfig:
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=101,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "vocab_size": 101,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
     return LlamaConfig(**{**sizes, **changes})
 
 
@@ -87,7 +87,7 @@ def test_not_a_hub_id():
 
 
 def test_folder_without_config(tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match="no config.json"):
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json"):
         models.load_model(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (401, "RepoNotFound", "no such model or it is private"),
         (404, "RevisionNotFound", "revision does not exist"),
         (403, None, "refused the token"),
-        (500, None, "cannot be reached or does not answer"),
+        (418, None, "cannot be reached or does not answer"),  # 5xx would be retried, for 20 seconds
     ],
 )
 def test_refusals_of_the_hub(monkeypatch, tmp_path: Path, status: int, error_code: str | None, message: str):
@@ -194,24 +194,24 @@ def test_refusals_of_the_hub(monkeypatch, tmp_path: Path, status: int, error_cod
 
 # Counting
 
-LLAMA_8B = dict(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
-NEMO_12B = dict(
-    hidden_size=5120,
-    intermediate_size=14336,
-    num_hidden_layers=40,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=131072,
-)
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+}
+NEMO_12B = {
+    "hidden_size": 5120,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131072,
+}
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,13 @@ def test_architecture_digest_tells_networks_apart(change: dict):
 
 
 def test_architecture_digest_tells_families_apart():
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 101,
+    }
     assert models.architecture_digest(LlamaConfig(**sizes)) != models.architecture_digest(MistralConfig(**sizes))
 
 

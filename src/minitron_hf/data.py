@@ -73,9 +73,11 @@ def load_text_dataset(
     readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(source)
     try:
-        if path.is_file():
+        if path.is_file() or path.suffix in readers:
             if path.suffix not in readers:
                 raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(readers)}.")
+            if not path.is_file():  # a Hub id does not end like this
+                raise DataError(f"The file {source} does not exist. Check the path.")
             return datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)}, split=split)
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
@@ -103,7 +105,8 @@ def token_rows(
 
     Args:
         data: an iterable of `str`, of token-id sequences, or of mappings (a `datasets.Dataset`, for example) with an
-            `input_ids` or a `text_field` column; or a single `TokenRows`, returned as it is.
+            `input_ids` (without its padding, where an `attention_mask` says so) or a `text_field` column; or a single
+            `TokenRows`, returned as it is.
         processing_class: tokenizer; needed for text.
         max_length: longest row, in tokens.
         num_rows: stop after this many rows (None: all).
@@ -119,7 +122,8 @@ def token_rows(
         that bits per byte are exact; with `overlap=0` there are at most `num_rows` rows.
 
     Raises:
-        DataError: if there is no text, no tokenizer for it, or less text than one row of two tokens.
+        DataError: if there is no text, no tokenizer for it, or less text than one row of two tokens; or if a setting
+            makes no sense.
     """
     if isinstance(data, TokenRows):
         return data
@@ -128,8 +132,18 @@ def token_rows(
             f"Expected texts, token rows or a dataset, got the string {str(data)[:80]!r}. "
             "Pass a list of texts, or load a file with minitron_hf.load_text_dataset(path)."
         )
+    if isinstance(data, Mapping):
+        # Iterating over it would read its keys as texts.
+        raise DataError(
+            f"Expected texts, token rows or a dataset, got a {type(data).__name__} with the keys "
+            f"{', '.join(map(str, data))}. Pass one of its values: a split, or its rows."
+        )
     if max_length < 2:
         raise DataError(f"max_length={max_length} is too short: a row needs two tokens to predict one.")
+    if overlap not in (0, 1):
+        raise DataError(f"overlap={overlap}, expected 0 or 1.")
+    if num_rows is not None and num_rows < 1:
+        raise DataError(f"num_rows={num_rows}, expected at least 1, or None for all.")
 
     step = max_length - overlap
     rows: list[tuple[int, ...]] = []
@@ -149,9 +163,14 @@ def token_rows(
         if not ids:
             continue
         num_documents += 1
-        num_bytes = None if text is None or num_bytes is None else num_bytes + len(text.encode())
+        num_rows_before = len(rows)
         stream.extend(ids)
         cut(flush=not packing)
+        if text is None:
+            num_bytes = None
+        elif num_bytes is not None and (packing or len(rows) > num_rows_before):
+            # A document too short to fill a row of its own is not measured.
+            num_bytes += len(text.encode())
         if num_rows is not None and len(rows) >= num_rows:
             break
     cut(flush=True)
@@ -199,7 +218,8 @@ def tokenize(texts: Sequence[str], processing_class: PreTrainedTokenizerBase) ->
 def _content(document: Any, text_field: str) -> str | list[int]:
     if isinstance(document, Mapping):
         if "input_ids" in document:
-            document = document["input_ids"]
+            ids, mask = document["input_ids"], document.get("attention_mask")
+            document = ids if mask is None else [token for token, kept in zip(_listed(ids), _listed(mask)) if kept]
         elif text_field in document:
             document = document[text_field]
         else:
@@ -209,8 +229,7 @@ def _content(document: Any, text_field: str) -> str | list[int]:
             )
     if isinstance(document, str):
         return document
-    if hasattr(document, "tolist"):
-        document = document.tolist()
+    document = _listed(document)
     if isinstance(document, Iterable):
         ids = list(document)
         if all(isinstance(token, int) for token in ids):
@@ -218,6 +237,10 @@ def _content(document: Any, text_field: str) -> str | list[int]:
     raise DataError(
         f"Expected a text or a sequence of token ids, got {type(document).__name__}: {str(document)[:60]!r}."
     )
+
+
+def _listed(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def padded_batches(
