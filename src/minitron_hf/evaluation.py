@@ -175,8 +175,9 @@ def evaluate_models(
     prefill_length: int | None = None,
     decode_tokens: int | None = None,
     rounds: int = 5,
+    checkpoints: Mapping[str, str | os.PathLike[str]] | None = None,
     output_path: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Measure models side by side on the same tokens and, interleaved, at the same speed test.
 
@@ -215,8 +216,10 @@ def evaluate_models(
         prefill_length: tokens of the timed prompt; by default up to 512, as the models' contexts allow.
         decode_tokens: tokens of the timed generation; by default up to 64.
         rounds: timed rounds; their median is reported.
+        checkpoints: name → path or Hub id that a model object was loaded from: what is recorded as its name, and whose
+            files are its checkpoint's size. Without it that is the size of the object's parameters.
         output_path: folder for `evaluation.json`, or the file itself.
-        progress: whether to show progress bars.
+        show_progress: show progress bars.
 
     Returns:
         What is written to `evaluation.json`: the keys `format`, `versions`, `device`, `dtype` (`"mixed"` if models
@@ -232,6 +235,9 @@ def evaluate_models(
     for setting, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise DataError(f"{setting}={value}, expected at least 1.")
+    sources = {**models, **(checkpoints or {})}
+    if unknown := sorted(set(sources) - set(models)):
+        raise DataError(f"checkpoints names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
     output = None if output_path is None else Path(output_path)
     if output is not None:
         output = output if output.suffix == ".json" else output / EVALUATION_NAME
@@ -271,14 +277,14 @@ def evaluate_models(
         for name, model in models.items()
     }
     with _evaluating(loaded.values()):
-        quality = _quality(loaded, rows, reference, batch_size, progress)
+        quality = _quality(loaded, rows, reference, batch_size, show_progress)
         cost = _cost(
             loaded,
             rows,
             prefill_length=prefill_length or min(16, max_length),
             decode_tokens=decode_tokens or 0,
             rounds=rounds if speed else 0,
-            progress=progress,
+            show_progress=show_progress,
         )
 
     dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in loaded.items()}
@@ -309,12 +315,12 @@ def evaluate_models(
         "reference": reference,
         "models": {
             name: {
-                "name_or_path": _recorded_name(models[name]),
+                "name_or_path": _recorded_name(sources[name]),
                 "digest": _digest_or_none(model),
                 "metrics": quality[name],
                 "num_parameters": count_parameters(model),
                 "num_parameters_without_embeddings": count_parameters(model, embeddings=False),
-                "checkpoint_bytes": checkpoint_bytes(models[name], loaded=model),
+                "checkpoint_bytes": checkpoint_bytes(sources[name], loaded=model),
                 **cost[name],
             }
             for name, model in loaded.items()
@@ -326,7 +332,7 @@ def evaluate_models(
 
 
 def _quality(
-    models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, progress: bool
+    models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, show_progress: bool
 ) -> dict[str, dict[str, Any]]:
     """The metrics of every model, in one pass over the rows, longest rows first (they pad each other least)."""
     names = sorted(models, key=lambda name: name != reference)
@@ -336,7 +342,7 @@ def _quality(
     agreements = {name: load_metric("token_agreement") for name in compared}
 
     ordered = TokenRows(tuple(sorted(rows.rows, key=len, reverse=True)), rows.num_bytes, rows.overlap)
-    with tqdm(total=_num_predicted(rows), desc="Evaluating", unit="token", disable=not progress) as bar:
+    with tqdm(total=_num_predicted(rows), desc="Evaluating", unit="token", disable=not show_progress) as bar:
         for index, batch in enumerate(padded_batches(ordered, batch_size)):
             chunk = ordered.rows[index * batch_size : (index + 1) * batch_size]
             targets = [torch.tensor(row[1:]) for row in chunk]
@@ -399,14 +405,12 @@ def checkpoint_bytes(
         loaded: the model that was loaded from it, for a Hub id whose files are not in the cache.
     """
     if isinstance(model_or_path, str | os.PathLike):
-        folder: Path | None = Path(os.path.expanduser(model_or_path))
-        if folder is not None and not folder.is_dir():
-            folder = _cached_folder(str(model_or_path), loaded)
-        files = [] if folder is None else weight_files(folder)
-        if files:
+        local = Path(os.path.expanduser(model_or_path))
+        folder = local if local.is_dir() else _cached_folder(str(model_or_path), loaded)
+        if files := weight_files(folder) if folder is not None else []:
             return sum(file.stat().st_size for file in files)
-        if loaded is None:
-            raise HubError(f"{str(model_or_path)!r} holds no weights here. Load the model first.")
+        if loaded is None or folder == local:
+            raise HubError(f"{str(model_or_path)!r} holds no weights. Expected the folder or Hub id of a saved model.")
         model_or_path = loaded
     return sum(parameter.numel() * parameter.element_size() for parameter in model_or_path.parameters())
 
@@ -440,7 +444,7 @@ def _cost(
     prefill_length: int,
     decode_tokens: int,
     rounds: int,
-    progress: bool,
+    show_progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """Cache size of every model and, with `rounds` > 0, its speed in interleaved rounds."""
     stream = [token for row in rows.rows[:prefill_length] for token in row]
@@ -451,7 +455,7 @@ def _cost(
 
     names = list(models)
     # The first round warms up caches, kernels and allocators, and measures the cache's size.
-    for turn in tqdm(range(rounds + 1), desc="Timing", unit="round", disable=not (progress and rounds)):
+    for turn in tqdm(range(rounds + 1), desc="Timing", unit="round", disable=not (show_progress and rounds)):
         for name in names:
             model = models[name]
             input_ids = prompt.to(model.device)
