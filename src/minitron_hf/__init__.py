@@ -21,10 +21,10 @@ _MODULE_OF = {
     "count_parameters": "models",
     "ImportanceScores": "importance",
     "estimate_importance": "importance",
-    "PrunerConfig": "planning",
+    "PrunerConfig": "sizes",
     "PruningPlan": "planning",
     "make_plan": "planning",
-    "student_config": "planning",
+    "student_config": "sizes",
     "apply_plan": "surgery",
     "prune_model": "surgery",
     "DistillationConfig": "trainer",
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
-    from .planning import PrunerConfig as PrunerConfig
     from .planning import PruningPlan as PruningPlan
     from .planning import make_plan as make_plan
-    from .planning import student_config as student_config
     from .recipe import Recipe as Recipe
+    from .sizes import PrunerConfig as PrunerConfig
+    from .sizes import student_config as student_config
     from .stages import run_recipe as run_recipe
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model

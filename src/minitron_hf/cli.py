@@ -125,8 +125,9 @@ def plan(
     """Decide what stays (make_plan), and print the shapes."""
     from .importance import ImportanceScores
     from .models import load_config
-    from .planning import PrunerConfig, make_plan
+    from .planning import make_plan
     from .recipe import apply_overrides
+    from .sizes import PrunerConfig
 
     sizes = {
         "hidden_size": hidden_size,

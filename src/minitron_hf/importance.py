@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from .artifacts import digest, replacing_file, versions
 from .axes import dimension_axes, product_shape
@@ -28,7 +29,7 @@ from .families import ArchSpec, spec_for
 from .models import architecture_digest, model_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Reduction = Literal["mean", "l2", "var"]
 Metric = Literal["activation", "random"]
@@ -106,14 +107,17 @@ class ImportanceScores:
         Raises:
             MismatchError: if the architecture or the weights differ.
         """
-        config = getattr(model_or_config, "config", model_or_config)
+        if isinstance(model_or_config, PretrainedConfig):
+            model, config = None, model_or_config
+        else:
+            model, config = model_or_config, model_or_config.config
         if architecture_digest(config) != self.digests["architecture"]:
             raise MismatchError(
                 "These importance scores were made for a model of another architecture "
                 f"({self.settings.get('model')}). Score this model with estimate_importance(…)."
             )
-        if hasattr(model_or_config, "parameters") and not _on_meta(model_or_config):
-            require_weights(model_or_config, self.digests["model"], "These importance scores")
+        if model is not None and not _on_meta(model):
+            require_weights(model, self.digests["model"], "These importance scores")
 
 
 def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> None:
@@ -200,7 +204,7 @@ def estimate_importance(
     )
     digests["data"] = None if rows is None else rows.digest
     pass_ = _ScoringPass(spec, model, sequence_reduction)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     was_training = model.training
     model.eval()
     try:
@@ -355,7 +359,7 @@ class _ScoringPass:
         def observe_group(x_BTD: Tensor) -> None:
             nonlocal gram
             if gram is None:
-                weight = self.model.get_submodule(spec.layer_parameter(layer, module)).weight.float()
+                weight = self.model.get_parameter(spec.layer_parameter(layer, pattern)).float()
                 weight_gDH = (weight.T if position == 1 else weight).unflatten(0, (num_groups, -1))
                 gram = weight_gDH @ weight_gDH.transpose(1, 2)
             x_BTgD = x_BTD.float().unflatten(-1, (num_groups, -1))

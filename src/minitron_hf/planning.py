@@ -2,129 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from transformers import PretrainedConfig
 
 from .artifacts import digest, read_json, replacing_file, versions, write_json
-from .axes import dimension_size, parse_dimensions
-from .errors import HubError, MismatchError, PlanError
-from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from .errors import MismatchError, PlanError
+from .families import FIELD_OF_AXIS, ArchSpec, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model
+from .sizes import PrunerConfig, build_student_config, resolve_sizes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-PRUNER_CONFIG_NAME = "pruner_config.json"
 PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
-
-#: A size: units to keep, a fraction of the teacher's, or None for no change.
-Size = int | float | None
-
-
-@dataclass
-class PrunerConfig:
-    """The student's sizes, under the standard config names.
-
-    Each size is an `int` (units to keep), a `float` in (0, 1] (fraction of the teacher's), or None (unchanged).
-
-    Attributes:
-        hidden_size: width of the residual stream; one choice of channels for the whole model.
-        intermediate_size: MLP neurons, chosen in every layer.
-        num_attention_heads: query heads, chosen in every layer; every kept KV head keeps equally many.
-        num_key_value_heads: KV heads (query groups), chosen in every layer.
-        num_hidden_layers: layers to keep.
-        layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
-        contiguous: drop one contiguous block of layers, the least important of its length (P2: dropping the 16
-            individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not).
-        multiple_of: fractions of `hidden_size` and `intermediate_size` are rounded to the nearest multiple.
-    """
-
-    hidden_size: Size = None
-    intermediate_size: Size = None
-    num_attention_heads: Size = None
-    num_key_value_heads: Size = None
-    num_hidden_layers: Size = None
-    layers_to_drop: list[int] | None = None
-    contiguous: bool = True
-    multiple_of: int = 8
-
-    def __post_init__(self) -> None:
-        for name in PRUNER_FIELDS:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise PlanError(f"{name}={value!r}: expected a number of units, a fraction to keep, or None.")
-            if isinstance(value, float) and not 0 < value <= 1:
-                raise PlanError(
-                    f"{name}={value}: a fraction to keep lies in (0, 1]. For a number of units, pass an int."
-                )
-            if isinstance(value, int) and value < 1:
-                raise PlanError(f"{name}={value}: at least one unit must be kept.")
-        if self.layers_to_drop is not None:
-            self.layers_to_drop = list(self.layers_to_drop)
-            if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers_to_drop):
-                raise PlanError(f"layers_to_drop={self.layers_to_drop}: expected layer indices, counted from 0.")
-            if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
-                raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
-        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
-            raise PlanError(f"multiple_of={self.multiple_of!r}: expected a positive integer.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PrunerConfig:
-        """The reverse of `to_dict`.
-
-        Raises:
-            PlanError: if a name is unknown.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise PlanError(f"PrunerConfig has no field {', '.join(unknown)}. Expected: {', '.join(names)}.")
-        return cls(**values)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write `pruner_config.json`."""
-        path = Path(save_directory) / PRUNER_CONFIG_NAME
-        write_json(path, self.to_dict())
-        return path
-
-    @classmethod
-    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> PrunerConfig:
-        """Read `pruner_config.json` from a folder or a Hub repository.
-
-        Args:
-            path_or_repo: folder, file or Hub id.
-            **kwargs: passed to `hf_hub_download` (`revision`, `token`, …).
-
-        Raises:
-            HubError: if it is neither a folder with such a file nor a Hub repository with one.
-        """
-        path = Path(path_or_repo)
-        file = path / PRUNER_CONFIG_NAME if path.is_dir() else path
-        if not file.is_file():
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-            try:
-                file = Path(hf_hub_download(str(path_or_repo), PRUNER_CONFIG_NAME, **kwargs))
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-                raise HubError(f"No {PRUNER_CONFIG_NAME} in {path_or_repo}, here or on the Hub: {error}") from error
-        return cls.from_dict(read_json(file))
 
 
 @dataclass(frozen=True)
@@ -270,9 +171,9 @@ def make_plan(
         PlanError: if the sizes cannot be cut, or the stock config cannot hold them; the message names legal sizes.
         MismatchError: if the scores belong to another model.
     """
-    teacher_config: PretrainedConfig = getattr(model_or_config, "config", model_or_config)
+    teacher_config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     spec = spec_for(teacher_config)
-    teacher = model_or_config if hasattr(model_or_config, "parameters") else empty_model(teacher_config)
+    teacher = empty_model(model_or_config) if isinstance(model_or_config, PretrainedConfig) else model_or_config
     spec.check(teacher)
     if scores is not None:
         scores.require_model(model_or_config)
@@ -290,7 +191,7 @@ def make_plan(
 
     layers_kept = _choose_layers(before["layers"], after["layers"], config, scores)
     kept = _choose_units(spec, before, after, layers_kept, cut, scores)
-    student = _student_config(spec, teacher_config, after, layers_kept)
+    student = build_student_config(spec, teacher_config, after, layers_kept)
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
@@ -317,182 +218,6 @@ def make_plan(
         },
         notes=tuple(notes),
     )
-
-
-def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> PretrainedConfig:
-    """The student's config, from the teacher's config alone.
-
-    Which layers go is decided by scores, and matters here only to lists with one entry per layer; without
-    `layers_to_drop`, the block just before the last layer is taken (P2's choice for Llama-3.1-8B).
-
-    Raises:
-        UnsupportedModelError: if the family is unknown.
-        PlanError: if the sizes are impossible.
-    """
-    spec = spec_for(config)
-    sizes, _ = resolve_sizes(spec, config, pruner_config)
-    depth = spec.sizes(config)["layers"]
-    if pruner_config.layers_to_drop is None:
-        kept = (*range(sizes["layers"] - 1), depth - 1)
-    else:
-        kept = _choose_layers(depth, sizes["layers"], pruner_config, None)
-    return _student_config(spec, config, sizes, kept)
-
-
-def resolve_sizes(
-    spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig
-) -> tuple[dict[str, int], list[str]]:
-    """Sizes of all axes in the student, and notes on sizes that followed from others.
-
-    Raises:
-        PlanError: for every request that cannot be met; the message names what could.
-    """
-    before = spec.sizes(teacher_config)
-    after = dict(before)
-    given: set[str] = set()
-    for name, axis in PRUNER_FIELDS.items():
-        value = getattr(request, name)
-        if value is None:
-            continue
-        if axis not in before:
-            raise PlanError(
-                f"{name}={value}: models of type '{spec.model_type}' have no such size. "
-                f"They have {', '.join(FIELD_OF_AXIS[a.name] for a in spec.axes if a.name in FIELD_OF_AXIS)}."
-            )
-        given.add(axis)
-        if isinstance(value, int):
-            if value > before[axis]:
-                raise PlanError(f"{name}={value} is larger than the teacher's {before[axis]}. Pruning only removes.")
-            after[axis] = value
-
-    if request.layers_to_drop is not None:
-        after["layers"] = _depth_after(request, before["layers"])
-    notes = []
-    # Coarse axes first: the legal sizes of the finer ones depend on them.
-    for axis in ("layers", "kv", "heads", "ffn", "hidden"):
-        value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
-        if isinstance(value, float):
-            step = _step(spec, axis, after, request.multiple_of)
-            after[axis] = _round_fraction(value, before[axis], step)
-    notes += _follow_equal(spec, before, after, given)
-    _require_groups(spec, before, after)
-    _require_multiples(spec, before, after)
-    for axis in after:
-        if after[axis] < before[axis]:
-            _require_cuttable(spec, teacher_config, axis)
-    return after, notes
-
-
-def _depth_after(request: PrunerConfig, depth: int) -> int:
-    drop = request.layers_to_drop or []
-    if outside := [layer for layer in drop if layer >= depth]:
-        raise PlanError(f"layers_to_drop names layer {outside[0]}, but the teacher has layers 0 to {depth - 1}.")
-    if len(drop) == depth:
-        raise PlanError("layers_to_drop names every layer; at least one must stay.")
-    left = depth - len(drop)
-    wanted = request.num_hidden_layers
-    wanted = _round_fraction(wanted, depth, 1) if isinstance(wanted, float) else wanted
-    if wanted is not None and wanted != left:
-        raise PlanError(
-            f"num_hidden_layers={request.num_hidden_layers} and layers_to_drop disagree: dropping {len(drop)} of "
-            f"{depth} layers leaves {left}. Give one of them."
-        )
-    return left
-
-
-def _step(spec: ArchSpec, axis: str, sizes: Mapping[str, int], multiple_of: int) -> int:
-    """What a fraction of an axis is rounded to a multiple of."""
-    step = multiple_of if axis in ("hidden", "ffn") else 1
-    for inner, outer in spec.groups:
-        if axis == inner:
-            step = math.lcm(step, sizes[outer])
-    for multiple, divisor in spec.multiples:
-        if axis == multiple:
-            step = math.lcm(step, sizes[divisor])
-    for left, right in spec.equal:
-        if axis == right:
-            # hidden = heads * head_dim, and the heads follow: any multiple of what stays of the product is legal.
-            fixed = [factor for factor in left.split("*") if factor not in FIELD_OF_AXIS]
-            step = math.lcm(step, *(sizes[factor] for factor in fixed))
-    return step
-
-
-def _round_fraction(fraction: float, size: int, step: int) -> int:
-    """Nearest multiple of `step` to `fraction * size`, at least one step and at most `size`.
-
-    >>> _round_fraction(0.75, 4096, 32), _round_fraction(0.5, 172, 8), _round_fraction(0.01, 64, 8)
-    (3072, 88, 8)
-    """
-    return min(max(round(fraction * size / step), 1) * step, size)
-
-
-def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str]) -> list[str]:
-    """Where the stock class holds two dimensions only at one size, let the one that was not asked for follow."""
-    notes = []
-    for left_text, right in spec.equal:
-        [left] = parse_dimensions(left_text)
-        [moving] = [factor for factor in left_text.split("*") if factor in FIELD_OF_AXIS]
-        fixed = dimension_size(left, {**after, moving: 1})
-        left_size = fixed * after[moving]
-        if left_size == after[right]:
-            continue
-        names = {axis: FIELD_OF_AXIS[axis] for axis in (moving, right)}
-        legal = f"{names[right]} = {fixed} × {names[moving]} (heads keep their {fixed} dimensions)"
-        if right in given and moving in given:
-            raise PlanError(
-                f"{names[right]}={after[right]} and {names[moving]}={after[moving]} do not fit together: the stock "
-                f"'{spec.model_type}' classes only hold {legal}. "
-                f"Nearest: {names[right]}={fixed * after[moving]} with {names[moving]}={after[moving]}."
-            )
-        if right in given:
-            if after[right] % fixed:
-                raise PlanError(
-                    f"{names[right]}={after[right]}: the stock '{spec.model_type}' classes only hold {legal}. "
-                    f"Nearest: {_nearest(after[right], fixed, before[right])}."
-                )
-            after[moving] = after[right] // fixed
-            notes.append(f"{names[moving]} follows {names[right]} to {after[moving]}: {legal}.")
-        else:
-            after[right] = left_size
-            notes.append(f"{names[right]} follows {names[moving]} to {left_size}: {legal}.")
-    return notes
-
-
-def _require_groups(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    for inner, outer in spec.groups:
-        names = {axis: FIELD_OF_AXIS[axis] for axis in (inner, outer)}
-        largest = before[inner] // before[outer]
-        if after[inner] % after[outer] or after[inner] // after[outer] > largest:
-            legal = [after[outer] * each for each in range(1, largest + 1)]
-            raise PlanError(
-                f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept KV head keeps equally "
-                f"many of its {largest} query heads, so {names[inner]} must be one of {legal}. "
-                f"Set {names[inner]} to one of them, or change {names[outer]}."
-            )
-
-
-def _require_multiples(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    for multiple, divisor in spec.multiples:
-        if after[multiple] % after[divisor]:
-            raise PlanError(
-                f"{FIELD_OF_AXIS[multiple]}={after[multiple]}: the stock '{spec.model_type}' config only holds "
-                f"multiples of {FIELD_OF_AXIS[divisor]}={after[divisor]}. "
-                f"Nearest: {_nearest(after[multiple], after[divisor], before[multiple])}."
-            )
-
-
-def _require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
-    reason = spec.refused.get(axis)
-    for name, value, refused_axis, why in spec.refused_if:
-        if refused_axis == axis and getattr(config, name, None) == value:
-            reason = f"{name}={value}: {why}"
-    if reason is not None:
-        raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
-
-
-def _nearest(size: int, step: int, largest: int) -> str:
-    below, above = size // step * step, -(-size // step) * step
-    return " or ".join(str(legal) for legal in dict.fromkeys((below, above)) if 0 < legal <= largest)
 
 
 def _choose_layers(depth: int, left: int, request: PrunerConfig, scores: ImportanceScores | None) -> tuple[int, ...]:
@@ -561,37 +286,6 @@ def _top(scores: np.ndarray, count: int) -> np.ndarray:
     [0, 2]
     """
     return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
-
-
-def _student_config(
-    spec: ArchSpec, teacher: PretrainedConfig, sizes: Mapping[str, int], layers_kept: tuple[int, ...]
-) -> PretrainedConfig:
-    """The teacher's config with the student's sizes, validated by the stock class."""
-    values = copy.deepcopy(teacher.to_dict())
-    # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
-    for axis in spec.axes:
-        values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
-    for name in spec.layer_lists:
-        if values.get(name) is not None:
-            values[name] = [values[name][layer] for layer in layers_kept]
-    for name in spec.leading_layers:
-        if values.get(name) is not None:
-            values[name] = sum(layer < values[name] for layer in layers_kept)
-    values.pop("transformers_version", None)
-    try:
-        config = type(teacher)(**values)
-        config.validate()
-    except Exception as error:
-        raise PlanError(
-            f"The stock {type(teacher).__name__} refuses these sizes: {error}. Choose other sizes."
-        ) from error
-    if spec.sizes(config) != dict(sizes):
-        raise PlanError(
-            f"The stock {type(teacher).__name__} changes the sizes it is given: {spec.sizes(config)} instead of "
-            f"{dict(sizes)}. Choose other sizes."
-        )
-    config._attn_implementation = teacher._attn_implementation
-    return config
 
 
 def _count_student(

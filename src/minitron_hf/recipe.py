@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from .errors import DataError
-from .planning import PrunerConfig
+from .sizes import PrunerConfig
 
 #: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
 CONTROLS: Mapping[str, str] = {

@@ -31,16 +31,9 @@ from .errors import DataError, MinitronError, MismatchError, OutputError
 from .families import FIELD_OF_AXIS, spec_for
 from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .models import compute_dtype, count_parameters, empty_model, load_config, load_model, load_tokenizer
-from .planning import (
-    INDICES_NAME,
-    PLAN_NAME,
-    PRUNER_CONFIG_NAME,
-    PruningPlan,
-    make_plan,
-    resolve_sizes,
-    student_config,
-)
+from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
+from .sizes import PRUNER_CONFIG_NAME, resolve_sizes, student_config
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -93,6 +86,10 @@ class Run:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+    def forget(self, key: str) -> None:
+        """Free something that was loaded; it is loaded again when needed."""
+        self._cache.pop(key, None)
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -202,12 +199,13 @@ def _evaluate(run: Run) -> None:
 
     section = run.recipe.evaluate
     models: dict[str, Any] = {
-        "teacher": run.teacher,
-        "pruned": run.load(run.folder / PRUNED_DIR),
-        "student": run.load(run.folder),
+        # By path where possible, so that the size of a checkpoint is that of its files.
+        "teacher": run.recipe.teacher.model if run.recipe.teacher.revision is None else run.teacher,
+        "pruned": run.folder / PRUNED_DIR,
+        "student": run.folder,
+        **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
-    for name in run.recipe.controls:
-        models[name] = run.load(run.folder / CONTROLS_DIR / name)
+    run.forget("teacher")
     evaluate_models(
         models,
         run.dataset("eval"),
@@ -215,20 +213,20 @@ def _evaluate(run: Run) -> None:
         max_length=section.max_length,
         num_rows=section.num_rows,
         batch_size=section.batch_size,
+        text_field=run.dataset_section("eval").text_field,
+        dataset_name=run.dataset_section("eval").source,
+        dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
         output_path=run.folder,
-        dataset_name=run.dataset_section("eval").source,
-        checkpoints={"teacher": run.recipe.teacher.model, "student": run.folder, "pruned": run.folder / PRUNED_DIR},
+        show_progress=run.show_progress,
     )
+    compared = {"teacher": run.teacher, "student": run.load(run.folder)} if section.prompts or section.tasks else {}
     if section.prompts:
-        samples = generate_samples(
-            {name: models[name] for name in ("teacher", "student")}, run.tokenizer, section.prompts
-        )
-        write_json(run.folder / "samples.json", samples)
+        write_json(run.folder / "samples.json", generate_samples(compared, run.tokenizer, section.prompts))
     if section.tasks:
         results = {
-            name: evaluate_tasks(models[name], section.tasks, processing_class=run.tokenizer, limit=section.task_limit)
-            for name in ("teacher", "student")
+            name: evaluate_tasks(model, section.tasks, processing_class=run.tokenizer, limit=section.task_limit)
+            for name, model in compared.items()
         }
         write_json(run.folder / "benchmarks.json", results)
 
@@ -470,7 +468,7 @@ def distill(
 
     folder = require_writable(folder)
     trainer = DistillationTrainer(
-        model=student.float() if student.dtype.itemsize < 4 else student,
+        model=student.float() if student.dtype.itemsize < 4 else student,  # weights are updated in float32
         teacher_model=teacher,
         args=DistillationConfig(str(folder), **settings),
         train_dataset=train_dataset,
@@ -498,7 +496,7 @@ def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> 
         run.dataset("eval"),
         plan=run.plan if folder == run.folder else None,
         peft_config=_lora_config(run.recipe),
-        dtype=run.teacher_config.dtype,
+        dtype=_checkpoint_dtype(run.teacher_config),
     )
 
 
@@ -510,11 +508,16 @@ def _move_into(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _save_student(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig
-) -> None:
+def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype in which a checkpoint is stored, which its student's follows."""
+    import torch
+
+    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+
+
+def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
-        student.to(dtype=teacher.dtype or student.dtype).save_pretrained(temporary)
+        student.to(dtype=_checkpoint_dtype(teacher) or student.dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 

@@ -16,7 +16,8 @@ from .errors import MismatchError, PlanError
 from .families import spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
 from .models import architecture_digest, load_model, load_tokenizer
-from .planning import PrunerConfig, PruningPlan, make_plan
+from .planning import PruningPlan, make_plan
+from .sizes import PrunerConfig, student_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,8 +110,6 @@ def prune_model(
         raise PlanError("Pass either scores or calibration_data, not both.")
     model = load_model(model_or_path)
     if scores is None and calibration_data is not None:
-        from .planning import student_config
-
         student_config(model.config, config)  # every refusal of sizes comes before the scoring
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
