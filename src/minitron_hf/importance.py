@@ -348,7 +348,7 @@ class _ScoringPass:
 
             def observe(x_BTD: Tensor) -> None:
                 x = x_BTD.unflatten(-1, shape)
-                self._add(axis, layer, torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32) if dims else x_BTD)
+                self._add(axis, layer, torch.linalg.vector_norm(x, dim=dims, dtype=wide(x)) if dims else x_BTD)
 
             return observe
         # The outer axis of a group (KV heads over query heads): the norm of what the whole group contributes to the
@@ -359,10 +359,10 @@ class _ScoringPass:
         def observe_group(x_BTD: Tensor) -> None:
             nonlocal gram
             if gram is None:
-                weight = self.model.get_parameter(spec.layer_parameter(layer, pattern)).float()
+                weight = self.model.get_parameter(spec.layer_parameter(layer, pattern)).to(wide(x_BTD))
                 weight_gDH = (weight.T if position == 1 else weight).unflatten(0, (num_groups, -1))
                 gram = weight_gDH @ weight_gDH.transpose(1, 2)
-            x_BTgD = x_BTD.float().unflatten(-1, (num_groups, -1))
+            x_BTgD = x_BTD.to(gram.dtype).unflatten(-1, (num_groups, -1))
             squared_BTg = (torch.einsum("btgd,gde->btge", x_BTgD, gram) * x_BTgD).sum(-1)
             self._add(axis, layer, squared_BTg.clamp(min=0).sqrt())
 
@@ -379,7 +379,7 @@ class _ScoringPass:
         states = [x_BTH[mask_BT.to(x_BTH.device)] for x_BTH in self.layer_inputs]
         self.layer_inputs.clear()
         for start in range(0, len(states[0]), _SIMILARITY_CHUNK):
-            chunk = [x_NH[start : start + _SIMILARITY_CHUNK].to(states[0].device).float() for x_NH in states]
+            chunk = [x_NH[start : start + _SIMILARITY_CHUNK].to(states[0].device, wide(x_NH)) for x_NH in states]
             unit_NLH = torch.nn.functional.normalize(torch.stack(chunk, dim=1), dim=-1)
             self.similarity += (unit_NLH @ unit_NLH.transpose(1, 2)).sum(0).double().cpu()
 
@@ -397,9 +397,14 @@ class _ScoringPass:
         return blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """Dtype to reduce in: float32, or float64 for float64 values."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction) -> Tensor:
     """Reduce activations over the unmasked tokens of each row, in float32 (float64 for float64 input) → [B, U]."""
-    dtype = torch.promote_types(x_BTU.dtype, torch.float32)
+    dtype = wide(x_BTU)
     if mask_BT is not None:
         x_BTU = x_BTU * mask_BT.to(x_BTU.device)[..., None]
         count_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1).to(x_BTU.device)
