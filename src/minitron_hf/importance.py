@@ -6,6 +6,7 @@ B rows of a batch, T tokens of a row, U units of an axis, H hidden, L layers.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -281,7 +282,8 @@ class _ScoringPass:
         # (axis, source) → [sum of |s|, sum of s, sum of s²] over rows, each [U]; source is a layer or norm index.
         self.sums: dict[tuple[str, int], list[Tensor]] = {}
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
-        self.takes_positions = "position_ids" in model.base_model.forward.__code__.co_varnames
+        # The signature, not __code__: Transformers wraps `forward` in decorators.
+        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
         mask_BT = batch.get("attention_mask")
