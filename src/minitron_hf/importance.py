@@ -408,7 +408,8 @@ def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction)
     """Reduce activations over the unmasked tokens of each row, in float32 (float64 for float64 input) → [B, U]."""
     dtype = wide(x_BTU)
     if mask_BT is not None:
-        x_BTU = x_BTU * mask_BT.to(x_BTU.device)[..., None]
+        # Filled, not multiplied: attention over nothing but padding may hold NaN.
+        x_BTU = x_BTU.masked_fill(~mask_BT.to(x_BTU.device)[..., None], 0)
         count_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1).to(x_BTU.device)
     else:
         count_B1 = torch.full((1, 1), x_BTU.shape[1], device=x_BTU.device)
@@ -419,7 +420,7 @@ def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction)
     mean_BU = x_BTU.sum(1, dtype=dtype) / count_B1
     deviation = x_BTU.to(dtype) - mean_BU[:, None]
     if mask_BT is not None:
-        deviation = deviation * mask_BT.to(x_BTU.device)[..., None]
+        deviation = deviation.masked_fill(~mask_BT.to(x_BTU.device)[..., None], 0)
     return deviation.square().sum(1) / count_B1
 
 
