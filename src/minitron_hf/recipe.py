@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +14,25 @@ import yaml
 
 from .errors import DataError
 from .sizes import PrunerConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `1e-4` as the number everyone means (YAML 1.1, PyYAML's, wants `1.0e-4`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    >>> read_yaml("[1e-4, 2.5e3, 3, 0.5, text]")
+    [0.0001, 2500.0, 3, 0.5, 'text']
+    """
+    return yaml.load(text, Loader=_Loader)
+
 
 #: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
 CONTROLS: Mapping[str, str] = {
@@ -162,7 +183,7 @@ class Recipe:
             DataError: if the file is missing or no valid recipe.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = read_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(f"Cannot read the recipe {path}: {error.strerror}.") from error
         except yaml.YAMLError as error:
@@ -204,7 +225,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
     >>> apply_overrides({"prune": {"hidden_size": 64}}, ["prune.hidden_size=0.5", "controls=[random_init]"])
     {'prune': {'hidden_size': 0.5}, 'controls': ['random_init']}
     """
-    result = yaml.safe_load(yaml.safe_dump(dict(values)))
+    result = copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -219,7 +240,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
             section = section[parent]
             if not isinstance(section, dict):
                 raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
-        section[leaf] = yaml.safe_load(text)
+        section[leaf] = read_yaml(text)
     return result
 
 
