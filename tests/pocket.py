@@ -1,7 +1,7 @@
 """Pocket models: one tiny, random model per family and variant, for every test that asks something of all families.
 
-Sizes are pairwise distinct, products included, so that a wrong axis cannot pass by coincidence. To test another family,
-add one entry to `POCKETS`.
+Sizes are pairwise distinct, products included, so that a wrong axis cannot pass by coincidence. To test one more
+family, add one entry to `POCKETS`.
 """
 
 from __future__ import annotations
@@ -55,22 +55,28 @@ class Pocket:
 
 
 #: Shared by the families with grouped queries. heads*head_dim=120, kv*head_dim=30, 2*ffn=104, qkv=180.
-GROUPED = dict(
-    hidden_size=36,
-    intermediate_size=52,
-    num_hidden_layers=5,
-    num_attention_heads=12,
-    num_key_value_heads=3,
-    head_dim=10,
-    vocab_size=VOCAB,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    attn_implementation="eager",
-)
+GROUPED = {
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
 #: The families whose heads are as wide together as the residual stream: 5 heads of 8 dimensions.
-COUPLED = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")
+COUPLED = {
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
 GPT2 = dict(**COUPLED, n_embd=40, n_inner=52, n_layer=4, n_head=5, n_positions=64)
 NEOX = dict(
     **COUPLED,
@@ -82,7 +88,7 @@ NEOX = dict(
     rotary_pct=0.5,
 )
 #: Layers 0 and 1 see everything, 2 to 4 only the last six tokens.
-SLIDING = dict(use_sliding_window=True, sliding_window=6, max_window_layers=2)
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 
 
 def _gpt2(**changes) -> Pocket:
@@ -144,14 +150,14 @@ def pocket_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def pocket_tokenizer(**changes) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters that fits every pocket vocabulary; padding, beginning, end and unknown first."""
+    """A tokenizer of single characters that fits every pocket vocabulary; the special tokens come first."""
     characters = string.ascii_letters + string.digits + " .,;:!?'\"()-\n"
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     assert len(vocabulary) < VOCAB
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokens = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes})
 
 
