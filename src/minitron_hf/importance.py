@@ -160,8 +160,9 @@ def estimate_importance(
 
     Args:
         model: teacher; not changed.
-        data: calibration texts, token rows, or a dataset (see `token_rows`), or an iterable of batches, each a mapping
-            with `input_ids` and `attention_mask` tensors [B, T]. Not needed by `metric="random"`.
+        data: calibration texts, token rows, or a dataset (see `token_rows`), or a `DataLoader` of batches, each a
+            mapping with `input_ids` and `attention_mask` tensors [B, T], all of which are used. Not needed by
+            `metric="random"`.
         processing_class: tokenizer, needed for texts.
         metric: `"activation"`, or `"random"`, the control that every result should be shown beside.
         batch_reduction: reduction over rows: `"l2"`, `"mean"` (of absolute values) or `"var"`.
@@ -200,28 +201,33 @@ def estimate_importance(
         axes, blocks = _random_scores(spec, model.config, seed)
         return ImportanceScores(axes, blocks, {**settings, "seed": seed}, digests)
 
-    batches, num_batches, rows = _calibration_batches(
+    batches, num_batches, made_here = _calibration_batches(
         model, data, processing_class, num_samples, max_length, packing, batch_size
     )
-    digests["data"] = None if rows is None else rows.digest
     pass_ = _ScoringPass(spec, model, sequence_reduction)
     device = next(model.get_input_embeddings().parameters()).device
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), pass_.hooks(), tqdm(total=num_batches, desc="Scoring", disable=not show_progress) as bar:
             for batch in batches:
-                pass_.run({name: tensor.to(device) for name, tensor in batch.items()})
+                pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
                 bar.update()
     finally:
-        model.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
+    if not pass_.num_tokens:
+        raise DataError(
+            "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
+        )
+    digests["data"] = TokenRows(tuple(pass_.rows), None).digest
     settings |= {
         "batch_reduction": batch_reduction,
         "sequence_reduction": sequence_reduction,
         "num_rows": pass_.num_rows,
         "num_tokens": pass_.num_tokens,
-        "max_length": None if rows is None else max(map(len, rows.rows)),
-        "packing": None if rows is None else packing,
+        "max_length": max(map(len, pass_.rows)),
+        "packing": packing if made_here else None,
     }
     return ImportanceScores(pass_.axis_scores(batch_reduction), pass_.block_scores(), settings, digests)
 
@@ -245,12 +251,12 @@ def _calibration_batches(
     max_length: int | None,
     packing: bool,
     batch_size: int,
-) -> tuple[Iterable[Mapping[str, Tensor]], int | None, TokenRows | None]:
-    """Batches, their number where it is known, and the rows behind them where we made them ourselves."""
+) -> tuple[Iterable[Mapping[str, Tensor]], int | None, bool]:
+    """Batches, their number where it is known, and whether they were packed (or not) here."""
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
     if isinstance(data, torch.utils.data.DataLoader):
-        return data, len(data), None
+        return data, None if isinstance(data.dataset, torch.utils.data.IterableDataset) else len(data), False
     max_length = max_length or default_max_length(model.config)
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
@@ -258,13 +264,16 @@ def _calibration_batches(
             f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
-    largest = max(max(row) for row in rows.rows)
-    if largest >= model.config.vocab_size:
+    _require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    return padded_batches(rows, batch_size), -(-len(rows) // batch_size), not isinstance(data, TokenRows)
+
+
+def _require_vocabulary(largest: int, config: PretrainedConfig) -> None:
+    if largest >= config.vocab_size:
         raise DataError(
-            f"The calibration rows hold token id {largest}, but the model's vocabulary has {model.config.vocab_size} "
+            f"The calibration rows hold token id {largest}, but the model's vocabulary has {config.vocab_size} "
             "entries. Use the tokenizer that belongs to this model."
         )
-    return padded_batches(rows, batch_size), -(-len(rows) // batch_size), rows
 
 
 class _ScoringPass:
@@ -275,8 +284,7 @@ class _ScoringPass:
         self.model = model
         self.sizes = spec.sizes(model.config)
         self.sequence_reduction = sequence_reduction
-        self.num_rows = 0
-        self.num_tokens = 0
+        self.rows: list[tuple[int, ...]] = []  # what was seen, without padding
         self.layer_inputs: list[Tensor] = []
         self.mask_BT: Tensor | None = None
         # (axis, source) → [sum of |s|, sum of s, sum of s²] over rows, each [U]; source is a layer or norm index.
@@ -289,18 +297,31 @@ class _ScoringPass:
         mask_BT = batch.get("attention_mask")
         if mask_BT is None:
             mask_BT = torch.ones_like(batch["input_ids"])
+        rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["input_ids"], mask_BT)]
+        _require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
         padded = not bool(mask_BT.all())
         self.mask_BT = mask_BT.bool() if padded else None
         inputs = {"input_ids": batch["input_ids"]}
         if padded:
+            # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
+            inputs["input_ids"] = batch["input_ids"].masked_fill(~mask_BT.bool(), 0)
             inputs["attention_mask"] = mask_BT
             if self.takes_positions:
                 inputs["position_ids"] = position_ids(mask_BT)
         self.layer_inputs.clear()
         self.model.base_model(**inputs, use_cache=False)  # without the head: no logits are needed
         self._add_similarities(mask_BT.bool())
-        self.num_rows += len(mask_BT)
-        self.num_tokens += int(mask_BT.sum())
+        self.rows += [row for row in rows if row]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with at least one token."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen, without padding."""
+        return sum(map(len, self.rows))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
