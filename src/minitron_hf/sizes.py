@@ -65,11 +65,16 @@ class PrunerConfig:
             if isinstance(value, int) and value < 1:
                 raise PlanError(f"{name}={value}: at least one unit must be kept.")
         if self.layers_to_drop is not None:
-            self.layers_to_drop = list(self.layers_to_drop)
-            if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers_to_drop):
-                raise PlanError(f"layers_to_drop={self.layers_to_drop}: expected layer indices, counted from 0.")
+            layers = self.layers_to_drop
+            if not isinstance(layers, list | tuple | range) or not all(
+                isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers
+            ):
+                raise PlanError(f"layers_to_drop={layers!r}: expected a list of layer indices, counted from 0.")
+            self.layers_to_drop = list(layers)
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
+        if not isinstance(self.contiguous, bool):
+            raise PlanError(f"contiguous={self.contiguous!r}: expected true or false.")
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise PlanError(f"multiple_of={self.multiple_of!r}: expected a positive integer.")
 
@@ -172,7 +177,8 @@ def resolve_sizes(
     for axis in ("layers", "kv", "heads", "ffn", "hidden"):
         value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
         if isinstance(value, float):
-            step = _step(spec, axis, after, request.multiple_of)
+            # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
+            step = 1 if value == 1 else _step(spec, axis, after, request.multiple_of)
             after[axis] = _round_fraction(value, before[axis], step)
     notes += _follow_equal(spec, before, after, given)
     _require_groups(spec, before, after)
