@@ -117,7 +117,7 @@ class ImportanceScores:
                 "These importance scores were made for a model of another architecture "
                 f"({self.settings.get('model')}). Score this model with estimate_importance(…)."
             )
-        if model is not None and not _on_meta(model):
+        if model is not None and not on_meta(model):
             require_weights(model, self.digests["model"], "These importance scores")
 
 
@@ -469,5 +469,6 @@ def _random_scores(spec: ArchSpec, config: PretrainedConfig, seed: int) -> tuple
     return axes, blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)
 
 
-def _on_meta(model: PreTrainedModel) -> bool:
+def on_meta(model: PreTrainedModel) -> bool:
+    """Whether some of the weights have no values here: the meta device, or offloaded."""
     return any(parameter.is_meta for parameter in model.parameters())

@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from .artifacts import digest, read_json, replacing_file, versions, write_json
 from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, ArchSpec, spec_for
-from .importance import ImportanceScores
-from .models import count_parameters, empty_model
+from .importance import ImportanceScores, on_meta
+from .models import count_parameters, empty_model, model_digest
 from .sizes import PrunerConfig, build_student_config, resolve_sizes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class PruningPlan:
     Attributes:
         model_type: family.
         teacher: `name_or_path`, `revision`, `digest` of the weights (None if planned from a config without scores),
-            `architecture` digest, parameter counts, `config`.
+            parameter counts, `config`.
         student: parameter counts, `config`.
         sizes: axis → {"teacher": size, "student": size}.
         layers_kept: teacher indices of the student's layers.
@@ -189,6 +189,10 @@ def make_plan(
             "or calibration_data to prune_model."
         )
 
+    if scores is not None:
+        weights_digest = scores.digests["model"]
+    else:
+        weights_digest = None if on_meta(teacher) else model_digest(teacher)
     layers_kept = _choose_layers(before["layers"], after["layers"], config, scores)
     kept = _choose_units(spec, before, after, layers_kept, cut, scores)
     student = build_student_config(spec, teacher_config, after, layers_kept)
@@ -197,7 +201,7 @@ def make_plan(
         teacher={
             "name_or_path": teacher_config._name_or_path,
             "revision": getattr(teacher_config, "_commit_hash", None),
-            "digest": None if scores is None else scores.digests["model"],
+            "digest": weights_digest,
             "num_parameters": count_parameters(teacher),
             "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
             "config": _plain(teacher_config),
