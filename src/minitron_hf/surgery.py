@@ -12,9 +12,9 @@ from transformers.initialization import no_init_weights
 
 from .axes import dimension_index
 from .data import DataSource
-from .errors import MismatchError, PlanError
+from .errors import MismatchError, PlanError, UnsupportedModelError
 from .families import spec_for
-from .importance import ImportanceScores, estimate_importance, require_weights
+from .importance import ImportanceScores, estimate_importance, on_meta, require_weights
 from .models import architecture_digest, load_model, load_tokenizer
 from .planning import PruningPlan, make_plan
 from .sizes import PrunerConfig, student_config
@@ -42,19 +42,18 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """
     spec = spec_for(model.config)
     spec.check(model)
-    student_config = plan.build_student_config()
-    planned = type(model.config)(**{k: v for k, v in plan.teacher["config"].items() if k != "model_type"})
-    if model.config.model_type != plan.model_type or architecture_digest(planned) != architecture_digest(model.config):
-        raise MismatchError(
-            f"The plan was made for a {plan.model_type} model of other sizes "
-            f"({plan.teacher['name_or_path'] or 'in memory'}) than this {type(model).__name__}. Plan again."
+    if on_meta(model):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has weights without values (meta device or offloaded). Load them onto a device."
         )
+    _require_architecture(model, plan)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
 
-    student_config._attn_implementation = model.config._attn_implementation
-    student_config._name_or_path = model.config._name_or_path
+    config = plan.build_student_config()
+    config._attn_implementation = model.config._attn_implementation
+    config._name_or_path = model.config._name_or_path
     with no_init_weights(), torch.device(model.device):
-        student = type(model)._from_config(student_config, dtype=model.dtype)
+        student = type(model)._from_config(config, dtype=model.dtype)
     sizes = spec.sizes(model.config)
     after = {axis: size["student"] for axis, size in plan.sizes.items()}
     teacher_parameters = dict(model.named_parameters())
@@ -115,6 +114,19 @@ def prune_model(
             processing_class = load_tokenizer(model_or_path)
         scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
     return apply_plan(model, make_plan(model, config, scores))
+
+
+def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Refuse a plan for another family or other sizes."""
+    fits = model.config.model_type == plan.model_type
+    if fits:
+        planned = type(model.config)(**{k: v for k, v in plan.teacher["config"].items() if k != "model_type"})
+        fits = architecture_digest(planned) == architecture_digest(model.config)
+    if not fits:
+        raise MismatchError(
+            f"The plan was made for a {plan.model_type} model of other sizes "
+            f"({plan.teacher['name_or_path'] or 'in memory'}) than this {type(model).__name__}. Plan again."
+        )
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
