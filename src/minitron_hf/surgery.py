@@ -15,7 +15,7 @@ from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
 from .families import spec_for
 from .importance import ImportanceScores, estimate_importance, on_meta, require_weights
-from .models import architecture_digest, load_model, load_tokenizer
+from .models import architecture_digest, load_config, load_model, load_tokenizer
 from .planning import PruningPlan, make_plan
 from .sizes import PrunerConfig, student_config
 
@@ -44,7 +44,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     spec.check(model)
     if on_meta(model):
         raise UnsupportedModelError(
-            f"This {type(model).__name__} has weights without values (meta device or offloaded). Load them onto a device."
+            f"Weights of this {type(model).__name__} have no values (meta device or offloaded). "
+            "Load them onto a device."
         )
     _require_architecture(model, plan)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
@@ -107,9 +108,12 @@ def prune_model(
     """
     if scores is not None and calibration_data is not None:
         raise PlanError("Pass either scores or calibration_data, not both.")
+    # Every refusal of sizes comes before the weights are loaded, and before the scoring.
+    student_config(
+        model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path), config
+    )
     model = load_model(model_or_path)
     if scores is None and calibration_data is not None:
-        student_config(model.config, config)  # every refusal of sizes comes before the scoring
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
         scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
