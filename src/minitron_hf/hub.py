@@ -323,6 +323,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "distillation": distillation,
         "evaluation": evaluation,
         "models": models,
+        "calibration": _calibration(plan) if plan else None,
         "architecture": _architecture_table(plan) if plan else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
@@ -431,8 +432,8 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
                         metric_value=_significant(measured["value"]),
                     )
                 )
-    for task, metric, measured in _benchmark_values(run["benchmarks"] or {}):
-        if math.isfinite(measured["value"]):
+    for model, task, metric, measured in _benchmark_values(run["benchmarks"] or {}):
+        if model == "student" and math.isfinite(measured["value"]):
             results.append(
                 EvalResult(
                     task_type="text-generation",
@@ -472,6 +473,16 @@ def _significant(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings of the scores, without the teacher (it has its own place) and what was left at nothing."""
+    settings = (plan.get("scores") or {}).get("settings") or {}
+    return [
+        (key.replace("_", " "), value)
+        for key, value in settings.items()
+        if key not in ("model", "metric") and isinstance(value, str | int | float)
+    ]
+
+
 def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
     teacher, student = plan["teacher"], plan["student"]
 
@@ -507,9 +518,9 @@ def _size(value: Any) -> str:
 def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Rows of every number that at least one model has; the teacher's and the student's columns come first."""
     models = evaluation["models"]
-    names = sorted(models, key=lambda name: {"teacher": 0, "student": 1}.get(name, 2))
+    names = _model_order(models)
     reference = models.get(evaluation.get("reference")) or {}
-    rows: list[list[str]] = [["", *(name.capitalize() for name in names)]]
+    rows: list[list[str]] = [["", *map(_model_title, names)]]
 
     def add(title: str, cells: list[str]) -> None:
         if any(cell != "–" for cell in cells):
@@ -553,16 +564,37 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
     return losses[0] - losses[1]
 
 
-def _benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(task, metric, {"value", "stderr"}); lm-evaluation-harness writes its filter after a comma (`acc,none`)."""
-    for task, metrics in benchmarks.items():
-        for metric, measured in metrics.items():
-            yield task, metric.removesuffix(",none"), measured
+def _benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(model, task, metric, {"value", "stderr"}) of `benchmarks.json`.
+
+    The file is `{model: {task: {metric: …}}}`, or `{task: {metric: …}}` for the student alone.
+    """
+    flat = any("value" in measured for metrics in benchmarks.values() for measured in metrics.values())
+    for model, tasks in ({"student": benchmarks} if flat else benchmarks).items():
+        for task, metrics in tasks.items():
+            for metric, measured in metrics.items():
+                # lm-evaluation-harness names the filter after a comma, also where there is none.
+                yield model, task, metric.removesuffix(",none"), measured
 
 
 def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:
-    rows = [[task, metric, _measured(measured)] for task, metric, measured in _benchmark_values(benchmarks)]
-    return [["Task", "Metric", "Student"], *rows]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for model, task, metric, measured in _benchmark_values(benchmarks):
+        cells.setdefault((task, metric), {})[model] = _measured(measured)
+    names = _model_order({name for row in cells.values() for name in row})
+    rows = [[task, metric, *(row.get(name, "–") for name in names)] for (task, metric), row in cells.items()]
+    return [["Task", "Metric", *map(_model_title, names)], *rows]
+
+
+def _model_order(names: Iterable[str]) -> list[str]:
+    """The teacher and the student first, then the others as they come (a set: by name)."""
+    names = sorted(names) if isinstance(names, set | frozenset) else list(names)
+    return sorted(names, key=lambda name: {"teacher": 0, "student": 1}.get(name, 2))
+
+
+def _model_title(name: str) -> str:
+    """`random_init` → `Random init`."""
+    return name.replace("_", " ").capitalize()
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -726,6 +758,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "fence": _fence,
     "cell": _cell,
     "json": _json,
+    "model_title": _model_title,
 }
 
 
@@ -781,6 +814,7 @@ def push_student_to_hub(
         if "/" not in repo_id:
             repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
 
+    _require_teacher_metadata(run_dir, token)
     write_json(run_dir / "hub.json", {"repo_id": repo_id})
     content = write_model_card(run_dir).read_text(encoding="utf-8")
     files = uploaded_files(run_dir)
@@ -807,6 +841,20 @@ def push_student_to_hub(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _require_teacher_metadata(run_dir: Path, token: str) -> None:
+    """Look up the teacher's licence if the run did not; a student is not published without having asked."""
+    if (run_dir / "teacher.json").is_file() or not (run_dir / "pruning_plan.json").is_file():
+        return
+    teacher = read_json(run_dir / "pruning_plan.json").get("teacher") or {}
+    name = teacher.get("name_or_path")
+    try:
+        if not name or not (Path(name).is_dir() or _is_repo_id(name)):
+            raise HubError(f"The teacher is recorded as {name!r}, which is neither a folder here nor a Hub id.")
+        write_teacher_metadata(run_dir, name, revision=teacher.get("revision"), token=token)
+    except HubError as error:
+        logger.warning("%s The card will name no licence; write teacher.json to name one.", error)
 
 
 def uploaded_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:

@@ -1,0 +1,395 @@
+"""Publishing over real HTTP: the real `huggingface_hub` client against a local server that speaks its endpoints.
+
+`HF_ENDPOINT` is read when `huggingface_hub` is imported, so every client runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hub_server import (
+    HubServer,
+    check_card,
+    hub_server_fixture,  # noqa: F401 (a fixture)
+    make_blob,
+)
+from minitron_hf.errors import HubError, OutputError
+from minitron_hf.hub import push_student_to_hub, render_model_card, uploaded_files, write_teacher_metadata
+from run_folder import KEPT, VOCAB, write_json, write_run
+
+PUSH = """
+import json, sys
+from minitron_hf.errors import MinitronError
+from minitron_hf.hub import push_student_to_hub
+try:
+    info = push_student_to_hub(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+    print(json.dumps({"oid": info.oid, "pr": info.pr_url}))
+except MinitronError as error:
+    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+"""
+
+LOAD = """
+import json, sys
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("a story of a cat", return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save({"ids": ids, "logits": model(ids).logits}, sys.argv[2])
+print(json.dumps({"snapshot": snapshot_download(sys.argv[1])}))
+"""
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A complete run folder around a two-layer student with a tokenizer, and the model itself."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = write_run(tmp_path_factory.mktemp("published") / "run")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=KEPT["hidden"],
+        intermediate_size=KEPT["ffn"],
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=VOCAB,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    words = ["[UNK]", "[EOS]", "a", "story", "of", "cat"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]", unk_token="[UNK]").save_pretrained(folder)
+    # What a run leaves behind and nobody should see.
+    for name in ("checkpoint-10/model.safetensors", "checkpoint-10/optimizer.pt", "pruned/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"working file")
+    (folder / "stages").mkdir()
+    write_json(folder / "stages" / "score.json", {"digest": "x"})
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", ".README.md.x", "model.safetensors.tmp"):
+        (folder / name).write_text("{}")
+    return folder, model
+
+
+@pytest.fixture
+def full_run(student, tmp_path):
+    """A private copy of the complete run folder."""
+    return shutil.copytree(student[0], tmp_path / "run")
+
+
+@pytest.fixture
+def run_dir(full_run):
+    """The run folder without what the plots are drawn from: drawing them takes most of the time of a push."""
+    (full_run / "scores.safetensors").unlink()
+    (full_run / "distillation.json").unlink()
+    shutil.rmtree(full_run / "plots")
+    return full_run
+
+
+def client(code, *arguments, server: HubServer, home: Path, token: str | None = "hf_writer"):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+    }
+    if token:
+        environment["HF_TOKEN"] = token
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> dict:
+    """What the client printed last; its errors are answers too, a traceback is not."""
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]) | {"stderr": err}
+
+
+def push(run_dir, server, tmp_path, repo_id="lab/tiny-stories", token: str | None = "hf_writer", **options) -> dict:
+    return finish(
+        client(PUSH, run_dir, repo_id, json.dumps(options), server=server, home=tmp_path / "home", token=token)
+    )
+
+
+EXPECTED = {
+    ".gitattributes",
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "distillation.json",
+    "evaluation.json",
+    "generation_config.json",
+    "hub.json",
+    "model.safetensors",
+    "plots/importance.png",
+    "plots/layers.png",
+    "plots/training.png",
+    "pruner_config.json",
+    "pruning_plan.json",
+    "pruning_plan.safetensors",
+    "recipe.yaml",
+    "samples.json",
+    "scores.safetensors",
+    "teacher.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+PLOTTED = {name for name in EXPECTED if name.startswith("plots/")}
+EXPECTED_WITHOUT_PLOTS = EXPECTED - PLOTTED - {"scores.safetensors", "distillation.json"}
+
+
+def test_push_then_load_from_the_hub(student, full_run, hub_server, tmp_path):
+    import torch
+
+    result = push(full_run, hub_server, tmp_path)
+    repo = hub_server.repos["lab/tiny-stories"]
+    assert repo.private
+    (commit,) = repo.history()
+    assert commit.oid == result["oid"]
+    assert set(commit.files) == EXPECTED
+    assert commit.files["model.safetensors"].sha256, "weights go to large-file storage"
+    assert check_card(commit.files["README.md"].content.decode()) == ([], [])
+
+    out = tmp_path / "logits.pt"
+    loaded = finish(client(LOAD, "lab/tiny-stories", out, server=hub_server, home=tmp_path / "fresh"))
+    result = torch.load(out)
+    with torch.no_grad():
+        expected = student[1](result["ids"]).logits
+    assert torch.equal(result["logits"], expected)
+    snapshot = Path(loaded["snapshot"])
+    published = (snapshot / "README.md").read_text(encoding="utf-8")
+    assert render_model_card(snapshot) == published
+    assert 'name = "lab/tiny-stories"' in published
+    assert published.count("# tiny-stories\n") == 1
+
+
+def test_pushing_again_makes_no_second_commit_and_uploads_nothing(run_dir, hub_server, tmp_path):
+    first = push(run_dir, hub_server, tmp_path)
+    uploads = hub_server.count("PUT", "^/lfs/")
+    assert uploads == 2, "weights and plan"
+    again = push(run_dir, hub_server, tmp_path)
+    assert again["oid"] == first["oid"]
+    assert len(hub_server.repos["lab/tiny-stories"].history()) == 1
+    assert hub_server.count("PUT", "^/lfs/") == uploads
+
+
+@pytest.mark.parametrize("fault", ["drop-commit", "lose-commit-response"])
+def test_a_push_that_broke_at_the_commit_can_be_repeated(run_dir, hub_server, tmp_path, fault):
+    hub_server.faults.append(fault)
+    broken = push(run_dir, hub_server, tmp_path)
+    assert broken["error"] == "HubError"
+    assert "push again" in broken["message"]
+    uploads = hub_server.count("PUT", "^/lfs/")
+    done = push(run_dir, hub_server, tmp_path)
+    (commit,) = hub_server.repos["lab/tiny-stories"].history()
+    assert done["oid"] == commit.oid
+    assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
+    assert hub_server.count("PUT", "^/lfs/") == uploads, "what is there is not sent twice"
+
+
+def test_a_broken_upload_is_resent_by_the_same_push(run_dir, hub_server, tmp_path):
+    hub_server.faults.append("drop-lfs")
+    push(run_dir, hub_server, tmp_path)
+    (commit,) = hub_server.repos["lab/tiny-stories"].history()
+    assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
+    assert hub_server.count("PUT", "^/lfs/") == 3
+
+
+def test_a_push_killed_during_the_upload_can_be_repeated(run_dir, hub_server, tmp_path):
+    hub_server.faults.append("stall-lfs")
+    process = client(PUSH, run_dir, "lab/tiny-stories", "{}", server=hub_server, home=tmp_path / "home")
+    assert hub_server.stalled.wait(60)
+    time.sleep(0.2)  # the other files
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert hub_server.repos["lab/tiny-stories"].history() == []
+    push(run_dir, hub_server, tmp_path)
+    (commit,) = hub_server.repos["lab/tiny-stories"].history()
+    assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
+
+
+def test_files_of_an_earlier_push_that_are_gone_are_deleted_in_the_same_commit(run_dir, hub_server, tmp_path):
+    write_json(run_dir / "benchmarks.json", {"piqa": {"acc,none": {"value": 0.6, "stderr": 0.01}}})
+    push(run_dir, hub_server, tmp_path)
+    repo = hub_server.repos["lab/tiny-stories"]
+    (first,) = repo.history()
+    assert "benchmarks.json" in first.files
+    note = hub_server.state_of(repo).files["config.json"]
+    hub_server.commit(repo, first.oid, "a note of the owner", {**first.files, "notes.json": note})
+    (run_dir / "benchmarks.json").unlink()
+    push(run_dir, hub_server, tmp_path)
+    assert len(repo.history()) == 3
+    assert set(hub_server.state_of(repo).files) == EXPECTED_WITHOUT_PLOTS | {"notes.json"}, "files of others stay"
+
+
+def test_wrong_and_missing_tokens(run_dir, hub_server, tmp_path):
+    for token, advice in (("hf_wrong", "does not accept the access token"), (None, "there is no access token")):
+        refused = push(run_dir, hub_server, tmp_path, token=token)
+        assert refused["error"] == "HubError"
+        assert advice in refused["message"]
+        assert "hf auth login" in refused["message"]
+    refused = push(run_dir, hub_server, tmp_path, token="hf_reader")
+    assert refused["error"] == "HubError"
+    assert "write access" in refused["message"]
+    assert hub_server.repos == {}
+
+
+def test_no_server(run_dir, hub_server, tmp_path):
+    hub_server.stop()
+    refused = push(run_dir, hub_server, tmp_path)
+    assert refused["error"] == "HubError"
+    assert "connection failed" in refused["message"]
+
+
+def test_an_existing_repository_keeps_its_visibility(run_dir, hub_server, tmp_path):
+    hub_server.create("writer/open", private=False)
+    result = push(run_dir, hub_server, tmp_path, repo_id="open")
+    assert hub_server.repos["writer/open"].private is False
+    assert "stays public" in result["stderr"]
+    assert json.loads((run_dir / "hub.json").read_text()) == {"repo_id": "writer/open"}
+
+
+def test_public_branch_and_pull_request(run_dir, hub_server, tmp_path):
+    push(run_dir, hub_server, tmp_path, private=False, revision="v1")
+    repo = hub_server.repos["lab/tiny-stories"]
+    assert not repo.private
+    assert repo.history("main") == []
+    assert len(repo.history("v1")) == 1
+    result = push(run_dir, hub_server, tmp_path, create_pr=True, commit_message="Please")
+    assert result["pr"].endswith("/discussions/1")
+    assert repo.history("main") == []
+    assert [commit.message for commit in repo.history("refs/pr/1")] == ["Please"]
+
+
+def test_metadata_that_the_hub_refuses_stops_the_push_before_anything_is_made(run_dir, hub_server, tmp_path):
+    teacher = json.loads((run_dir / "teacher.json").read_text())
+    write_json(run_dir / "teacher.json", teacher | {"license": "my-own-idea"})
+    refused = push(run_dir, hub_server, tmp_path)
+    assert refused["error"] == "HubError"
+    assert '"license" must be one of' in refused["message"]
+    assert hub_server.repos == {}
+
+
+def test_a_folder_without_a_complete_student_is_refused(run_dir, tmp_path):
+    def refused(message):
+        with pytest.raises(OutputError, match=message):
+            push_student_to_hub(run_dir, "lab/tiny", token="hf_writer")
+
+    (run_dir / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    refused("no tokenizer")
+    (tmp_path / "tokenizer.json").rename(run_dir / "tokenizer.json")
+    weights = (run_dir / "model.safetensors").read_bytes()
+    (run_dir / "model.safetensors").write_bytes(weights[:-100])
+    refused("damaged")
+    (run_dir / "model.safetensors").unlink()
+    refused(r"no model\.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    write_json(run_dir / "model.safetensors.index.json", index)
+    (run_dir / "model-00001-of-00002.safetensors").write_bytes(weights)
+    refused(r"no model-00002-of-00002\.safetensors")
+    (run_dir / "config.json").unlink()
+    refused(r"no config\.json")
+    with pytest.raises(OutputError, match="does not exist"):
+        push_student_to_hub(tmp_path / "nowhere", "lab/tiny")
+    assert not (run_dir / "hub.json").exists()
+
+
+def test_repository_names_are_checked(run_dir):
+    with pytest.raises(HubError, match="owner/name"):
+        push_student_to_hub(run_dir, "lab/tiny/extra", token="hf_writer")
+
+
+def test_working_files_are_not_listed(student):
+    files = uploaded_files(student[0])
+    assert set(files) == EXPECTED - PLOTTED - {".gitattributes", "hub.json", "README.md"}
+    assert list(files) == sorted(files)
+
+
+TEACHER_METADATA = """
+import json, sys
+from minitron_hf.errors import MinitronError
+from minitron_hf.hub import write_teacher_metadata
+try:
+    print(write_teacher_metadata(sys.argv[1], sys.argv[2]).read_text().replace("\\n", ""))
+except MinitronError as error:
+    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+"""
+
+
+def test_teacher_metadata_from_the_hub(hub_server, tmp_path):
+    card = "---\nlicense: apache-2.0\nlanguage: en\ndatasets:\n- lab/text\nbase_model: lab/other\n---\n# Teacher\n"
+    repo = hub_server.create("lab/teacher", private=True)
+    files = {"README.md": card, "LICENSE": "Apache", "NOTICE.txt": "Notice", "config.json": "{}"}
+    blobs = {name: make_blob(text.encode()) for name, text in files.items()}
+    oid = hub_server.commit(repo, repo.branches["main"], "teacher", blobs)
+    run = tmp_path / "run"
+    run.mkdir()
+    options = {"server": hub_server, "home": tmp_path / "home"}
+    teacher = finish(client(TEACHER_METADATA, run, "lab/teacher", **options))
+    del teacher["stderr"]
+    assert teacher == {
+        "name_or_path": "lab/teacher",
+        "hub_id": "lab/teacher",
+        "revision": oid,
+        "license": "apache-2.0",
+        "license_name": None,
+        "license_link": None,
+        "language": ["en"],
+        "datasets": ["lab/text"],
+        "tags": None,
+    }
+    assert {path.name for path in run.iterdir()} == {"teacher.json", "LICENSE", "NOTICE.txt"}
+    missing = finish(client(TEACHER_METADATA, run, "lab/nobody", **options))
+    assert missing["error"] == "HubError"
+    assert "lab/nobody" in missing["message"]
+
+
+def test_teacher_metadata_from_a_folder(tmp_path):
+    folder, run = tmp_path / "my-teacher", tmp_path / "run"
+    folder.mkdir()
+    run.mkdir()
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.1\nlanguage: [en, no]\n---\n")
+    (folder / "USE_POLICY.md").write_text("Be kind")
+    teacher = json.loads(write_teacher_metadata(run, folder).read_text())
+    assert teacher["name_or_path"] == "my-teacher", "no path of this machine"
+    assert teacher["hub_id"] is None
+    assert (teacher["license"], teacher["license_name"]) == ("other", "llama3.1")
+    assert teacher["language"] == ["en", "no"], "YAML reads `no` as False"
+    assert (run / "USE_POLICY.md").read_text() == "Be kind"
+
+
+@pytest.mark.parametrize("card", [None, "# no metadata\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
+def test_an_unknown_licence_stays_unknown(tmp_path, card):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    teacher = json.loads(write_teacher_metadata(tmp_path, folder).read_text())
+    assert {key: value for key, value in teacher.items() if value is not None} == {"name_or_path": "teacher"}
