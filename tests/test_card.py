@@ -1,0 +1,326 @@
+"""The model card: a pure function of the run folder, with metadata that the Hub accepts and numbers that are right."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hub_server import card_metadata, check_card
+from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.hub import render_model_card, write_model_card
+from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, training_record, write_json, write_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = write_run(tmp_path / "run")
+    for name in ("training", "importance", "layers"):
+        (folder / "plots" / f"{name}.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def sections(content: str) -> dict[str, str]:
+    """Title → text of every second-level section."""
+    body = re.sub(r"^---\n.*?\n---\n", "", content, flags=re.S)
+    parts = re.split(r"^## (.+)$", body, flags=re.M)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """First cell → the other cells, of the first table in `text`."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return {row[0]: row[1:] for row in rows if set(row[0]) != {"-"}}
+
+
+def test_metadata_is_what_the_hub_accepts(run_dir):
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    card = ModelCard(content)
+    assert str(card) == content, "parsing and writing it again changes nothing"
+    data = card.data
+    assert data.base_model == "story-lab/stories-10M"
+    assert data.get("base_model_relation") == "finetune"
+    assert (data.license, data.license_name, data.license_link) == ("mit", None, None)
+    assert data.language == ["en"]
+    assert data.datasets == ["roneneldan/TinyStories"]
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.tags == ["minitron", "pruned", "knowledge-distillation"]
+    results = {result.metric_type: result for result in data.eval_results}
+    metrics = evaluation()["models"]["student"]["metrics"]
+    assert set(results) == set(metrics)
+    for key, measured in metrics.items():
+        assert results[key].metric_value == pytest.approx(measured["value"], rel=1e-5)
+        assert results[key].dataset_type == "story-lab/stories-valid"
+        assert results[key].task_type == "text-generation"
+
+
+def test_numbers_stand_beside_the_teacher(run_dir):
+    found = sections(render_model_card(run_dir))
+    architecture = table(found["Architecture"])
+    assert architecture["Hidden size"] == ["96", "64", "66.7 %"]
+    assert architecture["Vocabulary"] == ["1,000", "1,000", "100.0 %"]
+    assert architecture["Parameters"] == ["1,000,000", "420,000", "42.0 %"]
+    assert architecture["Parameters without embeddings"] == ["904,000", "356,000", "39.4 %"]
+    measured = table(found["Measurements"])
+    assert measured[""] == ["Teacher", "Student", "Pruned"]
+    assert measured["Loss, nats per token"] == ["2.500 ± 0.012", "2.750 ± 0.012", "5.500 ± 0.012"]
+    assert measured["Perplexity, per token"][1] == f"{math.exp(2.75):.2f} ± {math.exp(2.75) * 0.0123:.2f}"
+    assert measured["Top-1 agreement with the teacher"][1] == "71.20 ± 0.42 %"
+    assert measured["Checkpoint size"][:2] == ["1.91 MiB", "823.69 KiB (0.42×)"]
+    assert measured["KV cache per token"] == ["2.00 KiB", "1.50 KiB (0.75×)", "–"]
+    assert measured["Decode, tokens/s"] == ["200", "310 (1.55×)", "–"]
+    assert "0.250 nats per token above" in found["Limitations"]
+    assert "dropped and 0–3, 6, 7 kept" in found["What was kept"]
+
+
+def test_free_text_cannot_break_the_card(run_dir):
+    content = render_model_card(run_dir)
+    assert f"````text\n{SAMPLES[0]['completions']['teacher']}\n````" in content
+    assert f"```yaml\n{RECIPE.rstrip()}\n```" in content
+    changed = plan()
+    changed["notes"] = ["a | pipe\n## and a heading"]
+    write_json(run_dir / "pruning_plan.json", changed)
+    assert "## and a heading" not in re.findall(r"^##.*$", render_model_card(run_dir), flags=re.M)
+
+
+@pytest.mark.parametrize("name", ["training", "importance", "layers"])
+def test_pictures_are_linked_when_they_are_there(run_dir, name):
+    assert f"](plots/{name}.png)" in render_model_card(run_dir)
+    (run_dir / "plots" / f"{name}.png").unlink()
+    assert f"](plots/{name}.png)" not in render_model_card(run_dir)
+
+
+def test_pure_function_of_the_files(run_dir, tmp_path, monkeypatch):
+    content = render_model_card(run_dir)
+    elsewhere = shutil.copytree(run_dir, tmp_path / "some" / "other name")
+    for path in elsewhere.rglob("*"):
+        os.utime(path, (1, 1))
+    (elsewhere / "README.md").write_text("an older card")
+    (elsewhere / "checkpoint-1").mkdir()
+
+    def forbidden(*_, **__):
+        raise AssertionError("the card must not ask for this")
+
+    for owner, name in ((socket, "socket"), (time, "time"), (time, "localtime"), (socket, "gethostname")):
+        monkeypatch.setattr(owner, name, forbidden)
+    monkeypatch.setattr(datetime, "datetime", forbidden)
+    monkeypatch.setattr("minitron_hf.artifacts.versions", forbidden)
+    monkeypatch.chdir(tmp_path)
+    for variable in ("USER", "HOME", "LANG", "HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, "changed")
+    assert render_model_card(elsewhere) == content
+
+
+@pytest.mark.parametrize(
+    "missing", ["teacher", "distillation", "evaluation", "samples", "recipe", "config", "LICENSE", "pruning_plan"]
+)
+def test_any_optional_file_may_be_missing(run_dir, missing):
+    (path,) = run_dir.glob(f"{missing}*" if missing == "LICENSE" else f"{missing}.[jy]*")
+    path.unlink()
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    assert str(ModelCard(content)) == content
+    found = sections(content)
+    data = card_metadata(content)
+    if missing == "distillation":
+        assert "Distillation" not in found
+        assert "No retraining is recorded" in found["Limitations"]
+        assert "knowledge-distillation" not in data["tags"]
+    if missing == "evaluation":
+        assert "not measured" in found["Measurements"]
+        assert "was not measured" in found["Limitations"]
+        assert "model-index" not in data
+    if missing == "pruning_plan":
+        assert "Architecture" not in found
+        assert "pruned" not in data["tags"]
+    if missing == "samples":
+        assert "Samples" not in found
+    if missing == "teacher":
+        assert "license" not in data
+        assert data["base_model"] == "story-lab/stories-10M", "the plan names it too"
+
+
+def test_minimal_folder(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    content = render_model_card(tmp_path)
+    assert check_card(content) == ([], [])
+    assert card_metadata(content) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["minitron"],
+    }
+    assert "None" not in content
+    made = ["Measurements", "How to use", "How it was made", "Limitations", "Licence", "Citation"]
+    assert list(sections(content)) == ["", *made]
+
+
+def test_nothing_to_describe(tmp_path):
+    with pytest.raises(OutputError, match="no student to describe"):
+        render_model_card(tmp_path)
+    with pytest.raises(OutputError, match="no student to describe"):
+        write_model_card(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_another_version(run_dir):
+    changed = plan()
+    del changed["student"]["num_parameters"]
+    write_json(run_dir / "pruning_plan.json", changed)
+    with pytest.raises(MismatchError, match="num_parameters"):
+        render_model_card(run_dir)
+
+
+def licence(run_dir: Path, **fields: object) -> tuple[dict, str]:
+    write_json(run_dir / "teacher.json", TEACHER | fields)
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    return card_metadata(content), sections(content)["Licence"]
+
+
+def test_licence_is_inherited_and_never_invented(run_dir):
+    data, text = licence(run_dir)
+    assert data["license"] == "mit"
+    assert "`mit`, inherited from the teacher." in text
+    assert "[LICENSE](LICENSE)" in text
+
+    link = "https://example.org/LICENSE"
+    data, text = licence(run_dir, license="other", license_name="gemma-terms", license_link=link)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "gemma-terms", link)
+    assert f"`other` (gemma-terms), inherited from the teacher: <{link}>." in text
+    assert "Gemma terms ask" in text
+
+    data, text = licence(run_dir, license="llama3.1")
+    assert "Built with Llama" in text
+
+    (run_dir / "LICENSE").unlink()
+    data, text = licence(run_dir, license=None)
+    assert not {"license", "license_name", "license_link"} & set(data)
+    assert "not known" in text
+    assert "find it out" in text
+
+
+def test_a_local_teacher_is_not_named_as_a_model_of_the_hub(run_dir):
+    write_json(run_dir / "teacher.json", TEACHER | {"name_or_path": "models/stories", "hub_id": None})
+    content = render_model_card(run_dir)
+    data = card_metadata(content)
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    assert "`stories` pruned from" in content
+    for name in ("/home/me/models/stories", r"C:\models\stories"):
+        write_json(run_dir / "teacher.json", {"name_or_path": name})
+        content = render_model_card(run_dir)
+        assert "base_model" not in card_metadata(content)
+        assert "me/models" not in content
+        assert "`stories` pruned from" in content
+
+
+def test_paths_of_this_machine_do_not_reach_the_card(run_dir):
+    changed = evaluation()
+    changed["data"]["name"] = "/home/me/data/valid stories.jsonl"
+    write_json(run_dir / "evaluation.json", changed)
+    settings = plan()
+    settings["scores"]["settings"]["model"] = "/home/me/teacher"
+    write_json(run_dir / "pruning_plan.json", settings)
+    content = render_model_card(run_dir)
+    assert "/home/me" not in content
+    assert check_card(content) == ([], [])
+    (result, *_) = card_metadata(content)["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "valid-stories.jsonl"
+    assert result["dataset"]["name"] == "valid stories.jsonl"
+
+
+def test_norwegian(run_dir):
+    write_json(run_dir / "teacher.json", TEACHER | {"language": ["no", "en"]})
+    content = render_model_card(run_dir)
+    assert card_metadata(content)["language"] == ["no", "en"]
+    assert check_card(content) == ([], [])
+
+
+def test_values_that_are_no_numbers_stay_out_of_the_model_index(run_dir):
+    changed = evaluation()
+    changed["models"]["student"]["metrics"]["perplexity"]["value"] = math.inf
+    changed["models"]["student"]["metrics"]["kl_divergence"] = None
+    write_json(run_dir / "evaluation.json", changed)
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    types = {result.metric_type for result in ModelCard(content).data.eval_results}
+    assert types == {"loss", "bits_per_byte", "top1_agreement"}
+    measured = table(sections(content)["Measurements"])
+    assert measured["Perplexity, per token"][1] == "inf"
+    assert measured["KL(teacher ‖ model), nats per token"][1] == "–"
+
+
+FLAT = {"piqa": {"acc,none": {"value": 0.61, "stderr": 0.012}, "acc_norm,none": {"value": 0.62, "stderr": None}}}
+
+
+def test_benchmarks(run_dir):
+    write_json(run_dir / "benchmarks.json", FLAT)
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    shown = sections(content)["Measurements"].split("### Benchmarks")[1]
+    assert "| piqa | acc | 0.610 ± 0.012 |" in shown
+    assert "| piqa | acc_norm | 0.62 |" in shown
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(content).data.eval_results}
+    assert results["piqa", "acc"] == 0.61
+    assert results["piqa", "acc_norm"] == 0.62
+
+    teacher = {"piqa": {"acc,none": {"value": 0.7, "stderr": 0.011}}}
+    write_json(run_dir / "benchmarks.json", {"student": FLAT, "teacher": teacher})
+    content = render_model_card(run_dir)
+    assert "| piqa | acc | 0.700 ± 0.011 | 0.610 ± 0.012 |" in content
+    assert "| piqa | acc_norm | – | 0.62 |" in content
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(content).data.eval_results}
+    assert results["piqa", "acc"] == 0.61, "the model-index speaks of the student"
+
+
+def test_controls_become_columns(run_dir):
+    changed = evaluation()
+    changed["models"]["random_init"] = changed["models"].pop("pruned")
+    write_json(run_dir / "evaluation.json", changed)
+    measured = table(sections(render_model_card(run_dir))["Measurements"])
+    assert measured[""] == ["Teacher", "Student", "Random init"]
+
+
+def test_repository_name(run_dir):
+    assert 'name = "path/to/this/folder"' in render_model_card(run_dir)
+    write_json(run_dir / "hub.json", {"repo_id": "lab/tiny-stories"})
+    content = render_model_card(run_dir)
+    assert 'name = "lab/tiny-stories"' in content
+    assert "\n# tiny-stories\n" in content
+    assert card_metadata(content)["model-index"][0]["name"] == "tiny-stories"
+
+
+def test_write_model_card_draws_first(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = write_model_card(folder)
+    content = path.read_text(encoding="utf-8")
+    assert path == folder / "README.md"
+    assert content == render_model_card(folder)
+    for link in re.findall(r"\]\((plots/[^)]+)\)", content):
+        assert (folder / link).read_bytes().startswith(b"\x89PNG")
+    assert content.count("](plots/") == 3
+
+
+def test_shown_settings_are_the_recorded_ones(run_dir):
+    found = sections(render_model_card(run_dir))["How it was made"]
+    arguments = training_record()["arguments"]
+    assert table(found) == {"Argument": ["Value"], **{key: [str(value)] for key, value in arguments.items()}}
+    (settings,) = re.findall(r"```json\n(.*?)\n```", found, flags=re.S)
+    assert json.loads(settings) == plan()["pruner_config"]
+    (recipe,) = re.findall(r"```yaml\n(.*?)\n```", found, flags=re.S)
+    assert yaml.safe_load(recipe)["prune"]["hidden_size"] == KEPT["hidden"]
+    for digest in ("a", "b", "c", "d"):
+        assert f"`sha256:{digest * 64}`" in found
