@@ -1,0 +1,503 @@
+"""Surgery: the student computes what the teacher computes with the dropped units switched off."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from minitron_hf import models
+from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
+from minitron_hf.importance import estimate_importance
+from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.surgery import apply_plan, prune_model
+from pocket import (
+    POCKETS,
+    assert_same_function,
+    logits,
+    pocket_config,
+    pocket_model,
+    pocket_tokenizer,
+    pocket_tokens,
+)
+
+NAMES = list(POCKETS)
+GROUPED_NAMES = [name for name in NAMES if POCKETS[name].kv]
+#: Longer than the sliding windows of six tokens, so that they matter.
+TOKENS = pocket_tokens(2, 19)
+
+
+def plan_for(model, **request) -> PruningPlan:
+    """A plan from random scores: what is kept differs from layer to layer and is no prefix."""
+    return make_plan(
+        model, PrunerConfig(**request, multiple_of=1), estimate_importance(model, metric="random", seed=3)
+    )
+
+
+# Oracles. They know the stock models' modules from `Pocket`, and the plan's indices; nothing of the tables.
+
+
+def masked_teacher(name: str, teacher, plan: PruningPlan):
+    """The teacher with the inputs of its output projections zeroed at dropped units, and dropped layers removed."""
+    pocket = POCKETS[name]
+    masked = copy.deepcopy(teacher)
+    layers = masked.get_submodule(pocket.layers)
+    head_dim = plan.sizes["head_dim"]["teacher"]
+    each = plan.sizes["heads"]["teacher"] // plan.sizes["kv"]["teacher"] if pocket.kv else 1
+    for layer, module in enumerate(layers):
+        if layer not in plan.layers_kept:
+            layers[layer] = Passthrough()
+            continue
+        position = plan.layers_kept.index(layer)
+        if "ffn" in plan.kept:
+            zero_input_except(module.get_submodule(pocket.mlp_out), plan.kept["ffn"][position])
+        heads = plan.kept["heads"][position] if "heads" in plan.kept else None
+        if "kv" in plan.kept:
+            groups = plan.kept["kv"][position]
+            members = [group * each + query for group in groups for query in range(each)]
+            heads = members if heads is None else heads
+            assert set(heads) <= set(members)
+        if heads is not None:
+            columns = [head * head_dim + dim for head in heads for dim in range(head_dim)]
+            zero_input_except(module.get_submodule(pocket.attention_out), columns)
+    return masked
+
+
+class Passthrough(nn.Module):
+    """A decoder layer that does nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return hidden_states
+
+
+def zero_input_except(module: nn.Module, kept) -> None:
+    def hook(_, args):
+        [x] = args
+        mask = torch.zeros(x.shape[-1], dtype=x.dtype)
+        mask[torch.as_tensor(kept)] = 1
+        return (x * mask,)
+
+    module.register_forward_pre_hook(hook)
+
+
+class NormOnKept(nn.Module):
+    """A norm of the kept channels alone; what the others hold is ignored, and they come out as zero."""
+
+    def __init__(self, norm: nn.Module, kept: torch.Tensor, rms: bool) -> None:
+        super().__init__()
+        self.norm, self.kept, self.rms = norm, kept, rms
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = x[..., self.kept]
+        if self.rms:
+            z = z / (z.pow(2).mean(-1, keepdim=True) + self.norm.variance_epsilon).sqrt()
+        else:
+            z = z - z.mean(-1, keepdim=True)
+            z = z / (z.pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt()
+        z = z * self.norm.weight[self.kept]
+        if not self.rms:
+            z = z + self.norm.bias[self.kept]
+        out = torch.zeros_like(x)
+        out[..., self.kept] = z
+        return out
+
+
+def hidden_norms(model, hidden: int) -> list[str]:
+    """Norms over the residual stream; those of queries and keys are of another width."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).shape == (hidden,)
+    ]
+
+
+def narrow_teacher(name: str, teacher, plan: PruningPlan):
+    """The teacher whose norms see only the kept channels."""
+    narrowed = copy.deepcopy(teacher)
+    if "hidden" in plan.kept:
+        kept = torch.from_numpy(plan.kept["hidden"])
+        paths = hidden_norms(narrowed, plan.sizes["hidden"]["teacher"])
+        assert len(paths) == 2 * plan.sizes["layers"]["teacher"] + 1
+        for path in paths:
+            parent, _, leaf = path.rpartition(".")
+            norm = NormOnKept(narrowed.get_submodule(path), kept, POCKETS[name].rms)
+            setattr(narrowed.get_submodule(parent), leaf, norm)
+    return narrowed
+
+
+def oracle(name: str, teacher, plan: PruningPlan):
+    return masked_teacher(name, narrow_teacher(name, teacher, plan), plan)
+
+
+# Student = masked teacher
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_empty_plan_is_the_identity(name: str):
+    teacher = pocket_model(name)
+    student = apply_plan(teacher, make_plan(teacher, PrunerConfig()))
+    assert student is not teacher
+    assert torch.equal(logits(student, TOKENS), logits(teacher, TOKENS))
+    assert models.model_digest(student) == models.model_digest(teacher)
+
+
+WIDTHS = {
+    "ffn": {"intermediate_size": 31},
+    "layer block": {"num_hidden_layers": 2},
+    "single layers": {"layers_to_drop": [0, 2]},
+}
+GROUPED_WIDTHS = {
+    "heads": {"num_attention_heads": 6},
+    "kv": {"num_key_value_heads": 2, "num_attention_heads": 8},
+    "kv and heads": {"num_key_value_heads": 2, "num_attention_heads": 2},
+    "hidden": {"hidden_size": 24},
+    "everything": {
+        "hidden_size": 24,
+        "intermediate_size": 17,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+    },
+    "everything but the heads": {"hidden_size": 24, "intermediate_size": 0.5, "layers_to_drop": [4, 1]},
+}
+COUPLED_WIDTHS = {
+    "hidden": {"hidden_size": 24},
+    "heads": {"num_attention_heads": 2},
+    "everything": {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 17, "num_hidden_layers": 3},
+}
+
+
+def requests(name: str) -> dict[str, dict]:
+    """The cuts that this pocket's family can be asked for."""
+    own = GROUPED_WIDTHS if POCKETS[name].kv else COUPLED_WIDTHS
+    return {cut: dict(request) for cut, request in {**WIDTHS, **own}.items()}
+
+
+CASES = [pytest.param(name, cut, id=f"{name}-{cut}") for name in NAMES for cut in requests(name)]
+
+
+@pytest.mark.parametrize(("name", "cut"), CASES)
+def test_student_equals_masked_teacher(name: str, cut: str):
+    request = requests(name)[cut]
+    if cut == "kv" and name.startswith("llama"):
+        request["hidden_size"] = 32  # LlamaConfig insists on a multiple of the 8 heads
+    teacher = pocket_model(name)
+    plan = plan_for(teacher, **request)
+    student = apply_plan(teacher, plan)
+    assert models.count_parameters(student) < models.count_parameters(teacher)
+    assert_same_function(oracle(name, teacher, plan), student, TOKENS)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if POCKETS[name].rms])
+def test_hidden_has_a_closed_form_for_rms_norms(name: str):
+    """The teacher with dead channels is the student if weight · √(H'/H) and eps · H'/H make up for the divisor."""
+    teacher = pocket_model(name)
+    plan = plan_for(teacher, hidden_size=24)
+    before, after = 36, 24
+    closed = copy.deepcopy(teacher)
+    for path in hidden_norms(closed, before):
+        norm = closed.get_submodule(path)
+        norm.weight.data *= (after / before) ** 0.5
+        norm.variance_epsilon *= after / before
+        zero_input_except(norm, plan.kept["hidden"])
+    assert_same_function(closed, apply_plan(teacher, plan), TOKENS)
+
+
+@pytest.mark.parametrize("name", ["llama-biases-tied", "gpt2", "phi3"])
+def test_one_cut_equals_two(name: str):
+    """Cutting twice, with the indices of the second cut mapped through the first, is cutting once."""
+    teacher = pocket_model(name)
+    first = plan_for(teacher, intermediate_size=40, num_hidden_layers=3)
+    middle = apply_plan(teacher, first)
+    second = plan_for(middle, intermediate_size=11, num_hidden_layers=2)
+    twice = apply_plan(middle, second)
+
+    at_once = plan_for(teacher, intermediate_size=11, num_hidden_layers=2)
+    layers = [first.layers_kept[layer] for layer in second.layers_kept]
+    units = [
+        first.kept["ffn"][layer][chosen] for layer, chosen in zip(second.layers_kept, second.kept["ffn"], strict=True)
+    ]
+    composed = PruningPlan(
+        **{
+            **vars(at_once),
+            "layers_kept": tuple(layers),
+            "kept": {"ffn": torch.tensor([unit.tolist() for unit in units]).numpy()},
+        }
+    )
+    assert_same_function(apply_plan(teacher, composed), twice, TOKENS, 1e-15)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_sliding_layers_stay_sliding(name: str):
+    """Layers 0 and 1 see everything, 2 to 4 six tokens; the students keep each layer's own window."""
+    teacher = pocket_model(name)
+    assert teacher.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 3
+    wide_open = pocket_model(name, use_sliding_window=False, layer_types=None)
+    wide_open.load_state_dict(teacher.state_dict())
+    assert not torch.allclose(logits(wide_open, TOKENS), logits(teacher, TOKENS))  # the windows matter here
+
+    for drop, types, leading in (
+        ([0], "full sliding sliding sliding", 1),
+        ([1, 3], "full sliding sliding", 1),
+        ([2, 3, 4], "full full", 2),
+        ([0, 1], "sliding sliding sliding", 0),
+    ):
+        plan = plan_for(teacher, layers_to_drop=drop)
+        student = apply_plan(teacher, plan)
+        assert student.config.layer_types == [f"{kind}_attention" for kind in types.split()]
+        assert student.config.max_window_layers == leading
+        assert_same_function(masked_teacher(name, teacher, plan), student, TOKENS)
+
+
+# Reload
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in NAMES), *((name, torch.bfloat16) for name in ("llama", "gpt2", "phi3"))],
+    ids=str,
+)
+def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_path: Path):
+    teacher = pocket_model(name, dtype=dtype)
+    student = apply_plan(teacher, plan_for(teacher, **requests(name)["everything"]))
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(reloaded) is type(teacher)
+    assert reloaded.dtype == dtype
+    assert reloaded.state_dict().keys() == student.state_dict().keys()
+    assert all(torch.equal(value, student.state_dict()[key]) for key, value in reloaded.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(reloaded(TOKENS).logits, student(TOKENS).logits)
+
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["head_dim"] == (10 if POCKETS[name].kv else 8)
+    layers = reloaded.get_submodule(POCKETS[name].layers)
+    indices = [module.layer_idx for module in layers.modules() if hasattr(module, "layer_idx")]
+    assert sorted(set(indices)) == [0, 1, 2]
+    tied = reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
+    assert tied == teacher.config.tie_word_embeddings
+    if dtype is torch.float32:
+        generated = [
+            model.generate(TOKENS[:, :5], do_sample=False, max_new_tokens=12, use_cache=cached, eos_token_id=None)
+            for model in (student, reloaded)
+            for cached in (False, True)
+        ]
+        assert generated[0].shape == (2, 17)
+        assert all(torch.equal(generated[0], other) for other in generated[1:])
+
+
+@pytest.mark.parametrize("name", ["llama-biases-tied", "gpt2"])
+def test_tied_heads_stay_one_tensor(name: str, tmp_path: Path):
+    teacher = pocket_model(name)
+    student = apply_plan(teacher, plan_for(teacher, hidden_size=24))
+    assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        reloaded.get_input_embeddings().weight.zero_()
+    assert reloaded.get_output_embeddings().weight.abs().max() == 0
+
+
+def test_generation_config_is_kept():
+    teacher = pocket_model("llama")
+    teacher.generation_config.temperature = 0.3
+    teacher.generation_config.do_sample = True
+    student = apply_plan(teacher, plan_for(teacher, intermediate_size=20))
+    assert student.generation_config.to_dict() == teacher.generation_config.to_dict()
+    assert student.generation_config is not teacher.generation_config
+
+
+# dtype and device
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtype_follows_the_teacher(dtype: torch.dtype):
+    teacher = pocket_model("qwen2", dtype=dtype)
+    student = apply_plan(teacher, plan_for(teacher, hidden_size=24))
+    assert {parameter.dtype for parameter in student.parameters()} == {dtype}
+    assert student.config.dtype == dtype
+
+
+def test_mixed_dtypes_follow_the_teacher():
+    teacher = pocket_model("llama", dtype=torch.bfloat16)
+    teacher.model.norm.float()
+    student = apply_plan(teacher, plan_for(teacher, hidden_size=24))
+    assert student.model.norm.weight.dtype == torch.float32
+    assert student.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_buffers_are_those_of_a_fresh_model():
+    """Rotary frequencies are no parameters; a student built without initialisation must still have them."""
+    teacher = pocket_model("llama", dtype=torch.float32)
+    student = apply_plan(teacher, plan_for(teacher, num_attention_heads=6))
+    ours, stock = dict(student.named_buffers()), dict(AutoModelForCausalLM.from_config(student.config).named_buffers())
+    assert ours.keys() == stock.keys()
+    assert ours
+    assert all(torch.equal(value, stock[name]) for name, value in ours.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_follows_the_teacher():
+    teacher = pocket_model("qwen3").to("cuda")
+    student = apply_plan(teacher, plan_for(teacher, hidden_size=24, num_hidden_layers=2))
+    assert {tensor.device.type for tensor in (*student.parameters(), *student.buffers())} == {"cuda"}
+
+
+# Inputs are read-only, and belong together
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher_is_untouched(name: str):
+    teacher = pocket_model(name)
+    tensors = {key: value.clone() for key, value in teacher.state_dict().items()}
+    config, generation = teacher.config.to_dict(), teacher.generation_config.to_dict()
+    version = {key: parameter._version for key, parameter in teacher.named_parameters()}
+    student = apply_plan(teacher, plan_for(teacher, **requests(name)["everything"]))
+    identity = apply_plan(teacher, make_plan(teacher, PrunerConfig()))
+    with torch.no_grad():
+        for parameter in [*student.parameters(), *identity.parameters()]:
+            parameter.zero_()  # nothing may be shared
+    assert teacher.config.to_dict() == config
+    assert teacher.generation_config.to_dict() == generation
+    assert {key: parameter._version for key, parameter in teacher.named_parameters()} == version
+    assert all(torch.equal(value, tensors[key]) for key, value in teacher.state_dict().items())
+    assert not hasattr(teacher, "pruning_plan")
+
+
+def test_student_can_be_trained():
+    teacher = pocket_model("llama", dtype=torch.float32).requires_grad_(False)
+    student = apply_plan(teacher, plan_for(teacher, hidden_size=24))
+    student(TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_plan_from_disk_makes_the_same_student(name: str, tmp_path: Path):
+    teacher = pocket_model(name)
+    plan = plan_for(teacher, **requests(name)["everything"])
+    plan.save_pretrained(tmp_path)
+    reread = PruningPlan.from_pretrained(tmp_path)
+    assert reread.to_dict() == plan.to_dict()
+    assert reread.digest == plan.digest
+    apply_plan(teacher, plan).save_pretrained(tmp_path / "one")
+    apply_plan(teacher, reread).save_pretrained(tmp_path / "two")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_plan_is_attached_to_the_student():
+    teacher = pocket_model("llama")
+    plan = plan_for(teacher, intermediate_size=20)
+    assert apply_plan(teacher, plan).pruning_plan is plan
+
+
+@pytest.mark.parametrize("request_", [{"intermediate_size": 20}, {"layers_to_drop": [1]}, {}], ids=str)
+def test_plan_for_other_weights_is_refused(request_: dict):
+    teacher = pocket_model("llama")
+    plan = (
+        plan_for(teacher, **request_)
+        if "intermediate_size" in request_
+        else make_plan(teacher, PrunerConfig(**request_))
+    )
+    with pytest.raises(MismatchError, match="other weights"):
+        apply_plan(pocket_model("llama", seed=1), plan)
+
+
+@pytest.mark.parametrize("other", ["qwen3", "gpt2", "mistral", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_plan_for_another_family_is_refused(name: str, other: str):
+    if name == other:
+        return
+    plan = plan_for(pocket_model(name), intermediate_size=20)
+    with pytest.raises(MismatchError, match=f"plan was made for a {POCKETS[name].config.model_type} model"):
+        apply_plan(pocket_model(other), plan)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 6}, {"intermediate_size": 53}, {"rms_norm_eps": 1e-3}], ids=str
+)
+def test_plan_for_another_architecture_is_refused(change: dict):
+    plan = plan_for(pocket_model("llama"), intermediate_size=20)
+    with pytest.raises(MismatchError, match="other sizes"):
+        apply_plan(pocket_model("llama", **change), plan)
+
+
+def test_plan_from_a_config_fits_every_model_of_that_architecture():
+    teacher = pocket_model("llama")
+    plan = make_plan(teacher.config, PrunerConfig(layers_to_drop=[1]))
+    assert plan.teacher["digest"] is None
+    assert apply_plan(teacher, plan).config.num_hidden_layers == 4
+
+
+def test_model_on_the_meta_device_is_refused():
+    plan = make_plan(pocket_config("llama"), PrunerConfig(layers_to_drop=[1]))
+    with pytest.raises(UnsupportedModelError, match="meta"):
+        apply_plan(models.empty_model(pocket_config("llama")), plan)
+
+
+def test_model_that_is_not_plain_is_refused():
+    teacher = pocket_model("llama")
+    plan = plan_for(teacher, intermediate_size=20)
+    teacher.model.layers[1].mlp.adapter = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.adapter\.weight"):
+        apply_plan(teacher, plan)
+
+
+# All in one call
+
+
+def test_prune_model_scores_plans_and_cuts(tmp_path: Path):
+    teacher = pocket_model("qwen2", dtype=torch.float32)
+    config = PrunerConfig(hidden_size=24, intermediate_size=0.5, num_hidden_layers=3)
+    rows = pocket_tokens(8, 16).tolist()
+    scores = estimate_importance(teacher, rows, max_length=16)
+    expected = apply_plan(teacher, make_plan(teacher, config, scores))
+    for student in (
+        prune_model(teacher, config, scores=scores),
+        prune_model(teacher, config, calibration_data=rows, max_length=16),
+    ):
+        assert models.model_digest(student) == models.model_digest(expected)
+        assert student.pruning_plan.digest == expected.pruning_plan.digest
+
+
+def test_prune_model_from_a_folder_finds_the_tokenizer_there(tmp_path: Path):
+    teacher = pocket_model("llama", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path)
+    pocket_tokenizer().save_pretrained(tmp_path)
+    config = PrunerConfig(intermediate_size=0.5)
+    texts = ["The quick brown fox jumps over the lazy dog. " * 5]
+    student = prune_model(tmp_path, config, calibration_data=texts, max_length=32)
+    by_hand = prune_model(teacher, config, calibration_data=texts, processing_class=pocket_tokenizer(), max_length=32)
+    assert models.model_digest(student) == models.model_digest(by_hand)
+    assert student.pruning_plan.teacher["name_or_path"] == str(tmp_path)
+
+
+def test_prune_model_refuses_before_it_loads_or_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pocket_config("llama").save_pretrained(tmp_path)  # no weights, which loading would complain about
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed before the sizes were refused")
+
+    monkeypatch.setattr("minitron_hf.surgery.estimate_importance", never)
+    for teacher in (tmp_path, pocket_model("llama")):
+        with pytest.raises(PlanError, match="larger than the teacher's 36"):
+            prune_model(teacher, PrunerConfig(hidden_size=99), calibration_data=["text"])
+
+
+def test_prune_model_needs_one_source_of_scores():
+    teacher = pocket_model("llama")
+    scores = estimate_importance(teacher, metric="random")
+    with pytest.raises(PlanError, match="either scores or calibration_data"):
+        prune_model(teacher, PrunerConfig(), scores=scores, calibration_data=["text"])
+    with pytest.raises(PlanError, match="needs importance scores"):
+        prune_model(teacher, PrunerConfig(hidden_size=24))
+    with pytest.raises(DataError, match="tokenizer"):
+        prune_model(teacher, PrunerConfig(hidden_size=24), calibration_data=["text"])
+    with pytest.raises(MismatchError, match="other weights"):
+        prune_model(pocket_model("llama", seed=1), PrunerConfig(hidden_size=24), scores=scores)
