@@ -294,6 +294,28 @@ def test_controls_become_columns(run_dir):
     assert measured[""] == ["Teacher", "Student", "Random init"]
 
 
+def test_only_datasets_of_the_hub_are_named(run_dir):
+    for name, expected in (("json", []), ("lab/corpus", ["lab/corpus"])):
+        record = training_record()
+        record["data"]["train"]["name"] = name
+        write_json(run_dir / "distillation.json", record)
+        assert card_metadata(render_model_card(run_dir))["datasets"] == [*expected, "roneneldan/TinyStories"]
+
+
+def test_paragraphs_are_separated(run_dir, tmp_path):
+    minimal = tmp_path / "minimal"
+    minimal.mkdir()
+    write_json(minimal / "config.json", {})
+    for folder in (run_dir, minimal):
+        content = render_model_card(folder)
+        assert "\n\n\n" not in content
+        assert content.endswith("```\n")
+        lines = content.splitlines()
+        for before, line, after in zip(lines, lines[1:], lines[2:]):
+            if line.startswith(("#", "![", "<details>")):
+                assert (before, after) == ("", "")
+
+
 def test_repository_name(run_dir):
     assert 'name = "path/to/this/folder"' in render_model_card(run_dir)
     write_json(run_dir / "hub.json", {"repo_id": "lab/tiny-stories"})

@@ -51,6 +51,17 @@ def test_kl_is_drawn_when_it_differs_from_the_loss(run_dir):
     assert "evaluation KL to the teacher" in curves(plot_training(run_dir).axes[0])
 
 
+def test_several_evaluation_datasets(run_dir):
+    record = training_record()
+    for entry in record["log_history"]:
+        if "eval_loss" in entry:
+            entry["eval_stories_loss"] = entry.pop("eval_loss")
+    write_json(run_dir / "distillation.json", record)
+    assert set(curves(plot_training(run_dir).axes[0])) == {"training loss", "evaluation loss, stories"} | {
+        "evaluation KL to the teacher"
+    }
+
+
 def test_panels_without_values_are_left_out(run_dir):
     record = training_record()
     record["log_history"] = [{"step": 5, "loss": 2.0}, {"step": 10, "loss": float("nan")}]

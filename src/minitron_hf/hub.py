@@ -312,7 +312,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
     plan, distillation, evaluation = run["pruning_plan"], run["distillation"], run["evaluation"]
     teacher = _teacher(run)
     repo_id = (run["hub"] or {}).get("repo_id")
-    title = repo_id.split("/")[-1] if repo_id else f"{teacher['label']}-minitron"
+    title = repo_id.split("/")[-1] if repo_id else f"{teacher['label'] or 'student'}-minitron"
     models = evaluation["models"] if evaluation else {}
     return {
         "metadata": _metadata(run, teacher, title),
@@ -355,13 +355,13 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
     else:  # not recorded: an `owner/name` is taken for what it looks like, a bare name or a path is not
         hub_id = name if name and name.count("/") == 1 and _is_repo_id(name) else None
     fields = ("license", "license_name", "license_link", "language", "datasets")
-    label = re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name else "unnamed-teacher"
+    label = re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name else None
     return {
         **{field: known.get(field) for field in fields},
         "hub_id": hub_id,
         "revision": known.get("revision") or (plan.get("teacher") or {}).get("revision"),
         "label": label,
-        "link": f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else _code(label),
+        "link": f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else _code(label) if label else "a teacher",
     }
 
 
@@ -383,8 +383,10 @@ def _metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) ->
     distillation = run["distillation"]
     datasets = [*(teacher["datasets"] or [])]
     trained_on = ((distillation or {}).get("data") or {}).get("train") or {}
-    if trained_on.get("name") and _is_repo_id(trained_on["name"]):
-        datasets.insert(0, trained_on["name"])
+    # `datasets` names local files after their builder ("json"): only an `owner/name` is a dataset of the Hub.
+    name = trained_on.get("name")
+    if name and "/" in name and _is_repo_id(name):
+        datasets.insert(0, name)
     tags = ["minitron"]
     tags += ["pruned"] if run["pruning_plan"] else []
     tags += ["knowledge-distillation"] if distillation else []
@@ -822,9 +824,8 @@ def push_student_to_hub(
     with _hub_errors(what):
         ModelCard(content).validate(repo_type="model")
         api.create_repo(repo_id, private=private, exist_ok=True)
-        branch = revision if revision and not revision.startswith("refs/") and not create_pr else None
-        if branch:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        if revision and revision != "main" and not revision.startswith("refs/") and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
         if private and info.private is False:
             logger.warning("%s already exists and is public: it stays public.", repo_id)

@@ -7,8 +7,10 @@ no pyplot, no global state, and the user's matplotlib style is not applied. The 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +64,12 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
     """
     path = Path(run_dir) / "distillation.json"
     history = read_json(path).get("log_history") or []
-    losses = {key: _series(history, key) for key in LOSS_SERIES}
+    named = {key for entry in history for key in entry if re.fullmatch(r"eval_.+_loss", key)}  # several eval datasets
+    styles = LOSS_SERIES | {
+        key: (f"evaluation loss, {key[5:-5]}", colour, "--")
+        for key, colour in zip(sorted(named), itertools.cycle((ORANGE, GREEN, RED, GREY)))
+    }
+    losses = {key: _series(history, key) for key in styles}
     losses = {key: points for key, points in losses.items() if points}
     if not losses:
         raise MismatchError(f"{path} logs no loss; expected at least one entry with `loss` or `eval_loss`.")
@@ -82,7 +89,7 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
         )
         panel = panels.pop(0)
         for key, points in losses.items():
-            _curve(panel, points, *LOSS_SERIES[key])
+            _curve(panel, points, *styles[key])
         values = [value for points in losses.values() for _, value in points]
         if min(values) > 0 and max(values) / min(values) > 8:
             panel.set_yscale("log")
