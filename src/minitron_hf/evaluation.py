@@ -384,8 +384,8 @@ def _quality(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # Causal attention never looks right, where the padding is, so neither a mask nor positions are needed. A mask could
-    # harm: with a sliding window, padding far enough right sees nothing at all, and becomes NaN in some dtypes.
+    # Causal attention never looks right, where the padding is, so neither a mask nor positions are needed. A mask
+    # could harm: with a sliding window, padding far enough right sees nothing at all, and becomes NaN in some dtypes.
     return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
 
 
