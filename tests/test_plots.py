@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from safetensors.numpy import save_file
 
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.plots import PLOTS, RED, plot_importance, plot_layers, plot_training, write_plots
+from minitron_hf.plots import GREY, PLOTS, RED, plot_importance, plot_layers, plot_training, write_plots
 from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, training_record, write_json, write_run
 
 
@@ -83,10 +83,23 @@ def test_importance_marks_the_cut_and_the_dropped_units(run_dir):
     assert len(lines) == LAYERS + 1
     assert lines[-1].get_xdata()[0] == KEPT["ffn"] + 0.5
     assert len(lines[0].get_xdata()) == FFN
-    assert [line.get_linestyle() for line in lines[:-1]] == [":" if i in DROPPED else "-" for i in range(LAYERS)]
+    assert [i for i, line in enumerate(lines[:-1]) if line.get_color() == GREY] == DROPPED
     crossed = {(int(layer), int(unit)) for unit, layer in heads.collections[-1].get_offsets()}
     rows = dict(zip(plan()["layers_kept"], kept["heads"].tolist(), strict=True))
-    assert crossed == {(i, u) for i in range(LAYERS) for u in range(HEADS) if u not in rows.get(i, [])}
+    assert crossed == {(layer, unit) for layer, units in rows.items() for unit in range(HEADS) if unit not in units}
+    (veil,) = heads.patches
+    assert (veil.get_y() + 0.5, veil.get_y() + veil.get_height() - 0.5) == (DROPPED[0], DROPPED[-1])
+
+
+def test_wide_axes_are_drawn_with_few_points(run_dir):
+    tensors, _ = scores()
+    wide = np.random.default_rng(0).random(5000).astype(np.float32)
+    save_file({**tensors, "hidden": wide}, run_dir / "scores.safetensors")
+    curve = plot_importance(run_dir).axes[0].get_lines()[0]
+    ranks, values = curve.get_xdata(), curve.get_ydata()
+    assert len(ranks) <= 600
+    assert (ranks[0], ranks[-1]) == (1, 5000)
+    np.testing.assert_array_equal(values, np.sort(wide)[::-1][ranks - 1])
 
 
 def test_layers_shows_single_layers_and_the_dropped_block(run_dir):
@@ -118,21 +131,15 @@ def test_layers_only_scores_give_no_importance_plot(run_dir):
 
 
 def test_same_files_give_the_same_bytes_whatever_the_style(run_dir):
+    pyplot = sys.modules.get("matplotlib.pyplot")
     before = {path.name: path.read_bytes() for path in write_plots(run_dir)}
     with matplotlib.rc_context({"axes.facecolor": "black", "figure.dpi": 33, "savefig.transparent": True}):
         after = {path.name: path.read_bytes() for path in write_plots(run_dir)}
         assert matplotlib.rcParams["figure.dpi"] == 33, "the user's own style is left alone"
     assert before == after
+    assert sys.modules.get("matplotlib.pyplot") is pyplot, "pyplot and its global figures are not needed"
+    assert pyplot is None or pyplot.get_fignums() == []
     assert all(content.startswith(b"\x89PNG") for content in before.values())
-
-
-def test_no_pyplot(run_dir):
-    loaded = "matplotlib.pyplot" in sys.modules
-    write_plots(run_dir)
-    if loaded:
-        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
-    else:
-        assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_missing_inputs_are_named(tmp_path):

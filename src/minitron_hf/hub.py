@@ -89,6 +89,8 @@ AXIS_TITLES = {
     "ffn": "MLP width",
     "heads": "Attention heads",
     "kv": "Key-value heads",
+    "head_dim": "Head dimension",
+    "vocab": "Vocabulary",
 }
 
 #: Quality metrics of `evaluation.json`: key → (row title, title in the model-index, factor for display, unit).
@@ -495,10 +497,10 @@ def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
         return [title, _size(before), _size(after), ratio]
 
     rows = [row(AXIS_TITLES.get(axis, axis), size["teacher"], size["student"]) for axis, size in plan["sizes"].items()]
-    for title, key in (("Head dimension", "head_dim"), ("Vocabulary", "vocab_size")):
+    for axis, key in (("head_dim", "head_dim"), ("vocab", "vocab_size")):
         before, after = teacher["config"].get(key), student["config"].get(key)
-        if before is not None or after is not None:
-            rows.append(row(title, before, after))
+        if axis not in plan["sizes"] and (before is not None or after is not None):
+            rows.append(row(AXIS_TITLES[axis], before, after))
     for title, key in (
         ("Parameters", "num_parameters"),
         ("Parameters without embeddings", "num_parameters_without_embeddings"),

@@ -38,6 +38,9 @@ AXIS_TITLES = {
 #: Up to this many units a per-layer axis is drawn as a map of single units, above it as sorted curves.
 MAX_MAP_UNITS = 64
 
+#: Points of a sorted curve that are drawn.
+MAX_POINTS = 600
+
 #: Keys of the training log that are drawn beside the losses: key → (label, colour, line style).
 LOSS_SERIES = {
     "loss": ("training loss", BLUE, "-"),
@@ -283,11 +286,13 @@ def _curve(panel: Axes, points: list[tuple[float, float]], label: str, colour: s
 
 def _draw_sorted(figure: Figure, panel: Axes, values: np.ndarray, kept: int | None, dropped_layers: list[int]) -> None:
     """Curves of `values` [layers, units], each sorted from most to least important."""
-    from matplotlib import cm, colors
+    from matplotlib import cm, colors, ticker
 
     num_layers, units = values.shape
     ranked = -np.sort(-values.astype(np.float64), axis=1)
-    ranks = np.arange(1, units + 1)
+    # More points than a picture is wide only cost time: the first, the last, and evenly spaced ones between.
+    shown = np.unique(np.linspace(0, units - 1, min(units, MAX_POINTS)).round().astype(int))
+    ranks, ranked = shown + 1, ranked[:, shown]
     if num_layers == 1:
         panel.plot(ranks, ranked[0], color=BLUE)
     else:
@@ -299,10 +304,11 @@ def _draw_sorted(figure: Figure, panel: Axes, values: np.ndarray, kept: int | No
                 ranks,
                 ranked[layer],
                 color=GREY if dropped else shades.cmap(layer / (num_layers - 1)),
-                linestyle=":" if dropped else "-",
-                linewidth=1.0,
+                linewidth=0.6 if dropped else 1.0,
+                zorder=1 if dropped else 2,
             )
-        figure.colorbar(shades, ax=panel, label="layer" + (" (dotted: dropped)" if dropped_layers else ""))
+        label = "layer" + (" (grey: dropped)" if dropped_layers else "")
+        figure.colorbar(shades, ax=panel, label=label, ticks=ticker.MaxNLocator(integer=True))
     positive = ranked[ranked > 0]
     if len(positive) == ranked.size and positive.max() / positive.min() > 20:
         panel.set_yscale("log")
@@ -339,23 +345,23 @@ def _draw_map(
     relative = values / np.where(peak > 0, peak, 1)
     image = panel.imshow(relative, cmap="viridis", aspect="auto", interpolation="nearest", vmin=min(0, relative.min()))
     figure.colorbar(image, ax=panel, label="importance relative to the layer's highest")
+    for first, last in _runs(dropped_layers):
+        panel.axhspan(first - 0.5, last + 0.5, color="white", alpha=0.75, linewidth=0)
     survives = np.ones((num_layers, units), dtype=bool)
-    survives[dropped_layers] = False
-    layers = list(range(num_layers)) if layers_kept is None else list(layers_kept)
     if kept is not None:
-        for row, layer in enumerate(layers):
-            chosen = kept if kept.ndim == 1 else kept[row]
-            survives[layer] = np.isin(np.arange(units), chosen)
+        for row, layer in enumerate(range(num_layers) if layers_kept is None else layers_kept):
+            survives[layer] = np.isin(np.arange(units), kept if kept.ndim == 1 else kept[row])
     rows, columns = np.nonzero(~survives)
-    # A white cross under a red one is visible on every colour of the map.
-    size = float(np.clip(900 / max(num_layers, units / 1.3), 8, 60))
-    panel.scatter(columns, rows, marker="x", s=size, color="white", linewidths=2.4)
-    panel.scatter(columns, rows, marker="x", s=size, color=RED, linewidths=1.2)
+    # A white cross under a red one is visible on every colour of the map; half as wide as a cell of this panel.
+    size = float(np.clip((0.5 * min(300 / units, 230 / num_layers)) ** 2, 4, 60))
+    width = math.sqrt(size) / 6
+    panel.scatter(columns, rows, marker="x", s=size, color="white", linewidths=2 * width)
+    panel.scatter(columns, rows, marker="x", s=size, color=RED, linewidths=width)
     panel.grid(False)
     panel.set_xlim(-0.5, units - 0.5)
     panel.set_ylim(num_layers - 0.5, -0.5)
     panel.set_xlabel("unit" + (" (crossed out: dropped)" if len(rows) else ""))
-    panel.set_ylabel("layer")
+    panel.set_ylabel("layer" + (" (faded: dropped)" if dropped_layers else ""))
     _integer_ticks(panel, "x", units)
     _integer_ticks(panel, "y", num_layers)
 
