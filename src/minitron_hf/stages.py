@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import shutil
 import time
@@ -417,7 +418,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
             else f"The tokenizer of {recipe.teacher.model} has no end-of-text token to close documents with. "
             "Set tokenizer.eos_token and save it beside the model."
         )
-    _check_training_arguments(recipe)
+    _check_arguments(recipe)
     require_writable(run.folder.parent if not run.folder.exists() else run.folder)
     before = spec.sizes(config)
     return {
@@ -451,7 +452,7 @@ def distill(
     """Distil into `folder`, resuming from its last checkpoint; the student appears there whole or not at all.
 
     Args:
-        student: the pruned model; its weights are trained in float32.
+        student: the pruned model; trained in float32 weights.
         teacher: what it learns from.
         folder: where checkpoints and the final student go.
         tokenizer: of both.
@@ -468,7 +469,7 @@ def distill(
 
     folder = require_writable(folder)
     trainer = DistillationTrainer(
-        model=student.float() if student.dtype.itemsize < 4 else student,  # weights are updated in float32
+        model=student,
         teacher_model=teacher,
         args=DistillationConfig(str(folder), **settings),
         train_dataset=train_dataset,
@@ -532,9 +533,16 @@ def _lora_config(recipe: Recipe) -> Any:
         raise DataError(f"lora: {error}. Expected fields of peft.LoraConfig.") from error
 
 
-def _check_training_arguments(recipe: Recipe) -> None:
+def _check_arguments(recipe: Recipe) -> None:
+    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
     from .trainer import DistillationConfig
 
+    known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
+    if unknown := sorted(set(recipe.scores) - known):
+        raise DataError(
+            f"scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
+            f"{', '.join(sorted(known))}."
+        )
     known = {field.name for field in fields(DistillationConfig)}
     if unknown := sorted(set(recipe.distill) - known):
         raise DataError(f"distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")

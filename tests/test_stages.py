@@ -1,0 +1,199 @@
+"""The run folder: stages leave files, skip what is done, refuse what does not fit, and resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pocket import pocket_model, pocket_tokenizer
+from transformers import AutoModelForCausalLM
+
+from minitron_hf import stages
+from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
+from minitron_hf.recipe import Recipe
+
+TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A folder with a pocket teacher, its tokenizer and two corpora."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tokenizer = pocket_tokenizer()
+    teacher = pocket_model("llama", dtype=torch.float32)
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    for name, texts in (("train", TEXTS), ("eval", TEXTS[::7])):
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def values(workshop, tmp_path):
+    return {
+        "teacher": str(workshop / "teacher"),
+        "data": {"train": str(workshop / "train.jsonl"), "eval": str(workshop / "eval.jsonl")},
+        "output_dir": str(tmp_path / "run"),
+        "prune": {"intermediate_size": 0.5},
+        "scores": {"num_samples": 8, "max_length": 16},
+        "distill": {"max_steps": 4, "max_length": 16, "per_device_train_batch_size": 2},
+        "evaluate": {"num_rows": 4, "speed": False, "prompts": ["the old"]},
+    }
+
+
+def run(values, **kwargs):
+    lines: list[str] = []
+    folder = stages.run_recipe(Recipe.from_dict(values), show_progress=False, report=lines.append, **kwargs)
+    return folder, lines
+
+
+def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
+    folder, lines = run({**values, "controls": ["random_pruning", "random_init", "cross_entropy"]})
+    assert not any("skipped" in line for line in lines)
+    for name in (
+        "config.json model.safetensors tokenizer.json scores.safetensors pruner_config.json pruning_plan.json "
+        "pruning_plan.safetensors distillation.json evaluation.json samples.json teacher.json recipe.yaml README.md "
+        "plots/training.png plots/importance.png"
+    ).split():
+        assert (folder / name).is_file(), name
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    plan = json.loads((folder / "pruning_plan.json").read_text())
+    assert sum(p.numel() for p in student.parameters()) == plan["student"]["num_parameters"]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert list(evaluation["models"]) == [
+        "teacher",
+        "pruned",
+        "student",
+        "random_pruning",
+        "random_init",
+        "cross_entropy",
+    ]
+    sizes = {values["num_parameters"] for name, values in evaluation["models"].items() if name != "teacher"}
+    assert sizes == {plan["student"]["num_parameters"]}
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    _, lines = run({**values, "controls": ["random_pruning", "random_init", "cross_entropy"]})
+    assert all("skipped" in line for line in lines)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_until_stops_and_the_rest_follows_later(values):
+    folder, lines = run(values, until="plan")
+    assert [line.split("]")[0] for line in lines] == ["[score", "[plan"]
+    assert not (folder / "pruned").exists()
+    _, lines = run(values, until="prune")
+    assert ["skipped" in line for line in lines] == [True, True, False]
+
+
+def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(values):
+    folder, _ = run(values, until="prune")
+    changed = {**values, "prune": {"intermediate_size": 0.25}}
+    with pytest.raises(MismatchError, match=r"prune\.intermediate_size: 0\.5 → 0\.25.*--redo"):
+        run(changed, until="prune")
+    old = (folder / "pruned" / "model.safetensors").stat().st_size
+    _, lines = run(changed, until="prune", redo=True)
+    assert ["skipped" in line for line in lines] == [True, False, False]
+    assert (folder / "pruned" / "model.safetensors").stat().st_size < old
+
+
+def test_a_stage_whose_output_is_gone_is_done_again(values):
+    folder, _ = run(values, until="plan")
+    (folder / "pruning_plan.json").unlink()
+    _, lines = run(values, until="plan")
+    assert ["skipped" in line for line in lines] == [True, False]
+
+
+def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(values, tmp_path):
+    values["distill"] = {**values["distill"], "max_steps": 8, "save_steps": 2, "eval_strategy": "no"}
+    whole, _ = run(values, until="distill")
+    broken = {**values, "output_dir": str(tmp_path / "broken")}
+    run(broken, until="prune")
+    # A process of its own, killed inside the training loop right after the checkpoint of step 4.
+    script = f"""
+import os, json
+from transformers import TrainerCallback
+from minitron_hf import stages, trainer
+from minitron_hf.recipe import Recipe
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os._exit(9)
+original = trainer.DistillationTrainer.__init__
+def patched(self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    self.add_callback(Kill())
+trainer.DistillationTrainer.__init__ = patched
+stages.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))})), until="distill", show_progress=False)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert killed.returncode == 9, killed.stderr
+    folder = Path(broken["output_dir"])
+    assert list(folder.glob("checkpoint-*"))
+    assert not (folder / "config.json").exists(), "an interrupted run must not look like a student"
+    run(broken, until="distill")
+    resumed = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    for name, tensor in expected.items():
+        assert tensor.equal(resumed[name]), name
+
+
+def test_a_folder_with_other_files_is_refused(values):
+    folder = Path(values["output_dir"])
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match="already holds files"):
+        run(values)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"prune": {"intermediate_size": 10_000}}, PlanError, "larger than the teacher's"),
+        ({"distill": {"learning_rat": 1}}, DataError, "learning_rat"),
+        ({"distill": {"temperature": -1.0}}, DataError, "temperature"),
+        ({"lora": {"rank": 3}}, DataError, "lora"),
+        ({"scores": {"num_sample": 3}}, DataError, "num_sample"),
+    ],
+)
+def test_refusals_come_before_the_first_file(values, changes, error, words):
+    with pytest.raises(error, match=words):
+        run({**values, **changes})
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_missing_data_is_refused_before_the_first_file(values):
+    values["data"]["train"] = "./nowhere/train.jsonl"
+    with pytest.raises(DataError, match="does not exist"):
+        run(values)
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_a_model_elsewhere_in_the_folder_is_not_taken_for_the_students(values):
+    with pytest.raises(DataError, match="no stage 'distil'"):
+        run(values, until="distil")
+
+
+def test_check_recipe_predicts_the_students_size(values):
+    shapes = stages.check_recipe(Recipe.from_dict(values))
+    folder, _ = run(values, until="prune")
+    student = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    assert shapes["num_parameters"]["student"] == sum(p.numel() for p in student.parameters())
+    assert shapes["sizes"]["intermediate_size"]["student"] == student.config.intermediate_size
+
+
+def test_lora_trains_an_adapter_and_leaves_a_stock_student(values):
+    folder, _ = run({**values, "lora": {"r": 4, "target_modules": ["q_proj", "up_proj"]}}, until="distill")
+    assert not (folder / "adapter_config.json").exists()
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    changed = {
+        name for name, tensor in student.state_dict().items() if not tensor.equal(pruned.state_dict()[name])
+    }
+    assert changed
+    assert all(".q_proj." in name or ".up_proj." in name for name in changed)
