@@ -95,10 +95,15 @@ class ImportanceScores:
             with safe_open(file, "pt") as stored:
                 header = json.loads((stored.metadata() or {})["minitron_hf"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+            if header["format"] != 1:
+                raise ValueError(f"format {header['format']!r}, expected 1")
+            blocks = tensors.pop("blocks")
+            return cls(tensors, blocks, header["settings"], header["digests"], header["versions"])
         except Exception as error:
-            raise MismatchError(f"{file} does not hold importance scores of minitron-hf: {error!r}.") from error
-        blocks = tensors.pop("blocks")
-        return cls(tensors, blocks, header["settings"], header["digests"], header["versions"])
+            raise MismatchError(
+                f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "
+                "estimate_importance(…)."
+            ) from error
 
     def require_model(self, model_or_config: PreTrainedModel | PretrainedConfig) -> None:
         """Refuse to be used with another model than the one that was scored.
