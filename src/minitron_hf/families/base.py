@@ -132,12 +132,17 @@ class ArchSpec:
         """
         sizes = self.sizes(model.config)
         problems = []
+        layers = set()
         for name, parameter in model.named_parameters():
             located = self.locate(name)
+            if located is not None and located[1] is not None:
+                layers.add(located[1])
             if located is None:
                 problems.append(f"{name} {tuple(parameter.shape)} is not in the table")
             elif tuple(parameter.shape) != (expected := self.shape(located[0], sizes)):
                 problems.append(f"{name} has shape {tuple(parameter.shape)}, expected {expected}")
+        if layers != set(range(sizes["layers"])):
+            problems.append(f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
         problems += [f"{name} is a saved buffer, which the table does not know" for name in _saved_buffers(model)]
         if problems:
             shown = "\n  ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []))
