@@ -1,0 +1,521 @@
+"""Importance scores against a two-pass computation, row by row, without batches, padding or running sums."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from minitron_hf.axes import dimension_index
+from minitron_hf.data import TokenRows, token_rows
+from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
+from minitron_hf.families import spec_for
+from minitron_hf.importance import ImportanceScores, estimate_importance, reduce_sequence
+from minitron_hf.models import architecture_digest, empty_model, model_digest
+from pocket import POCKETS, VOCAB, float64_throughout, logits, pocket_model, pocket_tokenizer, pocket_tokens
+
+NAMES = list(POCKETS)
+REDUCTIONS = list(itertools.product(("mean", "l2", "var"), repeat=2))
+#: Ragged rows: most batches of them need padding.
+ROWS = TokenRows(tuple(tuple(pocket_tokens(length, seed=length).tolist()) for length in (9, 4, 12, 7, 2)), None)
+
+
+def scores_of(model, data=ROWS, **kwargs) -> ImportanceScores:
+    """Scores computed in float64 throughout."""
+    with float64_throughout():
+        return estimate_importance(model, data, show_progress=False, **kwargs)
+
+
+def assert_equal_scores(one: ImportanceScores, other: ImportanceScores, tolerance: float = 1e-10) -> None:
+    assert one.axes.keys() == other.axes.keys()
+    for axis, expected in other.axes.items():
+        torch.testing.assert_close(one.axes[axis], expected, rtol=tolerance, atol=tolerance, msg=axis)
+    torch.testing.assert_close(one.blocks, other.blocks, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# The oracle
+
+
+@cache
+def activations(name: str) -> dict[str, list]:
+    """Per-token activations of every row, each run by itself.
+
+    Returns:
+        axis → per source (layer or norm) → per row → [tokens, units]; `"states"` → per row → [layers + 1, tokens, H].
+    """
+    pocket, model = POCKETS[name], pocket_model(name)
+    layers = model.get_submodule(pocket.layers)
+    caught: dict[object, torch.Tensor] = {}
+
+    def catch_input(key: object) -> Callable:
+        return lambda module, args: caught.__setitem__(key, args[0][0])
+
+    def catch_output(key: object) -> Callable:
+        return lambda module, args, output: caught.__setitem__(key, output[0])
+
+    norms = [
+        path
+        for path, module in model.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.shape == (model.config.hidden_size,)
+    ]
+    for path in norms:
+        model.get_submodule(path).register_forward_hook(catch_output(path))
+    for index, layer in enumerate(layers):
+        layer.get_submodule(pocket.attention_out).register_forward_pre_hook(catch_input(("attention", index)))
+        layer.get_submodule(pocket.mlp_out).register_forward_pre_hook(catch_input(("mlp", index)))
+    layers[-1].register_forward_hook(catch_output("last"))
+
+    depth, heads = len(layers), model.config.num_attention_heads
+    found: dict[str, list] = {
+        "hidden": [[] for _ in norms],
+        **{axis: [[] for _ in range(depth)] for axis in ("ffn", "heads", "kv")},
+        "states": [],
+    }
+    for row in ROWS.rows:
+        with torch.no_grad(), float64_throughout():
+            states = model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        for index, path in enumerate(norms):
+            found["hidden"][index].append(caught[path].numpy())
+        for index in range(depth):
+            found["ffn"][index].append(caught["mlp", index].numpy())
+            head_outputs = caught["attention", index].unflatten(-1, (heads, -1))
+            found["heads"][index].append(head_outputs.norm(dim=-1).numpy())
+            if pocket.kv:
+                weight = layers[index].get_submodule(pocket.attention_out).weight
+                groups = model.config.num_key_value_heads
+                width = weight.shape[1] // groups
+                contributions = []
+                for group in range(groups):
+                    columns = slice(group * width, (group + 1) * width)
+                    contributions.append((caught["attention", index][:, columns] @ weight[:, columns].T).norm(dim=-1))
+                found["kv"][index].append(torch.stack(contributions, -1).detach().numpy())
+        # Transformers puts the final norm's output in the last place.
+        found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).numpy())
+    if not pocket.kv:
+        del found["kv"]
+    return found
+
+
+def naive_reduce(values: Iterable[float], reduction: str) -> float:
+    values = [float(value) for value in values]
+    if reduction == "l2":
+        return math.sqrt(math.fsum(value * value for value in values))
+    if reduction == "mean":
+        return math.fsum(abs(value) for value in values) / len(values)
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / len(values)
+
+
+def naive_axis(name: str, axis: str, batch_reduction: str, sequence_reduction: str) -> torch.Tensor:
+    """Unit by unit: reduce the tokens of every row, then the rows; for hidden, sum over the norms."""
+    scores = [
+        [
+            naive_reduce((naive_reduce(row[:, unit], sequence_reduction) for row in rows), batch_reduction)
+            for unit in range(rows[0].shape[1])
+        ]
+        for rows in activations(name)[axis]
+    ]
+    table = torch.tensor(scores, dtype=torch.float64)
+    return table.sum(0) if axis == "hidden" else table
+
+
+def naive_blocks(name: str) -> torch.Tensor:
+    """1 − the mean cosine over all tokens of all rows, for every first and last layer of a block."""
+    states = activations(name)["states"]
+    depth = len(states[0]) - 1
+    blocks = torch.full((depth, depth), torch.nan, dtype=torch.float64)
+    for first in range(depth):
+        for last in range(first, depth):
+            cosines = [
+                float(np.dot(x, y) / (np.linalg.norm(x) * np.linalg.norm(y)))
+                for row in states
+                for x, y in zip(row[first], row[last + 1], strict=True)
+            ]
+            assert len(cosines) == ROWS.num_tokens
+            blocks[first, last] = 1 - math.fsum(cosines) / len(cosines)
+    return blocks
+
+
+# Scores = the oracle
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_equal_the_naive_computation(name: str):
+    scores = scores_of(pocket_model(name), batch_size=2)
+    expected = {axis: naive_axis(name, axis, "l2", "mean") for axis in activations(name) if axis != "states"}
+    assert scores.axes.keys() == expected.keys()
+    for axis in expected:
+        torch.testing.assert_close(scores.axes[axis], expected[axis], rtol=1e-10, atol=0, msg=axis)
+        assert expected[axis].std() > 0.01
+    torch.testing.assert_close(scores.blocks, naive_blocks(name), rtol=1e-10, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(scores.layers, naive_blocks(name).diagonal(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batch_reduction", "sequence_reduction"), REDUCTIONS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_pair_of_reductions(name: str, batch_reduction: str, sequence_reduction: str):
+    scores = scores_of(
+        pocket_model(name), batch_size=3, batch_reduction=batch_reduction, sequence_reduction=sequence_reduction
+    )
+    for axis, found in scores.axes.items():
+        expected = naive_axis(name, axis, batch_reduction, sequence_reduction)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14, msg=axis)
+
+
+def test_default_reductions_are_the_papers():
+    scores = scores_of(pocket_model("llama"))
+    assert (scores.settings["batch_reduction"], scores.settings["sequence_reduction"]) == ("l2", "mean")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+def test_precision_follows_the_model(dtype: torch.dtype, tolerance: float):
+    """Scores are float32 whatever the model computes in."""
+    scores = estimate_importance(pocket_model("qwen3", dtype=dtype), ROWS, show_progress=False)
+    for axis, found in scores.axes.items():
+        assert found.dtype == torch.float32
+        expected = naive_axis("qwen3", axis, "l2", "mean").float()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.mean()), msg=axis)
+    assert scores.blocks.dtype == torch.float32
+    plain = estimate_importance(pocket_model("qwen3"), ROWS, show_progress=False)  # float64 without the alias
+    assert {tensor.dtype for tensor in (*plain.axes.values(), plain.blocks)} == {torch.float32}
+
+
+# Invariance
+
+
+def loader(
+    rows: Iterable[tuple[int, ...]], batch_size: int, side: str = "right", extra: int = 0, pad: int = 0
+) -> DataLoader:
+    """Padded batches as a DataLoader, with another key that the model does not know."""
+
+    def collate(batch: list[tuple[int, ...]]) -> dict[str, object]:
+        length = max(map(len, batch)) + extra
+        ids = torch.full((len(batch), length), pad)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(batch):
+            where = slice(length - len(row), length) if side == "left" else slice(len(row))
+            ids[index, where], mask[index, where] = torch.tensor(row), 1
+        return {"input_ids": ids, "attention_mask": mask, "text": ["…"] * len(batch)}
+
+    return DataLoader(list(rows), batch_size=batch_size, collate_fn=collate)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3"])
+def test_scores_do_not_depend_on_batches_or_padding(name: str, attention: str):
+    model = pocket_model(name, attn_implementation=attention)
+    expected = scores_of(model, batch_size=1)
+    for batch_size in (2, 5):
+        assert_equal_scores(scores_of(model, batch_size=batch_size), expected)
+    for side, extra, batch_size in itertools.product(("left", "right"), (0, 3), (1, 2, 5)):
+        assert_equal_scores(scores_of(model, loader(ROWS.rows, batch_size, side, extra)), expected)
+    assert_equal_scores(scores_of(model, loader(reversed(ROWS.rows), 2)), expected)
+    assert_equal_scores(scores_of(model, loader(ROWS.rows, 2, pad=VOCAB + 5)), expected)  # a token added for padding
+
+
+@pytest.mark.parametrize("reductions", REDUCTIONS, ids="-".join)
+def test_no_reduction_counts_padding(reductions: tuple[str, str]):
+    model = pocket_model("llama")
+    names = dict(zip(("batch_reduction", "sequence_reduction"), reductions, strict=True))
+    expected = scores_of(model, loader(ROWS.rows, 1), **names)
+    assert_equal_scores(scores_of(model, loader(ROWS.rows, 5, "left", 3), **names), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "l2", "var"])
+def test_padding_does_not_count_even_if_it_is_nan(reduction: str):
+    """Some attention kernels return NaN for positions that may look at nothing."""
+    batch = next(iter(loader(ROWS.rows, 5, "left")))
+    mask = batch["attention_mask"].bool()
+    values = torch.randn(*mask.shape, 3, generator=torch.Generator().manual_seed(0)).masked_fill(
+        ~mask[..., None], torch.nan
+    )
+    found = reduce_sequence(values, mask, reduction)
+    for row in range(len(mask)):
+        for unit in range(3):
+            expected = naive_reduce(values[row, mask[row], unit], reduction)
+            assert found[row, unit].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_tokens_do_not_count():
+    model = pocket_model("llama")
+    expected = scores_of(model, batch_reduction="mean")
+    found = scores_of(model, loader([*ROWS.rows, ()], 6), batch_reduction="mean")
+    assert_equal_scores(found, expected)
+    assert found.settings["num_rows"] == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permuting_units_permutes_scores(name: str):
+    """Reordered hidden channels, neurons, KV groups and heads: the same function, and the scores move along."""
+    model = pocket_model(name)
+    spec = spec_for(model.config)
+    sizes = spec.sizes(model.config)
+    generator = np.random.default_rng(5)
+    hidden = generator.permutation(sizes["hidden"])
+    if spec.equal:
+        pass  # coupled sizes are still separate axes: the stream may be permuted without the heads
+    per_layer: dict[str, list[np.ndarray]] = {"ffn": [], "heads": []} | ({"kv": []} if "kv" in sizes else {})
+    for _ in range(sizes["layers"]):
+        per_layer["ffn"].append(generator.permutation(sizes["ffn"]))
+        if "kv" in sizes:
+            each = sizes["heads"] // sizes["kv"]
+            per_layer["kv"].append(generator.permutation(sizes["kv"]))
+            per_layer["heads"].append(
+                np.concatenate([group * each + generator.permutation(each) for group in per_layer["kv"][-1]])
+            )
+        else:
+            per_layer["heads"].append(generator.permutation(sizes["heads"]))
+    permuted = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, parameter in permuted.named_parameters():
+            pattern, layer = spec.locate(path)
+            order = {"hidden": hidden} | ({} if layer is None else {axis: o[layer] for axis, o in per_layer.items()})
+            for position, dimension in enumerate(spec.dimensions[pattern]):
+                index = dimension_index(dimension, sizes, order)
+                if index is not None:
+                    parameter.copy_(parameter.index_select(position, torch.from_numpy(index)))
+    tokens = pocket_tokens(2, 9)
+    torch.testing.assert_close(logits(permuted, tokens), logits(model, tokens), rtol=1e-12, atol=1e-12)
+
+    before, after = scores_of(model), scores_of(permuted)
+    torch.testing.assert_close(after.axes["hidden"], before.axes["hidden"][hidden], rtol=1e-10, atol=0)
+    for axis, orders in per_layer.items():
+        for layer, order in enumerate(orders):
+            torch.testing.assert_close(after.axes[axis][layer], before.axes[axis][layer][order], rtol=1e-10, atol=0)
+    torch.testing.assert_close(after.blocks, before.blocks, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+# The teacher is left alone
+
+
+def test_model_is_left_as_it_was():
+    model = pocket_model("gpt2").train()
+    model.transformer.h[1].eval()  # a frozen part
+    modes = [module.training for module in model.modules()]
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    scores = scores_of(model)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert model.config.to_dict() == config
+    assert_equal_scores(scores, scores_of(pocket_model("gpt2")))  # dropout was off
+
+
+def test_model_is_left_as_it_was_after_an_error():
+    model = pocket_model("llama").train()
+    with pytest.raises(IndexError):
+        scores_of(model, loader([(3, -200)], 1))
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_are_not_recorded():
+    model = pocket_model("llama")
+    assert not any(tensor.requires_grad for tensor in scores_of(model).axes.values())
+
+
+# Calibration data
+
+
+def test_texts_are_packed_into_rows():
+    tokenizer, model = pocket_tokenizer(), pocket_model("llama")
+    texts = ["A quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs."]
+    rows = token_rows(texts, tokenizer, max_length=16)
+    scores = scores_of(model, texts, processing_class=tokenizer, max_length=16)
+    assert_equal_scores(scores, scores_of(model, rows))
+    assert scores.digests["data"] == rows.digest
+    assert scores.settings["num_rows"] == len(rows) > 2
+    assert scores.settings["num_tokens"] == rows.num_tokens
+    assert scores.settings["max_length"] == 16
+    assert scores.settings["packing"] is True
+    other_texts = scores_of(model, texts[:1], processing_class=tokenizer, max_length=16)
+    assert other_texts.digests["data"] != scores.digests["data"]
+    ragged = scores_of(model, texts, processing_class=tokenizer, max_length=64, packing=False)
+    assert ragged.settings["num_rows"] == 2
+
+
+def test_num_samples_limits_the_rows():
+    model = pocket_model("llama")
+    some = scores_of(model, pocket_tokens(9, 8).tolist(), num_samples=4, max_length=8)
+    assert some.settings["num_rows"] == 4
+    assert_equal_scores(some, scores_of(model, pocket_tokens(9, 8)[:4].tolist(), max_length=8))
+
+
+def test_rows_are_no_longer_than_the_models_positions():
+    scores = scores_of(pocket_model("gpt2"), [pocket_tokens(200).tolist()])
+    assert scores.settings["max_length"] == 64
+
+
+def test_a_loader_has_the_digest_of_its_rows():
+    model = pocket_model("llama")
+    assert scores_of(model, loader(ROWS.rows, 2, "left")).digests["data"] == ROWS.digest
+    assert scores_of(model).digests["data"] == ROWS.digest
+
+
+def test_a_loader_without_length_or_mask():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from ({"input_ids": torch.tensor(row)} for row in ROWS.rows)
+
+    model = pocket_model("llama")
+    assert_equal_scores(scores_of(model, DataLoader(Stream(), batch_size=1)), scores_of(model))
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "message"),
+    [
+        (None, {}, "needs calibration data"),
+        ([], {}, "no documents"),
+        (["", "  "], {"processing_class": True}, "no documents"),
+        (["x"], {"processing_class": True}, "holds only 2 tokens, less than one row of 64"),
+        (["some text"], {}, "tokenizer is needed"),
+        ("some text", {}, "got the string 'some text'"),
+        ([[3, 4, VOCAB] * 30], {}, f"token id {VOCAB}, but the model's vocabulary has {VOCAB}"),
+        (loader([(3, 4, VOCAB)], 1), {}, f"token id {VOCAB}, but the model's vocabulary has {VOCAB}"),
+        (loader([], 1), {}, "hold no tokens"),
+        (loader([()], 1, extra=2), {}, "hold no tokens"),
+        (ROWS, {"batch_reduction": "sum"}, "batch_reduction='sum' is unknown. Expected one of mean, l2, var"),
+        (ROWS, {"sequence_reduction": "max"}, "sequence_reduction='max' is unknown"),
+        (ROWS, {"metric": "taylor"}, "metric='taylor' is unknown"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_calibration_is_refused(data, kwargs: dict, message: str):
+    if kwargs.get("processing_class"):
+        kwargs = {**kwargs, "processing_class": pocket_tokenizer()}
+    with pytest.raises(DataError) as caught:
+        estimate_importance(pocket_model("llama"), data, show_progress=False, **kwargs)
+    assert message in str(caught.value)
+
+
+def test_unknown_or_changed_models_are_refused_before_any_compute():
+    model = pocket_model("llama")
+    model.model.layers[0].extra = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.extra"):
+        estimate_importance(model, None)  # the missing data would come later
+    model = pocket_model("llama")
+    del model.model.layers[2]
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers holds 4 layers, expected 5"):
+        estimate_importance(model, None)
+
+
+# Random scores
+
+
+def test_random_scores_are_a_function_of_the_seed():
+    model = pocket_model("llama")
+    one, same, other = (estimate_importance(model, metric="random", seed=seed) for seed in (1, 1, 2))
+    assert_equal_scores(one, same, 0)
+    assert one.digest == same.digest != other.digest
+    assert one.settings == {**one.settings, "metric": "random", "seed": 1}
+    measured = scores_of(model)
+    assert {axis: scores.shape for axis, scores in one.axes.items()} == {
+        axis: scores.shape for axis, scores in measured.axes.items()
+    }
+    assert torch.equal(one.blocks.isnan(), measured.blocks.isnan())
+    for axis, scores in one.axes.items():
+        assert not torch.equal(scores, other.axes[axis])
+        assert len(scores.unique()) == scores.numel()
+    assert one.digests["data"] is None
+
+
+# Files
+
+
+def test_scores_survive_saving(tmp_path: Path):
+    model = pocket_model("qwen3", dtype=torch.float32)
+    tokenizer = pocket_tokenizer()
+    scores = estimate_importance(model, ROWS, processing_class=tokenizer, show_progress=False)
+    path = scores.save_pretrained(tmp_path / "run")
+    assert path == tmp_path / "run" / "scores.safetensors"
+    for source in (path, tmp_path / "run", str(tmp_path / "run")):
+        reread = ImportanceScores.from_pretrained(source)
+        assert_equal_scores(reread, scores, 0)
+        assert (reread.settings, reread.digests, reread.versions) == (scores.settings, scores.digests, scores.versions)
+        assert reread.digest == scores.digest
+        reread.require_model(model)
+    assert scores.digests == {
+        "model": model_digest(model),
+        "architecture": architecture_digest(model.config),
+        "tokenizer": scores.digests["tokenizer"],
+        "data": ROWS.digest,
+    }
+    assert scores.digests["tokenizer"].startswith("sha256:")
+
+    stored = load_file(path)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == {
+        "hidden": (torch.float32, (36,)),
+        "ffn": (torch.float32, (5, 52)),
+        "heads": (torch.float32, (5, 12)),
+        "kv": (torch.float32, (5, 3)),
+        "blocks": (torch.float32, (5, 5)),
+    }
+    with safe_open(path, "pt") as file:
+        assert file.metadata().keys() == {"minitron_hf"}
+        header = json.loads(file.metadata()["minitron_hf"])
+    assert header.keys() == {"format", "settings", "digests", "versions"}
+    assert header["format"] == 1
+
+
+def test_saving_is_byte_for_byte_repeatable(tmp_path: Path):
+    scores = scores_of(pocket_model("llama"))
+    assert scores.save_pretrained(tmp_path / "a").read_bytes() == scores.save_pretrained(tmp_path / "b").read_bytes()
+
+
+def test_files_that_hold_no_scores_are_refused(tmp_path: Path):
+    with pytest.raises(MismatchError, match="No importance scores at"):
+        ImportanceScores.from_pretrained(tmp_path)
+    (tmp_path / "scores.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(MismatchError, match="does not hold importance scores"):
+        ImportanceScores.from_pretrained(tmp_path)
+    for metadata, tensors in (
+        (None, {"hidden": torch.zeros(3)}),
+        ({"minitron_hf": "{}"}, {"hidden": torch.zeros(3), "blocks": torch.zeros(1, 1)}),
+        (
+            {"minitron_hf": json.dumps({"format": 1, "settings": {}, "digests": {}, "versions": {}})},
+            {"hidden": torch.zeros(3)},
+        ),
+        (
+            {"minitron_hf": json.dumps({"format": 2, "settings": {}, "digests": {}, "versions": {}})},
+            {"blocks": torch.zeros(1, 1)},
+        ),
+    ):
+        save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
+        with pytest.raises(MismatchError, match="does not hold importance scores"):
+            ImportanceScores.from_pretrained(tmp_path)
+
+
+def test_scores_of_another_model_are_refused():
+    model = pocket_model("llama")
+    scores = estimate_importance(model, metric="random")
+    scores.require_model(model)
+    scores.require_model(model.config)
+    scores.require_model(empty_model(model.config))
+    scores.require_model(copy.deepcopy(model).float())  # float64 weights rounded to float32 are compared as float32
+    with pytest.raises(MismatchError, match="other weights"):
+        scores.require_model(pocket_model("llama", seed=1))
+    for other in (pocket_model("mistral"), pocket_model("llama", num_hidden_layers=4), pocket_model("gpt2")):
+        for model_or_config in (other, other.config, empty_model(other.config)):
+            with pytest.raises(MismatchError, match="another architecture"):
+                scores.require_model(model_or_config)
+
+
+def test_digest_is_of_the_values():
+    scores = estimate_importance(pocket_model("llama"), metric="random")
+    changed = copy.deepcopy(scores)
+    changed.axes["kv"][3, 1] += 1e-3
+    assert changed.digest != scores.digest
