@@ -176,6 +176,8 @@ def test_autocast_sets_the_dtype_of_the_products_and_keeps_float32_gradients():
     exact = distillation_loss(hidden, head, teacher, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = distillation_loss(hidden, head, teacher, labels)
+        itself = distillation_loss(hidden, head, DenseSignal(hidden.detach(), head), labels)
+    assert torch.equal(itself.kl, torch.zeros_like(itself.kl))  # both heads run in the same precision
     (gradient,) = torch.autograd.grad(loss.total, [head.weight])
     assert gradient.dtype == torch.float32
     difference = (loss.kl - exact.kl).abs().max()

@@ -323,8 +323,8 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(b_V, dtype=sum_dtype) if needs_bias and b_V is not None else None
 
-        with torch.autocast(device.type, enabled=False):
-            rows = _Rows(teacher, settings, labels, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
+        rows = _Rows(teacher, settings, labels, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
+        with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
             z_s = torch.empty(0, dtype=compute_dtype, device=device)
             for chunk in _even_slices(num_tokens, settings.chunk_size):
                 z_s = _project(h_NH[chunk], w_VH, b_V, z_s)

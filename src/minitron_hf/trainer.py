@@ -142,7 +142,7 @@ class DistillationConfig(SFTConfig):
         default=None,
         metadata={"help": "Whether to pin memory in data loaders. If not set, only with an accelerator."},
     )
-    include_num_input_tokens_seen: str | bool = field(
+    include_num_input_tokens_seen: str = field(
         default="non_padding",
         metadata={"help": "Whether and how to count the tokens seen: 'all', 'non_padding' or 'no'."},
     )
@@ -157,6 +157,8 @@ class DistillationConfig(SFTConfig):
         on_cpu = _trains_on_cpu(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _has_fast_bf16(on_cpu)
+        if self.bf16 and on_cpu:
+            self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = not on_cpu
         # Transformers 5 renamed the field; the old name still works but warns.
@@ -351,6 +353,11 @@ class DistillationTrainer(SFTTrainer):
         if not isinstance(args, DistillationConfig):
             raise MismatchError(f"args is a {type(args).__name__}, expected a DistillationConfig.")
 
+        if args.n_gpu > 1 and isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
+            raise UnsupportedModelError(
+                f"One process sees {args.n_gpu} GPUs, for which the Trainer would use nn.DataParallel; its replicas "
+                "do not run this loss. Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+            )
         student_kwargs = _as_dict(args.model_init_kwargs)
         teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
         student_config = _config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
