@@ -309,12 +309,14 @@ def build_student_config(
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     for axis in spec.axes:
         values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
-    for name in spec.layer_lists:
-        if values.get(name) is not None:
-            values[name] = [values[name][layer] for layer in layers_kept]
-    for name in spec.leading_layers:
-        if values.get(name) is not None:
-            values[name] = sum(layer < values[name] for layer in layers_kept)
+    if len(layers_kept) < spec.sizes(teacher)["layers"]:
+        for name in spec.layer_lists:
+            if values.get(name) is not None:
+                values[name] = [values[name][layer] for layer in layers_kept]
+        for name in spec.leading_layers:
+            # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
+            if values.get(name) is not None:
+                values[name] = sum(layer < values[name] for layer in layers_kept)
     values.pop("transformers_version", None)
     try:
         config = type(teacher)(**values)
