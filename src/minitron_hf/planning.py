@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
 from .artifacts import digest, read_json, replacing_file, versions, write_json
@@ -115,7 +116,7 @@ class PruningPlan:
             save_file(
                 {axis: np.ascontiguousarray(units) for axis, units in self.kept.items()},
                 temporary,
-                metadata={"format": "np"},
+                metadata={"minitron_hf": self.digest},
             )
         write_json(folder / PLAN_NAME, self.to_dict())
         return folder / PLAN_NAME
@@ -133,8 +134,10 @@ class PruningPlan:
         if values.get("format") != 1:
             raise MismatchError(f"{folder / PLAN_NAME} has format {values.get('format')!r}, expected 1. Plan again.")
         try:
-            kept = load_file(folder / INDICES_NAME)
-            return cls(
+            with safe_open(folder / INDICES_NAME, "np") as stored:
+                kept = {axis: stored.get_tensor(axis) for axis in stored.keys()}  # noqa: SIM118 (not a mapping)
+                written_with = (stored.metadata() or {})["minitron_hf"]
+            plan = cls(
                 model_type=values["model_type"],
                 teacher=values["teacher"],
                 student=values["student"],
@@ -147,6 +150,9 @@ class PruningPlan:
                 notes=tuple(values["notes"]),
                 versions=values["versions"],
             )
+            if plan.digest != written_with:
+                raise ValueError(f"{INDICES_NAME} was written with another {PLAN_NAME}")
+            return plan
         except Exception as error:
             raise MismatchError(f"The pruning plan in {folder} is damaged ({error!r}). Plan again.") from error
 
