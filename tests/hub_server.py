@@ -102,6 +102,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.faults: list[str] = []
         self.stalled = threading.Event()
+        self.stopped = threading.Event()
         self.lock = threading.RLock()
         hub = self
 
@@ -117,6 +118,7 @@ class HubServer:
         return self
 
     def stop(self) -> None:
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -349,8 +351,8 @@ class Handler(BaseHTTPRequestHandler):
                         self.drop()
                     if fault == "stall-lfs":
                         self.state.stalled.set()
-                        while True:
-                            time.sleep(0.1)
+                        self.state.stopped.wait()
+                        self.drop()
             if sha.hexdigest() != oid:
                 raise Refusal(400, "the content does not have the promised SHA-256")
             partial.replace(self.state.objects / oid)

@@ -294,6 +294,7 @@ def test_metadata_that_the_hub_refuses_stops_the_push_before_anything_is_made(ru
     refused = push(run_dir, hub_server, tmp_path)
     assert refused["error"] == "HubError"
     assert '"license" must be one of' in refused["message"]
+    assert "connection" not in refused["message"]
     assert hub_server.repos == {}
 
 
