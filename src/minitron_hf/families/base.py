@@ -133,7 +133,7 @@ class ArchSpec:
         sizes = self.sizes(model.config)
         problems = []
         layers = set()
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             located = self.locate(name)
             if located is not None and located[1] is not None:
                 layers.add(located[1])
