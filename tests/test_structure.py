@@ -1,0 +1,207 @@
+"""How the package is put together: layers of modules, lazy imports, and architecture names in family files only."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minitron_hf
+from minitron_hf.families import ArchSpec, families
+
+PACKAGE = Path(minitron_hf.__file__).parent
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+FAMILY_FILES = sorted(path for path in (PACKAGE / "families").glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def own_imports(tree: ast.AST, package: str = "") -> Iterator[tuple[str, int]]:
+    """First-level modules of this package that a tree imports anywhere, and the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            if node.level > (1 if package else 0):
+                names = [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
+            elif node.level == 0 and (node.module or "").partition(".")[0] == "minitron_hf":
+                rest = (node.module or "").partition(".")[2]
+                names = [rest.partition(".")[0]] if rest else [alias.name for alias in node.names]
+            else:
+                continue
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("minitron_hf.")]
+        else:
+            continue
+        yield from ((name, node.lineno) for name in names)
+
+
+def module_order() -> list[str]:
+    """Modules and sub-packages in the order of the table in CONTRIBUTING.md; `_version` comes before all."""
+    rows = re.findall(
+        r"^\| (`.*?) \|", (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return ["_version", *re.findall(r"`(\w+)(?:\.py|/)`", " ".join(rows))]
+
+
+def outside_functions(tree: ast.Module) -> ast.Module:
+    """What runs (or is read by type checkers) when the module is imported."""
+
+    class Bare(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+    return Bare().visit(tree)
+
+
+def test_every_module_has_its_place():
+    order = module_order()
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert MODULES.keys() | packages <= set(order)
+    assert len(set(order)) == len(order)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_modules_import_only_from_those_above(name: str):
+    order = module_order()
+    for imported, line in own_imports(outside_functions(parsed(MODULES[name]))):
+        assert order.index(imported) < order.index(name), f"{name}.py:{line} imports {imported}, which comes later"
+
+
+def test_families_import_only_from_those_above():
+    order = module_order()
+    for path in (PACKAGE / "families").glob("*.py"):
+        for imported, line in own_imports(parsed(path), "families"):
+            assert order.index(imported) < order.index("families"), f"{path.name}:{line} imports {imported}"
+
+
+def test_imports_inside_functions_close_no_cycle():
+    above = {name: {imported for imported, _ in own_imports(parsed(path))} for name, path in MODULES.items()}
+    while above:
+        free = {name for name, imported in above.items() if not imported & above.keys()}
+        assert free, f"a cycle among {sorted(above)}"
+        above = {name: imported for name, imported in above.items() if name not in free}
+
+
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "evaluate", "accelerate", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", ["_version", "errors", "artifacts", "axes", "data", "recipe", "cli"])
+def test_light_modules_import_nothing_heavy_at_the_top(name: str):
+    for node in parsed(MODULES[name]).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert HEAVY.isdisjoint(name.partition(".")[0] for name in names), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import minitron_hf; minitron_hf.__version__; dir(minitron_hf)",
+        "import minitron_hf.errors, minitron_hf.artifacts, minitron_hf.axes, minitron_hf.data",
+        "import minitron_hf.families; minitron_hf.families.families()",
+        "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', '--help']; minitron_hf.cli.main()",
+        "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', 'run', '--help']; minitron_hf.cli.main()",
+    ],
+)
+def test_light_imports_leave_heavy_libraries_alone(code: str):
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('\\nheavy:', sorted(set(sys.modules) & {HEAVY!r})))\n"
+        f"{code}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "heavy: []" in done.stdout
+
+
+def test_public_names_are_defined_where_they_are_said_to_be():
+    """`__init__` names each public object, its module, and the same once more for type checkers."""
+    tree = parsed(PACKAGE / "__init__.py")
+    for_checkers = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module != "_version"
+        for alias in node.names
+    }
+    assert for_checkers == minitron_hf._MODULE_OF
+    assert set(minitron_hf.__all__) == {"__version__", *for_checkers}
+    for name, module in for_checkers.items():
+        defined = {
+            target
+            for node in parsed(MODULES[module]).body
+            for target in (
+                [node.name]
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                else [t.id for t in node.targets if isinstance(t, ast.Name)]
+                if isinstance(node, ast.Assign)
+                else []
+            )
+        }
+        assert name in defined, f"{module}.py does not define {name}"
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):
+        _ = minitron_hf.frobnicate
+    assert minitron_hf.MinitronError.__name__ == "MinitronError"
+
+
+# Architecture names
+
+
+def architecture_names() -> set[str]:
+    """Parts of parameter names in the tables, without those that are ordinary words."""
+    ordinary = {"weight", "bias", "norm", "mlp", "attn", "attention", "model", "layers", "transformer", "dense", "h"}
+    names = {part for spec in families().values() for name in spec.dimensions for part in name.split(".")}
+    return names - ordinary
+
+
+def code_words(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Identifiers, and the parts of strings that are (dotted) names themselves, not prose."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.*]+", node.value):
+            yield from ((part, node.lineno) for part in node.value.split("."))
+
+
+def test_there_are_architecture_names():
+    assert {"q_proj", "c_attn", "query_key_value", "gate_up_proj", "wte", "lm_head"} <= architecture_names()
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), PACKAGE / "families" / "__init__.py"], ids=lambda path: path.stem)
+def test_architecture_names_stay_in_family_files(path: Path):
+    forbidden = architecture_names()
+    found = [f"{path.name}:{line}: {word}" for word, line in code_words(parsed(path)) if word in forbidden]
+    assert not found
+
+
+def test_families_are_found_by_their_files():
+    assert [path.stem for path in FAMILY_FILES] == sorted(families())
+
+
+@pytest.mark.parametrize("path", FAMILY_FILES, ids=lambda path: path.stem)
+def test_family_files_hold_a_table_and_nothing_else(path: Path):
+    docstring, *body = parsed(path).body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value, ast.Constant)
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            assert (node.level, node.module) in {(1, "base"), (0, "dataclasses"), (0, "__future__")}, ast.unparse(node)
+        else:
+            assert isinstance(node, ast.Assign), ast.unparse(node)
+            assert all(isinstance(target, ast.Name) and target.id.isupper() for target in node.targets)
+            assert not any(isinstance(part, ast.Lambda | ast.comprehension | ast.IfExp) for part in ast.walk(node))
+    spec = families()[path.stem]
+    assert type(spec) is ArchSpec
+    assert spec.model_type == path.stem
