@@ -184,7 +184,7 @@ def test_check_recipe_predicts_the_students_size(values):
     folder, _ = run(values, until="prune")
     student = AutoModelForCausalLM.from_pretrained(folder / "pruned")
     assert shapes["num_parameters"]["student"] == sum(p.numel() for p in student.parameters())
-    assert shapes["sizes"]["intermediate_size"]["student"] == student.config.intermediate_size
+    assert shapes["sizes"]["ffn"]["student"] == student.config.intermediate_size
 
 
 def test_lora_trains_an_adapter_and_leaves_a_stock_student(values):
@@ -192,8 +192,6 @@ def test_lora_trains_an_adapter_and_leaves_a_stock_student(values):
     assert not (folder / "adapter_config.json").exists()
     student = AutoModelForCausalLM.from_pretrained(folder)
     pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
-    changed = {
-        name for name, tensor in student.state_dict().items() if not tensor.equal(pruned.state_dict()[name])
-    }
+    changed = {name for name, tensor in student.state_dict().items() if not tensor.equal(pruned.state_dict()[name])}
     assert changed
     assert all(".q_proj." in name or ".up_proj." in name for name in changed)

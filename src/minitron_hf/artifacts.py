@@ -103,10 +103,10 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
-        ) from error
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise OutputError(f"Cannot write {path}: {error}. Free space or choose another folder.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -128,13 +128,34 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
-        ) from error
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise OutputError(f"Cannot write {path}: {error}. Free space or choose another folder.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error means that a file could not be read or written.
+
+    The writers of safetensors and of PyTorch report a full disk as errors of their own.
+    """
+    signs = ("I/O error", "os error", "No space left", "failed writing", "unexpected pos")
+    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
+
+
+def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
+    """A name to publish: Hub ids as they are, local folders and files by their last part only.
+
+    >>> public_name("owner/model"), public_name(None)
+    ('owner/model', None)
+    """
+    if not name_or_path:
+        return None
+    path = Path(name_or_path).expanduser()
+    return path.resolve().name if path.exists() else str(name_or_path)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:
@@ -162,11 +183,13 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
         OutputError: if it cannot, or does.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"The output folder {folder} is a file. Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()):
+    existed = folder.is_dir()
+    if existed and any(folder.iterdir()):
         raise OutputError(f"The output folder {folder} already holds files. Choose another one, or empty it.")
-    return require_writable(folder)
+    require_writable(folder)
+    if not existed:
+        folder.rmdir()
+    return folder
 
 
 def _umask() -> int:

@@ -250,9 +250,7 @@ def evaluate(
 def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots and write the model card from the files of a run folder."""
     from .hub import write_model_card
-    from .plots import write_plots
 
-    write_plots(folder)
     _say(f"Wrote {write_model_card(folder)}")
 
 
@@ -311,14 +309,17 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .families import FIELD_OF_AXIS
+
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = {**shapes["sizes"], "parameters": shapes["num_parameters"]}
+    sizes = {FIELD_OF_AXIS.get(axis, axis): both for axis, both in shapes["sizes"].items()}
+    rows = {**sizes, "parameters": shapes["num_parameters"]}
     rows["without embeddings"] = shapes["num_parameters_without_embeddings"]
-    for name, sizes in rows.items():
-        share = sizes["student"] / sizes["teacher"]
-        table.add_row(name, f"{sizes['teacher']:,}", f"{sizes['student']:,}", f"{share:.0%}")
+    for name, both in rows.items():
+        share = both["student"] / both["teacher"]
+        table.add_row(name, f"{both['teacher']:,}", f"{both['student']:,}", f"{share:.0%}")
     console = Console()
     console.print(table)
     for note in shapes["notes"]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import require_writable, versions, write_json
+from .artifacts import public_name, require_writable, versions, write_json
 from .data import DataSource, TokenRows, padded_batches, token_rows, tokenize
 from .errors import DataError, HubError, MismatchError, MissingDependencyError, OutputError, UnsupportedModelError
 from .models import (
@@ -294,7 +294,7 @@ def evaluate_models(
         "device": device_description(device),
         "dtype": next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "mixed",
         "data": {
-            "name": dataset_name,
+            "name": public_name(dataset_name),
             "digest": rows.digest,
             "num_rows": len(rows),
             "num_tokens": _num_predicted(rows),
@@ -825,9 +825,7 @@ def _num_predicted(rows: TokenRows) -> int:
 
 
 def _recorded_name(model: PreTrainedModel | str | os.PathLike[str]) -> str | None:
-    if isinstance(model, str | os.PathLike):
-        return os.fspath(model)
-    return getattr(model.config, "_name_or_path", None) or None
+    return public_name(model if isinstance(model, str | os.PathLike) else model.config._name_or_path)
 
 
 def _digest_or_none(model: PreTrainedModel) -> str | None:

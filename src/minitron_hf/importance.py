@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from .artifacts import digest, replacing_file, versions
+from .artifacts import digest, public_name, replacing_file, versions
 from .axes import dimension_axes, product_shape
 from .data import DataSource, TokenRows, padded_batches, position_ids, token_rows
 from .errors import DataError, MismatchError
@@ -195,7 +195,7 @@ def estimate_importance(
             raise DataError(f"{name}={value!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
     spec = spec_for(model.config)
     spec.check(model)
-    settings: dict[str, Any] = {"model": model.config._name_or_path, "metric": metric}
+    settings: dict[str, Any] = {"model": public_name(model.config._name_or_path), "metric": metric}
     digests: dict[str, str | None] = {
         "model": model_digest(model),
         "architecture": architecture_digest(model.config),

@@ -418,9 +418,8 @@ class _Rows:
         max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
         if z_t.dtype == z_s.dtype == work.dtype:
             # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
-            self.agreement[where] = (torch.add(teacher, student, out=work).amax(-1, keepdim=True) == max_t + max_s)[
-                :, 0
-            ]
+            largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
+            self.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
         else:  # half-precision logits have ties, and a tie is not an agreement
             self.agreement[where] = teacher.argmax(-1) == student.argmax(-1)
 

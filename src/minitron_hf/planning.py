@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
-from .artifacts import digest, read_json, replacing_file, versions, write_json
+from .artifacts import digest, public_name, read_json, replacing_file, versions, write_json
 from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, ArchSpec, spec_for
 from .importance import ImportanceScores, on_meta
@@ -205,7 +205,7 @@ def make_plan(
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
-            "name_or_path": teacher_config._name_or_path,
+            "name_or_path": public_name(teacher_config._name_or_path),
             "revision": getattr(teacher_config, "_commit_hash", None),
             "digest": weights_digest,
             "num_parameters": count_parameters(teacher),

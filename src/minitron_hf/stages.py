@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .artifacts import (
     digest,
     file_digest,
+    is_storage_error,
     read_json,
     replacing_folder,
     require_writable,
@@ -29,7 +30,7 @@ from .artifacts import (
 )
 from .data import load_text_dataset
 from .errors import DataError, MinitronError, MismatchError, OutputError
-from .families import FIELD_OF_AXIS, spec_for
+from .families import spec_for
 from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .models import compute_dtype, count_parameters, empty_model, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
@@ -234,10 +235,8 @@ def _evaluate(run: Run) -> None:
 
 def _card(run: Run) -> None:
     from .hub import write_model_card, write_teacher_metadata
-    from .plots import write_plots
 
     write_teacher_metadata(run.folder, run.recipe.teacher.model, revision=run.recipe.teacher.revision)
-    write_plots(run.folder)
     write_model_card(run.folder)
 
 
@@ -423,7 +422,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     before = spec.sizes(config)
     return {
         "model_type": spec.model_type,
-        "sizes": {FIELD_OF_AXIS.get(axis, axis): {"teacher": before[axis], "student": sizes[axis]} for axis in before},
+        "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
         "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(student)},
         "num_parameters_without_embeddings": {
             "teacher": count_parameters(config, embeddings=False),
@@ -660,11 +659,10 @@ def _clear_errors() -> Iterator[None]:
         yield
     except MinitronError:
         raise
-    except OSError as error:
-        raise OutputError(
-            f"A file could not be read or written: {error}. The same command resumes the run."
-        ) from error
     except Exception as error:
-        if "No space left" in str(error):
-            raise OutputError(f"The disk is full: {error}. Free space; the same command resumes the run.") from error
-        raise
+        if not is_storage_error(error):
+            raise
+        raise OutputError(
+            f"A file could not be read or written: {error}. If the disk is full, free space; the same command then "
+            "resumes the run."
+        ) from error

@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import SFTConfig, SFTTrainer
 
-from .artifacts import digest, require_writable, versions, write_json
+from .artifacts import digest, public_name, require_writable, versions, write_json
 from .errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from .losses import (
     DenseSignal,
@@ -669,8 +670,8 @@ class DistillationTrainer(SFTTrainer):
         return {
             "format": 1,
             "versions": versions(),
-            "teacher": {"name_or_path": self._teacher_name, "revision": self._teacher_revision},
-            "student": {"name_or_path": self._student_name},
+            "teacher": {"name_or_path": public_name(self._teacher_name), "revision": self._teacher_revision},
+            "student": {"name_or_path": public_name(self._student_name)},
             "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
             "data": self._datasets,
             "num_processes": self.accelerator.num_processes,
@@ -928,10 +929,17 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
         }
     info = getattr(data, "info", None)
     return {
-        "name": getattr(info, "dataset_name", None),
+        "name": _hub_id_of(info) or getattr(info, "dataset_name", None),
         "num_rows": len(data) if hasattr(data, "__len__") else None,
         "fingerprint": getattr(data, "_fingerprint", None),
     }
+
+
+def _hub_id_of(info: Any) -> str | None:
+    """Hub id of the repository that a dataset was read from, as its list of downloaded files tells."""
+    sources = getattr(info, "download_checksums", None) or {}
+    found = (re.match(r"hf://datasets/([^@]+)@", str(source)) for source in sources)
+    return next((match[1] for match in found if match), None)
 
 
 def _config_of(model: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,223 @@
+"""The command line: every stage by hand, and every mistake as one message with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minitron_hf.cli import main
+from pocket import pocket_model, pocket_tokenizer
+
+TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    pocket_model("llama", dtype=torch.float32).save_pretrained(folder / "teacher")
+    pocket_model("llama", dtype=torch.float32, seed=1).save_pretrained(folder / "other")
+    for name in ("teacher", "other"):
+        pocket_tokenizer().save_pretrained(folder / name)
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (folder / "short.jsonl").write_text(json.dumps({"text": "a b"}))
+    (folder / "empty.jsonl").write_text(json.dumps({"text": ""}))
+    (folder / "recipe.yaml").write_text(
+        f"""
+teacher: {folder / "teacher"}
+data: {{train: {folder / "text.jsonl"}, eval: {folder / "text.jsonl"}}}
+output_dir: {folder / "run"}
+prune: {{intermediate_size: 0.5}}
+scores: {{num_samples: 8, max_length: 16}}
+distill: {{max_steps: 2, max_length: 16, per_device_train_batch_size: 2}}
+evaluate: {{num_rows: 4, speed: false}}
+"""
+    )
+    return folder
+
+
+def minitron(*arguments):
+    """Run the command line in this process, as the installed script would."""
+    output, errors, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["minitron-hf", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    else:
+        code = 0
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def refused(result, *words):
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.rindex("minitron-hf:") :]
+    for word in words:
+        assert word in message, message
+
+
+def test_help_is_lazy():
+    code = (
+        "import sys; from minitron_hf.cli import app; app(['--help'], standalone_mode=False); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in ["run", "score", "plan", "prune", "distill", "evaluate", "card", "publish", "families"]:
+        assert command in result.stdout
+
+
+def test_every_stage_by_hand(workshop, tmp_path):
+    teacher, text = workshop / "teacher", workshop / "text.jsonl"
+
+    def ok(*arguments):
+        result = minitron(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    ok("score", teacher, "--data", text, "-o", tmp_path / "scores", "--set", "max_length=16")
+    shapes = ok(
+        "plan", teacher, "--scores", tmp_path / "scores", "--intermediate-size", "0.5", "--num-hidden-layers", "4",
+        "-o", tmp_path / "plan",
+    )  # fmt: skip
+    assert "intermediate_size" in shapes
+    ok("prune", teacher, "--plan", tmp_path / "plan", "-o", tmp_path / "pruned")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert pruned.config.num_hidden_layers == 4
+    refused(minitron("prune", teacher, "--plan", tmp_path / "plan", "-o", tmp_path / "pruned"), "already holds files")
+    ok(
+        "distill", tmp_path / "pruned", "--teacher", teacher, "--train-data", text, "-o", tmp_path / "out",
+        "--set", "max_steps=2", "--set", "max_length=16", "--set", "report_to=none",
+    )  # fmt: skip
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any(not a.equal(b) for a, b in zip(student.parameters(), pruned.parameters()))
+    assert json.loads((tmp_path / "out" / "pruning_plan.json").read_text())["model_type"] == "llama"
+    table = ok(
+        "evaluate", f"teacher={teacher}", f"student={tmp_path / 'out'}", "--data", text, "-o", tmp_path / "out",
+        "--set", "speed=false",
+    )  # fmt: skip
+    assert "student" in table
+    ok("card", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---")
+
+
+def test_dry_run_prints_shapes_and_writes_nothing(workshop):
+    result = minitron("run", workshop / "recipe.yaml", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "intermediate_size" in result.stdout
+    teacher = AutoModelForCausalLM.from_pretrained(workshop / "teacher")
+    assert f"{sum(p.numel() for p in teacher.parameters()):,}" in result.stdout
+    assert not (workshop / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prune.hidden_size=35"], ["hidden_size=35", "24 or 36"]),
+        (["prune.num_attention_heads=5"], ["num_attention_heads=5", "num_key_value_heads=3"]),
+        (["prune.intermediate_size=99999"], ["99999", "larger than the teacher's"]),
+        (["teacher.model=./nowhere"], ["nowhere"]),
+        (["data.train=./nowhere.jsonl"], ["nowhere.jsonl", "does not exist"]),
+        (["scores.batch_reduction=max", "scores.max_len=3"], ["max_len"]),
+        (["colour=blue"], ["colour"]),
+        (["output_dir=/proc/run"], ["/proc"]),
+    ],
+)
+def test_bad_recipes_are_one_message(workshop, overrides, words):
+    arguments = [part for override in overrides for part in ("--set", override)]
+    refused(minitron("run", workshop / "recipe.yaml", "--dry-run", *arguments), *words)
+    assert not (workshop / "run").exists()
+
+
+def test_an_unknown_architecture_names_the_known_ones(workshop, tmp_path):
+    from transformers import BloomConfig
+
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97).save_pretrained(tmp_path)
+    pocket_tokenizer().save_pretrained(tmp_path)
+    refused(minitron("run", workshop / "recipe.yaml", "--set", f"teacher={tmp_path}"), "bloom", "llama", "qwen3")
+
+
+@pytest.mark.parametrize(("name", "words"), [("short", "only"), ("empty", "no documents")])
+def test_too_little_calibration_text(workshop, tmp_path, name, words):
+    refused(
+        minitron("score", workshop / "teacher", "--data", workshop / f"{name}.jsonl", "-o", tmp_path / "scores"), words
+    )
+    assert not (tmp_path / "scores").exists()
+
+
+def test_scores_of_another_model_are_refused(workshop, tmp_path):
+    scores = tmp_path / "scores"
+    minitron("score", workshop / "other", "--data", workshop / "text.jsonl", "-o", scores, "--set", "max_length=16")
+    minitron(
+        "plan", workshop / "teacher", "--scores", scores, "--intermediate-size", "8", "-o", tmp_path / "plan"
+    )  # same architecture: a config alone cannot tell
+    refused(
+        minitron("prune", workshop / "teacher", "--plan", tmp_path / "plan", "-o", tmp_path / "pruned"),
+        "other weights",
+    )
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(workshop, tmp_path):
+    pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    pocket_tokenizer(eos_token=None, pad_token=None).save_pretrained(tmp_path / "teacher")
+    refused(
+        minitron("run", workshop / "recipe.yaml", "--dry-run", "--set", f"teacher={tmp_path / 'teacher'}"),
+        "end-of-text",
+        "tokenizer.eos_token",
+    )
+
+
+def test_a_full_disk_leaves_nothing_half_written(workshop, tmp_path):
+    """Files limited to 20 kB stand for a full disk: the write fails in the middle."""
+    import resource
+
+    run = ["run", workshop / "recipe.yaml", "--until", "prune", "--set", f"output_dir={tmp_path / 'run'}"]
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    assert minitron(*run[:2], "--until", "plan", *run[4:]).returncode == 0
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        result = minitron(*run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    refused(result, "Free space")
+    assert not (tmp_path / "run" / "pruned").exists()
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".pruned")]
+    assert minitron(*run).returncode == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
+
+
+def test_an_interrupt_says_how_to_go_on(workshop, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from minitron_hf.cli import main; main()", "run", str(workshop / "recipe.yaml"),
+         "--set", f"output_dir={tmp_path / 'run'}", "--set", "distill.max_steps=100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "[distill]" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "resumes" in output
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "config.json").exists()
