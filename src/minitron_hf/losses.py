@@ -129,7 +129,8 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     base = base_model_of(model)
     layer = base.get_output_embeddings()
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    # DeepSpeed ZeRO-3 leaves an empty tensor between uses, and its shape in `ds_shape`.
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise UnsupportedModelError(
             f"{type(base).__name__} has no linear output head (get_output_embeddings() returned "
             f"{type(layer).__name__}); distillation needs a causal language model with one."

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
@@ -364,6 +365,8 @@ class DistillationTrainer(SFTTrainer):
         student_config = _config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
         teacher_config = _config_of(teacher_model, teacher_kwargs)
         _refuse_unequal_vocabularies(student_config, teacher_config)
+        _refuse_split_model(model, "student")
+        _refuse_split_model(teacher_model, "teacher")
         if isinstance(model, nn.Module):
             _refuse_shared_model(model, teacher_model)
             _refuse_unseen_adapters(model, peft_config)
@@ -405,6 +408,7 @@ class DistillationTrainer(SFTTrainer):
             )
 
         student = base_model_of(self.model)
+        _refuse_split_model(student, "student")
         _refuse_wrapped_head(student)
         # In place of TRL's own fused forward, which computes a cross-entropy alone.
         student.forward = types.MethodType(_distilling_forward(type(student)), student)
@@ -585,7 +589,7 @@ class DistillationTrainer(SFTTrainer):
         `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
         """
         output_dir = os.fspath(output_dir or _output_dir(self.args))
-        with self._stock_config():
+        with self._stock_config(), _writing(output_dir):
             super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             self._save_origin(Path(output_dir))
@@ -632,14 +636,10 @@ class DistillationTrainer(SFTTrainer):
         student.tie_weights()
         student.generation_config = base.generation_config
         require_writable(output_dir)
-        try:
+        with _writing(output_dir):
             student.to(dtype=dtype or student.dtype).save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
-        except OSError as error:
-            raise OutputError(
-                f"Cannot write the student to {output_dir}: {error}. Free space or choose another."
-            ) from error
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (output_dir / name).unlink(missing_ok=True)  # loaders would put the adapter on top of the merged weights
         self._save_origin(output_dir)
@@ -817,13 +817,22 @@ def _forward_of_backbone(model: Any) -> Iterator[None]:
             model.forward = kept
 
 
+@contextlib.contextmanager
+def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full disk or a forbidden folder raises into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
+
+
 def _shard_teacher(teacher: Any, accelerator: Any) -> Any:
     """Shard the frozen teacher as FSDP shards the student; Accelerate leaves models in evaluation mode whole."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        from trl.models.utils import prepare_fsdp
-
-        return prepare_fsdp(teacher, accelerator)
+        raise UnsupportedModelError(
+            "FSDP version 1 hides the teacher's output head from the loss. Set fsdp_version: 2 for accelerate."
+        )
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -863,6 +872,15 @@ def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
             "probabilities token by token, so both need one tokenizer and equally many embedding rows. Use a teacher "
             "of the same family, or, where the tokenizer is the same and one embedding is only padded, "
             f"student.resize_token_embeddings({sizes['t']})."
+        )
+
+
+def _refuse_split_model(model: Any, role: str) -> None:
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"The {role} is split over {', '.join(map(str, devices))}; the loss needs both heads on one device. "
+            "Load it with device_map=None; to shard both models, use `accelerate launch` with FSDP2 or DeepSpeed."
         )
 
 
