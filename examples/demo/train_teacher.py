@@ -384,8 +384,8 @@ documentation, badly; use it for nothing else.
 - {record["steps"]:,} steps of {record["batch_size"]} × {record["context"]} tokens = {record["train_tokens"]:,} tokens
   ({record["epochs"]} epochs), Muon on the matrices of the layers (lr {MUON_LR}), AdamW on the rest (lr {ADAMW_LR}),
   {record["optimizer"]["schedule"]}, weight decay {WEIGHT_DECAY}, seed {record["seed"]}.
-- {record["seconds"] / 60:.0f} minutes by the clock on {record["threads"]} CPU thread, other work beside it included. torch {made_with["torch"]},
-  transformers {made_with["transformers"]}, tokenizers {made_with["tokenizers"]}.
+- {record["seconds"] / 60:.0f} minutes by the clock on {record["threads"]} CPU thread, beside other work.
+  torch {made_with["torch"]}, transformers {made_with["transformers"]}, tokenizers {made_with["tokenizers"]}.
 - Stored in float16. Digests of all files and the training history are in `training.json`.
 
 ## How good it is
