@@ -315,12 +315,22 @@ def test_model_digest_notices_every_tensor():
 
 
 def test_model_digest_reads_more_than_one_column():
-    """A sample with a stride that divides the width would not see a change of all other columns."""
-    model = pocket_model(hidden_size=64, intermediate_size=128)
+    """A sample with a stride that is a multiple of the width would not see a change of all other columns."""
+    model = pocket_model(hidden_size=64, intermediate_size=1024)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.numel() // models.DIGEST_SAMPLES == weight.shape[1]
     before = models.model_digest(model)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[:, 1:].normal_()
+        weight[:, 1:].normal_()
     assert models.model_digest(model) != before
+
+
+def test_model_digest_is_taken_in_float32():
+    model = pocket_model().double()
+    before = models.model_digest(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1 + 1e-12)
+    assert models.model_digest(model) == before == models.model_digest(model.float())
 
 
 def test_model_digest_survives_saving(tmp_path: Path):
