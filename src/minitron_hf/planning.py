@@ -323,5 +323,7 @@ def _count_student(
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:
-    """A config as JSON values, the way `config.json` holds it."""
-    return json.loads(config.to_json_string(use_diff=False))
+    """A config as JSON values, the way `config.json` holds it; where it was loaded from is not its business."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return values
