@@ -212,14 +212,16 @@ def loader(
     return DataLoader(list(rows), batch_size=batch_size, collate_fn=collate)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llama", "eager"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("gpt2", "eager"), ("gpt2", "sdpa"), ("phi3", "sdpa")],
+)
 def test_scores_do_not_depend_on_batches_or_padding(name: str, attention: str):
     model = pocket_model(name, attn_implementation=attention)
     expected = scores_of(model, batch_size=1)
     for batch_size in (2, 5):
         assert_equal_scores(scores_of(model, batch_size=batch_size), expected)
-    for side, extra, batch_size in itertools.product(("left", "right"), (0, 3), (1, 2, 5)):
+    for side, extra, batch_size in itertools.product(("left", "right"), (0, 3), (1, 5)):
         assert_equal_scores(scores_of(model, loader(ROWS.rows, batch_size, side, extra)), expected)
     assert_equal_scores(scores_of(model, loader(reversed(ROWS.rows), 2)), expected)
     assert_equal_scores(scores_of(model, loader(ROWS.rows, 2, pad=VOCAB + 5)), expected)  # a token added for padding
