@@ -70,7 +70,6 @@ def plan_of(config: PretrainedConfig, scores: ImportanceScores | None = None, **
         ("llama", {"num_key_value_heads": 6}, "num_key_value_heads=6 is larger than the teacher's 3"),
         ("llama", {"num_hidden_layers": 6}, "num_hidden_layers=6 is larger than the teacher's 5"),
         ("mistral", {"num_attention_heads": 7}, "num_attention_heads must be one of [3, 6, 9, 12]"),
-        ("mistral", {"num_key_value_heads": 2}, "num_attention_heads must be one of [2, 4, 6, 8]"),
         ("mistral", {"num_key_value_heads": 2, "num_attention_heads": 10}, "one of [2, 4, 6, 8]"),
         ("llama", {"hidden_size": 28}, "multiples of num_attention_heads=12. Nearest: 24 or 36."),
         ("llama", {"hidden_size": 11}, "multiples of num_attention_heads=12. Nearest: 12."),
@@ -215,6 +214,17 @@ def test_sizes(name: str, request_: dict, expected: Mapping[str, int]):
     from_config = student_config(config, PrunerConfig(**request_))
     assert spec_for(config).sizes(from_config) == {**before, **expected}
     assert spec_for(config).sizes(plan.build_student_config()) == {**before, **expected}
+
+
+def test_whole_groups_go_when_only_kv_heads_are_cut():
+    plan = plan_of(pocket_config("mistral"), num_key_value_heads=2)
+    assert (plan.sizes["kv"]["student"], plan.sizes["heads"]["student"]) == (2, 8)
+    for groups, heads in zip(plan.kept["kv"], plan.kept["heads"]):
+        assert heads.tolist() == [4 * group + each for group in groups for each in range(4)]
+    assert any("num_attention_heads follows num_key_value_heads to 8" in note for note in plan.notes)
+    # A fraction of the heads never exceeds what the kept groups have.
+    plan = plan_of(pocket_config("mistral"), num_key_value_heads=0.34, num_attention_heads=0.9)
+    assert (plan.sizes["kv"]["student"], plan.sizes["heads"]["student"]) == (1, 4)
 
 
 def test_a_size_that_follows_is_noted():

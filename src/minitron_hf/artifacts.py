@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from .errors import MismatchError, OutputError
 RECORDED_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that shape a result."""
     from ._version import __version__
@@ -155,7 +157,8 @@ def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
     if not name_or_path:
         return None
     path = Path(name_or_path).expanduser()
-    return path.resolve().name if path.exists() else str(name_or_path)
+    local = path.exists() or path.is_absolute() or str(name_or_path).startswith((".", "~"))
+    return path.resolve().name if local else str(name_or_path)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:

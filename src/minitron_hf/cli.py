@@ -14,6 +14,8 @@ from .errors import DataError, MinitronError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rich.console import Console
+
 app = typer.Typer(
     name="minitron-hf",
     help="Make large causal language models small: score, prune width and depth, distil, measure, publish.",
@@ -306,7 +308,6 @@ def _with_arguments(function: str, call: Any) -> Any:
 
 
 def _print_shapes(shapes: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from .families import FIELD_OF_AXIS
@@ -320,7 +321,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     for name, both in rows.items():
         share = both["student"] / both["teacher"]
         table.add_row(name, f"{both['teacher']:,}", f"{both['student']:,}", f"{share:.0%}")
-    console = Console()
+    console = _console()
     console.print(table)
     for note in shapes["notes"]:
         console.print(f"Note: {note}")
@@ -330,10 +331,9 @@ def _print_results(folder: Path) -> None:
     """What a run found: the table, the card and the samples, as far as they exist."""
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = _console()
     if (folder / "evaluation.json").is_file():
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
@@ -360,5 +360,15 @@ def _print_results(folder: Path) -> None:
         console.print(f"\nModel card: {folder / 'README.md'}")
 
 
+def _console() -> Console:
+    """A console that does not fold tables where there is no terminal to fit."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:
-    return "–" if not metric else f"{metric['value']:.{digits}f} ± {metric['stderr']:.{digits}f}"
+    if not metric:
+        return "–"
+    value = f"{metric['value']:.{digits}f}"
+    return value if metric["stderr"] is None else f"{value} ± {metric['stderr']:.{digits}f}"

@@ -310,9 +310,12 @@ class _ScoringPass:
         if padded:
             # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
             inputs["input_ids"] = batch["input_ids"].masked_fill(~mask_BT.bool(), 0)
-            inputs["attention_mask"] = mask_BT
-            if self.takes_positions:
-                inputs["position_ids"] = position_ids(mask_BT)
+            # Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a
+            # sliding window leaves with nothing to see turn NaN and spoil the keys of the others.
+            if bool((mask_BT.diff(dim=1) > 0).any()):
+                inputs["attention_mask"] = mask_BT
+                if self.takes_positions:
+                    inputs["position_ids"] = position_ids(mask_BT)
         self.layer_inputs.clear()
         self.model.base_model(**inputs, use_cache=False)  # without the head: no logits are needed
         self._add_similarities(mask_BT.bool())

@@ -174,7 +174,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
                 "Pass a decoder-only language model."
             ) from error
         raise UnsupportedModelError(
-            f"Transformers cannot build a {config.model_type!r} model from this config: {_first_line(error)}"
+            f"Transformers cannot build a {config.model_type!r} model from this config: {first_line(error)}"
         ) from error
 
 
@@ -345,11 +345,11 @@ def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
         if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
             return HubError(
                 f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
-                f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({_first_line(chain[-1])})"
+                f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({first_line(chain[-1])})"
             )
     if what == "tokenizer":
         return DataError(
-            f"{start}: {_first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
+            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
             "save the tokenizer beside the model, or name another one."
         )
     if "Unrecognized configuration class" in str(error):
@@ -361,10 +361,11 @@ def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
             f"{start}: this version of Transformers does not know its model_type. "
             "Update Transformers, or pass another model; models that need their own code are not supported."
         )
-    return UnsupportedModelError(f"{start}: {_first_line(error)}")
+    return UnsupportedModelError(f"{start}: {first_line(error)}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its further paragraphs, as one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A strict config's message names the validator first and what is wrong after it.
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)

@@ -199,6 +199,8 @@ def make_plan(
         weights_digest = scores.digests["model"]
     else:
         weights_digest = None if on_meta(teacher) else model_digest(teacher)
+    if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
+        raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
     layers_kept = _choose_layers(before["layers"], after["layers"], config, scores)
     kept = _choose_units(spec, before, after, layers_kept, cut, scores)
     student = build_student_config(spec, teacher_config, after, layers_kept)

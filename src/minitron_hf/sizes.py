@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import read_json, write_json
-from .axes import dimension_size, parse_dimensions
+from .axes import dimension_axes, dimension_size, parse_dimensions
 from .errors import HubError, PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from .models import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -179,7 +180,12 @@ def resolve_sizes(
         if isinstance(value, float):
             # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
             step = 1 if value == 1 else _step(spec, axis, after, request.multiple_of)
-            after[axis] = _round_fraction(value, before[axis], step)
+            after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
+    for inner, outer in spec.groups:
+        most = _most(spec, inner, before, after)
+        if inner not in given and after[inner] > most:
+            after[inner] = most
+            notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     notes += _follow_equal(spec, before, after, given)
     _require_groups(spec, before, after)
     _require_multiples(spec, before, after)
@@ -218,9 +224,18 @@ def _step(spec: ArchSpec, axis: str, sizes: Mapping[str, int], multiple_of: int)
     for left, right in spec.equal:
         if axis == right:
             # hidden = heads * head_dim, and the heads follow: any multiple of what stays of the product is legal.
-            fixed = [factor for factor in left.split("*") if factor not in FIELD_OF_AXIS]
-            step = math.lcm(step, *(sizes[factor] for factor in fixed))
+            [dimension] = parse_dimensions(left)
+            step = math.lcm(
+                step, *(sizes[factor] for factor in dimension_axes(dimension) if not spec.axis[factor].prunable)
+            )
     return step
+
+
+def _most(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
+    """Most units of an axis that the groups kept so far have."""
+    return min(
+        [before[axis], *(before[axis] // before[outer] * after[outer] for i, outer in spec.groups if i == axis)]
+    )
 
 
 def _round_fraction(fraction: float, size: int, step: int) -> int:
@@ -237,7 +252,7 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
     notes = []
     for left_text, right in spec.equal:
         [left] = parse_dimensions(left_text)
-        [moving] = [factor for factor in left_text.split("*") if factor in FIELD_OF_AXIS]
+        [moving] = [axis for axis in dimension_axes(left) if spec.axis[axis].prunable]
         fixed = dimension_size(left, {**after, moving: 1})
         left_size = fixed * after[moving]
         if left_size == after[right]:
@@ -323,7 +338,7 @@ def build_student_config(
         config.validate()
     except Exception as error:
         raise PlanError(
-            f"The stock {type(teacher).__name__} refuses these sizes: {error}. Choose other sizes."
+            f"The stock {type(teacher).__name__} refuses these sizes: {first_line(error)} Choose other sizes."
         ) from error
     if spec.sizes(config) != dict(sizes):
         raise PlanError(

@@ -106,14 +106,19 @@ def prune_model(
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
         ...                       calibration_data=texts)  # doctest: +SKIP
     """
-    if scores is not None and calibration_data is not None:
+    scored = calibration_data is not None or importance_kwargs.get("metric") == "random"
+    if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")
+    if importance_kwargs and not scored:
+        raise PlanError(
+            f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
+        )
     # Every refusal of sizes comes before the weights are loaded, and before the scoring.
     student_config(
         model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path), config
     )
     model = load_model(model_or_path)
-    if scores is None and calibration_data is not None:
+    if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
         scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
