@@ -17,8 +17,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hub_server import card_metadata, check_card
+from minitron_hf.card import render_model_card, write_model_card
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.hub import render_model_card, write_model_card
 from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, training_record, write_json, write_run
 
 

@@ -22,8 +22,9 @@ from hub_server import (
     hub_server_fixture,  # noqa: F401 (a fixture)
     make_blob,
 )
+from minitron_hf.card import render_model_card
 from minitron_hf.errors import HubError, OutputError
-from minitron_hf.hub import push_student_to_hub, render_model_card, uploaded_files, write_teacher_metadata
+from minitron_hf.hub import push_student_to_hub, uploaded_files, write_teacher_metadata
 from run_folder import KEPT, VOCAB, write_json, write_run
 
 PUSH = """

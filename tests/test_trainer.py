@@ -471,16 +471,17 @@ def test_card_and_push_use_the_student_and_are_private(tmp_path, monkeypatch):
     teacher.save_pretrained(tmp_path / "teacher")
     calls = []
     monkeypatch.setattr(
-        "minitron_hf.hub.push_student_to_hub", lambda folder, repo_id, **options: calls.append((repo_id, options))
+        trainer_module, "push_student_to_hub", lambda folder, repo_id, **options: calls.append((repo_id, options))
     )
     trainer = make_trainer(tmp_path / "run", student, str(tmp_path / "teacher"), token_dataset(), max_steps=1)
     trainer.train()
     trainer.push_to_hub(commit_message="Done", token="hf_secret")
     assert calls == [("run", {"private": True, "token": "hf_secret", "commit_message": "Done", "revision": None})]
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "knowledge-distillation" in card
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "teacher.json").is_file()
+    assert not (tmp_path / "run" / "README.md").exists()  # the push itself makes the card, once
+    trainer.create_model_card()
+    assert "knowledge-distillation" in (tmp_path / "run" / "README.md").read_text()
     trainer.args.hub_private_repo = False
     trainer.push_to_hub()
     assert calls[1][1]["private"] is False

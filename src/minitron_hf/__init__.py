@@ -31,7 +31,7 @@ _MODULE_OF = {
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
     "generate_samples": "evaluation",
-    "render_model_card": "hub",
+    "render_model_card": "card",
     "push_student_to_hub": "hub",
     "Recipe": "recipe",
     "run_recipe": "stages",
@@ -40,13 +40,13 @@ _MODULE_OF = {
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
+    from .card import render_model_card as render_model_card
     from .data import load_text_dataset as load_text_dataset
     from .data import token_rows as token_rows
     from .errors import MinitronError as MinitronError
     from .evaluation import evaluate_models as evaluate_models
     from .evaluation import generate_samples as generate_samples
     from .hub import push_student_to_hub as push_student_to_hub
-    from .hub import render_model_card as render_model_card
     from .importance import ImportanceScores as ImportanceScores
     from .importance import estimate_importance as estimate_importance
     from .models import count_parameters as count_parameters

@@ -251,7 +251,7 @@ def evaluate(
 @app.command()
 def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots and write the model card from the files of a run folder."""
-    from .hub import write_model_card
+    from .card import write_model_card
 
     _say(f"Wrote {write_model_card(folder)}")
 

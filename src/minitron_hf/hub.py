@@ -1,38 +1,28 @@
-"""The model card and the Hub: what a run folder says about itself, and how it is published.
+"""The Hub: what is known there of the teacher, and how a run folder is published.
 
-A run folder is laid out like the repository that it becomes. `render_model_card` reads nothing but its files, so the
-card of a published student can be rendered again from its repository, byte for byte.
-
-Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. Those files need the id of a
-registered benchmark dataset, which `benchmarks.json` does not carry, and perplexity, KL or speed are no registered
-benchmarks; so nothing is written there and all results stand in the card and its model-index.
+A run folder is laid out like the repository that it becomes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import json
 import logging
-import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifacts import read_json, replacing_file, write_json, write_text
-from .errors import HubError, MismatchError, OutputError
-from .plots import PLOTS, write_plots
+from .artifacts import read_json, replacing_file, write_json
+from .card import LEGAL_FILES, matches, write_model_card
+from .card_metadata import is_repo_id
+from .errors import HubError, OutputError
+from .plots import PLOTS
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, EvalResult
+    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
-
-#: Legal texts that go with the teacher's weights.
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 #: What a push uploads, as patterns of paths in the run folder. Everything else is a working file and stays at home.
 UPLOADED = (
@@ -74,42 +64,6 @@ OWNED = (
 #: Any one of these is a tokenizer that Transformers can load.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 
-#: What licences ask of a derived model beyond passing them on: start of the licence id or name → sentence.
-LICENCE_DUTIES = {
-    "llama3": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
-    "llama4": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
-    "gemma": "The Gemma terms ask that modified files say so (this card does) and that the terms and their use "
-    "restrictions are passed on to everyone who gets the model.",
-}
-
-#: Titles of the axes in tables; an axis that is not named here stands under its own name.
-AXIS_TITLES = {
-    "layers": "Layers",
-    "hidden": "Hidden size",
-    "ffn": "MLP width",
-    "heads": "Attention heads",
-    "kv": "Key-value heads",
-    "head_dim": "Head dimension",
-    "vocab": "Vocabulary",
-}
-
-#: Quality metrics of `evaluation.json`: key → (row title, title in the model-index, factor for display, unit).
-METRICS: dict[str, tuple[str, str, float, str]] = {
-    "loss": ("Loss, nats per token", "Cross-entropy (nats per token)", 1.0, ""),
-    "perplexity": ("Perplexity, per token", "Perplexity", 1.0, ""),
-    "bits_per_byte": ("Bits per byte", "Bits per byte", 1.0, ""),
-    "kl_divergence": (
-        "KL(teacher ‖ model), nats per token",
-        "KL divergence from the teacher (nats per token)",
-        1.0,
-        "",
-    ),
-    "top1_agreement": ("Top-1 agreement with the teacher", "Top-1 agreement with the teacher", 100.0, " %"),
-}
-
-#: Ids that the Hub accepts for a dataset in a model-index.
-_DATASET_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
-
 _NO_TOKEN = (
     "Log in with `hf auth login`, or set HF_TOKEN or pass token= with a token that has write access "
     "(https://huggingface.co/settings/tokens)."
@@ -117,9 +71,7 @@ _NO_TOKEN = (
 _REPEAT = "No commit was made; push again: what was already uploaded is not sent twice."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is known of the teacher
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_teacher_metadata(
@@ -147,6 +99,7 @@ def write_teacher_metadata(
         HubError: if the name is neither a folder nor a model that can be found on the Hub.
         OutputError: if the run folder cannot be written.
     """
+    import yaml
     from huggingface_hub import metadata_load
 
     run_dir = Path(run_dir)
@@ -161,13 +114,8 @@ def write_teacher_metadata(
 
     try:
         data = metadata_load(files["README.md"]) if "README.md" in files else None
-    except (ValueError, OSError) as error:  # yaml.YAMLError is no ValueError
+    except (ValueError, OSError, yaml.YAMLError) as error:
         logger.warning("The card of %s cannot be read (%s); its licence is recorded as unknown.", name, error)
-        data = None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        logger.warning("The metadata of %s is not valid YAML (%s); its licence is recorded as unknown.", name, error)
         data = None
     data = data or {}
     teacher = {
@@ -182,7 +130,7 @@ def write_teacher_metadata(
         "tags": _strings(data.get("tags")),
     }
     for file, source in files.items():
-        if _matches(file, LEGAL_FILES):
+        if matches(file, LEGAL_FILES):
             with replacing_file(run_dir / file) as temporary:
                 shutil.copyfile(source, temporary)
     path = run_dir / "teacher.json"
@@ -208,7 +156,7 @@ def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[
     with _hub_errors(f"Cannot read the card of the teacher {repo_id}", repeat=""):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = [name for name in names if name == "README.md" or ("/" not in name and _matches(name, LEGAL_FILES))]
+        wanted = [name for name in names if name == "README.md" or ("/" not in name and matches(name, LEGAL_FILES))]
         files = {name: Path(hf_hub_download(repo_id, name, revision=info.sha, token=token)) for name in wanted}
     return info.sha, files
 
@@ -233,542 +181,7 @@ def _text_or_none(value: Any) -> str | None:
     return values[0] if values and len(values) == 1 else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The card
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def render_model_card(run_dir: str | os.PathLike[str]) -> str:
-    """The model card of a run folder: YAML metadata and Markdown.
-
-    A pure function of the files in `run_dir` (and of this package's template): no clock, no network, no environment,
-    and not the name of the folder. A section whose file is missing is absent or says “not measured”.
-
-    Raises:
-        OutputError: if the folder holds neither a student nor a plan.
-        MismatchError: if one of the files cannot be understood.
-    """
-    import jinja2
-
-    run_dir = Path(run_dir)
-    run = _read_run(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown; free text only ever stands in fences and escaped cells
-    )
-    environment.filters.update(FILTERS)
-    try:
-        card = _card_values(run)
-        return environment.get_template("model_card.md.j2").render(card)
-    except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
-        raise MismatchError(
-            f"The files in {run_dir} do not have the expected fields ({type(error).__name__}: {error}). They were "
-            "written by another version of this package: run their stages again."
-        ) from error
-
-
-def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
-    """Draw the plots whose inputs are in the run folder, render the card, and write it to `README.md`.
-
-    Raises:
-        OutputError: if the folder holds neither a student nor a plan, or cannot be written.
-    """
-    run_dir = Path(run_dir)
-    _read_run(run_dir)  # refuses an empty folder before anything is drawn in it
-    write_plots(run_dir)
-    path = run_dir / "README.md"
-    write_text(path, render_model_card(run_dir))
-    return path
-
-
-def _read_run(run_dir: Path) -> dict[str, Any]:
-    """The files that the card is made from: JSON documents (None if missing), names of plots and legal texts."""
-    documents = ("config", "pruning_plan", "teacher", "distillation", "evaluation", "benchmarks", "hub")
-    run: dict[str, Any] = {
-        name: read_json(run_dir / f"{name}.json") if (run_dir / f"{name}.json").is_file() else None
-        for name in documents
-    }
-    if run["config"] is None and run["pruning_plan"] is None:
-        raise OutputError(
-            f"{run_dir} holds neither config.json nor pruning_plan.json: there is no student to describe. "
-            "Give the folder that the run wrote."
-        )
-    samples = run_dir / "samples.json"
-    try:
-        run["samples"] = json.loads(samples.read_text(encoding="utf-8")) if samples.is_file() else None
-    except json.JSONDecodeError as error:
-        raise MismatchError(f"{samples} is not valid JSON ({error}). Delete it and run its stage again.") from error
-    recipe = run_dir / "recipe.yaml"
-    run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    run["plots"] = [name for name in PLOTS if (run_dir / "plots" / name).is_file()]
-    run["legal_files"] = sorted(path.name for path in run_dir.glob("*") if _matches(path.name, LEGAL_FILES))
-    return run
-
-
-def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the template shows."""
-    plan, distillation, evaluation = run["pruning_plan"], run["distillation"], run["evaluation"]
-    teacher = _teacher(run)
-    repo_id = (run["hub"] or {}).get("repo_id")
-    title = repo_id.split("/")[-1] if repo_id else f"{teacher['label'] or 'student'}-minitron"
-    models = evaluation["models"] if evaluation else {}
-    return {
-        "metadata": _metadata(run, teacher, title),
-        "title": title,
-        "repo_id": repo_id,
-        "teacher": teacher,
-        "plan": plan,
-        "distillation": distillation,
-        "evaluation": evaluation,
-        "models": models,
-        "calibration": _calibration(plan) if plan else None,
-        "architecture": _architecture_table(plan) if plan else None,
-        "measurements": _measurement_table(evaluation) if evaluation else None,
-        "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
-        "loss_gap": _loss_gap(evaluation) if evaluation else None,
-        "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,
-        "arguments": [[key, value] for key, value in distillation["arguments"].items() if value is not None]
-        if distillation
-        else None,
-        "final_evaluation": _last_evaluation(distillation["log_history"]) if distillation else {},
-        "samples": run["samples"],
-        "recipe": run["recipe"],
-        "plots": run["plots"],
-        "legal_files": run["legal_files"],
-        "duties": _licence_duties(teacher),
-        "evaluation_data": _dataset_name(evaluation["data"]) if evaluation else None,
-        "library_version": next((v["minitron_hf"] for v in _stage_versions(run).values() if "minitron_hf" in v), None),
-        "versions": _versions(run),
-        "digests": _digests(run),
-    }
-
-
-def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What `teacher.json` says, or else the name in the plan, with a label and the Hub id if there is one."""
-    known = run["teacher"] or {}
-    plan = run["pruning_plan"] or {}
-    name = known.get("name_or_path") or (plan.get("teacher") or {}).get("name_or_path")
-    if "hub_id" in known:
-        hub_id = known["hub_id"]
-    else:  # not recorded: an `owner/name` is taken for what it looks like, a bare name or a path is not
-        hub_id = name if name and name.count("/") == 1 and _is_repo_id(name) else None
-    fields = ("license", "license_name", "license_link", "language", "datasets")
-    label = re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name else None
-    return {
-        **{field: known.get(field) for field in fields},
-        "hub_id": hub_id,
-        "revision": known.get("revision") or (plan.get("teacher") or {}).get("revision"),
-        "label": label,
-        "link": f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else _code(label) if label else "a teacher",
-    }
-
-
-def _is_repo_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> str:
-    """The YAML block, without its `---` lines."""
-    from huggingface_hub import ModelCardData
-
-    distillation = run["distillation"]
-    datasets = [*(teacher["datasets"] or [])]
-    trained_on = ((distillation or {}).get("data") or {}).get("train") or {}
-    # `datasets` names local files after their builder ("json"): only an `owner/name` is a dataset of the Hub.
-    name = trained_on.get("name")
-    if name and "/" in name and _is_repo_id(name):
-        datasets.insert(0, name)
-    tags = ["minitron"]
-    tags += ["pruned"] if run["pruning_plan"] else []
-    tags += ["knowledge-distillation"] if distillation else []
-    results = _eval_results(run)
-    data = ModelCardData(
-        language=teacher["language"] or None,
-        license=teacher["license"],
-        license_name=teacher["license_name"],
-        license_link=teacher["license_link"],
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
-        datasets=list(dict.fromkeys(datasets)) or None,
-        base_model=teacher["hub_id"],
-        metrics=sorted({"perplexity"} & {result.metric_type for result in results}) or None,
-        model_name=title if results else None,
-        eval_results=results or None,
-        # The Hub knows finetune, adapter, quantized and merge; a student is a finetune of its teacher.
-        base_model_relation="finetune" if teacher["hub_id"] else None,
-    )
-    return data.to_yaml(line_break="\n")
-
-
-def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
-    """Results of the student for the model-index; a value that is not finite has no place in it."""
-    from huggingface_hub import EvalResult
-
-    results = []
-    evaluation = run["evaluation"]
-    if evaluation and "student" in evaluation["models"]:
-        data = evaluation["data"]
-        metrics = evaluation["models"]["student"]["metrics"]
-        for key, (_, title, _, _) in METRICS.items():
-            measured = metrics.get(key)
-            if measured and math.isfinite(measured["value"]):
-                results.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        task_name="Text Generation",
-                        dataset_type=_dataset_type(data.get("name")),
-                        dataset_name=_dataset_name(data),
-                        dataset_args={"digest": data["digest"], "num_tokens": data["num_tokens"]},
-                        metric_type=key,
-                        metric_name=title,
-                        metric_value=_significant(measured["value"]),
-                    )
-                )
-    for model, task, metric, measured in _benchmark_values(run["benchmarks"] or {}):
-        if model == "student" and math.isfinite(measured["value"]):
-            results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    task_name="Text Generation",
-                    dataset_type=_dataset_type(task),
-                    dataset_name=task,
-                    metric_type=metric,
-                    metric_name=metric,
-                    metric_value=_significant(measured["value"]),
-                )
-            )
-    return results
-
-
-def _dataset_type(name: str | None) -> str:
-    """Id of a dataset in a model-index; what is no id on the Hub becomes a word that is legal there.
-
-    >>> _dataset_type("roneneldan/TinyStories"), _dataset_type("/data/my stories.jsonl"), _dataset_type(None)
-    ('roneneldan/TinyStories', 'my-stories.jsonl', 'text')
-    """
-    if not name:
-        return "text"
-    if _DATASET_ID.fullmatch(name):
-        return name
-    return re.sub(r"[^\w.-]+", "-", re.split(r"[\\/]", name)[-1], flags=re.ASCII).strip("-") or "text"
-
-
-def _dataset_name(data: Mapping[str, Any]) -> str:
-    name = data.get("name")
-    if not name:
-        return f"held-out text {_short(data['digest'])}"
-    return name if _DATASET_ID.fullmatch(name) else re.split(r"[\\/]", name)[-1]
-
-
-def _significant(value: float) -> float:
-    """Six significant digits: more are noise, and less would not tell close models apart."""
-    return float(f"{value:.6g}")
-
-
-def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings of the scores, without the teacher (it has its own place) and what was left at nothing."""
-    settings = (plan.get("scores") or {}).get("settings") or {}
-    return [
-        (key.replace("_", " "), value)
-        for key, value in settings.items()
-        if key not in ("model", "metric") and isinstance(value, str | int | float)
-    ]
-
-
-def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
-    teacher, student = plan["teacher"], plan["student"]
-
-    def row(title: str, before: Any, after: Any) -> list[str]:
-        ratio = (
-            f"{100 * after / before:.1f} %" if isinstance(before, int) and isinstance(after, int) and before else ""
-        )
-        return [title, _size(before), _size(after), ratio]
-
-    rows = [row(AXIS_TITLES.get(axis, axis), size["teacher"], size["student"]) for axis, size in plan["sizes"].items()]
-    for axis, key in (("head_dim", "head_dim"), ("vocab", "vocab_size")):
-        before, after = teacher["config"].get(key), student["config"].get(key)
-        if axis not in plan["sizes"] and (before is not None or after is not None):
-            rows.append(row(AXIS_TITLES[axis], before, after))
-    for title, key in (
-        ("Parameters", "num_parameters"),
-        ("Parameters without embeddings", "num_parameters_without_embeddings"),
-    ):
-        rows.append(row(title, teacher[key], student[key]))
-    return [["", "Teacher", "Student", "Kept"], *rows]
-
-
-def _size(value: Any) -> str:
-    """One size, or the sizes of all layers: `768`, `512–768`."""
-    if value is None:
-        return "–"
-    if isinstance(value, list):
-        low, high = min(value), max(value)
-        return _count(low) if low == high else f"{_count(low)}–{_count(high)}"
-    return _count(value)
-
-
-def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of every number that at least one model has; the teacher's and the student's columns come first."""
-    models = evaluation["models"]
-    names = _model_order(models)
-    reference = models.get(evaluation.get("reference")) or {}
-    rows: list[list[str]] = [["", *map(_model_title, names)]]
-
-    def add(title: str, cells: list[str]) -> None:
-        if any(cell != "–" for cell in cells):
-            rows.append([title, *cells])
-
-    for key, (title, _, factor, unit) in METRICS.items():
-        add(title, [_measured(models[name]["metrics"].get(key), factor, unit) for name in names])
-    for title, key, shown in (
-        ("Parameters", "num_parameters", _count),
-        ("Parameters without embeddings", "num_parameters_without_embeddings", _count),
-        ("Checkpoint size", "checkpoint_bytes", _bytes),
-        ("KV cache per token", "kv_cache_bytes_per_token", _bytes),
-    ):
-        add(title, [_with_ratio(models[name].get(key), reference.get(key), shown) for name in names])
-    for title, key in (
-        ("Prefill, tokens/s", "prefill_tokens_per_second"),
-        ("Decode, tokens/s", "decode_tokens_per_second"),
-    ):
-        medians = [(models[name].get(key) or {}).get("median") for name in names]
-        base = (reference.get(key) or {}).get("median")
-        add(title, [_with_ratio(median, base, _rate) for median in medians])
-    return rows
-
-
-def _with_ratio(value: float | None, reference: float | None, shown: Callable[[Any], str]) -> str:
-    if value is None:
-        return "–"
-    ratio = f" ({value / reference:.2f}×)" if reference and value != reference else ""
-    return shown(value) + ratio
-
-
-def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
-    """How much more the student loses per token than its reference, in nats; None if either was not measured."""
-    models = evaluation["models"]
-    losses = []
-    for name in ("student", evaluation.get("reference")):
-        measured = ((models.get(name) or {}).get("metrics") or {}).get("loss")
-        if not measured or not math.isfinite(measured["value"]):
-            return None
-        losses.append(measured["value"])
-    return losses[0] - losses[1]
-
-
-def _benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(model, task, metric, {"value", "stderr"}) of `benchmarks.json`.
-
-    The file is `{model: {task: {metric: …}}}`, or `{task: {metric: …}}` for the student alone.
-    """
-    flat = any("value" in measured for metrics in benchmarks.values() for measured in metrics.values())
-    for model, tasks in ({"student": benchmarks} if flat else benchmarks).items():
-        for task, metrics in tasks.items():
-            for metric, measured in metrics.items():
-                # lm-evaluation-harness names the filter after a comma, also where there is none.
-                yield model, task, metric.removesuffix(",none"), measured
-
-
-def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for model, task, metric, measured in _benchmark_values(benchmarks):
-        cells.setdefault((task, metric), {})[model] = _measured(measured)
-    names = _model_order({name for row in cells.values() for name in row})
-    rows = [[task, metric, *(row.get(name, "–") for name in names)] for (task, metric), row in cells.items()]
-    return [["Task", "Metric", *map(_model_title, names)], *rows]
-
-
-def _model_order(names: Iterable[str]) -> list[str]:
-    """The teacher and the student first, then the others as they come (a set: by name)."""
-    names = sorted(names) if isinstance(names, set | frozenset) else list(names)
-    return sorted(names, key=lambda name: {"teacher": 0, "student": 1}.get(name, 2))
-
-
-def _model_title(name: str) -> str:
-    """`random_init` → `Random init`."""
-    return name.replace("_", " ").capitalize()
-
-
-def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last logged value of every evaluation number that says something about quality."""
-    last: dict[str, float] = {}
-    for entry in history:
-        for key in ("eval_loss", "eval_kl", "eval_agreement"):
-            if isinstance(entry.get(key), int | float):
-                last[key] = entry[key]
-    return last
-
-
-def _licence_duties(teacher: Mapping[str, Any]) -> str | None:
-    names = [str(teacher[key]).lower().replace("-", "") for key in ("license", "license_name") if teacher[key]]
-    return next(
-        (text for start, text in LICENCE_DUTIES.items() if any(name.startswith(start) for name in names)), None
-    )
-
-
-def _stage_versions(run: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The versions that each stage recorded, in the order of the stages."""
-    documents = {"pruning": "pruning_plan", "distillation": "distillation", "evaluation": "evaluation"}
-    found = {stage: (run[document] or {}).get("versions") for stage, document in documents.items()}
-    return {stage: versions for stage, versions in found.items() if versions}
-
-
-def _versions(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(stages, versions): the stages that ran with the same versions stand together."""
-    stages: dict[str, list[str]] = {}
-    for stage, versions in _stage_versions(run).items():
-        text = ", ".join(f"{name} {version}" for name, version in versions.items())
-        stages.setdefault(text, []).append(stage)
-    return [(", ".join(names), text) for text, names in stages.items()]
-
-
-def _digests(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    plan = run["pruning_plan"] or {}
-    scores = plan.get("scores") or {}
-    evaluation = (run["evaluation"] or {}).get("data") or {}
-    known = (
-        ("Teacher weights", (plan.get("teacher") or {}).get("digest")),
-        ("Importance scores", scores.get("digest")),
-        ("Calibration data", scores.get("data_digest")),
-        ("Evaluation data", evaluation.get("digest")),
-    )
-    return [(name, value) for name, value in known if value]
-
-
-# Numbers and text in Markdown ----------------------------------------------------------------------------------------
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _short_count(value: float) -> str:
-    """Three significant digits.
-
-    >>> _short_count(8_030_261_248), _short_count(869_504), _short_count(512)
-    ('8.03B', '870k', '512')
-    """
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * scale:
-            scaled = value / scale
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    """Binary units.
-
-    >>> _bytes(1536), _bytes(2_003_456), _bytes(12)
-    ('1.50 KiB', '1.91 MiB', '12 B')
-    """
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 1024**power:
-            return f"{value / 1024**power:.2f} {unit}"
-    return f"{value} B"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _measured(result: Mapping[str, Any] | None, factor: float = 1.0, unit: str = "") -> str:
-    """A value with its standard error, both to two digits of the error.
-
-    >>> _measured({"value": 15.642631, "stderr": 0.1924}), _measured({"value": 0.7, "stderr": 0.0042}, 100, " %")
-    ('15.64 ± 0.19', '70.00 ± 0.42 %')
-    """
-    if not result or result.get("value") is None:
-        return "–"
-    value, stderr = result["value"] * factor, result.get("stderr")
-    if not math.isfinite(value):
-        return str(value)
-    if not stderr or not math.isfinite(stderr):
-        return f"{value:.4g}{unit}"
-    stderr *= factor
-    digits = min(max(1 - math.floor(math.log10(stderr)), 0), 8)
-    return f"{value:.{digits}f} ± {stderr:.{digits}f}{unit}"
-
-
-def _ranges(indices: Iterable[int]) -> str:
-    """Sorted indices with runs joined.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0–2, 5, 7, 8'
-    """
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def _short(value: str) -> str:
-    """The start of a digest, enough to recognise it."""
-    return value.split(":")[-1][:12]
-
-
-def _cell(value: Any) -> str:
-    """Text that cannot break out of a table cell."""
-    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").strip()
-
-
-def _table(rows: list[list[Any]]) -> str:
-    """A Markdown table from rows of cells, the first row being the header; the first column is left-aligned."""
-    header, *body = [[_cell(cell) for cell in row] for row in rows]
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, align, *body))
-
-
-def _code(text: Any) -> str:
-    """Inline code that holds any one-line text."""
-    text = _cell(text)
-    ticks = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}"
-
-
-def _fence(text: Any, language: str = "") -> str:
-    """A code block that no text can end."""
-    text = str(text).replace("\r\n", "\n").rstrip("\n")
-    ticks = "`" * max(3, max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
-    return f"{ticks}{language}\n{text}\n{ticks}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-#: Filters of the template.
-FILTERS: dict[str, Callable[..., str]] = {
-    "count": _count,
-    "short_count": _short_count,
-    "ranges": _ranges,
-    "table": _table,
-    "code": _code,
-    "fence": _fence,
-    "cell": _cell,
-    "json": _json,
-    "model_title": _model_title,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Publishing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def push_student_to_hub(
@@ -808,7 +221,7 @@ def push_student_to_hub(
     run_dir = Path(run_dir)
     _require_student(run_dir)
     what = f"Cannot push to {repo_id}"
-    if not _is_repo_id(repo_id):
+    if not is_repo_id(repo_id):
         raise HubError(f"{what}: expected `owner/name` (letters, digits, '-', '_' and '.'), got {repo_id!r}.")
     with _hub_errors(what):
         token = token or get_token()
@@ -832,7 +245,7 @@ def push_student_to_hub(
         if private and info.private is False:
             logger.warning("%s already exists and is public: it stays public.", repo_id)
         present = [sibling.rfilename for sibling in info.siblings or []]
-        stale = [name for name in present if name not in files and _matches(name, OWNED)]
+        stale = [name for name in present if name not in files and matches(name, OWNED)]
         # One list of operations is one commit, also with Xet storage, where upload_folder may make several.
         return api.create_commit(
             repo_id,
@@ -853,7 +266,7 @@ def _require_teacher_metadata(run_dir: Path, token: str) -> None:
     teacher = read_json(run_dir / "pruning_plan.json").get("teacher") or {}
     name = teacher.get("name_or_path")
     try:
-        if not name or not (Path(name).is_dir() or _is_repo_id(name)):
+        if not name or not (Path(name).is_dir() or is_repo_id(name)):
             raise HubError(f"The teacher is recorded as {name!r}, which is neither a folder here nor a Hub id.")
         write_teacher_metadata(run_dir, name, revision=teacher.get("revision"), token=token)
     except HubError as error:
@@ -866,7 +279,7 @@ def uploaded_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
     found = {}
     for pattern in UPLOADED:
         for path in run_dir.glob(pattern):
-            if path.is_file() and not _matches(path.name, NEVER_UPLOADED):
+            if path.is_file() and not matches(path.name, NEVER_UPLOADED):
                 found[path.relative_to(run_dir).as_posix()] = path
     return dict(sorted(found.items()))
 
@@ -898,10 +311,6 @@ def _require_student(run_dir: Path) -> None:
             f"{run_dir} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Save the teacher's there: "
             "AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)."
         )
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @contextlib.contextmanager

@@ -234,7 +234,8 @@ def _evaluate(run: Run) -> None:
 
 
 def _card(run: Run) -> None:
-    from .hub import write_model_card, write_teacher_metadata
+    from .card import write_model_card
+    from .hub import write_teacher_metadata
 
     write_teacher_metadata(run.folder, run.recipe.teacher.model, revision=run.recipe.teacher.revision)
     write_model_card(run.folder)

@@ -24,7 +24,9 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import SFTConfig, SFTTrainer
 
 from .artifacts import digest, public_name, require_writable, versions, write_json
+from .card import write_model_card
 from .errors import DataError, MismatchError, OutputError, UnsupportedModelError
+from .hub import push_student_to_hub, write_teacher_metadata
 from .losses import (
     DenseSignal,
     TeacherSignal,
@@ -694,14 +696,14 @@ class DistillationTrainer(SFTTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
     ) -> None:
         """Write the model card from the files of the output folder; the arguments of TRL's method are not needed."""
-        from .hub import write_model_card, write_teacher_metadata  # lazy: below this module in the import order
+        if self.is_world_process_zero():
+            self._save_teacher_metadata()
+            write_model_card(_output_dir(self.args))
 
-        if not self.is_world_process_zero():
-            return
+    def _save_teacher_metadata(self) -> None:
         folder = Path(_output_dir(self.args))
         if self._teacher_name and not (folder / "teacher.json").is_file():
             write_teacher_metadata(folder, self._teacher_name, revision=self._teacher_revision)
-        write_model_card(folder)
 
     def push_to_hub(
         self,
@@ -728,12 +730,10 @@ class DistillationTrainer(SFTTrainer):
         """
         from huggingface_hub import HfApi
 
-        from .hub import push_student_to_hub  # lazy: below this module in the import order
-
         self.save_student()
         if not self.is_world_process_zero():
             return None
-        self.create_model_card()
+        self._save_teacher_metadata()
         options: dict[str, Any] = {
             "private": self._private(private),
             "token": token or self.args.hub_token,
@@ -756,8 +756,6 @@ class DistillationTrainer(SFTTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # `Trainer` would upload the whole output folder, working files included.
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            from .hub import push_student_to_hub  # lazy: below this module in the import order
-
             if is_peft_model(self.accelerator.unwrap_model(self.model)):
                 return  # an adapter alone is no student; the merged one is pushed at the end
             push_student_to_hub(

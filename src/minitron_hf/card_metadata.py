@@ -1,0 +1,159 @@
+"""The YAML block of a model card: what the Hub reads of it, with the student's results as a model-index.
+
+Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. Those files need the id of a
+registered benchmark dataset, which `benchmarks.json` does not carry, and perplexity, KL or speed are no registered
+benchmarks; so nothing is written there and all results stand in the card and its model-index.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .markdown import short_digest
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+#: Quality metrics of `evaluation.json`: key → (row title, title in the model-index, factor for display, unit).
+METRICS: dict[str, tuple[str, str, float, str]] = {
+    "loss": ("Loss, nats per token", "Cross-entropy (nats per token)", 1.0, ""),
+    "perplexity": ("Perplexity, per token", "Perplexity", 1.0, ""),
+    "bits_per_byte": ("Bits per byte", "Bits per byte", 1.0, ""),
+    "kl_divergence": (
+        "KL(teacher ‖ model), nats per token",
+        "KL divergence from the teacher (nats per token)",
+        1.0,
+        "",
+    ),
+    "top1_agreement": ("Top-1 agreement with the teacher", "Top-1 agreement with the teacher", 100.0, " %"),
+}
+
+#: Ids that the Hub accepts for a dataset in a model-index.
+_DATASET_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
+
+
+def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> str:
+    """The YAML block, without its `---` lines."""
+    from huggingface_hub import ModelCardData
+
+    distillation = run["distillation"]
+    datasets = [*(teacher["datasets"] or [])]
+    trained_on = ((distillation or {}).get("data") or {}).get("train") or {}
+    # `datasets` names local files after their builder ("json"): only an `owner/name` is a dataset of the Hub.
+    name = trained_on.get("name")
+    if name and "/" in name and is_repo_id(name):
+        datasets.insert(0, name)
+    tags = ["minitron"]
+    tags += ["pruned"] if run["pruning_plan"] else []
+    tags += ["knowledge-distillation"] if distillation else []
+    results = _eval_results(run)
+    data = ModelCardData(
+        language=teacher["language"] or None,
+        license=teacher["license"],
+        license_name=teacher["license_name"],
+        license_link=teacher["license_link"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        base_model=teacher["hub_id"],
+        metrics=sorted({"perplexity"} & {result.metric_type for result in results}) or None,
+        model_name=title if results else None,
+        eval_results=results or None,
+        # The Hub knows finetune, adapter, quantized and merge; a student is a finetune of its teacher.
+        base_model_relation="finetune" if teacher["hub_id"] else None,
+    )
+    return data.to_yaml(line_break="\n")
+
+
+def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
+    """Results of the student for the model-index; a value that is not finite has no place in it."""
+    from huggingface_hub import EvalResult
+
+    results: list[EvalResult] = []
+
+    def add(metric: str, title: str, measured: Mapping[str, Any], **dataset: Any) -> None:
+        if math.isfinite(measured["value"]):
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    task_name="Text Generation",
+                    metric_type=metric,
+                    metric_name=title,
+                    metric_value=_significant(measured["value"]),
+                    **dataset,
+                )
+            )
+
+    evaluation = run["evaluation"]
+    if evaluation and "student" in evaluation["models"]:
+        data = evaluation["data"]
+        metrics = evaluation["models"]["student"]["metrics"]
+        for key, (_, title, _, _) in METRICS.items():
+            if metrics.get(key):
+                add(
+                    key,
+                    title,
+                    metrics[key],
+                    dataset_type=_dataset_type(data.get("name")),
+                    dataset_name=dataset_name(data),
+                    dataset_args={"digest": data["digest"], "num_tokens": data["num_tokens"]},
+                )
+    for model, task, metric, measured in benchmark_values(run["benchmarks"] or {}):
+        if model == "student":
+            add(metric, metric, measured, dataset_type=_dataset_type(task), dataset_name=task)
+    return results
+
+
+def benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(model, task, metric, {"value", "stderr"}) of `benchmarks.json`.
+
+    The file is `{model: {task: {metric: …}}}`, or `{task: {metric: …}}` for the student alone.
+    """
+    flat = any("value" in measured for metrics in benchmarks.values() for measured in metrics.values())
+    for model, tasks in ({"student": benchmarks} if flat else benchmarks).items():
+        for task, metrics in tasks.items():
+            for metric, measured in metrics.items():
+                # lm-evaluation-harness names the filter after a comma, also where there is none.
+                yield model, task, metric.removesuffix(",none"), measured
+
+
+def _dataset_type(name: str | None) -> str:
+    """Id of a dataset in a model-index; what is no id on the Hub becomes a word that is legal there.
+
+    >>> _dataset_type("roneneldan/TinyStories"), _dataset_type("/data/my stories.jsonl"), _dataset_type(None)
+    ('roneneldan/TinyStories', 'my-stories.jsonl', 'text')
+    """
+    if not name:
+        return "text"
+    if _DATASET_ID.fullmatch(name):
+        return name
+    return re.sub(r"[^\w.-]+", "-", re.split(r"[\\/]", name)[-1], flags=re.ASCII).strip("-") or "text"
+
+
+def dataset_name(data: Mapping[str, Any]) -> str:
+    """Name of the evaluation data for readers: never a path of the machine that measured."""
+    name = data.get("name")
+    if not name:
+        return f"held-out text {short_digest(data['digest'])}"
+    return name if _DATASET_ID.fullmatch(name) else re.split(r"[\\/]", name)[-1]
+
+
+def _significant(value: float) -> float:
+    """Six significant digits: more are noise, and less would not tell close models apart."""
+    return float(f"{value:.6g}")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub would accept the name for a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

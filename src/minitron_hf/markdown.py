@@ -1,0 +1,114 @@
+"""Numbers and text as they stand in the Markdown of a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def count(value: int) -> str:
+    """With separators between thousands."""
+    return f"{value:,}"
+
+
+def short_count(value: float) -> str:
+    """Three significant digits.
+
+    >>> short_count(8_030_261_248), short_count(869_504), short_count(512)
+    ('8.03B', '870k', '512')
+    """
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * scale:
+            scaled = value / scale
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{value:.0f}"
+
+
+def binary_size(value: float) -> str:
+    """Binary units.
+
+    >>> binary_size(1536), binary_size(2_003_456), binary_size(12)
+    ('1.50 KiB', '1.91 MiB', '12 B')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 1024**power:
+            return f"{value / 1024**power:.2f} {unit}"
+    return f"{value} B"
+
+
+def rate(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def measured(result: Mapping[str, Any] | None, factor: float = 1.0, unit: str = "") -> str:
+    """A value with its standard error, both to two digits of the error.
+
+    >>> measured({"value": 15.642631, "stderr": 0.1924}), measured({"value": 0.7, "stderr": 0.0042}, 100, " %")
+    ('15.64 ± 0.19', '70.00 ± 0.42 %')
+    """
+    if not result or result.get("value") is None:
+        return "–"
+    value, stderr = result["value"] * factor, result.get("stderr")
+    if not math.isfinite(value):
+        return str(value)
+    if not stderr or not math.isfinite(stderr):
+        return f"{value:.4g}{unit}"
+    stderr *= factor
+    digits = min(max(1 - math.floor(math.log10(stderr)), 0), 8)
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}{unit}"
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Sorted indices with runs joined.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0–2, 5, 7, 8'
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def short_digest(value: str) -> str:
+    """The start of a digest, enough to recognise it."""
+    return value.split(":")[-1][:12]
+
+
+def cell(value: Any) -> str:
+    """Text that cannot break out of a table cell."""
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").strip()
+
+
+def table(rows: list[list[Any]]) -> str:
+    """A Markdown table from rows of cells, the first row being the header; the first column is left-aligned."""
+    header, *body = [[cell(value) for value in row] for row in rows]
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, align, *body))
+
+
+def code(text: Any) -> str:
+    """Inline code that holds any one-line text."""
+    text = cell(text)
+    ticks = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def fence(text: Any, language: str = "") -> str:
+    """A code block that no text can end."""
+    text = str(text).replace("\r\n", "\n").rstrip("\n")
+    ticks = "`" * max(3, max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
