@@ -10,6 +10,7 @@ import contextlib
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -42,7 +43,12 @@ class Pocket:
         mlp_out: likewise for the MLP neurons.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
-        rms: whether the norms are RMSNorm (else LayerNorm).
+        norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
+        num_norms: how many there are in a layer.
+        output_norms: those of a layer that normalise what is written to the residual stream beside a norm that reads
+            it; they do not score channels.
+        head_norms: norms that span all query heads, and all key heads.
+        scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
     """
 
     config: PretrainedConfig
@@ -51,7 +57,16 @@ class Pocket:
     mlp_out: str = "mlp.down_proj"
     kv: bool = True
     coupled: bool = False
-    rms: bool = True
+    norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
+    num_norms: int = 2
+    output_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    scaled_embeddings: bool = False
+
+    @property
+    def rms(self) -> bool:
+        """Whether the norms only divide by a root mean square, and subtract no mean."""
+        return self.norm.startswith("rms")
 
 
 #: Shared by the families with grouped queries. heads*head_dim=120, kv*head_dim=30, 2*ffn=104, qkv=180.
@@ -92,12 +107,14 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers":
 
 
 def _gpt2(**changes) -> Pocket:
-    return Pocket(GPT2Config(**{**GPT2, **changes}), "transformer.h", "attn.c_proj", "mlp.c_proj", False, True, False)
+    return Pocket(
+        GPT2Config(**{**GPT2, **changes}), "transformer.h", "attn.c_proj", "mlp.c_proj", False, True, "layer"
+    )
 
 
 def _neox(**changes) -> Pocket:
     config = GPTNeoXConfig(**{**NEOX, **changes})
-    return Pocket(config, "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", False, True, False)
+    return Pocket(config, "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", False, True, "layer")
 
 
 POCKETS: dict[str, Pocket] = {
@@ -142,6 +159,18 @@ def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
                 values = 0.3 * values
             parameter.copy_(values)
     return model.eval()
+
+
+def residual_norms(model: nn.Module) -> list[str]:
+    """Norms over the residual stream, with or without weights; those of queries and keys are of another width."""
+    hidden = (model.config.hidden_size,)
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and hidden
+        in (getattr(getattr(module, "weight", None), "shape", None), getattr(module, "normalized_shape", None))
+    ]
 
 
 def pocket_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

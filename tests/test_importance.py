@@ -24,7 +24,16 @@ from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.families import spec_for
 from minitron_hf.importance import ImportanceScores, estimate_importance, reduce_sequence
 from minitron_hf.models import architecture_digest, empty_model, model_digest
-from pocket import POCKETS, VOCAB, float64_throughout, logits, pocket_model, pocket_tokenizer, pocket_tokens
+from pocket import (
+    POCKETS,
+    VOCAB,
+    float64_throughout,
+    logits,
+    pocket_model,
+    pocket_tokenizer,
+    pocket_tokens,
+    residual_norms,
+)
 
 NAMES = list(POCKETS)
 REDUCTIONS = list(itertools.product(("mean", "l2", "var"), repeat=2))
@@ -65,11 +74,7 @@ def activations(name: str) -> dict[str, list]:
     def catch_output(key: object) -> Callable:
         return lambda module, args, output: caught.__setitem__(key, output[0])
 
-    norms = [
-        path
-        for path, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.shape == (model.config.hidden_size,)
-    ]
+    norms = [path for path in residual_norms(model) if not path.endswith(pocket.output_norms or "-")]
     for path in norms:
         model.get_submodule(path).register_forward_hook(catch_output(path))
     for index, layer in enumerate(layers):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_hf import models
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
+from minitron_hf.families import spec_for
 from minitron_hf.importance import estimate_importance
 from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
 from minitron_hf.surgery import apply_plan, prune_model
@@ -24,10 +25,10 @@ from pocket import (
     pocket_model,
     pocket_tokenizer,
     pocket_tokens,
+    residual_norms,
 )
 
 NAMES = list(POCKETS)
-GROUPED_NAMES = [name for name in NAMES if POCKETS[name].kv]
 #: Longer than the sliding windows of six tokens, so that they matter.
 TOKENS = pocket_tokens(2, 19)
 
@@ -49,6 +50,10 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
     layers = masked.get_submodule(pocket.layers)
     head_dim = plan.sizes["head_dim"]["teacher"]
     each = plan.sizes["heads"]["teacher"] // plan.sizes["kv"]["teacher"] if pocket.kv else 1
+
+    def dimensions(units) -> list[int]:
+        return [unit * head_dim + dim for unit in units for dim in range(head_dim)]
+
     for layer, module in enumerate(layers):
         if layer not in plan.layers_kept:
             layers[layer] = Passthrough()
@@ -57,14 +62,17 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
         if "ffn" in plan.kept:
             zero_input_except(module.get_submodule(pocket.mlp_out), plan.kept["ffn"][position])
         heads = plan.kept["heads"][position] if "heads" in plan.kept else None
-        if "kv" in plan.kept:
-            groups = plan.kept["kv"][position]
+        groups = plan.kept["kv"][position] if "kv" in plan.kept else None
+        if groups is not None:
             members = [group * each + query for group in groups for query in range(each)]
             heads = members if heads is None else heads
             assert set(heads) <= set(members)
         if heads is not None:
-            columns = [head * head_dim + dim for head in heads for dim in range(head_dim)]
-            zero_input_except(module.get_submodule(pocket.attention_out), columns)
+            zero_input_except(module.get_submodule(pocket.attention_out), dimensions(heads))
+        for path, kept in zip(pocket.head_norms, (heads, groups)):
+            if kept is not None:
+                norm = NormOnKept(module.get_submodule(path), torch.tensor(dimensions(kept)), pocket.norm)
+                module.set_submodule(path, norm)
     return masked
 
 
@@ -88,45 +96,55 @@ def zero_input_except(module: nn.Module, kept) -> None:
 class NormOnKept(nn.Module):
     """A norm of the kept channels alone; what the others hold is ignored, and they come out as zero."""
 
-    def __init__(self, norm: nn.Module, kept: torch.Tensor, rms: bool) -> None:
+    def __init__(self, norm: nn.Module, kept: torch.Tensor, kind: str) -> None:
         super().__init__()
-        self.norm, self.kept, self.rms = norm, kept, rms
+        self.norm, self.kept, self.kind = norm, kept, kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = x[..., self.kept]
-        if self.rms:
-            z = z / (z.pow(2).mean(-1, keepdim=True) + self.norm.variance_epsilon).sqrt()
-        else:
+        if self.kind.startswith("layer"):
             z = z - z.mean(-1, keepdim=True)
-            z = z / (z.pow(2).mean(-1, keepdim=True) + self.norm.eps).sqrt()
-        z = z * self.norm.weight[self.kept]
-        if not self.rms:
-            z = z + self.norm.bias[self.kept]
+        z = z / (z.pow(2).mean(-1, keepdim=True) + epsilon(self.norm)).sqrt()
+        if (weight := getattr(self.norm, "weight", None)) is not None:
+            z = z * (weight[self.kept] + (1 if self.kind.endswith("1p") else 0))
+        if (bias := getattr(self.norm, "bias", None)) is not None:
+            z = z + bias[self.kept]
         out = torch.zeros_like(x)
         out[..., self.kept] = z
         return out
 
 
-def hidden_norms(model, hidden: int) -> list[str]:
-    """Norms over the residual stream; those of queries and keys are of another width."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).shape == (hidden,)
-    ]
+def epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the mean square; OLMo's has no field for it."""
+    return getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5
+
+
+def narrow_embeddings(name: str, teacher, kept: torch.Tensor) -> None:
+    """Dead channels from the start: not every family has a norm between the embeddings and what reads them."""
+    embeddings = teacher.get_input_embeddings()
+    if POCKETS[name].scaled_embeddings:
+        assert embeddings.embed_scale == teacher.config.hidden_size**0.5
+        embeddings.embed_scale.fill_(len(kept) ** 0.5)
+
+    def hook(_, args, output):
+        out = torch.zeros_like(output)
+        out[..., kept] = output[..., kept]
+        return out
+
+    embeddings.register_forward_hook(hook)
 
 
 def narrow_teacher(name: str, teacher, plan: PruningPlan):
-    """The teacher whose norms see only the kept channels."""
+    """The teacher whose embeddings and norms know only the kept channels."""
     narrowed = copy.deepcopy(teacher)
     if "hidden" in plan.kept:
+        pocket = POCKETS[name]
         kept = torch.from_numpy(plan.kept["hidden"])
-        paths = hidden_norms(narrowed, plan.sizes["hidden"]["teacher"])
-        assert len(paths) == 2 * plan.sizes["layers"]["teacher"] + 1
+        narrow_embeddings(name, narrowed, kept)
+        paths = residual_norms(narrowed)
+        assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + 1
         for path in paths:
-            parent, _, leaf = path.rpartition(".")
-            norm = NormOnKept(narrowed.get_submodule(path), kept, POCKETS[name].rms)
-            setattr(narrowed.get_submodule(parent), leaf, norm)
+            narrowed.set_submodule(path, NormOnKept(narrowed.get_submodule(path), kept, pocket.norm))
     return narrowed
 
 
@@ -165,6 +183,18 @@ GROUPED_WIDTHS = {
     },
     "everything but the heads": {"hidden_size": 24, "intermediate_size": 0.5, "layers_to_drop": [4, 1]},
 }
+GROUPED_COUPLED_WIDTHS = {
+    "heads": {"num_attention_heads": 3},
+    "kv": {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "hidden": {"hidden_size": 24},
+    "everything": {
+        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 17,
+        "num_hidden_layers": 3,
+    },
+}
 COUPLED_WIDTHS = {
     "hidden": {"hidden_size": 24},
     "heads": {"num_attention_heads": 2},
@@ -174,7 +204,8 @@ COUPLED_WIDTHS = {
 
 def requests(name: str) -> dict[str, dict]:
     """The cuts that this pocket's family can be asked for."""
-    own = GROUPED_WIDTHS if POCKETS[name].kv else COUPLED_WIDTHS
+    pocket = POCKETS[name]
+    own = (GROUPED_COUPLED_WIDTHS if pocket.coupled else GROUPED_WIDTHS) if pocket.kv else COUPLED_WIDTHS
     return {cut: dict(request) for cut, request in {**WIDTHS, **own}.items()}
 
 
@@ -184,8 +215,8 @@ CASES = [pytest.param(name, cut, id=f"{name}-{cut}") for name in NAMES for cut i
 @pytest.mark.parametrize(("name", "cut"), CASES)
 def test_student_equals_masked_teacher(name: str, cut: str):
     request = requests(name)[cut]
-    if cut == "kv" and name.startswith("llama"):
-        request["hidden_size"] = 32  # LlamaConfig insists on a multiple of the 8 heads
+    if cut == "kv" and spec_for(POCKETS[name].config).multiples:
+        request["hidden_size"] = 32  # the config insists on a multiple of the 8 heads
     teacher = pocket_model(name)
     plan = plan_for(teacher, **request)
     student = apply_plan(teacher, plan)
@@ -198,12 +229,15 @@ def test_hidden_has_a_closed_form_for_rms_norms(name: str):
     """The teacher with dead channels is the student if weight · √(H'/H) and eps · H'/H make up for the divisor."""
     teacher = pocket_model(name)
     plan = plan_for(teacher, hidden_size=24)
-    before, after = 36, 24
-    closed = copy.deepcopy(teacher)
-    for path in hidden_norms(closed, before):
+    ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
+    closed = masked_teacher(name, teacher, plan)  # where heads follow the width
+    narrow_embeddings(name, closed, torch.from_numpy(plan.kept["hidden"]))
+    one = 1 if POCKETS[name].norm == "rms1p" else 0
+    for path in residual_norms(closed):
         norm = closed.get_submodule(path)
-        norm.weight.data *= (after / before) ** 0.5
-        norm.variance_epsilon *= after / before
+        norm.weight.data = (norm.weight.data + one) * ratio**0.5 - one
+        field = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+        setattr(norm, field, getattr(norm, field) * ratio)
         zero_input_except(norm, plan.kept["hidden"])
     assert_same_function(closed, apply_plan(teacher, plan), TOKENS)
 
@@ -275,7 +309,7 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
         assert torch.equal(reloaded(TOKENS).logits, student(TOKENS).logits)
 
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["head_dim"] == (10 if POCKETS[name].kv else 8)
+    assert saved["head_dim"] == (8 if POCKETS[name].coupled else 10)
     layers = reloaded.get_submodule(POCKETS[name].layers)
     indices = [module.layer_idx for module in layers.modules() if hasattr(module, "layer_idx")]
     assert sorted(set(indices)) == [0, 1, 2]
