@@ -263,6 +263,25 @@ def test_values_that_are_no_numbers_stay_out_of_the_model_index(run_dir):
     assert measured["KL(teacher ‖ model), nats per token"][1] == "–"
 
 
+def test_a_single_row_has_no_errors_to_show(run_dir):
+    changed = evaluation()
+    changed["data"]["num_rows"] = 1
+    for model in changed["models"].values():
+        for measured in filter(None, model["metrics"].values()):
+            measured["stderr"] = None
+    write_json(run_dir / "evaluation.json", changed)
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    assert {result.metric_type for result in ModelCard(content).data.eval_results} == set(
+        evaluation()["models"]["student"]["metrics"]
+    )
+    text = sections(content)["Measurements"]
+    assert table(text)["Loss, nats per token"] == ["2.5", "2.75", "5.5"]
+    assert table(text)["Top-1 agreement with the teacher"][1] == "71.2 %"
+    assert "±" not in text
+    assert ": 1 row, " in text
+
+
 FLAT = {"piqa": {"acc,none": {"value": 0.61, "stderr": 0.012}, "acc_norm,none": {"value": 0.62, "stderr": None}}}
 
 
