@@ -30,11 +30,11 @@ _MODULE_OF = {
     "DistillationConfig": "trainer",
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
-    "generate_samples": "evaluation",
+    "generate_samples": "samples",
     "render_model_card": "card",
     "push_student_to_hub": "hub",
     "Recipe": "recipe",
-    "run_recipe": "stages",
+    "run_recipe": "runner",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from .data import token_rows as token_rows
     from .errors import MinitronError as MinitronError
     from .evaluation import evaluate_models as evaluate_models
-    from .evaluation import generate_samples as generate_samples
     from .hub import push_student_to_hub as push_student_to_hub
     from .importance import ImportanceScores as ImportanceScores
     from .importance import estimate_importance as estimate_importance
@@ -55,9 +54,10 @@ if TYPE_CHECKING:
     from .planning import PruningPlan as PruningPlan
     from .planning import make_plan as make_plan
     from .recipe import Recipe as Recipe
+    from .runner import run_recipe as run_recipe
+    from .samples import generate_samples as generate_samples
     from .sizes import PrunerConfig as PrunerConfig
     from .sizes import student_config as student_config
-    from .stages import run_recipe as run_recipe
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
     from .trainer import DistillationConfig as DistillationConfig

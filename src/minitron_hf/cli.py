@@ -73,7 +73,7 @@ def run(
     Stages that are done for the same inputs are skipped; a killed run resumes.
     """
     from .recipe import Recipe
-    from .stages import check_recipe, run_recipe
+    from .runner import check_recipe, run_recipe
 
     loaded = Recipe.from_yaml(recipe, set_)
     shapes = check_recipe(loaded)

@@ -1,4 +1,4 @@
-"""A recipe at work: stages that leave artefacts, skip what is done for the same inputs, and resume.
+"""The stages of a run: what each depends on, what it leaves in the run folder, and the work itself.
 
 Every stage calls public functions of the package. A run folder is laid out like the Hub repository it becomes (the
 student at its root), plus working folders that are never uploaded.
@@ -6,36 +6,26 @@ student at its root), plus working folders that are never uploaded.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import inspect
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import (
     digest,
     file_digest,
-    is_storage_error,
-    read_json,
     replacing_folder,
     require_writable,
-    versions,
     write_json,
-    write_text,
 )
 from .data import load_text_dataset
-from .errors import DataError, MinitronError, MismatchError, OutputError
-from .families import spec_for
+from .errors import DataError
 from .importance import SCORES_NAME, ImportanceScores, estimate_importance
-from .models import compute_dtype, count_parameters, empty_model, load_config, load_model, load_tokenizer
+from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
-from .sizes import PRUNER_CONFIG_NAME, resolve_sizes, student_config
+from .sizes import PRUNER_CONFIG_NAME
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -197,7 +187,9 @@ def _controls(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    from .evaluation import evaluate_models, evaluate_tasks, generate_samples
+    from .evaluation import evaluate_models
+    from .samples import generate_samples
+    from .tasks import evaluate_tasks
 
     section = run.recipe.evaluate
     models: dict[str, Any] = {
@@ -247,193 +239,6 @@ def _publish(run: Run) -> None:
     section = run.recipe.publish
     assert section is not None
     push_student_to_hub(run.folder, section.repo_id, private=section.private, revision=section.revision)
-
-
-def _evaluation_settings(recipe: Recipe) -> Any:
-    return {"evaluate": asdict(recipe.evaluate), "data": _dataset_identity(recipe.data.eval)}
-
-
-STAGES: tuple[Stage, ...] = (
-    Stage(
-        "score",
-        "score heads, neurons, channels and layers of the teacher on calibration text",
-        (),
-        lambda recipe: {
-            "teacher": _model_identity(recipe.teacher),
-            "scores": recipe.scores,
-            "data": _dataset_identity(recipe.data.calibration or recipe.data.train),
-        },
-        (SCORES_NAME,),
-        _score,
-    ),
-    Stage(
-        "plan",
-        "decide what stays",
-        ("score",),
-        lambda recipe: {"prune": recipe.pruner_config.to_dict()},
-        (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
-        _plan,
-    ),
-    Stage("prune", "cut the student out of the teacher", ("plan",), lambda recipe: {}, (PRUNED_DIR,), _prune),
-    Stage(
-        "distill",
-        "train the student to predict like the teacher",
-        ("prune",),
-        lambda recipe: {
-            "distill": {**DISTILL_DEFAULTS, **recipe.distill},
-            "lora": recipe.lora,
-            "train": _dataset_identity(recipe.data.train),
-            "eval": _dataset_identity(recipe.data.eval),
-        },
-        ("config.json", "distillation.json"),
-        _distill,
-    ),
-    Stage(
-        "controls",
-        "train the controls in the same way",
-        ("distill",),
-        lambda recipe: {"controls": recipe.controls},
-        (CONTROLS_DIR,),
-        _controls,
-        lambda recipe: bool(recipe.controls),
-    ),
-    Stage(
-        "evaluate",
-        "measure teacher, pruned and distilled student side by side",
-        ("distill", "controls"),
-        _evaluation_settings,
-        ("evaluation.json",),
-        _evaluate,
-    ),
-    Stage("card", "draw the plots and write the model card", ("evaluate",), lambda recipe: {}, ("README.md",), _card),
-    Stage(
-        "publish",
-        "upload everything to the Hub in one commit",
-        ("card",),
-        lambda recipe: None if recipe.publish is None else asdict(recipe.publish),
-        (),
-        _publish,
-        lambda recipe: recipe.publish is not None,
-    ),
-)
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
-
-
-def stage_digests(recipe: Recipe) -> dict[str, str]:
-    """Digest of everything each stage depends on: its settings, its external inputs, and the stages before it."""
-    digests: dict[str, str] = {}
-    for stage in STAGES:
-        if stage.wanted(recipe):
-            above = [digests.get(name) for name in stage.inputs]
-            digests[stage.name] = digest(stage.name, stage.settings(recipe), above)
-    return digests
-
-
-def run_recipe(
-    recipe: Recipe,
-    *,
-    until: str | None = None,
-    redo: bool = False,
-    show_progress: bool = True,
-    report: Callable[[str], None] = print,
-) -> Path:
-    """Run the stages of a recipe, skipping those that are done for the same inputs.
-
-    Args:
-        recipe: what to do.
-        until: last stage to run; None: all of them.
-        redo: do stages again whose recorded inputs differ, instead of refusing.
-        show_progress: show progress bars.
-        report: receives one line per stage.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
-        MinitronError: whatever a stage refuses.
-    """
-    if until is not None and until not in STAGE_NAMES:
-        raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(STAGE_NAMES)}.")
-    check_recipe(recipe)
-    run = Run(recipe, show_progress=show_progress)
-    digests = stage_digests(recipe)
-    _claim_folder(run.folder)
-    wanted = [stage for stage in STAGES if stage.name in digests]
-    for stage in wanted:  # every refusal before the first computation
-        if not redo:
-            _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
-        if stage.name == until:
-            break
-    write_text(run.folder / RECIPE_NAME, recipe.to_yaml())
-    for stage in wanted:
-        record = _record(run.folder, stage.name)
-        done = record is not None and record["status"] == "done" and record["digest"] == digests[stage.name]
-        if done and all((run.folder / output).exists() for output in stage.outputs):
-            report(f"[{stage.name}] done before, skipped")
-        else:
-            if record is not None and record["digest"] != digests[stage.name]:
-                _clear(run.folder, stage)
-            report(f"[{stage.name}] {stage.help}")
-            _write_record(run.folder, stage, recipe, digests[stage.name], "running", None)
-            start = time.monotonic()
-            with _clear_errors():
-                stage.run(run)
-            _write_record(run.folder, stage, recipe, digests[stage.name], "done", time.monotonic() - start)
-            gc.collect()
-        if stage.name == until:
-            break
-    return run.folder
-
-
-def check_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Make every refusal that needs no weights and no data, in seconds; what `--dry-run` prints.
-
-    Returns:
-        Sizes and parameter counts of teacher and student.
-
-    Raises:
-        MinitronError: naming what is wrong.
-    """
-    run = Run(recipe)
-    config = run.teacher_config
-    spec = spec_for(config)
-    spec.check(empty_model(config))
-    request = recipe.pruner_config
-    sizes, notes = resolve_sizes(spec, config, request)
-    student = student_config(config, request)
-    for which in ("train", "eval", "calibration"):
-        _dataset_identity(run.dataset_section(which))
-    tokenizer = run.tokenizer
-    if len(tokenizer) > config.vocab_size:
-        raise DataError(
-            f"The tokenizer of {recipe.teacher.model} has {len(tokenizer)} tokens, the model {config.vocab_size}. "
-            "Use the tokenizer that belongs to the model."
-        )
-    if tokenizer.eos_token is None:
-        raise DataError(
-            f"The tokenizer of {recipe.teacher.model} has neither an end-of-text nor a padding token to close and pad "
-            "documents with. Set tokenizer.eos_token and save it beside the model."
-            if tokenizer.pad_token is None
-            else f"The tokenizer of {recipe.teacher.model} has no end-of-text token to close documents with. "
-            "Set tokenizer.eos_token and save it beside the model."
-        )
-    _check_arguments(recipe)
-    require_writable(run.folder.parent if not run.folder.exists() else run.folder)
-    before = spec.sizes(config)
-    return {
-        "model_type": spec.model_type,
-        "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
-        "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(student)},
-        "num_parameters_without_embeddings": {
-            "teacher": count_parameters(config, embeddings=False),
-            "student": count_parameters(student, embeddings=False),
-        },
-        "notes": notes,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------- the parts
 
 
 def distill(
@@ -496,7 +301,7 @@ def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> 
         run.dataset("train"),
         run.dataset("eval"),
         plan=run.plan if folder == run.folder else None,
-        peft_config=_lora_config(run.recipe),
+        peft_config=lora_config(run.recipe),
         dtype=_checkpoint_dtype(run.teacher_config),
     )
 
@@ -522,7 +327,7 @@ def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
         tokenizer.save_pretrained(temporary)
 
 
-def _lora_config(recipe: Recipe) -> Any:
+def lora_config(recipe: Recipe) -> Any:
     if recipe.lora is None:
         return None
     from peft import LoraConfig
@@ -533,29 +338,7 @@ def _lora_config(recipe: Recipe) -> Any:
         raise DataError(f"lora: {error}. Expected fields of peft.LoraConfig.") from error
 
 
-def _check_arguments(recipe: Recipe) -> None:
-    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
-    from .trainer import DistillationConfig
-
-    known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
-    if unknown := sorted(set(recipe.scores) - known):
-        raise DataError(
-            f"scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
-            f"{', '.join(sorted(known))}."
-        )
-    known = {field.name for field in fields(DistillationConfig)}
-    if unknown := sorted(set(recipe.distill) - known):
-        raise DataError(f"distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")
-    try:
-        DistillationConfig(str(Path(recipe.output_dir)), **{**DISTILL_DEFAULTS, **recipe.distill})
-    except MinitronError:
-        raise
-    except (TypeError, ValueError, ImportError) as error:
-        raise DataError(f"distill: {error}") from error
-    _lora_config(recipe)
-
-
-def _model_identity(section: TeacherSection) -> Any:
+def model_identity(section: TeacherSection) -> Any:
     """What tells one teacher from another without reading all of it: the Hub commit, or local configs and sizes."""
     folder = Path(section.model).expanduser()
     if not folder.is_dir():
@@ -577,7 +360,7 @@ def _edge_digest(path: Path, edge: int = 1 << 20) -> str:
         return digest(size, head, file.read(edge))
 
 
-def _dataset_identity(section: DatasetSection) -> Any:
+def dataset_identity(section: DatasetSection) -> Any:
     path = Path(section.source).expanduser()
     values = asdict(section)
     if path.is_file():
@@ -588,82 +371,71 @@ def _dataset_identity(section: DatasetSection) -> Any:
     return values
 
 
-def _claim_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / STAGES_DIR).is_dir():
-        raise OutputError(
-            f"The output folder {folder} already holds files that are not a run of minitron-hf. "
-            "Choose another output_dir, or empty it."
-        )
-    require_writable(folder)
-    (folder / STAGES_DIR).mkdir(exist_ok=True)
+def _evaluation_settings(recipe: Recipe) -> Any:
+    return {"evaluate": asdict(recipe.evaluate), "data": dataset_identity(recipe.data.eval)}
 
 
-def _record(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / STAGES_DIR / f"{name}.json"
-    return read_json(path) if path.is_file() else None
-
-
-def _write_record(
-    folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, seconds: float | None
-) -> None:
-    write_json(
-        folder / STAGES_DIR / f"{stage.name}.json",
-        {
-            "stage": stage.name,
-            "status": status,
-            "digest": stage_digest,
-            "seconds": None if seconds is None else round(seconds, 2),
-            "settings": stage.settings(recipe),
-            "versions": versions(),
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "score",
+        "score heads, neurons, channels and layers of the teacher on calibration text",
+        (),
+        lambda recipe: {
+            "teacher": model_identity(recipe.teacher),
+            "scores": recipe.scores,
+            "data": dataset_identity(recipe.data.calibration or recipe.data.train),
         },
-    )
-
-
-def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
-    record = _record(folder, stage.name)
-    if record is None or record["digest"] == stage_digest:
-        return
-    old, new = _flatten(record["settings"]), _flatten(stage.settings(recipe))
-    changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
-    raise MismatchError(
-        f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
-        "Choose another output_dir, or pass --redo to do this stage and those after it again."
-    )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _clear(folder: Path, stage: Stage) -> None:
-    """Remove what an earlier run of a stage left, so that nothing stale is resumed or published."""
-    stale = [folder / output for output in stage.outputs]
-    if stage.name == "distill":
-        stale += [*folder.glob("checkpoint-*"), *folder.glob("model*.safetensors*"), folder / UNFINISHED_DIR]
-    for path in stale:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn what the file system says into one clear message; leave everything else alone."""
-    try:
-        yield
-    except MinitronError:
-        raise
-    except Exception as error:
-        if not is_storage_error(error):
-            raise
-        raise OutputError(
-            f"A file could not be read or written: {error}. If the disk is full, free space; the same command then "
-            "resumes the run."
-        ) from error
+        (SCORES_NAME,),
+        _score,
+    ),
+    Stage(
+        "plan",
+        "decide what stays",
+        ("score",),
+        lambda recipe: {"prune": recipe.pruner_config.to_dict()},
+        (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
+        _plan,
+    ),
+    Stage("prune", "cut the student out of the teacher", ("plan",), lambda recipe: {}, (PRUNED_DIR,), _prune),
+    Stage(
+        "distill",
+        "train the student to predict like the teacher",
+        ("prune",),
+        lambda recipe: {
+            "distill": {**DISTILL_DEFAULTS, **recipe.distill},
+            "lora": recipe.lora,
+            "train": dataset_identity(recipe.data.train),
+            "eval": dataset_identity(recipe.data.eval),
+        },
+        ("config.json", "distillation.json"),
+        _distill,
+    ),
+    Stage(
+        "controls",
+        "train the controls in the same way",
+        ("distill",),
+        lambda recipe: {"controls": recipe.controls},
+        (CONTROLS_DIR,),
+        _controls,
+        lambda recipe: bool(recipe.controls),
+    ),
+    Stage(
+        "evaluate",
+        "measure teacher, pruned and distilled student side by side",
+        ("distill", "controls"),
+        _evaluation_settings,
+        ("evaluation.json",),
+        _evaluate,
+    ),
+    Stage("card", "draw the plots and write the model card", ("evaluate",), lambda recipe: {}, ("README.md",), _card),
+    Stage(
+        "publish",
+        "upload everything to the Hub in one commit",
+        ("card",),
+        lambda recipe: None if recipe.publish is None else asdict(recipe.publish),
+        (),
+        _publish,
+        lambda recipe: recipe.publish is not None,
+    ),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_hf import stages
+from minitron_hf import runner
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
 from minitron_hf.hub import uploaded_files
 from minitron_hf.recipe import Recipe
@@ -49,7 +49,7 @@ def values(workshop, tmp_path):
 
 def run(values, **kwargs):
     lines: list[str] = []
-    folder = stages.run_recipe(Recipe.from_dict(values), show_progress=False, report=lines.append, **kwargs)
+    folder = runner.run_recipe(Recipe.from_dict(values), show_progress=False, report=lines.append, **kwargs)
     return folder, lines
 
 
@@ -131,7 +131,7 @@ def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(
     script = f"""
 import os, json
 from transformers import TrainerCallback
-from minitron_hf import stages, trainer
+from minitron_hf import runner, trainer
 from minitron_hf.recipe import Recipe
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
@@ -142,7 +142,7 @@ def patched(self, *args, **kwargs):
     original(self, *args, **kwargs)
     self.add_callback(Kill())
 trainer.DistillationTrainer.__init__ = patched
-stages.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))})), until="distill", show_progress=False)
+runner.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))})), until="distill", show_progress=False)
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert killed.returncode == 9, killed.stderr
@@ -194,7 +194,7 @@ def test_a_model_elsewhere_in_the_folder_is_not_taken_for_the_students(values):
 
 
 def test_check_recipe_predicts_the_students_size(values):
-    shapes = stages.check_recipe(Recipe.from_dict(values))
+    shapes = runner.check_recipe(Recipe.from_dict(values))
     folder, _ = run(values, until="prune")
     student = AutoModelForCausalLM.from_pretrained(folder / "pruned")
     assert shapes["num_parameters"]["student"] == sum(p.numel() for p in student.parameters())

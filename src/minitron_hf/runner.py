@@ -1,0 +1,249 @@
+"""A recipe at work: check it, run its stages, skip what is done for the same inputs, refuse what differs, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .artifacts import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
+from .errors import DataError, MinitronError, MismatchError, OutputError
+from .families import spec_for
+from .importance import estimate_importance
+from .models import count_parameters, empty_model
+from .recipe import DISTILL_DEFAULTS, Recipe
+from .sizes import resolve_sizes, student_config
+from .stages import (
+    RECIPE_NAME,
+    STAGE_NAMES,
+    STAGES,
+    STAGES_DIR,
+    UNFINISHED_DIR,
+    Run,
+    Stage,
+    dataset_identity,
+    lora_config,
+)
+
+
+def stage_digests(recipe: Recipe) -> dict[str, str]:
+    """Digest of everything each stage depends on: its settings, its external inputs, and the stages before it."""
+    digests: dict[str, str] = {}
+    for stage in STAGES:
+        if stage.wanted(recipe):
+            above = [digests.get(name) for name in stage.inputs]
+            digests[stage.name] = digest(stage.name, stage.settings(recipe), above)
+    return digests
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    until: str | None = None,
+    redo: bool = False,
+    show_progress: bool = True,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Run the stages of a recipe, skipping those that are done for the same inputs.
+
+    Args:
+        recipe: what to do.
+        until: last stage to run; None: all of them.
+        redo: do stages again whose recorded inputs differ, instead of refusing.
+        show_progress: show progress bars.
+        report: receives one line per stage.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
+        MinitronError: whatever a stage refuses.
+    """
+    if until is not None and until not in STAGE_NAMES:
+        raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(STAGE_NAMES)}.")
+    check_recipe(recipe)
+    run = Run(recipe, show_progress=show_progress)
+    digests = stage_digests(recipe)
+    _claim_folder(run.folder)
+    wanted = [stage for stage in STAGES if stage.name in digests]
+    for stage in wanted:  # every refusal before the first computation
+        if not redo:
+            _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
+        if stage.name == until:
+            break
+    write_text(run.folder / RECIPE_NAME, recipe.to_yaml())
+    for stage in wanted:
+        record = _record(run.folder, stage.name)
+        done = record is not None and record["status"] == "done" and record["digest"] == digests[stage.name]
+        if done and all((run.folder / output).exists() for output in stage.outputs):
+            report(f"[{stage.name}] done before, skipped")
+        else:
+            if record is not None and record["digest"] != digests[stage.name]:
+                _clear(run.folder, stage)
+            report(f"[{stage.name}] {stage.help}")
+            _write_record(run.folder, stage, recipe, digests[stage.name], "running", None)
+            start = time.monotonic()
+            with _clear_errors():
+                stage.run(run)
+            _write_record(run.folder, stage, recipe, digests[stage.name], "done", time.monotonic() - start)
+            gc.collect()
+        if stage.name == until:
+            break
+    return run.folder
+
+
+def check_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Make every refusal that needs no weights and no data, in seconds; what `--dry-run` prints.
+
+    Returns:
+        Sizes and parameter counts of teacher and student.
+
+    Raises:
+        MinitronError: naming what is wrong.
+    """
+    run = Run(recipe)
+    config = run.teacher_config
+    spec = spec_for(config)
+    spec.check(empty_model(config))
+    request = recipe.pruner_config
+    sizes, notes = resolve_sizes(spec, config, request)
+    student = student_config(config, request)
+    for which in ("train", "eval", "calibration"):
+        dataset_identity(run.dataset_section(which))
+    tokenizer = run.tokenizer
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"The tokenizer of {recipe.teacher.model} has {len(tokenizer)} tokens, the model {config.vocab_size}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"The tokenizer of {recipe.teacher.model} has neither an end-of-text nor a padding token to close and pad "
+            "documents with. Set tokenizer.eos_token and save it beside the model."
+            if tokenizer.pad_token is None
+            else f"The tokenizer of {recipe.teacher.model} has no end-of-text token to close documents with. "
+            "Set tokenizer.eos_token and save it beside the model."
+        )
+    _check_arguments(recipe)
+    require_writable(run.folder.parent if not run.folder.exists() else run.folder)
+    before = spec.sizes(config)
+    return {
+        "model_type": spec.model_type,
+        "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
+        "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(student)},
+        "num_parameters_without_embeddings": {
+            "teacher": count_parameters(config, embeddings=False),
+            "student": count_parameters(student, embeddings=False),
+        },
+        "notes": notes,
+    }
+
+
+def _check_arguments(recipe: Recipe) -> None:
+    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
+    from .trainer import DistillationConfig
+
+    known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
+    if unknown := sorted(set(recipe.scores) - known):
+        raise DataError(
+            f"scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
+            f"{', '.join(sorted(known))}."
+        )
+    known = {field.name for field in fields(DistillationConfig)}
+    if unknown := sorted(set(recipe.distill) - known):
+        raise DataError(f"distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")
+    try:
+        DistillationConfig(str(Path(recipe.output_dir)), **{**DISTILL_DEFAULTS, **recipe.distill})
+    except MinitronError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise DataError(f"distill: {error}") from error
+    lora_config(recipe)
+
+
+def _claim_folder(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / STAGES_DIR).is_dir():
+        raise OutputError(
+            f"The output folder {folder} already holds files that are not a run of minitron-hf. "
+            "Choose another output_dir, or empty it."
+        )
+    require_writable(folder)
+    (folder / STAGES_DIR).mkdir(exist_ok=True)
+
+
+def _record(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / STAGES_DIR / f"{name}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _write_record(
+    folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, seconds: float | None
+) -> None:
+    write_json(
+        folder / STAGES_DIR / f"{stage.name}.json",
+        {
+            "stage": stage.name,
+            "status": status,
+            "digest": stage_digest,
+            "seconds": None if seconds is None else round(seconds, 2),
+            "settings": stage.settings(recipe),
+            "versions": versions(),
+        },
+    )
+
+
+def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
+    record = _record(folder, stage.name)
+    if record is None or record["digest"] == stage_digest:
+        return
+    old, new = _flatten(record["settings"]), _flatten(stage.settings(recipe))
+    changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
+    raise MismatchError(
+        f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
+        "Choose another output_dir, or pass --redo to do this stage and those after it again."
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _clear(folder: Path, stage: Stage) -> None:
+    """Remove what an earlier run of a stage left, so that nothing stale is resumed or published."""
+    stale = [folder / output for output in stage.outputs]
+    if stage.name == "distill":
+        stale += [*folder.glob("checkpoint-*"), *folder.glob("model*.safetensors*"), folder / UNFINISHED_DIR]
+    for path in stale:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn what the file system says into one clear message; leave everything else alone."""
+    try:
+        yield
+    except MinitronError:
+        raise
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise OutputError(
+            f"A file could not be read or written: {error}. If the disk is full, free space; the same command then "
+            "resumes the run."
+        ) from error
