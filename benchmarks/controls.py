@@ -1,8 +1,8 @@
 """Does importance pruning matter? Importance pruning + distillation against the controls, at equal tokens.
 
 Arms: importance pruning + KD; random pruning + KD; random initialisation + KD; importance pruning + cross-entropy
-(P2's four controls). Every arm sees the same number of tokens; a seed decides the order of the data, what random pruning
-keeps and the random initialisation. Run from the repository root, for example:
+(P2's four controls). Every arm sees the same number of tokens; a seed decides the order of the data, what random
+pruning keeps and the random initialisation. Run from the repository root, for example:
 
     python benchmarks/controls.py --teacher MODEL --train train.jsonl --eval valid.jsonl \
         --prune hidden_size=0.75 --prune intermediate_size=0.65 --tokens 2000000 --seeds 3 --output results.json
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -55,8 +56,7 @@ def main() -> None:
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {
-        "command": "python benchmarks/controls.py "
-        + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(arguments).items() if k != "output"),
+        "command": command(arguments),
         "teacher": {"num_parameters": count_parameters(teacher)},
         "student": {key: value for key, value in plan.student.items() if key != "config"},
         "sizes": plan.sizes,
@@ -150,6 +150,16 @@ def table(results: dict) -> str:
     metrics = results["teacher"]["metrics"]["bits_per_byte"]
     lines.append(f"| teacher | – | – | – | {metrics['value']:.4f} | 1 |")
     return "\n".join(lines)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command line again, with the folder of test data as a variable."""
+    words = ["python benchmarks/controls.py"]
+    for name, value in vars(arguments).items():
+        if name != "output":
+            words += [f"--{name.replace('_', '-')} {each}" for each in (value if isinstance(value, list) else [value])]
+    folder = os.environ.get("MINITRON_TEST_DATA")
+    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
 
 
 def spread(values: list[float]) -> str:
