@@ -68,6 +68,8 @@ def plan_of(config: PretrainedConfig, scores: ImportanceScores | None = None, **
         ("llama", {"intermediate_size": 53}, "intermediate_size=53 is larger than the teacher's 52"),
         ("llama", {"num_attention_heads": 15}, "num_attention_heads=15 is larger than the teacher's 12"),
         ("llama", {"num_key_value_heads": 6}, "num_key_value_heads=6 is larger than the teacher's 3"),
+        ("llama", {"num_hidden_layers": 1}, "cannot hold the 1 first and 1 last layers"),
+        ("llama", {"num_hidden_layers": 3, "keep_last_layers": 3}, "num_hidden_layers=3 cannot hold"),
         ("llama", {"num_hidden_layers": 6}, "num_hidden_layers=6 is larger than the teacher's 5"),
         ("mistral", {"num_attention_heads": 7}, "num_attention_heads must be one of [3, 6, 9, 12]"),
         ("mistral", {"num_key_value_heads": 2, "num_attention_heads": 10}, "one of [2, 4, 6, 8]"),
@@ -120,6 +122,8 @@ def test_impossible_sizes_are_refused(name: str, request_: dict, message: str):
         ({"multiple_of": 0}, "multiple_of=0: expected a positive integer"),
         ({"multiple_of": 8.0}, "multiple_of=8.0: expected a positive integer"),
         ({"multiple_of": True}, "multiple_of=True: expected a positive integer"),
+        ({"keep_first_layers": -1}, "keep_first_layers=-1: expected a number of layers"),
+        ({"keep_last_layers": 0.5}, "keep_last_layers=0.5: expected a number of layers"),
         ({"contiguous": "no"}, "contiguous='no': expected true or false"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
@@ -192,7 +196,7 @@ def test_unknown_fields_are_refused():
         ("mistral", {"intermediate_size": 0.99}, {"ffn": 48}),
         ("mistral", {"intermediate_size": 1.0, "hidden_size": 1.0}, {}),  # everything, multiple or not
         ("mistral", {"num_hidden_layers": 0.5}, {"layers": 2}),
-        ("mistral", {"num_hidden_layers": 0.01}, {"layers": 1}),
+        ("mistral", {"num_hidden_layers": 0.01, "keep_first_layers": 0}, {"layers": 1}),
         ("mistral", {"num_attention_heads": 0.6}, {"heads": 6}),  # a multiple of the 3 KV heads
         ("mistral", {"num_attention_heads": 0.3, "num_key_value_heads": 0.7}, {"heads": 4, "kv": 2}),
         ("mistral", {"layers_to_drop": [0, 3], "num_hidden_layers": 0.6}, {"layers": 3}),
@@ -337,6 +341,7 @@ def random_request(name: str, chance: random.Random) -> dict:
     spec = spec_for(config)
     sizes = spec.sizes(config)
     request: dict = {"multiple_of": chance.choice([1, 2, 8]), "contiguous": chance.random() < 0.5}
+    request |= {"keep_first_layers": 0, "keep_last_layers": chance.choice([0, 1])}
     if chance.random() < 0.7:
         request["intermediate_size"] = chance.choice([chance.randint(1, sizes["ffn"]), chance.uniform(0.05, 1)])
     depth = chance.random()
@@ -456,21 +461,33 @@ def test_whole_groups_go_with_their_heads():
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("keep", [1, 2, 4])
-def test_least_important_block_goes(seed: int, keep: int):
+@pytest.mark.parametrize(("keep", "first", "last"), [(1, 0, 0), (2, 1, 0), (2, 1, 1), (4, 1, 1), (4, 0, 2), (3, 2, 0)])
+def test_least_important_block_between_the_protected_layers_goes(seed: int, keep: int, first: int, last: int):
     config = pocket_config("llama")
     scores = scores_for(config, seed)
     drop = 5 - keep
     importance = {start: scores.blocks[start, start + drop - 1].item() for start in range(keep + 1)}
-    start = min(importance, key=importance.__getitem__)
-    assert plan_of(config, scores, num_hidden_layers=keep).layers_dropped == tuple(range(start, start + drop))
+    allowed = {s: value for s, value in importance.items() if s >= first and s + drop <= 5 - last}
+    start = min(allowed, key=allowed.__getitem__)
+    plan = plan_of(config, scores, num_hidden_layers=keep, keep_first_layers=first, keep_last_layers=last)
+    assert plan.layers_dropped == tuple(range(start, start + drop))
+
+
+def test_the_first_and_the_last_layer_are_protected_unless_named():
+    config = pocket_config("llama")
+    for seed in range(20):
+        kept = plan_of(config, scores_for(config, seed), num_hidden_layers=2).layers_kept
+        assert kept == (0, 4)
+        kept = plan_of(config, scores_for(config, seed), num_hidden_layers=3, contiguous=False).layers_kept
+        assert {0, 4} < set(kept)
+    assert plan_of(config, layers_to_drop=[0, 4]).layers_kept == (1, 2, 3)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_least_important_layers_go_one_by_one(seed: int):
     config = pocket_config("llama")
     scores = scores_for(config, seed)
-    plan = plan_of(config, scores, num_hidden_layers=2, contiguous=False)
+    plan = plan_of(config, scores, num_hidden_layers=2, contiguous=False, keep_first_layers=0, keep_last_layers=0)
     assert list(plan.layers_kept) == brute_force(scores.blocks.diagonal(), 2, range(5))
 
 
@@ -494,8 +511,8 @@ def test_ties_go_to_the_lower_index():
     assert plan.kept["ffn"].tolist() == [[0, 1]] * 5
     assert plan.kept["kv"].tolist() == [[0, 1]] * 5
     assert plan.kept["heads"].tolist() == [[0, 1, 4, 5]] * 5
-    assert plan_of(config, level, num_hidden_layers=3).layers_dropped == (0, 1)
-    assert plan_of(config, level, num_hidden_layers=3, contiguous=False).layers_dropped == (0, 1)
+    assert plan_of(config, level, num_hidden_layers=3).layers_dropped == (1, 2)
+    assert plan_of(config, level, num_hidden_layers=3, contiguous=False).layers_dropped == (1, 2)
 
 
 def test_plan_is_a_function_of_its_inputs():

@@ -242,11 +242,13 @@ def _choose_layers(depth: int, left: int, request: PrunerConfig, scores: Importa
     else:
         assert scores is not None
         if request.contiguous:
-            block = scores.blocks.diagonal(num_drop - 1).numpy()
-            start = int(np.argmin(block))
+            starts = range(request.keep_first_layers, left - request.keep_last_layers + 1)
+            blocks = scores.blocks.diagonal(num_drop - 1)
+            start = min(starts, key=lambda start: float(blocks[start]))
             drop = range(start, start + num_drop)
         else:
-            drop = np.argsort(scores.layers.numpy(), kind="stable")[:num_drop].tolist()
+            layers = range(request.keep_first_layers, depth - request.keep_last_layers)
+            drop = sorted(layers, key=lambda layer: float(scores.layers[layer]))[:num_drop]
     return tuple(sorted(set(range(depth)) - set(drop)))
 
 

@@ -40,6 +40,9 @@ class PrunerConfig:
         layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
         contiguous: drop one contiguous block of layers, the least important of its length (P2: dropping the 16
             individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not).
+        keep_first_layers: layers at the beginning that a choice by scores never drops.
+        keep_last_layers: layers at the end, likewise. P2: the first and the last layers matter most, which the cosine
+            of block importance does not always see (`benchmarks/depth.py`).
         multiple_of: fractions of `hidden_size` and `intermediate_size` are rounded to the nearest multiple.
     """
 
@@ -50,6 +53,8 @@ class PrunerConfig:
     num_hidden_layers: Size = None
     layers_to_drop: list[int] | None = None
     contiguous: bool = True
+    keep_first_layers: int = 1
+    keep_last_layers: int = 1
     multiple_of: int = 8
 
     def __post_init__(self) -> None:
@@ -76,6 +81,10 @@ class PrunerConfig:
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
         if not isinstance(self.contiguous, bool):
             raise PlanError(f"contiguous={self.contiguous!r}: expected true or false.")
+        for name in ("keep_first_layers", "keep_last_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise PlanError(f"{name}={value!r}: expected a number of layers.")
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise PlanError(f"multiple_of={self.multiple_of!r}: expected a positive integer.")
 
@@ -181,6 +190,13 @@ def resolve_sizes(
             # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
             step = 1 if value == 1 else _step(spec, axis, after, request.multiple_of)
             after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
+    protected = request.keep_first_layers + request.keep_last_layers
+    if request.layers_to_drop is None and after["layers"] < min(before["layers"], protected):
+        raise PlanError(
+            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
+            f"{request.keep_last_layers} last layers that are protected. Keep more layers, or lower "
+            "keep_first_layers or keep_last_layers."
+        )
     for inner, outer in spec.groups:
         most = _most(spec, inner, before, after)
         if inner not in given and after[inner] > most:
