@@ -77,7 +77,7 @@ def main() -> None:
         results["teacher"]["metrics"] = evaluation["models"]["teacher"]["metrics"]
         return evaluation["models"]["model"]["metrics"]
 
-    for seed, arm in itertools.product(range(arguments.seeds), ARMS):
+    for seed, arm in itertools.product(range(arguments.seeds), arguments.arms or ARMS):
         set_seed(seed)
         if arm.startswith("importance"):
             student = apply_plan(teacher, plan)
@@ -134,7 +134,7 @@ def table(results: dict) -> str:
         f"| arm ({seeds} seeds) | KL before | KL after | bits per byte before | bits per byte after | agreement |",
         "|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
+    for arm in dict.fromkeys(run["arm"] for run in results["runs"]):
         runs = [run for run in results["runs"] if run["arm"] == arm]
         cells = [
             spread([run[when][metric]["value"] for run in runs])
@@ -157,7 +157,11 @@ def command(arguments: argparse.Namespace) -> str:
     words = ["python benchmarks/controls.py"]
     for name, value in vars(arguments).items():
         if name != "output":
-            words += [f"--{name.replace('_', '-')} {each}" for each in (value if isinstance(value, list) else [value])]
+            words += [
+                f"--{name.replace('_', '-')} {each}"
+                for each in (value if isinstance(value, list) else [value])
+                if each
+            ]
     folder = os.environ.get("MINITRON_TEST_DATA")
     return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
 
@@ -181,6 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--arms", action="append", choices=ARMS, help="only these arms")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
