@@ -1,0 +1,93 @@
+"""Bytes against formulas and files, speed against a clock that the test moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_hf import cost
+from minitron_hf.errors import HubError
+from minitron_hf.evaluation import evaluate_models
+from pocket import pocket_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "qwen2-tied"])
+def test_cache_bytes_follow_the_formula(name: str, dtype: torch.dtype):
+    model = pocket_model(name, dtype=dtype)
+    result = evaluate_models({"model": model}, [[5, 6, 7, 8]], max_length=32, speed=False, show_progress=False)
+    layers, kv, head_dim = (4, 5, 8) if name == "gpt2" else (5, 3, 10)
+    size = torch.finfo(dtype).bits // 8
+    assert result["models"]["model"]["kv_cache_bytes_per_token"] == 2 * layers * kv * head_dim * size
+
+
+def test_speed_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch):
+    """With a clock that only forward passes move, speeds are exact and the order of the rounds can be read."""
+    clock, order = [0.0], []
+    seconds = {"teacher": 0.5, "student": 0.25}
+    models = {name: pocket_model("llama", dtype=torch.float32) for name in seconds}
+    for name, model in models.items():
+        forward = model.forward
+
+        def ticking(*args, input_ids, _name=name, _forward=forward, logits_to_keep=0, **kwargs):
+            clock[0] += seconds[_name]
+            order.append((_name, input_ids.shape[1]))
+            return _forward(*args, input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+
+        monkeypatch.setattr(model, "forward", ticking)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    result = evaluate_models(
+        models,
+        [[5, 6, 7]],
+        max_length=16,
+        prefill_length=20,
+        decode_tokens=4,
+        rounds=3,
+        show_progress=False,
+    )
+    for name, entry in result["models"].items():
+        assert entry["prefill_tokens_per_second"] == {"median": 20 / seconds[name], "rounds": [20 / seconds[name]] * 3}
+        assert entry["decode_tokens_per_second"] == {"median": 1 / seconds[name], "rounds": [1 / seconds[name]] * 3}
+    prefills = [name for name, length in order if length == 20]
+    assert prefills == ["teacher", "student", "student", "teacher"] * 2
+    assert [length for _, length in order].count(1) == 4 * 2 * 4
+    assert result["settings"]["prefill_length"] == 20
+
+
+def test_decoding_uses_the_cache_and_continues_the_prompt(monkeypatch: pytest.MonkeyPatch):
+    """The timed steps are the greedy continuation that generate() gives."""
+    model = pocket_model("llama")
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    _, output = cost._timed_prefill(model, prompt)
+    fed = []
+    forward = model.forward
+
+    def spy(*args, input_ids, **kwargs):
+        fed.append(input_ids.item())
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    with torch.no_grad():
+        cost._timed_decode(model, output, 6)
+    monkeypatch.undo()
+    generated = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert fed == generated[0, 5:].tolist()
+
+
+def test_checkpoint_bytes(tmp_path: Path):
+    model = pocket_model("qwen2-tied", dtype=torch.float32)
+    in_memory = 4 * sum(parameter.numel() for parameter in model.parameters())  # the tied head counts once
+    assert cost.checkpoint_bytes(model) == in_memory
+    assert cost.checkpoint_bytes(model.half()) == in_memory // 2
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    (tmp_path / "one" / "scores.safetensors").write_bytes(b"not weights")
+    one = (tmp_path / "one" / "model.safetensors").stat().st_size
+    shards = [file.stat().st_size for file in (tmp_path / "many").glob("model-*.safetensors")]
+    assert len(shards) > 1
+    assert cost.checkpoint_bytes(tmp_path / "one") == one > in_memory // 2
+    assert cost.checkpoint_bytes(str(tmp_path / "many")) == sum(shards)
+    with pytest.raises(HubError, match="holds no weights"):
+        cost.checkpoint_bytes(tmp_path)

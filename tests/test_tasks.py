@@ -1,0 +1,124 @@
+"""Benchmarks against likelihoods that are computed by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_hf.errors import DataError, MissingDependencyError
+from minitron_hf.tasks import _task_metrics, evaluate_tasks
+from pocket import pocket_model, pocket_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pocket_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pocket_model("llama")
+
+
+def test_benchmarks_need_their_extra(monkeypatch: pytest.MonkeyPatch, model):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install minitron-hf\[eval\]"):
+        evaluate_tasks(model, "piqa")
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """A multiple-choice task of two questions that is made here."""
+    pytest.importorskip("lm_eval")
+    questions = [
+        {"context": "one two", "choices": ["three", "zzz"], "label": 0},
+        {"context": "a b", "choices": ["q", "c"], "label": 1},
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "task.yaml").write_text(
+        f"""
+task: pocket_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "questions.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{context}}}}"
+doc_to_target: label
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+metadata: {{version: 1.0}}
+"""
+    )
+    return tmp_path
+
+
+def test_task_scores_agree_with_the_likelihoods(task_folder: Path, model, tokenizer):
+    results = evaluate_tasks(model, "pocket_choice", processing_class=tokenizer, include_path=task_folder)
+    right = 0
+    for line in (task_folder / "questions.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        scores = []
+        for choice in question["choices"]:
+            context, whole = (
+                tokenizer(t)["input_ids"] for t in (question["context"], f"{question['context']} {choice}")
+            )
+            with torch.no_grad():
+                log_p = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
+            scores.append(sum(log_p[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
+        right += scores.index(max(scores)) == question["label"]
+    assert results["pocket_choice"]["acc"]["value"] == right / 2
+    assert set(results) == {"pocket_choice"}
+    assert results["pocket_choice"]["acc"]["stderr"] is not None
+
+
+def test_unknown_tasks_and_missing_tokenizers_are_refused(task_folder: Path, model, tokenizer, monkeypatch):
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager  # without its own tasks, which take ten seconds to index
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", lambda **kwargs: manager(**{**kwargs, "include_defaults": False})
+    )
+    with pytest.raises(DataError, match="no task 'never_heard_of'"):
+        evaluate_tasks(model, ["never_heard_of"], processing_class=tokenizer)
+    with pytest.raises(DataError, match="processing_class=tokenizer"):
+        evaluate_tasks(model, "pocket_choice", include_path=task_folder)
+    with pytest.raises(DataError, match=r"include_path.*does not exist"):
+        evaluate_tasks(model, "pocket_choice", include_path=task_folder / "gone")
+
+
+def test_task_metrics_keep_filters_and_errors_apart():
+    found = _task_metrics(
+        {
+            "alias": "gsm8k",
+            "exact_match,strict-match": 0.25,
+            "exact_match_stderr,strict-match": 0.1,
+            "exact_match,none": 0.5,
+            "exact_match_stderr,none": "N/A",
+            "sample_len": 20,
+        }
+    )
+    assert found == {
+        "exact_match,strict-match": {"value": 0.25, "stderr": 0.1},
+        "exact_match": {"value": 0.5, "stderr": None},
+    }
+
+
+def test_stories_260k_on_benchmarks(data_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(data_folder)  # the task files name their data relative to it
+    results = evaluate_tasks(
+        data_folder / "models" / "stories260K",
+        ["stories_lastword_local"],
+        include_path=data_folder / "eval" / "tasks",
+        add_bos_token=True,
+        limit=40,
+        batch_size=16,
+    )
+    metrics = results["stories_lastword_local"]
+    assert 0.1 < metrics["acc"]["value"] < 0.6  # 0.344 over all of it
+    assert metrics["perplexity"]["stderr"] > 0
