@@ -16,6 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -106,6 +107,33 @@ NEOX = dict(
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 
 
+#: A context of 16 tokens stretched to 64; queries are scaled by position too.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+}
+GEMMA = {
+    "norm": "rms1p",
+    "num_norms": 4,
+    "output_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "scaled_embeddings": True,
+}
+
+
+def _kinds(letters: str) -> list[str]:
+    """`layer_types` from initials: `f`ull or `s`liding attention."""
+    return [{"f": "full_attention", "s": "sliding_attention"}[letter] for letter in letters]
+
+
+def _grouped(model_type: str, **changes) -> Pocket:
+    """A family with grouped queries; changes are fields of the pocket or of its config."""
+    known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
+    return Pocket(AutoConfig.for_model(model_type, **GROUPED, **changes), **known)
+
+
 def _gpt2(**changes) -> Pocket:
     return Pocket(
         GPT2Config(**{**GPT2, **changes}), "transformer.h", "attn.c_proj", "mlp.c_proj", False, True, "layer"
@@ -130,6 +158,48 @@ POCKETS: dict[str, Pocket] = {
     "gpt_neox": _neox(),
     "gpt_neox-sequential": _neox(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True),
     "phi3": Pocket(Phi3Config(**GROUPED, partial_rotary_factor=0.6)),
+    "ministral": _grouped("ministral", layer_types=_kinds("sfsff"), sliding_window=6),
+    "ministral3": _grouped("ministral3", rope_parameters=YARN),
+    "gemma": _grouped("gemma", norm="rms1p", scaled_embeddings=True),
+    "gemma2": _grouped("gemma2", sliding_window=6, query_pre_attn_scalar=7, final_logit_softcapping=3.0, **GEMMA),
+    "gemma3_text": _grouped(
+        "gemma3_text", layer_types=_kinds("ssfsf"), sliding_window=6, query_pre_attn_scalar=7, **GEMMA
+    ),
+    "olmo": _grouped("olmo", norm="layer", clip_qkv=0.8),
+    "olmo2": _grouped("olmo2", head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "olmo3": _grouped(
+        "olmo3", layer_types=_kinds("ssfsf"), sliding_window=6, head_norms=("self_attn.q_norm", "self_attn.k_norm")
+    ),
+    "smollm3": _grouped("smollm3", use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2),
+    "granite": _grouped(
+        "granite", embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.4, attention_multiplier=0.2
+    ),
+    "cohere": _grouped("cohere", norm="layer", num_norms=1, use_qk_norm=True, logit_scale=0.7),
+    "cohere2": _grouped(
+        "cohere2", norm="layer", num_norms=1, layer_types=_kinds("ssfsf"), sliding_window=6, logit_scale=0.7
+    ),
+    "starcoder2": _grouped("starcoder2", mlp_out="mlp.c_proj", norm="layer", sliding_window=6),
+    "arcee": _grouped("arcee"),
+    "seed_oss": _grouped("seed_oss", attention_out_bias=True, mlp_bias=True),
+    "ernie4_5": _grouped("ernie4_5", use_bias=True),
+    "hunyuan_v1_dense": _grouped("hunyuan_v1_dense"),
+    "nemotron": _grouped("nemotron", norm="layer1p", partial_rotary_factor=0.6),
+    "glm": _grouped("glm", partial_rotary_factor=0.6),
+    "glm4": _grouped(
+        "glm4",
+        num_norms=4,
+        output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
+        partial_rotary_factor=0.6,
+    ),
+    "exaone4": _grouped("exaone4", layer_types=_kinds("ssfsf"), sliding_window=6),
+    "phi": _grouped(
+        "phi",
+        attention_out="self_attn.dense",
+        mlp_out="mlp.fc2",
+        norm="layer",
+        num_norms=1,
+        partial_rotary_factor=0.6,
+    ),
 }
 
 

@@ -48,7 +48,8 @@ class ArchSpec:
             found in such a model.
         taps: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
             projection that writes them back to the residual stream.
-        layer_norms: modules inside a layer whose output scores the hidden axis.
+        layer_norms: modules inside a layer whose output scores the hidden axis: the norms of what its sublayers read,
+            or of what they write where nothing is normalised before.
         final_norm: the last norm, which scores it too.
         groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
         equal: pairs of dimensions that the stock class cannot hold at different sizes.
@@ -216,27 +217,52 @@ GATED_MLP = layer_tables(
     linear("mlp.up_proj", "ffn", "hidden"),
     linear("mlp.down_proj", "hidden", "ffn"),
 )
-#: Embeddings, last norm and head of the models that keep everything under `model.`.
-DECODER_OUTER = layer_tables(
-    {"model.embed_tokens.weight": "vocab hidden", "lm_head.weight": "vocab hidden"}, norm("model.norm")
+#: Gate and up in one projection, then down.
+FUSED_GATED_MLP = layer_tables(
+    linear("mlp.gate_up_proj", "ffn+ffn", "hidden"),
+    linear("mlp.down_proj", "hidden", "ffn"),
 )
+#: Up and down projections.
+PLAIN_MLP = layer_tables(linear("mlp.up_proj", "ffn", "hidden"), linear("mlp.down_proj", "hidden", "ffn"))
+#: One norm for every query head, one for every key head.
+HEAD_NORMS = norm("self_attn.q_norm", "self_attn.k_norm", width="head_dim")
+#: One norm over all query heads together, one over all key heads.
+WIDE_HEAD_NORMS = layer_tables(
+    norm("self_attn.q_norm", width="heads*head_dim"), norm("self_attn.k_norm", width="kv*head_dim")
+)
+#: Embeddings and head of the models that keep everything under `model.`.
+EMBEDDINGS = {"model.embed_tokens.weight": "vocab hidden", **linear("lm_head", "vocab", "hidden")}
+#: Norms before attention and MLP.
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def pre_norm_decoder(model_type: str, *, layer: Mapping[str, str] | None = None, **changes: Any) -> ArchSpec:
-    """The layout that most decoders share: pre-norm, grouped attention, gated MLP, everything under `model.`.
+def decoder(
+    model_type: str,
+    *,
+    layer: Mapping[str, str] | None = None,
+    norms: tuple[str, ...] = PRE_NORMS,
+    output_norms: tuple[str, ...] = (),
+    attention_out: str = "self_attn.o_proj",
+    mlp_out: str = "mlp.down_proj",
+    **changes: Any,
+) -> ArchSpec:
+    """The layout that most decoders share: grouped attention, gated MLP, everything under `model.`.
 
     Args:
         model_type: the config's `model_type`.
-        layer: attention and MLP of one layer, without the two norms (default: separate projections).
+        layer: attention and MLP of one layer, without the norms over the hidden size (default: separate projections).
+        norms: those norms, where their outputs score the hidden axis.
+        output_norms: norms of what attention and MLP write, in layers that also have norms of what they read.
+        attention_out: the projection that writes the heads back to the residual stream.
+        mlp_out: likewise for the neurons.
         **changes: any other field of `ArchSpec`.
     """
-    norms = ("input_layernorm", "post_attention_layernorm")
     fields: dict[str, Any] = {
         "axes": (LAYERS, HIDDEN, FFN, HEADS, KV, HEAD_DIM, VOCAB),
         "layers_path": "model.layers",
-        "outer": DECODER_OUTER,
-        "layer": layer_tables(layer or layer_tables(GROUPED_ATTENTION, GATED_MLP), norm(*norms)),
-        "taps": {"ffn": "mlp.down_proj", "heads": "self_attn.o_proj", "kv": "self_attn.o_proj"},
+        "outer": layer_tables(EMBEDDINGS, norm("model.norm")),
+        "layer": layer_tables(layer or layer_tables(GROUPED_ATTENTION, GATED_MLP), norm(*norms, *output_norms)),
+        "taps": {"ffn": mlp_out, "heads": attention_out, "kv": attention_out},
         "layer_norms": norms,
         "final_norm": "model.norm",
         "groups": (("heads", "kv"),),

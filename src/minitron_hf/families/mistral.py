@@ -1,5 +1,5 @@
 """Mistral: Llama's layout without biases; any hidden size, as head_dim is a config field of its own."""
 
-from .base import pre_norm_decoder
+from .base import decoder
 
-SPEC = pre_norm_decoder("mistral")
+SPEC = decoder("mistral")

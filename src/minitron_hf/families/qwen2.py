@@ -1,5 +1,5 @@
 """Qwen2: Llama's layout with biases on q, k and v, and full or sliding attention by layer."""
 
-from .base import pre_norm_decoder
+from .base import decoder
 
-SPEC = pre_norm_decoder("qwen2", layer_lists=("layer_types",), leading_layers=("max_window_layers",))
+SPEC = decoder("qwen2", layer_lists=("layer_types",), leading_layers=("max_window_layers",))

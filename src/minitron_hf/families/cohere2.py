@@ -1,0 +1,5 @@
+"""Cohere 2 (Command R7B, A): attention and MLP side by side after one LayerNorm; sliding attention by layer."""
+
+from .base import decoder
+
+SPEC = decoder("cohere2", norms=("input_layernorm",), layer_lists=("layer_types",))
