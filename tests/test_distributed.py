@@ -28,7 +28,8 @@ def train(folder: Path, padding_free: bool) -> None:
     import torch
     from datasets import Dataset
 
-    from minitron_hf.trainer import DistillationConfig, DistillationTrainer
+    from minitron_hf.distillation_config import DistillationConfig
+    from minitron_hf.trainer import DistillationTrainer
     from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))

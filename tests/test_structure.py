@@ -49,16 +49,6 @@ def module_order() -> list[str]:
     return ["_version", *re.findall(r"`(\w+)(?:\.py|/)`", " ".join(rows))]
 
 
-def outside_functions(tree: ast.Module) -> ast.Module:
-    """What runs (or is read by type checkers) when the module is imported."""
-
-    class Bare(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-            return None
-
-    return Bare().visit(tree)
-
-
 def test_every_module_has_its_place():
     order = module_order()
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
@@ -68,8 +58,9 @@ def test_every_module_has_its_place():
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_modules_import_only_from_those_above(name: str):
+    """Imports inside functions and for type checkers included."""
     order = module_order()
-    for imported, line in own_imports(outside_functions(parsed(MODULES[name]))):
+    for imported, line in own_imports(parsed(MODULES[name])):
         assert order.index(imported) < order.index(name), f"{name}.py:{line} imports {imported}, which comes later"
 
 
@@ -78,14 +69,6 @@ def test_families_import_only_from_those_above():
     for path in (PACKAGE / "families").glob("*.py"):
         for imported, line in own_imports(parsed(path), "families"):
             assert order.index(imported) < order.index("families"), f"{path.name}:{line} imports {imported}"
-
-
-def test_imports_inside_functions_close_no_cycle():
-    above = {name: {imported for imported, _ in own_imports(parsed(path))} for name, path in MODULES.items()}
-    while above:
-        free = {name for name, imported in above.items() if not imported & above.keys()}
-        assert free, f"a cycle among {sorted(above)}"
-        above = {name: imported for name, imported in above.items() if name not in free}
 
 
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "evaluate", "accelerate", "matplotlib"}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import random
-import warnings
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minitron_hf import trainer as trainer_module
+from minitron_hf.distillation_config import DistillationConfig
 from minitron_hf.errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from minitron_hf.planning import PrunerConfig, PruningPlan
 from minitron_hf.surgery import prune_model
-from minitron_hf.trainer import DistillationConfig, DistillationTrainer
+from minitron_hf.trainer import DistillationTrainer
 from pocket import float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens
 
 pytestmark = pytest.mark.filterwarnings(
@@ -485,54 +485,6 @@ def test_card_and_push_use_the_student_and_are_private(tmp_path, monkeypatch):
     trainer.args.hub_private_repo = False
     trainer.push_to_hub()
     assert calls[1][1]["private"] is False
-
-
-# ---- Arguments ----
-
-
-def test_defaults_fit_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "_has_fast_bf16", lambda on_cpu: False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        args = DistillationConfig(str(tmp_path), use_cpu=True)
-        assert (args.bf16, args.activation_checkpointing, args.dataloader_pin_memory) == (False, False, False)
-        assert DistillationConfig(str(tmp_path), use_cpu=True, bf16=True).bf16  # an explicit value wins
-        assert DistillationConfig(str(tmp_path), use_cpu=True, activation_checkpointing=True).activation_checkpointing
-        monkeypatch.setattr(trainer_module, "_has_fast_bf16", lambda on_cpu: True)
-        assert DistillationConfig(str(tmp_path), use_cpu=True).bf16
-        assert not DistillationConfig(str(tmp_path), use_cpu=True, bf16=False).bf16
-    assert args.output_dir == str(tmp_path)
-
-
-def test_arguments_parse_from_the_command_line(tmp_path):
-    (args,) = HfArgumentParser(DistillationConfig).parse_args_into_dataclasses(
-        [
-            *("--output_dir", str(tmp_path), "--temperature", "2", "--ce_weight", "0.5", "--use_cpu", "True"),
-            *("--teacher_model_init_kwargs", '{"dtype": "float32"}'),
-        ]
-    )
-    assert (args.temperature, args.ce_weight, args.teacher_model_init_kwargs) == (2.0, 0.5, {"dtype": "float32"})
-    for name in ("temperature", "kd_weight", "ce_weight", "loss_chunk_size", "teacher_model_init_kwargs"):
-        assert DistillationConfig.__dataclass_fields__[name].metadata["help"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"temperature": 0}, "temperature=0"),
-        ({"kd_weight": -1}, "kd_weight=-1"),
-        ({"kd_weight": 0}, "ce_weight=0"),
-        ({"loss_chunk_size": 0}, "loss_chunk_size=0"),
-        ({"loss_type": "dft"}, "loss_type='dft'"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
-        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
-        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy='checkpoint'"),
-    ],
-)
-def test_arguments_that_cannot_work_are_refused(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(str(tmp_path), **arguments)
 
 
 # ---- Refusals ----

@@ -27,7 +27,7 @@ _MODULE_OF = {
     "student_config": "sizes",
     "apply_plan": "surgery",
     "prune_model": "surgery",
-    "DistillationConfig": "trainer",
+    "DistillationConfig": "distillation_config",
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
     "generate_samples": "samples",
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .card import render_model_card as render_model_card
     from .data import load_text_dataset as load_text_dataset
     from .data import token_rows as token_rows
+    from .distillation_config import DistillationConfig as DistillationConfig
     from .errors import MinitronError as MinitronError
     from .evaluation import evaluate_models as evaluate_models
     from .hub import push_student_to_hub as push_student_to_hub
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from .sizes import student_config as student_config
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
-    from .trainer import DistillationConfig as DistillationConfig
     from .trainer import DistillationTrainer as DistillationTrainer
 
 

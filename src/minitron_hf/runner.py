@@ -148,7 +148,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _check_arguments(recipe: Recipe) -> None:
     """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
-    from .trainer import DistillationConfig
+    from .distillation_config import DistillationConfig
 
     known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
     if unknown := sorted(set(recipe.scores) - known):

@@ -24,7 +24,7 @@ from .errors import DataError
 from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
-from .recipe import DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
+from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
 from .sizes import PRUNER_CONFIG_NAME
 from .surgery import apply_plan
 
@@ -209,6 +209,10 @@ def _evaluate(run: Run) -> None:
         batch_size=section.batch_size,
         text_field=run.dataset_section("eval").text_field,
         dataset_name=run.dataset_section("eval").source,
+        descriptions={
+            "pruned": "the student before distillation",
+            **{name: f"control: {CONTROLS[name]}; trained on the same tokens" for name in run.recipe.controls},
+        },
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
         output_path=run.folder,
@@ -270,7 +274,8 @@ def distill(
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from .trainer import DistillationConfig, DistillationTrainer
+    from .distillation_config import DistillationConfig
+    from .trainer import DistillationTrainer
 
     folder = require_writable(folder)
     trainer = DistillationTrainer(

@@ -1,17 +1,15 @@
-"""Distillation on a corpus: `DistillationConfig` and `DistillationTrainer`, on top of TRL's supervised trainer."""
+"""Distillation on a corpus: `DistillationTrainer`, on top of TRL's supervised trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
 import os
-import re
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from .artifacts import digest, public_name, require_writable, versions, write_json
+from .artifacts import public_name, require_writable, versions, write_json
 from .card import write_model_card
+from .distillation_config import DistillationConfig, has_fast_bf16, trains_on_cpu
 from .errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from .hub import push_student_to_hub, write_teacher_metadata
 from .losses import (
@@ -32,11 +31,13 @@ from .losses import (
     TeacherSignal,
     base_model_of,
     check_output_head,
-    distillation_loss,
     next_token_positions,
     output_head,
 )
 from .models import empty_model, load_config, load_model
+from .refusals import refuse_pair, refuse_split_model, refuse_wrapped_head
+from .training_record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
+from .wrapping import LossRequest, distilling_forward, forward_of_backbone, shard_teacher, whole_head
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -48,235 +49,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME = "distillation.json"
-
 #: How a student came to be; kept beside it wherever it is saved.
 ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "scores.safetensors")
 
 #: Config fields that the libraries change for training, and that a saved student gets back.
 TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
-
-#: Arguments that `distillation.json` records: those that shape the result.
-RECORDED_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "max_length",
-    "packing",
-    "packing_strategy",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "temperature",
-    "kd_weight",
-    "ce_weight",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-)
-
-
-@dataclass
-class DistillationConfig(SFTConfig):
-    """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
-
-    Loss of a token: `kd_weight * T² * KL(teacher ‖ student) + ce_weight * cross-entropy`, see
-    `losses.distillation_loss`.
-
-    Where no value is given, `bf16` is on only where the hardware has it, `activation_checkpointing` only on an
-    accelerator, and `dataloader_pin_memory` only with one. TRL turns all three on everywhere; on a CPU without
-    bfloat16 units that costs 50 to 100 times the speed.
-    """
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)
-
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
-    )
-    kd_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the divergence KL(teacher || student), times temperature squared."}
-    )
-    ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy with the true tokens. Minitron uses none."}
-    )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens whose logits exist at one time. If not set, chosen from the vocabulary size."},
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher (`revision`, "
-            "`dtype`, `quantization_config`, ...), used when the teacher is given as a path or Hub id. The dtype is "
-            "that of the checkpoint, or float32 where the hardware is slow in that."
-        },
-    )
-    upcast_student: bool = field(
-        default=True,
-        metadata={
-            "help": "Train a half-precision student in float32 weights (small updates are lost in half precision). "
-            "`save_student(dtype=...)` writes it in half precision again."
-        },
-    )
-
-    # Defaults of the base classes that are changed.
-    learning_rate: float = field(
-        default=1e-4, metadata={"help": "The initial learning rate for AdamW. 1e-4 is the peak that Minitron used."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision. If not set, only where the hardware computes in it."},
-    )
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Deprecated name of `activation_checkpointing`."}
-    )
-    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Whether to pin memory in data loaders. If not set, only with an accelerator."},
-    )
-    include_num_input_tokens_seen: str = field(
-        default="non_padding",
-        metadata={"help": "Whether and how to count the tokens seen: 'all', 'non_padding' or 'no'."},
-    )
-    router_aux_loss_coef: float | None = field(
-        default=0.0,
-        metadata={
-            "help": "Not supported: the teacher's distribution is the only supervision of a mixture of experts."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        on_cpu = _trains_on_cpu(self.use_cpu)
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and _has_fast_bf16(on_cpu)
-        if self.bf16 and on_cpu:
-            self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
-        if self.dataloader_pin_memory is None:
-            self.dataloader_pin_memory = not on_cpu
-        # Transformers 5 renamed the field; the old name still works but warns.
-        renamed = "activation_checkpointing" in {f.name for f in fields(self)}
-        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
-        if self.gradient_checkpointing is None and getattr(self, name) is None:
-            setattr(self, name, not on_cpu)
-        super().__post_init__()
-
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
-        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
-            raise ValueError(
-                f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
-            )
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
-        # What would silently do nothing here, or replace the forward pass that the loss lives in.
-        if self.loss_type != "nll":
-            raise ValueError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor: the teacher's distribution is the target; leave it at 0.")
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel: Liger replaces the forward pass that computes this loss. Its layer kernels are "
-                'available as model_init_kwargs={"use_kernels": True}; the loss is fused already.'
-            )
-        if self.router_aux_loss_coef != 0:
-            raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef}: not supported in distillation; leave it at 0.0."
-            )
-        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload optimizer states; expected 'end' "
-                "or 'every_save'."
-            )
-
-
-def _trains_on_cpu(use_cpu: bool) -> bool:
-    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
-        return True
-    return not torch.accelerator.is_available()
-
-
-def _has_fast_bf16(on_cpu: bool) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it."""
-    if on_cpu:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    return is_torch_bf16_gpu_available() and not torch.backends.mps.is_available()
-
-
-@dataclass(frozen=True)
-class _LossRequest:
-    """What the student's forward pass needs to compute the loss where its head is: inside the wrapped model."""
-
-    teacher: TeacherSignal
-    positions: Tensor
-    targets: Tensor
-    options: Mapping[str, Any]
-
-
-def _distilling_forward(model_class: Any) -> Callable[..., Any]:
-    """The stock forward pass, with an extra argument `distillation` that makes it return losses instead of logits.
-
-    The loss is computed inside the forward pass so that everything which wraps the model sees it: autocast, DDP's
-    gradient hooks, FSDP's and DeepSpeed's gathering of the head. It returns a dict of tensors, which all of them can
-    walk through. Holds no reference to a model, so that a copy of the model is a working copy.
-    """
-    stock = model_class.forward
-
-    @functools.wraps(stock)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, distillation: _LossRequest | None = None, **kwargs: Any) -> Any:
-        if distillation is None:
-            return stock(self, *args, **kwargs)
-        h_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        head = output_head(self)
-        h_ND = h_BTD.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
-        with _gathered_heads(head, distillation.teacher.head):
-            losses = distillation_loss(
-                h_ND, _whole(head), distillation.teacher, distillation.targets, **distillation.options
-            )
-        return {"total": losses.total, "kl": losses.kl, "ce": losses.ce, "agreement": losses.agreement}
-
-    return forward
-
-
-def _whole(head: Any) -> Any:
-    """The head with FSDP2's sharded parameters gathered."""
-    from dataclasses import replace
-
-    from torch.distributed.tensor import DTensor
-
-    whole = {
-        name: value.full_tensor()
-        for name, value in (("weight", head.weight), ("bias", head.bias))
-        if isinstance(value, DTensor)
-    }
-    return replace(head, **whole) if whole else head
-
-
-def _gathered_heads(*heads: Any) -> contextlib.AbstractContextManager[None]:
-    """Under DeepSpeed ZeRO-3, the heads' parameters gathered for a direct access."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    return maybe_gather_lm_head_ctx(*(tensor for head in heads for tensor in (head.weight, head.bias)))
 
 
 class DistillationTrainer(SFTTrainer):
@@ -366,15 +143,9 @@ class DistillationTrainer(SFTTrainer):
         teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
         student_config = _config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
         teacher_config = _config_of(teacher_model, teacher_kwargs)
-        _refuse_unequal_vocabularies(student_config, teacher_config)
-        _refuse_split_model(model, "student")
-        _refuse_split_model(teacher_model, "teacher")
+        refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
         if isinstance(model, nn.Module):
-            _refuse_shared_model(model, teacher_model)
-            _refuse_unseen_adapters(model, peft_config)
             _cast_student(model, args, trains_all=peft_config is None and not is_peft_model(model))
-        elif peft_config is not None:
-            _refuse_prompt_learning(peft_config)
 
         self._stock_fields = {
             name: getattr(student_config.get_text_config(), name)
@@ -382,7 +153,7 @@ class DistillationTrainer(SFTTrainer):
             if hasattr(student_config.get_text_config(), name)
         }
         self._student_name: str | None = student_config._name_or_path or None
-        self._datasets = {"train": _describe_data(train_dataset), "eval": _describe_data(eval_dataset)}
+        self._datasets = {"train": describe_data(train_dataset), "eval": describe_data(eval_dataset)}
         self._plan = pruning_plan if pruning_plan is not None else getattr(base_model_of(model), "pruning_plan", None)
         require_writable(_output_dir(args))
 
@@ -410,10 +181,10 @@ class DistillationTrainer(SFTTrainer):
             )
 
         student = base_model_of(self.model)
-        _refuse_split_model(student, "student")
-        _refuse_wrapped_head(student)
+        refuse_split_model(student, "student")
+        refuse_wrapped_head(student)
         # In place of TRL's own fused forward, which computes a cross-entropy alone.
-        student.forward = types.MethodType(_distilling_forward(type(student)), student)
+        student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -450,12 +221,12 @@ class DistillationTrainer(SFTTrainer):
             from trl.models.utils import prepare_deepspeed
 
             return prepare_deepspeed(teacher_model, self.accelerator)
-        return _shard_teacher(teacher_model, self.accelerator)
+        return shard_teacher(teacher_model, self.accelerator)
 
     def _is_fast(self, dtype: torch.dtype) -> bool:
         on_cpu = self.accelerator.device.type == "cpu"
         if dtype == torch.bfloat16:
-            return _has_fast_bf16(on_cpu)
+            return has_fast_bf16(on_cpu)
         return dtype != torch.float16 or not on_cpu
 
     @torch.no_grad()
@@ -463,10 +234,10 @@ class DistillationTrainer(SFTTrainer):
         """What the teacher says about the same inputs, at `positions` of the flattened batch."""
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         teacher.eval()
-        with self.accelerator.autocast(), _forward_of_backbone(teacher):
+        with self.accelerator.autocast(), forward_of_backbone(teacher):
             # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
             h_BTD = self.teacher_model(**inputs, use_cache=False).last_hidden_state
-        head = _whole(output_head(teacher))
+        head = whole_head(output_head(teacher))
         return DenseSignal(h_BTD.flatten(0, 1).index_select(0, positions).to(head.weight.device), head)
 
     # ---- Loss ----
@@ -478,7 +249,7 @@ class DistillationTrainer(SFTTrainer):
             raise DataError("A batch has no labels, so no token counts. Use a data collator that returns labels.")
         model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", "row_lengths")}
         positions, targets = next_token_positions(labels)
-        request = _LossRequest(
+        request = LossRequest(
             self._teacher_signal(model_inputs, positions),
             positions,
             targets,
@@ -802,20 +573,6 @@ def _sums(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _forward_of_backbone(model: Any) -> Iterator[None]:
-    """Let calls of `model`, or of what wraps it, return the output of its backbone, without logits."""
-    kept = model.__dict__.get("forward")
-    model.forward = lambda *args, **kwargs: model.base_model(*args, **kwargs)
-    try:
-        yield
-    finally:
-        if kept is None:
-            del model.forward
-        else:
-            model.forward = kept
-
-
-@contextlib.contextmanager
 def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a full disk or a forbidden folder raises into one clear error."""
     try:
@@ -824,138 +581,17 @@ def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
 
 
-def _shard_teacher(teacher: Any, accelerator: Any) -> Any:
-    """Shard the frozen teacher as FSDP shards the student; Accelerate leaves models in evaluation mode whole."""
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise UnsupportedModelError(
-            "FSDP version 1 hides the teacher's output head from the loss. Set fsdp_version: 2 for accelerate."
-        )
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = getattr(accelerator, "torch_device_mesh", None)
-    options = {
-        "reshard_after_forward": plugin.reshard_after_forward,
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
-    }
-    if plugin.cpu_offload is not None:
-        options["offload_policy"] = plugin.cpu_offload
-    chosen = fsdp2_prepare_auto_wrap_policy(plugin, teacher)
-    for module in list(teacher.modules())[:0:-1]:
-        if chosen is not None and chosen(module):
-            fully_shard(module, **options)
-    return fully_shard(teacher, **options)
-
-
 def _cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> None:
     """Give a half-precision student float32 weights, where training needs them or the hardware is slow without."""
     if getattr(base_model_of(model), "is_quantized", False):
         return
-    on_cpu = _trains_on_cpu(args.use_cpu)
+    on_cpu = trains_on_cpu(args.use_cpu)
     slow = {torch.float16} if on_cpu else set()
-    if not _has_fast_bf16(on_cpu):
+    if not has_fast_bf16(on_cpu):
         slow.add(torch.bfloat16)
     if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
         logger.info("The student's %s weights are trained in float32.", model.dtype)
         model.float()
-
-
-def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
-    sizes = {role: config.get_text_config().vocab_size for role, config in (("s", student), ("t", teacher))}
-    if sizes["s"] != sizes["t"]:
-        raise MismatchError(
-            f"The student's vocabulary has {sizes['s']} tokens, the teacher's {sizes['t']}. Distillation compares "
-            "probabilities token by token, so both need one tokenizer and equally many embedding rows. Use a teacher "
-            "of the same family, or, where the tokenizer is the same and one embedding is only padded, "
-            f"student.resize_token_embeddings({sizes['t']})."
-        )
-
-
-def _refuse_split_model(model: Any, role: str) -> None:
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"The {role} is split over {', '.join(map(str, devices))}; the loss needs both heads on one device. "
-            "Load it with device_map=None; to shard both models, use `accelerate launch` with FSDP2 or DeepSpeed."
-        )
-
-
-def _refuse_shared_model(model: Any, teacher: Any) -> None:
-    if isinstance(teacher, nn.Module):
-        parameters = {id(parameter) for parameter in model.parameters()}
-        if any(id(parameter) in parameters for parameter in teacher.parameters()):
-            raise MismatchError(
-                "The teacher shares weights with the student, so it would change while the student learns from it. "
-                "Pass a copy, or load the teacher a second time."
-            )
-
-
-def _refuse_unseen_adapters(model: Any, peft_config: Any) -> None:
-    """Adapters that the loss would not see, because it reads the backbone's states and the head's weight."""
-    if is_peft_model(model):
-        _refuse_prompt_learning(model.peft_config[model.active_adapter])
-        _refuse_wrapped_head(base_model_of(model))
-    if peft_config is None:
-        return
-    _refuse_prompt_learning(peft_config)
-    if getattr(peft_config, "target_modules", None):
-        from peft.tuners.tuners_utils import check_target_module_exists
-
-        head = model.get_output_embeddings()
-        name = next((name for name, module in model.named_modules() if module is head), None)
-        if peft_config.target_modules != "all-linear" and name and check_target_module_exists(peft_config, name):
-            raise UnsupportedModelError(_ADAPTED_HEAD.format(name=name))
-
-
-_ADAPTED_HEAD = (
-    "An adapter on the output head ({name}) is not supported: the loss reads the head's weight, so the adapter would "
-    "never be trained. Take it out of target_modules, or train the whole head with modules_to_save=['{name}']."
-)
-
-
-def _refuse_prompt_learning(peft_config: Any) -> None:
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise UnsupportedModelError(
-            f"{peft_config.peft_type.value} learns virtual tokens in front of the text, which shift every position "
-            "and cannot be merged into a stock model. Use LoRA (peft.LoraConfig) instead."
-        )
-
-
-def _refuse_wrapped_head(student: Any) -> None:
-    from peft.utils.other import ModulesToSaveWrapper
-
-    head = student.get_output_embeddings()
-    if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
-        raise UnsupportedModelError(_ADAPTED_HEAD.format(name=f"lm_head, a {type(head).__name__}"))
-
-
-def _describe_data(data: Any) -> dict[str, Any] | None:
-    """Rows and fingerprint of a dataset, as it was given; null where it does not know them (streams)."""
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        parts = {name: _describe_data(part) for name, part in data.items()}
-        counts = [None if part is None else part["num_rows"] for part in parts.values()]
-        return {
-            "name": ", ".join(map(str, parts)),
-            "num_rows": None if None in counts else sum(count for count in counts if count is not None),
-            "fingerprint": digest({name: part and part["fingerprint"] for name, part in parts.items()}),
-        }
-    info = getattr(data, "info", None)
-    return {
-        "name": _hub_id_of(info) or getattr(info, "dataset_name", None),
-        "num_rows": len(data) if hasattr(data, "__len__") else None,
-        "fingerprint": getattr(data, "_fingerprint", None),
-    }
-
-
-def _hub_id_of(info: Any) -> str | None:
-    """Hub id of the repository that a dataset was read from, as its list of downloaded files tells."""
-    sources = getattr(info, "download_checksums", None) or {}
-    found = (re.match(r"hf://datasets/([^@]+)@", str(source)) for source in sources)
-    return next((match[1] for match in found if match), None)
 
 
 def _config_of(model: Any, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,144 @@
+"""`DistillationConfig`: the arguments of distillation, with defaults that fit the machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers.trainer_utils import HubStrategy
+from trl import SFTConfig
+
+
+@dataclass
+class DistillationConfig(SFTConfig):
+    """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
+
+    Loss of a token: `kd_weight * T² * KL(teacher ‖ student) + ce_weight * cross-entropy`, see
+    `losses.distillation_loss`.
+
+    Where no value is given, `bf16` is on only where the hardware has it, `activation_checkpointing` only on an
+    accelerator, and `dataloader_pin_memory` only with one. TRL turns all three on everywhere; on a CPU without
+    bfloat16 units that costs 50 to 100 times the speed.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)
+
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
+    )
+    kd_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the divergence KL(teacher || student), times temperature squared."}
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy with the true tokens. Minitron uses none."}
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits exist at one time. If not set, chosen from the vocabulary size."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher (`revision`, "
+            "`dtype`, `quantization_config`, ...), used when the teacher is given as a path or Hub id. The dtype is "
+            "that of the checkpoint, or float32 where the hardware is slow in that."
+        },
+    )
+    upcast_student: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a half-precision student in float32 weights (small updates are lost in half precision). "
+            "`save_student(dtype=...)` writes it in half precision again."
+        },
+    )
+
+    # Defaults of the base classes that are changed.
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "The initial learning rate for AdamW. 1e-4 is the peak that Minitron used."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision. If not set, only where the hardware computes in it."},
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Deprecated name of `activation_checkpointing`."}
+    )
+    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Whether to pin memory in data loaders. If not set, only with an accelerator."},
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={"help": "Whether and how to count the tokens seen: 'all', 'non_padding' or 'no'."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Not supported: the teacher's distribution is the only supervision of a mixture of experts."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        on_cpu = trains_on_cpu(self.use_cpu)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_fast_bf16(on_cpu)
+        if self.bf16 and on_cpu:
+            self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = not on_cpu
+        # Transformers 5 renamed the field; the old name still works but warns.
+        renamed = "activation_checkpointing" in {f.name for f in fields(self)}
+        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        if self.gradient_checkpointing is None and getattr(self, name) is None:
+            setattr(self, name, not on_cpu)
+        super().__post_init__()
+
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
+        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
+            )
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
+        # What would silently do nothing here, or replace the forward pass that the loss lives in.
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: the teacher's distribution is the target; leave it at 0.")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel: Liger replaces the forward pass that computes this loss. Its layer kernels are "
+                'available as model_init_kwargs={"use_kernels": True}; the loss is fused already.'
+            )
+        if self.router_aux_loss_coef != 0:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: not supported in distillation; leave it at 0.0."
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload optimizer states; expected 'end' "
+                "or 'every_save'."
+            )
+
+
+def trains_on_cpu(use_cpu: bool) -> bool:
+    """Whether training runs on the CPU: because it was asked for, or because there is nothing else."""
+    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return True
+    return not torch.accelerator.is_available()
+
+
+def has_fast_bf16(on_cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it."""
+    if on_cpu:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    return is_torch_bf16_gpu_available() and not torch.backends.mps.is_available()

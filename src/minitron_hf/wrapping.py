@@ -1,0 +1,111 @@
+"""Teacher and student inside whatever wraps them: autocast, DDP, FSDP2, DeepSpeed, PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .errors import UnsupportedModelError
+from .losses import OutputHead, TeacherSignal, distillation_loss, output_head
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What the student's forward pass needs to compute the loss where its head is: inside the wrapped model."""
+
+    teacher: TeacherSignal
+    positions: Tensor
+    targets: Tensor
+    options: Mapping[str, Any]
+
+
+def distilling_forward(model_class: Any) -> Callable[..., Any]:
+    """The stock forward pass, with an extra argument `distillation` that makes it return losses instead of logits.
+
+    The loss is computed inside the forward pass so that everything which wraps the model sees it: autocast, DDP's
+    gradient hooks, FSDP's and DeepSpeed's gathering of the head. It returns a dict of tensors, which all of them can
+    walk through. Holds no reference to a model, so that a copy of the model is a working copy.
+    """
+    stock = model_class.forward
+
+    @functools.wraps(stock)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, distillation: LossRequest | None = None, **kwargs: Any) -> Any:
+        if distillation is None:
+            return stock(self, *args, **kwargs)
+        h_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        head = output_head(self)
+        h_ND = h_BTD.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
+        with _gathered_heads(head, distillation.teacher.head):
+            losses = distillation_loss(
+                h_ND, whole_head(head), distillation.teacher, distillation.targets, **distillation.options
+            )
+        return {"total": losses.total, "kl": losses.kl, "ce": losses.ce, "agreement": losses.agreement}
+
+    return forward
+
+
+def whole_head(head: OutputHead) -> OutputHead:
+    """The head with FSDP2's sharded parameters gathered."""
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[str, Any] = {
+        name: value.full_tensor()
+        for name, value in (("weight", head.weight), ("bias", head.bias))
+        if isinstance(value, DTensor)
+    }
+    return replace(head, **whole) if whole else head
+
+
+def _gathered_heads(*heads: Any) -> contextlib.AbstractContextManager[None]:
+    """Under DeepSpeed ZeRO-3, the heads' parameters gathered for a direct access."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*(tensor for head in heads for tensor in (head.weight, head.bias)))
+
+
+@contextlib.contextmanager
+def forward_of_backbone(model: Any) -> Iterator[None]:
+    """Let calls of `model`, or of what wraps it, return the output of its backbone, without logits."""
+    kept = model.__dict__.get("forward")
+    model.forward = lambda *args, **kwargs: model.base_model(*args, **kwargs)
+    try:
+        yield
+    finally:
+        if kept is None:
+            del model.forward
+        else:
+            model.forward = kept
+
+
+def shard_teacher(teacher: Any, accelerator: Any) -> Any:
+    """Shard the frozen teacher as FSDP shards the student; Accelerate leaves models in evaluation mode whole."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UnsupportedModelError(
+            "FSDP version 1 hides the teacher's output head from the loss. Set fsdp_version: 2 for accelerate."
+        )
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+    }
+    if plugin.cpu_offload is not None:
+        options["offload_policy"] = plugin.cpu_offload
+    chosen = fsdp2_prepare_auto_wrap_policy(plugin, teacher)
+    for module in list(teacher.modules())[:0:-1]:
+        if chosen is not None and chosen(module):
+            fully_shard(module, **options)
+    return fully_shard(teacher, **options)
