@@ -365,3 +365,13 @@ def test_shown_settings_are_the_recorded_ones(run_dir):
     assert yaml.safe_load(recipe)["prune"]["hidden_size"] == KEPT["hidden"]
     for digest in ("a", "b", "c", "d"):
         assert f"`sha256:{digest * 64}`" in found
+
+
+def test_descriptions_of_models_are_listed(run_dir):
+    path = run_dir / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    name = next(name for name in evaluation["models"] if name not in ("teacher", "student"))
+    assert "kept at random" not in render_model_card(run_dir)
+    evaluation["models"][name]["description"] = "control: units kept at random"
+    path.write_text(json.dumps(evaluation))
+    assert ":** control: units kept at random.\n" in render_model_card(run_dir)

@@ -39,6 +39,7 @@ def evaluate_models(
     batch_size: int = 8,
     text_field: str = "text",
     dataset_name: str | None = None,
+    descriptions: Mapping[str, str] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     speed: bool = True,
@@ -80,6 +81,7 @@ def evaluate_models(
         batch_size: rows per forward pass; one batch of logits [B, T, V] of two models must fit into memory.
         text_field: column that holds the text.
         dataset_name: name to record, such as the Hub id.
+        descriptions: what some of the models are, for readers of the model card.
         dtype: dtype of models that are loaded here; by default bfloat16 where the hardware has it, else float32.
         device: device of models that are loaded here; by default that of the model objects, else CUDA if there is one.
         speed: whether to time.
@@ -181,6 +183,7 @@ def evaluate_models(
         "models": {
             name: {
                 "name_or_path": _recorded_name(sources[name]),
+                **({"description": descriptions[name]} if descriptions and name in descriptions else {}),
                 "digest": _digest_or_none(model),
                 "metrics": quality[name],
                 "num_parameters": count_parameters(model),
