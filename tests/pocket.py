@@ -50,6 +50,7 @@ class Pocket:
             it; they do not score channels.
         head_norms: norms that span all query heads, and all key heads.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
+        tuple_layers: whether a layer returns its attention weights too.
     """
 
     config: PretrainedConfig
@@ -63,6 +64,7 @@ class Pocket:
     output_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     scaled_embeddings: bool = False
+    tuple_layers: bool = False
 
     @property
     def rms(self) -> bool:
@@ -103,6 +105,13 @@ NEOX = dict(
     max_position_embeddings=64,
     rotary_pct=0.5,
 )
+#: The same with grouped queries. kv*head_dim=24.
+GROUPED_COUPLED = {
+    **GROUPED,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "head_dim": 8,
+}
 #: Layers 0 and 1 see everything, 2 to 4 only the last six tokens.
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 
@@ -132,6 +141,13 @@ def _grouped(model_type: str, **changes) -> Pocket:
     """A family with grouped queries; changes are fields of the pocket or of its config."""
     known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
     return Pocket(AutoConfig.for_model(model_type, **GROUPED, **changes), **known)
+
+
+def _coupled(model_type: str, sizes: dict, *modules: str, **changes) -> Pocket:
+    """A family whose heads are as wide together as the residual stream; modules as the first fields of `Pocket`."""
+    known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
+    config = AutoConfig.for_model(model_type, **sizes, **changes)
+    return Pocket(config, *modules, coupled=True, **{"kv": False, "norm": "layer", **known})
 
 
 def _gpt2(**changes) -> Pocket:
@@ -199,6 +215,23 @@ POCKETS: dict[str, Pocket] = {
         norm="layer",
         num_norms=1,
         partial_rotary_factor=0.6,
+    ),
+    "helium": _coupled("helium", GROUPED_COUPLED, kv=True, norm="rms", attention_bias=True),
+    "stablelm": _coupled("stablelm", GROUPED_COUPLED, kv=True, use_qkv_bias=True),
+    "opt": _coupled("opt", {**NEOX, "ffn_dim": 52}, "model.decoder.layers", "self_attn.out_proj", "fc2"),
+    "gptj": _coupled(
+        "gptj", GPT2, "transformer.h", "attn.out_proj", "mlp.fc_out", num_norms=1, tuple_layers=True, rotary_dim=4
+    ),
+    "gpt_bigcode": _coupled("gpt_bigcode", GPT2, "transformer.h", "attn.c_proj", "mlp.c_proj"),
+    "falcon": _coupled(
+        "falcon",
+        {**NEOX, "ffn_hidden_size": 52},
+        "transformer.h",
+        "self_attention.dense",
+        "mlp.dense_4h_to_h",
+        num_norms=1,
+        tuple_layers=True,
+        bias=True,
     ),
 }
 

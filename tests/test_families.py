@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    BertConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
     MistralConfig,
-    OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -179,8 +179,8 @@ def test_a_size_that_is_missing_is_named():
 
 def test_unknown_model_types_list_the_known_ones():
     with pytest.raises(UnsupportedModelError) as caught:
-        spec_for(OPTConfig())
-    assert "No family table for model_type 'opt'" in str(caught.value)
+        spec_for(BertConfig())
+    assert "No family table for model_type 'bert'" in str(caught.value)
     for known in ("gpt2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3"):
         assert known in str(caught.value)
 
@@ -220,6 +220,19 @@ def test_swapped_shapes_are_refused():
     model = pocket_model("llama")
     model.model.layers[3].mlp.up_proj.weight = nn.Parameter(model.model.layers[3].mlp.up_proj.weight.T.contiguous())
     with pytest.raises(UnsupportedModelError, match=r"up_proj\.weight has shape \(36, 52\), expected \(52, 36\)"):
+        spec_for(model.config).check(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "missing"),
+    [
+        ("stablelm", {"use_parallel_residual": True}, "model.layers.4.post_attention_layernorm"),
+        ("opt", {"_remove_final_layer_norm": True}, "model.decoder.final_layer_norm"),
+    ],
+)
+def test_layouts_without_an_observed_module_are_refused(name: str, change: dict, missing: str):
+    model = pocket_model(name, **change)
+    with pytest.raises(UnsupportedModelError, match=f"{re.escape(missing)} is missing"):
         spec_for(model.config).check(model)
 
 

@@ -68,11 +68,16 @@ def activations(name: str) -> dict[str, list]:
     layers = model.get_submodule(pocket.layers)
     caught: dict[object, torch.Tensor] = {}
 
+    def only_row(x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim == 2 else x[0]  # OPT's MLP sees rows and tokens as one
+
     def catch_input(key: object) -> Callable:
-        return lambda module, args: caught.__setitem__(key, args[0][0])
+        return lambda module, args: caught.__setitem__(key, only_row(args[0]))
 
     def catch_output(key: object) -> Callable:
-        return lambda module, args, output: caught.__setitem__(key, output[0])
+        return lambda module, args, output: caught.__setitem__(
+            key, only_row(output[0] if isinstance(output, tuple) else output)
+        )
 
     norms = [path for path in residual_norms(model) if not path.endswith(pocket.output_norms or "-")]
     for path in norms:

@@ -250,9 +250,9 @@ def test_student_config_keeps_everything_else(name: str):
     changed = {key for key, value in student.to_dict().items() if before.get(key) != value}
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
-        "transformers_version",
+        "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "transformers_version",
     }  # fmt: skip
-    assert student.head_dim == (10 if POCKETS[name].kv else 8)
+    assert student.head_dim == (8 if POCKETS[name].coupled else 10)
 
 
 def test_per_layer_lists_are_sliced_and_counts_recounted():
@@ -354,6 +354,8 @@ def random_request(name: str, chance: random.Random) -> dict:
         heads = kv * chance.randint(1, sizes["heads"] // sizes["kv"])
         request |= {"num_key_value_heads": kv, "num_attention_heads": heads}
         request["hidden_size"] = chance.choice([heads * chance.randint(1, sizes["hidden"] // heads), None])
+        if spec.equal:
+            request["hidden_size"] = None  # follows
         if request["hidden_size"] is None and spec.multiples and sizes["hidden"] % heads:
             request["hidden_size"] = sizes["hidden"] // heads * heads
     elif chance.random() < 0.5:
@@ -635,8 +637,8 @@ def test_pruner_config_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unknown_families_have_no_plan():
-    from transformers import OPTConfig
+    from transformers import BertConfig
 
     for refused in (make_plan, student_config):
-        with pytest.raises(UnsupportedModelError, match="No family table for model_type 'opt'"):
-            refused(OPTConfig(), PrunerConfig(hidden_size=0.5))
+        with pytest.raises(UnsupportedModelError, match="No family table for model_type 'bert'"):
+            refused(BertConfig(), PrunerConfig(hidden_size=0.5))

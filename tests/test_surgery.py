@@ -56,7 +56,7 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
 
     for layer, module in enumerate(layers):
         if layer not in plan.layers_kept:
-            layers[layer] = Passthrough()
+            layers[layer] = Passthrough(pocket.tuple_layers)
             continue
         position = plan.layers_kept.index(layer)
         if "ffn" in plan.kept:
@@ -79,8 +79,12 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
 class Passthrough(nn.Module):
     """A decoder layer that does nothing."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return hidden_states
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, None]:
+        return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
 def zero_input_except(module: nn.Module, kept) -> None:
@@ -309,7 +313,7 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
         assert torch.equal(reloaded(TOKENS).logits, student(TOKENS).logits)
 
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["head_dim"] == (8 if POCKETS[name].coupled else 10)
+    assert saved.get("head_dim", reloaded.config.head_dim) == (8 if POCKETS[name].coupled else 10)
     layers = reloaded.get_submodule(POCKETS[name].layers)
     indices = {getattr(module, "layer_idx", None) for module in layers.modules()} - {None}
     assert indices == {0, 1, 2}

@@ -24,7 +24,8 @@ class Axis:
 
     Attributes:
         name: name in the dimension grammar.
-        fields: config fields that hold its size; all of them are written together.
+        fields: config fields that hold its size; all of them are written together. None where the stock config always
+            derives the size.
         implied: size where the first field is missing or None, as a product that may be divided once:
             `"hidden/heads"`, `"4*hidden"`.
         per_layer: whether units are chosen in every layer for itself (the number of units is the same in all).

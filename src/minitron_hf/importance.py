@@ -292,6 +292,7 @@ class _ScoringPass:
         self.rows: list[tuple[int, ...]] = []  # what was seen, without padding
         self.layer_inputs: list[Tensor] = []
         self.mask_BT: Tensor | None = None
+        self.shape_BT: tuple[int, ...] = ()
         # (axis, source) → [sum of |s|, sum of s, sum of s²] over rows, each [U]; source is a layer or norm index.
         self.sums: dict[tuple[str, int], list[Tensor]] = {}
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
@@ -306,6 +307,7 @@ class _ScoringPass:
         _require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
         padded = not bool(mask_BT.all())
         self.mask_BT = mask_BT.bool() if padded else None
+        self.shape_BT = mask_BT.shape
         inputs = {"input_ids": batch["input_ids"]}
         if padded:
             # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
@@ -400,6 +402,7 @@ class _ScoringPass:
         return observe_group
 
     def _add(self, axis: str, source: int, x_BTU: Tensor) -> None:
+        x_BTU = x_BTU.reshape(*self.shape_BT, -1)  # OPT flattens rows and tokens before its MLP
         reduced_BU = reduce_sequence(x_BTU, self.mask_BT, self.sequence_reduction).double().cpu()
         sums = self.sums.setdefault((axis, source), [torch.zeros(x_BTU.shape[-1], dtype=torch.float64)] * 3)
         terms = (reduced_BU.abs().sum(0), reduced_BU.sum(0), reduced_BU.square().sum(0))

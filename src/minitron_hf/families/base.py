@@ -86,6 +86,10 @@ class ArchSpec:
         """Parsed dimensions of every pattern in `outer` and (relative names) `layer`."""
         return {name: parse_dimensions(text) for name, text in {**self.outer, **self.layer}.items()}
 
+    @property
+    def _observed_in_a_layer(self) -> tuple[str, ...]:
+        return (*self.taps.values(), *self.layer_norms)
+
     def sizes(self, config: PretrainedConfig) -> dict[str, int]:
         """Size of every axis, read from a config.
 
@@ -94,7 +98,7 @@ class ArchSpec:
         """
         sizes: dict[str, int] = {}
         for axis in self.axes:
-            value = getattr(config, axis.fields[0], None)
+            value = getattr(config, axis.fields[0], None) if axis.fields else None
             if value is None and axis.implied is not None:
                 value = implied_size(axis.implied, sizes)
             if not isinstance(value, int):
@@ -144,6 +148,9 @@ class ArchSpec:
                 problems.append(f"{name} has shape {tuple(parameter.shape)}, expected {expected}")
         if layers != set(range(sizes["layers"])):
             problems.append(f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
+        observed = [self.layer_parameter(layer, name) for layer in layers for name in self._observed_in_a_layer]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        problems += [f"{path} is missing" for path in (*observed, self.final_norm) if path not in modules]
         problems += [f"{name} is a saved buffer, which the table does not know" for name in _saved_buffers(model)]
         if problems:
             shown = "\n  ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []))
