@@ -345,7 +345,8 @@ def _hub_errors(what: str, repeat: str = _REPEAT) -> Iterator[None]:
 def _http_advice(error: Any) -> str:
     """What a refusal of the Hub means for the user; `error` is an `HfHubHTTPError`."""
     status = error.response.status_code
-    said = f" The Hub says: {error.server_message}" if error.server_message else ""
+    message = (error.server_message or "").rstrip(".")
+    said = f" The Hub says: {message}." if message else ""
     if status == 401:
         return f"the Hub does not accept the access token (401).{said} {_NO_TOKEN}"
     if status == 403:
