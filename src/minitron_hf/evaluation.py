@@ -14,8 +14,8 @@ from .artifacts import public_name, require_writable, versions, write_json
 from .cost import checkpoint_bytes, device_description, measure_cost
 from .data import DataSource, TokenRows, token_rows
 from .errors import DataError, MismatchError, UnsupportedModelError
-from .inference import common_device, evaluating, load_for_inference
-from .models import count_parameters, load_config, load_tokenizer, model_digest
+from .inference import common_device, load_for_inference
+from .models import count_parameters, evaluating, load_config, load_tokenizer, model_digest
 from .quality import measure_quality, num_predicted
 
 if TYPE_CHECKING:

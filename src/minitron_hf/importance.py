@@ -27,7 +27,7 @@ from .axes import dimension_axes, product_shape
 from .data import DataSource, TokenRows, padded_batches, position_ids, token_rows
 from .errors import DataError, MismatchError
 from .families import ArchSpec, spec_for
-from .models import architecture_digest, model_digest
+from .models import architecture_digest, evaluating, model_digest, on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,16 +211,15 @@ def estimate_importance(
     )
     pass_ = _ScoringPass(spec, model, sequence_reduction)
     device = next(model.get_input_embeddings().parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), pass_.hooks(), tqdm(total=num_batches, desc="Scoring", disable=not show_progress) as bar:
-            for batch in batches:
-                pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
-                bar.update()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with (
+        evaluating([model]),
+        torch.no_grad(),
+        pass_.hooks(),
+        tqdm(total=num_batches, desc="Scoring", disable=not show_progress) as bar,
+    ):
+        for batch in batches:
+            pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
+            bar.update()
     if not pass_.num_tokens:
         raise DataError(
             "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
@@ -478,8 +477,3 @@ def _random_scores(spec: ArchSpec, config: PretrainedConfig, seed: int) -> tuple
     }
     blocks = torch.rand(sizes["layers"], sizes["layers"], generator=generator)
     return axes, blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)
-
-
-def on_meta(model: PreTrainedModel) -> bool:
-    """Whether some of the weights have no values here: the meta device, or offloaded."""
-    return any(parameter.is_meta for parameter in model.parameters())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,16 +37,3 @@ def common_device(models: Mapping[str, Any], device: str | torch.device | None) 
     if found:
         return next(iter(found.values()))
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@contextlib.contextmanager
-def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode, and afterwards every module back into the mode it had."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,24 @@ def architecture_digest(config: PretrainedConfig) -> str:
         }
 
     return digest({**essential(config.to_diff_dict()), "model_type": config.model_type})
+
+
+def on_meta(model: PreTrainedModel) -> bool:
+    """Whether some of the weights have no values here: the meta device, or offloaded."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Put models into evaluation mode, and afterwards every module back into the mode it had."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:

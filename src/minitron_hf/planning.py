@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from .artifacts import digest, public_name, read_json, replacing_file, versions, write_json
 from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, ArchSpec, spec_for
-from .importance import ImportanceScores, on_meta
-from .models import count_parameters, empty_model, model_digest
+from .importance import ImportanceScores
+from .models import count_parameters, empty_model, model_digest, on_meta
 from .sizes import PrunerConfig, build_student_config, resolve_sizes
 
 if TYPE_CHECKING:

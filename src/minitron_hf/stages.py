@@ -6,6 +6,7 @@ student at its root), plus working folders that are never uploaded.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -140,7 +141,8 @@ class Run:
 def _score(run: Run) -> None:
     section = run.dataset_section("calibration")
     texts = run.dataset("calibration")
-    texts = [row[section.text_field] for row in texts] if section.text_field in texts.column_names else texts
+    # One by one: only the first rows are needed, and the corpus may be far larger than memory.
+    texts = (row[section.text_field] for row in texts) if section.text_field in texts.column_names else texts
     scores = estimate_importance(
         run.teacher, texts, processing_class=run.tokenizer, show_progress=run.show_progress, **run.recipe.scores
     )
@@ -365,11 +367,18 @@ def _edge_digest(path: Path, edge: int = 1 << 20) -> str:
         return digest(size, head, file.read(edge))
 
 
+@functools.cache
+def _file_digest_of(path: Path, size: int, modified: int) -> str:
+    """`file_digest`, once as long as the file does not change: every stage asks, and a corpus may be large."""
+    return file_digest(path)
+
+
 def dataset_identity(section: DatasetSection) -> Any:
     path = Path(section.source).expanduser()
     values = asdict(section)
     if path.is_file():
-        return {**values, "source": file_digest(path)}
+        stat = path.stat()
+        return {**values, "source": _file_digest_of(path, stat.st_size, stat.st_mtime_ns)}
     looks_local = section.source.startswith((".", os.sep, "~")) or Path(section.source).suffix in (".jsonl", ".txt")
     if looks_local and not path.exists():
         raise DataError(f"The dataset {section.source} does not exist. Expected a file, a saved dataset or a Hub id.")

@@ -14,8 +14,8 @@ from .axes import dimension_index
 from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
 from .families import spec_for
-from .importance import ImportanceScores, estimate_importance, on_meta, require_weights
-from .models import architecture_digest, load_config, load_model, load_tokenizer
+from .importance import ImportanceScores, estimate_importance, require_weights
+from .models import architecture_digest, load_config, load_model, load_tokenizer, on_meta
 from .planning import PruningPlan, make_plan
 from .sizes import PrunerConfig, student_config
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import DataError, MissingDependencyError
-from .inference import common_device, evaluating, load_for_inference
-from .models import load_tokenizer
+from .inference import common_device, load_for_inference
+from .models import evaluating, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
