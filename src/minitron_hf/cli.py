@@ -76,12 +76,13 @@ def run(
     from .runner import check_recipe, run_recipe
 
     loaded = Recipe.from_yaml(recipe, set_)
-    shapes = check_recipe(loaded)
-    _print_shapes(shapes)
     if dry_run:
+        _print_shapes(check_recipe(loaded))
         return
     try:
-        folder = run_recipe(loaded, until=until, redo=redo, show_progress=not quiet, report=_say)
+        folder = run_recipe(
+            loaded, until=until, redo=redo, show_progress=not quiet, report=_say, report_shapes=_print_shapes
+        )
     except KeyboardInterrupt:
         _say("Interrupted. The same command resumes where this one stopped.")
         raise typer.Exit(130) from None

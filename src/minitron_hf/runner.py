@@ -49,6 +49,7 @@ def run_recipe(
     redo: bool = False,
     show_progress: bool = True,
     report: Callable[[str], None] = print,
+    report_shapes: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Run the stages of a recipe, skipping those that are done for the same inputs.
 
@@ -58,6 +59,7 @@ def run_recipe(
         redo: do stages again whose recorded inputs differ, instead of refusing.
         show_progress: show progress bars.
         report: receives one line per stage.
+        report_shapes: receives what `check_recipe` found, before the first stage.
 
     Returns:
         The run folder.
@@ -68,7 +70,9 @@ def run_recipe(
     """
     if until is not None and until not in STAGE_NAMES:
         raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(STAGE_NAMES)}.")
-    check_recipe(recipe)
+    shapes = check_recipe(recipe)
+    if report_shapes is not None:
+        report_shapes(shapes)
     run = Run(recipe, show_progress=show_progress)
     digests = stage_digests(recipe)
     _claim_folder(run.folder)
