@@ -41,7 +41,12 @@ class Pocket:
         config: the config.
         layers: path of the module list of decoder layers.
         attention_out: module inside a layer that writes the heads' outputs back to the residual stream.
-        mlp_out: likewise for the MLP neurons.
+        mlp_out: likewise for the MLP neurons; None where no layer has a plain MLP.
+        experts: module inside a layer that holds stacked experts, with their `down_proj`.
+        router: module inside a layer whose `weight` chooses among them.
+        router_bias: tensor inside a layer that is added to the router's scores only to choose.
+        expert_inputs: dimension of one expert's `down_proj` that its neurons are in.
+        shared_out: module inside a layer that writes the neurons of shared experts back.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
         norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
@@ -56,7 +61,12 @@ class Pocket:
     config: PretrainedConfig
     layers: str = "model.layers"
     attention_out: str = "self_attn.o_proj"
-    mlp_out: str = "mlp.down_proj"
+    mlp_out: str | None = "mlp.down_proj"
+    experts: str | None = None
+    router: str = "mlp.gate"
+    router_bias: str | None = None
+    expert_inputs: int = 1
+    shared_out: str | None = None
     kv: bool = True
     coupled: bool = False
     norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
@@ -105,6 +115,8 @@ NEOX = dict(
     max_position_embeddings=64,
     rotary_pct=0.5,
 )
+#: Six experts of 14 neurons, two to a token.
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 #: The same with grouped queries. kv*head_dim=24.
 GROUPED_COUPLED = {
     **GROUPED,
@@ -233,6 +245,19 @@ POCKETS: dict[str, Pocket] = {
         tuple_layers=True,
         bias=True,
     ),
+    "mixtral": _grouped(
+        "mixtral", mlp_out=None, experts="mlp.experts", num_local_experts=6, num_experts_per_tok=2, sliding_window=6
+    ),
+    "qwen2_moe": _grouped(
+        "qwen2_moe",
+        **EXPERTS,
+        experts="mlp.experts",
+        shared_out="mlp.shared_expert.down_proj",
+        shared_expert_intermediate_size=22,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        **SLIDING,
+    ),
 }
 
 
@@ -244,6 +269,7 @@ def pocket_config(name: str, **changes) -> PretrainedConfig:
         values.pop("layer_types", None)  # derived from these two
     copied = type(config)(**values)
     copied._attn_implementation = changes.get("attn_implementation", "eager")
+    copied._experts_implementation = "eager"  # what else there is knows no float64
     return copied
 
 

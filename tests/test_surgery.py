@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from minitron_hf import models
@@ -19,6 +20,7 @@ from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
 from minitron_hf.surgery import apply_plan, prune_model
 from pocket import (
     POCKETS,
+    Pocket,
     assert_same_function,
     logits,
     pocket_config,
@@ -59,8 +61,14 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             layers[layer] = Passthrough(pocket.tuple_layers)
             continue
         position = plan.layers_kept.index(layer)
-        if "ffn" in plan.kept:
-            zero_input_except(module.get_submodule(pocket.mlp_out), plan.kept["ffn"][position])
+        paths = {path for path, _ in module.named_modules()}
+        for axis, writer in (("ffn", pocket.mlp_out), ("shared_ffn", pocket.shared_out)):
+            if axis in plan.kept and writer in paths:
+                zero_input_except(module.get_submodule(writer), plan.kept[axis][position])
+        if pocket.experts in paths:
+            mask_experts(pocket, module, plan, position)
+        if pocket.attention_out not in paths:
+            continue
         heads = plan.kept["heads"][position] if "heads" in plan.kept else None
         groups = plan.kept["kv"][position] if "kv" in plan.kept else None
         if groups is not None:
@@ -74,6 +82,46 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
                 norm = NormOnKept(module.get_submodule(path), torch.tensor(dimensions(kept)), pocket.norm)
                 module.set_submodule(path, norm)
     return masked
+
+
+def mask_experts(pocket: Pocket, layer: nn.Module, plan: PruningPlan, position: int) -> None:
+    """Dropped experts are never chosen; dropped neurons of an expert do not reach its output."""
+    experts = layer.get_submodule(pocket.experts)
+    count = plan.sizes["experts"]["teacher"]
+    kept = plan.kept["experts"][position] if "experts" in plan.kept else range(count)
+    if "moe_ffn" in plan.kept:
+        down = experts.down_proj.data
+        for row, expert in enumerate(kept):
+            mask = torch.zeros(plan.sizes["moe_ffn"]["teacher"], dtype=down.dtype)
+            mask[torch.from_numpy(plan.kept["moe_ffn"][position][row])] = 1
+            down[expert] *= mask if pocket.expert_inputs == 1 else mask[:, None]
+    dropped = sorted(set(range(count)) - set(kept))
+    router = layer.get_submodule(pocket.router)
+    if not dropped:
+        return
+    forward = router.forward
+
+    def never_chosen(*args, **kwargs):
+        with ScoresOf(router.weight, dropped):
+            return forward(*args, **kwargs)
+
+    router.forward = never_chosen
+    if pocket.router_bias is not None:
+        layer.state_dict(keep_vars=True)[pocket.router_bias].data[..., dropped] = -torch.inf
+
+
+class ScoresOf(TorchFunctionMode):
+    """Let a linear layer of these weights give some outputs the score −∞."""
+
+    def __init__(self, weight: torch.Tensor, dropped: list[int]) -> None:
+        super().__init__()
+        self.weight, self.dropped = weight, dropped
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is nn.functional.linear and any(argument is self.weight for argument in args):
+            output[..., self.dropped] = -torch.inf
+        return output
 
 
 class Passthrough(nn.Module):
@@ -168,11 +216,19 @@ def test_the_empty_plan_is_the_identity(name: str):
     assert models.model_digest(student) == models.model_digest(teacher)
 
 
-WIDTHS = {
-    "ffn": {"intermediate_size": 31},
+DEPTHS = {
     "layer block": {"num_hidden_layers": 2},
     "single layers": {"layers_to_drop": [0, 2]},
 }
+NEURONS = {
+    "ffn": {"intermediate_size": 31},
+}
+EXPERTS = {
+    "experts": {"num_experts": 4},
+    "expert neurons": {"moe_intermediate_size": 9},
+    "experts and their neurons": {"num_experts": 3, "moe_intermediate_size": 5},
+}
+SHARED = {"shared neurons": {"shared_expert_intermediate_size": 13}}
 GROUPED_WIDTHS = {
     "heads": {"num_attention_heads": 6},
     "kv": {"num_key_value_heads": 2, "num_attention_heads": 8},
@@ -210,7 +266,19 @@ def requests(name: str) -> dict[str, dict]:
     """The cuts that this pocket's family can be asked for."""
     pocket = POCKETS[name]
     own = (GROUPED_COUPLED_WIDTHS if pocket.coupled else GROUPED_WIDTHS) if pocket.kv else COUPLED_WIDTHS
-    return {cut: dict(request) for cut, request in {**WIDTHS, **own}.items()}
+    neurons = [
+        *([NEURONS] if pocket.mlp_out else []),
+        *([EXPERTS] if pocket.experts else []),
+        *([SHARED] if pocket.shared_out else []),
+    ]
+    cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}
+    for cut, request in cuts.items():
+        if cut.startswith("everything"):
+            if not pocket.mlp_out:
+                request.pop("intermediate_size")
+            for part in neurons:
+                request |= {name: size for name, size in list(part.values())[-1].items() if name not in request}
+    return cuts
 
 
 CASES = [pytest.param(name, cut, id=f"{name}-{cut}") for name in NAMES for cut in requests(name)]
@@ -304,7 +372,9 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
     teacher = pocket_model(name, dtype=dtype)
     student = apply_plan(teacher, plan_for(teacher, **requests(name)["everything"]))
     student.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager"
+    )
     assert type(reloaded) is type(teacher)
     assert reloaded.dtype == dtype
     assert reloaded.state_dict().keys() == student.state_dict().keys()
@@ -335,7 +405,9 @@ def test_tied_heads_stay_one_tensor(name: str, tmp_path: Path):
     student = apply_plan(teacher, plan_for(teacher, hidden_size=24))
     assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
     student.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         reloaded.get_input_embeddings().weight.zero_()
     assert reloaded.get_output_embeddings().weight.abs().max() == 0

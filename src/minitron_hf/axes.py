@@ -24,19 +24,21 @@ class Axis:
 
     Attributes:
         name: name in the dimension grammar.
-        fields: config fields that hold its size; all of them are written together. None where the stock config always
+        fields: config fields that hold its size; all of them are written together. Empty where the stock config always
             derives the size.
-        implied: size where the first field is missing or None, as a product that may be divided once:
-            `"hidden/heads"`, `"4*hidden"`.
+        implied: size where the first field is missing or None, as a sum of products, each of which may be divided
+            once: `"hidden/heads"`, `"4*hidden"`, `"nope_dim+rope_dim"`.
         per_layer: whether units are chosen in every layer for itself (the number of units is the same in all).
         prunable: whether units may be removed at all. Head dimension, vocabulary and positions are not.
+        within: the axis inside each of whose units these units are chosen: the neurons of every expert.
     """
 
     name: str
-    fields: tuple[str, ...]
+    fields: tuple[str, ...] = ()
     implied: str | None = None
     per_layer: bool = False
     prunable: bool = True
+    within: str | None = None
 
 
 def parse_dimensions(text: str) -> tuple[Dimension, ...]:
@@ -88,9 +90,14 @@ def dimension_size(dimension: Dimension, sizes: Mapping[str, int]) -> int:
 def implied_size(text: str, sizes: Mapping[str, int]) -> int:
     """Size that a config leaves to be derived from others.
 
-    >>> implied_size("hidden/heads", {"hidden": 64, "heads": 4}), implied_size("4*hidden", {"hidden": 64})
-    (16, 256)
+    >>> sizes = {"hidden": 64, "heads": 4, "kv": 2}
+    >>> implied_size("hidden/heads", sizes), implied_size("4*hidden", sizes), implied_size("heads/kv+2", sizes)
+    (16, 256, 4)
     """
+    return sum(_divided_product(term, sizes) for term in text.split("+"))
+
+
+def _divided_product(text: str, sizes: Mapping[str, int]) -> int:
     above, _, below = text.partition("/")
     size = int(np.prod(product_shape(_parse_product(above), sizes)))
     return size // int(np.prod(product_shape(_parse_product(below), sizes))) if below else size
@@ -104,7 +111,8 @@ def dimension_index(
     Args:
         dimension: the dimension.
         sizes: size of every axis before the cut.
-        kept: kept units of every axis that is cut, in the order they shall have.
+        kept: kept units of every axis that is cut, in the order they shall have: `[units]`; or `[outer, units]` for
+            units chosen inside every kept unit of the factor before them.
 
     Returns:
         int64 positions, or None when no axis of the dimension is cut.
@@ -114,6 +122,9 @@ def dimension_index(
     [0, 1, 4, 5]
     >>> fused = parse_dimensions("ffn+ffn")[0]
     >>> dimension_index(fused, {"ffn": 3}, {"ffn": np.array([1])}).tolist()
+    [1, 4]
+    >>> own = {"heads": np.array([0, 2]), "head_dim": np.array([[1], [0]])}
+    >>> dimension_index(heads_then_dims, {"heads": 3, "head_dim": 2}, own).tolist()
     [1, 4]
     """
     if dimension_axes(dimension).isdisjoint(kept):
@@ -125,6 +136,9 @@ def dimension_index(
         for factor, size in zip(product, product_shape(product, sizes)):
             units = kept.get(factor) if isinstance(factor, str) else None
             units = np.arange(size) if units is None else np.asarray(units, dtype=np.int64)
+            if units.ndim == 2:
+                # Row r belongs to the r-th unit of the factor before, which varies fastest so far.
+                units = np.tile(units, (len(index) // len(units), 1))
             index = (index[:, None] * size + units).reshape(-1)
         pieces.append(index + offset)
         offset += int(np.prod(product_shape(product, sizes)))

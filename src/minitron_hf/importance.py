@@ -469,9 +469,7 @@ def _random_scores(spec: ArchSpec, config: PretrainedConfig, seed: int) -> tuple
     generator = torch.Generator().manual_seed(seed)
     sizes = spec.sizes(config)
     axes = {
-        axis.name: torch.rand(
-            (sizes["layers"], sizes[axis.name]) if axis.per_layer else (sizes[axis.name],), generator=generator
-        )
+        axis.name: torch.rand(spec.units(axis.name, sizes), generator=generator)
         for axis in spec.axes
         if axis.prunable and axis.name != "layers"
     }

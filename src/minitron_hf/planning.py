@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from .artifacts import digest, public_name, read_json, replacing_file, versions, write_json
 from .errors import MismatchError, PlanError
-from .families import FIELD_OF_AXIS, ArchSpec, spec_for
+from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
 from .sizes import PrunerConfig, build_student_config, resolve_sizes
@@ -41,7 +41,8 @@ class PruningPlan:
         sizes: axis → {"teacher": size, "student": size}.
         layers_kept: teacher indices of the student's layers.
         kept: axis → int64 teacher indices of the units that stay, ascending: `[units]` for axes of the whole model,
-            `[kept layers, units]` for axes of each layer. Axes that are not cut are absent.
+            `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
+            another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones.
         pruner_config: the request.
         selection: how units were ranked (metric), or None if nothing had to be ranked.
         scores: digest, settings and data digest of the scores used, or None.
@@ -69,11 +70,14 @@ class PruningPlan:
     def kept_in(self, layer: int | None) -> dict[str, np.ndarray]:
         """Kept units of every cut axis, as seen from one teacher layer (None: outside the layers)."""
         position = None if layer is None else self.layers_kept.index(layer)
-        return {
+        kept = {
             axis: units if units.ndim == 1 else units[position]
             for axis, units in self.kept.items()
             if units.ndim == 1 or position is not None
         }
+        if layer is None and self.layers_dropped:
+            kept["layers"] = np.array(self.layers_kept, dtype=np.int64)
+        return kept
 
     def build_student_config(self) -> PretrainedConfig:
         """The student's config as an object of the stock class."""
@@ -267,7 +271,7 @@ def _choose_units(
     ranking = {axis: units.numpy() for axis, units in scores.axes.items()}
     kept: dict[str, np.ndarray] = {}
     for axis in cut:
-        if axis in dict(spec.groups):
+        if axis in dict(spec.groups) or spec.axis[axis].within is not None:
             continue
         if spec.axis[axis].per_layer:
             kept[axis] = np.stack([_top(ranking[axis][layer], after[axis]) for layer in layers_kept])
@@ -290,11 +294,20 @@ def _choose_units(
                 )
             )
         kept[inner] = np.stack(rows)
+    for axis in cut:
+        outer_axis = spec.axis[axis].within
+        if outer_axis is None:
+            continue
+        chosen = []
+        for position, layer in enumerate(layers_kept):
+            units = kept[outer_axis][position] if outer_axis in kept else range(before[outer_axis])
+            chosen.append(np.stack([_top(ranking[axis][layer][unit], after[axis]) for unit in units]))
+        kept[axis] = np.stack(chosen)
     return kept
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending.
+    """Indices of the `count` highest scores, ascending; NaN, where a layer has no such units, comes last.
 
     >>> _top(np.array([3.0, 1.0, 3.0, 2.0]), 2).tolist()
     [0, 2]
@@ -310,10 +323,17 @@ def _count_student(
     layers_kept: tuple[int, ...],
 ) -> dict[str, int]:
     """Parameter counts by the table, proved against the stock class on the meta device."""
-    names = dict(teacher.named_parameters())
-    counts = {name: math.prod(shape) for name, _, shape in spec.student_parameters(names, sizes, layers_kept)}
+    tensors = spec.student_tensors(named_tensors(teacher), sizes, layers_kept)
+    counts = {name: math.prod(shape) for name, _, shape in tensors}
     meta = empty_model(student)
-    built = {name: parameter.numel() for name, parameter in meta.named_parameters()}
+    built = {name: tensor.numel() for name, tensor in named_tensors(meta).items()}
+    shallower = len(layers_kept) < spec.sizes(teacher.config)["layers"]
+    if counts.keys() != built.keys() and spec.layer_rule and shallower:
+        raise PlanError(
+            f"Layers {list(layers_kept)} cannot follow each other: a '{spec.model_type}' config derives what kind "
+            f"each layer is from {spec.layer_rule}, and none of its values describes this order. "
+            "Choose layers_to_drop so that the kinds of layers repeat as they did."
+        )
     if counts != built:
         wrong = sorted(counts.items() ^ built.items())[:4]
         raise PlanError(
@@ -321,7 +341,7 @@ def _count_student(
             "This is a mistake in the family table: please report it."
         )
     return {
-        "num_parameters": sum(counts.values()),
+        "num_parameters": count_parameters(meta),
         "num_parameters_without_embeddings": count_parameters(meta, embeddings=False),
     }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import read_json, write_json
-from .axes import dimension_axes, dimension_size, parse_dimensions
+from .axes import dimension_axes, dimension_size, implied_size, parse_dimensions
 from .errors import HubError, PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from .models import first_line
@@ -36,6 +37,11 @@ class PrunerConfig:
         intermediate_size: MLP neurons, chosen in every layer.
         num_attention_heads: query heads, chosen in every layer; every kept KV head keeps equally many.
         num_key_value_heads: KV heads (query groups), chosen in every layer.
+        num_experts: routed experts, chosen in every layer.
+        moe_intermediate_size: neurons of every routed expert, chosen in each.
+        shared_expert_intermediate_size: neurons of the shared experts, chosen in every layer.
+        mamba_num_heads: state-space heads, chosen in every layer.
+        mamba_head_dim: channels of every state-space head, chosen in each.
         num_hidden_layers: layers to keep.
         layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
         contiguous: drop one contiguous block of layers, the least important of its length (P2: dropping the 16
@@ -43,13 +49,18 @@ class PrunerConfig:
         keep_first_layers: layers at the beginning that a choice by scores never drops.
         keep_last_layers: layers at the end, likewise. P2: the first and the last layers matter most, which the cosine
             of block importance does not always see (`benchmarks/depth.py`).
-        multiple_of: fractions of `hidden_size` and `intermediate_size` are rounded to the nearest multiple.
+        multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
     """
 
     hidden_size: Size = None
     intermediate_size: Size = None
     num_attention_heads: Size = None
     num_key_value_heads: Size = None
+    num_experts: Size = None
+    moe_intermediate_size: Size = None
+    shared_expert_intermediate_size: Size = None
+    mamba_num_heads: Size = None
+    mamba_head_dim: Size = None
     num_hidden_layers: Size = None
     layers_to_drop: list[int] | None = None
     contiguous: bool = True
@@ -184,7 +195,7 @@ def resolve_sizes(
         after["layers"] = _depth_after(request, before["layers"])
     notes = []
     # Coarse axes first: the legal sizes of the finer ones depend on them.
-    for axis in ("layers", "kv", "heads", "ffn", "hidden"):
+    for axis in sorted(FIELD_OF_AXIS, key=lambda axis: (axis == "hidden", axis in dict(spec.groups))):
         value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
         if isinstance(value, float):
             # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
@@ -205,6 +216,7 @@ def resolve_sizes(
     notes += _follow_equal(spec, before, after, given)
     _require_groups(spec, before, after)
     _require_multiples(spec, before, after)
+    _require_least(spec, teacher_config, before, after)
     for axis in after:
         if after[axis] < before[axis]:
             _require_cuttable(spec, teacher_config, axis)
@@ -230,7 +242,7 @@ def _depth_after(request: PrunerConfig, depth: int) -> int:
 
 def _step(spec: ArchSpec, axis: str, sizes: Mapping[str, int], multiple_of: int) -> int:
     """What a fraction of an axis is rounded to a multiple of."""
-    step = multiple_of if axis in ("hidden", "ffn") else 1
+    step = multiple_of if axis in ("hidden", "ffn", "moe_ffn", "shared_ffn") else 1
     for inner, outer in spec.groups:
         if axis == inner:
             step = math.lcm(step, sizes[outer])
@@ -273,8 +285,9 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
         left_size = fixed * after[moving]
         if left_size == after[right]:
             continue
-        names = {axis: FIELD_OF_AXIS[axis] for axis in (moving, right)}
-        legal = f"{names[right]} = {fixed} × {names[moving]} (heads keep their {fixed} dimensions)"
+        names = {axis: _name(spec, axis) for axis in (moving, right)}
+        why = f" (heads keep their {fixed} dimensions)" if moving == "heads" else ""
+        legal = f"{names[right]} = {fixed} × {names[moving]}{why}"
         if right in given and moving in given:
             raise PlanError(
                 f"{names[right]}={after[right]} and {names[moving]}={after[moving]} do not fit together: the stock "
@@ -297,13 +310,13 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
 
 def _require_groups(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> None:
     for inner, outer in spec.groups:
-        names = {axis: FIELD_OF_AXIS[axis] for axis in (inner, outer)}
+        names = {axis: _name(spec, axis) for axis in (inner, outer)}
         largest = before[inner] // before[outer]
         if after[inner] % after[outer] or after[inner] // after[outer] > largest:
             legal = [after[outer] * each for each in range(1, largest + 1)]
             raise PlanError(
-                f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept KV head keeps equally "
-                f"many of its {largest} query heads, so {names[inner]} must be one of {legal}. "
+                f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept group keeps equally "
+                f"many of its {largest}, so {names[inner]} must be one of {legal}. "
                 f"Set {names[inner]} to one of them, or change {names[outer]}."
             )
 
@@ -312,10 +325,30 @@ def _require_multiples(spec: ArchSpec, before: Mapping[str, int], after: Mapping
     for multiple, divisor in spec.multiples:
         if after[multiple] % after[divisor]:
             raise PlanError(
-                f"{FIELD_OF_AXIS[multiple]}={after[multiple]}: the stock '{spec.model_type}' config only holds "
-                f"multiples of {FIELD_OF_AXIS[divisor]}={after[divisor]}. "
+                f"{_name(spec, multiple)}={after[multiple]}: the stock '{spec.model_type}' config only holds "
+                f"multiples of {_name(spec, divisor)}={after[divisor]}. "
                 f"Nearest: {_nearest(after[multiple], after[divisor], before[multiple])}."
             )
+
+
+def _require_least(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    """Routing picks a fixed number of experts, which must be there."""
+    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
+    for axis, expression in spec.least:
+        if set(re.findall(r"[a-z_]\w*", expression)) <= numbers.keys():
+            least = implied_size(expression, numbers)
+            if after[axis] < min(least, before[axis]):
+                raise PlanError(
+                    f"{_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
+                    f"Keep {least} or more."
+                )
+
+
+def _name(spec: ArchSpec, axis: str) -> str:
+    """The name under which a user knows an axis."""
+    return FIELD_OF_AXIS.get(axis) or next(iter(spec.axis[axis].fields), axis)
 
 
 def _require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
@@ -340,14 +373,8 @@ def build_student_config(
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     for axis in spec.axes:
         values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
-    if len(layers_kept) < spec.sizes(teacher)["layers"]:
-        for name in spec.layer_lists:
-            if values.get(name) is not None:
-                values[name] = [values[name][layer] for layer in layers_kept]
-        for name in spec.leading_layers:
-            # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
-            if values.get(name) is not None:
-                values[name] = sum(layer < values[name] for layer in layers_kept)
+    if len(layers_kept) < (depth := spec.sizes(teacher)["layers"]):
+        values.update(_layer_fields(spec, values, depth, layers_kept))
     values.pop("transformers_version", None)
     try:
         config = type(teacher)(**values)
@@ -363,3 +390,31 @@ def build_student_config(
         )
     config._attn_implementation = teacher._attn_implementation
     return config
+
+
+def _layer_fields(
+    spec: ArchSpec, values: Mapping[str, Any], depth: int, layers_kept: tuple[int, ...]
+) -> dict[str, Any]:
+    """Config fields that say something of single layers, for the layers that stay."""
+
+    def renumbered(layers: Iterable[int]) -> list[int]:
+        return [new for new, layer in enumerate(layers_kept) if layer in layers]
+
+    changed: dict[str, Any] = {}
+    for name in spec.layer_lists:
+        if values.get(name) is not None:
+            changed[name] = [values[name][layer] for layer in layers_kept]
+    for name in spec.leading_layers:
+        # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
+        if values.get(name) is not None:
+            changed[name] = sum(layer < values[name] for layer in layers_kept)
+    for name in spec.trailing_layers:
+        if values.get(name) is not None:
+            changed[name] = sum(layer >= depth - values[name] for layer in layers_kept)
+    for name in spec.layer_indices:
+        if values.get(name) is not None:
+            changed[name] = renumbered(values[name])
+    for listed, period in spec.sparse_layers:
+        dense = {layer for layer in range(depth) if layer in (values[listed] or ()) or (layer + 1) % values[period]}
+        changed |= {listed: renumbered(dense), period: 1}
+    return changed

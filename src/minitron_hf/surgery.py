@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from .axes import dimension_index
+from .axes import Axis, Dimension, dimension_axes, dimension_index
 from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
-from .families import spec_for
+from .families import named_tensors, spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
 from .models import architecture_digest, load_config, load_model, load_tokenizer, on_meta
 from .planning import PruningPlan, make_plan
@@ -52,23 +54,21 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 
     config = plan.build_student_config()
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     config._name_or_path = model.config._name_or_path
     with no_init_weights(), torch.device(model.device):
         student = type(model)._from_config(config, dtype=model.dtype)
     sizes = spec.sizes(model.config)
     after = {axis: size["student"] for axis, size in plan.sizes.items()}
-    teacher_parameters = dict(model.named_parameters())
+    tensors = named_tensors(model)
     with torch.no_grad():
-        for name, source, shape in spec.student_parameters(teacher_parameters, after, plan.layers_kept):
+        for name, source, shape in spec.student_tensors(tensors, after, plan.layers_kept):
             pattern, layer = spec.locate(source) or (source, None)
-            kept = plan.kept_in(layer)
-            tensor = teacher_parameters[source].detach()
-            for position, dimension in enumerate(spec.dimensions[pattern]):
-                index = dimension_index(dimension, sizes, kept)
-                if index is not None:
-                    tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
+            tensor = cut_tensor(
+                tensors[source].detach(), spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer)
+            )
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-            _set_parameter(student, name, tensor.clone() if tensor.is_set_to(teacher_parameters[source]) else tensor)
+            _set_tensor(student, name, tensor.clone() if tensor.is_set_to(tensors[source]) else tensor)
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     student.pruning_plan = plan
@@ -138,8 +138,61 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
         )
 
 
-def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def cut_tensor(
+    tensor: torch.Tensor,
+    dimensions: tuple[Dimension, ...],
+    axes: Mapping[str, Axis],
+    sizes: Mapping[str, int],
+    kept: Mapping[str, np.ndarray],
+) -> torch.Tensor:
+    """The units of a tensor that stay.
+
+    Args:
+        tensor: any tensor of a layer, or outside the layers.
+        dimensions: its dimensions.
+        axes: the family's axes by name.
+        sizes: size of every axis before the cut.
+        kept: kept units of every cut axis, as seen from its layer (`PruningPlan.kept_in`).
+
+    Returns:
+        A copy, or the tensor itself where nothing is cut.
+    """
+    for position, outer in enumerate(dimensions):
+        own = [
+            name
+            for name, units in kept.items()
+            if units.ndim == 2
+            and outer == ((axes[name].within,),)
+            and any(name in dimension_axes(dimension) for dimension in dimensions)
+        ]
+        if own:
+            # Units chosen inside every unit of another dimension (the neurons of an expert): one slice after another.
+            [[axis]] = outer
+            units = kept.get(str(axis), np.arange(tensor.shape[position]))
+            rest = dimensions[:position] + dimensions[position + 1 :]
+            slices = [
+                cut_tensor(
+                    tensor.select(position, int(unit)),
+                    rest,
+                    axes,
+                    sizes,
+                    {**kept, **{name: kept[name][row] for name in own}},
+                )
+                for row, unit in enumerate(units)
+            ]
+            return torch.stack(slices, dim=position)
+    for position, dimension in enumerate(dimensions):
+        index = dimension_index(dimension, sizes, kept)
+        if index is not None:
+            tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
+    return tensor
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    requires_grad = module.get_parameter(leaf).requires_grad
-    setattr(module, leaf, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor.contiguous()
+    else:
+        requires_grad = module.get_parameter(leaf).requires_grad
+        setattr(module, leaf, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))

@@ -8,14 +8,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from .base import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec
+from .base import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PretrainedConfig
 
-__all__ = ["FIELD_OF_AXIS", "PRUNER_FIELDS", "ArchSpec", "families", "spec_for"]
+__all__ = ["FIELD_OF_AXIS", "PRUNER_FIELDS", "ArchSpec", "families", "named_tensors", "spec_for"]
 
 
 @cache

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..axes import Axis, Dimension, dimension_size, implied_size, parse_dimensions
+from ..axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 # The standard axes. `PRUNER_FIELDS` gives the names under which users ask for their sizes.
@@ -22,6 +23,9 @@ KV = Axis("kv", ("num_key_value_heads",), implied="heads", per_layer=True)
 HEAD_DIM = Axis("head_dim", ("head_dim",), implied="hidden/heads", prunable=False)
 VOCAB = Axis("vocab", ("vocab_size",), prunable=False)
 POSITIONS = Axis("positions", ("max_position_embeddings",), prunable=False)
+EXPERTS = Axis("experts", ("num_experts",), per_layer=True)
+MOE_FFN = Axis("moe_ffn", ("moe_intermediate_size",), per_layer=True, within="experts")
+SHARED_FFN = Axis("shared_ffn", ("shared_expert_intermediate_size",), per_layer=True)
 
 #: Standard config name → axis: the vocabulary of `PrunerConfig`, and of every message about sizes.
 PRUNER_FIELDS: Mapping[str, str] = {
@@ -30,6 +34,11 @@ PRUNER_FIELDS: Mapping[str, str] = {
     "intermediate_size": "ffn",
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv",
+    "num_experts": "experts",
+    "moe_intermediate_size": "moe_ffn",
+    "shared_expert_intermediate_size": "shared_ffn",
+    "mamba_num_heads": "ssm_heads",
+    "mamba_head_dim": "ssm_dim",
 }
 #: The reverse: axis → the name users know it by.
 FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.items()}
@@ -43,21 +52,31 @@ class ArchSpec:
         model_type: the config's `model_type`.
         axes: the family's axes. Order matters only for `implied` sizes, which read the axes before them.
         layers_path: path of the module list of decoder layers.
-        outer: parameter name → dimensions, for parameters outside the layers.
-        layer: parameter name inside one layer → dimensions. Biases that a config flag switches off are simply not
-            found in such a model.
+        outer: tensor name → dimensions, for tensors outside the layers. A tensor is a parameter or a saved buffer;
+            one without dimensions (`""`) is a single number.
+        layer: tensor name inside one layer → dimensions: the union of all kinds of layers that the family has.
+            Biases that a config flag switches off, or experts of a dense layer, are simply not found there.
         taps: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
-            projection that writes them back to the residual stream.
+            projection that writes them back to the residual stream. For `experts` and `moe_ffn` the module that holds
+            the stacked experts. A layer without any tensor of an axis has no such units, and needs no tap.
         layer_norms: modules inside a layer whose output scores the hidden axis: the norms of what its sublayers read,
-            or of what they write where nothing is normalised before.
+            or of what they write where nothing is normalised before. Every layer has at least one of them.
         final_norm: the last norm, which scores it too.
         groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
         equal: pairs of dimensions that the stock class cannot hold at different sizes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers.
         leading_layers: config fields that count layers from the first one, recounted with the layers.
+        trailing_layers: config fields that count layers from the last one, likewise.
+        layer_indices: config fields that list layer indices, renumbered with the layers.
+        sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
+            if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
+            period is 1 and the list says it all.
+        layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
+            depth cut that they cannot describe is refused, naming them.
+        least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
-        refused_if: (config field, value, axis, reason): refusals that depend on a flag.
+        refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
     """
 
     model_type: str
@@ -73,6 +92,11 @@ class ArchSpec:
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()
     leading_layers: tuple[str, ...] = ()
+    trailing_layers: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    sparse_layers: tuple[tuple[str, str], ...] = ()
+    layer_rule: str = ""
+    least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
 
@@ -86,16 +110,13 @@ class ArchSpec:
         """Parsed dimensions of every pattern in `outer` and (relative names) `layer`."""
         return {name: parse_dimensions(text) for name, text in {**self.outer, **self.layer}.items()}
 
-    @property
-    def _observed_in_a_layer(self) -> tuple[str, ...]:
-        return (*self.taps.values(), *self.layer_norms)
-
     def sizes(self, config: PretrainedConfig) -> dict[str, int]:
         """Size of every axis, read from a config.
 
         Raises:
-            UnsupportedModelError: if the config lacks a size that has no implied value.
+            UnsupportedModelError: if the config lacks a size that has no implied value, or is of a refused variant.
         """
+        self._require_supported(config)
         sizes: dict[str, int] = {}
         for axis in self.axes:
             value = getattr(config, axis.fields[0], None) if axis.fields else None
@@ -107,6 +128,36 @@ class ArchSpec:
                 )
             sizes[axis.name] = value
         return sizes
+
+    def _require_supported(self, config: PretrainedConfig) -> None:
+        for name, value, axis, why in self.refused_if:
+            if axis == "*" and getattr(config, name, None) == value:
+                raise UnsupportedModelError(
+                    f"'{self.model_type}' models with {name}={value!r} cannot be pruned: {why}. Choose another one."
+                )
+
+    def units(self, axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of one value per unit: `[units]`, `[layers, units]`, or `[layers, outer, units]` within another axis.
+
+        Args:
+            axis: the axis.
+            sizes: sizes of all axes.
+        """
+        table = self.axis[axis]
+        layers = (sizes["layers"],) if table.per_layer else ()
+        outer = () if table.within is None else (sizes[table.within],)
+        return (*layers, *outer, sizes[axis])
+
+    def layers_with(self, axis: str, names: Iterable[str]) -> list[int]:
+        """Layers that hold units of an axis: some of their tensors have it.
+
+        Args:
+            axis: the axis.
+            names: names of all tensors of the model.
+        """
+        located = [found for name in names if (found := self.locate(name)) is not None]
+        having = {pattern for pattern, dims in self.dimensions.items() if any(axis in dimension_axes(d) for d in dims)}
+        return sorted({layer for pattern, layer in located if layer is not None and pattern in having})
 
     def locate(self, parameter: str) -> tuple[str, int | None] | None:
         """Pattern and layer index of a parameter name, or None when the table does not claim it."""
@@ -136,22 +187,22 @@ class ArchSpec:
             UnsupportedModelError: naming every parameter that is unclaimed or has another shape.
         """
         sizes = self.sizes(model.config)
+        tensors = named_tensors(model, tied=True)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         problems = []
         layers = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, tensor in tensors.items():
             located = self.locate(name)
             if located is not None and located[1] is not None:
                 layers.add(located[1])
             if located is None:
-                problems.append(f"{name} {tuple(parameter.shape)} is not in the table")
-            elif tuple(parameter.shape) != (expected := self.shape(located[0], sizes)):
-                problems.append(f"{name} has shape {tuple(parameter.shape)}, expected {expected}")
+                kind = "" if name in parameters else " (a saved buffer)"
+                problems.append(f"{name} {tuple(tensor.shape)}{kind} is not in the table")
+            elif tuple(tensor.shape) != (expected := self.shape(located[0], sizes)):
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         if layers != set(range(sizes["layers"])):
             problems.append(f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
-        observed = [self.layer_parameter(layer, name) for layer in layers for name in self._observed_in_a_layer]
-        modules = dict(model.named_modules(remove_duplicate=False))
-        problems += [f"{path} is missing" for path in (*observed, self.final_norm) if path not in modules]
-        problems += [f"{name} is a saved buffer, which the table does not know" for name in _saved_buffers(model)]
+        problems += [f"{path} is missing" for path in self._missing_modules(model, tensors, layers)]
         if problems:
             shown = "\n  ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []))
             raise UnsupportedModelError(
@@ -160,18 +211,36 @@ class ArchSpec:
                 "plain already, the table and the installed Transformers disagree: please report it."
             )
 
-    def student_parameters(
-        self, parameters: Mapping[str, Any], sizes: Mapping[str, int], layers_kept: tuple[int, ...]
+    def _missing_modules(self, model: PreTrainedModel, names: Iterable[str], layers: set[int]) -> list[str]:
+        """Paths that are to be observed and do not exist."""
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        missing = [
+            path
+            for axis, module in self.taps.items()
+            for layer in self.layers_with(axis, names)
+            if (path := self.layer_parameter(layer, module)) not in modules
+        ]
+        norms = {layer: {self.layer_parameter(layer, name) for name in self.layer_norms} for layer in sorted(layers)}
+        if layers:
+            last = max(layers)
+            for name in self.layer_norms:
+                if not any(self.layer_parameter(layer, name) in modules for layer in layers):
+                    missing.append(self.layer_parameter(last, name))
+        missing += [f"every norm of {self.layers_path}.{n}" for n, paths in norms.items() if paths.isdisjoint(modules)]
+        return missing + ([] if self.final_norm in modules else [self.final_norm])
+
+    def student_tensors(
+        self, tensors: Mapping[str, Any], sizes: Mapping[str, int], layers_kept: tuple[int, ...]
     ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Every parameter of the student: (student name, teacher name, shape in the student).
+        """Every tensor of the student: (student name, teacher name, shape in the student).
 
         Args:
-            parameters: the teacher's named parameters, tied ones once (only the names are read).
+            tensors: the teacher's `named_tensors`, tied ones once (only the names are read).
             sizes: the student's axis sizes.
             layers_kept: teacher indices of the layers that stay, in order.
         """
         position = {layer: index for index, layer in enumerate(layers_kept)}
-        for name in parameters:
+        for name in tensors:
             located = self.locate(name)
             assert located is not None, f"{name}: check() comes first"
             pattern, layer = located
@@ -181,9 +250,16 @@ class ArchSpec:
                 yield self.layer_parameter(position[layer], pattern), name, self.shape(pattern, sizes)
 
 
-def _saved_buffers(model: PreTrainedModel) -> list[str]:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [name for name in model.state_dict() if name not in parameters]
+def named_tensors(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds: parameters and saved buffers by name.
+
+    Args:
+        model: the model.
+        tied: list tied parameters under each of their names, instead of once.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
+    return {**(parameters if tied else dict(model.named_parameters())), **buffers}
 
 
 def layer_tables(*parts: Mapping[str, str]) -> dict[str, str]:
@@ -231,6 +307,14 @@ FUSED_GATED_MLP = layer_tables(
 )
 #: Up and down projections.
 PLAIN_MLP = layer_tables(linear("mlp.up_proj", "ffn", "hidden"), linear("mlp.down_proj", "hidden", "ffn"))
+#: Stacked experts, gate and up concatenated, and the router that chooses among them.
+EXPERTS_MLP = {
+    "mlp.experts.gate_up_proj": "experts moe_ffn+moe_ffn hidden",
+    "mlp.experts.down_proj": "experts hidden moe_ffn",
+    **linear("mlp.gate", "experts", "hidden"),
+}
+#: Where stacked experts are observed.
+EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
 #: One norm for every query head, one for every key head.
 HEAD_NORMS = norm("self_attn.q_norm", "self_attn.k_norm", width="head_dim")
 #: One norm over all query heads together, one over all key heads.
@@ -251,6 +335,9 @@ def decoder(
     output_norms: tuple[str, ...] = (),
     attention_out: str = "self_attn.o_proj",
     mlp_out: str = "mlp.down_proj",
+    attention_axes: tuple[Axis, ...] = (HEADS, KV, HEAD_DIM),
+    mlp_axes: tuple[Axis, ...] = (FFN,),
+    mlp_taps: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> ArchSpec:
     """The layout that most decoders share: grouped attention, gated MLP, everything under `model.`.
@@ -262,16 +349,23 @@ def decoder(
         output_norms: norms of what attention and MLP write, in layers that also have norms of what they read.
         attention_out: the projection that writes the heads back to the residual stream.
         mlp_out: likewise for the neurons.
+        attention_axes: axes of attention; the heads, and the KV heads where they are an axis, are observed at
+            `attention_out`.
+        mlp_axes: axes of the MLP.
+        mlp_taps: where they are observed (default: the neurons at `mlp_out`).
         **changes: any other field of `ArchSpec`.
     """
     fields: dict[str, Any] = {
-        "axes": (LAYERS, HIDDEN, FFN, HEADS, KV, HEAD_DIM, VOCAB),
+        "axes": (LAYERS, HIDDEN, *mlp_axes, *attention_axes, VOCAB),
         "layers_path": "model.layers",
         "outer": layer_tables(EMBEDDINGS, norm("model.norm")),
         "layer": layer_tables(layer or layer_tables(GROUPED_ATTENTION, GATED_MLP), norm(*norms, *output_norms)),
-        "taps": {"ffn": mlp_out, "heads": attention_out, "kv": attention_out},
+        "taps": {
+            **({"ffn": mlp_out} if mlp_taps is None else mlp_taps),
+            **{axis.name: attention_out for axis in (HEADS, KV) if axis in attention_axes},
+        },
         "layer_norms": norms,
         "final_norm": "model.norm",
-        "groups": (("heads", "kv"),),
+        "groups": (("heads", "kv"),) if KV in attention_axes else (),
     }
     return ArchSpec(model_type=model_type, **{**fields, **changes})

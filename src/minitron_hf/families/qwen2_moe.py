@@ -1,0 +1,34 @@
+"""Qwen2-MoE: Qwen2's attention; experts beside a gated shared expert in some layers, a plain MLP in the others."""
+
+from .base import (
+    EXPERT_TAPS,
+    EXPERTS,
+    EXPERTS_MLP,
+    FFN,
+    GATED_MLP,
+    GROUPED_ATTENTION,
+    MOE_FFN,
+    SHARED_FFN,
+    decoder,
+    layer_tables,
+    linear,
+)
+
+SPEC = decoder(
+    "qwen2_moe",
+    layer=layer_tables(
+        GROUPED_ATTENTION,
+        GATED_MLP,
+        EXPERTS_MLP,
+        linear("mlp.shared_expert.gate_proj", "shared_ffn", "hidden"),
+        linear("mlp.shared_expert.up_proj", "shared_ffn", "hidden"),
+        linear("mlp.shared_expert.down_proj", "hidden", "shared_ffn"),
+        linear("mlp.shared_expert_gate", "1", "hidden"),
+    ),
+    mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
+    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
+    layer_lists=("layer_types",),
+    leading_layers=("max_window_layers",),
+    sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),),
+    least=(("experts", "num_experts_per_tok"),),
+)
