@@ -30,6 +30,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, spec_for
+
 VOCAB = 97
 
 
@@ -164,13 +166,20 @@ def _coupled(model_type: str, sizes: dict, *modules: str, **changes) -> Pocket:
 
 def _gpt2(**changes) -> Pocket:
     return Pocket(
-        GPT2Config(**{**GPT2, **changes}), "transformer.h", "attn.c_proj", "mlp.c_proj", False, True, "layer"
+        GPT2Config(**{**GPT2, **changes}),
+        "transformer.h",
+        "attn.c_proj",
+        "mlp.c_proj",
+        kv=False,
+        coupled=True,
+        norm="layer",
     )
 
 
 def _neox(**changes) -> Pocket:
     config = GPTNeoXConfig(**{**NEOX, **changes})
-    return Pocket(config, "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", False, True, "layer")
+    modules = ("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h")
+    return Pocket(config, *modules, kv=False, coupled=True, norm="layer")
 
 
 POCKETS: dict[str, Pocket] = {
@@ -288,6 +297,17 @@ def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
                 values = 0.3 * values
             parameter.copy_(values)
     return model.eval()
+
+
+def cuttable(name: str) -> set[str]:
+    """Names of the sizes of `PrunerConfig` that a pocket's family lets be cut."""
+    config = POCKETS[name].config
+    spec = spec_for(config)
+    flags = {axis for field, value, axis, _ in spec.refused_if if getattr(config, field, None) == value}
+    refused = {*spec.refused, *flags}
+    return {field for field, axis in PRUNER_FIELDS.items() if axis in spec.axis} - {
+        FIELD_OF_AXIS[axis] for axis in refused if axis in FIELD_OF_AXIS
+    }
 
 
 def residual_norms(model: nn.Module) -> list[str]:

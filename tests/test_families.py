@@ -65,7 +65,8 @@ def test_pocket_sizes_are_distinct(name: str):
     config = POCKETS[name].config
     sizes = spec_for(config).sizes(config)
     coupled = {sizes["hidden"], sizes["heads"] * sizes["head_dim"]} if POCKETS[name].coupled else set()
-    products = [sizes["heads"] * sizes["head_dim"], sizes.get("kv", 0) * sizes["head_dim"], 2 * sizes["ffn"]]
+    products = [sizes["heads"] * sizes["head_dim"], sizes.get("kv", 0) * sizes["head_dim"]]
+    products += [2 * sizes[axis] for axis in ("ffn", "moe_ffn", "shared_ffn") if axis in sizes]
     distinct = [*sizes.values(), *(product for product in products if product not in coupled | {0})]
     assert len(set(distinct)) == len(distinct), sizes
 
@@ -112,13 +113,15 @@ def test_tables_hold_together(spec: ArchSpec):
             assert dimension_axes(dimension) <= spec.axis.keys(), pattern
     for axis, module in spec.taps.items():
         assert spec.axis[axis].per_layer
-        assert f"{module}.weight" in spec.layer
+        assert f"{module}.weight" in spec.layer or any(name.startswith(f"{module}.") for name in spec.layer)
     for module in spec.layer_norms:
         assert spec.layer.get(f"{module}.weight", "hidden") == "hidden"  # some have no weight
     assert spec.outer.get(f"{spec.final_norm}.weight", "hidden") == "hidden"
     for inner, outer in spec.groups:
         assert spec.axis[inner].per_layer
-        assert spec.axis[outer].per_layer
+        assert spec.axis[outer].per_layer or not spec.axis[outer].prunable
+    for axis in spec.axes:
+        assert axis.within is None or (axis.per_layer and spec.axis[axis.within].per_layer)
     named = {axis for pair in (*spec.groups, *spec.multiples) for axis in pair} | set(spec.refused)
     assert named <= spec.axis.keys()
     assert {axis for *_, axis, _ in spec.refused_if} <= spec.axis.keys()
@@ -134,7 +137,9 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
     for axis in spec.axes:
         for name in axis.fields:
             assert hasattr(config, name) or axis.implied is not None, name
-    for name in (*spec.layer_lists, *spec.leading_layers, *(name for name, *_ in spec.refused_if)):
+    counted = (*spec.leading_layers, *spec.trailing_layers, *(name for pair in spec.sparse_layers for name in pair))
+    refused = (name for name, *_ in spec.refused_if)
+    for name in (*spec.layer_lists, *spec.layer_indices, *counted, *refused):
         assert hasattr(config, name), name
     assert PRUNER_FIELDS.keys() == {FIELD_OF_AXIS[axis] for axis in FIELD_OF_AXIS}
 
@@ -240,7 +245,9 @@ def test_saved_buffers_are_refused():
     model = pocket_model("llama")
     model.model.register_buffer("statistics", torch.zeros(2))
     model.model.register_buffer("scratch", torch.zeros(2), persistent=False)
-    with pytest.raises(UnsupportedModelError, match=r"model\.statistics is a saved buffer") as caught:
+    with pytest.raises(
+        UnsupportedModelError, match=r"model\.statistics \(2,\) \(a saved buffer\) is not in the table"
+    ) as caught:
         spec_for(model.config).check(model)
     assert "scratch" not in str(caught.value)
 

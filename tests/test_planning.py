@@ -32,7 +32,7 @@ from minitron_hf.importance import ImportanceScores, estimate_importance
 from minitron_hf.models import architecture_digest, count_parameters, empty_model, model_digest
 from minitron_hf.planning import PruningPlan, make_plan
 from minitron_hf.sizes import PrunerConfig, student_config
-from pocket import POCKETS, pocket_config, pocket_model
+from pocket import POCKETS, cuttable, pocket_config, pocket_model
 
 NAMES = list(POCKETS)
 
@@ -44,9 +44,9 @@ def scores_for(config: PretrainedConfig, seed: int = 0, **given: torch.Tensor) -
     sizes = spec.sizes(config)
     layers = sizes["layers"]
     axes = {
-        axis: torch.rand((sizes[axis],) if axis == "hidden" else (layers, sizes[axis]), generator=generator)
-        for axis in ("hidden", "ffn", "heads", "kv")
-        if axis in sizes
+        axis.name: torch.rand(spec.units(axis.name, sizes), generator=generator)
+        for axis in spec.axes
+        if axis.prunable and axis.name != "layers"
     }
     blocks = torch.rand(layers, layers, generator=generator)
     digests = {"model": None, "architecture": architecture_digest(config), "tokenizer": None, "data": None}
@@ -244,7 +244,9 @@ def test_a_size_that_follows_is_noted():
 def test_student_config_keeps_everything_else(name: str):
     teacher = pocket_config(name)
     before = copy.deepcopy(teacher.to_dict())
-    student = student_config(teacher, PrunerConfig(intermediate_size=24, hidden_size=24, num_attention_heads=3))
+    request = {"intermediate_size": 24, "hidden_size": 24, "num_attention_heads": 3}
+    request = {field: size for field, size in request.items() if field in cuttable(name)}
+    student = student_config(teacher, PrunerConfig(**request))
     assert type(student) is type(teacher)
     assert teacher.to_dict() == before
     changed = {key for key, value in student.to_dict().items() if before.get(key) != value}
@@ -342,14 +344,24 @@ def random_request(name: str, chance: random.Random) -> dict:
     sizes = spec.sizes(config)
     request: dict = {"multiple_of": chance.choice([1, 2, 8]), "contiguous": chance.random() < 0.5}
     request |= {"keep_first_layers": 0, "keep_last_layers": chance.choice([0, 1])}
-    if chance.random() < 0.7:
-        request["intermediate_size"] = chance.choice([chance.randint(1, sizes["ffn"]), chance.uniform(0.05, 1)])
+    for field, axis, least in (
+        ("intermediate_size", "ffn", 1),
+        ("moe_intermediate_size", "moe_ffn", 1),
+        ("shared_expert_intermediate_size", "shared_ffn", 1),
+        ("num_experts", "experts", 4),
+    ):
+        if field in cuttable(name) and chance.random() < 0.7:
+            most = sizes[axis]
+            request[field] = chance.choice([chance.randint(least, most), chance.uniform(least / most, 1)])
     depth = chance.random()
     if depth < 0.4:
         request["num_hidden_layers"] = chance.choice([chance.randint(1, sizes["layers"]), chance.uniform(0.05, 1)])
     elif depth < 0.7:
         request["layers_to_drop"] = chance.sample(range(sizes["layers"]), chance.randint(0, sizes["layers"] - 1))
-    if "kv" in sizes:
+    if not {"num_attention_heads", "hidden_size"} <= cuttable(name):
+        if "hidden_size" in cuttable(name):
+            request["hidden_size"] = chance.randint(1, sizes["hidden"])
+    elif "kv" in sizes:
         kv = chance.randint(1, sizes["kv"])
         heads = kv * chance.randint(1, sizes["heads"] // sizes["kv"])
         request |= {"num_key_value_heads": kv, "num_attention_heads": heads}
@@ -381,8 +393,10 @@ def test_any_possible_request(name: str):
         assert plan.kept.keys() == {axis for axis in after if axis != "layers" and after[axis] < before[axis]}, request
         for axis, kept in plan.kept.items():
             assert kept.dtype == np.int64
-            assert kept.shape == ((after[axis],) if axis == "hidden" else (layers, after[axis]))
-            for row in np.atleast_2d(kept):
+            within = spec_for(config).axis[axis].within
+            per_layer = (layers, after[axis]) if within is None else (layers, after[within], after[axis])
+            assert kept.shape == ((after[axis],) if axis == "hidden" else per_layer)
+            for row in kept.reshape(-1, after[axis]):
                 assert list(row) == sorted(set(row.tolist()))
                 assert 0 <= row.min() <= row.max() < before[axis]
         if "kv" in before and "heads" in plan.kept:

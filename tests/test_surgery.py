@@ -22,6 +22,7 @@ from pocket import (
     POCKETS,
     Pocket,
     assert_same_function,
+    cuttable,
     logits,
     pocket_config,
     pocket_model,
@@ -271,14 +272,13 @@ def requests(name: str) -> dict[str, dict]:
         *([EXPERTS] if pocket.experts else []),
         *([SHARED] if pocket.shared_out else []),
     ]
+    allowed = {*cuttable(name), "layers_to_drop"}
     cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}
-    for cut, request in cuts.items():
-        if cut.startswith("everything"):
-            if not pocket.mlp_out:
-                request.pop("intermediate_size")
-            for part in neurons:
-                request |= {name: size for name, size in list(part.values())[-1].items() if name not in request}
-    return cuts
+    for cut in [cut for cut in cuts if cut.startswith("everything")]:
+        for part in neurons:
+            cuts[cut] = {**list(part.values())[-1], **cuts[cut]}
+        cuts[cut] = {size: to for size, to in cuts[cut].items() if size in allowed}
+    return {cut: request for cut, request in cuts.items() if request.keys() <= allowed}
 
 
 CASES = [pytest.param(name, cut, id=f"{name}-{cut}") for name in NAMES for cut in requests(name)]
