@@ -45,12 +45,11 @@ PUBLISHED = [
     GPTNeoXConfig(),
     GPTNeoXConfig(attention_bias=False, tie_word_embeddings=True),
     Phi3Config(),
-    # What the stock classes cannot be built without.
-    AutoConfig.for_model("nemotron", num_key_value_heads=8),
-    *(AutoConfig.for_model(name, head_dim=128) for name in ("ministral", "hunyuan_v1_dense")),
 ]
 PUBLISHED += [
-    AutoConfig.for_model(name) for name in sorted(families().keys() - {config.model_type for config in PUBLISHED})
+    AutoConfig.for_model(pocket.config.model_type, **pocket.published)
+    for pocket in {pocket.config.model_type: pocket for pocket in POCKETS.values()}.values()
+    if pocket.config.model_type not in {config.model_type for config in PUBLISHED}
 ]
 
 

@@ -1,0 +1,132 @@
+"""What a pocket model is, and sizes that the families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """A family's pocket config, and what the oracles need to know of its stock model, written down by hand.
+
+    Attributes:
+        config: the config.
+        layers: path of the module list of decoder layers.
+        attention_out: module inside a layer that writes the heads' outputs back to the residual stream.
+        mlp_out: likewise for the MLP neurons; None where no layer has a plain MLP.
+        experts: module inside a layer that holds stacked experts, with their `down_proj`.
+        router: module inside a layer whose `weight` chooses among them.
+        router_bias: tensor inside a layer that is added to the router's scores only to choose.
+        expert_inputs: dimension of one expert's `down_proj` that its neurons are in.
+        shared_out: module inside a layer that writes the neurons of shared experts back.
+        kv: whether heads share keys and values in groups.
+        coupled: whether hidden_size and heads only move together.
+        norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
+        num_norms: how many there are in a layer.
+        output_norms: those of a layer that normalise what is written to the residual stream beside a norm that reads
+            it; they do not score channels.
+        head_norms: norms that span all query heads, and all key heads.
+        scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
+        published: what the config class needs beside its defaults to be built at full size.
+        tuple_layers: whether a layer returns its attention weights too.
+    """
+
+    config: PretrainedConfig
+    layers: str = "model.layers"
+    attention_out: str = "self_attn.o_proj"
+    mlp_out: str | None = "mlp.down_proj"
+    experts: str | None = None
+    router: str = "mlp.gate"
+    router_bias: str | None = None
+    expert_inputs: int = 1
+    shared_out: str | None = None
+    kv: bool = True
+    coupled: bool = False
+    norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
+    num_norms: int = 2
+    output_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    scaled_embeddings: bool = False
+    tuple_layers: bool = False
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rms(self) -> bool:
+        """Whether the norms only divide by a root mean square, and subtract no mean."""
+        return self.norm.startswith("rms")
+
+
+#: Shared by the families with grouped queries. heads*head_dim=120, kv*head_dim=30, 2*ffn=104, qkv=180.
+GROUPED = {
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+#: The families whose heads are as wide together as the residual stream: 5 heads of 8 dimensions.
+COUPLED = {
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+#: Six experts of 14 neurons, two to a token.
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+#: The same with grouped queries. kv*head_dim=24.
+GROUPED_COUPLED = {
+    **GROUPED,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "head_dim": 8,
+}
+#: Layers 0 and 1 see everything, 2 to 4 only the last six tokens.
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+
+
+#: A context of 16 tokens stretched to 64; queries are scaled by position too.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+}
+GEMMA = {
+    "norm": "rms1p",
+    "num_norms": 4,
+    "output_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "scaled_embeddings": True,
+}
+
+
+def kinds(letters: str) -> list[str]:
+    """`layer_types` from initials: `f`ull or `s`liding attention."""
+    return [{"f": "full_attention", "s": "sliding_attention"}[letter] for letter in letters]
+
+
+def grouped(model_type: str, **changes) -> Pocket:
+    """A family with grouped queries; changes are fields of the pocket or of its config."""
+    known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
+    return Pocket(AutoConfig.for_model(model_type, **GROUPED, **changes), **known)
+
+
+def coupled(model_type: str, sizes: dict, *modules: str, **changes) -> Pocket:
+    """A family whose heads are as wide together as the residual stream; modules as the first fields of `Pocket`."""
+    known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
+    config = AutoConfig.for_model(model_type, **sizes, **changes)
+    return Pocket(config, *modules, coupled=True, **{"kv": False, "norm": "layer", **known})
