@@ -27,6 +27,7 @@ _MODULE_OF = {
     "student_config": "sizes",
     "apply_plan": "surgery",
     "prune_model": "surgery",
+    "prune_checkpoint": "streaming",
     "DistillationConfig": "distillation_config",
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .samples import generate_samples as generate_samples
     from .sizes import PrunerConfig as PrunerConfig
     from .sizes import student_config as student_config
+    from .streaming import prune_checkpoint as prune_checkpoint
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
     from .trainer import DistillationTrainer as DistillationTrainer
