@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_hf.cli import main
@@ -115,6 +117,20 @@ def test_every_stage_by_hand(workshop, tmp_path):
     assert "student" in table
     ok("card", tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().startswith("---")
+
+
+def test_pickled_checkpoints_are_pruned_in_memory_and_it_says_so(workshop, tmp_path):
+    pickled = shutil.copytree(workshop / "teacher", tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    made = minitron("plan", workshop / "teacher", "--set", "layers_to_drop=[1]", "-o", tmp_path / "plan")
+    assert made.returncode == 0, made.stderr
+    for teacher, output in ((workshop / "teacher", "streamed"), (pickled, "loaded")):
+        result = minitron("prune", teacher, "--plan", tmp_path / "plan", "-o", tmp_path / output)
+        assert result.returncode == 0, result.stderr
+        assert ("loaded into memory" in result.stdout) == (output == "loaded")
+    streamed, loaded = (tmp_path / name / "model.safetensors" for name in ("streamed", "loaded"))
+    assert streamed.read_bytes() == loaded.read_bytes()
 
 
 def test_dry_run_prints_shapes_and_writes_nothing(workshop):

@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_hf import runner
+from minitron_hf import runner, stages
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
 from minitron_hf.hub import uploaded_files
+from minitron_hf.models import load_model
+from minitron_hf.planning import PruningPlan
 from minitron_hf.recipe import Recipe
+from minitron_hf.surgery import apply_plan
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -102,6 +105,25 @@ def test_until_stops_and_the_rest_follows_later(values):
     assert not (folder / "pruned").exists()
     _, lines = run(values, until="prune")
     assert ["skipped" in line for line in lines] == [True, True, False]
+
+
+def test_the_student_is_cut_without_loading_the_teacher(values, monkeypatch):
+    folder, _ = run(values, until="plan")
+    monkeypatch.delattr(stages, "load_model")
+    run(values, until="prune")
+    expected = apply_plan(load_model(values["teacher"]), PruningPlan.from_pretrained(folder))
+    pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
+
+
+def test_a_teacher_that_is_scored_in_less_precision_than_it_is_stored_in(values):
+    """Scores and plan are of the rounded weights, so these are cut."""
+    values["teacher"] = {"model": values["teacher"], "dtype": "bfloat16"}
+    folder, _ = run(values, until="prune")
+    teacher = load_model(values["teacher"]["model"], dtype=torch.bfloat16)
+    expected = apply_plan(teacher, PruningPlan.from_pretrained(folder)).float()
+    pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
 
 
 def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(values):

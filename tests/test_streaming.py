@@ -24,7 +24,7 @@ from minitron_hf.lazy import DTYPES, lazy_tensors
 from minitron_hf.models import load_config, load_model, model_digest
 from minitron_hf.planning import PruningPlan, make_plan
 from minitron_hf.sizes import PrunerConfig
-from minitron_hf.streaming import is_streamable, prune_checkpoint
+from minitron_hf.streaming import is_streamable, open_checkpoint, prune_checkpoint
 from minitron_hf.surgery import apply_plan
 from pocket import POCKETS, pocket_model, pocket_tokenizer, pocket_tokens
 from test_surgery import plan_for, requests
@@ -146,8 +146,7 @@ def test_a_head_that_is_tied_and_stored_too(equal: bool, tmp_path: Path):
 @pytest.mark.parametrize("name", NAMES)
 def test_digest_of_the_weights_is_that_of_the_loaded_model(name: str, tmp_path: Path):
     teacher = saved(name, tmp_path)
-    opened = streaming._open_model(teacher, load_config(teacher))
-    assert model_digest(opened) == model_digest(load_model(teacher))
+    assert model_digest(open_checkpoint(teacher)) == model_digest(load_model(teacher))
 
 
 def test_files_beside_the_weights(tmp_path: Path):

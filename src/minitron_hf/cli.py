@@ -166,19 +166,27 @@ def prune(
     plan: Annotated[Path, typer.Option(help="Folder with the plan.")],
     output: Output,
 ) -> None:
-    """Cut the student out of the teacher (apply_plan) and save it as a stock checkpoint."""
+    """Cut the student out of the teacher's checkpoint (prune_checkpoint), a few rows at a time.
+
+    Checkpoints without safetensors are loaded into memory as a whole (apply_plan).
+    """
     from .artifacts import replacing_folder, require_empty
     from .planning import PruningPlan
+    from .streaming import is_streamable, prune_checkpoint
     from .surgery import apply_plan
 
     require_empty(output)
     made = PruningPlan.from_pretrained(plan)
-    model, tokenizer = _load(teacher)
-    student = apply_plan(model, made)
-    with replacing_folder(output) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        made.save_pretrained(folder)
+    if is_streamable(teacher):
+        prune_checkpoint(teacher, output, made)
+    else:
+        _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
+        model, tokenizer = _load(teacher)
+        student = apply_plan(model, made)
+        with replacing_folder(output) as folder:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made.save_pretrained(folder)
     _say(f"Wrote {output}")
 
 

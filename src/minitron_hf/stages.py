@@ -27,6 +27,7 @@ from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
 from .sizes import PRUNER_CONFIG_NAME
+from .streaming import is_streamable, prune_checkpoint
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -107,10 +108,15 @@ class Run:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_model(path, dtype=self.dtype, device=device, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        import torch
+
         dtype = self.recipe.teacher.dtype
-        return load_model(
-            path, dtype=compute_dtype(device) if dtype == "auto" else getattr(torch, dtype), device=device, **kwargs
-        )
+        return compute_dtype() if dtype == "auto" else getattr(torch, dtype)
 
     def dataset(self, which: str) -> Dataset:
         """One of the recipe's corpora, reduced to its text (or whatever TRL understands)."""
@@ -157,8 +163,24 @@ def _plan(run: Run) -> None:
 
 
 def _prune(run: Run) -> None:
-    student = apply_plan(run.teacher, run.plan)
-    _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
+    import torch
+
+    section = run.recipe.teacher
+    stored = _checkpoint_dtype(run.teacher_config)
+    # What was scored are the weights as they were loaded; those on disk are others where loading has rounded them.
+    rounded = stored is None or torch.promote_types(stored, run.dtype) != run.dtype
+    if not rounded and is_streamable(section.model, revision=section.revision):
+        prune_checkpoint(
+            section.model,
+            run.folder / PRUNED_DIR,
+            run.plan,
+            revision=section.revision,
+            overwrite=True,
+            show_progress=run.show_progress,
+        )
+    else:
+        student = apply_plan(run.teacher, run.plan)
+        _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
 
 
 def _distill(run: Run) -> None:

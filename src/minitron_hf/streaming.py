@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -80,19 +80,16 @@ def prune_checkpoint(
 
     Raises:
         HubError: if the teacher cannot be found or downloaded.
-        UnsupportedModelError: if it is not a complete safetensors checkpoint of what its family table says, and
-            nothing else.
+        UnsupportedModelError: see `open_checkpoint`.
         MismatchError: if the plan was made for another architecture or other weights.
         OutputError: if `target` holds files already, or the disk has no room for the student.
     """
     target = Path(target)
     if not overwrite:
         require_empty(target)
-    config = load_config(source, revision=revision)
-    spec_for(config)
-    folder = _local_folder(source, revision)
-    student = apply_plan(_open_model(folder, config), plan)
-
+    teacher = open_checkpoint(source, revision=revision)
+    folder = Path(teacher.config._name_or_path)
+    student = apply_plan(teacher, plan)
     tensors: dict[str, LazyTensor] = _saved_tensors(student)
     shards = split_state_dict_into_shards_factory(
         tensors,
@@ -170,8 +167,23 @@ def _weight_names(folder: Path) -> list[str]:
     return []
 
 
-def _open_model(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """The teacher as Transformers loads it, with its tensors on disk."""
+def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedModel:
+    """The model that Transformers would load, with tensors that stay on disk: shapes at once, numbers when asked for.
+
+    It can be planned with and cut, and its digest is that of the loaded model; it cannot compute.
+
+    Args:
+        source: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        HubError: if it cannot be found or downloaded.
+        UnsupportedModelError: if it is not a complete safetensors checkpoint of a family that can be pruned, without
+            missing, surplus or other tensors.
+    """
+    config = load_config(source, revision=revision)
+    spec_for(config)
+    folder = _local_folder(source, revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             f"The checkpoint {str(folder)!r} is quantised, so its rows and columns are not units of the model. "
