@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from minitron_hf.axes import dimension_index
 from minitron_hf.data import TokenRows, token_rows
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
-from minitron_hf.families import spec_for
-from minitron_hf.importance import ImportanceScores, estimate_importance, reduce_sequence
+from minitron_hf.families import FIELD_OF_AXIS, ArchSpec, spec_for
+from minitron_hf.families.base import named_tensors
+from minitron_hf.importance import ImportanceScores, estimate_importance
 from minitron_hf.models import architecture_digest, empty_model, model_digest
+from minitron_hf.surgery import cut_tensor
 from pocket import (
     POCKETS,
     VOCAB,
+    cuttable,
     float64_throughout,
     logits,
     pocket_model,
@@ -47,14 +49,76 @@ def scores_of(model, data=ROWS, **kwargs) -> ImportanceScores:
         return estimate_importance(model, data, show_progress=False, **kwargs)
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str, rtol: float, atol: float = 0) -> None:
+    """Equal up to rounding, NaN at the same places."""
+    torch.testing.assert_close(
+        found, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+
+
 def assert_equal_scores(one: ImportanceScores, other: ImportanceScores, tolerance: float = 1e-10) -> None:
     assert one.axes.keys() == other.axes.keys()
     for axis, expected in other.axes.items():
-        torch.testing.assert_close(one.axes[axis], expected, rtol=tolerance, atol=tolerance, msg=axis)
+        assert_close(one.axes[axis], expected, axis, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(one.blocks, other.blocks, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 # The oracle
+
+
+def only_row(x: torch.Tensor) -> torch.Tensor:
+    return x if x.ndim == 2 else x[0]  # OPT's MLP sees rows and tokens as one
+
+
+def expert_activations(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], input_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of weighted outputs [tokens, experts] and weighted activations [tokens, experts, neurons].
+
+    The stock module is asked for one token and expert at a time. Its neurons are read by putting pieces of the
+    identity in the place of the down projection.
+    """
+    hidden, *routing = inputs
+    num_experts, neurons = len(module.down_proj), module.down_proj.shape[1 + input_dim]
+    hidden = hidden.reshape(num_experts if not routing else 1, -1, hidden.shape[-1])
+    tokens, width = hidden.shape[1:]
+    reader = copy.deepcopy(module)
+    for name in ("down_proj_bias", "post_expert_norm"):
+        if hasattr(reader, name):
+            setattr(reader, name, nn.Identity() if "norm" in name else nn.Parameter(module.down_proj_bias * 0))
+    routes = [
+        [(int(expert), weight) for expert, weight in zip(*(part[token] for part in routing), strict=True)]
+        if routing
+        else [(expert, None) for expert in range(num_experts)]
+        for token in range(tokens)
+    ]
+    pieces = [range(start, min(start + width, neurons)) for start in range(0, neurons, width)]
+
+    def ask(asked: nn.Module, expert: int, token: int, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is not None:
+            return asked.forward(hidden[:, token], torch.tensor([[expert]]), weight.reshape(1, 1))[0]
+        alone = torch.zeros(num_experts, width, dtype=hidden.dtype)
+        alone[expert] = hidden[expert, token]
+        return asked.forward(alone)[expert]
+
+    norms = torch.zeros(tokens, num_experts, dtype=torch.float64)
+    inner = torch.zeros(tokens, num_experts, neurons, dtype=torch.float64)
+    with torch.no_grad(), float64_throughout():
+        for token in range(tokens):
+            for expert, weight in routes[token]:
+                norms[token, expert] = ask(module, expert, token, weight).norm()
+        for piece in pieces:
+            reader.down_proj.zero_()
+            for row, neuron in enumerate(piece):
+                reader.down_proj.select(1 + input_dim, neuron).select(1, row).fill_(1)
+            for token in range(tokens):
+                chosen = (
+                    zip(*(part[token] for part in routing)) if routing else ((e, None) for e in range(num_experts))
+                )
+                for expert, weight in chosen:
+                    answer = ask(reader, int(expert), token, weight)
+                    inner[token, int(expert), piece.start : piece.stop] = answer[: len(piece)]
+    return norms, inner
 
 
 @cache
@@ -62,17 +126,15 @@ def activations(name: str) -> dict[str, list]:
     """Per-token activations of every row, each run by itself.
 
     Returns:
-        axis → per source (layer or norm) → per row → [tokens, units]; `"states"` → per row → [layers + 1, tokens, H].
+        axis → per source (layer or norm) → per row → [tokens, units], or None for a layer without such units;
+        `"states"` → per row → [layers + 1, tokens, H].
     """
     pocket, model = POCKETS[name], pocket_model(name)
     layers = model.get_submodule(pocket.layers)
     caught: dict[object, torch.Tensor] = {}
 
-    def only_row(x: torch.Tensor) -> torch.Tensor:
-        return x if x.ndim == 2 else x[0]  # OPT's MLP sees rows and tokens as one
-
     def catch_input(key: object) -> Callable:
-        return lambda module, args: caught.__setitem__(key, only_row(args[0]))
+        return lambda module, args: caught.__setitem__(key, args if "experts" in key else only_row(args[0]))
 
     def catch_output(key: object) -> Callable:
         return lambda module, args, output: caught.__setitem__(
@@ -82,39 +144,58 @@ def activations(name: str) -> dict[str, list]:
     norms = [path for path in residual_norms(model) if not path.endswith(pocket.output_norms or "-")]
     for path in norms:
         model.get_submodule(path).register_forward_hook(catch_output(path))
+    paths = {
+        "attention": pocket.attention_out,
+        "ffn": pocket.mlp_out,
+        "shared_ffn": pocket.shared_out,
+        "experts": pocket.experts,
+    }
     for index, layer in enumerate(layers):
-        layer.get_submodule(pocket.attention_out).register_forward_pre_hook(catch_input(("attention", index)))
-        layer.get_submodule(pocket.mlp_out).register_forward_pre_hook(catch_input(("mlp", index)))
+        modules = dict(layer.named_modules())
+        for key, path in paths.items():
+            if path in modules:
+                modules[path].register_forward_pre_hook(catch_input((key, index)))
     layers[-1].register_forward_hook(catch_output("last"))
 
     depth, heads = len(layers), model.config.num_attention_heads
+    axes = [key for key, path in paths.items() if path and key != "attention"]
+    axes += ["heads", *(["kv"] if pocket.kv else []), *(["moe_ffn"] if pocket.experts else [])]
     found: dict[str, list] = {
         "hidden": [[] for _ in norms],
-        **{axis: [[] for _ in range(depth)] for axis in ("ffn", "heads", "kv")},
+        **{axis: [None] * depth for axis in axes},
         "states": [],
     }
+
+    def note(axis: str, layer: int, values: torch.Tensor) -> None:
+        found[axis][layer] = [*(found[axis][layer] or []), values.detach().numpy()]
+
     for row in ROWS.rows:
+        caught.clear()
         with torch.no_grad(), float64_throughout():
             states = model(torch.tensor([row]), output_hidden_states=True).hidden_states
         for index, path in enumerate(norms):
             found["hidden"][index].append(caught[path].numpy())
-        for index in range(depth):
-            found["ffn"][index].append(caught["mlp", index].numpy())
-            head_outputs = caught["attention", index].unflatten(-1, (heads, -1))
-            found["heads"][index].append(head_outputs.norm(dim=-1).numpy())
-            if pocket.kv:
+        for (axis, index), value in [(key, value) for key, value in caught.items() if isinstance(key, tuple)]:
+            if axis == "experts":
+                module = layers[index].get_submodule(pocket.experts)
+                scores, inner = expert_activations(module, value, pocket.expert_inputs)
+                note("experts", index, scores)
+                note("moe_ffn", index, inner.flatten(1))
+            elif axis != "attention":
+                note(axis, index, value)
+            else:
+                note("heads", index, value.unflatten(-1, (heads, -1)).norm(dim=-1))
+            if axis == "attention" and pocket.kv:
                 weight = layers[index].get_submodule(pocket.attention_out).weight
                 groups = model.config.num_key_value_heads
                 width = weight.shape[1] // groups
                 contributions = []
                 for group in range(groups):
                     columns = slice(group * width, (group + 1) * width)
-                    contributions.append((caught["attention", index][:, columns] @ weight[:, columns].T).norm(dim=-1))
-                found["kv"][index].append(torch.stack(contributions, -1).detach().numpy())
+                    contributions.append((value[:, columns] @ weight[:, columns].T).norm(dim=-1))
+                note("kv", index, torch.stack(contributions, -1))
         # Transformers puts the final norm's output in the last place.
         found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).numpy())
-    if not pocket.kv:
-        del found["kv"]
     return found
 
 
@@ -130,14 +211,21 @@ def naive_reduce(values: Iterable[float], reduction: str) -> float:
 
 def naive_axis(name: str, axis: str, batch_reduction: str, sequence_reduction: str) -> torch.Tensor:
     """Unit by unit: reduce the tokens of every row, then the rows; for hidden, sum over the norms."""
+    sources = activations(name)[axis]
+    [units] = {rows[0].shape[1] for rows in sources if rows is not None}
     scores = [
         [
-            naive_reduce((naive_reduce(row[:, unit], sequence_reduction) for row in rows), batch_reduction)
-            for unit in range(rows[0].shape[1])
+            math.nan
+            if rows is None
+            else naive_reduce((naive_reduce(row[:, unit], sequence_reduction) for row in rows), batch_reduction)
+            for unit in range(units)
         ]
-        for rows in activations(name)[axis]
+        for rows in sources
     ]
     table = torch.tensor(scores, dtype=torch.float64)
+    if axis == "moe_ffn":
+        experts = next(rows[0].shape[1] for rows in activations(name)["experts"] if rows is not None)
+        table = table.unflatten(1, (experts, -1))
     return table.sum(0) if axis == "hidden" else table
 
 
@@ -167,21 +255,21 @@ def test_scores_equal_the_naive_computation(name: str):
     expected = {axis: naive_axis(name, axis, "l2", "mean") for axis in activations(name) if axis != "states"}
     assert scores.axes.keys() == expected.keys()
     for axis in expected:
-        torch.testing.assert_close(scores.axes[axis], expected[axis], rtol=1e-10, atol=0, msg=axis)
-        assert expected[axis].std() > 0.01
+        assert_close(scores.axes[axis], expected[axis], axis, rtol=1e-10)
+        assert expected[axis][~expected[axis].isnan()].std() > 0.01
     torch.testing.assert_close(scores.blocks, naive_blocks(name), rtol=1e-10, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(scores.layers, naive_blocks(name).diagonal(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("batch_reduction", "sequence_reduction"), REDUCTIONS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe"])
 def test_every_pair_of_reductions(name: str, batch_reduction: str, sequence_reduction: str):
     scores = scores_of(
         pocket_model(name), batch_size=3, batch_reduction=batch_reduction, sequence_reduction=sequence_reduction
     )
     for axis, found in scores.axes.items():
         expected = naive_axis(name, axis, batch_reduction, sequence_reduction)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14, msg=axis)
+        assert_close(found, expected, axis, rtol=1e-9, atol=1e-14)
 
 
 def test_default_reductions_are_the_papers():
@@ -196,7 +284,7 @@ def test_precision_follows_the_model(dtype: torch.dtype, tolerance: float):
     for axis, found in scores.axes.items():
         assert found.dtype == torch.float32
         expected = naive_axis("qwen3", axis, "l2", "mean").float()
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.mean()), msg=axis)
+        assert_close(found, expected, axis, rtol=tolerance, atol=tolerance * float(expected.mean()))
     assert scores.blocks.dtype == torch.float32
     plain = estimate_importance(pocket_model("qwen3"), ROWS, show_progress=False)  # float64 without the alias
     assert {tensor.dtype for tensor in (*plain.axes.values(), plain.blocks)} == {torch.float32}
@@ -224,7 +312,15 @@ def loader(
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("llama", "eager"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("gpt2", "eager"), ("gpt2", "sdpa"), ("phi3", "sdpa")],
+    [
+        ("qwen2_moe", "eager"),
+        ("llama", "eager"),
+        ("llama", "sdpa"),
+        ("qwen2", "sdpa"),
+        ("gpt2", "eager"),
+        ("gpt2", "sdpa"),
+        ("phi3", "sdpa"),
+    ],
 )
 def test_scores_do_not_depend_on_batches_or_padding(name: str, attention: str):
     model = pocket_model(name, attn_implementation=attention)
@@ -237,27 +333,13 @@ def test_scores_do_not_depend_on_batches_or_padding(name: str, attention: str):
     assert_equal_scores(scores_of(model, loader(ROWS.rows, 2, pad=VOCAB + 5)), expected)  # a token added for padding
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("reductions", REDUCTIONS, ids="-".join)
-def test_no_reduction_counts_padding(reductions: tuple[str, str]):
-    model = pocket_model("llama")
+def test_no_reduction_counts_padding(reductions: tuple[str, str], name: str):
+    model = pocket_model(name)
     names = dict(zip(("batch_reduction", "sequence_reduction"), reductions, strict=True))
     expected = scores_of(model, loader(ROWS.rows, 1), **names)
     assert_equal_scores(scores_of(model, loader(ROWS.rows, 5, "left", 3), **names), expected)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "l2", "var"])
-def test_padding_does_not_count_even_if_it_is_nan(reduction: str):
-    """Some attention kernels return NaN for positions that may look at nothing."""
-    batch = next(iter(loader(ROWS.rows, 5, "left")))
-    mask = batch["attention_mask"].bool()
-    values = torch.randn(*mask.shape, 3, generator=torch.Generator().manual_seed(0)).masked_fill(
-        ~mask[..., None], torch.nan
-    )
-    found = reduce_sequence(values, mask, reduction)
-    for row in range(len(mask)):
-        for unit in range(3):
-            expected = naive_reduce(values[row, mask[row], unit], reduction)
-            assert found[row, unit].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_without_tokens_do_not_count():
@@ -268,44 +350,52 @@ def test_rows_without_tokens_do_not_count():
     assert found.settings["num_rows"] == 5
 
 
+def random_order(name: str, spec: ArchSpec, sizes: dict[str, int], generator: np.random.Generator) -> dict:
+    """A new order of the units of every axis of one layer that its family lets be cut."""
+    cut = cuttable(name)
+    outer_of = dict(spec.groups)
+    order: dict[str, np.ndarray] = {}
+    for axis in (axis for axis in spec.axes if axis.per_layer and FIELD_OF_AXIS.get(axis.name) in cut):
+        if axis.within:
+            order[axis.name] = np.stack([generator.permutation(sizes[axis.name]) for _ in range(sizes[axis.within])])
+        elif axis.name not in outer_of:
+            order[axis.name] = generator.permutation(sizes[axis.name])
+    for inner, outer in spec.groups:
+        if FIELD_OF_AXIS.get(inner) in cut:
+            each = sizes[inner] // sizes[outer]
+            groups = order.get(outer, range(sizes[outer]))
+            order[inner] = np.concatenate([group * each + generator.permutation(each) for group in groups])
+    return order
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_permuting_units_permutes_scores(name: str):
-    """Reordered hidden channels, neurons, KV groups and heads: the same function, and the scores move along."""
+    """Reordered channels, neurons, heads, KV groups, experts: the same function, and the scores move along."""
     model = pocket_model(name)
     spec = spec_for(model.config)
     sizes = spec.sizes(model.config)
     generator = np.random.default_rng(5)
-    hidden = generator.permutation(sizes["hidden"])
-    if spec.equal:
-        pass  # coupled sizes are still separate axes: the stream may be permuted without the heads
-    per_layer: dict[str, list[np.ndarray]] = {"ffn": [], "heads": []} | ({"kv": []} if "kv" in sizes else {})
-    for _ in range(sizes["layers"]):
-        per_layer["ffn"].append(generator.permutation(sizes["ffn"]))
-        if "kv" in sizes:
-            each = sizes["heads"] // sizes["kv"]
-            per_layer["kv"].append(generator.permutation(sizes["kv"]))
-            per_layer["heads"].append(
-                np.concatenate([group * each + generator.permutation(each) for group in per_layer["kv"][-1]])
-            )
-        else:
-            per_layer["heads"].append(generator.permutation(sizes["heads"]))
+    hidden = generator.permutation(sizes["hidden"])  # of coupled sizes too: the stream may be permuted by itself
+    orders = [random_order(name, spec, sizes, generator) for _ in range(sizes["layers"])]
     permuted = copy.deepcopy(model)
     with torch.no_grad():
-        for path, parameter in permuted.named_parameters():
+        for path, tensor in named_tensors(permuted).items():
             pattern, layer = spec.locate(path)
-            order = {"hidden": hidden} | ({} if layer is None else {axis: o[layer] for axis, o in per_layer.items()})
-            for position, dimension in enumerate(spec.dimensions[pattern]):
-                index = dimension_index(dimension, sizes, order)
-                if index is not None:
-                    parameter.copy_(parameter.index_select(position, torch.from_numpy(index)))
+            order = {"hidden": hidden} | ({} if layer is None else orders[layer])
+            tensor.copy_(cut_tensor(tensor, spec.dimensions[pattern], spec.axis, sizes, order))
     tokens = pocket_tokens(2, 9)
     torch.testing.assert_close(logits(permuted, tokens), logits(model, tokens), rtol=1e-12, atol=1e-12)
 
     before, after = scores_of(model), scores_of(permuted)
-    torch.testing.assert_close(after.axes["hidden"], before.axes["hidden"][hidden], rtol=1e-10, atol=0)
-    for axis, orders in per_layer.items():
-        for layer, order in enumerate(orders):
-            torch.testing.assert_close(after.axes[axis][layer], before.axes[axis][layer][order], rtol=1e-10, atol=0)
+    assert_close(after.axes["hidden"], before.axes["hidden"][hidden], "hidden", rtol=1e-10)
+    for layer, order in enumerate(orders):
+        for axis, units in order.items():
+            expected = before.axes[axis][layer]
+            if outer := spec.axis[axis].within:
+                expected = expected[order.get(outer, slice(None))].gather(1, torch.from_numpy(units))
+            else:
+                expected = expected[units]
+            assert_close(after.axes[axis][layer], expected, axis, rtol=1e-10)
     torch.testing.assert_close(after.blocks, before.blocks, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
@@ -428,20 +518,23 @@ def test_unknown_or_changed_models_are_refused_before_any_compute():
 # Random scores
 
 
-def test_random_scores_are_a_function_of_the_seed():
-    model = pocket_model("llama")
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_random_scores_are_a_function_of_the_seed(name: str):
+    model = pocket_model(name)
     one, same, other = (estimate_importance(model, metric="random", seed=seed) for seed in (1, 1, 2))
     assert_equal_scores(one, same, 0)
     assert one.digest == same.digest != other.digest
     assert one.settings == {**one.settings, "metric": "random", "seed": 1}
     measured = scores_of(model)
-    assert {axis: scores.shape for axis, scores in one.axes.items()} == {
-        axis: scores.shape for axis, scores in measured.axes.items()
-    }
+    assert one.axes.keys() == measured.axes.keys()
+    for axis, scores in one.axes.items():
+        assert scores.shape == measured.axes[axis].shape
+        assert torch.equal(scores.isnan(), measured.axes[axis].isnan())
     assert torch.equal(one.blocks.isnan(), measured.blocks.isnan())
     for axis, scores in one.axes.items():
         assert not torch.equal(scores, other.axes[axis])
-        assert len(scores.unique()) == scores.numel()
+        drawn = scores[~scores.isnan()]
+        assert len(drawn.unique()) == len(drawn)
     assert one.digests["data"] is None
 
 
@@ -481,6 +574,14 @@ def test_scores_survive_saving(tmp_path: Path):
         header = json.loads(file.metadata()["minitron_hf"])
     assert header.keys() == {"format", "settings", "digests", "versions"}
     assert header["format"] == 1
+
+
+def test_layers_without_units_survive_saving(tmp_path: Path):
+    scores = estimate_importance(pocket_model("qwen2_moe", dtype=torch.float32), ROWS, show_progress=False)
+    assert scores.axes["moe_ffn"].isnan().any(-1).any(-1).tolist() == [True, False, True, True, True]
+    reread = ImportanceScores.from_pretrained(scores.save_pretrained(tmp_path))
+    assert_equal_scores(reread, scores, 0)
+    assert reread.digest == scores.digest
 
 
 def test_saving_is_byte_for_byte_repeatable(tmp_path: Path):

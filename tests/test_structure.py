@@ -141,6 +141,7 @@ def test_unknown_names_are_attribute_errors():
 def architecture_names() -> set[str]:
     """Parts of parameter names in the tables, without those that are ordinary words."""
     ordinary = {"weight", "bias", "norm", "mlp", "attn", "attention", "model", "layers", "transformer", "dense", "h"}
+    ordinary |= {"experts"}  # an axis, too
     names = {part for spec in families().values() for name in spec.dimensions for part in name.split(".")}
     return names - ordinary
 
@@ -165,6 +166,8 @@ def test_there_are_architecture_names():
 @pytest.mark.parametrize("path", [*MODULES.values(), PACKAGE / "families" / "__init__.py"], ids=lambda path: path.stem)
 def test_architecture_names_stay_in_family_files(path: Path):
     forbidden = architecture_names()
+    if path.stem == "experts":  # speaks Transformers' interface of stacked experts, which fixes these names
+        forbidden -= {"gate_up_proj", "up_proj", "down_proj"}
     found = [f"{path.name}:{line}: {word}" for word, line in code_words(parsed(path)) if word in forbidden]
     assert not found
 
