@@ -91,6 +91,31 @@ def test_importance_marks_the_cut_and_the_dropped_units(run_dir):
     assert (veil.get_y() + 0.5, veil.get_y() + veil.get_height() - 0.5) == (DROPPED[0], DROPPED[-1])
 
 
+def test_layers_without_units_are_left_out(run_dir):
+    tensors, _ = scores()
+    for name in ("ffn", "heads"):
+        tensors[name][[0, 3]] = np.nan
+    experts = np.random.default_rng(0).random((LAYERS, 3, 7)).astype(np.float32)
+    experts[1] = np.nan
+    save_file(
+        {**tensors, "moe_ffn": experts, "shared_ffn": np.full((LAYERS, 9), np.nan, np.float32)},
+        run_dir / "scores.safetensors",
+    )
+    _, ffn, heads, _, moe_ffn = plot_importance(run_dir).axes[:5]
+    assert len(ffn.get_lines()) == LAYERS - 2 + 1
+    shown = np.ma.getmaskarray(heads.images[0].get_array())
+    assert np.flatnonzero(shown.all(axis=1)).tolist() == [0, 3]
+    assert np.flatnonzero(shown.any(axis=1)).tolist() == [0, 3]
+    assert {0, 3}.isdisjoint({int(layer) for _, layer in heads.collections[-1].get_offsets()})
+    assert "Neurons of an expert" in moe_ffn.get_title(loc="left")
+    lines = moe_ffn.get_lines()
+    assert len(lines) == LAYERS - 1
+    by_hand = np.mean([sorted(expert, reverse=True) for expert in experts[0].tolist()], axis=0)
+    np.testing.assert_allclose(lines[0].get_ydata(), by_hand, rtol=1e-6)
+    titles = {panel.get_title(loc="left").split("\n")[0] for panel in plot_importance(run_dir).axes}
+    assert not any("shared" in title for title in titles)
+
+
 def test_wide_axes_are_drawn_with_few_points(run_dir):
     tensors, _ = scores()
     wide = np.random.default_rng(0).random(5000).astype(np.float32)

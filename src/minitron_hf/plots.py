@@ -33,6 +33,11 @@ AXIS_TITLES = {
     "ffn": "MLP neurons, by layer",
     "heads": "Attention heads, by layer",
     "kv": "Key-value groups, by layer",
+    "experts": "Experts, by layer",
+    "moe_ffn": "Neurons of an expert, by layer (mean of its experts)",
+    "shared_ffn": "Neurons of shared experts, by layer",
+    "ssm_heads": "State-space heads, by layer",
+    "ssm_dim": "Dimensions of a state-space head, by layer (mean of its heads)",
 }
 
 #: Up to this many units a per-layer axis is drawn as a map of single units, above it as sorted curves.
@@ -124,7 +129,9 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
     """Importance of the units of every width axis, with what the plan keeps and drops.
 
     The network-wide axis and wide per-layer axes are sorted curves with the cut as a line; per-layer axes of few units
-    (heads, KV groups) are maps of single units with the dropped ones crossed out.
+    (heads, KV groups) are maps of single units with the dropped ones crossed out. Units inside other units (the
+    neurons of every expert) are ranked in each of these, and averaged by rank. Layers without units of an axis are
+    left out.
 
     Raises:
         OutputError: if `scores.safetensors` or `pruning_plan.json` is missing.
@@ -132,7 +139,8 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
     """
     scores, plan = _scores_and_plan(run_dir)
     kept_indices = _kept_indices(run_dir)
-    widths = [name for name in (*AXIS_TITLES, *sorted(set(scores) - {*AXIS_TITLES, "blocks"})) if name in scores]
+    known = (*AXIS_TITLES, *sorted(set(scores) - {*AXIS_TITLES, "blocks"}))
+    widths = [name for name in known if name in scores and not np.isnan(scores[name]).all()]
     if not widths:
         raise MismatchError(f"{Path(run_dir) / 'scores.safetensors'} holds no width axis, only {sorted(scores)}.")
     dropped_layers = sorted(plan.get("layers_dropped") or [])
@@ -149,6 +157,8 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
             kept = _kept_count(plan, name)
             if values.ndim == 1:
                 _draw_sorted(figure, panel, values[None], kept, [])
+            elif values.ndim == 3:
+                _draw_sorted(figure, panel, -np.sort(-values).mean(axis=1), kept, dropped_layers)
             elif values.shape[1] <= MAX_MAP_UNITS:
                 _draw_map(figure, panel, values, kept_indices.get(name), plan.get("layers_kept"), dropped_layers)
             else:
@@ -298,7 +308,7 @@ def _draw_sorted(figure: Figure, panel: Axes, values: np.ndarray, kept: int | No
     else:
         scale = colors.Normalize(0, num_layers - 1)
         shades = cm.ScalarMappable(norm=scale, cmap="viridis")
-        for layer in range(num_layers):
+        for layer in np.flatnonzero(~np.isnan(ranked).any(axis=1)).tolist():
             dropped = layer in dropped_layers
             panel.plot(
                 ranks,
@@ -310,7 +320,7 @@ def _draw_sorted(figure: Figure, panel: Axes, values: np.ndarray, kept: int | No
         label = "layer" + (" (grey: dropped)" if dropped_layers else "")
         figure.colorbar(shades, ax=panel, label=label, ticks=ticker.MaxNLocator(integer=True))
     positive = ranked[ranked > 0]
-    if len(positive) == ranked.size and positive.max() / positive.min() > 20:
+    if len(positive) == np.count_nonzero(~np.isnan(ranked)) and positive.max() / positive.min() > 20:
         panel.set_yscale("log")
     panel.set_xlabel("unit, most important first")
     panel.set_ylabel("importance")
@@ -343,7 +353,8 @@ def _draw_map(
     # Layers differ by orders of magnitude and a choice is made within each: show what is compared.
     peak = np.abs(values).max(axis=1, keepdims=True)
     relative = values / np.where(peak > 0, peak, 1)
-    image = panel.imshow(relative, cmap="viridis", aspect="auto", interpolation="nearest", vmin=min(0, relative.min()))
+    least = min(0, np.nanmin(relative))
+    image = panel.imshow(relative, cmap="viridis", aspect="auto", interpolation="nearest", vmin=least)
     figure.colorbar(image, ax=panel, label="importance relative to the layer's highest")
     for first, last in _runs(dropped_layers):
         panel.axhspan(first - 0.5, last + 0.5, color="white", alpha=0.75, linewidth=0)
@@ -351,7 +362,7 @@ def _draw_map(
     if kept is not None:
         for row, layer in enumerate(range(num_layers) if layers_kept is None else layers_kept):
             survives[layer] = np.isin(np.arange(units), kept if kept.ndim == 1 else kept[row])
-    rows, columns = np.nonzero(~survives)
+    rows, columns = np.nonzero(~survives & ~np.isnan(values))
     # A white cross under a red one is visible on every colour of the map; half as wide as a cell of this panel.
     size = float(np.clip((0.5 * min(300 / units, 230 / num_layers)) ** 2, 4, 60))
     width = math.sqrt(size) / 6
