@@ -24,7 +24,7 @@ from .data import DataSource, TokenRows, padded_batches, token_rows
 from .errors import DataError, MismatchError
 from .families import ArchSpec, spec_for
 from .families.base import named_tensors
-from .models import architecture_digest, evaluating, model_digest, on_meta
+from .models import architecture_digest, evaluating, input_device, model_digest, on_meta
 from .reductions import Reduction
 from .scoring import ScoringPass, require_vocabulary
 
@@ -212,7 +212,7 @@ def estimate_importance(
         model, data, processing_class, num_samples, max_length, packing, batch_size
     )
     pass_ = ScoringPass(spec, model, sequence_reduction)
-    device = next(model.get_input_embeddings().parameters()).device
+    device = input_device(model)
     with (
         evaluating([model]),
         torch.no_grad(),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .artifacts import digest
 from .errors import DataError, HubError, MinitronError, UnsupportedModelError
+from .families.base import own_parameters
 
 #: Values of a parameter that `model_digest` reads, at most.
 DIGEST_SAMPLES = 1024
@@ -201,7 +202,7 @@ def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, emb
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None:
                 excluded.update(id(parameter) for parameter in module.parameters())
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in excluded)
+    return sum(parameter.numel() for _, parameter in own_parameters(model) if id(parameter) not in excluded)
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -215,18 +216,13 @@ def model_digest(model: PreTrainedModel) -> str:
         `"sha256:<hex>"`.
 
     Raises:
-        UnsupportedModelError: if a parameter holds no values (meta device, offloaded).
+        UnsupportedModelError: if a parameter has no values (meta device).
     """
     sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"The parameter {name!r} has no values (meta device or offloaded), so the model has no digest. "
-                "Load its weights onto a device."
-            )
+    for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
         # An odd stride, so that the sample does not stay in one column of a matrix whose width divides it.
         stride = -(-parameter.numel() // DIGEST_SAMPLES) | 1
-        sample = parameter.detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
+        sample = tensor_values(model, name).detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
         sha.update(f"{name} {tuple(parameter.shape)}\n".encode())
         sha.update(sample.contiguous().numpy().tobytes())
     return f"sha256:{sha.hexdigest()}"
@@ -250,8 +246,51 @@ def architecture_digest(config: PretrainedConfig) -> str:
 
 
 def on_meta(model: PreTrainedModel) -> bool:
-    """Whether some of the weights have no values here: the meta device, or offloaded."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    """Whether some of the weights have no values: they are on the meta device, and not because they are offloaded."""
+    parameters = model.named_parameters()
+    return any(parameter.is_meta and _offloaded(model, name) is None for name, parameter in parameters)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where to put a model's inputs; the CPU where its embeddings are offloaded, whence Accelerate moves them on."""
+    device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def tensor_values(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A parameter or saved buffer with its values, wherever they are.
+
+    `device_map="auto"` leaves what does not fit on the meta device and fetches it from main memory or disk for every
+    forward pass (Accelerate's offloading). Here it is fetched by itself, onto the CPU, and not kept.
+
+    Raises:
+        UnsupportedModelError: if it has no values (meta device).
+    """
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    if not tensor.is_meta:
+        return tensor
+    weights = _offloaded(model, name)
+    if weights is None:
+        raise UnsupportedModelError(
+            f"The parameter {name!r} has no values (it is on the meta device). Load the weights onto a device."
+        )
+    return weights[0][weights[1]]
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str] | None:
+    """Where Accelerate keeps an offloaded tensor: a mapping, and the key in it."""
+    path, _, leaf = name.rpartition(".")
+    while True:
+        attached: Any = getattr(model.get_submodule(path), "_hf_hook", None)
+        for hook in getattr(attached, "hooks", (attached,)):
+            if getattr(hook, "weights_map", None) is not None:
+                return hook.weights_map, leaf
+        if not path:
+            return None
+        # A hook may hold the tensors of all modules below its own.
+        path, _, module = path.rpartition(".")
+        leaf = f"{module}.{leaf}"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,6 +22,7 @@ from .errors import DataError, UnsupportedModelError
 from .experts import Observer, observed_experts, stored_transposed
 from .families import ArchSpec
 from .families.base import named_tensors
+from .models import tensor_values
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
 
 #: Tokens whose pairwise layer similarities are computed at a time: bounds the memory of `[tokens, L+1, H]`.
@@ -190,17 +190,15 @@ class ScoringPass:
         # The outer axis of a group (KV heads over query heads): the norm of what the whole group contributes to the
         # module's output, ‖W_g x_g‖² = x_gᵀ(W_gᵀW_g)x_g, which needs no [tokens, H] output per group.
         num_groups = self.sizes[axis]
-        owner = self.model.get_submodule(spec.layer_parameter(layer, module))
         gram: Tensor | None = None
 
         def observe_group(x_BTD: Tensor) -> None:
             nonlocal gram
             if gram is None:
-                with align_module_device(owner):
-                    weight = owner.get_parameter("weight").to(x_BTD.device, wide(x_BTD))
-                    weight_DH = (weight.T if position == 1 else weight)[piece]
-                    weight_gDH = weight_DH.unflatten(0, (num_groups, -1))
-                    gram = weight_gDH @ weight_gDH.transpose(1, 2)
+                weight = tensor_values(self.model, spec.layer_parameter(layer, pattern))
+                weight = weight.to(x_BTD.device, wide(x_BTD))
+                weight_gDH = (weight.T if position == 1 else weight)[piece].unflatten(0, (num_groups, -1))
+                gram = weight_gDH @ weight_gDH.transpose(1, 2)
             x_BTgD = x_BTD[..., piece].to(gram.dtype).unflatten(-1, (num_groups, -1))
             squared_BTg = (torch.einsum("...gd,gde->...ge", x_BTgD, gram) * x_BTgD).sum(-1)
             self._add(axis, layer, squared_BTg.clamp(min=0).sqrt())

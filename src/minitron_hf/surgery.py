@@ -17,7 +17,15 @@ from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
 from .families import named_tensors, spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
-from .models import architecture_digest, load_config, load_model, load_tokenizer, on_meta
+from .models import (
+    architecture_digest,
+    input_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    on_meta,
+    tensor_values,
+)
 from .planning import PruningPlan, make_plan
 from .sizes import PrunerConfig, student_config
 
@@ -28,8 +36,8 @@ if TYPE_CHECKING:
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Build the student: a new stock model of the same class with indexed copies of the teacher's tensors.
 
-    Dtypes and devices follow the teacher's parameters, tied heads stay tied, and the plan is attached as
-    `student.pruning_plan`.
+    Dtypes and devices follow the teacher's parameters (offloaded ones are cut on the CPU), tied heads stay tied, and
+    the plan is attached as `student.pruning_plan`.
 
     Args:
         model: the teacher; not changed.
@@ -46,7 +54,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     spec.check(model)
     if on_meta(model):
         raise UnsupportedModelError(
-            f"Weights of this {type(model).__name__} have no values (meta device or offloaded). "
+            f"Weights of this {type(model).__name__} have no values (they are on the meta device). "
             "Load them onto a device."
         )
     _require_architecture(model, plan)
@@ -56,7 +64,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
     config._name_or_path = model.config._name_or_path
-    with no_init_weights(), torch.device(model.device):
+    with no_init_weights(), input_device(model):
         student = type(model)._from_config(config, dtype=model.dtype)
     sizes = spec.sizes(model.config)
     after = {axis: size["student"] for axis, size in plan.sizes.items()}
@@ -64,11 +72,10 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, after, plan.layers_kept):
             pattern, layer = spec.locate(source) or (source, None)
-            tensor = cut_tensor(
-                tensors[source].detach(), spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer)
-            )
+            values = tensor_values(model, source).detach()
+            tensor = cut_tensor(values, spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer))
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-            _set_tensor(student, name, tensor.clone() if tensor.is_set_to(tensors[source]) else tensor)
+            _set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     student.pruning_plan = plan

@@ -259,7 +259,18 @@ def named_tensors(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Te
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
-    return {**(parameters if tied else dict(model.named_parameters())), **buffers}
+    return {**(parameters if tied else dict(own_parameters(model))), **buffers}
+
+
+def own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters`, tied ones once, although offloading gives each of them a placeholder of its own."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    seen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        stored = tied.get(name, name)
+        if not parameter.is_meta or stored not in seen:
+            yield name, parameter
+        seen.add(stored)
 
 
 def layer_tables(*parts: Mapping[str, str]) -> dict[str, str]:
