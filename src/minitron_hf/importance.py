@@ -9,10 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -165,6 +169,10 @@ def estimate_importance(
     or second). Padding tokens never count, so the scores do not depend on batch size, padding side or the order of
     batches.
 
+    Models that `device_map="auto"` spreads over devices, main memory and disk are scored as they are. Under
+    `accelerate launch` every process calls this function with the same arguments: they take the batches in turns, and
+    all return the scores that a single process would.
+
     Args:
         model: teacher; not changed.
         data: calibration texts, token rows, or a dataset (see `token_rows`), or a `DataLoader` of batches, each a
@@ -211,17 +219,29 @@ def estimate_importance(
     batches, num_batches, made_here = _calibration_batches(
         model, data, processing_class, num_samples, max_length, packing, batch_size
     )
+    rank, num_processes = _processes()
+    if num_processes > 1 and isinstance(data, DataLoaderStateMixin):
+        raise DataError(
+            "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that was "
+            "given to prepare(); its batches are dealt out here."
+        )
     pass_ = ScoringPass(spec, model, sequence_reduction)
     device = input_device(model)
     with (
         evaluating([model]),
         torch.no_grad(),
         pass_.hooks(),
-        tqdm(total=num_batches, desc="Scoring", disable=not show_progress) as bar,
+        tqdm(
+            total=None if num_batches is None else -(-num_batches // num_processes),
+            desc="Scoring",
+            disable=rank > 0 or not show_progress,
+        ) as bar,
     ):
-        for batch in batches:
+        for batch in islice(batches, rank, None, num_processes):
             pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
             bar.update()
+    if num_processes > 1:
+        pass_.gather()
     if not pass_.num_tokens:
         raise DataError(
             "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
@@ -243,6 +263,17 @@ def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
     """Digest of a tokenizer's vocabulary."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return digest(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of processes; joins those of `accelerate launch` where nothing has done so yet."""
+    if not torch.distributed.is_available():
+        return 0, 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .errors import DataError, UnsupportedModelError
 from .experts import Observer, observed_experts, stored_transposed
 from .families import ArchSpec
 from .families.base import named_tensors
-from .models import tensor_values
+from .models import input_device, tensor_values
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
 
 #: Tokens whose pairwise layer similarities are computed at a time: bounds the memory of `[tokens, L+1, H]`.
@@ -248,6 +249,19 @@ class ScoringPass:
             chunk = [x_NH[start : start + _SIMILARITY_CHUNK].to(states[0].device, wide(x_NH)) for x_NH in states]
             unit_NLH = torch.nn.functional.normalize(torch.stack(chunk, dim=1), dim=-1)
             self.similarity += (unit_NLH @ unit_NLH.transpose(1, 2)).sum(0).cpu().double()
+
+    def gather(self) -> None:
+        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
+        device = input_device(self.model)
+        for key, sums_3U in self.sums.items():
+            self.sums[key] = sums_3U.to(device)
+            torch.distributed.all_reduce(self.sums[key])
+        similarity = self.similarity.to(device)
+        torch.distributed.all_reduce(similarity)
+        self.similarity = similarity.cpu()
+        everyones: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, self.rows)
+        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
 
     def axis_scores(self, batch_reduction: Reduction) -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
