@@ -26,9 +26,6 @@ from .families.base import named_tensors
 from .models import input_device, tensor_values
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
 
-#: Tokens whose pairwise layer similarities are computed at a time: bounds the memory of `[tokens, L+1, H]`.
-_SIMILARITY_CHUNK = 256
-
 
 def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
     """Refuse token ids that the model does not have.
@@ -96,7 +93,7 @@ class ScoringPass:
                 f"{', '.join(list(self.unseen.values())[:4])}, which should be observed there. Load it with another "
                 "attention or kernel implementation; if it has none, please report it."
             )
-        self._add_similarities(mask_BT.bool())
+        self._add_similarities()
         self.rows.append([row for row in rows if row])
 
     @property
@@ -241,14 +238,25 @@ class ScoringPass:
         sums_3U[:, start : start + reduced_BU.shape[1]] += row_terms(reduced_BU)
         self.unseen.pop((axis, source), None)
 
-    def _add_similarities(self, mask_BT: Tensor) -> None:
-        """Cosines between the inputs of all layers (and the last output), summed over unmasked tokens."""
-        states = [x_BTH[mask_BT.to(x_BTH.device)] for x_BTH in self.layer_inputs]
+    def _add_similarities(self) -> None:
+        """Cosines between the inputs of all layers (and the last output), summed over unmasked tokens.
+
+        Every pair of layers is compared, so the states of a batch are held until its last layer: a smaller batch is
+        the only way to hold fewer. They are compared a few tokens at a time, by one product for all pairs.
+        """
+        states = [x_BTH.flatten(0, 1) for x_BTH in self.layer_inputs]
         self.layer_inputs.clear()
-        for start in range(0, len(states[0]), _SIMILARITY_CHUNK):
-            chunk = [x_NH[start : start + _SIMILARITY_CHUNK].to(states[0].device, wide(x_NH)) for x_NH in states]
-            unit_NLH = torch.nn.functional.normalize(torch.stack(chunk, dim=1), dim=-1)
-            self.similarity += (unit_NLH @ unit_NLH.transpose(1, 2)).sum(0).cpu().double()
+        device = states[0].device
+        # Chunks that stay in a CPU's cache; elsewhere larger ones, so that starting kernels takes no time.
+        elements = 2**21 if device.type == "cpu" else 2**25
+        tokens = torch.arange(len(states[0])) if self.mask_BT is None else self.mask_BT.cpu().flatten().nonzero()[:, 0]
+        for chunk in tokens.split(max(1, elements // (len(states) * states[0].shape[1]))):
+            x_NLH = torch.stack([x_NH[chunk.to(x_NH.device)].to(device) for x_NH in states], dim=1)
+            x_NLH = x_NLH.to(wide(x_NLH))
+            products_NLL = x_NLH @ x_NLH.transpose(1, 2)
+            scale_NL = products_NLL.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
+            cosines_NLL = products_NLL * scale_NL[:, :, None] * scale_NL[:, None, :]
+            self.similarity += cosines_NLL.sum(0).cpu().double()
 
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
