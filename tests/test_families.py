@@ -26,7 +26,7 @@ from transformers import (
 
 from minitron_hf.axes import dimension_axes
 from minitron_hf.errors import UnsupportedModelError
-from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, spec_for
+from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, named_tensors, spec_for
 from minitron_hf.families.base import layer_tables, linear, norm
 from minitron_hf.models import empty_model
 from pocket import POCKETS, pocket_config, pocket_model
@@ -95,8 +95,7 @@ def test_every_weight_in_a_table_exists(model_type: str):
     used: set[str] = set()
     for name in NAMES:
         if POCKETS[name].config.model_type == model_type:
-            names = [path for path, _ in pocket_model(name).named_parameters(remove_duplicate=False)]
-            used |= {spec.locate(path)[0] for path in names}
+            used |= {spec.locate(path)[0] for path in named_tensors(pocket_model(name), tied=True)}
     unused = {pattern for pattern in spec.dimensions if pattern not in used}
     assert all(pattern.endswith(".bias") for pattern in unused), unused
 

@@ -1,0 +1,6 @@
+"""CWM: Llama's layout without biases; every fourth layer sees everything, the others a window."""
+
+from .base import decoder
+
+# CwmConfig inherits LlamaConfig's rule that hidden_size is a multiple of num_attention_heads.
+SPEC = decoder("cwm", multiples=(("hidden", "heads"),), layer_lists=("layer_types",))

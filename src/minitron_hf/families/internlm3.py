@@ -1,0 +1,5 @@
+"""InternLM3: Llama's classes under a config of its own."""
+
+from .base import decoder
+
+SPEC = decoder("internlm3", multiples=(("hidden", "heads"),))
