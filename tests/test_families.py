@@ -118,6 +118,8 @@ def test_tables_hold_together(spec: ArchSpec):
     for inner, outer in spec.groups:
         assert spec.axis[inner].per_layer
         assert spec.axis[outer].per_layer or not spec.axis[outer].prunable
+    assert set(spec.writers) <= spec.layer.keys()
+    assert bool(spec.writers) == spec.scaled_embeddings
     for axis in spec.axes:
         assert axis.within is None or (axis.per_layer and spec.axis[axis.within].per_layer)
     named = {axis for pair in (*spec.groups, *spec.multiples) for axis in pair} | set(spec.refused)

@@ -14,7 +14,7 @@ from minitron_hf.lazy import DTYPES, lazy_tensors
 
 def pairs(folder: Path, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (7, 11), "other": (7, 11), "cube": (5, 4, 6), "vector": (13,), "number": (), "none": (0, 3)}
+    shapes = {"matrix": (7, 11), "cube": (5, 4, 6), "vector": (13,), "number": (), "none": (0, 3)}
     eager = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     save_file(eager, folder / "tensors.safetensors")
     found = lazy_tensors(folder / "tensors.safetensors")
@@ -71,7 +71,7 @@ def test_lazy_tensors_are_the_tensors_they_stand_for(first, tmp_path, monkeypatc
             assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype)
             assert made.stride() == wanted.stride() or not wanted.numel()
             assert torch.equal(made.read(), wanted)
-            for block_bytes in (8, 64):
+            for block_bytes in (30, 1 << 20):
                 monkeypatch.setattr(lazy, "BLOCK_BYTES", block_bytes)
                 pieces = [piece.reshape(-1) for piece in made.blocks()]
                 assert torch.equal(torch.cat(pieces), wanted.reshape(-1))

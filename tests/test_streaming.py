@@ -174,19 +174,21 @@ class Meter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.largest = self.total = self.points = 0
-        rows, points = lazy._read_rows, lazy._read_points
+        ranges, points = lazy._read_ranges, lazy._read_points
 
-        def read_rows(*args):
-            made = rows(*args)
-            self.largest, self.total = max(self.largest, made.nbytes), self.total + made.nbytes
+        def read_ranges(*args):
+            for made in ranges(*args):
+                self.largest, self.total = max(self.largest, made.nbytes), self.total + made.nbytes
+                yield made
+
+        def read_points(stored, shape, dtype, index):
+            self.points += len(index[0])
+            before = self.largest, self.total
+            made = points(stored, shape, dtype, index)
+            self.largest, self.total = before
             return made
 
-        def read_points(*args):
-            made = points(*args)
-            self.points += made.numel()
-            return made
-
-        monkeypatch.setattr(lazy, "_read_rows", read_rows)
+        monkeypatch.setattr(lazy, "_read_ranges", read_ranges)
         monkeypatch.setattr(lazy, "_read_points", read_points)
 
 
@@ -354,17 +356,17 @@ def test_too_little_disk_is_refused_before_anything_is_written(teacher, plan, tm
 def test_an_interrupted_write_leaves_no_checkpoint(teacher, plan, tmp_path, monkeypatch, kind):
     old = prune_checkpoint(teacher, tmp_path / "old", plan, show_progress=False)
     monkeypatch.setattr(lazy, "BLOCK_BYTES", 1024)
-    rows, calls, halves = lazy._read_rows, [], []
+    boxes, calls, halves = lazy._read_box, [], []
 
     def interrupted(*args):
-        calls.append(args)
+        folders = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        calls.extend(folders)  # as soon as there is one
         if len(calls) == 40:
-            [folder] = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-            halves.append(shutil.copytree(folder, tmp_path / "half"))
+            halves.append(shutil.copytree(folders[0], tmp_path / "half"))
             raise kind
-        return rows(*args)
+        return boxes(*args)
 
-    monkeypatch.setattr(lazy, "_read_rows", interrupted)
+    monkeypatch.setattr(lazy, "_read_box", interrupted)
     for target in (tmp_path / "student", old):
         calls.clear()
         shutil.rmtree(tmp_path / "half", ignore_errors=True)

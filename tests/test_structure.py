@@ -142,6 +142,7 @@ def architecture_names() -> set[str]:
     """Parts of parameter names in the tables, without those that are ordinary words."""
     ordinary = {"weight", "bias", "norm", "mlp", "attn", "attention", "model", "layers", "transformer", "dense", "h"}
     ordinary |= {"experts"}  # an axis, too
+    ordinary |= {"eps", "beta", "act_fn"}  # numbers and functions that any code may have
     names = {part for spec in families().values() for name in spec.dimensions for part in name.split(".")}
     return names - ordinary
 

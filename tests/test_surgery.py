@@ -149,15 +149,15 @@ def zero_input_except(module: nn.Module, kept) -> None:
 class NormOnKept(nn.Module):
     """A norm of the kept channels alone; what the others hold is ignored, and they come out as zero."""
 
-    def __init__(self, norm: nn.Module, kept: torch.Tensor, kind: str) -> None:
+    def __init__(self, norm: nn.Module, kept: torch.Tensor, kind: str, eps: float) -> None:
         super().__init__()
-        self.norm, self.kept, self.kind = norm, kept, kind
+        self.norm, self.kept, self.kind, self.eps = norm, kept, kind, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = x[..., self.kept]
         if self.kind.startswith("layer"):
             z = z - z.mean(-1, keepdim=True)
-        z = z / (z.pow(2).mean(-1, keepdim=True) + epsilon(self.norm)).sqrt()
+        z = z / (z.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         if (weight := getattr(self.norm, "weight", None)) is not None:
             z = z * (weight[self.kept] + (1 if self.kind.endswith("1p") else 0))
         if (bias := getattr(self.norm, "bias", None)) is not None:
@@ -172,12 +172,9 @@ def epsilon(norm: nn.Module) -> float:
     return getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5
 
 
-def narrow_embeddings(name: str, teacher, kept: torch.Tensor) -> None:
+def narrow_embeddings(teacher, kept: torch.Tensor) -> None:
     """Dead channels from the start: not every family has a norm between the embeddings and what reads them."""
     embeddings = teacher.get_input_embeddings()
-    if POCKETS[name].scaled_embeddings:
-        assert embeddings.embed_scale == teacher.config.hidden_size**0.5
-        embeddings.embed_scale.fill_(len(kept) ** 0.5)
 
     def hook(_, args, output):
         out = torch.zeros_like(output)
@@ -193,12 +190,21 @@ def narrow_teacher(name: str, teacher, plan: PruningPlan):
     if "hidden" in plan.kept:
         pocket = POCKETS[name]
         kept = torch.from_numpy(plan.kept["hidden"])
-        narrow_embeddings(name, narrowed, kept)
+        narrow_embeddings(narrowed, kept)
         paths = residual_norms(narrowed)
         assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + 1
         for path in paths:
-            narrowed.set_submodule(path, NormOnKept(narrowed.get_submodule(path), kept, pocket.norm))
+            norm = narrowed.get_submodule(path)
+            eps = epsilon(norm) / residual_scale(name, path, plan) ** 2
+            narrowed.set_submodule(path, NormOnKept(norm, kept, pocket.norm, eps))
     return narrowed
+
+
+def residual_scale(name: str, path: str, plan: PruningPlan) -> float:
+    """How much smaller the student's residual stream is than the teacher's, as seen by a norm (its eps is not)."""
+    if not POCKETS[name].scaled_embeddings or path.endswith(POCKETS[name].output_norms):
+        return 1.0
+    return (plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]) ** 0.5
 
 
 def oracle(name: str, teacher, plan: PruningPlan):
@@ -303,15 +309,38 @@ def test_hidden_has_a_closed_form_for_rms_norms(name: str):
     plan = plan_for(teacher, hidden_size=24)
     ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
     closed = masked_teacher(name, teacher, plan)  # where heads follow the width
-    narrow_embeddings(name, closed, torch.from_numpy(plan.kept["hidden"]))
+    narrow_embeddings(closed, torch.from_numpy(plan.kept["hidden"]))
     one = 1 if POCKETS[name].norm == "rms1p" else 0
     for path in residual_norms(closed):
         norm = closed.get_submodule(path)
         norm.weight.data = (norm.weight.data + one) * ratio**0.5 - one
         field = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
-        setattr(norm, field, getattr(norm, field) * ratio)
+        setattr(norm, field, getattr(norm, field) * ratio / residual_scale(name, path, plan) ** 2)
         zero_input_except(norm, plan.kept["hidden"])
     assert_same_function(closed, apply_plan(teacher, plan), TOKENS)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if POCKETS[name].rms])
+def test_norm_compensation_leaves_the_teacher_with_dead_channels(name: str):
+    """Their weights scaled by √(H/H'), the student's norms divide by what the teacher's do; only eps may differ."""
+    teacher = pocket_model(name)
+    plan = plan_for(teacher, hidden_size=24, norm_compensation=True)
+    student = apply_plan(teacher, plan)
+    ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
+    dead = masked_teacher(name, teacher, plan)  # where heads follow the width
+    narrow_embeddings(dead, torch.from_numpy(plan.kept["hidden"]))
+    for path in residual_norms(dead):
+        norm = dead.get_submodule(path)
+        seen = epsilon(student.get_submodule(path)) * ratio / residual_scale(name, path, plan) ** 2
+        if not POCKETS[name].scaled_embeddings and set(residual_norms(dead)) == set(all_norms(dead)):
+            assert seen == pytest.approx(epsilon(norm), rel=1e-12)  # nothing differs
+        setattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps", seen)
+        zero_input_except(norm, plan.kept["hidden"])
+    assert_same_function(dead, student, TOKENS)
+
+
+def all_norms(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()]
 
 
 @pytest.mark.parametrize("name", ["llama-biases-tied", "gpt2", "phi3"])

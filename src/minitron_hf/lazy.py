@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,11 @@ DTYPES: dict[str, torch.dtype] = {
 
 #: Bytes to read and write at a time; a row of a tensor is never split.
 BLOCK_BYTES = 32 << 20
-#: A gap between kept rows is read over rather than skipped up to this many bytes, or one row.
-_GAP_BYTES = 16 << 10
+#: A gap between kept rows is read over rather than skipped up to this many bytes: a disk reads as many in the time
+#: that it takes to find a place.
+_GAP_BYTES = 128 << 10
 #: Single values are read in one piece if they span no more than this many bytes.
 _SPAN_BYTES = 1 << 20
-#: Readers of single values: a disk answers many requests at once sooner than one after another.
-_READERS = 16
 
 #: Positions wanted in each dimension: int64 arrays.
 Index = list[np.ndarray]
@@ -254,62 +252,57 @@ def _is_run(positions: np.ndarray) -> bool:
 def _read_box(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> torch.Tensor:
     """Rows from the file, then positions within them."""
     if not shape:
-        return _read_rows(stored, (1,), dtype, 0, 1).reshape(())
+        return next(_read_ranges(stored, dtype, [(0, 1)])).reshape(())
     rows, within = index[0], index[1:]
     if (np.diff(rows) <= 0).any():
         ascending, back = np.unique(rows, return_inverse=True)
         return _take(_read_box(stored, shape, dtype, [ascending, *within]), 0, back)
-    row_bytes = dtype.itemsize * math.prod(shape[1:])
-    gaps = (np.diff(rows) - 1) * row_bytes > max(row_bytes, _GAP_BYTES)
+    width = math.prod(shape[1:])
+    row_bytes = dtype.itemsize * width
+    gaps = (np.diff(rows) - 1) * row_bytes > _GAP_BYTES
     pieces = np.diff((rows - rows[0]) // max(1, BLOCK_BYTES // row_bytes)) > 0
     runs = np.split(rows, np.flatnonzero(gaps | pieces) + 1)
+    parts = _read_ranges(stored, dtype, [(int(run[0]) * width, int(run[-1] - run[0] + 1) * width) for run in runs])
+    boxes = (_take_box(part.view(-1, *shape[1:]), [run - run[0], *within]) for run, part in zip(runs, parts))
+    if len(runs) == 1:
+        return next(boxes)
     made = torch.empty([len(positions) for positions in index], dtype=dtype)
     done = 0
-    for run in runs:
-        part = _take_box(_read_rows(stored, shape, dtype, int(run[0]), int(run[-1]) + 1), [run - run[0], *within])
-        if len(runs) == 1:
-            return part.contiguous()
-        made[done : done + len(run)] = part
-        done += len(run)
-    return made
-
-
-def _read_rows(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop` of a stored tensor."""
-    made = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-    _fill(made, stored, start * math.prod(shape[1:]))
+    for box in boxes:
+        made[done : done + len(box)] = box
+        done += len(box)
     return made
 
 
 def _read_points(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> torch.Tensor:
-    """Single values; those that lie near each other in one piece."""
+    """Single values; in one piece where they lie near each other."""
     positions = np.ravel_multi_index(tuple(index), shape) if shape else np.zeros(1, dtype=np.int64)
-
     low, span = int(positions.min()), int(np.ptp(positions)) + 1
     if span * dtype.itemsize <= _SPAN_BYTES:
-        return _take(_fill(torch.empty(span, dtype=dtype), stored, low), 0, positions - low)
-    made = torch.empty(len(positions), dtype=dtype)
-
-    def read(some: np.ndarray) -> None:
-        for place in some:
-            _fill(made[place : place + 1], stored, int(positions[place]))
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        list(readers.map(read, np.array_split(np.arange(len(positions)), _READERS)))
-    return made
+        [values] = _read_ranges(stored, dtype, [(low, span)])
+        return _take(values, 0, positions - low)
+    return torch.cat(list(_read_ranges(stored, dtype, [(position, 1) for position in positions.tolist()])))
 
 
-def _fill(made: torch.Tensor, stored: Stored, start: int) -> torch.Tensor:
-    """Fill a tensor with the values from number `start` on."""
-    buffer = made.view(-1).view(torch.uint8).numpy().data
+def _read_ranges(stored: Stored, dtype: torch.dtype, ranges: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    """Values of a stored tensor: for each pair, as many as the second says, from number the first on."""
+    size = dtype.itemsize
     with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset + start * made.itemsize)
-        while len(buffer):
-            count = file.readinto(buffer)
-            if not count:
-                raise UnsupportedModelError(f"{stored.path} has become shorter while it was read. Copy it again.")
-            buffer = buffer[count:]
-    return made
+        if hasattr(os, "posix_fadvise"):
+            # A disk answers many requests at once sooner than one after another.
+            for start, count in ranges:
+                where = stored.offset + start * size
+                os.posix_fadvise(file.fileno(), where, count * size, os.POSIX_FADV_WILLNEED)
+        for start, count in ranges:
+            made = torch.empty(count, dtype=dtype)
+            buffer = made.view(torch.uint8).numpy().data
+            file.seek(stored.offset + start * size)
+            while len(buffer):
+                got = file.readinto(buffer)
+                if not got:
+                    raise UnsupportedModelError(f"{stored.path} has become shorter while it was read. Copy it again.")
+                buffer = buffer[got:]
+            yield made
 
 
 def _arguments(recipe: Computed, *defaults: Any) -> list[Any]:

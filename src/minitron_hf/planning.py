@@ -43,6 +43,8 @@ class PruningPlan:
         kept: axis → int64 teacher indices of the units that stay, ascending: `[units]` for axes of the whole model,
             `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
             another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones.
+        scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
+            compensation of a hidden cut.
         pruner_config: the request.
         selection: how units were ranked (metric), or None if nothing had to be ranked.
         scores: digest, settings and data digest of the scores used, or None.
@@ -57,6 +59,7 @@ class PruningPlan:
     layers_kept: tuple[int, ...]
     kept: Mapping[str, np.ndarray]
     pruner_config: Mapping[str, Any]
+    scales: Mapping[str, float] = field(default_factory=dict)
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
@@ -98,6 +101,7 @@ class PruningPlan:
             "layers_kept": list(self.layers_kept),
             "layers_dropped": list(self.layers_dropped),
             "pruner_config": dict(self.pruner_config),
+            "scales": dict(self.scales),
             "selection": self.selection,
             "scores": None if self.scores is None else dict(self.scores),
             "notes": list(self.notes),
@@ -111,6 +115,7 @@ class PruningPlan:
             self.student["config"],
             list(self.layers_kept),
             {axis: units.tolist() for axis, units in self.kept.items()},
+            dict(self.scales),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
@@ -149,6 +154,7 @@ class PruningPlan:
                 layers_kept=tuple(values["layers_kept"]),
                 kept=kept,
                 pruner_config=values["pruner_config"],
+                scales=values["scales"],
                 selection=values["selection"],
                 scores=values["scores"],
                 notes=tuple(values["notes"]),
@@ -207,7 +213,9 @@ def make_plan(
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
     layers_kept = _choose_layers(before["layers"], after["layers"], config, scores)
     kept = _choose_units(spec, before, after, layers_kept, cut, scores)
-    student = build_student_config(spec, teacher_config, after, layers_kept)
+    student = build_student_config(
+        spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation
+    )
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
@@ -223,6 +231,7 @@ def make_plan(
         layers_kept=layers_kept,
         kept=kept,
         pruner_config=config.to_dict(),
+        scales=_compensation(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
         selection=None if scores is None or not ranked else str(scores.settings["metric"]),
         scores=None
         if scores is None or not ranked
@@ -304,6 +313,23 @@ def _choose_units(
             chosen.append(np.stack([_top(ranking[axis][layer][unit], after[axis]) for unit in units]))
         kept[axis] = np.stack(chosen)
     return kept
+
+
+def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, float]:
+    """Factors that make up for a hidden axis cut to `ratio` of its size.
+
+    A norm over the kept channels divides by their own root mean square, as if the dropped ones had been like them.
+    The teacher with dropped channels zeroed divides by one that is smaller by √ratio: the norm weights make up for it,
+    exactly for RMSNorm (with eps / ratio), nearly for LayerNorm. Token embeddings that the family multiplies by
+    √hidden_size shrink by √ratio; scaling everything else that writes to the residual stream alike is exact up to eps,
+    because norms that read it are free of scale.
+    """
+    scales: dict[str, float] = {}
+    if ratio < 1 and norms:
+        scales = dict.fromkeys(spec.residual_norms, ratio**-0.5)
+    if ratio < 1 and spec.scaled_embeddings:
+        scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.writers}
+    return {name: factor for name, factor in scales.items() if abs(factor - 1) > 1e-9}
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:

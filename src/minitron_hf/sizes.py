@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
 
+#: Names of the config field that norms add to the mean square.
+NORM_EPSILONS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layernorm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
+)
+
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
 
@@ -49,6 +59,9 @@ class PrunerConfig:
         keep_first_layers: layers at the beginning that a choice by scores never drops.
         keep_last_layers: layers at the end, likewise. P2: the first and the last layers matter most, which the cosine
             of block importance does not always see (`benchmarks/depth.py`).
+        norm_compensation: scale the norms' weights after a cut of the hidden size by √(teacher's / student's), so that
+            they divide by what the teacher would with its dropped channels zeroed, instead of by the root mean square
+            of the kept ones.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
     """
 
@@ -66,6 +79,7 @@ class PrunerConfig:
     contiguous: bool = True
     keep_first_layers: int = 1
     keep_last_layers: int = 1
+    norm_compensation: bool = False
     multiple_of: int = 8
 
     def __post_init__(self) -> None:
@@ -90,8 +104,9 @@ class PrunerConfig:
             self.layers_to_drop = list(layers)
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
-        if not isinstance(self.contiguous, bool):
-            raise PlanError(f"contiguous={self.contiguous!r}: expected true or false.")
+        for name in ("contiguous", "norm_compensation"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
         for name in ("keep_first_layers", "keep_last_layers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -162,7 +177,7 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
         kept = (*range(sizes["layers"] - 1), depth - 1)
     else:
         kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
-    return build_student_config(spec, config, sizes, kept)
+    return build_student_config(spec, config, sizes, kept, norm_compensation=pruner_config.norm_compensation)
 
 
 def resolve_sizes(
@@ -366,13 +381,21 @@ def _nearest(size: int, step: int, largest: int) -> str:
 
 
 def build_student_config(
-    spec: ArchSpec, teacher: PretrainedConfig, sizes: Mapping[str, int], layers_kept: tuple[int, ...]
+    spec: ArchSpec,
+    teacher: PretrainedConfig,
+    sizes: Mapping[str, int],
+    layers_kept: tuple[int, ...],
+    *,
+    norm_compensation: bool = False,
 ) -> PretrainedConfig:
     """The teacher's config with the student's sizes, validated by the stock class."""
     values = copy.deepcopy(teacher.to_dict())
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     for axis in spec.axes:
         values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
+    hidden = spec.sizes(teacher)["hidden"]
+    if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
+        values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})
     if len(layers_kept) < (depth := spec.sizes(teacher)["layers"]):
         values.update(_layer_fields(spec, values, depth, layers_kept))
     values.pop("transformers_version", None)
@@ -390,6 +413,15 @@ def build_student_config(
         )
     config._attn_implementation = teacher._attn_implementation
     return config
+
+
+def _norms_are_alike(spec: ArchSpec) -> bool:
+    """Whether all norms are over the hidden size, and read a residual stream of the teacher's scale.
+
+    Otherwise the one eps of the config must stay what the others need; it hardly matters.
+    """
+    vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
+    return vectors == set(spec.residual_norms) and not spec.scaled_embeddings
 
 
 def _layer_fields(

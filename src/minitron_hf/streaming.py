@@ -11,7 +11,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,12 +281,20 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: 
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            for block in tensor.blocks():
-                file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                progress.update(block.nbytes)
+        for block in _ahead(block.contiguous() for _, tensor in ordered for block in tensor.blocks()):
+            file.write(block.reshape(-1).view(torch.uint8).numpy().data)
+            progress.update(block.nbytes)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same blocks, each of them read while the one before is written."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, blocks, None)
+        while (block := upcoming.result()) is not None:
+            upcoming = reader.submit(next, blocks, None)
+            yield block
 
 
 def _require_room(target: Path, size: int) -> None:

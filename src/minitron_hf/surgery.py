@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from .axes import Axis, Dimension, dimension_axes, dimension_index
 from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
-from .families import named_tensors, spec_for
+from .families import ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
 from .models import (
     architecture_digest,
@@ -71,9 +71,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     tensors = named_tensors(model)
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, after, plan.layers_kept):
-            pattern, layer = spec.locate(source) or (source, None)
             values = tensor_values(model, source).detach()
-            tensor = cut_tensor(values, spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer))
+            tensor = student_tensor(values, source, spec, sizes, plan)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             _set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()
@@ -143,6 +142,31 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
             f"The plan was made for a {plan.model_type} model of other sizes "
             f"({plan.teacher['name_or_path'] or 'in memory'}) than this {type(model).__name__}. Plan again."
         )
+
+
+def student_tensor(
+    tensor: torch.Tensor, name: str, spec: ArchSpec, sizes: Mapping[str, int], plan: PruningPlan
+) -> torch.Tensor:
+    """What a tensor of the teacher becomes in the student: its kept units, scaled where the plan says so.
+
+    Args:
+        tensor: the teacher's tensor.
+        name: its name in the teacher.
+        spec: the family's table.
+        sizes: the teacher's axis sizes.
+        plan: the plan.
+
+    Returns:
+        A copy in the teacher's dtype, or the tensor itself where nothing changes.
+    """
+    pattern, layer = spec.locate(name) or (name, None)
+    tensor = cut_tensor(tensor, spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer))
+    factor = plan.scales.get(pattern)
+    if factor is None:
+        return tensor
+    offset = spec.norm_offset if pattern in spec.residual_norms else 0.0
+    exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return ((exact + offset) * factor - offset).to(tensor.dtype)
 
 
 def cut_tensor(

@@ -74,6 +74,12 @@ class ArchSpec:
             period is 1 and the list says it all.
         layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
             depth cut that they cannot describe is refused, naming them.
+        norm_offset: what the norms add to their weights: 1 in families that store them minus one.
+        scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
+            shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
+            alike; the norms that read it do not see the difference.
+        writers: the tensors inside a layer that scale what it writes to the residual stream, needed where the
+            embeddings are scaled: output projections with their biases, or the norms after them.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
@@ -96,6 +102,9 @@ class ArchSpec:
     layer_indices: tuple[str, ...] = ()
     sparse_layers: tuple[tuple[str, str], ...] = ()
     layer_rule: str = ""
+    norm_offset: float = 0.0
+    scaled_embeddings: bool = False
+    writers: tuple[str, ...] = ()
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
@@ -128,6 +137,12 @@ class ArchSpec:
                 )
             sizes[axis.name] = value
         return sizes
+
+    @cached_property
+    def residual_norms(self) -> tuple[str, ...]:
+        """Weights of the norms over the hidden size, the only vectors of that width that are called weights."""
+        hidden = ((("hidden",),),)
+        return tuple(name for name, dims in self.dimensions.items() if dims == hidden and name.endswith("weight"))
 
     def _require_supported(self, config: PretrainedConfig) -> None:
         for name, value, axis, why in self.refused_if:

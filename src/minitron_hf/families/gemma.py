@@ -1,9 +1,10 @@
-"""Gemma: Llama's layout, norm weights stored minus one, embeddings multiplied by √hidden_size.
-
-A student of another width multiplies its embeddings by its own √hidden_size: what is cut equals the teacher with dead
-channels and that factor.
-"""
+"""Gemma: Llama's layout, norm weights stored minus one, embeddings multiplied by √hidden_size."""
 
 from .base import decoder
 
-SPEC = decoder("gemma")
+SPEC = decoder(
+    "gemma",
+    norm_offset=1.0,
+    scaled_embeddings=True,
+    writers=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight"),
+)

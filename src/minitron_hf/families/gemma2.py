@@ -1,7 +1,4 @@
-"""Gemma 2: Gemma with a second pair of norms on what attention and MLP write, and sliding attention by layer.
-
-Embeddings are multiplied by √hidden_size, as in Gemma.
-"""
+"""Gemma 2: Gemma with a second pair of norms on what attention and MLP write, and sliding attention by layer."""
 
 from .base import decoder
 
@@ -9,6 +6,9 @@ SPEC = decoder(
     "gemma2",
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
+    scaled_embeddings=True,
+    writers=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),
     layer_lists=("layer_types",),

@@ -2,4 +2,4 @@
 
 from .base import GROUPED_ATTENTION, PLAIN_MLP, decoder, layer_tables
 
-SPEC = decoder("nemotron", layer=layer_tables(GROUPED_ATTENTION, PLAIN_MLP))
+SPEC = decoder("nemotron", layer=layer_tables(GROUPED_ATTENTION, PLAIN_MLP), norm_offset=1.0)
