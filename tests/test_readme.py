@@ -16,7 +16,6 @@ from typer.main import get_command
 
 from minitron_hf import trainer as trainer_module
 from minitron_hf.cli import app
-from minitron_hf.families import families
 from minitron_hf.recipe import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
@@ -67,11 +66,6 @@ def test_commands_exist():
     assert named <= known
     for recipe in re.findall(r"examples/[\w./-]+\.yaml", lines):
         assert (ROOT / recipe).is_file(), recipe
-
-
-def test_all_families_are_listed():
-    [sentence] = re.findall(r"^Families: (.*?)\(`minitron-hf families`\)", README, flags=re.DOTALL | re.MULTILINE)
-    assert re.findall(r"`(\w+)`", sentence) == list(families())
 
 
 def test_quickstart_leaves_a_student_with_its_card(tmp_path, monkeypatch):
