@@ -8,12 +8,13 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format families clean
 help:
 	@echo "make demo       the whole path, offline, on a small model and the standard library's own documentation"
 	@echo "make test       linters, types and the default test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make format     format the code"
+	@echo "make families   write the README's matrix of families anew"
 
 # torch first and pinned: an open range would bring the registry's newest CUDA build.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
@@ -40,6 +41,9 @@ test-slow: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+families: $(VENV)/installed
+	$(BIN)/python -m minitron_hf.matrix README.md
 
 clean:
 	rm -rf $(VENV) $(RUN) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

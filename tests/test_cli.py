@@ -119,6 +119,19 @@ def test_every_stage_by_hand(workshop, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().startswith("---")
 
 
+def test_families_are_shown_together_and_alone():
+    together = minitron("families")
+    assert together.returncode == 0, together.stderr
+    assert "qwen2_moe" in together.stdout
+    assert "only together: `hidden_size` = `num_attention_heads` × head_dim" in together.stdout
+    alone = minitron("families", "falcon")
+    assert alone.returncode == 0, alone.stderr
+    assert "one key and value head for all queries" in alone.stdout
+    assert "ffn_hidden_size" in alone.stdout
+    assert minitron("families", "--markdown").stdout.startswith("| families | layers |")
+    refused(minitron("families", "nothing"), "No family table for 'nothing'", "llama")
+
+
 def test_pickled_checkpoints_are_pruned_in_memory_and_it_says_so(workshop, tmp_path):
     pickled = shutil.copytree(workshop / "teacher", tmp_path / "pickled")
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")

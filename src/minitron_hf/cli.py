@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from .families import ArchSpec
+
 app = typer.Typer(
     name="minitron-hf",
     help="Make large causal language models small: score, prune width and depth, distil, measure, publish.",
@@ -279,14 +281,20 @@ def publish(
 
 
 @app.command()
-def families() -> None:
-    """List the model families that can be pruned, and along which sizes."""
-    from .families import FIELD_OF_AXIS
+def families(
+    model_type: Annotated[Optional[str], typer.Argument(help="Show this family alone, in detail.")] = None,  # noqa: UP045
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
+) -> None:
+    """Print what can be cut in which model family, and why not where it cannot."""
     from .families import families as tables
+    from .matrix import about, support_matrix, to_markdown
 
-    for name, spec in tables().items():
-        axes = [FIELD_OF_AXIS[axis.name] for axis in spec.axes if axis.name in FIELD_OF_AXIS]
-        typer.echo(f"{name:12} {', '.join(axes)}")
+    if model_type is not None:
+        _print_family(about(model_type), tables()[model_type])
+    elif markdown:
+        typer.echo(to_markdown(support_matrix()))
+    else:
+        _print_matrix()
 
 
 def _say(text: str) -> None:
@@ -334,6 +342,49 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     console.print(table)
     for note in shapes["notes"]:
         console.print(f"Note: {note}")
+
+
+def _print_matrix() -> None:
+    from rich.table import Table
+
+    from .matrix import support_matrix
+
+    matrix = support_matrix()
+    table = Table("family", title="What can be cut", title_justify="left", show_lines=True)
+    for axis in matrix.axes:
+        table.add_column(axis, justify="center", no_wrap=True)
+    for names, cells in matrix.rows:
+        table.add_row(", ".join(names), *(cells.get(axis, "") for axis in matrix.axes))
+    console = _console()
+    console.print(table)
+    console.print(matrix.legend, markup=False, highlight=False)
+    for number, remark in enumerate(matrix.remarks, 1):
+        console.print(f"{number}. {remark}", markup=False, highlight=False)
+
+
+def _print_family(about: str, spec: ArchSpec) -> None:
+    from rich.table import Table
+
+    from .families import FIELD_OF_AXIS
+    from .matrix import conditions, cuts
+
+    console = _console()
+    console.print(about, markup=False, highlight=False)
+    allowed = cuts(spec)
+    table = Table("size", "in config.json", "can be cut", "remarks", title=spec.model_type, title_justify="left")
+    for axis in spec.axes:
+        fields = ", ".join(axis.fields) or "–"
+        stored = fields if axis.implied is None else f"{fields} (else {axis.implied})"
+        cut = allowed.get(axis.name)
+        mark, remarks = ("–", "") if cut is None else ("yes" if cut.allowed else "no", "; ".join(cut.remarks))
+        table.add_row(FIELD_OF_AXIS.get(axis.name, axis.name), stored, mark, remarks)
+    console.print(table)
+    for condition in conditions(spec):
+        console.print(f"Models {condition}", markup=False, highlight=False)
+    rewritten = (*spec.layer_lists, *spec.leading_layers, *spec.trailing_layers, *spec.layer_indices)
+    rewritten += tuple(name for pair in spec.sparse_layers for name in pair)
+    if rewritten:
+        console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
 
 
 def _print_results(folder: Path) -> None:

@@ -1,0 +1,180 @@
+"""What can be cut in which family: the matrix family × axis, read off the tables, for the terminal and the README.
+
+`python -m minitron_hf.matrix README.md` rewrites the README's matrix.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .artifacts import replacing_file
+from .axes import dimension_axes, parse_dimensions
+from .errors import DataError, UnsupportedModelError
+from .families import FIELD_OF_AXIS, ArchSpec, families
+
+BEGIN, END = "<!-- families -->", "<!-- /families -->"
+LEGEND = (
+    "✓ can be cut, ✗ cannot, empty: the family has no such size; numbers refer to the remarks. The sizes are those of "
+    "`PrunerConfig`: {names}."
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Whether an axis can be cut in a family.
+
+    Attributes:
+        allowed: whether it can at all.
+        remarks: why not, or on which conditions.
+    """
+
+    allowed: bool
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Family × axis.
+
+    Attributes:
+        axes: the columns.
+        rows: families with equal cells, and these: axis → mark with the numbers of its remarks.
+        remarks: the remarks, numbered from 1.
+    """
+
+    axes: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def legend(self) -> str:
+        """What the marks and columns mean."""
+        return LEGEND.format(names=", ".join(f"{axis} is `{FIELD_OF_AXIS[axis]}`" for axis in self.axes))
+
+
+def cuts(spec: ArchSpec) -> dict[str, Cut]:
+    """Every size of a family that users can name, and whether it can be cut: axis → `Cut`.
+
+    Args:
+        spec: the family's table.
+    """
+    remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
+    for left, right in spec.equal:
+        together = f"only together: {_named(right)} = {_named(left)}"
+        for axis in {*dimension_axes(parse_dimensions(left)[0]), right} & remarks.keys():
+            remarks[axis].append(together)
+    for multiple, divisor in spec.multiples:
+        if multiple in remarks:
+            remarks[multiple].append(f"to a multiple of {_named(divisor)}")
+    for inner, outer in spec.groups:
+        if inner in remarks:
+            remarks[inner].append(f"to equally many for every kept unit of {_named(outer)}")
+    for axis, expression in spec.least:
+        if axis in remarks:
+            remarks[axis].append(f"to no fewer than {_named(expression)}")
+    if spec.layer_rule:
+        remarks["layers"].append(f"to an order of layers that {spec.layer_rule} can describe")
+    for name, value, axis, why in spec.refused_if:
+        if axis in remarks:
+            remarks[axis].append(f"not with `{name}={value!r}`: {why}")
+    fixed = {axis: "the stock classes have no field for it" for axis in remarks if not spec.axis[axis].prunable}
+    refused = {**fixed, **spec.refused}
+    return {
+        axis: Cut(False, (refused[axis],)) if axis in refused else Cut(True, tuple(found))
+        for axis, found in remarks.items()
+    }
+
+
+def conditions(spec: ArchSpec) -> tuple[str, ...]:
+    """Variants of a family that cannot be pruned at all, with the reason."""
+    return tuple(f"not with `{name}={value!r}`: {why}" for name, value, axis, why in spec.refused_if if axis == "*")
+
+
+def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
+    """The matrix of some families (default: all); those with equal cells share a row.
+
+    Args:
+        specs: their tables.
+    """
+    specs = list(families().values()) if specs is None else specs
+    numbers: dict[str, int] = {}
+
+    def marked(mark: str, remarks: Sequence[str]) -> str:
+        return mark + _superscript([numbers.setdefault(remark, len(numbers) + 1) for remark in remarks])
+
+    grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for spec in specs:
+        cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuts(spec).items()}
+        name = marked(spec.model_type, conditions(spec))
+        grouped.setdefault(tuple(cells.items()), []).append(name)
+    used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
+    rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
+    return Matrix(used, rows, tuple(numbers))
+
+
+def to_markdown(matrix: Matrix) -> str:
+    """The matrix as it stands in the README: a table, its legend, and the remarks as a numbered list."""
+    head = ["families", *matrix.axes]
+    lines = [f"| {' | '.join(head)} |", f"|---|{':-:|' * len(matrix.axes)}"]
+    for names, cells in matrix.rows:
+        listed = ", ".join(re.sub(r"^([a-zA-Z0-9_-]+)", r"`\1`", name) for name in names)
+        lines.append(f"| {listed} | {' | '.join(cells.get(axis, '') for axis in matrix.axes)} |")
+    remarks = [f"{number}. {remark}" for number, remark in enumerate(matrix.remarks, 1)]
+    return "\n".join([*lines, "", matrix.legend, "", *remarks])
+
+
+def about(model_type: str) -> str:
+    """What a family's file says of it.
+
+    Raises:
+        UnsupportedModelError: if there is no such family.
+    """
+    if model_type not in families():
+        raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(families())}.")
+    return (importlib.import_module(f".families.{model_type}", __package__).__doc__ or "").strip()
+
+
+def with_matrix(text: str) -> str:
+    """A text with the current matrix between its markers.
+
+    Raises:
+        DataError: if it has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"Expected a text with {BEGIN} and {END}, between which the matrix stands.")
+    return f"{before}{BEGIN}\n{to_markdown(support_matrix())}\n{END}{after}"
+
+
+def _named(text: str) -> str:
+    """An expression of axes in the names that users know.
+
+    >>> _named("heads*head_dim")
+    '`num_attention_heads` × head_dim'
+    """
+
+    def known(found: re.Match[str]) -> str:
+        return f"`{FIELD_OF_AXIS[found[0]]}`" if found[0] in FIELD_OF_AXIS else found[0]
+
+    return re.sub(r"\w+", known, text).replace("*", " × ").replace("+", " + ").replace("/", " / ")
+
+
+def _superscript(numbers: Sequence[int]) -> str:
+    """References to remarks.
+
+    >>> _superscript([1, 12])
+    '¹ ¹²'
+    """
+    return " ".join(str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) for number in numbers)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        with replacing_file(path) as temporary:
+            temporary.write_text(with_matrix(path.read_text(encoding="utf-8")), encoding="utf-8")

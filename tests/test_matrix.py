@@ -1,0 +1,59 @@
+"""The matrix family × axis says what the tables say, and the README shows the current one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minitron_hf.errors import DataError
+from minitron_hf.families import FIELD_OF_AXIS, families
+from minitron_hf.matrix import BEGIN, END, Cut, cuts, support_matrix, to_markdown, with_matrix
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_the_current_matrix():
+    assert with_matrix(README) == README, "make families writes it"
+
+
+def test_every_family_is_in_one_row():
+    listed = [name.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹ ") for names, _ in support_matrix().rows for name in names]
+    assert sorted(listed) == list(families())
+
+
+def test_cells_say_whether_and_why():
+    """A table with one of everything; the expected cells are written down by hand."""
+    spec = replace(
+        families()["qwen2_moe"],
+        refused={"layers": "the layers share their keys"},
+        refused_if=(("alibi", True, "ffn", "biases"), ("hash", True, "*", "experts are chosen by token id")),
+        equal=(("heads*head_dim", "hidden"),),
+        multiples=(("shared_ffn", "kv"),),
+    )
+    heads = "only together: `hidden_size` = `num_attention_heads` × head_dim"
+    assert cuts(spec) == {
+        "layers": Cut(False, ("the layers share their keys",)),
+        "hidden": Cut(True, (heads,)),
+        "ffn": Cut(True, ("not with `alibi=True`: biases",)),
+        "heads": Cut(True, (heads, "to equally many for every kept unit of `num_key_value_heads`")),
+        "kv": Cut(True),
+        "experts": Cut(True, ("to no fewer than num_experts_per_tok",)),
+        "moe_ffn": Cut(True),
+        "shared_ffn": Cut(True, ("to a multiple of `num_key_value_heads`",)),
+    }
+    mistral = families()["mistral"]
+    matrix = support_matrix([spec, mistral, replace(mistral, model_type="kin")])
+    assert to_markdown(matrix).splitlines()[2:4] == [
+        "| `qwen2_moe`⁷ | ✗¹ | ✓² | ✓³ | ✓² ⁴ | ✓ | ✓⁵ | ✓ | ✓⁶ |",
+        "| `mistral`, `kin` | ✓ | ✓ | ✓ | ✓⁴ | ✓ |  |  |  |",
+    ]
+    assert matrix.remarks[6] == "not with `hash=True`: experts are chosen by token id"
+    assert all(FIELD_OF_AXIS[axis] in matrix.legend for axis in matrix.axes)
+
+
+def test_a_text_without_markers_is_refused():
+    for text in ("", BEGIN, f"{END} {BEGIN}"):
+        with pytest.raises(DataError, match="between which the matrix stands"):
+            with_matrix(text)
