@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, spec_for
+from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, named_tensors, spec_for
 from pockets import POCKETS, VOCAB, Pocket
 
 __all__ = ["POCKETS", "VOCAB", "Pocket"]
@@ -42,8 +42,11 @@ def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
     """A pocket model in evaluation mode. No weight is left at 0 or 1, norms and biases included."""
     model = AutoModelForCausalLM.from_config(pocket_config(name, **changes), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for path, parameter in model.named_parameters():
+        for path, parameter in named_tensors(model).items():
+            if path not in parameters and parameter.ndim == 0:
+                continue  # a saved number, such as a temperature
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim > 1:
                 values = values * (2 / sum(parameter.shape)) ** 0.5

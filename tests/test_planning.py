@@ -81,6 +81,12 @@ def plan_of(config: PretrainedConfig, scores: ImportanceScores | None = None, **
         ("gpt_neox", {"hidden_size": 40, "num_attention_heads": 4}, "hidden_size=40 and num_attention_heads=4 do not"),
         ("gpt2", {"hidden_size": 30}, "= 8 × num_attention_heads (heads keep their 8 dimensions). Nearest: 24 or 32."),
         ("gpt2", {"hidden_size": 3}, "Nearest: 8."),
+        ("glm4_moe", {"num_experts": 5}, "with n_group=2: every kept group keeps equally many of its 3, so num_"),
+        ("glm4_moe", {"num_experts": 5}, "must be one of [4, 6]. Nearest: 4 or 6."),
+        ("glm4_moe", {"num_experts": 3}, "must be one of [4, 6]. Nearest: 4."),
+        ("glm4_moe", {"num_experts": 2}, "num_experts=2: this model needs at least 4 (num_experts_per_tok*n_gr"),
+        ("glm4_moe", {"moe_intermediate_size": 9, "shared_expert_intermediate_size": 30}, "= 4 × moe_int"),
+        ("mixtral", {"num_experts": 1}, "num_experts=1: this model needs at least 2 (num_experts_per_tok). Keep 2"),
         ("gpt2", {"num_key_value_heads": 1}, "models of type 'gpt2' have no such size. They have num_hidden_layers, "),
         ("gpt_neox", {"num_key_value_heads": 0.5}, "models of type 'gpt_neox' have no such size"),
         ("llama", {"layers_to_drop": [1], "num_hidden_layers": 3}, "dropping 1 of 5 layers leaves 4"),
@@ -350,9 +356,13 @@ def random_request(name: str, chance: random.Random) -> dict:
         ("shared_expert_intermediate_size", "shared_ffn", 1),
         ("num_experts", "experts", 4),
     ):
+        if axis == "shared_ffn" and POCKETS[name].shared_coupled:
+            continue  # follows
         if field in cuttable(name) and chance.random() < 0.7:
             most = sizes[axis]
-            request[field] = chance.choice([chance.randint(least, most), chance.uniform(least / most, 1)])
+            step = sizes.get("router_groups", 1) if axis == "experts" else 1
+            whole = step * chance.randint(least // step, most // step)
+            request[field] = chance.choice([whole, chance.uniform(least / most, 1)])
     depth = chance.random()
     if depth < 0.4:
         request["num_hidden_layers"] = chance.choice([chance.randint(1, sizes["layers"]), chance.uniform(0.05, 1)])
@@ -366,7 +376,7 @@ def random_request(name: str, chance: random.Random) -> dict:
         heads = kv * chance.randint(1, sizes["heads"] // sizes["kv"])
         request |= {"num_key_value_heads": kv, "num_attention_heads": heads}
         request["hidden_size"] = chance.choice([heads * chance.randint(1, sizes["hidden"] // heads), None])
-        if spec.equal:
+        if POCKETS[name].coupled:
             request["hidden_size"] = None  # follows
         if request["hidden_size"] is None and spec.multiples and sizes["hidden"] % heads:
             request["hidden_size"] = sizes["hidden"] // heads * heads

@@ -233,7 +233,7 @@ NEURONS = {
 EXPERTS = {
     "experts": {"num_experts": 4},
     "expert neurons": {"moe_intermediate_size": 9},
-    "experts and their neurons": {"num_experts": 3, "moe_intermediate_size": 5},
+    "experts and their neurons": {"num_experts": 4, "moe_intermediate_size": 5},
 }
 SHARED = {"shared neurons": {"shared_expert_intermediate_size": 13}}
 GROUPED_WIDTHS = {
@@ -276,7 +276,7 @@ def requests(name: str) -> dict[str, dict]:
     neurons = [
         *([NEURONS] if pocket.mlp_out else []),
         *([EXPERTS] if pocket.experts else []),
-        *([SHARED] if pocket.shared_out else []),
+        *([SHARED] if pocket.shared_out and not pocket.shared_coupled else []),
     ]
     allowed = {*cuttable(name), "layers_to_drop"}
     cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +229,7 @@ def resolve_sizes(
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     notes += _follow_equal(spec, before, after, given)
-    _require_groups(spec, before, after)
+    _require_groups(spec, teacher_config, before, after)
     _require_multiples(spec, before, after)
     _require_least(spec, teacher_config, before, after)
     for axis in after:
@@ -313,7 +313,7 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
             if after[right] % fixed:
                 raise PlanError(
                     f"{names[right]}={after[right]}: the stock '{spec.model_type}' classes only hold {legal}. "
-                    f"Nearest: {_nearest(after[right], fixed, before[right])}."
+                    f"Nearest: {_nearest(after[right], range(fixed, before[right] + 1, fixed))}."
                 )
             after[moving] = after[right] // fixed
             notes.append(f"{names[moving]} follows {names[right]} to {after[moving]}: {legal}.")
@@ -323,16 +323,20 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
     return notes
 
 
-def _require_groups(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+def _require_groups(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
     for inner, outer in spec.groups:
         names = {axis: _name(spec, axis) for axis in (inner, outer)}
         largest = before[inner] // before[outer]
         if after[inner] % after[outer] or after[inner] // after[outer] > largest:
-            legal = [after[outer] * each for each in range(1, largest + 1)]
+            least, _ = _least(spec, config, inner)
+            legal = [size for each in range(1, largest + 1) if (size := after[outer] * each) >= least]
             raise PlanError(
                 f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept group keeps equally "
                 f"many of its {largest}, so {names[inner]} must be one of {legal}. "
-                f"Set {names[inner]} to one of them, or change {names[outer]}."
+                f"Nearest: {_nearest(after[inner], legal)}."
+                + (f" Or change {names[outer]}." if spec.axis[outer].prunable else "")
             )
 
 
@@ -342,7 +346,7 @@ def _require_multiples(spec: ArchSpec, before: Mapping[str, int], after: Mapping
             raise PlanError(
                 f"{_name(spec, multiple)}={after[multiple]}: the stock '{spec.model_type}' config only holds "
                 f"multiples of {_name(spec, divisor)}={after[divisor]}. "
-                f"Nearest: {_nearest(after[multiple], after[divisor], before[multiple])}."
+                f"Nearest: {_nearest(after[multiple], range(after[divisor], before[multiple] + 1, after[divisor]))}."
             )
 
 
@@ -350,15 +354,25 @@ def _require_least(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
 ) -> None:
     """Routing picks a fixed number of experts, which must be there."""
-    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    for axis, expression in spec.least:
-        if set(re.findall(r"[a-z_]\w*", expression)) <= numbers.keys():
-            least = implied_size(expression, numbers)
-            if after[axis] < min(least, before[axis]):
-                raise PlanError(
-                    f"{_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
-                    f"Keep {least} or more."
-                )
+    for axis in dict(spec.least):
+        least, expression = _least(spec, config, axis)
+        if after[axis] < min(least, before[axis]):
+            step = math.lcm(*(after[outer] for inner, outer in spec.groups if inner == axis))
+            raise PlanError(
+                f"{_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
+                f"Keep {-(-least // step) * step} or more."
+            )
+
+
+def _least(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, str]:
+    """Fewest units that an axis must keep, and the expression that says so; those of missing fields say nothing."""
+    found = [(1, "")]
+    for limited, expression in spec.least:
+        names = re.findall(r"[a-z_]\w*", expression)
+        numbers = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+        if limited == axis and len(numbers) == len(set(names)):
+            found.append((implied_size(expression, numbers), expression))
+    return max(found)
 
 
 def _name(spec: ArchSpec, axis: str) -> str:
@@ -375,9 +389,10 @@ def _require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> No
         raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
 
 
-def _nearest(size: int, step: int, largest: int) -> str:
-    below, above = size // step * step, -(-size // step) * step
-    return " or ".join(str(legal) for legal in dict.fromkeys((below, above)) if 0 < legal <= largest)
+def _nearest(size: int, legal: Sequence[int]) -> str:
+    """The legal sizes around a size, of an ascending sequence of them."""
+    below, above = [one for one in legal if one <= size], [one for one in legal if one >= size]
+    return " or ".join(str(one) for one in dict.fromkeys((*below[-1:], *above[:1])))
 
 
 def build_student_config(
@@ -391,8 +406,10 @@ def build_student_config(
     """The teacher's config with the student's sizes, validated by the stock class."""
     values = copy.deepcopy(teacher.to_dict())
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
+    # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
     for axis in spec.axes:
-        values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
+        if not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
+            values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
     hidden = spec.sizes(teacher)["hidden"]
     if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
         values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})

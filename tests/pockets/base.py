@@ -25,6 +25,7 @@ class Pocket:
         router_bias: tensor inside a layer that is added to the router's scores only to choose.
         expert_inputs: dimension of one expert's `down_proj` that its neurons are in.
         shared_out: module inside a layer that writes the neurons of shared experts back.
+        shared_coupled: whether shared experts are as wide as so many routed ones.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
         norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
@@ -46,6 +47,7 @@ class Pocket:
     router_bias: str | None = None
     expert_inputs: int = 1
     shared_out: str | None = None
+    shared_coupled: bool = False
     kv: bool = True
     coupled: bool = False
     norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
@@ -87,6 +89,22 @@ COUPLED = {
 }
 #: Six experts of 14 neurons, two to a token.
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+#: Six experts in two groups, of which one is chosen; four shared experts (together 56 neurons) and a leading MLP.
+GROUPED_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 14,
+    "n_shared_experts": 4,
+    "first_k_dense_replace": 2,
+    "routed_scaling_factor": 1.7,
+    "mlp_out": "mlp.down_proj",
+    "experts": "mlp.experts",
+    "router_bias": "mlp.gate.e_score_correction_bias",
+    "shared_out": "mlp.shared_experts.down_proj",
+    "shared_coupled": True,
+}
 #: The same with grouped queries. kv*head_dim=24.
 GROUPED_COUPLED = {
     **GROUPED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import EXPERTS, SLIDING, Pocket, grouped
+from .base import EXPERTS, GROUPED_EXPERTS, SLIDING, Pocket, grouped
 
 POCKETS: dict[str, Pocket] = {
     "mixtral": grouped(
@@ -18,4 +18,5 @@ POCKETS: dict[str, Pocket] = {
         mlp_only_layers=[3],
         **SLIDING,
     ),
+    "glm4_moe": grouped("glm4_moe", **GROUPED_EXPERTS, use_qk_norm=True, num_mtp_layers=0),
 }

@@ -26,6 +26,12 @@ POSITIONS = Axis("positions", ("max_position_embeddings",), prunable=False)
 EXPERTS = Axis("experts", ("num_experts",), per_layer=True)
 MOE_FFN = Axis("moe_ffn", ("moe_intermediate_size",), per_layer=True, within="experts")
 SHARED_FFN = Axis("shared_ffn", ("shared_expert_intermediate_size",), per_layer=True)
+#: Experts of routers that first choose among groups of them; without a number of groups all are one.
+ROUTED_EXPERTS = Axis("experts", ("n_routed_experts",), per_layer=True)
+ROUTER_GROUPS = Axis("router_groups", ("n_group",), implied="1", prunable=False)
+#: Shared experts that are one MLP, as wide as so many routed experts.
+SHARED_EXPERTS = Axis("shared_experts", ("n_shared_experts",), prunable=False)
+SHARED_EXPERTS_FFN = Axis("shared_ffn", implied="shared_experts*moe_ffn", per_layer=True)
 
 #: Standard config name → axis: the vocabulary of `PrunerConfig`, and of every message about sizes.
 PRUNER_FIELDS: Mapping[str, str] = {
@@ -339,8 +345,29 @@ EXPERTS_MLP = {
     "mlp.experts.down_proj": "experts hidden moe_ffn",
     **linear("mlp.gate", "experts", "hidden"),
 }
+#: Shared experts beside them, and the bias that balances their load: it is added to choose, and in no weight.
+SHARED_EXPERTS_MLP = layer_tables(
+    linear("mlp.shared_experts.gate_proj", "shared_ffn", "hidden"),
+    linear("mlp.shared_experts.up_proj", "shared_ffn", "hidden"),
+    linear("mlp.shared_experts.down_proj", "hidden", "shared_ffn"),
+)
+ROUTER_BIAS = {"mlp.gate.e_score_correction_bias": "experts"}
 #: Where stacked experts are observed.
 EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
+#: Leading layers with an MLP, then experts that are chosen within groups, beside shared ones that are as wide.
+#: Groups are scored by their two best experts, and so many of them are chosen that `topk_group` tells.
+GROUPED_EXPERTS: Mapping[str, Any] = {
+    "mlp_axes": (FFN, ROUTED_EXPERTS, ROUTER_GROUPS, MOE_FFN, SHARED_EXPERTS, SHARED_EXPERTS_FFN),
+    "mlp_taps": {"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    "groups": (("heads", "kv"), ("experts", "router_groups")),
+    "equal": (("shared_experts*moe_ffn", "shared_ffn"),),
+    "least": (
+        ("experts", "num_experts_per_tok"),
+        ("experts", "num_experts_per_tok*n_group/topk_group"),
+        ("experts", "2*n_group"),
+    ),
+    "leading_layers": ("first_k_dense_replace",),
+}
 #: One norm for every query head, one for every key head.
 HEAD_NORMS = norm("self_attn.q_norm", "self_attn.k_norm", width="head_dim")
 #: One norm over all query heads together, one over all key heads.
