@@ -73,6 +73,9 @@ def test_pocket_sizes_are_distinct(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_table_covers_the_pocket_model(name: str):
     """Every parameter claimed once with its shape, and nothing claimed that no variant of the family has."""
+    for changes in POCKETS[name].variants:
+        variant = empty_model(pocket_config(name, **changes))
+        spec_for(variant.config).check(variant)
     model = pocket_model(name)
     spec = spec_for(model.config)
     spec.check(model)
@@ -95,7 +98,9 @@ def test_every_weight_in_a_table_exists(model_type: str):
     used: set[str] = set()
     for name in NAMES:
         if POCKETS[name].config.model_type == model_type:
-            used |= {spec.locate(path)[0] for path in named_tensors(pocket_model(name), tied=True)}
+            for changes in ({}, *POCKETS[name].variants):
+                model = empty_model(pocket_config(name, **changes))
+                used |= {spec.locate(path)[0] for path in named_tensors(model, tied=True)}
     unused = {pattern for pattern in spec.dimensions if pattern not in used}
     assert all(pattern.endswith(".bias") for pattern in unused), unused
 

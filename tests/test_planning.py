@@ -77,6 +77,9 @@ def plan_of(config: PretrainedConfig, scores: ImportanceScores | None = None, **
         ("llama", {"hidden_size": 11}, "multiples of num_attention_heads=12. Nearest: 12."),
         ("llama", {"num_attention_heads": 9, "hidden_size": 34}, "num_attention_heads=9. Nearest: 27 or 36."),
         ("llama", {"num_key_value_heads": 2, "num_attention_heads": 8}, "num_attention_heads=8. Nearest: 32."),
+        ("minicpm3", {"hidden_size": 30, "num_attention_heads": 2}, "dim_model_base=9 is scaled with it, and only"),
+        ("minicpm3", {"hidden_size": 30, "num_attention_heads": 2}, "multiples of 4. Nearest: 28 or 32."),
+        ("minicpm3", {"hidden_size": 16, "num_attention_heads": 3}, "num_attention_heads=3. Nearest: 12 or 24."),
         ("gpt2", {"hidden_size": 24, "num_attention_heads": 4}, "Nearest: hidden_size=32 with num_attention_heads=4."),
         ("gpt_neox", {"hidden_size": 40, "num_attention_heads": 4}, "hidden_size=40 and num_attention_heads=4 do not"),
         ("gpt2", {"hidden_size": 30}, "= 8 × num_attention_heads (heads keep their 8 dimensions). Nearest: 24 or 32."),
@@ -209,6 +212,7 @@ def test_unknown_fields_are_refused():
         ("llama", {"hidden_size": 0.5}, {"hidden": 24}),  # a multiple of 8 and of the 12 heads
         ("llama", {"hidden_size": 0.5, "multiple_of": 1}, {"hidden": 24}),
         ("llama", {"hidden_size": 0.5, "num_attention_heads": 6, "multiple_of": 1}, {"hidden": 18, "heads": 6}),
+        ("minicpm3", {"hidden_size": 0.6, "num_attention_heads": 2, "multiple_of": 1}, {"hidden": 20, "heads": 2}),
         ("gpt2", {"hidden_size": 0.5}, {"hidden": 16, "heads": 2}),
         ("gpt2", {"num_attention_heads": 0.6}, {"hidden": 24, "heads": 3}),
         ("gpt2", {"num_attention_heads": 3, "hidden_size": 24}, {"hidden": 24, "heads": 3}),
@@ -259,8 +263,10 @@ def test_student_config_keeps_everything_else(name: str):
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "transformers_version",
+        *(() if POCKETS[name].kv else ("num_key_value_heads",)),
+        *(field for field, *_ in spec_for(teacher).scaled_fields),
     }  # fmt: skip
-    assert student.head_dim == (8 if POCKETS[name].coupled else 10)
+    assert spec_for(student).sizes(student)["head_dim"] == (8 if POCKETS[name].coupled else 10)
 
 
 def test_per_layer_lists_are_sliced_and_counts_recounted():
@@ -269,6 +275,17 @@ def test_per_layer_lists_are_sliced_and_counts_recounted():
     assert kept.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     assert kept.max_window_layers == 1
     assert config.layer_types.count("full_attention") == config.max_window_layers == 2
+
+
+def test_fields_that_the_stock_class_divides_by_a_size_scale_with_it():
+    """MiniCPM3's branches count scale_depth/√layers, and its logits dim_model_base/hidden_size."""
+    teacher = pocket_config("minicpm3", scale_depth=2, dim_model_base=27)
+    student = student_config(teacher, PrunerConfig(hidden_size=24, layers_to_drop=[0, 3, 4]))
+    assert student.scale_depth / 2**0.5 == pytest.approx(2 / 5**0.5, rel=1e-15)
+    assert student.logits_scaling == teacher.logits_scaling == 36 / 27
+    assert type(student.dim_model_base) is int
+    narrow = student_config(teacher, PrunerConfig(intermediate_size=24))
+    assert (narrow.scale_depth, narrow.dim_model_base) == (2, 27)
 
 
 def test_a_teacher_without_head_dim_keeps_it():
@@ -371,15 +388,19 @@ def random_request(name: str, chance: random.Random) -> dict:
     if not {"num_attention_heads", "hidden_size"} <= cuttable(name):
         if "hidden_size" in cuttable(name):
             request["hidden_size"] = chance.randint(1, sizes["hidden"])
-    elif "kv" in sizes:
-        kv = chance.randint(1, sizes["kv"])
-        heads = kv * chance.randint(1, sizes["heads"] // sizes["kv"])
-        request |= {"num_key_value_heads": kv, "num_attention_heads": heads}
-        request["hidden_size"] = chance.choice([heads * chance.randint(1, sizes["hidden"] // heads), None])
+    elif "kv" in sizes or not POCKETS[name].coupled:
+        groups = sizes.get("kv", 1)
+        kv = chance.randint(1, groups)
+        counts = [kv * each for each in range(1, sizes["heads"] // groups + 1)]
+        steps = {heads: math.lcm(heads, POCKETS[name].hidden_step) for heads in counts}
+        heads = chance.choice([heads for heads, step in steps.items() if step <= sizes["hidden"]])
+        request |= {"num_attention_heads": heads, **({"num_key_value_heads": kv} if "kv" in sizes else {})}
+        legal = range(steps[heads], sizes["hidden"] + 1, steps[heads])
+        request["hidden_size"] = chance.choice([chance.choice(legal), None])
         if POCKETS[name].coupled:
             request["hidden_size"] = None  # follows
         if request["hidden_size"] is None and spec.multiples and sizes["hidden"] % heads:
-            request["hidden_size"] = sizes["hidden"] // heads * heads
+            request["hidden_size"] = legal[-1]
     elif chance.random() < 0.5:
         request["hidden_size"] = chance.choice([8 * chance.randint(1, 5), chance.uniform(0.05, 1)])
     else:

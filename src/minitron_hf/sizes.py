@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,7 +214,7 @@ def resolve_sizes(
         value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
         if isinstance(value, float):
             # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
-            step = 1 if value == 1 else _step(spec, axis, after, request.multiple_of)
+            step = 1 if value == 1 else _step(spec, teacher_config, axis, before, after, request.multiple_of)
             after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
     protected = request.keep_first_layers + request.keep_last_layers
     if request.layers_to_drop is None and after["layers"] < min(before["layers"], protected):
@@ -230,7 +230,7 @@ def resolve_sizes(
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     notes += _follow_equal(spec, before, after, given)
     _require_groups(spec, teacher_config, before, after)
-    _require_multiples(spec, before, after)
+    _require_multiples(spec, teacher_config, before, after)
     _require_least(spec, teacher_config, before, after)
     for axis in after:
         if after[axis] < before[axis]:
@@ -255,15 +255,19 @@ def _depth_after(request: PrunerConfig, depth: int) -> int:
     return left
 
 
-def _step(spec: ArchSpec, axis: str, sizes: Mapping[str, int], multiple_of: int) -> int:
+def _step(
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    axis: str,
+    before: Mapping[str, int],
+    sizes: Mapping[str, int],
+    multiple_of: int,
+) -> int:
     """What a fraction of an axis is rounded to a multiple of."""
     step = multiple_of if axis in ("hidden", "ffn", "moe_ffn", "shared_ffn") else 1
     for inner, outer in spec.groups:
         if axis == inner:
             step = math.lcm(step, sizes[outer])
-    for multiple, divisor in spec.multiples:
-        if axis == multiple:
-            step = math.lcm(step, sizes[divisor])
     for left, right in spec.equal:
         if axis == right:
             # hidden = heads * head_dim, and the heads follow: any multiple of what stays of the product is legal.
@@ -271,7 +275,21 @@ def _step(spec: ArchSpec, axis: str, sizes: Mapping[str, int], multiple_of: int)
             step = math.lcm(
                 step, *(sizes[factor] for factor in dimension_axes(dimension) if not spec.axis[factor].prunable)
             )
-    return step
+    return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
+
+
+def _divisors(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int]
+) -> Iterator[tuple[str, int, str]]:
+    """(Axis, what its size must be a multiple of, why)."""
+    for multiple, divisor in spec.multiples:
+        why = f"the stock '{spec.model_type}' config only holds multiples of {_name(spec, divisor)}={sizes[divisor]}"
+        yield multiple, sizes[divisor], why
+    for name, axis, power in spec.scaled_fields:
+        value = getattr(config, name)
+        if power == 1 and isinstance(value, int):
+            step = before[axis] // math.gcd(before[axis], value)
+            yield axis, step, f"{name}={value} is scaled with it, and only stays whole for multiples of {step}"
 
 
 def _most(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
@@ -340,13 +358,16 @@ def _require_groups(
             )
 
 
-def _require_multiples(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    for multiple, divisor in spec.multiples:
-        if after[multiple] % after[divisor]:
+def _require_multiples(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    divisors = list(_divisors(spec, config, before, after))
+    for axis, divisor, why in divisors:
+        if after[axis] % divisor:
+            step = math.lcm(*(each for divided, each, _ in divisors if divided == axis))
             raise PlanError(
-                f"{_name(spec, multiple)}={after[multiple]}: the stock '{spec.model_type}' config only holds "
-                f"multiples of {_name(spec, divisor)}={after[divisor]}. "
-                f"Nearest: {_nearest(after[multiple], range(after[divisor], before[multiple] + 1, after[divisor]))}."
+                f"{_name(spec, axis)}={after[axis]}: {why}. "
+                f"Nearest: {_nearest(after[axis], range(step, before[axis] + 1, step))}."
             )
 
 
@@ -410,11 +431,17 @@ def build_student_config(
     for axis in spec.axes:
         if not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
-    hidden = spec.sizes(teacher)["hidden"]
+    before = spec.sizes(teacher)
+    for name, size, power in spec.scaled_fields:
+        if power == 1 and isinstance(values[name], int):
+            values[name] = values[name] * sizes[size] // before[size]
+        elif sizes[size] < before[size]:
+            values[name] *= (sizes[size] / before[size]) ** power
+    hidden = before["hidden"]
     if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
         values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})
-    if len(layers_kept) < (depth := spec.sizes(teacher)["layers"]):
-        values.update(_layer_fields(spec, values, depth, layers_kept))
+    if len(layers_kept) < before["layers"]:
+        values.update(_layer_fields(spec, values, before["layers"], layers_kept))
     values.pop("transformers_version", None)
     try:
         config = type(teacher)(**values)

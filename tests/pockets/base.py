@@ -28,12 +28,14 @@ class Pocket:
         shared_coupled: whether shared experts are as wide as so many routed ones.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
+        hidden_step: what a smaller hidden_size has to be a multiple of.
         norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
         num_norms: how many there are in a layer.
         output_norms: those of a layer that normalise what is written to the residual stream beside a norm that reads
             it; they do not score channels.
         head_norms: norms that span all query heads, and all key heads.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
+        variants: changes of the config that have tensors of their own, which need no oracles of their own.
         published: what the config class needs beside its defaults to be built at full size.
         tuple_layers: whether a layer returns its attention weights too.
     """
@@ -50,12 +52,14 @@ class Pocket:
     shared_coupled: bool = False
     kv: bool = True
     coupled: bool = False
+    hidden_step: int = 1
     norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
     num_norms: int = 2
     output_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     scaled_embeddings: bool = False
     tuple_layers: bool = False
+    variants: tuple[Mapping[str, Any], ...] = ()
     published: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -140,7 +144,7 @@ def kinds(letters: str) -> list[str]:
 def grouped(model_type: str, **changes) -> Pocket:
     """A family with grouped queries; changes are fields of the pocket or of its config."""
     known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
-    return Pocket(AutoConfig.for_model(model_type, **GROUPED, **changes), **known)
+    return Pocket(AutoConfig.for_model(model_type, **{**GROUPED, **changes}), **known)
 
 
 def coupled(model_type: str, sizes: dict, *modules: str, **changes) -> Pocket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,8 @@ class ArchSpec:
         sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
             if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
             period is 1 and the list says it all.
+        scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
+            multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
         layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
             depth cut that they cannot describe is refused, naming them.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
@@ -107,6 +109,7 @@ class ArchSpec:
     trailing_layers: tuple[str, ...] = ()
     layer_indices: tuple[str, ...] = ()
     sparse_layers: tuple[tuple[str, str], ...] = ()
+    scaled_fields: tuple[tuple[str, str, float], ...] = ()
     layer_rule: str = ""
     norm_offset: float = 0.0
     scaled_embeddings: bool = False
@@ -326,6 +329,29 @@ GROUPED_ATTENTION = layer_tables(
     linear("self_attn.v_proj", "kv*head_dim", "hidden"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
 )
+#: What latent attention is made of: heads without groups, each with a key of a rotated part (common to all heads) and
+#: one that is not, and a value; queries, keys and values come from low ranks. `head_dim` is what a head writes.
+LATENT_AXES = (
+    replace(HEADS, fields=("num_attention_heads", "num_key_value_heads")),
+    replace(HEAD_DIM, fields=("v_head_dim",), implied=None),
+    Axis("nope_dim", ("qk_nope_head_dim",), prunable=False),
+    Axis("rope_dim", ("qk_rope_head_dim",), prunable=False),
+    Axis("qk_dim", implied="nope_dim+rope_dim", prunable=False),
+    Axis("kv_dim", implied="nope_dim+head_dim", prunable=False),
+    Axis("q_rank", ("q_lora_rank",), implied="0", prunable=False),
+    Axis("kv_rank", ("kv_lora_rank",), prunable=False),
+)
+#: Latent attention; queries are compressed too, unless `q_lora_rank` is None.
+LATENT_ATTENTION = layer_tables(
+    linear("self_attn.q_proj", "heads*qk_dim", "hidden"),
+    linear("self_attn.q_a_proj", "q_rank", "hidden"),
+    norm("self_attn.q_a_layernorm", width="q_rank"),
+    linear("self_attn.q_b_proj", "heads*qk_dim", "q_rank"),
+    linear("self_attn.kv_a_proj_with_mqa", "kv_rank+rope_dim", "hidden"),
+    norm("self_attn.kv_a_layernorm", width="kv_rank"),
+    linear("self_attn.kv_b_proj", "heads*kv_dim", "kv_rank"),
+    linear("self_attn.o_proj", "hidden", "heads*head_dim"),
+)
 #: Gate, up and down projections.
 GATED_MLP = layer_tables(
     linear("mlp.gate_proj", "ffn", "hidden"),
@@ -415,10 +441,10 @@ def decoder(
         "layer": layer_tables(layer or layer_tables(GROUPED_ATTENTION, GATED_MLP), norm(*norms, *output_norms)),
         "taps": {
             **({"ffn": mlp_out} if mlp_taps is None else mlp_taps),
-            **{axis.name: attention_out for axis in (HEADS, KV) if axis in attention_axes},
+            **{axis.name: attention_out for axis in attention_axes if axis.name in ("heads", "kv")},
         },
         "layer_norms": norms,
         "final_norm": "model.norm",
-        "groups": (("heads", "kv"),) if KV in attention_axes else (),
+        "groups": (("heads", "kv"),) if any(axis.name == "kv" for axis in attention_axes) else (),
     }
     return ArchSpec(model_type=model_type, **{**fields, **changes})
