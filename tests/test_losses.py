@@ -12,6 +12,7 @@ from minitron_hf.errors import MismatchError, UnsupportedModelError
 from minitron_hf.losses import (
     DenseSignal,
     OutputHead,
+    TopKSignal,
     _even_slices,
     check_output_head,
     default_chunk_size,
@@ -41,8 +42,23 @@ def problem(*, bias=False, scale=1.0, softcap=None, scale_t=1.0, softcap_t=None,
     return hidden.requires_grad_(), head, DenseSignal(hidden_t.detach(), head_t), labels
 
 
-def naive(hidden, head, teacher, labels, *, temperature=1.0, kd_weight=1.0, ce_weight=0.0):
-    """Total, KL and CE in float64 from explicit probabilities; nothing shared with the package."""
+def naive(
+    hidden,
+    head,
+    teacher,
+    labels,
+    *,
+    temperature=1.0,
+    kd_weight=1.0,
+    ce_weight=0.0,
+    divergence="forward_kl",
+    jsd_beta=0.5,
+    top_k=None,
+):
+    """Total, KL and CE in float64 from explicit probabilities; nothing shared with the package.
+
+    With `top_k`, of k + 1 outcomes, the last one being all other tokens together.
+    """
 
     def logits(states, h):
         z = states.double() @ h.weight.double().T
@@ -58,10 +74,34 @@ def naive(hidden, head, teacher, labels, *, temperature=1.0, kd_weight=1.0, ce_w
         return e / e.sum(1, keepdim=True)
 
     p, q = softmax(z_t / temperature), softmax(z_s / temperature)
-    kl = (p * torch.log(p / q)).sum(1)
+    if top_k is not None:
+        ordered = [x.gather(1, p.argsort(1, descending=True)) for x in (p, q)]
+        rests = [x[:, top_k:].sum(1, keepdim=True) for x in ordered if top_k < VOCAB] or [p[:, :0]] * 2
+        p, q = (torch.cat([x[:, :top_k], rest], 1) for x, rest in zip(ordered, rests, strict=True))
+    m = jsd_beta * p + (1 - jsd_beta) * q
+
+    def kl_of(a, b):
+        return (a * torch.log(a / b)).sum(1)
+
+    kl = kl_of(p, q)
+    value = {
+        "forward_kl": lambda: kl,
+        "reverse_kl": lambda: kl_of(q, p),
+        "jsd": lambda: jsd_beta * kl_of(p, m) + (1 - jsd_beta) * kl_of(q, m),
+        "tv": lambda: (p - q).abs().sum(1) / 2,
+        "mse": lambda: (z_t - z_s).square().mean(1),
+        "cosine": lambda: 1 - (z_t * z_s).sum(1) / (z_t.square().sum(1) * z_s.square().sum(1)).sqrt(),
+    }[divergence]()
     ce = -torch.log(softmax(z_s)[torch.arange(len(labels)), labels])
-    total = (kd_weight * temperature**2 * kl + ce_weight * ce).sum()
-    return total, kl, ce, z_s.argmax(1) == z_t.argmax(1)
+    total = (kd_weight * temperature**2 * value + ce_weight * ce).sum()
+    return total, kl, ce, z_s.argmax(1) == z_t.argmax(1), value
+
+
+def top_k_signal(teacher, k, temperature=1.0):
+    """The k most likely tokens of a dense teacher, and how likely the others are together."""
+    log_p = torch.log_softmax(head_logits(teacher.hidden, teacher.head) / temperature, -1)
+    log_probs, tokens = log_p.sort(dim=-1, descending=True)
+    return TopKSignal(tokens[:, :k], log_probs[:, :k], log_probs[:, k:].logsumexp(-1), VOCAB)
 
 
 CASES = [
@@ -94,6 +134,98 @@ def test_values_and_gradients_equal_the_naive_reference(case, temperature, kd_we
     assert not expected[3].all()
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-12)
+
+
+DIVERGENCES = [
+    {"divergence": "reverse_kl"},
+    {"divergence": "jsd"},
+    {"divergence": "jsd", "jsd_beta": 0.1},
+    {"divergence": "tv"},
+    {"divergence": "mse"},
+    {"divergence": "cosine"},
+]
+
+
+def require_equal(found, expected, inputs):
+    """Values, and gradients of 0.37 times the total."""
+    torch.testing.assert_close(found.total, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.divergence, expected[4].detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found.kl, expected[1].detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found.ce, expected[2].detach(), rtol=1e-11, atol=1e-13)
+    assert torch.equal(found.agreement, expected[3])
+    references = torch.autograd.grad(0.37 * expected[0], inputs)
+    for gradient, reference in zip(torch.autograd.grad(0.37 * found.total, inputs), references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: "-".join(map(str, d.values())))
+@pytest.mark.parametrize(("kd_weight", "ce_weight"), [(0.7, 0.0), (0.7, 0.4)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_other_divergences_equal_the_naive_reference(case, divergence, kd_weight, ce_weight, temperature):
+    if temperature != 1 and divergence["divergence"] in ("mse", "cosine"):
+        pytest.skip("logits have no temperature")
+    hidden, head, teacher, labels = problem(**case)
+    options = {**divergence, "temperature": temperature, "kd_weight": kd_weight, "ce_weight": ce_weight}
+    inputs = [tensor for tensor in (hidden, head.weight, head.bias) if tensor is not None]
+    found = distillation_loss(hidden, head, teacher, labels, chunk_size=5, **options)
+    require_equal(found, naive(hidden, head, teacher, labels, **options), inputs)
+
+
+@pytest.mark.parametrize("k", [1, 4, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize("divergence", [{}, *DIVERGENCES[:4]], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_top_k_signals_equal_the_naive_reference(k, divergence, temperature):
+    hidden, head, teacher, labels = problem(bias=True, scale=0.4, softcap=4.0)
+    options = {**divergence, "temperature": temperature, "kd_weight": 0.7, "ce_weight": 0.4}
+    signal = top_k_signal(teacher, k, temperature)
+    found = distillation_loss(hidden, head, signal, labels, chunk_size=5, **options)
+    require_equal(found, naive(hidden, head, teacher, labels, top_k=k, **options), [hidden, head.weight, head.bias])
+
+
+@pytest.mark.parametrize("divergence", [{}, *DIVERGENCES[:4]], ids=str)
+def test_top_k_approaches_the_whole_from_below(divergence):
+    hidden, head, teacher, labels = problem(bias=True)
+    whole = distillation_loss(hidden, head, teacher, labels, **divergence).divergence
+    values = [
+        distillation_loss(hidden, head, top_k_signal(teacher, k), labels, **divergence).divergence
+        for k in range(1, VOCAB + 1)
+    ]
+    for smaller, larger in itertools.pairwise(values):
+        assert (smaller <= larger + 1e-12).all()
+    assert (values[0] < whole - 1e-3).any()
+    torch.testing.assert_close(values[-1], whole, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_cannot_be_compared_with_probabilities():
+    hidden, head, teacher, labels = problem()
+    with pytest.raises(MismatchError, match=r"'mse' compares logits.*Use one of forward_kl, jsd, reverse_kl, tv"):
+        distillation_loss(hidden, head, top_k_signal(teacher, 3), labels, divergence="mse")
+
+
+@pytest.mark.parametrize("divergence", [{}, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_gradient_is_zero_where_nothing_is_to_learn(divergence, top_k):
+    if top_k and divergence.get("divergence") in ("mse", "cosine", "tv"):
+        pytest.skip("a top-k signal has no logits, and total variation a kink where rounding decides")
+    hidden, head, _, labels = problem(bias=True)
+    itself = DenseSignal(hidden.detach(), OutputHead(head.weight.detach(), head.bias.detach()))
+    signal = itself if top_k is None else top_k_signal(itself, top_k)
+    loss = distillation_loss(hidden, head, signal, labels, **divergence)
+    assert loss.divergence.abs().max() < 1e-13
+    loss.total.backward()
+    assert max(tensor.grad.abs().max() for tensor in (hidden, head.weight, head.bias)) < 1e-12
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[:4], ids=str)
+def test_other_divergences_stay_finite_at_extreme_logits(divergence):
+    hidden, head, teacher, labels = problem(dtype=torch.float32)
+    far = DenseSignal(teacher.hidden * 1e3, teacher.head)
+    loss = distillation_loss((hidden.detach() * 1e3).requires_grad_(), head, far, labels, **divergence)
+    loss.total.backward()
+    assert torch.isfinite(loss.divergence).all()
+    assert torch.isfinite(head.weight.grad).all()
+    assert (loss.divergence >= 0).all()
 
 
 def test_gradient_is_the_slope():

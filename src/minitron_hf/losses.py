@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .divergences import DIVERGENCES, OF_LOGITS, Divergence, Rows
 from .errors import MismatchError, UnsupportedModelError
 
 #: How a model type scales its logits: config field, and whether the logits are multiplied or divided by it.
@@ -90,9 +91,37 @@ class DenseSignal:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
+    @property
+    def vocab_size(self) -> int:
+        """V of the teacher."""
+        return self.head.vocab_size
 
-#: What the student learns from. Everything that looks inside a signal is in `_Rows.teacher_logits`.
-TeacherSignal = DenseSignal
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's most likely tokens, and how likely all others are together.
+
+    What is compared are k + 1 outcomes: the k tokens, and "another one". By the data-processing inequality no
+    divergence of them exceeds that of the whole distributions; it does not fall as k grows, and is the same at k = V.
+
+    Attributes:
+        tokens: int64 [N, k], distinct in every row, the most likely one first.
+        log_probs: [N, k], their log-probabilities at the temperature of the loss.
+        log_tail: [N], log-probability of all other tokens together.
+        vocab_size: V of the teacher.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+#: What the student learns from. Everything that looks inside a signal is in `_Rows`.
+TeacherSignal = DenseSignal | TopKSignal
 
 
 @dataclass(frozen=True)
@@ -100,13 +129,15 @@ class TokenLosses:
     """Losses of N tokens.
 
     Attributes:
-        total: scalar, Σ over tokens of `kd_weight * T² * kl + ce_weight * ce`; the only differentiable value.
-        kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, without the factor T².
+        total: scalar, Σ over tokens of `kd_weight * T² * divergence + ce_weight * ce`; the only differentiable value.
+        divergence: float32 [N], at temperature T, without the factor T².
+        kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence.
         ce: float32 [N], cross-entropy of the student with the true token in nats, at temperature 1.
         agreement: bool [N], whether student and teacher have the same most likely token.
     """
 
     total: Tensor
+    divergence: Tensor
     kl: Tensor
     ce: Tensor
     agreement: Tensor
@@ -223,17 +254,20 @@ def distillation_loss(
     teacher: TeacherSignal,
     labels: Tensor,
     *,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     chunk_size: int | None = None,
 ) -> TokenLosses:
-    """KL(teacher ‖ student) and cross-entropy of N tokens, with both output heads, chunk by chunk.
+    """Divergence from the teacher and cross-entropy of N tokens, with both output heads, chunk by chunk.
 
     With p_T = softmax(teacher logits / T) and q_T the same of the student, a token contributes
-    `kd_weight * T² * Σ_v p_T log(p_T / q_T) + ce_weight * -log q_1[label]`. The factor T² is that of Hinton et al.
-    (arXiv 1503.02531 §2): gradients of the soft targets shrink as 1/T², so with it `kd_weight` keeps its meaning when
-    the temperature changes. Minitron found T = 1 best (arXiv 2407.14679 §3).
+    `kd_weight * T² * D(p_T, q_T) + ce_weight * -log q_1[label]`, by default with D = KL(p_T ‖ q_T), which Minitron
+    found best (arXiv 2407.14679, table 15), as it did T = 1. The factor T² is that of Hinton et al. (arXiv 1503.02531
+    §2): gradients of the soft targets shrink as 1/T², so with it `kd_weight` keeps its meaning when the temperature
+    changes.
 
     Softmax and sums are in float32 (float64 for float64 inputs) whatever the inputs; matrix products are in the
     autocast dtype where autocast is on, else in the dtype of the head.
@@ -243,7 +277,11 @@ def distillation_loss(
         head: the student's output head. Its weight and bias get gradients if they require them.
         teacher: what the teacher says about the same N tokens. It gets no gradient.
         labels: int64 [N], the true next token of each position.
-        temperature: T.
+        divergence: D: `"forward_kl"`; `"reverse_kl"`, KL(q ‖ p); `"jsd"`, the Jensen-Shannon divergence generalised
+            as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
+            mean squared difference, and `"cosine"`, one minus the cosine.
+        jsd_beta: β of `"jsd"`, the teacher's part of the mixture.
+        temperature: T. The log-probabilities of a `TopKSignal` are at this temperature already.
         kd_weight: weight of the divergence.
         ce_weight: weight of the cross-entropy. The cross-entropy is reported in any case.
         chunk_size: tokens projected at one time; None chooses it from the vocabulary size.
@@ -253,12 +291,17 @@ def distillation_loss(
         number of tokens of the whole optimiser step.
 
     Raises:
-        MismatchError: if the two vocabularies differ in size.
+        MismatchError: if the two vocabularies differ in size, or logits are to be compared and there are none.
     """
-    if teacher.head.vocab_size != head.vocab_size:
+    if teacher.vocab_size != head.vocab_size:
         raise MismatchError(
-            f"The teacher's output head has {teacher.head.vocab_size} tokens, the student's {head.vocab_size}. "
+            f"The teacher's output head has {teacher.vocab_size} tokens, the student's {head.vocab_size}. "
             "Distillation compares probabilities token by token and needs one shared vocabulary."
+        )
+    if divergence in OF_LOGITS and isinstance(teacher, TopKSignal):
+        raise MismatchError(
+            f"divergence={divergence!r} compares logits, and the teacher's top k are probabilities. Use one of "
+            f"{', '.join(sorted(({'forward_kl'} | DIVERGENCES.keys()) - OF_LOGITS))}, or the teacher itself."
         )
     if len(teacher) != hidden.shape[0] or labels.shape[0] != hidden.shape[0]:
         raise MismatchError(
@@ -267,15 +310,16 @@ def distillation_loss(
         )
     if chunk_size is None:
         chunk_size = default_chunk_size(head.vocab_size, hidden.device)
-    settings = _Settings(head.scale, head.softcap, temperature, kd_weight, ce_weight, chunk_size)
-    total, kl, ce, agreement = _FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings)
-    return TokenLosses(total, kl, ce, agreement)
+    settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
+    return TokenLosses(*_FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings))
 
 
 @dataclass(frozen=True)
 class _Settings:
     scale: float
     softcap: float | None
+    divergence: Divergence
+    jsd_beta: float
     temperature: float
     kd_weight: float
     ce_weight: float
@@ -283,15 +327,15 @@ class _Settings:
 
     @property
     def kd_coefficient(self) -> float:
-        """Factor of q_T - p_T in the gradient; 1 without cross-entropy, see `gradient_factor`."""
+        """Factor of the divergence's gradient; 1 without cross-entropy, see `gradient_factor`."""
         return 1.0 if self.ce_weight == 0 else self.kd_weight * self.temperature
 
     @property
     def gradient_factor(self) -> float:
         """What remains to be multiplied into the finished gradients.
 
-        d/dz of T² KL is T (q_T - p_T). Without cross-entropy that constant is applied to the [N, H] and [V, H]
-        gradients, which saves a pass over every [chunk, V].
+        d/dz of T² D is T times its gradient with respect to z/T. Without cross-entropy that constant is applied to
+        the [N, H] and [V, H] gradients, which saves a pass over every [chunk, V].
         """
         return self.scale * (self.kd_weight * self.temperature if self.ce_weight == 0 else 1.0)
 
@@ -308,7 +352,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         teacher: TeacherSignal,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_any = needs_hidden or needs_weight or needs_bias
         device, num_tokens = hidden.device, hidden.shape[0]
@@ -320,11 +364,12 @@ class _FusedLoss(torch.autograd.Function):
         b_V = None if bias is None else bias.detach().to(compute_dtype)
         kl = torch.empty(num_tokens, dtype=sum_dtype, device=device)
         ce, agreement = torch.empty_like(kl), torch.empty_like(kl, dtype=torch.bool)
+        divergence = kl if settings.divergence == "forward_kl" else torch.empty_like(kl)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(b_V, dtype=sum_dtype) if needs_bias and b_V is not None else None
 
-        rows = _Rows(teacher, settings, labels, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
+        rows = _Rows(teacher, settings, labels, divergence, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
         with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
             z_s = torch.empty(0, dtype=compute_dtype, device=device)
             for chunk in _even_slices(num_tokens, settings.chunk_size):
@@ -340,7 +385,7 @@ class _FusedLoss(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias.add_(z_s.sum(0, dtype=sum_dtype))
 
-        total = settings.ce_weight * ce.sum() + settings.kd_weight * settings.temperature**2 * kl.sum()
+        total = settings.ce_weight * ce.sum() + settings.kd_weight * settings.temperature**2 * divergence.sum()
         # Kept on the context rather than saved: no other reference remains after the backward pass, so autograd can
         # take the gradients over instead of copying them.
         ctx.gradients = (
@@ -349,8 +394,9 @@ class _FusedLoss(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         ctx.factor = settings.gradient_factor
-        ctx.mark_non_differentiable(kl, ce, agreement)
-        return total, kl, ce, agreement
+        divergence = divergence.clone() if divergence is kl else divergence  # an output may not be given twice
+        ctx.mark_non_differentiable(divergence, kl, ce, agreement)
+        return total, divergence, kl, ce, agreement
 
     @staticmethod
     @once_differentiable
@@ -372,9 +418,10 @@ class _Rows:
 
     def __init__(
         self,
-        teacher: TeacherSignal,
+        signal: TeacherSignal,
         settings: _Settings,
         labels: Tensor,
+        divergence: Tensor,
         kl: Tensor,
         ce: Tensor,
         agreement: Tensor,
@@ -382,42 +429,59 @@ class _Rows:
         *,
         with_gradient: bool,
     ) -> None:
-        self.teacher, self.settings, self.labels = teacher, settings, labels
-        self.kl, self.ce, self.agreement = kl, ce, agreement
+        self.signal, self.settings, self.labels = signal, settings, labels
+        self.divergence, self.kl, self.ce, self.agreement = divergence, kl, ce, agreement
         self.with_gradient = with_gradient
-        vocab_size = teacher.head.vocab_size
         elements = torch.get_num_threads() << 17 if kl.device.type == "cpu" else 1 << 23
-        self.block = max(1, elements // vocab_size)
-        self.scratch = torch.empty((4, min(self.block, len(teacher)), vocab_size), dtype=dtype, device=kl.device)
-
-        teacher_dtype = _compute_dtype(kl.device, teacher.head.weight)
-        self.teacher_hidden = teacher.hidden.detach().to(teacher_dtype)
-        self.teacher_weight = teacher.head.weight.detach().to(teacher_dtype)
-        self.teacher_bias = None if teacher.head.bias is None else teacher.head.bias.detach().to(teacher_dtype)
-        self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
-
-    def teacher_logits(self, chunk: slice) -> Tensor:
-        """Raw teacher logits [chunk, V], in a buffer that the next call overwrites."""
-        self.z_t = _project(self.teacher_hidden[chunk], self.teacher_weight, self.teacher_bias, self.z_t)
-        return self.z_t
+        self.block = max(1, elements // signal.vocab_size)
+        num_buffers = 4 if settings.divergence == "forward_kl" else 5
+        shape = (num_buffers, min(self.block, len(signal)), signal.vocab_size)
+        self.scratch = torch.empty(shape, dtype=dtype, device=kl.device)
+        if isinstance(signal, DenseSignal):
+            teacher_dtype = _compute_dtype(kl.device, signal.head.weight)
+            self.teacher_hidden = signal.hidden.detach().to(teacher_dtype)
+            self.teacher_weight = signal.head.weight.detach().to(teacher_dtype)
+            self.teacher_bias = None if signal.head.bias is None else signal.head.bias.detach().to(teacher_dtype)
+            self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
 
     def evaluate(self, chunk: slice, z_s: Tensor) -> None:
         """Fill the losses of one chunk, and turn its raw student logits [chunk, V] into their gradient in place."""
-        z_t = self.teacher_logits(chunk)
+        if isinstance(self.signal, DenseSignal):
+            self.z_t = _project(self.teacher_hidden[chunk], self.teacher_weight, self.teacher_bias, self.z_t)
         for block in _even_slices(z_s.shape[0], self.block):
-            self._evaluate_block(slice(chunk.start + block.start, chunk.start + block.stop), z_s[block], z_t[block])
+            self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
 
-    def _evaluate_block(self, where: slice, z_s: Tensor, z_t: Tensor) -> None:
-        s, head = self.settings, self.teacher.head
+    def _teacher_over_t(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
+        """The teacher's logits over T of a block, perhaps in `out`.
+
+        Of a top-k signal, logits that share its k + 1 outcomes and spread the last one over its tokens as the student
+        does: the divergences of the outcomes, and their gradients, are those of the whole distributions then, because
+        moving probability among tokens at which p / q is the same changes none of them.
+        """
+        s, signal = self.settings, self.signal
+        if isinstance(signal, DenseSignal):
+            return _temper(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
+        tokens = signal.tokens[where]
+        out.copy_(student).scatter_(-1, tokens, -torch.inf)
+        log_tail = signal.log_tail[where, None].to(out.dtype)
+        # Nothing is left for the others at k = V, or beyond what the dtype of the cache can tell from nothing.
+        shift = log_tail.clamp(min=-80) - out.logsumexp(-1, keepdim=True)
+        torch.add(student, shift.nan_to_num(posinf=0.0), out=out)
+        return out.scatter_(-1, tokens, signal.log_probs[where].to(out.dtype))
+
+    def _evaluate_block(self, block: slice, where: slice, z_s: Tensor) -> None:
+        s = self.settings
         num_rows = z_s.shape[0]
-        scratch_a, scratch_b, work, probabilities_t = self.scratch[:, :num_rows]
+        scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, :num_rows]
         labels = self.labels[where, None]
 
         # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
-        teacher = _temper(z_t, head.scale, head.softcap, s.temperature, scratch_a)
         student = _temper(z_s, s.scale, s.softcap, s.temperature, scratch_b)
+        teacher = self._teacher_over_t(block, where, student, scratch_a)
         max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
-        if z_t.dtype == z_s.dtype == work.dtype:
+        if isinstance(self.signal, TopKSignal):
+            self.agreement[where] = self.signal.tokens[where, 0] == student.argmax(-1)
+        elif self.z_t.dtype == z_s.dtype == work.dtype:
             # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
             largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
             self.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
@@ -429,30 +493,41 @@ class _Rows:
         torch.softmax(teacher, -1, out=probabilities_t)
         kl = torch.linalg.vecdot(probabilities_t, work)[:, None]
         lse_t = max_t - probabilities_t.amax(-1, keepdim=True).log()
-        probabilities_s = torch.softmax(student, -1, out=scratch_a)  # the teacher's logits are not needed any more
+        # In place of the teacher's logits, where they are not needed any more.
+        probabilities_s = torch.softmax(student, -1, out=spare[0] if spare else scratch_a)
         lse_s = max_s - probabilities_s.amax(-1, keepdim=True).log()
         self.kl[where] = (kl - lse_t + lse_s)[:, 0]
         if s.temperature == 1:
             self.ce[where] = (lse_s - student.gather(-1, labels))[:, 0]
-        if self.with_gradient:
-            gradient = probabilities_s
-            factor = s.kd_coefficient + (s.ce_weight if s.temperature == 1 else 0.0)
-            if factor != 1:
-                gradient.mul_(factor)
-            gradient.sub_(probabilities_t, alpha=s.kd_coefficient)
+        ce_weight = s.ce_weight if s.temperature == 1 else 0.0
+        if s.divergence == "forward_kl":  # its gradient is q - p
+            gradient, free = probabilities_s, work
+            if self.with_gradient:
+                if s.kd_coefficient + ce_weight != 1:
+                    gradient.mul_(s.kd_coefficient + ce_weight)
+                gradient.sub_(probabilities_t, alpha=s.kd_coefficient)
+        else:
+            gradient, free = work, probabilities_s
+            rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
+            self.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
+            if self.with_gradient:
+                if s.kd_coefficient != 1:
+                    gradient.mul_(s.kd_coefficient)
+                if ce_weight != 0:
+                    gradient.add_(probabilities_s, alpha=ce_weight)
         if s.temperature != 1:  # the cross-entropy is at temperature 1 and needs its own softmax
-            torch.mul(student, s.temperature, out=work)
-            torch.softmax(work, -1, out=probabilities_t)
+            torch.mul(student, s.temperature, out=free)
+            torch.softmax(free, -1, out=probabilities_t)
             lse_s = max_s * s.temperature - probabilities_t.amax(-1, keepdim=True).log()
-            self.ce[where] = (lse_s - work.gather(-1, labels))[:, 0]
+            self.ce[where] = (lse_s - free.gather(-1, labels))[:, 0]
             if self.with_gradient and s.ce_weight != 0:
                 gradient.add_(probabilities_t, alpha=s.ce_weight)
         if self.with_gradient:
             if s.ce_weight != 0:
                 gradient.scatter_add_(-1, labels, torch.full_like(max_s, -s.ce_weight))
             if s.softcap is not None:  # d/dx of c tanh(x/c) is 1 - tanh²; `student` is c tanh(x/c) / T
-                torch.mul(student, s.temperature / s.softcap, out=work)
-                gradient.addcmul_(gradient * work, work, value=-1)
+                torch.mul(student, s.temperature / s.softcap, out=free)
+                gradient.addcmul_(gradient * free, free, value=-1)
             z_s.copy_(gradient)
 
 
