@@ -15,16 +15,20 @@ STEPS = 3
 EVAL_LENGTHS = (9, 4, 23, 6, 13, 5, 31)
 
 
-CASES = {"padded": False, "padding_free": True}
+CASES: dict[str, dict] = {
+    "padded": {},
+    "padding_free": {"padding_free": True, "max_length": None, "activation_checkpointing": True},
+    "states": {"hidden_loss": "cosine", "embedding_loss": "mse"},
+}
 
 
 def run(folder: Path) -> None:
-    for case, padding_free in CASES.items():
+    for case, options in CASES.items():
         (folder / case).mkdir(parents=True, exist_ok=True)
-        train(folder / case, padding_free)
+        train(folder / case, options)
 
 
-def train(folder: Path, padding_free: bool) -> None:
+def train(folder: Path, options: dict) -> None:
     import torch
     from datasets import Dataset
 
@@ -34,8 +38,11 @@ def train(folder: Path, padding_free: bool) -> None:
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    student = pocket_model("llama", dtype=torch.float64, seed=1, num_hidden_layers=2)
+    # Of another width where states are compared, so that there is a map between them.
+    width = {"hidden_size": 24} if "hidden_loss" in options else {}
+    student = pocket_model("llama", dtype=torch.float64, seed=1, num_hidden_layers=2, **width)
     teacher = pocket_model("llama", dtype=torch.float64)
+    torch.manual_seed(0)
 
     def rows(lengths, seed):
         return Dataset.from_dict(
@@ -57,9 +64,7 @@ def train(folder: Path, padding_free: bool) -> None:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            padding_free=padding_free,
-            max_length=None if padding_free else 64,
-            activation_checkpointing=padding_free,
+            **{"max_length": 64, "activation_checkpointing": False, **options},
         ),
         train_dataset=rows([3 + 7 * i % 29 for i in range(40)], 0),
         eval_dataset=rows(EVAL_LENGTHS, 100),
@@ -72,7 +77,7 @@ def train(folder: Path, padding_free: bool) -> None:
     if rank == 0:
         checksum = {name: value.double().norm().item() for name, value in student.state_dict().items()}
         history = [
-            {k: e[k] for k in ("loss", "kl", "ce", "agreement", "grad_norm")}
+            {k: v for k, v in e.items() if k in ("loss", "kl", "ce", "agreement", "grad_norm", "hidden", "alpha")}
             for e in trainer.state.log_history[:STEPS]
         ]
         counted = {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_kl", "eval_ce", "eval_agreement")}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minitron_hf import trainer as trainer_module
 from minitron_hf.distillation_config import DistillationConfig
-from minitron_hf.errors import DataError, MismatchError, OutputError, UnsupportedModelError
+from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
 from minitron_hf.planning import PrunerConfig, PruningPlan
 from minitron_hf.surgery import prune_model
 from minitron_hf.trainer import DistillationTrainer
@@ -143,6 +143,149 @@ def test_gradient_is_the_naive_one_however_the_batch_is_split(tmp_path, name, ba
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)  # the Trainer sums it in float32
     assert log["kl"] == pytest.approx(kl.item() / count, rel=1e-11)
     assert log["ce"] == pytest.approx(ce.item() / count, rel=1e-11)
+
+
+def narrow_student(dtype=torch.float64):
+    """A student of 24 channels, pruned from its teacher of 36, and fewer layers."""
+    teacher = pocket_model("llama", dtype=dtype)
+    plan = PrunerConfig(hidden_size=24, num_hidden_layers=4, multiple_of=1)
+    return prune_model(teacher, plan, metric="random"), teacher
+
+
+def naive_states(student, teacher, dataset, projection):
+    """Σ of cosine distances of the third last layers and of mean squared differences of embeddings, by hooks."""
+    sums = {"hidden": 0, "embedding": 0}
+    for row in dataset:
+        counts = torch.tensor(row.get("labels", row["input_ids"]))[1:] != -100
+        seen = []
+        for model in (student, teacher):
+            caught = {}
+            places = {"embedding": model.model.embed_tokens, "hidden": model.model.layers[-3]}
+            hooks = [
+                module.register_forward_hook(lambda m, a, out, name=name, caught=caught: caught.update({name: out}))
+                for name, module in places.items()
+            ]
+            model(torch.tensor(row["input_ids"])[None], use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            seen.append({name: value[0, :-1][counts] for name, value in caught.items()})
+        mine, theirs = ({name: x.double() for name, x in values.items()} for values in seen)
+        mine = {name: x @ projection.T for name, x in mine.items()}
+        s, t = mine["hidden"], theirs["hidden"].detach()
+        sums["hidden"] += (1 - (s * t).sum(-1) / ((s * s).sum(-1) * (t * t).sum(-1)).sqrt()).sum()
+        sums["embedding"] += ((mine["embedding"] - theirs["embedding"].detach()) ** 2).mean(-1).sum()
+    return sums["hidden"], sums["embedding"]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weight", ["dynamic", 0.4])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_intermediate_losses_have_the_naive_gradient_however_the_batch_is_split(
+    tmp_path, weight, batch, accumulation, lora
+):
+    student, teacher = narrow_student()
+    data = token_dataset(labels=True)
+    projection = torch.zeros(36, 24, dtype=torch.float64)
+    projection[torch.from_numpy(student.pruning_plan.kept["hidden"]), torch.arange(24)] = 1
+    projection.requires_grad_()
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False) if lora else None
+    gradients = Gradients()
+    trainer = make_trainer(
+        *(tmp_path, student, teacher, data),
+        callbacks=[gradients],
+        peft_config=config,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0,
+        hidden_loss="cosine",
+        embedding_loss="mse",
+        intermediate_weight=weight,
+        activation_checkpointing=batch == 2,
+    )
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    kl, _, _, count = naive_sums(trainer.model, teacher, data)
+    base = trainer.model.get_base_model() if lora else trainer.model
+    hidden, embedding = naive_states(base, teacher, data, projection)
+    alpha = (kl / (hidden + embedding)).item() if weight == "dynamic" else weight
+    loss = (kl + alpha * (hidden + embedding)) / count
+    expected = dict(
+        zip([*parameters, "P"], torch.autograd.grad(loss, [*parameters.values(), projection]), strict=True)
+    )
+    trainer.train()
+    prefix = "base_model.model." if lora else ""
+    found = {**gradients.values, "P": gradients.values[f"{prefix}teacher_projection.weight"]}
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].double(), value.double(), rtol=1e-5 if lora else 1e-8, atol=1e-9)
+    log = trainer.state.log_history[0]
+    assert log["alpha"] == pytest.approx(alpha, rel=1e-9)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert (log["hidden"], log["embedding"]) == pytest.approx((hidden.item() / count, embedding.item() / count))
+
+
+def test_the_weight_follows_the_step_before(tmp_path):
+    student, teacher = narrow_student(torch.float32)
+    options = {"max_steps": 4, "learning_rate": 1e-2, "hidden_loss": "cosine"}
+    trainer = make_trainer(tmp_path, student, teacher, token_dataset(), **options)
+    trainer.train()
+    first, *others = trainer.state.log_history[:4]
+    for before, after in zip([first, *others], [first, first, *others[:-1]], strict=True):
+        assert before["alpha"] == pytest.approx(after["kl"] / after["hidden"], rel=1e-5)
+    assert others[-1]["hidden"] < first["hidden"]
+
+
+def test_the_map_is_trained_and_saved_in_checkpoints_alone(tmp_path):
+    student, teacher = narrow_student(torch.float32)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, student, teacher, token_dataset(), token_dataset(), hidden_loss="mse", **options)
+    start = trainer._intermediate.projection.weight.detach().clone()
+    assert torch.equal(start.sum(0), torch.ones(24))
+    assert trainer.evaluate()["eval_hidden"] > 0
+    trainer.train()
+    assert not torch.equal(trainer._intermediate.projection.weight, start)
+    assert not any("projection" in name for name, _ in student.named_parameters())
+    saved = load_file(tmp_path / "checkpoint-2" / "intermediate_losses.safetensors")
+    assert torch.equal(saved["projection"], trainer._intermediate.projection.weight)
+    trainer.save_student(tmp_path / "student")
+    for folder in ("checkpoint-2", "student"):
+        names = load_file(tmp_path / folder / "model.safetensors").keys()
+        assert names == student.state_dict().keys()
+        _, report = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+
+
+def test_equal_widths_are_compared_without_a_map(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    trainer = make_trainer(tmp_path, student, teacher, token_dataset(), hidden_loss="cosine", max_steps=1)
+    assert trainer._intermediate.projection is None
+    trainer.train()
+    assert trainer.state.log_history[0]["hidden"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"divergence": "kl"}, "divergence='kl': expected one of forward_kl"),
+        ({"divergence": "mse", "temperature": 2.0}, "compares logits, which have no temperature"),
+        ({"jsd_beta": 1.0}, "jsd_beta=1.0: expected a number between 0 and 1"),
+        ({"hidden_loss": "l1"}, "hidden_loss='l1': expected cosine or mse"),
+        ({"hidden_layers": [[-3, -3]]}, "nothing is compared without hidden_loss"),
+        ({"hidden_loss": "mse", "hidden_layers": [[1]]}, "expected a list of pairs"),
+        ({"intermediate_weight": "much"}, "expected 'dynamic' or a number"),
+        ({"hidden_loss": "mse", "kd_weight": 0.0, "ce_weight": 1.0}, "follows the divergence, which has no weight"),
+    ],
+)
+def test_losses_that_do_not_exist_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(str(tmp_path), **arguments)
+
+
+def test_layers_that_do_not_exist_are_refused(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    with pytest.raises(PlanError, match=r"the student has no layer 4. Expected -2 to 1"):
+        make_trainer(tmp_path, student, teacher, token_dataset(), hidden_loss="cosine", hidden_layers=[[4, 4]])
 
 
 @pytest.mark.usefixtures("float64")
@@ -273,16 +416,25 @@ def test_half_precision_student_is_trained_in_float32(tmp_path):
     assert teacher.dtype == torch.float32  # this machine is slow in float16
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+RESUMED = {
+    "logits": {},
+    "states": {"hidden_loss": "cosine", "embedding_loss": "mse", "width": 24},
+    "fixed weight": {"hidden_loss": "cosine", "intermediate_weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
-    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **RESUMED[case]}
+    width = options.pop("width", None)
     results = []
     for name in ("whole", "resumed"):
-        student, teacher = models(dtype=torch.float32)
+        student, teacher = models(dtype=torch.float32) if width is None else narrow_student(dtype=torch.float32)
         if name == "resumed":
             interrupted = copy.deepcopy(student)
             make_trainer(tmp_path / name, interrupted, teacher, text_dataset(), callbacks=[Stop()], **options).train()

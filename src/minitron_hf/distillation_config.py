@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
+
+from .divergences import require_divergence
+from .intermediate import Distance
 
 
 @dataclass
 class DistillationConfig(SFTConfig):
     """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
 
-    Loss of a token: `kd_weight * T² * KL(teacher ‖ student) + ce_weight * cross-entropy`, see
-    `losses.distillation_loss`.
+    Loss of a token: `kd_weight * T² * divergence + ce_weight * cross-entropy + α * (hidden + embedding)`, by default
+    KL(teacher ‖ student) alone, see `losses.distillation_loss` and `intermediate.IntermediateLosses`. Minitron found
+    the logits alone best where depth is cut little, and all three where it is cut by a quarter or more.
 
     Where no value is given, `bf16` is on only where the hardware has it, `activation_checkpointing` only on an
     accelerator, and `dataloader_pin_memory` only with one. TRL turns all three on everywhere; on a CPU without
@@ -25,6 +30,16 @@ class DistillationConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)
 
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is lost between the two distributions: 'forward_kl', KL(teacher || student), which Minitron "
+            "found best; 'reverse_kl', 'jsd' or 'tv'; or of the logits: 'mse' or 'cosine'."
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "The teacher's part of the mixture in the Jensen-Shannon divergence."}
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
     )
@@ -33,6 +48,31 @@ class DistillationConfig(SFTConfig):
     )
     ce_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy with the true tokens. Minitron uses none."}
+    )
+    hidden_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distance between hidden states of student and teacher: 'cosine', which Minitron found best, or "
+            "'mse'. If not set, they are not compared."
+        },
+    )
+    hidden_layers: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs [layer of the teacher, layer of the student] whose outputs are compared, counted from 0, "
+            "or from the end if negative. If not set, [[-3, -3]]: two before the last."
+        },
+    )
+    embedding_loss: str | None = field(
+        default=None,
+        metadata={"help": "Distance between the embeddings' outputs: 'cosine' or 'mse'. If not set, not compared."},
+    )
+    intermediate_weight: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Weight of hidden_loss and embedding_loss: a number, or 'dynamic' for the ratio of the weighted "
+            "divergence to them in the step before, as Minitron used."
+        },
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -102,6 +142,8 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
             )
+        require_divergence(self.divergence, self.jsd_beta, self.temperature)
+        self._require_intermediate_losses()
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
         # What would silently do nothing here, or replace the forward pass that the loss lives in.
@@ -122,6 +164,33 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload optimizer states; expected 'end' "
                 "or 'every_save'."
+            )
+
+    def _require_intermediate_losses(self) -> None:
+        for name in ("hidden_loss", "embedding_loss"):
+            if getattr(self, name) not in (None, *get_args(Distance)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected {' or '.join(get_args(Distance))}, or None."
+                )
+        if self.hidden_layers is not None:
+            pairs = self.hidden_layers
+            if not pairs or not all(len(pair) == 2 and all(isinstance(i, int) for i in pair) for pair in pairs):
+                raise ValueError(
+                    f"hidden_layers={pairs}: expected a list of pairs [layer of the teacher, layer of the student]."
+                )
+            if self.hidden_loss is None:
+                raise ValueError("hidden_layers: nothing is compared without hidden_loss='cosine' or 'mse'.")
+        weight: Any = self.intermediate_weight
+        with contextlib.suppress(TypeError, ValueError):
+            weight = float(weight)
+        if weight != "dynamic" and not (isinstance(weight, float) and weight >= 0):
+            raise ValueError(
+                f"intermediate_weight={self.intermediate_weight!r}: expected 'dynamic' or a number of at least 0."
+            )
+        if weight == "dynamic" and self.kd_weight == 0 and (self.hidden_loss or self.embedding_loss):
+            raise ValueError(
+                "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
+                "Give a number."
             )
 
 

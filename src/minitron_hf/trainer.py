@@ -26,6 +26,7 @@ from .card import write_model_card
 from .distillation_config import DistillationConfig, has_fast_bf16, trains_on_cpu
 from .errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from .hub import push_student_to_hub, write_teacher_metadata
+from .intermediate import PROJECTION, IntermediateLosses, state_pairs, wanted_states
 from .losses import (
     DenseSignal,
     TeacherSignal,
@@ -37,7 +38,14 @@ from .losses import (
 from .models import empty_model, load_config, load_model
 from .refusals import refuse_pair, refuse_split_model, refuse_wrapped_head
 from .training_record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
-from .wrapping import LossRequest, distilling_forward, forward_of_backbone, shard_teacher, whole_head
+from .wrapping import (
+    LossRequest,
+    distilling_forward,
+    forward_of_backbone,
+    shard_teacher,
+    whole_head,
+    whole_projection,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -52,6 +60,9 @@ logger = logging.getLogger(__name__)
 #: How a student came to be; kept beside it wherever it is saved.
 ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "scores.safetensors")
 
+#: What is summed over tokens and logged, beside the intermediate losses.
+_COLUMNS = ("divergence", "kl", "ce", "agreement")
+
 #: Config fields that the libraries change for training, and that a saved student gets back.
 TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
@@ -64,9 +75,9 @@ class DistillationTrainer(SFTTrainer):
     quantised loading, callbacks. The loss runs both output heads over token chunks, so no logits of whole batches
     exist.
 
-    Logs `loss`, `kl`, `ce` and `agreement` (top-1, with the teacher), and `eval_loss`, `eval_kl`, `eval_ce` and
-    `eval_agreement` as exact means over the tokens of the evaluation set. What it saves is the stock student, the
-    plan it was pruned by, and `distillation.json`.
+    Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher), where they are part of the loss
+    also `hidden`, `embedding` and their weight `alpha`, and `eval_…` of each as exact means over the tokens of the
+    evaluation set. What it saves is the stock student, the plan it was pruned by, and `distillation.json`.
 
     Args:
         model: the student: a model, or a path or Hub id.
@@ -194,6 +205,8 @@ class DistillationTrainer(SFTTrainer):
         self._teacher_name = _name_of(teacher_model)
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
         self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
+        self._intermediate = self._intermediate_losses(student.config, teacher_config)
+        self._columns = (*_COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
 
     # ---- Teacher ----
@@ -230,15 +243,71 @@ class DistillationTrainer(SFTTrainer):
         return dtype != torch.float16 or not on_cpu
 
     @torch.no_grad()
-    def _teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
-        """What the teacher says about the same inputs, at `positions` of the flattened batch."""
+    def _teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
+        """What the teacher says about the same inputs at `positions` of the flattened batch, and its states there."""
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         teacher.eval()
+        wanted = wanted_states(self._intermediate.pairs, "teacher")
+        extra = {"output_hidden_states": wanted} if wanted else {}
         with self.accelerator.autocast(), forward_of_backbone(teacher):
             # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
-            h_BTD = self.teacher_model(**inputs, use_cache=False).last_hidden_state
+            output = self.teacher_model(**inputs, **extra, use_cache=False)
         head = whole_head(output_head(teacher))
-        return DenseSignal(h_BTD.flatten(0, 1).index_select(0, positions).to(head.weight.device), head)
+        h_NH = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
+        states = self._intermediate.teacher_states(output.hidden_states, positions) if wanted else ()
+        return DenseSignal(h_NH, head), states
+
+    # ---- Intermediate losses ----
+
+    def _intermediate_losses(self, student_config: Any, teacher_config: Any) -> IntermediateLosses:
+        configs = [config.get_text_config() for config in (student_config, teacher_config)]
+        pairs = state_pairs(
+            self.args.hidden_loss,
+            self.args.embedding_loss,
+            self.args.hidden_layers,
+            depth=configs[0].num_hidden_layers,
+            teacher_depth=configs[1].num_hidden_layers,
+        )
+        width, teacher_width = (config.hidden_size for config in configs)
+        return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plan)
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """The map to the teacher's width as a module of the student, unless it is one already."""
+        student = base_model_of(self.accelerator.unwrap_model(self.model))
+        if hasattr(student, PROJECTION):
+            yield
+            return
+        self._intermediate.attach(student)
+        try:
+            yield
+        finally:
+            self._intermediate.detach(student)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        with self._attached():
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, before which the weight of the intermediate losses is set."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._intermediate:
+            if self._intermediate.weight is None and self._intermediate.step_sums is None:
+                self.model.train()
+                with torch.no_grad():  # before the first step there is none to take it from
+                    for batch in batches:
+                        self._token_losses(self.model_wrapped, self._prepare_inputs(batch))
+            self._intermediate.begin_step(self._sum_over_processes)
+        return batches, num_items
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(_sum_dtype(values.device)), "sum")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._intermediate:
+            self._intermediate.load(Path(resume_from_checkpoint))
 
     # ---- Loss ----
 
@@ -249,18 +318,18 @@ class DistillationTrainer(SFTTrainer):
             raise DataError("A batch has no labels, so no token counts. Use a data collator that returns labels.")
         model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", "row_lengths")}
         positions, targets = next_token_positions(labels)
-        request = LossRequest(
-            self._teacher_signal(model_inputs, positions),
-            positions,
-            targets,
-            {
-                "temperature": self.args.temperature,
-                "kd_weight": self.args.kd_weight,
-                "ce_weight": self.args.ce_weight,
-                "chunk_size": self.args.loss_chunk_size,
-            },
-        )
-        return model(**model_inputs, distillation=request), positions
+        signal, states = self._teacher_signal(model_inputs, positions)
+        names = ("divergence", "jsd_beta", "temperature", "kd_weight", "ce_weight")
+        options = {**{name: getattr(self.args, name) for name in names}, "chunk_size": self.args.loss_chunk_size}
+        request = LossRequest(signal, positions, targets, options, self._intermediate.pairs, states)
+        losses = model(**model_inputs, distillation=request)
+        if self._intermediate:
+            extra = torch.stack([losses[term].sum() for term in self._columns[len(_COLUMNS) :]]).sum()
+            if model.training:
+                scale = self.args.kd_weight * self.args.temperature**2
+                self._intermediate.add(scale * losses["divergence"].sum(), extra)
+            losses["total"] = losses["total"] + (self._intermediate.weight or 0.0) * extra
+        return losses, positions
 
     def compute_loss(
         self,
@@ -284,19 +353,32 @@ class DistillationTrainer(SFTTrainer):
                 # The count is that of all processes, over which DDP will take the mean of the gradients.
                 loss = loss * self.accelerator.num_processes
         if self.model.training:
-            self._token_sums["train"] += _sums(losses).sum(0)
+            self._token_sums["train"] += self._sums(losses).sum(0)
         return (loss, losses) if return_outputs else loss
 
     def _no_sums(self) -> Tensor:
-        return torch.zeros(4, dtype=_sum_dtype(self.accelerator.device), device=self.accelerator.device)
+        shape = (len(self._columns) + 1,)
+        return torch.zeros(shape, dtype=_sum_dtype(self.accelerator.device), device=self.accelerator.device)
+
+    def _sums(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Every logged loss, and 1, per token: [N, columns + 1], ready to be summed."""
+        columns = [losses[name].detach() for name in self._columns]
+        columns.append(torch.ones_like(columns[0]))
+        return torch.stack([column.to(_sum_dtype(column.device)) for column in columns], 1)
 
     def _means(self, sums: Tensor) -> dict[str, float]:
         """Logged values from sums over tokens, on the CPU."""
-        kl, ce, agreement, count = sums.double().cpu().tolist()
+        *values, count = sums.double().cpu().tolist()
         if not count:
             return {}
-        loss = self.args.kd_weight * self.args.temperature**2 * kl + self.args.ce_weight * ce
-        return {"loss": loss / count, "kl": kl / count, "ce": ce / count, "agreement": agreement / count}
+        means = {name: value / count for name, value in zip(self._columns, values, strict=True)}
+        loss = self.args.kd_weight * self.args.temperature**2 * means["divergence"] + self.args.ce_weight * means["ce"]
+        if self._intermediate:
+            means["alpha"] = self._intermediate.weight or 0.0
+            loss += means["alpha"] * sum(means[term] for term in self._columns[len(_COLUMNS) :])
+        if self.args.divergence == "forward_kl":
+            del means["divergence"]  # the same as `kl`
+        return {"loss": loss, **means}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the divergence, cross-entropy and agreement since the last log to the training loss."""
@@ -318,8 +400,8 @@ class DistillationTrainer(SFTTrainer):
             loss = losses["total"] / max(len(positions), 1)
             # Rows, because the processes get equally many: the last batch repeats rows, which the gathering drops.
             row_of_position, num_rows = _rows(inputs)
-            sums = torch.zeros((num_rows, 4), dtype=_sum_dtype(loss.device), device=loss.device)
-            sums.index_add_(0, row_of_position[positions].to(loss.device), _sums(losses))
+            sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=_sum_dtype(loss.device), device=loss.device)
+            sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))
             self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
             if prediction_loss_only:
                 return loss.detach(), None, None
@@ -336,7 +418,10 @@ class DistillationTrainer(SFTTrainer):
     ) -> EvalLoopOutput:
         """Means over the tokens of the evaluation set, instead of means of batch means."""
         self._token_sums["eval"] = self._no_sums()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._attached():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         means = self._means(self._token_sums["eval"])
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
         return output._replace(metrics=metrics)
@@ -396,6 +481,8 @@ class DistillationTrainer(SFTTrainer):
             state_dict = base.state_dict() if base is not None else None
         else:
             base, state_dict = model, self.accelerator.get_state_dict(self.model)
+        if state_dict is not None:
+            state_dict.pop(f"{PROJECTION}.weight", None)
         if not self.args.should_save or base is None or state_dict is None:
             return
         if isinstance(dtype, str):
@@ -460,6 +547,12 @@ class DistillationTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
+        if self._intermediate:
+            weight = self._intermediate.next_weight(self._sum_over_processes)
+            map_ = whole_projection(self._intermediate.projection)
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                self._intermediate.save(folder, weight, map_)
 
     # ---- Card and Hub ----
 
@@ -563,13 +656,6 @@ def _rows(inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _sums(losses: Mapping[str, Tensor]) -> Tensor:
-    """KL, cross-entropy, agreement and 1 per token: [N, 4], ready to be summed."""
-    kl = losses["kl"].detach()
-    columns = [kl, losses["ce"].detach(), losses["agreement"], torch.ones_like(kl)]
-    return torch.stack([column.to(_sum_dtype(kl.device)) for column in columns], 1)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UnsupportedModelError
-from .losses import OutputHead, TeacherSignal, distillation_loss, output_head
+from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
+from .losses import DenseSignal, OutputHead, TeacherSignal, distillation_loss, output_head
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LossRequest:
     positions: Tensor
     targets: Tensor
     options: Mapping[str, Any]
+    pairs: tuple[StatePair, ...] = ()
+    teacher_states: tuple[Tensor, ...] = ()
 
 
 def distilling_forward(model_class: Any) -> Callable[..., Any]:
@@ -37,16 +40,40 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, distillation: LossRequest | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             return stock(self, *args, **kwargs)
-        h_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        wanted = wanted_states(distillation.pairs, "student")
+        extra = {"output_hidden_states": wanted} if wanted else {}
+        output = self.base_model(*args, **kwargs, **extra, use_cache=False)
         head = output_head(self)
-        h_ND = h_BTD.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
-        with _gathered_heads(head, distillation.teacher.head):
-            losses = distillation_loss(
-                h_ND, whole_head(head), distillation.teacher, distillation.targets, **distillation.options
+        h_ND = output.last_hidden_state.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
+        teacher = distillation.teacher
+        heads = [head, teacher.head] if isinstance(teacher, DenseSignal) else [head]
+        with _gathered(*(tensor for each in heads for tensor in (each.weight, each.bias))):
+            losses = distillation_loss(h_ND, whole_head(head), teacher, distillation.targets, **distillation.options)
+        found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement")}
+        if distillation.pairs:
+            found |= student_distances(
+                distillation.pairs,
+                output.hidden_states,
+                distillation.teacher_states,
+                distillation.positions,
+                getattr(self, PROJECTION, None),
             )
-        return {"total": losses.total, "kl": losses.kl, "ce": losses.ce, "agreement": losses.agreement}
+        return found
 
     return forward
+
+
+def whole_projection(projection: Any) -> Tensor | None:
+    """The weight of the map to the teacher's width, gathered where it is sharded; to be called on all processes."""
+    if projection is None:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    weight = projection.weight
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    with _gathered(weight):
+        return weight.detach().clone()
 
 
 def whole_head(head: OutputHead) -> OutputHead:
@@ -61,15 +88,15 @@ def whole_head(head: OutputHead) -> OutputHead:
     return replace(head, **whole) if whole else head
 
 
-def _gathered_heads(*heads: Any) -> contextlib.AbstractContextManager[None]:
-    """Under DeepSpeed ZeRO-3, the heads' parameters gathered for a direct access."""
+def _gathered(*parameters: Any) -> contextlib.AbstractContextManager[None]:
+    """Under DeepSpeed ZeRO-3, parameters gathered for a direct access."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    return maybe_gather_lm_head_ctx(*(tensor for head in heads for tensor in (head.weight, head.bias)))
+    return maybe_gather_lm_head_ctx(*parameters)
 
 
 @contextlib.contextmanager
