@@ -96,3 +96,11 @@ def test_lazy_tensors_are_not_changed_in_place(tmp_path: Path):
     with pytest.raises(NotImplementedError, match="in place"):
         found.add_(1)
     assert repr(found) == "LazyTensor(shape=(7, 11), dtype=torch.float32)"
+
+
+def test_tensors_like_lazy_ones_can_be_filled_and_have_no_memory(tmp_path: Path):
+    """Some stock models draw initial values in the shape of a parameter, which they then leave as it was loaded."""
+    found, expected = pairs(tmp_path)[0]
+    drawn = torch.empty_like(found).uniform_(1, 2).log_()
+    assert (drawn.shape, drawn.dtype, drawn.device.type) == (expected.shape, expected.dtype, "meta")
+    assert torch.equal(found.read(), expected)

@@ -97,6 +97,8 @@ def plan_of(config: PretrainedConfig, scores: ImportanceScores | None = None, **
         ("llama", {"layers_to_drop": [1], "num_hidden_layers": 0.5}, "leaves 4. Give one of them"),
         ("llama", {"layers_to_drop": [1, 5]}, "names layer 5, but the teacher has layers 0 to 4"),
         ("llama", {"layers_to_drop": [0, 1, 2, 3, 4]}, "names every layer"),
+        ("qwen3_5_text", {"layers_to_drop": [0, 3]}, "of layer_types full_attention. Keep one of [0, 3]."),
+        ("olmo_hybrid", {"layers_to_drop": [1, 2, 4]}, "of layer_types linear_attention. Keep one of [1, 2, 4]."),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(name: str, request_: dict, message: str):
@@ -288,6 +290,27 @@ def test_fields_that_the_stock_class_divides_by_a_size_scale_with_it():
     assert (narrow.scale_depth, narrow.dim_model_base) == (2, 27)
 
 
+def kinds_kept(config: PretrainedConfig, blocks: list[float] | None = None, **request) -> str:
+    """Initials of the layers that stay, where single layers (or blocks that start with them) have these scores."""
+    scores = scores_for(config)
+    if blocks is not None:
+        scores.blocks[:] = torch.tensor(blocks)[:, None]
+    return "".join(kind[0] for kind in plan_of(config, scores, **request).build_student_config().layer_types)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_choice_of_layers_leaves_one_of_every_kind_that_is_needed(contiguous: bool):
+    """Full attention in layers 0 and 3 of five; the scores would drop both, and then all of linear attention."""
+    request = {"contiguous": contiguous, "keep_first_layers": 0, "keep_last_layers": 0}
+    assert kinds_kept(pocket_config("qwen3_5_text"), [0, 1, 2, 3, 4], num_hidden_layers=1, **request) == "f"
+    assert kinds_kept(pocket_config("olmo_hybrid"), [4, 1, 0, 5, 2], num_hidden_layers=2, **request) in ("fl", "lf")
+    assert student_config(
+        pocket_config("qwen3_5_text"), PrunerConfig(num_hidden_layers=1, keep_first_layers=0)
+    ).layer_types == ["full_attention"]
+    with pytest.raises(PlanError, match=r"without a layer of layer_types full_attention\. Keep one of \[0, 3\]"):
+        plan_of(pocket_config("qwen3_5_text"), num_hidden_layers=1, keep_first_layers=0, contiguous=contiguous)
+
+
 def test_a_teacher_without_head_dim_keeps_it():
     """head_dim follows from hidden_size / heads in this config, and must not move with them."""
     config = LlamaConfig(
@@ -380,11 +403,18 @@ def random_request(name: str, chance: random.Random) -> dict:
             step = sizes.get("router_groups", 1) if axis == "experts" else 1
             whole = step * chance.randint(least // step, most // step)
             request[field] = chance.choice([whole, chance.uniform(least / most, 1)])
-    depth = chance.random()
+    depth, least = chance.random(), max(1, len(spec.needed_kinds))
+    if spec.needed_kinds:
+        request["keep_last_layers"] = 0
     if depth < 0.4:
-        request["num_hidden_layers"] = chance.choice([chance.randint(1, sizes["layers"]), chance.uniform(0.05, 1)])
+        fraction = chance.uniform((least - 0.5) / sizes["layers"], 1)
+        request["num_hidden_layers"] = chance.choice([chance.randint(least, sizes["layers"]), fraction])
     elif depth < 0.7:
-        request["layers_to_drop"] = chance.sample(range(sizes["layers"]), chance.randint(0, sizes["layers"] - 1))
+        needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
+        droppable = sorted(set(range(sizes["layers"])) - needed)
+        request["layers_to_drop"] = chance.sample(
+            droppable, chance.randint(0, min(len(droppable), sizes["layers"] - 1))
+        )
     if not {"num_attention_heads", "hidden_size"} <= cuttable(name):
         if "hidden_size" in cuttable(name):
             request["hidden_size"] = chance.randint(1, sizes["hidden"])

@@ -80,8 +80,9 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             zero_input_except(module.get_submodule(pocket.attention_out), dimensions(heads))
         for path, kept in zip(pocket.head_norms, (heads, groups)):
             if kept is not None:
-                norm = NormOnKept(module.get_submodule(path), torch.tensor(dimensions(kept)), pocket.norm)
-                module.set_submodule(path, norm)
+                norm = module.get_submodule(path)
+                units = torch.tensor(dimensions(kept))
+                module.set_submodule(path, NormOnKept(norm, units, pocket.norm, epsilon(norm)))
     return masked
 
 
@@ -172,16 +173,18 @@ def epsilon(norm: nn.Module) -> float:
     return getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-5
 
 
-def narrow_embeddings(teacher, kept: torch.Tensor) -> None:
-    """Dead channels from the start: not every family has a norm between the embeddings and what reads them."""
-    embeddings = teacher.get_input_embeddings()
+def narrow_stream(name: str, teacher, kept: torch.Tensor) -> None:
+    """Dead channels from the embeddings on: not every layer has a norm before whatever reads the stream."""
 
     def hook(_, args, output):
+        if isinstance(output, tuple):
+            return (hook(_, args, output[0]), *output[1:])
         out = torch.zeros_like(output)
         out[..., kept] = output[..., kept]
         return out
 
-    embeddings.register_forward_hook(hook)
+    for module in (teacher.get_input_embeddings(), *teacher.get_submodule(POCKETS[name].layers)):
+        module.register_forward_hook(hook)
 
 
 def narrow_teacher(name: str, teacher, plan: PruningPlan):
@@ -190,7 +193,7 @@ def narrow_teacher(name: str, teacher, plan: PruningPlan):
     if "hidden" in plan.kept:
         pocket = POCKETS[name]
         kept = torch.from_numpy(plan.kept["hidden"])
-        narrow_embeddings(narrowed, kept)
+        narrow_stream(name, narrowed, kept)
         paths = residual_norms(narrowed)
         assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + 1
         for path in paths:
@@ -309,7 +312,7 @@ def test_hidden_has_a_closed_form_for_rms_norms(name: str):
     plan = plan_for(teacher, hidden_size=24)
     ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
     closed = masked_teacher(name, teacher, plan)  # where heads follow the width
-    narrow_embeddings(closed, torch.from_numpy(plan.kept["hidden"]))
+    narrow_stream(name, closed, torch.from_numpy(plan.kept["hidden"]))
     one = 1 if POCKETS[name].norm == "rms1p" else 0
     for path in residual_norms(closed):
         norm = closed.get_submodule(path)
@@ -328,7 +331,7 @@ def test_norm_compensation_leaves_the_teacher_with_dead_channels(name: str):
     student = apply_plan(teacher, plan)
     ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
     dead = masked_teacher(name, teacher, plan)  # where heads follow the width
-    narrow_embeddings(dead, torch.from_numpy(plan.kept["hidden"]))
+    narrow_stream(name, dead, torch.from_numpy(plan.kept["hidden"]))
     for path in residual_norms(dead):
         norm = dead.get_submodule(path)
         seen = epsilon(student.get_submodule(path)) * ratio / residual_scale(name, path, plan) ** 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
-from .sizes import PrunerConfig, build_student_config, resolve_sizes
+from .sizes import PrunerConfig, build_student_config, lacking_kinds, resolve_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,7 +211,7 @@ def make_plan(
         weights_digest = None if on_meta(teacher) else model_digest(teacher)
     if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
-    layers_kept = _choose_layers(before["layers"], after["layers"], config, scores)
+    layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
     kept = _choose_units(spec, before, after, layers_kept, cut, scores)
     student = build_student_config(
         spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation
@@ -245,24 +245,35 @@ def make_plan(
     )
 
 
-def _choose_layers(depth: int, left: int, request: PrunerConfig, scores: ImportanceScores | None) -> tuple[int, ...]:
-    """Teacher indices of the layers that stay."""
+def _choose_layers(
+    spec: ArchSpec, teacher: PretrainedConfig, left: int, request: PrunerConfig, scores: ImportanceScores | None
+) -> tuple[int, ...]:
+    """Teacher indices of the layers that stay: what is dropped has the lowest scores that leave a possible model."""
+    depth = spec.sizes(teacher)["layers"]
     num_drop = depth - left
-    if request.layers_to_drop is not None:
-        drop: Sequence[int] = request.layers_to_drop
-    elif num_drop == 0:
-        drop = []
-    else:
-        assert scores is not None
-        if request.contiguous:
-            starts = range(request.keep_first_layers, left - request.keep_last_layers + 1)
-            blocks = scores.blocks.diagonal(num_drop - 1)
-            start = min(starts, key=lambda start: float(blocks[start]))
-            drop = range(start, start + num_drop)
-        else:
-            layers = range(request.keep_first_layers, depth - request.keep_last_layers)
-            drop = sorted(layers, key=lambda layer: float(scores.layers[layer]))[:num_drop]
-    return tuple(sorted(set(range(depth)) - set(drop)))
+
+    def without(drop: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(set(range(depth)) - set(drop)))
+
+    if request.layers_to_drop is not None or num_drop == 0:
+        return without(request.layers_to_drop or ())
+    assert scores is not None
+    if request.contiguous:
+        starts = range(request.keep_first_layers, left - request.keep_last_layers + 1)
+        blocks = [range(start, start + num_drop) for start in starts]
+        possible = [block for block in blocks if not lacking_kinds(spec, teacher, without(block))]
+        importance = scores.blocks.diagonal(num_drop - 1)
+        least = min(possible or blocks, key=lambda block: float(importance[block.start]))
+        return without(least)
+    drop: list[int] = []
+    layers = range(request.keep_first_layers, depth - request.keep_last_layers)
+    for layer in sorted(layers, key=lambda layer: float(scores.layers[layer])):
+        if len(drop) < num_drop and not lacking_kinds(spec, teacher, without([*drop, layer])):
+            drop.append(layer)
+    if len(drop) < num_drop:
+        why = lacking_kinds(spec, teacher, without(layers))
+        raise PlanError(f"num_hidden_layers={left}, of them the last {request.keep_last_layers}: {why}")
+    return without(drop)
 
 
 def _choose_units(

@@ -174,7 +174,11 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     sizes, _ = resolve_sizes(spec, config, pruner_config)
     depth = spec.sizes(config)["layers"]
     if pruner_config.layers_to_drop is None:
-        kept = (*range(sizes["layers"] - 1), depth - 1)
+        blocks = [
+            (*range(start), *range(start + depth - sizes["layers"], depth))
+            for start in (sizes["layers"] - 1, *range(sizes["layers"] - 2, -1, -1), sizes["layers"])
+        ]
+        kept = next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
     else:
         kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
     return build_student_config(spec, config, sizes, kept, norm_compensation=pruner_config.norm_compensation)
@@ -441,6 +445,8 @@ def build_student_config(
     if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
         values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})
     if len(layers_kept) < before["layers"]:
+        if lacking := lacking_kinds(spec, teacher, layers_kept):
+            raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
         values.update(_layer_fields(spec, values, before["layers"], layers_kept))
     values.pop("transformers_version", None)
     try:
@@ -466,6 +472,25 @@ def _norms_are_alike(spec: ArchSpec) -> bool:
     """
     vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
     return vectors == set(spec.residual_norms) and not spec.scaled_embeddings
+
+
+def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterable[int]) -> str:
+    """What kinds of layers a choice of layers lacks, as a sentence; empty when it lacks none.
+
+    Args:
+        spec: the family.
+        config: the teacher's config.
+        layers_kept: teacher indices of the layers that stay.
+    """
+    kept = set(layers_kept)
+    for name, kinds in spec.needed_kinds:
+        needed = [layer for layer, kind in enumerate(getattr(config, name)) if kind in kinds]
+        if needed and kept.isdisjoint(needed):
+            return (
+                f"the stock '{spec.model_type}' classes do not work without a layer of {name} "
+                f"{' or '.join(kinds)}. Keep one of {needed}."
+            )
+    return ""
 
 
 def _layer_fields(

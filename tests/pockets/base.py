@@ -137,8 +137,9 @@ GEMMA = {
 
 
 def kinds(letters: str) -> list[str]:
-    """`layer_types` from initials: `f`ull or `s`liding attention."""
-    return [{"f": "full_attention", "s": "sliding_attention"}[letter] for letter in letters]
+    """`layer_types` from initials: `f`ull, `s`liding or `l`inear attention, or `c`onvolution."""
+    names = {"f": "full_attention", "s": "sliding_attention", "l": "linear_attention", "c": "conv"}
+    return [names[letter] for letter in letters]
 
 
 def grouped(model_type: str, **changes) -> Pocket:

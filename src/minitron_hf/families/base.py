@@ -75,6 +75,8 @@ class ArchSpec:
         leading_layers: config fields that count layers from the first one, recounted with the layers.
         trailing_layers: config fields that count layers from the last one, likewise.
         layer_indices: config fields that list layer indices, renumbered with the layers.
+        needed_kinds: (config field with one entry per layer, kinds): at least one layer of these kinds has to stay,
+            because the stock cache counts tokens there, or the stock config insists.
         sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
             if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
             period is 1 and the list says it all.
@@ -108,6 +110,7 @@ class ArchSpec:
     leading_layers: tuple[str, ...] = ()
     trailing_layers: tuple[str, ...] = ()
     layer_indices: tuple[str, ...] = ()
+    needed_kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sparse_layers: tuple[tuple[str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     layer_rule: str = ""
@@ -352,6 +355,41 @@ LATENT_ATTENTION = layer_tables(
     linear("self_attn.kv_b_proj", "heads*kv_dim", "kv_rank"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
 )
+#: Queries with a gate of the same width beside them, head by head: what attention writes is multiplied by its sigmoid.
+GATED_QUERIES = layer_tables(
+    linear("self_attn.q_proj", "heads*2*head_dim", "hidden"),
+    linear("self_attn.k_proj", "kv*head_dim", "hidden"),
+    linear("self_attn.v_proj", "kv*head_dim", "hidden"),
+    linear("self_attn.o_proj", "hidden", "heads*head_dim"),
+)
+#: What linear attention by the gated delta rule is made of; none of it is cut.
+DELTA_AXES = (
+    Axis("linear_keys", ("linear_num_key_heads",), prunable=False),
+    Axis("linear_values", ("linear_num_value_heads",), prunable=False),
+    Axis("linear_key_dim", ("linear_key_head_dim",), prunable=False),
+    Axis("linear_value_dim", ("linear_value_head_dim",), prunable=False),
+    Axis("linear_kernel", ("linear_conv_kernel_dim",), prunable=False),
+)
+#: Queries, keys and values of all its heads, one after another.
+DELTA_QKV = "linear_keys*linear_key_dim+linear_keys*linear_key_dim+linear_values*linear_value_dim"
+#: Its convolution and decay, wherever its projections come from.
+DELTA_RULE = {
+    "linear_attn.conv1d.weight": f"{DELTA_QKV} 1 linear_kernel",
+    "linear_attn.dt_bias": "linear_values",
+    "linear_attn.A_log": "linear_values",
+}
+#: Its projections in Qwen 3.5.
+QWEN_DELTA = layer_tables(
+    DELTA_RULE,
+    linear("linear_attn.in_proj_qkv", DELTA_QKV, "hidden"),
+    linear("linear_attn.in_proj_z", "linear_values*linear_value_dim", "hidden"),
+    linear("linear_attn.in_proj_b", "linear_values", "hidden"),
+    linear("linear_attn.in_proj_a", "linear_values", "hidden"),
+    linear("linear_attn.out_proj", "hidden", "linear_values*linear_value_dim"),
+    norm("linear_attn.norm", width="linear_value_dim"),
+)
+#: A student of layers of linear attention has one of full attention too.
+NEEDS_FULL_ATTENTION = (("layer_types", ("full_attention",)),)
 #: Gate, up and down projections.
 GATED_MLP = layer_tables(
     linear("mlp.gate_proj", "ffn", "hidden"),
@@ -378,6 +416,13 @@ SHARED_EXPERTS_MLP = layer_tables(
     linear("mlp.shared_experts.down_proj", "hidden", "shared_ffn"),
 )
 ROUTER_BIAS = {"mlp.gate.e_score_correction_bias": "experts"}
+#: A shared expert beside them, whose output a gate of its own scales.
+GATED_SHARED_EXPERT = layer_tables(
+    linear("mlp.shared_expert.gate_proj", "shared_ffn", "hidden"),
+    linear("mlp.shared_expert.up_proj", "shared_ffn", "hidden"),
+    linear("mlp.shared_expert.down_proj", "hidden", "shared_ffn"),
+    linear("mlp.shared_expert_gate", "1", "hidden"),
+)
 #: Where stacked experts are observed.
 EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
 #: Leading layers with an MLP, then experts that are chosen within groups, beside shared ones that are as wide.

@@ -6,12 +6,12 @@ from .base import (
     EXPERTS_MLP,
     FFN,
     GATED_MLP,
+    GATED_SHARED_EXPERT,
     GROUPED_ATTENTION,
     MOE_FFN,
     SHARED_FFN,
     decoder,
     layer_tables,
-    linear,
 )
 
 SPEC = decoder(
@@ -20,10 +20,7 @@ SPEC = decoder(
         GROUPED_ATTENTION,
         GATED_MLP,
         EXPERTS_MLP,
-        linear("mlp.shared_expert.gate_proj", "shared_ffn", "hidden"),
-        linear("mlp.shared_expert.up_proj", "shared_ffn", "hidden"),
-        linear("mlp.shared_expert.down_proj", "hidden", "shared_ffn"),
-        linear("mlp.shared_expert_gate", "1", "hidden"),
+        GATED_SHARED_EXPERT,
     ),
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
     mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
