@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 from minitron_hf.errors import UnsupportedModelError
-from minitron_hf.experts import observed_experts, stored_transposed
+from minitron_hf.experts import Routed, observed_experts, stored_transposed
 from minitron_hf.families import spec_for
 from pocket import POCKETS
 
@@ -77,8 +77,8 @@ def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
 
 
 class Reports(list):
-    def __call__(self, expert: int, tokens: torch.Tensor, inner: torch.Tensor, output: torch.Tensor) -> None:
-        self.append((expert, tokens, inner, output))
+    def __call__(self, expert: int, seen: Routed) -> None:
+        self.append((expert, seen.token_n, seen.inner_nF * seen.weight_n1, seen.output_nH))
 
     def total(self) -> torch.Tensor:
         total = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)

@@ -523,7 +523,7 @@ def test_a_loader_without_length_or_mask():
         (loader([()], 1, extra=2), {}, "hold no tokens"),
         (ROWS, {"batch_reduction": "sum"}, "batch_reduction='sum' is unknown. Expected one of mean, l2, var"),
         (ROWS, {"sequence_reduction": "max"}, "sequence_reduction='max' is unknown"),
-        (ROWS, {"metric": "taylor"}, "metric='taylor' is unknown"),
+        (ROWS, {"metric": "wanda"}, "metric='wanda' is unknown"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from accelerate import PartialState
@@ -30,12 +30,14 @@ from .families import ArchSpec, spec_for
 from .families.base import named_tensors
 from .models import architecture_digest, evaluating, input_device, model_digest, on_meta
 from .reductions import Reduction
-from .scoring import ScoringPass, require_vocabulary
+from .scoring import ActivationMetric, ScoringPass, require_vocabulary
+from .taylor import TaylorPass
+from .units import weight_magnitudes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Metric = Literal["activation", "random"]
+Metric = Literal["activation", "pre_activation", "contribution", "taylor", "magnitude", "random"]
 SCORES_NAME = "scores.safetensors"
 
 
@@ -139,12 +141,24 @@ def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> 
         )
 
 
+@overload
 def estimate_importance(
+    model: PreTrainedModel, data: DataSource | None = None, *, metric: Metric = ..., **kwargs: Any
+) -> ImportanceScores: ...
+
+
+@overload
+def estimate_importance(
+    model: PreTrainedModel, data: DataSource | None = None, *, metric: Sequence[Metric], **kwargs: Any
+) -> dict[Metric, ImportanceScores]: ...
+
+
+def estimate_importance(  # type: ignore[misc] # the overloads leave out what is the same in both
     model: PreTrainedModel,
     data: DataSource | None = None,
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
-    metric: Metric = "activation",
+    metric: Metric | Sequence[Metric] = "activation",
     batch_reduction: Reduction = "l2",
     sequence_reduction: Reduction = "mean",
     num_samples: int = 1024,
@@ -153,17 +167,29 @@ def estimate_importance(
     batch_size: int = 8,
     seed: int = 0,
     show_progress: bool = True,
-) -> ImportanceScores:
+) -> ImportanceScores | dict[Metric, ImportanceScores]:
     """Score every width axis and every contiguous block of layers in one forward pass over calibration rows.
 
-    Per token, a unit's activation is: for a head ‖its output before the output projection‖₂; for a KV group ‖its
-    contribution to the attention output‖₂; for an MLP neuron its value at the input of the down projection (P1 takes
-    it before the nonlinearity; this is NVIDIA Model-Optimizer's choice, and the default here); for a hidden channel
-    its value in the output of a norm, where the reduced scores of all norms are summed. For an expert it is
-    ‖router weight · its output‖₂, as in REAP (arXiv 2510.13999, eq. 5 before its mean), for a neuron of an expert
-    router weight · its value at the input of the down projection, and 0 at tokens that are routed elsewhere: the down
-    projection is linear, so the weighted values are what a plain MLP in the expert's place would be given, and a
-    neuron that only fires where the router hardly listens does not matter.
+    Metrics, of which the first three share one pass:
+
+    - `"activation"`: per token, a unit's activation is: for a head ‖its output before the output projection‖₂; for a
+      KV group ‖its contribution to the attention output‖₂; for an MLP neuron its value at the input of the down
+      projection (NVIDIA Model-Optimizer's choice); for a hidden channel its value in the output of a norm, where the
+      reduced scores of all norms are summed. For an expert it is ‖router weight · its output‖₂, as in REAP (arXiv
+      2510.13999, eq. 5 before its mean), for a neuron of an expert router weight · its value at the input of the down
+      projection, and 0 at tokens that are routed elsewhere: the down projection is linear, so the weighted values are
+      what a plain MLP in the expert's place would be given, and a neuron that only fires where the router hardly
+      listens does not matter.
+    - `"pre_activation"`: the same, but neurons are taken before the nonlinearity, as in P1 §2.2: the output of the
+      projection that makes them. Where there are two, gate and up, their reduced scores are summed.
+    - `"contribution"`: weight × activation: ‖what the unit adds to the output of the projection that reads it‖₂, for
+      heads, groups and neurons alike; for a channel, its value times the norm of what the matrices of the layer (after
+      the last norm: the head) hold for it.
+    - `"taylor"`: |Σ x·∂L/∂x| over the tokens of a row, which is the |Σ w·∂L/∂w| of P1 §2.2 over the weights that read
+      the unit; blocks of layers likewise. A backward pass, without gradients of weights. `sequence_reduction` has no
+      say in it.
+    - `"magnitude"`: ‖all weights of the unit‖₂. A control, without data.
+    - `"random"`: the control that every result should be shown beside.
 
     Activations are reduced over the tokens of a row, then over rows (P1 Table 13: batch L2 with sequence mean is best
     or second). Padding tokens never count, so the scores do not depend on batch size, padding side or the order of
@@ -177,9 +203,9 @@ def estimate_importance(
         model: teacher; not changed.
         data: calibration texts, token rows, or a dataset (see `token_rows`), or a `DataLoader` of batches, each a
             mapping with `input_ids` and `attention_mask` tensors [B, T], all of which are used. Not needed by
-            `metric="random"`.
+            `"magnitude"` and `"random"`.
         processing_class: tokenizer, needed for texts.
-        metric: `"activation"`, or `"random"`, the control that every result should be shown beside.
+        metric: one of the metrics above, or several of them.
         batch_reduction: reduction over rows: `"l2"`, `"mean"` (of absolute values) or `"var"`.
         sequence_reduction: reduction over the tokens of a row, likewise.
         num_samples: rows to use (P1, P2: 1,024).
@@ -190,54 +216,93 @@ def estimate_importance(
         show_progress: show a progress bar.
 
     Returns:
-        The scores, with digests of model, tokenizer and data.
+        The scores, with digests of model, tokenizer and data; for several metrics a dict of them.
 
     Raises:
         UnsupportedModelError: if the family is unknown or the model is not what its table says.
         DataError: if there is no calibration text, too little of it, or no tokenizer for it.
     """
-    for name, value, allowed in (
-        ("metric", metric, Metric),
-        ("batch_reduction", batch_reduction, Reduction),
-        ("sequence_reduction", sequence_reduction, Reduction),
+    metrics: list[Metric] = [metric] if isinstance(metric, str) else list(metric)
+    for name, values, allowed in (
+        ("metric", metrics, Metric),
+        ("batch_reduction", [batch_reduction], Reduction),
+        ("sequence_reduction", [sequence_reduction], Reduction),
     ):
-        if value not in get_args(allowed):
-            raise DataError(f"{name}={value!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
+        if unknown := [value for value in values if value not in get_args(allowed)]:
+            raise DataError(f"{name}={unknown[0]!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
     spec = spec_for(model.config)
     spec.check(model)
-    settings: dict[str, Any] = {"model": public_name(model.config._name_or_path), "metric": metric}
+    named = public_name(model.config._name_or_path)
     digests: dict[str, str | None] = {
         "model": model_digest(model),
         "architecture": architecture_digest(model.config),
         "tokenizer": None if processing_class is None else tokenizer_digest(processing_class),
         "data": None,
     }
-    if metric == "random":
-        axes, blocks = _random_scores(spec, model, seed)
-        return ImportanceScores(axes, blocks, {**settings, "seed": seed}, digests)
+    found: dict[Metric, ImportanceScores] = {}
 
-    batches, num_batches, made_here = _calibration_batches(
-        model, data, processing_class, num_samples, max_length, packing, batch_size
-    )
+    def note(name: Metric, axes: Mapping[str, Tensor], blocks: Tensor, settings: Mapping[str, Any]) -> None:
+        known = {"model": named, "metric": name}
+        found[name] = ImportanceScores(axes, blocks, {**known, **settings}, dict(digests))
+
+    if "random" in metrics:
+        note("random", *_random_scores(spec, model, seed), {"seed": seed})
+    if "magnitude" in metrics:
+        note("magnitude", *weight_magnitudes(spec, model), {})
+    watched: list[ActivationMetric] = [name for name in get_args(ActivationMetric) if name in metrics]
+    if watched or "taylor" in metrics:
+        calibration = _calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
+        reductions = {"batch_reduction": batch_reduction, "sequence_reduction": sequence_reduction}
+        if watched:
+            pass_ = ScoringPass(spec, model, sequence_reduction, watched)
+            settings = {**reductions, **_run_pass(pass_, model, calibration, digests, show_progress)}
+            for name in watched:
+                note(name, pass_.axis_scores(batch_reduction, name), pass_.block_scores(), settings)
+        if "taylor" in metrics:
+            taylor = TaylorPass(spec, model)
+            settings = {
+                "batch_reduction": batch_reduction,
+                **_run_pass(taylor, model, calibration, digests, show_progress),
+            }
+            note("taylor", taylor.axis_scores(batch_reduction), taylor.block_scores(batch_reduction), settings)
+    return found[metrics[0]] if isinstance(metric, str) else {name: found[name] for name in metrics}
+
+
+class Calibration(NamedTuple):
+    """Calibration data that can be gone through more than once.
+
+    Attributes:
+        batches: starts again.
+        num_batches: how many there are, where it is known.
+        packing: whether texts were packed here; None where they came as rows.
+    """
+
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    num_batches: int | None
+    packing: bool | None
+
+
+def _run_pass(
+    pass_: ScoringPass | TaylorPass,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    digests: dict[str, str | None],
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Feed all batches to a pass, in turns with the other processes; what to record of them."""
     rank, num_processes = _processes()
-    if num_processes > 1 and isinstance(data, DataLoaderStateMixin):
-        raise DataError(
-            "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that was "
-            "given to prepare(); its batches are dealt out here."
-        )
-    pass_ = ScoringPass(spec, model, sequence_reduction)
     device = input_device(model)
     with (
         evaluating([model]),
         torch.no_grad(),
         pass_.hooks(),
         tqdm(
-            total=None if num_batches is None else -(-num_batches // num_processes),
+            total=None if calibration.num_batches is None else -(-calibration.num_batches // num_processes),
             desc="Scoring",
             disable=rank > 0 or not show_progress,
         ) as bar,
     ):
-        for batch in islice(batches, rank, None, num_processes):
+        for batch in islice(calibration.batches(), rank, None, num_processes):
             pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
             bar.update()
     if num_processes > 1:
@@ -248,15 +313,12 @@ def estimate_importance(
         )
     rows = tuple(row for batch_rows in pass_.rows for row in batch_rows)
     digests["data"] = TokenRows(rows, None).digest
-    settings |= {
-        "batch_reduction": batch_reduction,
-        "sequence_reduction": sequence_reduction,
+    return {
         "num_rows": pass_.num_rows,
         "num_tokens": pass_.num_tokens,
         "max_length": max(map(len, rows)),
-        "packing": packing if made_here else None,
+        "packing": calibration.packing,
     }
-    return ImportanceScores(pass_.axis_scores(batch_reduction), pass_.block_scores(), settings, digests)
 
 
 def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
@@ -281,7 +343,7 @@ def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     return min(limit, getattr(config, "max_position_embeddings", None) or limit)
 
 
-def _calibration_batches(
+def _calibration(
     model: PreTrainedModel,
     data: DataSource | None,
     processing_class: PreTrainedTokenizerBase | None,
@@ -289,12 +351,17 @@ def _calibration_batches(
     max_length: int | None,
     packing: bool,
     batch_size: int,
-) -> tuple[Iterable[Mapping[str, Tensor]], int | None, bool]:
-    """Batches, their number where it is known, and whether they were packed (or not) here."""
+) -> Calibration:
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
     if isinstance(data, torch.utils.data.DataLoader):
-        return data, None if isinstance(data.dataset, torch.utils.data.IterableDataset) else len(data), False
+        if isinstance(data, DataLoaderStateMixin) and _processes()[1] > 1:
+            raise DataError(
+                "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that "
+                "was given to prepare(); its batches are dealt out here."
+            )
+        endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
+        return Calibration(lambda: data, None if endless else len(data), None)
     max_length = max_length or default_max_length(model.config)
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
@@ -303,7 +370,11 @@ def _calibration_batches(
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    return padded_batches(rows, batch_size), -(-len(rows) // batch_size), not isinstance(data, TokenRows)
+    return Calibration(
+        lambda: padded_batches(rows, batch_size),
+        -(-len(rows) // batch_size),
+        None if isinstance(data, TokenRows) else packing,
+    )
 
 
 def _random_scores(spec: ArchSpec, model: PreTrainedModel, seed: int) -> tuple[dict[str, Tensor], Tensor]:

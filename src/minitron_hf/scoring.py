@@ -1,30 +1,38 @@
 """One forward pass over calibration batches, watched: the sums from which importance scores are made.
 
-Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, H hidden, L layers, D the units
-and inner dimensions that a projection reads, g groups, N tokens of a batch, n those routed to one expert.
+Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, R dimensions of one unit,
+H hidden, L layers, D the units and inner dimensions that a projection reads or writes, F neurons of an expert,
+N tokens of a batch, n those routed to one expert.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .axes import dimension_axes, dimension_size, product_shape
+from .axes import Dimension, dimension_axes, dimension_size, product_shape
 from .data import position_ids
 from .errors import DataError, UnsupportedModelError
-from .experts import Observer, observed_experts, stored_transposed
+from .experts import Observer, Routed, expert_inputs, expert_writer, observed_experts, stored_transposed
 from .families import ArchSpec
 from .families.base import named_tensors
 from .models import input_device, tensor_values
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
+from .units import channel_norms
+
+ActivationMetric = Literal["activation", "pre_activation", "contribution"]
+#: Where an axis is observed: at the input of a projection, at the outputs of those that make it, or at the input of a
+#: projection weighted with what it does to it.
+Kind = Literal["input", "made", "weighted"]
 
 
 def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
@@ -40,6 +48,71 @@ def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
         )
 
 
+def model_inputs(batch: Mapping[str, Tensor], takes_positions: bool) -> dict[str, Tensor]:
+    """What a causal model is called with: no mask where it cannot see the padding anyway.
+
+    Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a sliding
+    window leaves with nothing to see turn NaN and spoil the keys of the others.
+
+    Args:
+        batch: `input_ids` and `attention_mask`, [B, T].
+        takes_positions: whether the model can be told the positions of tokens.
+    """
+    mask_BT = batch["attention_mask"]
+    # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
+    inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
+    if bool((mask_BT.diff(dim=1) > 0).any()):
+        inputs["attention_mask"] = mask_BT
+        if takes_positions:
+            inputs["position_ids"] = position_ids(mask_BT)
+    return inputs
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model can be told the positions of tokens."""
+    # The signature, not __code__: Transformers wraps `forward` in decorators.
+    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+class Tap:
+    """Where the units of an axis are read: a piece of the last dimension, arranged as units and their dimensions.
+
+    Attributes:
+        position: which dimension of the projection's weight they are in.
+        num_units: how many units the piece holds.
+        group: whether they are groups of what the piece holds: the outer axis of `ArchSpec.groups`.
+        single: whether every unit is one number: a neuron.
+    """
+
+    def __init__(self, spec: ArchSpec, axis: str, module: str, sizes: Mapping[str, int]) -> None:
+        dimensions = spec.dimensions[f"{module}.weight"]
+        tapped = {outer: inner for inner, outer in spec.groups}.get(axis, axis)
+        [self.position] = [i for i, dim in enumerate(dimensions) if tapped in dimension_axes(dim)]
+        dimension = dimensions[self.position]
+        [index] = [i for i, product in enumerate(dimension) if tapped in product]
+        product = dimension[index]
+        self.group = axis not in product
+        start = dimension_size(dimension[:index], sizes)
+        self.piece = slice(start, start + math.prod(product_shape(product, sizes)))
+        if self.group:
+            self.shape: tuple[int, ...] = (sizes[axis], -1)
+            units = [0]
+        else:
+            self.shape = product_shape(product, sizes)
+            own = (axis, spec.axis[axis].within)
+            units = [i for i, factor in enumerate(product) if factor in own]
+        self.order = [*units, *(i for i in range(len(self.shape)) if i not in units)]
+        self.num_units = math.prod(self.shape[i] for i in units)
+        self.single = not self.group and len(units) == len(self.shape)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., U, R]."""
+        lead = x.shape[:-1]
+        x = x[..., self.piece].unflatten(-1, self.shape)
+        x = x.permute(*range(len(lead)), *(len(lead) + i for i in self.order))
+        return x.reshape(*lead, self.num_units, -1)
+
+
 class ScoringPass:
     """Accumulators of one pass, in float64, and the hooks that feed them.
 
@@ -47,9 +120,16 @@ class ScoringPass:
         rows: the rows of every batch that was seen, without padding; rows without tokens are left out.
     """
 
-    def __init__(self, spec: ArchSpec, model: PreTrainedModel, sequence_reduction: Reduction) -> None:
+    def __init__(
+        self,
+        spec: ArchSpec,
+        model: PreTrainedModel,
+        sequence_reduction: Reduction,
+        metrics: Iterable[ActivationMetric] = ("activation",),
+    ) -> None:
         self.spec = spec
         self.model = model
+        self.metrics = tuple(metrics)
         self.sizes = spec.sizes(model.config)
         self.sequence_reduction = sequence_reduction
         self.rows: list[list[tuple[int, ...]]] = []
@@ -57,12 +137,12 @@ class ScoringPass:
         self.mask_BT: Tensor | None = None
         self.count_B = torch.zeros(0)
         self.shape_BT: tuple[int, ...] = ()
-        # (axis, source) → sums over rows, [3, U]; source is a layer or a norm.
-        self.sums: dict[tuple[str, int], Tensor] = {}
-        self.unseen: dict[tuple[str, int], str] = {}
+        # (kind, axis, source) → sums over rows, [3, U]; source is a norm, or layer + layers * part.
+        self.sums: dict[tuple[Kind, str, int], Tensor] = {}
+        self.unseen: dict[tuple[Kind, str, int], str] = {}
+        self.writer_norms: dict[tuple[int, int], Tensor] = {}
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
-        # The signature, not __code__: Transformers wraps `forward` in decorators.
-        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.takes_positions = takes_positions(model)
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model, without its head, on one batch of `input_ids` and, where it is padded, `attention_mask`."""
@@ -75,16 +155,7 @@ class ScoringPass:
         self.mask_BT = mask_BT.bool() if padded else None
         self.count_B = mask_BT.sum(1)
         self.shape_BT = mask_BT.shape
-        inputs = {"input_ids": batch["input_ids"]}
-        if padded:
-            # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
-            inputs["input_ids"] = batch["input_ids"].masked_fill(~mask_BT.bool(), 0)
-            # Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a
-            # sliding window leaves with nothing to see turn NaN and spoil the keys of the others.
-            if bool((mask_BT.diff(dim=1) > 0).any()):
-                inputs["attention_mask"] = mask_BT
-                if self.takes_positions:
-                    inputs["position_ids"] = position_ids(mask_BT)
+        inputs = model_inputs({**batch, "attention_mask": mask_BT}, self.takes_positions)
         self.layer_inputs.clear()
         self.model.base_model(**inputs, use_cache=False)
         if self.unseen:
@@ -120,7 +191,7 @@ class ScoringPass:
 
             def before(path: str, observe: Callable[[Tensor], None]) -> None:
                 hook = modules[path].register_forward_pre_hook(
-                    lambda _, args, kwargs: observe(_first(args, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs: observe(first_input(args, kwargs)), with_kwargs=True
                 )
                 stack.callback(hook.remove)
 
@@ -130,113 +201,203 @@ class ScoringPass:
                 )
                 stack.callback(hook.remove)
 
-            def after_norm(path: str, source: int) -> None:
-                self._expect("hidden", source, path)
-                after(path, lambda x_BTH: self._add("hidden", source, x_BTH))
+            def after_norm(path: str, source: int, layer: int | None) -> None:
+                kinds = self._kinds("hidden")
+                for kind in kinds:
+                    self._expect(kind, "hidden", source, path)
+                after(path, self._channel_observer(kinds, source, layer))
 
             experts: dict[str, list[str]] = {}
             for axis, module in spec.taps.items():
-                if f"{module}.weight" not in spec.dimensions:
+                stacked = f"{module}.weight" not in spec.dimensions
+                if stacked:
                     experts.setdefault(module, []).append(axis)
                 for layer in spec.layers_with(axis, names):
                     path = spec.layer_parameter(layer, module)
-                    self._expect(axis, layer, path)
-                    if f"{module}.weight" in spec.dimensions:
-                        before(path, self._unit_observer(axis, module, layer))
+                    kinds = self._kinds(axis)
+                    if stacked:
+                        for kind in kinds:
+                            self._expect(kind, axis, layer, path)
+                        continue
+                    if inputs := kinds - {"made"}:
+                        for kind in inputs:
+                            self._expect(kind, axis, layer, path)
+                        before(path, self._unit_observer(axis, module, layer, inputs))
+                    if "made" in kinds:
+                        part = 0
+                        for maker, dimension in makers(spec, axis, modules, layer):
+                            made = spec.layer_parameter(layer, maker)
+                            after(made, self._maker_observer(axis, dimension, layer, part, made))
+                            part += sum(axis in product for product in dimension)
             for module, axes in experts.items():
                 observers = {
-                    modules[spec.layer_parameter(layer, module)]: self._expert_observer(axes, layer)
+                    modules[spec.layer_parameter(layer, module)]: self._expert_observer(module, axes, layer)
                     for layer in spec.layers_with(axes[0], names)
                 }
                 stack.enter_context(observed_experts(observers, stored_transposed(spec, module)))
             for layer in range(num_layers):
                 for index, module in enumerate(spec.layer_norms):
                     if (path := spec.layer_parameter(layer, module)) in modules:
-                        after_norm(path, layer * len(spec.layer_norms) + index)
+                        after_norm(path, layer * len(spec.layer_norms) + index, layer)
                 before(f"{spec.layers_path}.{layer}", self.layer_inputs.append)
-            after_norm(spec.final_norm, num_layers * len(spec.layer_norms))
+            after_norm(spec.final_norm, num_layers * len(spec.layer_norms), None)
             after(f"{spec.layers_path}.{num_layers - 1}", self.layer_inputs.append)
             yield
 
-    def _expect(self, axis: str, source: int, path: str) -> None:
+    def _kind(self, axis: str, metric: ActivationMetric) -> Kind:
+        """Where a metric observes an axis."""
+        spec = self.spec
+        if axis == "hidden":
+            return "weighted" if metric == "contribution" else "input"
+        module = spec.taps[axis]
+        if f"{module}.weight" not in spec.dimensions:
+            neurons = spec.axis[axis].within is not None
+            weighted = neurons and metric == "contribution"
+        else:
+            tap = Tap(spec, axis, module, self.sizes)
+            neurons = tap.single and spec.axis[axis].within is None
+            weighted = metric == "contribution" or tap.group
+        return "made" if neurons and metric == "pre_activation" else "weighted" if weighted else "input"
+
+    def _kinds(self, axis: str) -> set[Kind]:
+        return {self._kind(axis, metric) for metric in self.metrics}
+
+    def _expect(self, kind: Kind, axis: str, source: int, path: str) -> None:
         units = self.spec.units(axis, self.sizes)[1 if self.spec.axis[axis].per_layer else 0 :]
-        self.sums[axis, source] = torch.zeros(3, math.prod(units), dtype=torch.float64)
-        self.unseen[axis, source] = path
+        self.sums[kind, axis, source] = torch.zeros(3, math.prod(units), dtype=torch.float64)
+        self.unseen[kind, axis, source] = path
 
-    def _unit_observer(self, axis: str, module: str, layer: int) -> Callable[[Tensor], None]:
-        """Activations at the input of a projection → one value per unit and token."""
-        spec, pattern = self.spec, f"{module}.weight"
-        tapped = {outer: inner for inner, outer in spec.groups}.get(axis, axis)
-        [position] = [i for i, dim in enumerate(spec.dimensions[pattern]) if tapped in dimension_axes(dim)]
-        dimension = spec.dimensions[pattern][position]
-        [index] = [i for i, product in enumerate(dimension) if tapped in product]
-        product = dimension[index]
-        shape = product_shape(product, self.sizes)
-        start = dimension_size(dimension[:index], self.sizes)
-        piece = slice(start, start + math.prod(shape))
-        if axis in product:
-            units = (axis, spec.axis[axis].within)
-            dims = tuple(-len(shape) + i for i, factor in enumerate(product) if factor not in units)
+    def _channel_observer(self, kinds: set[Kind], source: int, layer: int | None) -> Callable[[Tensor], None]:
+        """Outputs of a norm; weighted: times what its layer, or the head after the last norm, holds for a channel."""
+        weight_H: Tensor | None = None
 
-            def observe(x_BTD: Tensor) -> None:
-                x = x_BTD[..., piece]
-                if dims:
-                    x = torch.linalg.vector_norm(x.unflatten(-1, shape), dim=dims, dtype=wide(x))
-                self._add(axis, layer, x)
+        def observe(x_BTH: Tensor) -> None:
+            nonlocal weight_H
+            if "input" in kinds:
+                self._add("input", "hidden", source, x_BTH)
+            if "weighted" in kinds:
+                if weight_H is None and layer is not None:
+                    weight_H = channel_norms(self.spec, self.model, layer)
+                elif weight_H is None:
+                    head = self.model.get_output_embeddings()
+                    [name] = [name for name, module in self.model.named_modules() if module is head]
+                    weight_H = tensor_values(self.model, f"{name}.weight").detach().double().norm(dim=0)
+                weight_H = weight_H.to(x_BTH.device, wide(x_BTH))
+                self._add("weighted", "hidden", source, x_BTH * weight_H)
 
-            return observe
-        # The outer axis of a group (KV heads over query heads): the norm of what the whole group contributes to the
-        # module's output, ‖W_g x_g‖² = x_gᵀ(W_gᵀW_g)x_g, which needs no [tokens, H] output per group.
-        num_groups = self.sizes[axis]
-        gram: Tensor | None = None
+        return observe
 
-        def observe_group(x_BTD: Tensor) -> None:
-            nonlocal gram
-            if gram is None:
-                weight = tensor_values(self.model, spec.layer_parameter(layer, pattern))
+    def _unit_observer(self, axis: str, module: str, layer: int, kinds: set[Kind]) -> Callable[[Tensor], None]:
+        """Activations at the input of a projection → one value per unit and token.
+
+        Weighted, the norm of what a unit contributes to the projection's output: ‖W_u x_u‖² = x_uᵀ(W_uᵀW_u)x_u, which
+        needs no [tokens, H] output per unit. A neuron is one number, and keeps its sign.
+        """
+        tap = Tap(self.spec, axis, module, self.sizes)
+        gram_URR: Tensor | None = None
+
+        def observe(x_BTD: Tensor) -> None:
+            nonlocal gram_URR
+            x_BTUR = tap.split(x_BTD)
+            if "input" in kinds:
+                dtype = wide(x_BTUR)
+                x_BTU = x_BTUR[..., 0] if tap.single else torch.linalg.vector_norm(x_BTUR, dim=-1, dtype=dtype)
+                self._add("input", axis, layer, x_BTU)
+            if "weighted" not in kinds:
+                return
+            if gram_URR is None:
+                weight = tensor_values(self.model, self.spec.layer_parameter(layer, f"{module}.weight")).detach()
                 weight = weight.to(x_BTD.device, wide(x_BTD))
-                weight_gDH = (weight.T if position == 1 else weight)[piece].unflatten(0, (num_groups, -1))
-                gram = weight_gDH @ weight_gDH.transpose(1, 2)
-            x_BTgD = x_BTD[..., piece].to(gram.dtype).unflatten(-1, (num_groups, -1))
-            squared_BTg = (torch.einsum("...gd,gde->...ge", x_BTgD, gram) * x_BTgD).sum(-1)
-            self._add(axis, layer, squared_BTg.clamp(min=0).sqrt())
+                weight_HUR = tap.split(weight if tap.position == 1 else weight.T)
+                gram_URR = torch.einsum("hur,hus->urs", weight_HUR, weight_HUR)
+            if tap.single:
+                self._add("weighted", axis, layer, x_BTUR[..., 0] * gram_URR[:, 0, 0].sqrt())
+                return
+            x_BTUR = x_BTUR.to(gram_URR.dtype)
+            squared_BTU = (torch.einsum("...ur,urs->...us", x_BTUR, gram_URR) * x_BTUR).sum(-1)
+            self._add("weighted", axis, layer, squared_BTU.clamp(min=0).sqrt())
 
-        return observe_group
+        return observe
 
-    def _within(self, axis: str) -> bool:
-        return self.spec.axis[axis].within is not None
+    def _maker_observer(
+        self, axis: str, dimension: Dimension, layer: int, part: int, path: str
+    ) -> Callable[[Tensor], None]:
+        """Outputs of a projection that makes the units: gates and neurons are parts of their own."""
+        pieces = _pieces(axis, dimension, self.sizes)
+        sources = [layer + self.sizes["layers"] * (part + number) for number in range(len(pieces))]
+        for source in sources:
+            self._expect("made", axis, source, path)
 
-    def _expert_observer(self, axes: list[str], layer: int) -> Observer:
+        def observe(x_BTD: Tensor) -> None:
+            for source, piece in zip(sources, pieces):
+                self._add("made", axis, source, x_BTD[..., piece])
+
+        return observe
+
+    def _expert_observer(self, module: str, axes: list[str], layer: int) -> Observer:
         """What one expert does with its tokens → one value for it, or for each of its neurons, and token.
 
         All values at tokens that are routed elsewhere are 0.
         """
+        spec, sizes = self.spec, self.sizes
+        observed = [(axis, kind) for axis in axes for kind in self._kinds(axis)]
+        transposed = stored_transposed(spec, module)
+        parts: list[slice] = []
+        for axis, kind in observed:
+            if kind == "made":
+                parts = _pieces(axis, expert_inputs(spec, module), sizes)
+                for number in range(1, len(parts)):
+                    self._expect(kind, axis, layer + sizes["layers"] * number, module)
 
-        def observe(expert: int, token_n: Tensor, inner_nF: Tensor, output_nH: Tensor) -> None:
+        def observe(expert: int, routed: Routed) -> None:
+            token_n = routed.token_n
             row_n = token_n // self.shape_BT[1]
+            seen_n: Tensor | slice = slice(None)
             if self.mask_BT is not None:
                 seen_n = self.mask_BT.flatten().to(token_n.device)[token_n]
-                row_n, inner_nF, output_nH = row_n[seen_n], inner_nF[seen_n], output_nH[seen_n]
-            for axis in axes:
-                if self._within(axis):
-                    x_nU = inner_nF
+            row_n = row_n[seen_n]
+            count_B = self.count_B.to(row_n.device)
+
+            def add(axis: str, kind: Kind, x_nU: Tensor, part: int = 0) -> None:
+                reduced_BU = reduce_routed(x_nU[seen_n], row_n, count_B, self.sequence_reduction)
+                self._accumulate(kind, axis, layer + sizes["layers"] * part, reduced_BU, expert * x_nU.shape[1])
+
+            for axis, kind in observed:
+                if spec.axis[axis].within is None:
+                    output_nH = routed.output_nH
+                    norm_n1 = torch.linalg.vector_norm(output_nH, dim=-1, keepdim=True, dtype=wide(output_nH))
+                    add(axis, kind, norm_n1)
+                elif kind == "made":
+                    for part, piece in enumerate(parts):
+                        add(axis, kind, routed.before_nD[:, piece] * routed.weight_n1, part)
                 else:
-                    x_nU = torch.linalg.vector_norm(output_nH, dim=-1, keepdim=True, dtype=wide(output_nH))
-                reduced_BU = reduce_routed(x_nU, row_n, self.count_B.to(row_n.device), self.sequence_reduction)
-                self._accumulate(axis, layer, reduced_BU, expert * x_nU.shape[1])
+                    x_nF = routed.inner_nF * routed.weight_n1
+                    if kind == "weighted":
+                        x_nF = x_nF * self._writer_norms(module, layer, expert, transposed).to(x_nF)
+                    add(axis, kind, x_nF)
 
         return observe
 
-    def _add(self, axis: str, source: int, x_BTU: Tensor) -> None:
-        x_BTU = x_BTU.reshape(*self.shape_BT, -1)  # OPT flattens rows and tokens before its MLP
-        self._accumulate(axis, source, reduce_sequence(x_BTU, self.mask_BT, self.sequence_reduction))
+    def _writer_norms(self, module: str, layer: int, expert: int, transposed: bool) -> Tensor:
+        """Norm of what the down projection of an expert holds for each of its neurons, [F]."""
+        if (layer, expert) not in self.writer_norms:
+            path = self.spec.layer_parameter(layer, module)
+            weight = expert_writer(self.model, path)[expert].detach()
+            dtype = wide(weight)
+            self.writer_norms[layer, expert] = torch.linalg.vector_norm(weight, dim=int(transposed), dtype=dtype)
+        return self.writer_norms[layer, expert]
 
-    def _accumulate(self, axis: str, source: int, reduced_BU: Tensor, start: int = 0) -> None:
+    def _add(self, kind: Kind, axis: str, source: int, x_BTU: Tensor) -> None:
+        x_BTU = x_BTU.reshape(*self.shape_BT, -1)  # OPT flattens rows and tokens before its MLP
+        self._accumulate(kind, axis, source, reduce_sequence(x_BTU, self.mask_BT, self.sequence_reduction))
+
+    def _accumulate(self, kind: Kind, axis: str, source: int, reduced_BU: Tensor, start: int = 0) -> None:
         if reduced_BU.device.type == "mps":  # has no float64
             reduced_BU = reduced_BU.cpu()
-        sums_3U = self.sums[axis, source] = self.sums[axis, source].to(reduced_BU.device)
+        key = kind, axis, source
+        sums_3U = self.sums[key] = self.sums[key].to(reduced_BU.device)
         sums_3U[:, start : start + reduced_BU.shape[1]] += row_terms(reduced_BU)
-        self.unseen.pop((axis, source), None)
+        self.unseen.pop(key, None)
 
     def _add_similarities(self) -> None:
         """Cosines between the inputs of all layers (and the last output), summed over unmasked tokens.
@@ -271,20 +432,21 @@ class ScoringPass:
         torch.distributed.all_gather_object(everyones, self.rows)
         self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
 
-    def axis_scores(self, batch_reduction: Reduction) -> dict[str, Tensor]:
+    def axis_scores(self, batch_reduction: Reduction, metric: ActivationMetric = "activation") -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
         scores: dict[str, Tensor] = {}
         for axis in {**dict.fromkeys(self.spec.taps), "hidden": None}:
             reduced = {
                 source: reduce_rows(sums.cpu(), self.num_rows, batch_reduction)
-                for (name, source), sums in self.sums.items()
-                if name == axis
+                for (kind, name, source), sums in self.sums.items()
+                if name == axis and kind == self._kind(axis, metric)
             }
             units = self.spec.units(axis, self.sizes)
             if self.spec.axis[axis].per_layer:
                 scores[axis] = torch.full(units, torch.nan, dtype=torch.float32)
-                for layer, values in reduced.items():
-                    scores[axis][layer] = values.float().unflatten(0, units[1:])
+                for layer in {source % units[0] for source in reduced}:
+                    parts = [reduced[source] for source in sorted(reduced) if source % units[0] == layer]
+                    scores[axis][layer] = torch.stack(parts).sum(0).float().unflatten(0, units[1:])
             else:
                 scores[axis] = torch.stack([reduced[source] for source in sorted(reduced)]).sum(0).float()
         return scores
@@ -296,7 +458,34 @@ class ScoringPass:
         return blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def makers(spec: ArchSpec, axis: str, modules: Mapping[str, nn.Module], layer: int) -> Iterator[tuple[str, Dimension]]:
+    """The projections of a layer whose outputs the units of an axis are made of: (module, dimension of its output).
+
+    They are the matrices that hold the axis in the dimension that they write.
+    """
+    for pattern, dimensions in spec.dimensions.items():
+        name, _, leaf = pattern.rpartition(".")
+        module = modules.get(spec.layer_parameter(layer, name))
+        if leaf == "weight" and len(dimensions) == 2 and module is not None and name != spec.taps[axis]:
+            written = dimensions[1 if isinstance(module, Conv1D) else 0]
+            if axis in dimension_axes(written):
+                yield name, written
+
+
+def _pieces(axis: str, dimension: Dimension, sizes: Mapping[str, int]) -> list[slice]:
+    """Where a dimension holds one value for every unit of an axis, as often as it does so."""
+    pieces, start = [], 0
+    for product in dimension:
+        shape = product_shape(product, sizes)
+        if axis in product:
+            times = math.prod(shape) // sizes[axis]  # interleaved halves: `axis*2`
+            assert product[0] == axis, product
+            pieces += [slice(start + number, start + math.prod(shape), times) for number in range(times)]
+        start += math.prod(shape)
+    return pieces
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What a module is called on: its first argument, however it is passed."""
     if args:
         return args[0]
