@@ -72,15 +72,55 @@ def test_index_lists_the_positions_of_kept_units_in_their_order(text: str, seed:
     assert index.tolist() == [position for *_, position in sorted(alive)]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_units_that_belong_to_the_unit_before(seed: int):
+    """A projection ordered by group: counted through position by position, with whole heads as labels."""
+    chance = random.Random(seed)
+    groups, each, head_dim = 4, 3, 2
+    sizes = {"kv": groups, "heads": groups * each, "head_dim": head_dim}
+    [dimension] = parse_dimensions("5+kv*(heads/kv+1+1)*head_dim")
+    left = chance.randint(1, each)
+    kept: dict[str, np.ndarray] = {"kv": np.array(chance.sample(range(groups), chance.randint(1, groups)))}
+    if seed % 2:
+        kept = {}
+    heads = [
+        group * each + query
+        for group in kept.get("kv", np.arange(groups)).tolist()
+        for query in chance.sample(range(each), left)
+    ]
+    kept["heads"] = np.array(heads)
+
+    position, where = 5, {}
+    for group in range(groups):
+        for member in [*range(group * each, (group + 1) * each), f"key {group}", f"value {group}"]:
+            for _ in range(head_dim):
+                where.setdefault(member, []).append(position)
+                position += 1
+    assert dimension_size(dimension, sizes) == position
+    expected = list(range(5))
+    for row, group in enumerate(kept.get("kv", np.arange(groups)).tolist()):
+        for member in [*heads[row * left : (row + 1) * left], f"key {group}", f"value {group}"]:
+            expected += where[member]
+    assert dimension_index(dimension, sizes, kept).tolist() == expected
+
+
 def test_kept_everything_is_every_position():
     [dimension] = parse_dimensions("heads*head_dim+kv*head_dim")
     index = dimension_index(dimension, SIZES, {"heads": np.arange(6)})
     assert index.tolist() == list(range(24))
 
 
-@pytest.mark.parametrize("text", ["heads head-dim", "heads*", "+ffn", "ffn++ffn", "heads/2", "1.5*ffn"])
+@pytest.mark.parametrize(
+    "text", ["heads head-dim", "heads*", "+ffn", "ffn++ffn", "heads/2", "1.5*ffn", "kv*(heads", "kv*()", "kv*heads/"]
+)
 def test_text_that_is_no_dimension(text: str):
     with pytest.raises(ValueError, match="neither an axis name nor an integer"):
+        parse_dimensions(text)
+
+
+@pytest.mark.parametrize("text", ["heads/kv", "kv*2*heads/kv", "heads*(heads/kv+2)", "kv*(2*heads/kv)"])
+def test_units_of_a_unit_follow_it(text: str):
+    with pytest.raises(ValueError, match=r"'heads/kv' in '.*' has to follow 'kv', to which it belongs"):
         parse_dimensions(text)
 
 
@@ -95,6 +135,9 @@ def test_parts():
     assert (rows, columns) == ((("heads", 3, "head_dim"),), (("hidden",),))
     assert product_shape(rows[0], SIZES) == (6, 3, 3)
     assert dimension_axes(rows) == {"heads", "head_dim"}
+    [grouped] = parse_dimensions("kv*(heads/kv+2)*head_dim")
+    assert product_shape(grouped[0], SIZES) == (2, 5, 3)
+    assert dimension_axes(grouped) == {"heads", "kv", "head_dim"}
     assert implied_size("4*hidden", SIZES) == 20
     assert implied_size("ffn/kv", SIZES) == 3
     assert implied_size("heads", SIZES) == 6

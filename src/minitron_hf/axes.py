@@ -3,19 +3,26 @@
 A tensor is written as its dimensions, separated by spaces; a dimension is a sum (concatenation) of products (row-major
 nesting) of axis names or integers. A fused q,k,v projection with grouped queries, for example, is
 `"heads*head_dim+kv*head_dim+kv*head_dim hidden"`.
+
+Where every unit of an axis holds several things side by side, they stand in parentheses behind it, and `heads/kv` are
+the heads that belong to that one unit of kv: `"kv*(heads/kv+1+1)*head_dim hidden"` is the same projection, ordered by
+group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-#: A product of axis names or integers, outermost first.
-Product = tuple["str | int", ...]
+#: An axis name, the units of an axis that belong to one unit of another (`heads/kv`), an integer, or a sum.
+Factor: TypeAlias = "str | int | Dimension"
+#: A product of factors, outermost first.
+Product: TypeAlias = "tuple[Factor, ...]"
 #: A sum of products: the pieces that are concatenated along one tensor dimension.
-Dimension = tuple[Product, ...]
+Dimension: TypeAlias = "tuple[Product, ...]"
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,46 @@ def parse_dimensions(text: str) -> tuple[Dimension, ...]:
     ((('heads', 3, 'head_dim'),), (('hidden',),))
     >>> parse_dimensions("ffn+ffn")
     ((('ffn',), ('ffn',)),)
+    >>> parse_dimensions("kv*(heads/kv+2)*head_dim")
+    ((('kv', (('heads/kv',), (2,)), 'head_dim'),),)
     """
-    return tuple(tuple(_parse_product(product) for product in dim.split("+")) for dim in text.split())
+    return tuple(_parse_sum(dimension) for dimension in text.split())
 
 
-def _parse_product(text: str) -> Product:
-    factors = tuple(int(factor) if factor.isdigit() else factor for factor in text.split("*"))
-    for factor in factors:
-        if isinstance(factor, str) and not factor.isidentifier():
-            raise ValueError(f"{factor!r} in {text!r} is neither an axis name nor an integer")
-    return factors
+def _parse_sum(text: str, before: Factor | None = None) -> Dimension:
+    return tuple(_parse_product(product, before) for product in _split(text, "+"))
+
+
+def _parse_product(text: str, before: Factor | None = None) -> Product:
+    factors: list[Factor] = []
+    for factor in _split(text, "*"):
+        before = _parse_factor(factor, text, before)
+        factors.append(before)
+    return tuple(factors)
+
+
+def _parse_factor(text: str, product: str, before: Factor | None) -> Factor:
+    if text.startswith("(") and text.endswith(")"):
+        return _parse_sum(text[1:-1], before)
+    if text.isdigit():
+        return int(text)
+    axis, divided, outer = text.partition("/")
+    if not axis.isidentifier() or (divided and not outer.isidentifier()):
+        raise ValueError(f"{text!r} in {product!r} is neither an axis name nor an integer")
+    if divided and outer != before:
+        raise ValueError(f"{text!r} in {product!r} has to follow {outer!r}, to which it belongs")
+    return text
+
+
+def _split(text: str, at: str) -> list[str]:
+    """Split outside parentheses."""
+    parts = [""]
+    for character in text:
+        if character == at and parts[-1].count("(") == parts[-1].count(")"):
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def dimension_axes(dimension: Dimension) -> frozenset[str]:
@@ -65,8 +102,17 @@ def dimension_axes(dimension: Dimension) -> frozenset[str]:
 
     >>> sorted(dimension_axes(parse_dimensions("heads*head_dim+kv*head_dim")[0]))
     ['head_dim', 'heads', 'kv']
+    >>> sorted(dimension_axes(parse_dimensions("kv*(heads/kv+2)")[0]))
+    ['heads', 'kv']
     """
-    return frozenset(factor for product in dimension for factor in product if isinstance(factor, str))
+    names: set[str] = set()
+    for product in dimension:
+        for factor in product:
+            if isinstance(factor, str):
+                names.update(factor.split("/"))
+            elif isinstance(factor, tuple):
+                names |= dimension_axes(factor)
+    return frozenset(names)
 
 
 def product_shape(product: Product, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -74,8 +120,19 @@ def product_shape(product: Product, sizes: Mapping[str, int]) -> tuple[int, ...]
 
     >>> product_shape(("heads", 3, "head_dim"), {"heads": 4, "head_dim": 8})
     (4, 3, 8)
+    >>> product_shape(("kv", (("heads/kv",), (2,))), {"heads": 12, "kv": 4})
+    (4, 5)
     """
-    return tuple(factor if isinstance(factor, int) else sizes[factor] for factor in product)
+    return tuple(_factor_size(factor, sizes) for factor in product)
+
+
+def _factor_size(factor: Factor, sizes: Mapping[str, int]) -> int:
+    if isinstance(factor, int):
+        return factor
+    if isinstance(factor, tuple):
+        return dimension_size(factor, sizes)
+    axis, _, outer = factor.partition("/")
+    return sizes[axis] // sizes[outer] if outer else sizes[axis]
 
 
 def dimension_size(dimension: Dimension, sizes: Mapping[str, int]) -> int:
@@ -126,20 +183,49 @@ def dimension_index(
     >>> own = {"heads": np.array([0, 2]), "head_dim": np.array([[1], [0]])}
     >>> dimension_index(heads_then_dims, {"heads": 3, "head_dim": 2}, own).tolist()
     [1, 4]
+    >>> by_group = parse_dimensions("kv*(heads/kv+2)")[0]
+    >>> dimension_index(by_group, {"heads": 6, "kv": 2}, {"heads": np.array([1, 2, 3, 5])}).tolist()
+    [1, 2, 3, 4, 5, 7, 8, 9]
     """
-    if dimension_axes(dimension).isdisjoint(kept):
-        return None
+    return None if dimension_axes(dimension).isdisjoint(kept) else _sum_index(dimension, sizes, kept)
+
+
+def _sum_index(dimension: Dimension, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Positions that survive: `[positions]`, or `[outer, positions]` where they depend on the unit before."""
     pieces = []
     offset = 0
     for product in dimension:
-        index = np.zeros(1, dtype=np.int64)
-        for factor, size in zip(product, product_shape(product, sizes)):
-            units = kept.get(factor) if isinstance(factor, str) else None
-            units = np.arange(size) if units is None else np.asarray(units, dtype=np.int64)
-            if units.ndim == 2:
-                # Row r belongs to the r-th unit of the factor before, which varies fastest so far.
-                units = np.tile(units, (len(index) // len(units), 1))
-            index = (index[:, None] * size + units).reshape(-1)
-        pieces.append(index + offset)
+        pieces.append(_product_index(product, sizes, kept) + offset)
         offset += int(np.prod(product_shape(product, sizes)))
-    return np.concatenate(pieces)
+    outer = np.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+    return np.concatenate([np.broadcast_to(piece, (*outer, piece.shape[-1])) for piece in pieces], axis=-1)
+
+
+def _product_index(product: Product, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    index: np.ndarray | None = None
+    for factor, size in zip(product, product_shape(product, sizes)):
+        units = _factor_units(factor, sizes, kept)
+        if index is None:
+            index = units
+            continue
+        if units.ndim == 2:
+            # Row r belongs to the r-th unit of the factor before, which varies fastest so far.
+            units = np.tile(units, (index.shape[-1] // len(units), 1))
+        index = (index[..., None] * size + units).reshape(*index.shape[:-1], -1)
+    assert index is not None
+    return index
+
+
+def _factor_units(factor: Factor, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    if isinstance(factor, tuple):
+        return _sum_index(factor, sizes, kept)
+    if isinstance(factor, int):
+        return np.arange(factor)
+    axis, _, outer = factor.partition("/")
+    if axis not in kept:
+        return np.arange(_factor_size(factor, sizes))
+    units = np.asarray(kept[axis], dtype=np.int64)
+    if not outer:
+        return units
+    # Every kept outer unit keeps equally many, in its own row.
+    return units.reshape(len(kept[outer]) if outer in kept else sizes[outer], -1) % _factor_size(factor, sizes)
