@@ -103,6 +103,8 @@ def float64_throughout() -> Iterator[None]:
     """Let `torch.float32` mean float64: the stock models compute norms, softmax and rotations in float32 otherwise."""
     names = ("float32", "float")
     kept = {name: getattr(torch, name) for name in names}, torch.Tensor.float
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     for name in names:
         setattr(torch, name, torch.float64)
     torch.Tensor.float = torch.Tensor.double
@@ -112,6 +114,7 @@ def float64_throughout() -> Iterator[None]:
         for name, value in kept[0].items():
             setattr(torch, name, value)
         torch.Tensor.float = kept[1]
+        torch.set_default_dtype(default)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from minitron_hf.models import empty_model
 from pocket import POCKETS, pocket_config, pocket_model
 
 NAMES = list(POCKETS)
-SPECS = list(families().values())
+SPECS = [layout for spec in families().values() for layout in spec.layouts()]
 
 #: Full size: the stock defaults are those of a published model of the family, here with its options.
 PUBLISHED = [
@@ -46,16 +46,19 @@ PUBLISHED = [
     GPTNeoXConfig(attention_bias=False, tie_word_embeddings=True),
     Phi3Config(),
 ]
-PUBLISHED += [
-    AutoConfig.for_model(pocket.config.model_type, **pocket.published)
-    for pocket in {pocket.config.model_type: pocket for pocket in POCKETS.values()}.values()
-    if pocket.config.model_type not in {config.model_type for config in PUBLISHED}
-]
+for _model_type in {pocket.config.model_type: None for pocket in POCKETS.values()}:
+    if _model_type not in {config.model_type for config in PUBLISHED}:
+        _own = [pocket.published for pocket in POCKETS.values() if pocket.config.model_type == _model_type]
+        PUBLISHED += [AutoConfig.for_model(_model_type, **published) for published in filter(None, _own)] or [
+            AutoConfig.for_model(_model_type)
+        ]
 
 
 def test_every_family_has_a_pocket_model_and_a_published_one():
     assert {POCKETS[name].config.model_type for name in NAMES} == families().keys()
     assert {config.model_type for config in PUBLISHED} == families().keys()
+    used = [spec_for(pocket.config) for pocket in POCKETS.values()]
+    assert all(any(layout is spec for spec in used) for layout in SPECS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,16 +94,15 @@ def test_table_covers_the_published_size(config: PretrainedConfig):
     spec_for(config).check(empty_model(config))
 
 
-@pytest.mark.parametrize("model_type", families())
-def test_every_weight_in_a_table_exists(model_type: str):
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_type)
+def test_every_weight_in_a_table_exists(spec: ArchSpec):
     """A table holds no names that the family never uses; biases depend on the variant."""
-    spec = families()[model_type]
     used: set[str] = set()
     for name in NAMES:
-        if POCKETS[name].config.model_type == model_type:
-            for changes in ({}, *POCKETS[name].variants):
-                model = empty_model(pocket_config(name, **changes))
-                used |= {spec.locate(path)[0] for path in named_tensors(model, tied=True)}
+        for changes in ({}, *POCKETS[name].variants):
+            config = pocket_config(name, **changes)
+            if spec_for(config) is spec:
+                used |= {spec.locate(path)[0] for path in named_tensors(empty_model(config), tied=True)}
     unused = {pattern for pattern in spec.dimensions if pattern not in used}
     assert all(pattern.endswith(".bias") for pattern in unused), unused
 
@@ -120,10 +122,12 @@ def test_tables_hold_together(spec: ArchSpec):
     for module in spec.layer_norms:
         assert spec.layer.get(f"{module}.weight", "hidden") == "hidden"  # some have no weight
     assert spec.outer.get(f"{spec.final_norm}.weight", "hidden") == "hidden"
+    for name, _, variant in spec.variants:
+        assert variant.model_type == spec.model_type, name
     for inner, outer in spec.groups:
         assert spec.axis[inner].per_layer
         assert spec.axis[outer].per_layer or not spec.axis[outer].prunable
-    assert set(spec.writers) <= spec.layer.keys()
+    assert set(spec.writers) <= spec.dimensions.keys()
     assert bool(spec.writers) == spec.scaled_embeddings
     for axis in spec.axes:
         assert axis.within is None or (axis.per_layer and spec.axis[axis.within].per_layer)
@@ -143,8 +147,9 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
         for name in axis.fields:
             assert hasattr(config, name) or axis.implied is not None, name
     counted = (*spec.leading_layers, *spec.trailing_layers, *(name for pair in spec.sparse_layers for name in pair))
-    refused = (name for name, *_ in spec.refused_if)
-    for name in (*spec.layer_lists, *spec.layer_indices, *counted, *refused):
+    refused = (name for name, *_ in (*spec.refused_if, *spec.variants))
+    patterns = (name for pair in spec.layer_patterns for name in pair)
+    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused):
         assert hasattr(config, name), name
     assert PRUNER_FIELDS.keys() == {FIELD_OF_AXIS[axis] for axis in FIELD_OF_AXIS}
 

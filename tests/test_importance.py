@@ -187,7 +187,7 @@ def activations(name: str) -> dict[str, list]:
                 note("heads", index, value.unflatten(-1, (heads, -1)).norm(dim=-1))
             if axis == "attention" and pocket.kv:
                 weight = layers[index].get_submodule(pocket.attention_out).weight
-                groups = model.config.num_key_value_heads
+                groups = spec_for(model.config).sizes(model.config)["kv"]
                 width = weight.shape[1] // groups
                 contributions = []
                 for group in range(groups):

@@ -257,6 +257,8 @@ def test_student_config_keeps_everything_else(name: str):
     teacher = pocket_config(name)
     before = copy.deepcopy(teacher.to_dict())
     request = {"intermediate_size": 24, "hidden_size": 24, "num_attention_heads": 3}
+    own = (POCKETS[name].widths or {}).get("everything", {})
+    request |= {field: own[field] for field in request if field in own}
     request = {field: size for field, size in request.items() if field in cuttable(name)}
     student = student_config(teacher, PrunerConfig(**request))
     assert type(student) is type(teacher)
@@ -264,7 +266,7 @@ def test_student_config_keeps_everything_else(name: str):
     changed = {key for key, value in student.to_dict().items() if before.get(key) != value}
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
-        "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "transformers_version",
+        "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),
         *(field for field, *_ in spec_for(teacher).scaled_fields),
     }  # fmt: skip
@@ -431,10 +433,11 @@ def random_request(name: str, chance: random.Random) -> dict:
             request["hidden_size"] = None  # follows
         if request["hidden_size"] is None and spec.multiples and sizes["hidden"] % heads:
             request["hidden_size"] = legal[-1]
-    elif chance.random() < 0.5:
-        request["hidden_size"] = chance.choice([8 * chance.randint(1, 5), chance.uniform(0.05, 1)])
     else:
-        request["num_attention_heads"] = chance.choice([chance.randint(1, 5), chance.uniform(0.05, 1)])
+        whole = sizes[dict(spec.groups)["heads"]] if spec.groups else 1
+        heads = whole * chance.randint(1, sizes["heads"] // whole)
+        field, size = chance.choice([("hidden_size", 8 * heads), ("num_attention_heads", heads)])
+        request[field] = chance.choice([size, chance.uniform(0.05, 1)])
     return request
 
 

@@ -143,7 +143,8 @@ def architecture_names() -> set[str]:
     ordinary = {"weight", "bias", "norm", "mlp", "attn", "attention", "model", "layers", "transformer", "dense", "h"}
     ordinary |= {"experts"}  # an axis, too
     ordinary |= {"eps", "beta", "act_fn"}  # numbers and functions that any code may have
-    names = {part for spec in families().values() for name in spec.dimensions for part in name.split(".")}
+    layouts = [layout for spec in families().values() for layout in spec.layouts()]
+    names = {part for spec in layouts for name in spec.dimensions for part in name.split(".")}
     return names - ordinary
 
 

@@ -276,6 +276,7 @@ def requests(name: str) -> dict[str, dict]:
     """The cuts that this pocket's family can be asked for."""
     pocket = POCKETS[name]
     own = (GROUPED_COUPLED_WIDTHS if pocket.coupled else GROUPED_WIDTHS) if pocket.kv else COUPLED_WIDTHS
+    own = own if pocket.widths is None else pocket.widths
     neurons = [
         *([NEURONS] if pocket.mlp_out else []),
         *([EXPERTS] if pocket.experts else []),
@@ -417,10 +418,10 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
     saved = json.loads((tmp_path / "config.json").read_text())
     spec = spec_for(teacher.config)
     for field in spec.axis["head_dim"].fields:  # empty where the class always derives it
-        assert saved[field] == getattr(teacher.config, field)
+        assert saved[field] == spec.sizes(teacher.config)["head_dim"]
     assert spec.sizes(reloaded.config)["head_dim"] == (8 if POCKETS[name].coupled else 10)
     layers = reloaded.get_submodule(POCKETS[name].layers)
-    indices = {getattr(module, "layer_idx", None) for module in layers.modules()} - {None}
+    indices = {getattr(module, "layer_idx", getattr(module, "layer_id", None)) for module in layers.modules()} - {None}
     assert indices == {0, 1, 2}
     tied = reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
     assert tied == teacher.config.tie_word_embeddings

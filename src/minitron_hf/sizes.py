@@ -274,11 +274,11 @@ def _step(
             step = math.lcm(step, sizes[outer])
     for left, right in spec.equal:
         if axis == right:
-            # hidden = heads * head_dim, and the heads follow: any multiple of what stays of the product is legal.
+            # hidden = heads * head_dim, and the heads follow, in whole groups.
             [dimension] = parse_dimensions(left)
-            step = math.lcm(
-                step, *(sizes[factor] for factor in dimension_axes(dimension) if not spec.axis[factor].prunable)
-            )
+            [moving] = [factor for factor in dimension_axes(dimension) if spec.axis[factor].prunable]
+            fixed = dimension_size(dimension, {**sizes, moving: 1})
+            step = math.lcm(step, fixed * _step(spec, config, moving, before, sizes, multiple_of))
     return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
 
 
@@ -505,6 +505,8 @@ def _layer_fields(
     for name in spec.layer_lists:
         if values.get(name) is not None:
             changed[name] = [values[name][layer] for layer in layers_kept]
+    for name, listed in spec.layer_patterns:
+        changed[name] = [[[values[listed][layer] for layer in layers_kept], 1]]
     for name in spec.leading_layers:
         # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
         if values.get(name) is not None:

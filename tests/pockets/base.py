@@ -36,7 +36,8 @@ class Pocket:
         head_norms: norms that span all query heads, and all key heads.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
         variants: changes of the config that have tensors of their own, which need no oracles of their own.
-        published: what the config class needs beside its defaults to be built at full size.
+        widths: cuts of heads and hidden size to ask for, where those that fit the other families do not.
+        published: what the config class needs beside its defaults to be built at full size, or to be of this layout.
         tuple_layers: whether a layer returns its attention weights too.
     """
 
@@ -60,6 +61,7 @@ class Pocket:
     scaled_embeddings: bool = False
     tuple_layers: bool = False
     variants: tuple[Mapping[str, Any], ...] = ()
+    widths: Mapping[str, Mapping[str, int]] | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -36,6 +36,24 @@ def _neox(**changes) -> Pocket:
     return Pocket(config, *modules, kv=False, coupled=True, norm="layer")
 
 
+FALCON_GROUPED = {
+    "kv": True,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_kv_heads": 3,
+    "num_hidden_layers": 5,
+    "new_decoder_architecture": True,
+}
+FALCON_FULL = {"hidden_size": 4096, "num_attention_heads": 32}
+FALCON_RW = {"bias": True, "parallel_attn": False, "multi_query": False}
+
+
+def _falcon(**changes) -> Pocket:
+    modules = ("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h")
+    sizes = {name: value for name, value in {**NEOX, "ffn_hidden_size": 52}.items() if name not in changes}
+    return coupled("falcon", sizes, *modules, tuple_layers=True, **changes)
+
+
 POCKETS: dict[str, Pocket] = {
     "gpt2": _gpt2(),
     "gpt2-untied": _gpt2(n_inner=None, tie_word_embeddings=False),
@@ -48,14 +66,48 @@ POCKETS: dict[str, Pocket] = {
         "gptj", GPT2, "transformer.h", "attn.out_proj", "mlp.fc_out", num_norms=1, tuple_layers=True, rotary_dim=4
     ),
     "gpt_bigcode": coupled("gpt_bigcode", GPT2, "transformer.h", "attn.c_proj", "mlp.c_proj"),
-    "falcon": coupled(
-        "falcon",
-        {**NEOX, "ffn_hidden_size": 52},
+    "gpt_neo": coupled(
+        "gpt_neo",
+        {**NEOX, "num_layers": 4, "num_heads": 5},
         "transformer.h",
-        "self_attention.dense",
-        "mlp.dense_4h_to_h",
+        "attn.attention.out_proj",
+        "mlp.c_proj",
+        tuple_layers=True,
+        attention_types=[[["global", "local"], 1], [["local"], 2]],
+        window_size=6,
+    ),
+    "codegen": coupled(
+        "codegen",
+        {**GPT2, "n_embd": 96, "n_head": 12, "n_layer": 5},
+        "transformer.h",
+        "attn.out_proj",
+        "mlp.fc_out",
         num_norms=1,
         tuple_layers=True,
-        bias=True,
+        rotary_dim=4,
+        widths={
+            "hidden": {"hidden_size": 64},
+            "heads": {"num_attention_heads": 4},
+            "everything": {
+                "num_attention_heads": 4,
+                "hidden_size": 32,
+                "intermediate_size": 17,
+                "num_hidden_layers": 3,
+            },
+        },
     ),
+    "falcon": _falcon(num_norms=1, bias=True, published={"num_kv_heads": 71}),
+    "falcon-40b": _falcon(
+        **FALCON_GROUPED, published={"new_decoder_architecture": True, "num_kv_heads": 8, **FALCON_FULL}
+    ),
+    "falcon-11b": _falcon(
+        **FALCON_GROUPED,
+        num_norms=1,
+        num_ln_in_parallel_attn=1,
+        published={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 8, **FALCON_FULL},
+    ),
+    "falcon-rw": _falcon(
+        **FALCON_RW, alibi=True, published={**FALCON_RW, "alibi": True, "hidden_size": 2048, "num_attention_heads": 32}
+    ),
+    "falcon-sequential": _falcon(**FALCON_RW),
 }

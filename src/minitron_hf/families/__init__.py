@@ -37,7 +37,7 @@ def spec_for(config: PretrainedConfig) -> ArchSpec:
     """
     model_type = config.model_type
     try:
-        return families()[model_type]
+        return families()[model_type].variant(config)
     except KeyError:
         raise UnsupportedModelError(
             f"No family table for model_type '{model_type}'. Supported: {', '.join(families())}. "

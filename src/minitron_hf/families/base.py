@@ -72,6 +72,8 @@ class ArchSpec:
         equal: pairs of dimensions that the stock class cannot hold at different sizes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers.
+        layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
+            [[kind, …], repetitions], to the list; after a depth cut it holds the list, not repeated.
         leading_layers: config fields that count layers from the first one, recounted with the layers.
         trailing_layers: config fields that count layers from the last one, likewise.
         layer_indices: config fields that list layer indices, renumbered with the layers.
@@ -88,11 +90,13 @@ class ArchSpec:
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
             shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
             alike; the norms that read it do not see the difference.
-        writers: the tensors inside a layer that scale what it writes to the residual stream, needed where the
-            embeddings are scaled: output projections with their biases, or the norms after them.
+        writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
+            where those are scaled: output projections with their biases, or the norms after them; learned positions.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
+        variants: (config field, value, table): other layouts under the same `model_type`; the first whose field has
+            that value describes the model instead.
     """
 
     model_type: str
@@ -107,6 +111,7 @@ class ArchSpec:
     equal: tuple[tuple[str, str], ...] = ()
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()
+    layer_patterns: tuple[tuple[str, str], ...] = ()
     leading_layers: tuple[str, ...] = ()
     trailing_layers: tuple[str, ...] = ()
     layer_indices: tuple[str, ...] = ()
@@ -120,6 +125,20 @@ class ArchSpec:
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
+    variants: tuple[tuple[str, Any, ArchSpec], ...] = ()
+
+    def variant(self, config: PretrainedConfig) -> ArchSpec:
+        """The layout that a config has: this one, or one of its variants."""
+        for name, value, spec in self.variants:
+            if getattr(config, name, None) == value:
+                return spec.variant(config)
+        return self
+
+    def layouts(self) -> Iterator[ArchSpec]:
+        """This layout and all its variants."""
+        yield self
+        for *_, spec in self.variants:
+            yield from spec.layouts()
 
     @cached_property
     def axis(self) -> Mapping[str, Axis]:
@@ -325,6 +344,16 @@ def norm(*names: str, width: str = "hidden") -> dict[str, str]:
     return {f"{name}.{part}": width for name in names for part in ("weight", "bias")}
 
 
+def attention(path: str, out: str) -> dict[str, str]:
+    """Separate q, k and v projections of equally many heads, and the output projection."""
+    return layer_tables(
+        *(linear(f"{path}.{name}", "heads*head_dim", "hidden") for name in ("q_proj", "k_proj", "v_proj")),
+        linear(f"{path}.{out}", "hidden", "heads*head_dim"),
+    )
+
+
+#: Heads that are as wide together as the residual stream: the stock code knows only one width for both.
+SQUARE = (("heads*head_dim", "hidden"),)
 #: Separate q, k, v and output projections with grouped queries.
 GROUPED_ATTENTION = layer_tables(
     linear("self_attn.q_proj", "heads*head_dim", "hidden"),
@@ -451,6 +480,23 @@ EMBEDDINGS = {"model.embed_tokens.weight": "vocab hidden", **linear("lm_head", "
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+#: Axes under the names that GPT-2's config gives them.
+GPT_AXES = (
+    replace(LAYERS, fields=("n_layer",)),
+    replace(HIDDEN, fields=("n_embd",)),
+    replace(FFN, fields=("n_inner",), implied="4*hidden"),
+    replace(HEADS, fields=("n_head",)),
+    HEAD_DIM,
+    VOCAB,
+)
+GPT_POSITIONS = replace(POSITIONS, fields=("n_positions",))
+#: Embeddings, last norm and head of the models that keep everything under `transformer.`.
+GPT_OUTER = layer_tables(
+    {"transformer.wte.weight": "vocab hidden"}, linear("lm_head", "vocab", "hidden"), norm("transformer.ln_f")
+)
+GPT_POSITION_EMBEDDINGS = {"transformer.wpe.weight": "positions hidden"}
+
+
 def decoder(
     model_type: str,
     *,
@@ -493,3 +539,23 @@ def decoder(
         "groups": (("heads", "kv"),) if any(axis.name == "kv" for axis in attention_axes) else (),
     }
     return ArchSpec(model_type=model_type, **{**fields, **changes})
+
+
+def gpt(model_type: str, *, learned_positions: bool = False, **changes: Any) -> ArchSpec:
+    """GPT-2's layout: a `decoder` under `transformer.`, its heads as wide together as the residual stream.
+
+    Args:
+        model_type: the config's `model_type`.
+        learned_positions: whether positions have embeddings.
+        **changes: whatever else `decoder` is told.
+    """
+    fields: dict[str, Any] = {
+        "axes": (*GPT_AXES, GPT_POSITIONS) if learned_positions else GPT_AXES,
+        "layers_path": "transformer.h",
+        "outer": layer_tables(GPT_OUTER, GPT_POSITION_EMBEDDINGS) if learned_positions else GPT_OUTER,
+        "norms": ("ln_1", "ln_2"),
+        "final_norm": "transformer.ln_f",
+        "attention_axes": (HEADS, HEAD_DIM),
+        "equal": SQUARE,
+    }
+    return decoder(model_type, **{**fields, **changes})

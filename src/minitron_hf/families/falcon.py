@@ -1,23 +1,29 @@
-"""Falcon 7B: attention and MLP side by side after one LayerNorm, one key and value head for all queries.
+"""Falcon: one model type, four layouts; in all of them the heads are as wide together as the residual stream.
 
-Only that layout: the larger models group q, k and v by key head, and those with `multi_query=False` by head.
+7B: attention and MLP side by side after one LayerNorm, one key and value head for all queries. 40B and 180B: a
+LayerNorm for each, q, k and v ordered by key head; 11B: the same with one LayerNorm. RW: q, k and v ordered by head,
+the MLP after attention, ALiBi.
 """
 
 from dataclasses import replace
 
-from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, ArchSpec, layer_tables, linear, norm
+from .base import FFN, HEAD_DIM, HEADS, HIDDEN, KV, LAYERS, SQUARE, VOCAB, decoder, layer_tables, linear, norm
 
-_ALIBI = "the attention biases of ALiBi follow from a head's index and the number of heads"
+AXES = (LAYERS, HIDDEN, replace(FFN, fields=("ffn_hidden_size",)), VOCAB)
+PROJECTIONS = layer_tables(
+    linear("self_attention.dense", "hidden", "heads*head_dim"),
+    linear("mlp.dense_h_to_4h", "ffn", "hidden"),
+    linear("mlp.dense_4h_to_h", "hidden", "ffn"),
+)
+BY_GROUP = layer_tables(linear("self_attention.query_key_value", "kv*(heads/kv+1+1)*head_dim", "hidden"), PROJECTIONS)
+ALIBI = "the attention biases of ALiBi follow from a head's index and the number of heads"
 
-SPEC = ArchSpec(
-    model_type="falcon",
+MULTI_QUERY = decoder(
+    "falcon",
     axes=(
-        LAYERS,
-        HIDDEN,
-        replace(FFN, fields=("ffn_hidden_size",)),
+        *AXES,
         replace(HEADS, fields=("num_attention_heads", "num_kv_heads")),
         replace(HEAD_DIM, fields=()),
-        VOCAB,
     ),
     layers_path="transformer.h",
     outer=layer_tables(
@@ -25,15 +31,45 @@ SPEC = ArchSpec(
         norm("transformer.ln_f"),
     ),
     layer=layer_tables(
-        linear("self_attention.query_key_value", "heads*head_dim+head_dim+head_dim", "hidden"),
-        linear("self_attention.dense", "hidden", "heads*head_dim"),
-        linear("mlp.dense_h_to_4h", "ffn", "hidden"),
-        linear("mlp.dense_4h_to_h", "hidden", "ffn"),
-        norm("input_layernorm"),
+        linear("self_attention.query_key_value", "heads*head_dim+head_dim+head_dim", "hidden"), PROJECTIONS
     ),
-    taps={"ffn": "mlp.dense_4h_to_h", "heads": "self_attention.dense"},
-    layer_norms=("input_layernorm",),
+    norms=("input_layernorm",),
     final_norm="transformer.ln_f",
-    equal=(("heads*head_dim", "hidden"),),
-    refused_if=(("alibi", True, "heads", _ALIBI), ("alibi", True, "hidden", _ALIBI)),
+    attention_axes=(HEADS, HEAD_DIM),
+    attention_out="self_attention.dense",
+    mlp_out="mlp.dense_4h_to_h",
+    equal=SQUARE,
+    refused_if=(("alibi", True, "heads", ALIBI), ("alibi", True, "hidden", ALIBI)),
+)
+GROUPED = replace(
+    MULTI_QUERY,
+    axes=(*AXES, HEADS, replace(KV, fields=("num_kv_heads",)), replace(HEAD_DIM, fields=())),
+    layer=layer_tables(BY_GROUP, norm("ln_attn", "ln_mlp")),
+    taps={**MULTI_QUERY.taps, "kv": "self_attention.dense"},
+    layer_norms=("ln_attn", "ln_mlp"),
+    groups=(("heads", "kv"),),
+    refused_if=(*MULTI_QUERY.refused_if, ("alibi", True, "kv", ALIBI)),
+)
+GROUPED_ONE_NORM = replace(
+    GROUPED, layer=layer_tables(BY_GROUP, norm("input_layernorm")), layer_norms=("input_layernorm",)
+)
+SEQUENTIAL = replace(
+    MULTI_QUERY,
+    layer=layer_tables(
+        linear("self_attention.query_key_value", "heads*3*head_dim", "hidden"),
+        PROJECTIONS,
+        norm("input_layernorm", "post_attention_layernorm"),
+    ),
+    layer_norms=("input_layernorm", "post_attention_layernorm"),
+)
+SPEC = replace(
+    MULTI_QUERY,
+    variants=(
+        (
+            "new_decoder_architecture",
+            True,
+            replace(GROUPED, variants=(("num_ln_in_parallel_attn", 1, GROUPED_ONE_NORM),)),
+        ),
+        ("multi_query", False, SEQUENTIAL),
+    ),
 )

@@ -1,40 +1,18 @@
 """GPT-2: Conv1D (transposed) weights, fused q,k,v, learned positions, LayerNorm with biases."""
 
-from dataclasses import replace
+from .base import conv1d, gpt, layer_tables
 
-from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, VOCAB, ArchSpec, conv1d, layer_tables, norm
-
-SPEC = ArchSpec(
-    model_type="gpt2",
-    axes=(
-        replace(LAYERS, fields=("n_layer",)),
-        replace(HIDDEN, fields=("n_embd",)),
-        replace(FFN, fields=("n_inner",), implied="4*hidden"),
-        replace(HEADS, fields=("n_head",)),
-        HEAD_DIM,
-        VOCAB,
-        replace(POSITIONS, fields=("n_positions",)),
-    ),
-    layers_path="transformer.h",
-    outer=layer_tables(
-        {
-            "transformer.wte.weight": "vocab hidden",
-            "transformer.wpe.weight": "positions hidden",
-            "lm_head.weight": "vocab hidden",
-        },
-        norm("transformer.ln_f"),
-    ),
+SPEC = gpt(
+    "gpt2",
+    learned_positions=True,
     layer=layer_tables(
         conv1d("attn.c_attn", "hidden", "heads*head_dim+heads*head_dim+heads*head_dim"),
         conv1d("attn.c_proj", "heads*head_dim", "hidden"),
         conv1d("mlp.c_fc", "hidden", "ffn"),
         conv1d("mlp.c_proj", "ffn", "hidden"),
-        norm("ln_1", "ln_2"),
     ),
-    taps={"ffn": "mlp.c_proj", "heads": "attn.c_proj"},
-    layer_norms=("ln_1", "ln_2"),
-    final_norm="transformer.ln_f",
-    equal=(("heads*head_dim", "hidden"),),
+    attention_out="attn.c_proj",
+    mlp_out="mlp.c_proj",
     refused_if=(
         (
             "scale_attn_by_inverse_layer_idx",

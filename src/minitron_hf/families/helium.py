@@ -1,5 +1,5 @@
 """Helium: Llama's layout; the heads together are as wide as the hidden size."""
 
-from .base import decoder
+from .base import SQUARE, decoder
 
-SPEC = decoder("helium", equal=(("heads*head_dim", "hidden"),))
+SPEC = decoder("helium", equal=SQUARE)

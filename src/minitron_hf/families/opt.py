@@ -5,10 +5,24 @@ Only the layout with a norm before attention and MLP, and embeddings as wide as 
 
 from dataclasses import replace
 
-from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, VOCAB, ArchSpec, layer_tables, linear, norm
+from .base import (
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    POSITIONS,
+    SQUARE,
+    VOCAB,
+    attention,
+    decoder,
+    layer_tables,
+    linear,
+    norm,
+)
 
-SPEC = ArchSpec(
-    model_type="opt",
+SPEC = decoder(
+    "opt",
     axes=(
         LAYERS,
         replace(HIDDEN, fields=("hidden_size", "word_embed_proj_dim")),
@@ -28,16 +42,12 @@ SPEC = ArchSpec(
         norm("model.decoder.final_layer_norm"),
     ),
     layer=layer_tables(
-        linear("self_attn.q_proj", "heads*head_dim", "hidden"),
-        linear("self_attn.k_proj", "heads*head_dim", "hidden"),
-        linear("self_attn.v_proj", "heads*head_dim", "hidden"),
-        linear("self_attn.out_proj", "hidden", "heads*head_dim"),
-        linear("fc1", "ffn", "hidden"),
-        linear("fc2", "hidden", "ffn"),
-        norm("self_attn_layer_norm", "final_layer_norm"),
+        attention("self_attn", "out_proj"), linear("fc1", "ffn", "hidden"), linear("fc2", "hidden", "ffn")
     ),
-    taps={"ffn": "fc2", "heads": "self_attn.out_proj"},
-    layer_norms=("self_attn_layer_norm", "final_layer_norm"),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
     final_norm="model.decoder.final_layer_norm",
-    equal=(("heads*head_dim", "hidden"),),
+    attention_axes=(HEADS, HEAD_DIM),
+    attention_out="self_attn.out_proj",
+    mlp_out="fc2",
+    equal=SQUARE,
 )

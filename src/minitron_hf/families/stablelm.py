@@ -1,5 +1,5 @@
 """StableLM: Llama's layout with LayerNorm; the heads together are as wide as the hidden size."""
 
-from .base import decoder
+from .base import SQUARE, decoder
 
-SPEC = decoder("stablelm", equal=(("heads*head_dim", "hidden"),))
+SPEC = decoder("stablelm", equal=SQUARE)
