@@ -146,6 +146,18 @@ def test_pickled_checkpoints_are_pruned_in_memory_and_it_says_so(workshop, tmp_p
     assert streamed.read_bytes() == loaded.read_bytes()
 
 
+def test_verifying_leaves_a_note(workshop, tmp_path):
+    made = minitron("plan", workshop / "teacher", "--set", "layers_to_drop=[1]", "-o", tmp_path / "plan")
+    assert made.returncode == 0, made.stderr
+    result = minitron("prune", workshop / "teacher", "--plan", tmp_path / "plan", "-o", tmp_path / "out", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "Verified: the logits are within" in result.stdout
+    recipe = ["run", workshop / "recipe.yaml", "--until", "prune", "--set", f"output_dir={tmp_path / 'run'}"]
+    assert minitron(*recipe, "--set", "verify=true").returncode == 0
+    for folder in ("out", "run"):
+        assert "Verified" in json.loads((tmp_path / folder / "pruning_plan.json").read_text())["notes"][-1]
+
+
 def test_dry_run_prints_shapes_and_writes_nothing(workshop):
     result = minitron("run", workshop / "recipe.yaml", "--dry-run")
     assert result.returncode == 0, result.stderr

@@ -25,6 +25,7 @@ _MODULE_OF = {
     "PruningPlan": "planning",
     "make_plan": "planning",
     "student_config": "sizes",
+    "verify_student": "verification",
     "apply_plan": "surgery",
     "prune_model": "surgery",
     "prune_checkpoint": "streaming",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
     from .trainer import DistillationTrainer as DistillationTrainer
+    from .verification import verify_student as verify_student
 
 
 def __getattr__(name: str) -> object:

@@ -167,6 +167,9 @@ def prune(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
     plan: Annotated[Path, typer.Option(help="Folder with the plan.")],
     output: Output,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the student with the masked teacher; loads both into memory.")
+    ] = False,
 ) -> None:
     """Cut the student out of the teacher's checkpoint (prune_checkpoint), a few rows at a time.
 
@@ -176,15 +179,20 @@ def prune(
     from .planning import PruningPlan
     from .streaming import is_streamable, prune_checkpoint
     from .surgery import apply_plan
+    from .verification import verified_plan
 
     require_empty(output)
     made = PruningPlan.from_pretrained(plan)
-    if is_streamable(teacher):
+    if is_streamable(teacher) and not verify:
         prune_checkpoint(teacher, output, made)
     else:
-        _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
+        if not verify:
+            _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         model, tokenizer = _load(teacher)
         student = apply_plan(model, made)
+        if verify:
+            made = verified_plan(model, student, made)
+            _say(made.notes[-1])
         with replacing_folder(output) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

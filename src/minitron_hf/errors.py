@@ -37,3 +37,7 @@ class HubError(MinitronError, ValueError):
 
 class MissingDependencyError(MinitronError, ValueError):
     """An optional dependency is needed; the message names the extra that brings it."""
+
+
+class VerificationError(MinitronError, ValueError):
+    """A student does not compute what its teacher does with the same units masked."""

@@ -140,6 +140,8 @@ class Recipe:
         data: the corpora.
         output_dir: the run folder.
         prune: fields of `PrunerConfig`.
+        verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
+            loaded into memory.
         scores: arguments of `estimate_importance`.
         distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
@@ -152,6 +154,7 @@ class Recipe:
     data: DataSection
     output_dir: str
     prune: dict[str, Any]
+    verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None

@@ -29,6 +29,7 @@ from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherS
 from .sizes import PRUNER_CONFIG_NAME
 from .streaming import is_streamable, prune_checkpoint
 from .surgery import apply_plan
+from .verification import verified_plan
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,7 @@ def _prune(run: Run) -> None:
     stored = _checkpoint_dtype(run.teacher_config)
     # What was scored are the weights as they were loaded; those on disk are others where loading has rounded them.
     rounded = stored is None or torch.promote_types(stored, run.dtype) != run.dtype
-    if not rounded and is_streamable(section.model, revision=section.revision):
+    if not rounded and not run.recipe.verify and is_streamable(section.model, revision=section.revision):
         prune_checkpoint(
             section.model,
             run.folder / PRUNED_DIR,
@@ -180,6 +181,8 @@ def _prune(run: Run) -> None:
         )
     else:
         student = apply_plan(run.teacher, run.plan)
+        if run.recipe.verify:
+            verified_plan(run.teacher, student, run.plan).save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
 
 
@@ -432,7 +435,14 @@ STAGES: tuple[Stage, ...] = (
         (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
         _plan,
     ),
-    Stage("prune", "cut the student out of the teacher", ("plan",), lambda recipe: {}, (PRUNED_DIR,), _prune),
+    Stage(
+        "prune",
+        "cut the student out of the teacher",
+        ("plan",),
+        lambda recipe: {"verify": True} if recipe.verify else {},
+        (PRUNED_DIR,),
+        _prune,
+    ),
     Stage(
         "distill",
         "train the student to predict like the teacher",

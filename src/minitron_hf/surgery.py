@@ -28,6 +28,7 @@ from .models import (
 )
 from .planning import PruningPlan, make_plan
 from .sizes import PrunerConfig, student_config
+from .verification import verified_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ def prune_model(
     calibration_data: DataSource | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     scores: ImportanceScores | None = None,
+    verify: bool = False,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
     """Score, plan and cut in one call.
@@ -98,6 +100,8 @@ def prune_model(
         calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given.
         processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
         scores: scores made before by `estimate_importance`.
+        verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
+            (`verify_student`), and note the gap in the plan.
         **importance_kwargs: passed on to `estimate_importance` (`num_samples`, `max_length`, `batch_size`, …).
 
     Returns:
@@ -105,8 +109,8 @@ def prune_model(
         the plan as `student.pruning_plan`.
 
     Raises:
-        MinitronError: see `estimate_importance`, `make_plan` and `apply_plan`. Impossible sizes are refused before any
-            compute.
+        MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
+            refused before any compute.
 
     Example:
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
@@ -128,7 +132,11 @@ def prune_model(
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
         scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
-    return apply_plan(model, make_plan(model, config, scores))
+    plan = make_plan(model, config, scores)
+    student: Any = apply_plan(model, plan)
+    if verify:
+        student.pruning_plan = verified_plan(model, student, plan)
+    return student
 
 
 def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:

@@ -1,0 +1,139 @@
+"""`prune_model(verify=True)`: masks and surgery agree for every family, and refute tables that only fit in shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minitron_hf.errors import PlanError, UnsupportedModelError, VerificationError
+from minitron_hf.families import families, spec_for
+from minitron_hf.families.base import linear
+from minitron_hf.importance import estimate_importance
+from minitron_hf.models import model_digest
+from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.surgery import apply_plan, prune_model
+from minitron_hf.verification import verify_student
+from pocket import POCKETS, cuttable, pocket_config, pocket_model, pocket_tokens
+
+NAMES = list(POCKETS)
+#: One cut of everything that a family has; whatever it refuses is left out.
+SIZES = {
+    "num_hidden_layers": 3,
+    "intermediate_size": 17,
+    "num_experts": 4,
+    "moe_intermediate_size": 5,
+    "shared_expert_intermediate_size": 13,
+    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 24,
+}
+
+
+def everything(name: str, **options) -> PrunerConfig:
+    sizes = {size: to for size, to in SIZES.items() if size in cuttable(name)}
+    if spec_for(POCKETS[name].config).equal:
+        sizes["hidden_size"] = 16  # two heads of eight dimensions
+    return PrunerConfig(**sizes, multiple_of=1, **options)
+
+
+def planned(model, request: PrunerConfig) -> PruningPlan:
+    return make_plan(model, request, estimate_importance(model, metric="random", seed=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_and_surgery_agree(name: str):
+    teacher = pocket_model(name, dtype=torch.float32)
+    before = model_digest(teacher)
+    plan = planned(teacher, everything(name, norm_compensation=True))
+    assert 0 < verify_student(teacher, apply_plan(teacher, plan), plan) < 1e-4
+    assert model_digest(teacher) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "qwen2_moe", "gemma3_text"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1)])
+def test_other_dtypes(name: str, dtype: torch.dtype, most: float):
+    teacher = pocket_model(name, dtype=dtype)
+    plan = planned(teacher, everything(name))
+    assert verify_student(teacher, apply_plan(teacher, plan), plan) < most
+
+
+WRONG = {
+    "gate and up interleaved": ("phi3", {"mlp.gate_up_proj.weight": "ffn*2 hidden"}),
+    "queries last": ("phi3", {"self_attn.qkv_proj.weight": "kv*head_dim+kv*head_dim+heads*head_dim hidden"}),
+    "q, k, v one after the other": (
+        "gpt_neox",
+        linear("attention.query_key_value", "3*heads*head_dim", "hidden"),
+    ),
+    "dimensions before heads": (
+        "llama",
+        {
+            "self_attn.q_proj.weight": "head_dim*heads hidden",
+            "self_attn.k_proj.weight": "head_dim*kv hidden",
+            "self_attn.v_proj.weight": "head_dim*kv hidden",
+            "self_attn.o_proj.weight": "hidden head_dim*heads",
+        },
+    ),
+    "experts' gate and up interleaved": ("mixtral", {"mlp.experts.gate_up_proj": "experts moe_ffn*2 hidden"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_tables_that_only_fit_in_shape_are_refuted(mistake: str, monkeypatch):
+    name, changes = WRONG[mistake]
+    right = families()[name]
+    monkeypatch.setitem(families(), name, replace(right, layer={**right.layer, **changes}))
+    for dtype in (torch.float32, torch.bfloat16) if mistake == "dimensions before heads" else (torch.float32,):
+        teacher = pocket_model(name, dtype=dtype)
+        with pytest.raises(VerificationError, match=f"The family table '{name}' and the installed Transformers"):
+            prune_model(teacher, everything(name), metric="random", verify=True)
+
+
+@pytest.mark.parametrize("change", [{"norm_offset": 0.0}, {"scaled_embeddings": False, "writers": ()}])
+def test_wrong_scales_are_refuted(change: dict, monkeypatch):
+    monkeypatch.setitem(families(), "gemma", replace(families()["gemma"], **change))
+    request = everything("gemma", norm_compensation=True)
+    teacher = pocket_model("gemma", dtype=torch.float32)
+    if "writers" in change:  # neither side compensates, so the only difference is the one that it makes up for
+        plan = planned(teacher, request)
+        assert not set(plan.scales) - set(families()["gemma"].residual_norms)
+    with pytest.raises(VerificationError):
+        prune_model(teacher, request, metric="random", verify=True)
+
+
+def test_another_student_is_refuted():
+    teacher = pocket_model("llama", dtype=torch.float32)
+    plan = planned(teacher, everything("llama"))
+    student = apply_plan(teacher, plan)
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight[:, 0] += 0.05
+    with pytest.raises(VerificationError, match=r"differ by \d\.\de-\d\d .* rounding in float32 explains"):
+        verify_student(teacher, student, plan, input_ids=pocket_tokens(1, 9))
+
+
+def test_the_gap_is_noted():
+    teacher = pocket_model("llama", dtype=torch.float32)
+    request = everything("llama")
+    student = prune_model(teacher, request, metric="random", verify=True)
+    [note] = [note for note in student.pruning_plan.notes if note.startswith("Verified")]
+    assert "float32" in note
+    plain = prune_model(teacher, request, metric="random")
+    assert student.pruning_plan.digest == plain.pruning_plan.digest
+    assert not any(note.startswith("Verified") for note in plain.pruning_plan.notes)
+
+
+def test_what_cannot_be_masked_is_refused():
+    one = PrunerConfig(intermediate_size=51, hidden_size=35, multiple_of=1)
+    mistral = prune_model(pocket_model("mistral", dtype=torch.float32), one, metric="random", verify=True)
+    assert mistral.config.hidden_size == 35
+    with pytest.raises(PlanError, match="A single dropped channel of a LayerNorm cannot be verified"):
+        prune_model(pocket_model("starcoder2", dtype=torch.float32), one, metric="random", verify=True)
+    teacher = pocket_model("llama", dtype=torch.float32)
+    plan = planned(teacher, everything("llama"))
+    student = apply_plan(teacher, plan)
+    with torch.device("meta"):
+        empty = type(teacher)(pocket_config("llama"))
+    with pytest.raises(UnsupportedModelError, match="in memory"):
+        verify_student(empty, student, plan)
