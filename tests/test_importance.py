@@ -142,6 +142,10 @@ def activations(name: str) -> dict[str, list]:
         )
 
     norms = [path for path in residual_norms(model) if not path.endswith(pocket.output_norms or "-")]
+    outer = {path: path.rpartition(".")[0] for path in norms}  # a norm inside one that gates what it makes
+    norms = [
+        outer[path] if "norm" in type(model.get_submodule(outer[path])).__name__.lower() else path for path in norms
+    ]
     for path in norms:
         model.get_submodule(path).register_forward_hook(catch_output(path))
     paths = {

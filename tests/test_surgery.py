@@ -195,7 +195,7 @@ def narrow_teacher(name: str, teacher, plan: PruningPlan):
         kept = torch.from_numpy(plan.kept["hidden"])
         narrow_stream(name, narrowed, kept)
         paths = residual_norms(narrowed)
-        assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + 1
+        assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + pocket.extra_norms + 1
         for path in paths:
             norm = narrowed.get_submodule(path)
             eps = epsilon(norm) / residual_scale(name, path, plan) ** 2

@@ -31,6 +31,7 @@ class Pocket:
         hidden_step: what a smaller hidden_size has to be a multiple of.
         norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
         num_norms: how many there are in a layer.
+        extra_norms: how many there are beside those, in some layers only.
         output_norms: those of a layer that normalise what is written to the residual stream beside a norm that reads
             it; they do not score channels.
         head_norms: norms that span all query heads, and all key heads.
@@ -56,6 +57,7 @@ class Pocket:
     hidden_step: int = 1
     norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
     num_norms: int = 2
+    extra_norms: int = 0
     output_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     scaled_embeddings: bool = False

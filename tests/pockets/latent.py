@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .base import Pocket, grouped
+from .base import GROUPED_EXPERTS, Pocket, grouped
 
-#: heads*head_dim=120, heads*qk_dim=132, heads*kv_dim=204, kv_rank+rope_dim=13.
+#: heads*head_dim=120, heads*qk_dim=288, heads*kv_dim=312, kv_rank+rope_dim=30.
 LATENT = {
     "num_attention_heads": 12,
     "num_key_value_heads": 12,
-    "head_dim": 4,
+    "head_dim": 8,
     "v_head_dim": 10,
-    "qk_nope_head_dim": 7,
-    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
     "q_lora_rank": 15,
-    "kv_lora_rank": 9,
+    "kv_lora_rank": 22,
 }
 
 
@@ -22,7 +22,34 @@ def latent(model_type: str, **changes) -> Pocket:
     return grouped(model_type, **{"kv": False, "variants": ({"q_lora_rank": None},), **LATENT, **changes})
 
 
+#: Which layers have experts, where the config lists them.
+LISTED = {
+    **GROUPED_EXPERTS,
+    "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+}
+#: Without queries of full rank.
+COMPRESSED = {"variants": ()}
+#: Three indexer heads of eleven dimensions choose six tokens for all others.
+INDEXED = {
+    **LISTED,
+    **COMPRESSED,
+    "index_n_heads": 3,
+    "index_head_dim": 11,
+    "index_topk": 6,
+    "layer_types": ["indexed_attention"] * 5,
+}
 POCKETS: dict[str, Pocket] = {
     "youtu": latent("youtu", pad_token_id=None),  # the stock class zeroes its embedding, though loaded
     "minicpm3": latent("minicpm3", hidden_step=4, dim_model_base=9, attention_bias=True, mlp_bias=True),
+    "deepseek_v2": latent(
+        "deepseek_v2",
+        **{**GROUPED_EXPERTS, "router_bias": None, "topk_method": "group_limited_greedy"},
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "deepseek_v3": latent("deepseek_v3", **GROUPED_EXPERTS, attention_bias=True, num_mtp_layers=0),
+    "glm4_moe_lite": latent("glm4_moe_lite", **LISTED, num_mtp_layers=0),
+    "axk1": latent("axk1", **LISTED, **COMPRESSED, extra_norms=3, output_norms=("mlp.post_mlp_layernorm",)),
+    "deepseek_v32": latent("deepseek_v32", **INDEXED),
+    "axk2": latent("axk2", **{**INDEXED, "n_group": None, "topk_group": None}, gated_norm_rank=17),
 }

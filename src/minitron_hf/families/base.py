@@ -373,16 +373,32 @@ LATENT_AXES = (
     Axis("q_rank", ("q_lora_rank",), implied="0", prunable=False),
     Axis("kv_rank", ("kv_lora_rank",), prunable=False),
 )
-#: Latent attention; queries are compressed too, unless `q_lora_rank` is None.
-LATENT_ATTENTION = layer_tables(
-    linear("self_attn.q_proj", "heads*qk_dim", "hidden"),
-    linear("self_attn.q_a_proj", "q_rank", "hidden"),
-    norm("self_attn.q_a_layernorm", width="q_rank"),
-    linear("self_attn.q_b_proj", "heads*qk_dim", "q_rank"),
+#: The keys and values of latent attention, and what writes its heads' outputs back.
+LATENT_KEYS = layer_tables(
     linear("self_attn.kv_a_proj_with_mqa", "kv_rank+rope_dim", "hidden"),
     norm("self_attn.kv_a_layernorm", width="kv_rank"),
     linear("self_attn.kv_b_proj", "heads*kv_dim", "kv_rank"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
+)
+#: Latent attention with compressed queries.
+COMPRESSED_ATTENTION = layer_tables(
+    linear("self_attn.q_a_proj", "q_rank", "hidden"),
+    norm("self_attn.q_a_layernorm", width="q_rank"),
+    linear("self_attn.q_b_proj", "heads*qk_dim", "q_rank"),
+    LATENT_KEYS,
+)
+#: Latent attention whose queries are compressed unless `q_lora_rank` is None.
+LATENT_ATTENTION = layer_tables(linear("self_attn.q_proj", "heads*qk_dim", "hidden"), COMPRESSED_ATTENTION)
+#: The indexer of sparse latent attention, which chooses the tokens that all heads of a layer see.
+INDEXER = layer_tables(
+    linear("self_attn.indexer.wq_b", "index_heads*index_dim", "q_rank"),
+    linear("self_attn.indexer.wk", "index_dim", "hidden"),
+    norm("self_attn.indexer.k_norm", width="index_dim"),
+    linear("self_attn.indexer.weights_proj", "index_heads", "hidden"),
+)
+INDEXER_AXES = (
+    Axis("index_heads", ("index_n_heads",), prunable=False),
+    Axis("index_dim", ("index_head_dim",), prunable=False),
 )
 #: Queries with a gate of the same width beside them, head by head: what attention writes is multiplied by its sigmoid.
 GATED_QUERIES = layer_tables(
@@ -467,6 +483,18 @@ GROUPED_EXPERTS: Mapping[str, Any] = {
         ("experts", "2*n_group"),
     ),
     "leading_layers": ("first_k_dense_replace",),
+}
+#: The same beside latent attention.
+LATENT_EXPERTS: Mapping[str, Any] = {
+    **GROUPED_EXPERTS,
+    "groups": (("experts", "router_groups"),),
+    "attention_axes": LATENT_AXES,
+}
+#: The same where the config lists which layers have experts.
+LISTED_LATENT_EXPERTS: Mapping[str, Any] = {
+    **LATENT_EXPERTS,
+    "leading_layers": (),
+    "layer_lists": ("mlp_layer_types",),
 }
 #: One norm for every query head, one for every key head.
 HEAD_NORMS = norm("self_attn.q_norm", "self_attn.k_norm", width="head_dim")

@@ -1,0 +1,26 @@
+"""DeepSeek-V3.2: DeepSeek-V3 whose heads all see only the tokens that an indexer of the layer chooses."""
+
+from .base import (
+    COMPRESSED_ATTENTION,
+    EXPERTS_MLP,
+    GATED_MLP,
+    INDEXER,
+    INDEXER_AXES,
+    LATENT_AXES,
+    LISTED_LATENT_EXPERTS,
+    ROUTER_BIAS,
+    SHARED_EXPERTS_MLP,
+    decoder,
+    layer_tables,
+)
+
+SPEC = decoder(
+    "deepseek_v32",
+    layer=layer_tables(COMPRESSED_ATTENTION, INDEXER, GATED_MLP, EXPERTS_MLP, SHARED_EXPERTS_MLP, ROUTER_BIAS),
+    **{
+        **LISTED_LATENT_EXPERTS,
+        "attention_axes": (*LATENT_AXES, *INDEXER_AXES),
+        "layer_lists": ("layer_types", "mlp_layer_types"),
+        "leading_layers": ("first_k_dense_replace",),
+    },
+)
