@@ -67,7 +67,8 @@ def test_pocket_sizes_are_distinct(name: str):
     config = POCKETS[name].config
     sizes = spec_for(config).sizes(config)
     coupled = {sizes["hidden"], sizes["heads"] * sizes["head_dim"]} if POCKETS[name].coupled else set()
-    products = [sizes["heads"] * sizes["head_dim"], sizes.get("kv", 0) * sizes["head_dim"]]
+    products = [sizes[axis] * sizes["head_dim"] for axis in ("heads", "kv") if axis in sizes]
+    products += [sizes["ssm_heads"] * sizes["ssm_dim"]] if "ssm_dim" in sizes else []
     products += [2 * sizes[axis] for axis in ("ffn", "moe_ffn", "shared_ffn") if axis in sizes]
     distinct = [*sizes.values(), *(product for product in products if product not in coupled | {0})]
     assert len(set(distinct)) == len(distinct), sizes
@@ -147,9 +148,10 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
         for name in axis.fields:
             assert hasattr(config, name) or axis.implied is not None, name
     counted = (*spec.leading_layers, *spec.trailing_layers, *(name for pair in spec.sparse_layers for name in pair))
+    derived = (name for name, _ in spec.derived_fields)
     refused = (name for name, *_ in (*spec.refused_if, *spec.variants))
     patterns = (name for pair in spec.layer_patterns for name in pair)
-    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused):
+    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused, *derived):
         assert hasattr(config, name), name
     assert PRUNER_FIELDS.keys() == {FIELD_OF_AXIS[axis] for axis in FIELD_OF_AXIS}
 

@@ -153,6 +153,7 @@ def activations(name: str) -> dict[str, list]:
         "ffn": pocket.mlp_out,
         "shared_ffn": pocket.shared_out,
         "experts": pocket.experts,
+        "ssm_heads": pocket.ssm_out,
     }
     for index, layer in enumerate(layers):
         modules = dict(layer.named_modules())
@@ -161,9 +162,11 @@ def activations(name: str) -> dict[str, list]:
                 modules[path].register_forward_pre_hook(catch_input((key, index)))
     layers[-1].register_forward_hook(catch_output("last"))
 
-    depth, heads = len(layers), model.config.num_attention_heads
+    depth = len(layers)
     axes = [key for key, path in paths.items() if path and key != "attention"]
-    axes += ["heads", *(["kv"] if pocket.kv else []), *(["moe_ffn"] if pocket.experts else [])]
+    axes += ["heads"] if pocket.attention_out else []
+    axes += [*(["kv"] if pocket.kv else []), *(["moe_ffn"] if pocket.experts else [])]
+    axes += ["ssm_dim"] if pocket.ssm_out else []
     found: dict[str, list] = {
         "hidden": [[] for _ in norms],
         **{axis: [None] * depth for axis in axes},
@@ -185,9 +188,13 @@ def activations(name: str) -> dict[str, list]:
                 scores, inner = expert_activations(module, value, pocket.expert_inputs)
                 note("experts", index, scores)
                 note("moe_ffn", index, inner.flatten(1))
+            elif axis == "ssm_heads":
+                note("ssm_heads", index, value.unflatten(-1, (pocket.ssm_heads, -1)).norm(dim=-1))
+                note("ssm_dim", index, value)
             elif axis != "attention":
                 note(axis, index, value)
             else:
+                heads = model.config.num_attention_heads
                 note("heads", index, value.unflatten(-1, (heads, -1)).norm(dim=-1))
             if axis == "attention" and pocket.kv:
                 weight = layers[index].get_submodule(pocket.attention_out).weight
@@ -227,9 +234,9 @@ def naive_axis(name: str, axis: str, batch_reduction: str, sequence_reduction: s
         for rows in sources
     ]
     table = torch.tensor(scores, dtype=torch.float64)
-    if axis == "moe_ffn":
-        experts = next(rows[0].shape[1] for rows in activations(name)["experts"] if rows is not None)
-        table = table.unflatten(1, (experts, -1))
+    if outer := {"moe_ffn": "experts", "ssm_dim": "ssm_heads"}.get(axis):
+        count = next(rows[0].shape[1] for rows in activations(name)[outer] if rows is not None)
+        table = table.unflatten(1, (count, -1))
     return table.sum(0) if axis == "hidden" else table
 
 

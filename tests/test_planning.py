@@ -243,6 +243,19 @@ def test_whole_groups_go_when_only_kv_heads_are_cut():
     assert (plan.sizes["kv"]["student"], plan.sizes["heads"]["student"]) == (1, 4)
 
 
+def test_state_space_heads_stay_in_equal_groups():
+    with pytest.raises(PlanError, match=r"mamba_num_heads must be one of \[2, 4, 6, 8\]"):
+        plan_of(pocket_config("nemotron_h"), mamba_num_heads=5)
+    plan = plan_of(pocket_config("falcon_h1"), mamba_num_heads=0.6, mamba_head_dim=5)
+    assert plan.student["config"]["mamba_n_heads"] == 4
+    assert plan.student["config"]["mamba_d_ssm"] == 20
+
+
+def test_infinite_limits_survive_a_plan():
+    plan = plan_of(pocket_config("falcon_h1"), layers_to_drop=[1])
+    assert plan.build_student_config().time_step_limit == (0.0, math.inf)
+
+
 def test_a_size_that_follows_is_noted():
     assert "num_attention_heads follows hidden_size to 3" in plan_of(pocket_config("gpt2"), hidden_size=24).notes[0]
     assert (
@@ -267,10 +280,12 @@ def test_student_config_keeps_everything_else(name: str):
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
+        "mamba_d_ssm", "mamba_n_heads",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),
         *(field for field, *_ in spec_for(teacher).scaled_fields),
     }  # fmt: skip
-    assert spec_for(student).sizes(student)["head_dim"] == (8 if POCKETS[name].coupled else 10)
+    if POCKETS[name].attention_out:
+        assert spec_for(student).sizes(student)["head_dim"] == (8 if POCKETS[name].coupled else 10)
 
 
 def test_per_layer_lists_are_sliced_and_counts_recounted():
@@ -397,6 +412,7 @@ def random_request(name: str, chance: random.Random) -> dict:
         ("moe_intermediate_size", "moe_ffn", 1),
         ("shared_expert_intermediate_size", "shared_ffn", 1),
         ("num_experts", "experts", 4),
+        ("mamba_head_dim", "ssm_dim", 1),
     ):
         if axis == "shared_ffn" and POCKETS[name].shared_coupled:
             continue  # follows
@@ -405,6 +421,9 @@ def random_request(name: str, chance: random.Random) -> dict:
             step = sizes.get("router_groups", 1) if axis == "experts" else 1
             whole = step * chance.randint(least // step, most // step)
             request[field] = chance.choice([whole, chance.uniform(least / most, 1)])
+    if "mamba_num_heads" in cuttable(name) and not POCKETS[name].ssm_coupled:
+        groups = sizes["ssm_groups"]
+        request["mamba_num_heads"] = groups * chance.randint(1, sizes["ssm_heads"] // groups)
     depth, least = chance.random(), max(1, len(spec.needed_kinds))
     if spec.needed_kinds:
         request["keep_last_layers"] = 0

@@ -51,7 +51,7 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
     pocket = POCKETS[name]
     masked = copy.deepcopy(teacher)
     layers = masked.get_submodule(pocket.layers)
-    head_dim = plan.sizes["head_dim"]["teacher"]
+    head_dim = plan.sizes["head_dim"]["teacher"] if pocket.attention_out else 0
     each = plan.sizes["heads"]["teacher"] // plan.sizes["kv"]["teacher"] if pocket.kv else 1
 
     def dimensions(units) -> list[int]:
@@ -59,7 +59,7 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
 
     for layer, module in enumerate(layers):
         if layer not in plan.layers_kept:
-            layers[layer] = Passthrough(pocket.tuple_layers)
+            layers[layer] = Passthrough(module, pocket.tuple_layers)
             continue
         position = plan.layers_kept.index(layer)
         paths = {path for path, _ in module.named_modules()}
@@ -68,6 +68,8 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
                 zero_input_except(module.get_submodule(writer), plan.kept[axis][position])
         if pocket.experts in paths:
             mask_experts(pocket, module, plan, position)
+        if pocket.ssm_out in paths and plan.kept.keys() & {"ssm_heads", "ssm_dim"}:
+            mask_state_space(pocket, module, plan, position)
         if pocket.attention_out not in paths:
             continue
         heads = plan.kept["heads"][position] if "heads" in plan.kept else None
@@ -84,6 +86,18 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
                 units = torch.tensor(dimensions(kept))
                 module.set_submodule(path, NormOnKept(norm, units, pocket.norm, epsilon(norm)))
     return masked
+
+
+def mask_state_space(pocket: Pocket, layer: nn.Module, plan: PruningPlan, position: int) -> None:
+    """Dropped channels and heads do not reach the output, nor the statistics of the norm before it."""
+    heads, dims = (plan.sizes[axis]["teacher"] for axis in ("ssm_heads", "ssm_dim"))
+    kept = plan.kept["ssm_heads"][position] if "ssm_heads" in plan.kept else range(heads)
+    inside = plan.kept["ssm_dim"][position] if "ssm_dim" in plan.kept else [range(dims)] * len(kept)
+    channels = torch.tensor([head * dims + dim for head, own in zip(kept, inside, strict=True) for dim in own])
+    zero_input_except(layer.get_submodule(pocket.ssm_out), channels)
+    if pocket.ssm_norm is not None:
+        norm = GatedNormOnKept(layer.get_submodule(pocket.ssm_norm), channels, pocket)
+        layer.set_submodule(pocket.ssm_norm, norm)
 
 
 def mask_experts(pocket: Pocket, layer: nn.Module, plan: PruningPlan, position: int) -> None:
@@ -129,9 +143,10 @@ class ScoresOf(TorchFunctionMode):
 class Passthrough(nn.Module):
     """A decoder layer that does nothing."""
 
-    def __init__(self, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
         self.returns_tuple = returns_tuple
+        self.block_type = getattr(layer, "block_type", None)  # which some models ask for
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, None]:
         return (hidden_states, None) if self.returns_tuple else hidden_states
@@ -153,19 +168,39 @@ class NormOnKept(nn.Module):
     def __init__(self, norm: nn.Module, kept: torch.Tensor, kind: str, eps: float) -> None:
         super().__init__()
         self.norm, self.kept, self.kind, self.eps = norm, kept, kind, eps
+        self.weight = getattr(norm, "weight", None)  # some models ask for its dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = x[..., self.kept]
         if self.kind.startswith("layer"):
             z = z - z.mean(-1, keepdim=True)
         z = z / (z.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        if (weight := getattr(self.norm, "weight", None)) is not None:
-            z = z * (weight[self.kept] + (1 if self.kind.endswith("1p") else 0))
+        if self.weight is not None:
+            z = z * (self.weight[self.kept] + (1 if self.kind.endswith("1p") else 0))
         if (bias := getattr(self.norm, "bias", None)) is not None:
             z = z + bias[self.kept]
         out = torch.zeros_like(x)
         out[..., self.kept] = z
         return out
+
+
+class GatedNormOnKept(nn.Module):
+    """The gated norm of a state space, taken group by group over the kept channels alone."""
+
+    def __init__(self, norm: nn.Module, kept: torch.Tensor, pocket: Pocket) -> None:
+        super().__init__()
+        self.norm, self.kept, self.pocket = norm, set(kept.tolist()), pocket
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        gate = gate * gate.sigmoid()
+        x = x * gate if self.pocket.ssm_gate_first else x
+        out = torch.zeros_like(x)
+        for group in torch.arange(x.shape[-1]).chunk(self.pocket.ssm_groups):
+            mine = [channel for channel in group.tolist() if channel in self.kept]
+            z = x[..., mine]
+            z = z / (z.pow(2).mean(-1, keepdim=True) + epsilon(self.norm)).sqrt()
+            out[..., mine] = z * self.norm.weight[mine]
+        return out if self.pocket.ssm_gate_first else out * gate
 
 
 def epsilon(norm: nn.Module) -> float:
@@ -239,6 +274,11 @@ EXPERTS = {
     "experts and their neurons": {"num_experts": 4, "moe_intermediate_size": 5},
 }
 SHARED = {"shared neurons": {"shared_expert_intermediate_size": 13}}
+SSM = {
+    "ssm heads": {"mamba_num_heads": 6},
+    "ssm channels": {"mamba_head_dim": 5},
+    "ssm heads and channels": {"mamba_num_heads": 4, "mamba_head_dim": 5},
+}
 GROUPED_WIDTHS = {
     "heads": {"num_attention_heads": 6},
     "kv": {"num_key_value_heads": 2, "num_attention_heads": 8},
@@ -282,6 +322,10 @@ def requests(name: str) -> dict[str, dict]:
         *([EXPERTS] if pocket.experts else []),
         *([SHARED] if pocket.shared_out and not pocket.shared_coupled else []),
     ]
+    if pocket.ssm_out and not pocket.ssm_coupled:
+        neurons.append(SSM)
+    elif pocket.ssm_out:
+        own = {**own, "ssm heads": SSM["ssm heads"]}  # the width follows
     allowed = {*cuttable(name), "layers_to_drop"}
     cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}
     for cut in [cut for cut in cuts if cut.startswith("everything")]:

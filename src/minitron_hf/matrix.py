@@ -66,7 +66,8 @@ def cuts(spec: ArchSpec) -> dict[str, Cut]:
     remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
     for left, right in spec.equal:
         together = f"only together: {_named(right)} = {_named(left)}"
-        for axis in {*dimension_axes(parse_dimensions(left)[0]), right} & remarks.keys():
+        moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
+        for axis in moving & remarks.keys():
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
         if multiple in remarks:

@@ -86,7 +86,7 @@ class PruningPlan:
         """The student's config as an object of the stock class."""
         from transformers import AutoConfig
 
-        values = dict(self.student["config"])
+        values = config_values(self.student["config"])
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -387,4 +387,16 @@ def _plain(config: PretrainedConfig) -> dict[str, Any]:
     """A config as JSON values, the way `config.json` holds it; where it was loaded from is not its business."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
+    return values
+
+
+def config_values(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a config class, from the JSON values of a plan: `config.json` tags infinite floats.
+
+    >>> config_values({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    {'time_step_limit': [0.0, inf]}
+    """
+    values: dict[str, Any] = json.loads(
+        json.dumps(dict(plain)), object_hook=lambda value: float(value["__float__"]) if "__float__" in value else value
+    )
     return values

@@ -272,13 +272,13 @@ def _step(
     for inner, outer in spec.groups:
         if axis == inner:
             step = math.lcm(step, sizes[outer])
-    for left, right in spec.equal:
-        if axis == right:
-            # hidden = heads * head_dim, and the heads follow, in whole groups.
-            [dimension] = parse_dimensions(left)
-            [moving] = [factor for factor in dimension_axes(dimension) if spec.axis[factor].prunable]
-            fixed = dimension_size(dimension, {**sizes, moving: 1})
-            step = math.lcm(step, fixed * _step(spec, config, moving, before, sizes, multiple_of))
+    for one, other in [*spec.equal, *((right, left) for left, right in spec.equal)]:
+        moving, each = _moving(spec, one, sizes)
+        follower, each_follower = _moving(spec, other, sizes)
+        if axis == moving:
+            # hidden = heads * head_dim, and the heads follow in whole groups: any such multiple is legal.
+            each_follower *= math.prod(sizes[outer] for inner, outer in spec.groups if inner == follower)
+            step = math.lcm(step, each_follower // math.gcd(each_follower, each))
     return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
 
 
@@ -315,34 +315,45 @@ def _round_fraction(fraction: float, size: int, step: int) -> int:
 def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str]) -> list[str]:
     """Where the stock class holds two dimensions only at one size, let the one that was not asked for follow."""
     notes = []
-    for left_text, right in spec.equal:
-        [left] = parse_dimensions(left_text)
-        [moving] = [axis for axis in dimension_axes(left) if spec.axis[axis].prunable]
-        fixed = dimension_size(left, {**after, moving: 1})
-        left_size = fixed * after[moving]
-        if left_size == after[right]:
+    fixed = set(given)
+    for left_text, right_text in spec.equal:
+        left, each_left = _moving(spec, left_text, after)
+        right, each_right = _moving(spec, right_text, after)
+        if each_left * after[left] == each_right * after[right]:
             continue
-        names = {axis: _name(spec, axis) for axis in (moving, right)}
-        why = f" (heads keep their {fixed} dimensions)" if moving == "heads" else ""
-        legal = f"{names[right]} = {fixed} × {names[moving]}{why}"
-        if right in given and moving in given:
+        names = {axis: _name(spec, axis) for axis in (left, right)}
+        why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
+        times = f"{each_right} × " if each_right > 1 else ""
+        legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
+        moves, follows, each, each_following = left, right, each_left, each_right
+        if right in fixed:
+            moves, follows, each, each_following = right, left, each_right, each_left
+        followed, rest = divmod(each * after[moves], each_following)
+        if left in fixed and right in fixed:
+            step = each_right // math.gcd(each_right, each_left)
+            heads = max(after[left] // step, 1) * step
             raise PlanError(
-                f"{names[right]}={after[right]} and {names[moving]}={after[moving]} do not fit together: the stock "
+                f"{names[right]}={after[right]} and {names[left]}={after[left]} do not fit together: the stock "
                 f"'{spec.model_type}' classes only hold {legal}. "
-                f"Nearest: {names[right]}={fixed * after[moving]} with {names[moving]}={after[moving]}."
+                f"Nearest: {names[right]}={each_left * heads // each_right} with {names[left]}={heads}."
             )
-        if right in given:
-            if after[right] % fixed:
-                raise PlanError(
-                    f"{names[right]}={after[right]}: the stock '{spec.model_type}' classes only hold {legal}. "
-                    f"Nearest: {_nearest(after[right], range(fixed, before[right] + 1, fixed))}."
-                )
-            after[moving] = after[right] // fixed
-            notes.append(f"{names[moving]} follows {names[right]} to {after[moving]}: {legal}.")
-        else:
-            after[right] = left_size
-            notes.append(f"{names[right]} follows {names[moving]} to {left_size}: {legal}.")
+        if rest:
+            step = each_following // math.gcd(each_following, each)
+            raise PlanError(
+                f"{names[moves]}={after[moves]}: the stock '{spec.model_type}' classes only hold {legal}. "
+                f"Nearest: {_nearest(after[moves], range(step, before[moves] + 1, step))}."
+            )
+        after[follows] = followed
+        fixed.add(follows)
+        notes.append(f"{names[follows]} follows {names[moves]} to {followed}: {legal}.")
     return notes
+
+
+def _moving(spec: ArchSpec, dimension: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """The one axis of a dimension that can be cut, and how much the dimension holds of each of its units."""
+    [parsed] = parse_dimensions(dimension)
+    [axis] = [name for name in dimension_axes(parsed) if spec.axis[name].prunable and name not in spec.refused]
+    return axis, dimension_size(parsed, {**sizes, axis: 1})
 
 
 def _require_groups(
@@ -435,6 +446,7 @@ def build_student_config(
     for axis in spec.axes:
         if not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
+    values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
     before = spec.sizes(teacher)
     for name, size, power in spec.scaled_fields:
         if power == 1 and isinstance(values[name], int):

@@ -26,7 +26,7 @@ from .models import (
     on_meta,
     tensor_values,
 )
-from .planning import PruningPlan, make_plan
+from .planning import PruningPlan, config_values, make_plan
 from .sizes import PrunerConfig, student_config
 from .verification import verified_plan
 
@@ -143,7 +143,9 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Refuse a plan for another family or other sizes."""
     fits = model.config.model_type == plan.model_type
     if fits:
-        planned = type(model.config)(**{k: v for k, v in plan.teacher["config"].items() if k != "model_type"})
+        values = config_values(plan.teacher["config"])
+        del values["model_type"]
+        planned = type(model.config)(**values)
         fits = architecture_digest(planned) == architecture_digest(model.config)
     if not fits:
         raise MismatchError(

@@ -18,7 +18,8 @@ class Pocket:
     Attributes:
         config: the config.
         layers: path of the module list of decoder layers.
-        attention_out: module inside a layer that writes the heads' outputs back to the residual stream.
+        attention_out: module inside a layer that writes the heads' outputs back to the residual stream; None where no
+            layer has attention.
         mlp_out: likewise for the MLP neurons; None where no layer has a plain MLP.
         experts: module inside a layer that holds stacked experts, with their `down_proj`.
         router: module inside a layer whose `weight` chooses among them.
@@ -26,6 +27,12 @@ class Pocket:
         expert_inputs: dimension of one expert's `down_proj` that its neurons are in.
         shared_out: module inside a layer that writes the neurons of shared experts back.
         shared_coupled: whether shared experts are as wide as so many routed ones.
+        ssm_out: module inside a layer that writes the channels of state-space heads back.
+        ssm_norm: the gated norm before it.
+        ssm_heads: how many state-space heads there are.
+        ssm_groups: how many groups of them are normed by themselves.
+        ssm_gate_first: whether that norm comes after the gate.
+        ssm_coupled: whether hidden_size and state-space heads only move together.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
         hidden_step: what a smaller hidden_size has to be a multiple of.
@@ -44,7 +51,7 @@ class Pocket:
 
     config: PretrainedConfig
     layers: str = "model.layers"
-    attention_out: str = "self_attn.o_proj"
+    attention_out: str | None = "self_attn.o_proj"
     mlp_out: str | None = "mlp.down_proj"
     experts: str | None = None
     router: str = "mlp.gate"
@@ -52,6 +59,12 @@ class Pocket:
     expert_inputs: int = 1
     shared_out: str | None = None
     shared_coupled: bool = False
+    ssm_out: str | None = None
+    ssm_norm: str | None = None
+    ssm_heads: int = 0
+    ssm_groups: int = 1
+    ssm_gate_first: bool = True
+    ssm_coupled: bool = False
     kv: bool = True
     coupled: bool = False
     hidden_step: int = 1

@@ -69,7 +69,9 @@ class ArchSpec:
             or of what they write where nothing is normalised before. Every layer has at least one of them.
         final_norm: the last norm, which scores it too.
         groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
-        equal: pairs of dimensions that the stock class cannot hold at different sizes.
+        equal: pairs of dimensions that the stock class cannot hold at different sizes; one axis of each can be cut.
+        derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
+            with the axes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers.
         layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
@@ -109,6 +111,7 @@ class ArchSpec:
     final_norm: str
     groups: tuple[tuple[str, str], ...] = ()
     equal: tuple[tuple[str, str], ...] = ()
+    derived_fields: tuple[tuple[str, str], ...] = ()
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()
     layer_patterns: tuple[tuple[str, str], ...] = ()
@@ -470,18 +473,19 @@ GATED_SHARED_EXPERT = layer_tables(
 )
 #: Where stacked experts are observed.
 EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
-#: Leading layers with an MLP, then experts that are chosen within groups, beside shared ones that are as wide.
 #: Groups are scored by their two best experts, and so many of them are chosen that `topk_group` tells.
+GROUPED_EXPERTS_LEAST: tuple[tuple[str, str], ...] = (
+    ("experts", "num_experts_per_tok"),
+    ("experts", "num_experts_per_tok*n_group/topk_group"),
+    ("experts", "2*n_group"),
+)
+#: Leading layers with an MLP, then experts that are chosen within groups, beside shared ones that are as wide.
 GROUPED_EXPERTS: Mapping[str, Any] = {
     "mlp_axes": (FFN, ROUTED_EXPERTS, ROUTER_GROUPS, MOE_FFN, SHARED_EXPERTS, SHARED_EXPERTS_FFN),
     "mlp_taps": {"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
     "groups": (("heads", "kv"), ("experts", "router_groups")),
     "equal": (("shared_experts*moe_ffn", "shared_ffn"),),
-    "least": (
-        ("experts", "num_experts_per_tok"),
-        ("experts", "num_experts_per_tok*n_group/topk_group"),
-        ("experts", "2*n_group"),
-    ),
+    "least": GROUPED_EXPERTS_LEAST,
     "leading_layers": ("first_k_dense_replace",),
 }
 #: The same beside latent attention.
@@ -502,6 +506,47 @@ HEAD_NORMS = norm("self_attn.q_norm", "self_attn.k_norm", width="head_dim")
 WIDE_HEAD_NORMS = layer_tables(
     norm("self_attn.q_norm", width="heads*head_dim"), norm("self_attn.k_norm", width="kv*head_dim")
 )
+#: State-space heads belong to groups, which have one B and C and, in a gated norm, a mean square of their own.
+SSM_GROUPS: tuple[tuple[str, str], ...] = (("ssm_heads", "ssm_groups"),)
+
+
+def ssm_axes(heads: str, head_dim: str, groups: str, state: str, kernel: str) -> tuple[Axis, ...]:
+    """Axes of a state-space layer, from the config fields that hold their sizes."""
+    return (
+        Axis("ssm_heads", (heads,), per_layer=True),
+        Axis("ssm_dim", (head_dim,), per_layer=True, within="ssm_heads"),
+        Axis("ssm_groups", (groups,), prunable=False),
+        Axis("ssm_state", (state,), prunable=False),
+        Axis("ssm_kernel", (kernel,), prunable=False),
+    )
+
+
+#: Most hybrid models call them so.
+SSM_AXES = ssm_axes("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+
+
+def state_space(path: str) -> dict[str, str]:
+    """The tensors of a state-space layer of several heads (Mamba-2): z, then x, B and C, which are convolved, then dt.
+
+    Args:
+        path: module inside a layer.
+    """
+    inner = "ssm_heads*ssm_dim"
+    convolved = f"{inner}+ssm_groups*ssm_state+ssm_groups*ssm_state"
+    return layer_tables(
+        linear(f"{path}.in_proj", f"{inner}+{convolved}+ssm_heads", "hidden"),
+        {f"{path}.conv1d.weight": f"{convolved} 1 ssm_kernel", f"{path}.conv1d.bias": convolved},
+        {f"{path}.{name}": "ssm_heads" for name in ("dt_bias", "A_log", "D")},
+        {f"{path}.norm.weight": inner},
+        linear(f"{path}.out_proj", "hidden", inner),
+    )
+
+
+def ssm_taps(path: str) -> dict[str, str]:
+    """Where the heads of a state-space layer, and their channels, are observed."""
+    return dict.fromkeys(("ssm_heads", "ssm_dim"), f"{path}.out_proj")
+
+
 #: Embeddings and head of the models that keep everything under `model.`.
 EMBEDDINGS = {"model.embed_tokens.weight": "vocab hidden", **linear("lm_head", "vocab", "hidden")}
 #: Norms before attention and MLP.
