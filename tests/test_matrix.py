@@ -53,6 +53,17 @@ def test_cells_say_whether_and_why():
     assert all(FIELD_OF_AXIS[axis] in matrix.legend for axis in matrix.axes)
 
 
+def test_variants_are_remarks():
+    heads = "only together: `hidden_size` = `num_attention_heads` × head_dim"
+    mistral = families()["mistral"]
+    narrow = replace(mistral, axes=tuple(axis for axis in mistral.axes if axis.name != "kv"), groups=())
+    square = replace(mistral, equal=(("heads*head_dim", "hidden"),), refused={"ffn": "four times the width"})
+    found = cuts(replace(narrow, variants=(("square", True, square),)))
+    assert found["kv"] == Cut(True, ("only with `square=True`",))
+    assert found["hidden"] == Cut(True, (f"with `square=True`: {heads}",))
+    assert found["ffn"] == Cut(True, ("with `square=True`: no", "four times the width"))
+
+
 def test_a_text_without_markers_is_refused():
     for text in ("", BEGIN, f"{END} {BEGIN}"):
         with pytest.raises(DataError, match="between which the matrix stands"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .artifacts import replacing_file
-from .axes import dimension_axes, parse_dimensions
+from .axes import Axis, dimension_axes, parse_dimensions
 from .errors import DataError, UnsupportedModelError
 from .families import FIELD_OF_AXIS, ArchSpec, families
 
@@ -61,25 +61,46 @@ def cuts(spec: ArchSpec) -> dict[str, Cut]:
     """Every size of a family that users can name, and whether it can be cut: axis → `Cut`.
 
     Args:
-        spec: the family's table.
+        spec: the family's table; what its variants say otherwise becomes a remark.
     """
+    own = _own_cuts(spec)
+    found = dict(own)
+    for name, value, variant in spec.variants:
+        where = f"with `{name}={value!r}`: "
+        for axis, cut in cuts(variant).items():
+            if axis not in own:
+                found.setdefault(axis, Cut(cut.allowed, ()))
+                said = (f"only {where.removesuffix(': ')}", *cut.remarks)
+            elif cut.allowed != own[axis].allowed:
+                said = (f"{where}{'yes' if cut.allowed else 'no'}", *cut.remarks)
+            else:
+                said = tuple(remark for remark in cut.remarks if remark not in own[axis].remarks)
+                said = tuple(where + remark for remark in said)
+            remarks = dict.fromkeys((*found[axis].remarks, *said))
+            found[axis] = Cut(found[axis].allowed, tuple(remarks))
+    return {axis: found[axis] for axis in FIELD_OF_AXIS if axis in found}
+
+
+def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
     for left, right in spec.equal:
-        together = f"only together: {_named(right)} = {_named(left)}"
+        together = f"only together: {_named(right, spec)} = {_named(left, spec)}"
         moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
         for axis in moving & remarks.keys():
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
         if multiple in remarks:
-            remarks[multiple].append(f"to a multiple of {_named(divisor)}")
+            remarks[multiple].append(f"to a multiple of {_named(divisor, spec)}")
     for inner, outer in spec.groups:
         if inner in remarks:
-            remarks[inner].append(f"to equally many for every kept unit of {_named(outer)}")
+            remarks[inner].append(f"to equally many for every kept unit of {_named(outer, spec)}")
     for axis, expression in spec.least:
         if axis in remarks:
-            remarks[axis].append(f"to no fewer than {_named(expression)}")
+            remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
     if spec.layer_rule:
         remarks["layers"].append(f"to an order of layers that {spec.layer_rule} can describe")
+    for name, kinds in spec.needed_kinds:
+        remarks["layers"].append(f"to layers of which at least one has `{name}` {' or '.join(map(repr, kinds))}")
     for name, value, axis, why in spec.refused_if:
         if axis in remarks:
             remarks[axis].append(f"not with `{name}={value!r}`: {why}")
@@ -153,17 +174,20 @@ def with_matrix(text: str) -> str:
     return f"{before}{BEGIN}\n{to_markdown(support_matrix())}\n{END}{after}"
 
 
-def _named(text: str) -> str:
-    """An expression of axes in the names that users know.
+def _named(text: str, spec: ArchSpec) -> str:
+    """An expression of axes in the names that users know, else those of the config.
 
-    >>> _named("heads*head_dim")
+    >>> _named("heads*head_dim", families()["gpt2"])
     '`num_attention_heads` × head_dim'
     """
 
     def known(found: re.Match[str]) -> str:
-        return f"`{FIELD_OF_AXIS[found[0]]}`" if found[0] in FIELD_OF_AXIS else found[0]
+        axis = spec.axis.get(found[0])
+        return (
+            f"`{FIELD_OF_AXIS[found[0]]}`" if found[0] in FIELD_OF_AXIS else (*(axis or Axis("")).fields, found[0])[0]
+        )
 
-    return re.sub(r"\w+", known, text).replace("*", " × ").replace("+", " + ").replace("/", " / ")
+    return re.sub(r"\b[a-z_]\w*", known, text).replace("*", " × ").replace("+", " + ").replace("/", " / ")
 
 
 def _superscript(numbers: Sequence[int]) -> str:

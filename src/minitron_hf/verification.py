@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .axes import Dimension, dimension_axes, product_shape
+from .axes import Dimension, Product, dimension_axes, product_shape
 from .errors import PlanError, UnsupportedModelError, VerificationError
 from .families import ArchSpec, named_tensors, spec_for
 from .models import evaluating, input_device
@@ -216,19 +216,38 @@ def _mask(
     dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
 ) -> Tensor | None:
     """True where a dimension holds kept units, bool [length]; None where it is not cut."""
-    if dimension_axes(dimension).isdisjoint(kept):
-        return None
-    pieces = []
-    for product in dimension:
-        shape = product_shape(product, sizes)
-        mask = torch.ones(shape, dtype=torch.bool)
-        for position, factor in enumerate(product):
-            if factor not in kept:
-                continue
-            own = _units(str(factor), spec, sizes, kept)
-            mask &= own.reshape(*own.shape, *[1] * (len(shape) - position - 1))
-        pieces.append(mask.flatten())
-    return torch.cat(pieces)
+    return None if dimension_axes(dimension).isdisjoint(kept) else _sum_mask(dimension, spec, sizes, kept)
+
+
+def _sum_mask(
+    dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
+) -> Tensor:
+    """True at kept positions: bool [length], or [outer, length] where they depend on the unit before."""
+    pieces = [_product_mask(product, spec, sizes, kept) for product in dimension]
+    outer = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+    return torch.cat([piece.expand(*outer, -1) for piece in pieces], dim=-1)
+
+
+def _product_mask(
+    product: Product, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
+) -> Tensor:
+    mask: Tensor | None = None
+    for factor, size in zip(product, product_shape(product, sizes)):
+        if isinstance(factor, tuple):
+            own = _sum_mask(factor, spec, sizes, kept)
+        elif isinstance(factor, str) and (axis := factor.partition("/")[0]) in kept:
+            own = _units(axis, spec, sizes, kept)
+            own = own.unflatten(0, (-1, size)) if "/" in factor else own
+        else:
+            own = torch.ones(size, dtype=torch.bool)
+        if mask is None:
+            mask = own
+        else:
+            # A row belongs to a unit of the factor before, which varies fastest so far.
+            own = own if own.ndim == 1 else own.repeat(mask.shape[-1] // len(own), 1)
+            mask = (mask[..., None] & own).flatten(-2)
+    assert mask is not None
+    return mask
 
 
 def _units(axis: str, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> Tensor:
