@@ -296,6 +296,32 @@ def test_per_layer_lists_are_sliced_and_counts_recounted():
     assert config.layer_types.count("full_attention") == config.max_window_layers == 2
 
 
+def test_layers_stay_with_those_that_they_use():
+    """Layers 4 and 5 of six use what layer 3 computes."""
+    types = ["full"] * 4 + ["shared"] * 2
+    lists = {"layer_types": None, "mlp_layer_types": None}
+    config = pocket_config("glm_moe_dsa", num_hidden_layers=6, indexer_types=types, **lists)
+    for drop in ([3], [3, 4], [0, 3, 5]):
+        with pytest.raises(
+            PlanError, match=r"\(indexer_types 'shared'\) uses what layer 3 computes. Keep layer 3 too"
+        ):
+            student_config(config, PrunerConfig(layers_to_drop=drop))
+    assert student_config(config, PrunerConfig(layers_to_drop=[2, 4])).indexer_types == ["full"] * 3 + ["shared"]
+    assert student_config(config, PrunerConfig(layers_to_drop=[3, 4, 5])).indexer_types == ["full"] * 3
+
+    blocks = torch.full((6, 6), 9.0)
+    blocks[3, 3], blocks[3, 4], blocks[1, 1], blocks[1, 2] = 0, 0, 1, 1  # layer 3 is the least important
+    scores = scores_for(config, blocks=blocks.masked_fill(torch.ones_like(blocks).tril(-1).bool(), torch.nan))
+    assert plan_of(config, scores, num_hidden_layers=5).layers_dropped == (1,)
+    assert plan_of(config, scores, num_hidden_layers=4).layers_dropped == (1, 2)
+    free = {"contiguous": False, "keep_last_layers": 0}
+    assert plan_of(config, scores, num_hidden_layers=5, **free).layers_dropped == (1,)
+    assert plan_of(config, scores, num_hidden_layers=2, **free).layers_dropped == (1, 2, 4, 5)
+    blocks[4, 4], blocks[5, 5] = 0.5, 0.5
+    scores = scores_for(config, blocks=blocks.masked_fill(torch.ones_like(blocks).tril(-1).bool(), torch.nan))
+    assert plan_of(config, scores, num_hidden_layers=3, **free).layers_dropped == (3, 4, 5)
+
+
 def test_fields_that_the_stock_class_divides_by_a_size_scale_with_it():
     """MiniCPM3's branches count scale_depth/√layers, and its logits dim_model_base/hidden_size."""
     teacher = pocket_config("minicpm3", scale_depth=2, dim_model_base=27)
@@ -425,6 +451,8 @@ def random_request(name: str, chance: random.Random) -> dict:
         groups = sizes["ssm_groups"]
         request["mamba_num_heads"] = groups * chance.randint(1, sizes["ssm_heads"] // groups)
     depth, least = chance.random(), max(1, len(spec.needed_kinds))
+    if "num_hidden_layers" not in cuttable(name):
+        depth = 1.0
     if spec.needed_kinds:
         request["keep_last_layers"] = 0
     if depth < 0.4:
@@ -432,6 +460,7 @@ def random_request(name: str, chance: random.Random) -> dict:
         request["num_hidden_layers"] = chance.choice([chance.randint(least, sizes["layers"]), fraction])
     elif depth < 0.7:
         needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
+        needed |= {i for f, kind in spec.reusing_layers for i, k in enumerate(getattr(config, f)) if k != kind}
         droppable = sorted(set(range(sizes["layers"])) - needed)
         request["layers_to_drop"] = chance.sample(
             droppable, chance.randint(0, min(len(droppable), sizes["layers"] - 1))

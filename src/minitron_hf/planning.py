@@ -267,12 +267,15 @@ def _choose_layers(
         return without(least)
     drop: list[int] = []
     layers = range(request.keep_first_layers, depth - request.keep_last_layers)
-    for layer in sorted(layers, key=lambda layer: float(scores.layers[layer])):
-        if len(drop) < num_drop and not lacking_kinds(spec, teacher, without([*drop, layer])):
-            drop.append(layer)
-    if len(drop) < num_drop:
-        why = lacking_kinds(spec, teacher, without(layers))
-        raise PlanError(f"num_hidden_layers={left}, of them the last {request.keep_last_layers}: {why}")
+    ranked = sorted(layers, key=lambda layer: float(scores.layers[layer]))
+    while len(drop) < num_drop:
+        # A layer that others need may go once they are gone.
+        free = [layer for layer in ranked if not lacking_kinds(spec, teacher, without([*drop, layer]))]
+        if not free:
+            why = lacking_kinds(spec, teacher, without([*drop, ranked[0]]))
+            raise PlanError(f"num_hidden_layers={left}, of them the last {request.keep_last_layers}: {why}")
+        drop.append(free[0])
+        ranked.remove(free[0])
     return without(drop)
 
 

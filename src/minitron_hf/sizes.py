@@ -487,7 +487,7 @@ def _norms_are_alike(spec: ArchSpec) -> bool:
 
 
 def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterable[int]) -> str:
-    """What kinds of layers a choice of layers lacks, as a sentence; empty when it lacks none.
+    """What layers a choice of layers lacks, as a sentence; empty when it lacks none.
 
     Args:
         spec: the family.
@@ -502,6 +502,16 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
                 f"the stock '{spec.model_type}' classes do not work without a layer of {name} "
                 f"{' or '.join(kinds)}. Keep one of {needed}."
             )
+    for name, reusing in spec.reusing_layers:
+        source = 0
+        for layer, kind in enumerate(getattr(config, name)):
+            if kind != reusing:
+                source = layer
+            elif layer in kept and source not in kept:
+                return (
+                    f"layer {layer} ({name} '{kind}') uses what layer {source} computes. "
+                    f"Keep layer {source} too, or drop both."
+                )
     return ""
 
 

@@ -1,8 +1,8 @@
-"""Decoders with latent attention."""
+"""Decoders with latent attention, or with the routers and indexers of their kin."""
 
 from __future__ import annotations
 
-from .base import GROUPED_EXPERTS, Pocket, grouped
+from .base import GROUPED_EXPERTS, Pocket, grouped, kinds
 
 #: heads*head_dim=120, heads*qk_dim=288, heads*kv_dim=312, kv_rank+rope_dim=30.
 LATENT = {
@@ -51,5 +51,15 @@ POCKETS: dict[str, Pocket] = {
     "glm4_moe_lite": latent("glm4_moe_lite", **LISTED, num_mtp_layers=0),
     "axk1": latent("axk1", **LISTED, **COMPRESSED, extra_norms=3, output_norms=("mlp.post_mlp_layernorm",)),
     "deepseek_v32": latent("deepseek_v32", **INDEXED),
+    "glm_moe_dsa": latent("glm_moe_dsa", **INDEXED, indexer_types=["full"] * 4 + ["shared"], tuple_layers=True),
+    "beam": grouped(
+        "beam",
+        **{name: value for name, value in LISTED.items() if "shared" not in name and name != "n_routed_experts"},
+        num_experts=6,
+        layer_types=kinds("sfssf"),
+        sliding_window=6,
+        num_norms=4,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
     "axk2": latent("axk2", **{**INDEXED, "n_group": None, "topk_group": None}, gated_norm_rank=17),
 }

@@ -84,6 +84,8 @@ class ArchSpec:
         sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
             if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
             period is 1 and the list says it all.
+        reusing_layers: (config field with one entry per layer, kind): a layer of this kind uses again what the nearest
+            layer before it of another kind computed, and can only stay together with that one.
         scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
             multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
         layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
@@ -120,6 +122,7 @@ class ArchSpec:
     layer_indices: tuple[str, ...] = ()
     needed_kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sparse_layers: tuple[tuple[str, str], ...] = ()
+    reusing_layers: tuple[tuple[str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     layer_rule: str = ""
     norm_offset: float = 0.0

@@ -1,0 +1,38 @@
+"""Beam: gated heads with norms; leading MLPs, then experts in groups; what layers read and write is normalised."""
+
+from .base import (
+    EXPERT_TAPS,
+    EXPERTS,
+    EXPERTS_MLP,
+    FFN,
+    GATED_MLP,
+    GROUPED_ATTENTION,
+    GROUPED_EXPERTS,
+    HEAD_NORMS,
+    MOE_FFN,
+    ROUTER_BIAS,
+    ROUTER_GROUPS,
+    decoder,
+    layer_tables,
+    linear,
+)
+
+SPEC = decoder(
+    "beam",
+    layer=layer_tables(
+        GROUPED_ATTENTION,
+        HEAD_NORMS,
+        linear("self_attn.gate_proj", "heads*head_dim", "hidden"),
+        {"self_attn.gate_bias": "heads"},
+        GATED_MLP,
+        EXPERTS_MLP,
+        ROUTER_BIAS,
+    ),
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    mlp_axes=(FFN, EXPERTS, ROUTER_GROUPS, MOE_FFN),
+    mlp_taps={"ffn": "mlp.down_proj", **EXPERT_TAPS},
+    groups=GROUPED_EXPERTS["groups"],
+    least=GROUPED_EXPERTS["least"],
+    refused={"layers": "a layer weighs what it adds, and what came before, by its own number"},
+)
