@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -67,6 +68,8 @@ def test_pocket_sizes_are_distinct(name: str):
     config = POCKETS[name].config
     sizes = spec_for(config).sizes(config)
     coupled = {sizes["hidden"], sizes["heads"] * sizes["head_dim"]} if POCKETS[name].coupled else set()
+    for axis in [axis for axis in spec_for(config).axes if axis.implied in sizes and not axis.fields]:
+        sizes.pop(axis.name)  # always equal
     products = [sizes[axis] * sizes["head_dim"] for axis in ("heads", "kv") if axis in sizes]
     products += [sizes["ssm_heads"] * sizes["ssm_dim"]] if "ssm_dim" in sizes else []
     products += [2 * sizes[axis] for axis in ("ffn", "moe_ffn", "shared_ffn") if axis in sizes]
@@ -178,6 +181,8 @@ def test_spec_fields_are_documented():
         (Qwen2Config(hidden_size=48, num_attention_heads=4, num_key_value_heads=None), {"head_dim": 12, "kv": 4}),
         (GPT2Config(n_embd=48, n_head=4), {"head_dim": 12, "ffn": 192, "hidden": 48, "positions": 1024}),
         (GPT2Config(n_embd=48, n_head=4, n_inner=50), {"ffn": 50}),
+        (Lfm2Config(intermediate_size=12288), {"ffn": 8192, "conv_dim": 2560}),
+        (Lfm2Config(intermediate_size=6656, block_auto_adjust_ff_dim=False), {"ffn": 6656}),
     ],
 )  # fmt: skip
 def test_implied_sizes(config: PretrainedConfig, expected: dict[str, int]):

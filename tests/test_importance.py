@@ -150,8 +150,7 @@ def activations(name: str) -> dict[str, list]:
         model.get_submodule(path).register_forward_hook(catch_output(path))
     paths = {
         "attention": pocket.attention_out,
-        "ffn": pocket.mlp_out,
-        "shared_ffn": pocket.shared_out,
+        **pocket.writers,
         "experts": pocket.experts,
         "ssm_heads": pocket.ssm_out,
     }

@@ -281,6 +281,7 @@ def test_student_config_keeps_everything_else(name: str):
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
         "mamba_d_ssm", "mamba_n_heads",
+        "block_auto_adjust_ff_dim", "intermediate_size_mlp",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),
         *(field for field, *_ in spec_for(teacher).scaled_fields),
     }  # fmt: skip
@@ -331,6 +332,20 @@ def test_fields_that_the_stock_class_divides_by_a_size_scale_with_it():
     assert type(student.dim_model_base) is int
     narrow = student_config(teacher, PrunerConfig(intermediate_size=24))
     assert (narrow.scale_depth, narrow.dim_model_base) == (2, 27)
+
+
+@pytest.mark.parametrize(
+    ("request_", "neurons"),
+    [({"layers_to_drop": [1]}, 52), ({"intermediate_size": 31}, 31), ({"intermediate_size": 0.5}, 24)],
+    ids=str,
+)
+def test_a_size_that_the_stock_class_rounds_is_written_out(request_: dict, neurons: int):
+    """LFM2's class makes 52 neurons of 78; of 52 it would make 36 the next time."""
+    teacher = pocket_config("lfm2")
+    assert (teacher.intermediate_size, teacher.block_auto_adjust_ff_dim) == (78, True)
+    student = student_config(teacher, PrunerConfig(**request_))
+    assert (student.intermediate_size, student.block_auto_adjust_ff_dim) == (neurons, False)
+    assert AutoModelForCausalLM.from_config(student).model.layers[0].feed_forward.w1.out_features == neurons
 
 
 def kinds_kept(config: PretrainedConfig, blocks: list[float] | None = None, **request) -> str:

@@ -63,7 +63,7 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             continue
         position = plan.layers_kept.index(layer)
         paths = {path for path, _ in module.named_modules()}
-        for axis, writer in (("ffn", pocket.mlp_out), ("shared_ffn", pocket.shared_out)):
+        for axis, writer in pocket.writers.items():
             if axis in plan.kept and writer in paths:
                 zero_input_except(module.get_submodule(writer), plan.kept[axis][position])
         if pocket.experts in paths:

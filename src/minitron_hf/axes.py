@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,42 @@ Factor: TypeAlias = "str | int | Dimension"
 Product: TypeAlias = "tuple[Factor, ...]"
 #: A sum of products: the pieces that are concatenated along one tensor dimension.
 Dimension: TypeAlias = "tuple[Product, ...]"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A stock class that does not take a size as it is given.
+
+    Attributes:
+        flag: config field that switches this on. A student's config holds the size that results, and False here.
+        share: what is taken of the size, as a fraction: the numerator and the denominator.
+        factor: config field of a factor on that, rounded down.
+        multiple: config field of what the size is finally rounded up to a multiple of.
+    """
+
+    flag: str
+    share: tuple[int, int]
+    factor: str
+    multiple: str
+
+    def size(self, given: int, fields: Mapping[str, Any]) -> int:
+        """The size that results from the one that is given.
+
+        Args:
+            given: the size in the config.
+            fields: the config's fields.
+
+        >>> rounding = Rounding("adjust", (2, 3), "factor", "multiple")
+        >>> rounding.size(100, {"adjust": True, "factor": 1.5, "multiple": 32})
+        128
+        >>> rounding.size(100, {"adjust": False, "factor": 1.5, "multiple": 32})
+        100
+        """
+        if not fields[self.flag]:
+            return given
+        size = int(fields[self.factor] * (given * self.share[0] // self.share[1]))
+        multiple = int(fields[self.multiple])
+        return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -38,6 +74,7 @@ class Axis:
         per_layer: whether units are chosen in every layer for itself (the number of units is the same in all).
         prunable: whether units may be removed at all. Head dimension, vocabulary and positions are not.
         within: the axis inside each of whose units these units are chosen: the neurons of every expert.
+        rounding: how the stock class changes the size that the first field gives.
     """
 
     name: str
@@ -46,6 +83,7 @@ class Axis:
     per_layer: bool = False
     prunable: bool = True
     within: str | None = None
+    rounding: Rounding | None = None
 
 
 def parse_dimensions(text: str) -> tuple[Dimension, ...]:

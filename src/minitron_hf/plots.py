@@ -36,6 +36,7 @@ AXIS_TITLES = {
     "experts": "Experts, by layer",
     "moe_ffn": "Neurons of an expert, by layer (mean of its experts)",
     "shared_ffn": "Neurons of shared experts, by layer",
+    "conv_dim": "Channels of short convolutions, by layer",
     "ssm_heads": "State-space heads, by layer",
     "ssm_dim": "Dimensions of a state-space head, by layer (mean of its heads)",
 }

@@ -50,6 +50,8 @@ class PrunerConfig:
         num_experts: routed experts, chosen in every layer.
         moe_intermediate_size: neurons of every routed expert, chosen in each.
         shared_expert_intermediate_size: neurons of the shared experts, chosen in every layer.
+        conv_dim: channels of short convolutions, chosen in every layer; the stock classes hold as many as the residual
+            stream has, so that each size follows the other.
         mamba_num_heads: state-space heads, chosen in every layer.
         mamba_head_dim: channels of every state-space head, chosen in each.
         num_hidden_layers: layers to keep.
@@ -72,6 +74,7 @@ class PrunerConfig:
     num_experts: Size = None
     moe_intermediate_size: Size = None
     shared_expert_intermediate_size: Size = None
+    conv_dim: Size = None
     mamba_num_heads: Size = None
     mamba_head_dim: Size = None
     num_hidden_layers: Size = None
@@ -446,6 +449,8 @@ def build_student_config(
     for axis in spec.axes:
         if not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
+        if axis.rounding is not None:
+            values[axis.rounding.flag] = False
     values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
     before = spec.sizes(teacher)
     for name, size, power in spec.scaled_fields:
@@ -483,7 +488,7 @@ def _norms_are_alike(spec: ArchSpec) -> bool:
     Otherwise the one eps of the config must stay what the others need; it hardly matters.
     """
     vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
-    return vectors == set(spec.residual_norms) and not spec.scaled_embeddings
+    return vectors == set(spec.residual_norms) and not spec.bare_norms and not spec.scaled_embeddings
 
 
 def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterable[int]) -> str:

@@ -33,6 +33,7 @@ class Pocket:
         ssm_groups: how many groups of them are normed by themselves.
         ssm_gate_first: whether that norm comes after the gate.
         ssm_coupled: whether hidden_size and state-space heads only move together.
+        conv_out: module inside a layer that writes the channels of a convolution back.
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
         hidden_step: what a smaller hidden_size has to be a multiple of.
@@ -65,6 +66,7 @@ class Pocket:
     ssm_groups: int = 1
     ssm_gate_first: bool = True
     ssm_coupled: bool = False
+    conv_out: str | None = None
     kv: bool = True
     coupled: bool = False
     hidden_step: int = 1
@@ -78,6 +80,11 @@ class Pocket:
     variants: tuple[Mapping[str, Any], ...] = ()
     widths: Mapping[str, Mapping[str, int]] | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def writers(self) -> dict[str, str | None]:
+        """Axis → module whose input is its units, for axes without any further structure."""
+        return {"ffn": self.mlp_out, "shared_ffn": self.shared_out, "conv_dim": self.conv_out}
 
     @property
     def rms(self) -> bool:

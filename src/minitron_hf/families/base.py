@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
+from ..axes import Axis, Dimension, Rounding, dimension_axes, dimension_size, implied_size, parse_dimensions
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ PRUNER_FIELDS: Mapping[str, str] = {
     "num_experts": "experts",
     "moe_intermediate_size": "moe_ffn",
     "shared_expert_intermediate_size": "shared_ffn",
+    "conv_dim": "conv_dim",
     "mamba_num_heads": "ssm_heads",
     "mamba_head_dim": "ssm_dim",
 }
@@ -91,6 +92,7 @@ class ArchSpec:
         layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
             depth cut that they cannot describe is refused, naming them.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
+        bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
             shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
             alike; the norms that read it do not see the difference.
@@ -126,6 +128,7 @@ class ArchSpec:
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     layer_rule: str = ""
     norm_offset: float = 0.0
+    bare_norms: bool = False
     scaled_embeddings: bool = False
     writers: tuple[str, ...] = ()
     least: tuple[tuple[str, str], ...] = ()
@@ -168,6 +171,8 @@ class ArchSpec:
             value = getattr(config, axis.fields[0], None) if axis.fields else None
             if value is None and axis.implied is not None:
                 value = implied_size(axis.implied, sizes)
+            if axis.rounding is not None and isinstance(value, int):
+                value = axis.rounding.size(value, vars(config))
             if not isinstance(value, int):
                 raise UnsupportedModelError(
                     f"The config of this {self.model_type} model has {axis.fields[0]}={value!r}; expected an integer."
@@ -441,6 +446,14 @@ QWEN_DELTA = layer_tables(
 )
 #: A student of layers of linear attention has one of full attention too.
 NEEDS_FULL_ATTENTION = (("layer_types", ("full_attention",)),)
+#: Short convolutions, as wide as the residual stream but for channels of their own: two gates, and what they gate.
+CONV_DIM = Axis("conv_dim", implied="hidden", per_layer=True)
+CONV_KERNEL = Axis("conv_kernel", ("conv_L_cache",), prunable=False)
+SHORT_CONVOLUTION = layer_tables(
+    linear("conv.in_proj", "conv_dim+conv_dim+conv_dim", "hidden"),
+    {"conv.conv.weight": "conv_dim 1 conv_kernel", "conv.conv.bias": "conv_dim"},
+    linear("conv.out_proj", "hidden", "conv_dim"),
+)
 #: Gate, up and down projections.
 GATED_MLP = layer_tables(
     linear("mlp.gate_proj", "ffn", "hidden"),
@@ -552,6 +565,31 @@ def ssm_taps(path: str) -> dict[str, str]:
 
 #: Embeddings and head of the models that keep everything under `model.`.
 EMBEDDINGS = {"model.embed_tokens.weight": "vocab hidden", **linear("lm_head", "vocab", "hidden")}
+#: Attention and MLP of LFM2, and what it shares with its successors: the names of norms, and layers that all need.
+LFM_ATTENTION = layer_tables(
+    linear("self_attn.q_proj", "heads*head_dim", "hidden"),
+    linear("self_attn.k_proj", "kv*head_dim", "hidden"),
+    linear("self_attn.v_proj", "kv*head_dim", "hidden"),
+    linear("self_attn.out_proj", "hidden", "heads*head_dim"),
+    norm("self_attn.q_layernorm", "self_attn.k_layernorm", width="head_dim"),
+)
+LFM_MLP = layer_tables(
+    linear("feed_forward.w1", "ffn", "hidden"),
+    linear("feed_forward.w3", "ffn", "hidden"),
+    linear("feed_forward.w2", "hidden", "ffn"),
+)
+#: The neurons that LFM2's class makes of its config: two thirds, scaled and rounded.
+LFM_FFN = replace(
+    FFN, rounding=Rounding("block_auto_adjust_ff_dim", (2, 3), "block_ffn_dim_multiplier", "block_multiple_of")
+)
+LFM_LAYOUT: Mapping[str, Any] = {
+    "outer": layer_tables(EMBEDDINGS, norm("model.embedding_norm")),
+    "norms": ("operator_norm", "ffn_norm"),
+    "final_norm": "model.embedding_norm",
+    "equal": (("conv_dim", "hidden"),),
+    "layer_lists": ("layer_types",),
+    "needed_kinds": (("layer_types", ("full_attention", "sliding_attention")),),
+}
 #: Norms before attention and MLP.
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 
