@@ -205,7 +205,7 @@ def activations(name: str) -> dict[str, list]:
                     contributions.append((value[:, columns] @ weight[:, columns].T).norm(dim=-1))
                 note("kv", index, torch.stack(contributions, -1))
         # Transformers puts the final norm's output in the last place.
-        found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).numpy())
+        found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).flatten(2).numpy())
     return found
 
 

@@ -280,6 +280,7 @@ def test_student_config_keeps_everything_else(name: str):
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
+        "dense_intermediate_size",
         "mamba_d_ssm", "mamba_n_heads",
         "block_auto_adjust_ff_dim", "intermediate_size_mlp",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),

@@ -115,7 +115,7 @@ class LazyTensor(torch.Tensor):
         # Everything stays on the CPU, and memory is of no concern.
         kwargs = {key: value for key, value in (kwargs or {}).items() if key not in ("device", "pin_memory")}
         metas = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-        if func is aten.empty_like.default:
+        if func in (aten.empty_like.default, aten.zeros_like.default):
             return metas  # to be filled with initial values, which no tensor of a checkpoint takes
         if func in _SAME:
             return cls(metas, args[0].recipe)

@@ -405,7 +405,8 @@ class ScoringPass:
         Every pair of layers is compared, so the states of a batch are held until its last layer: a smaller batch is
         the only way to hold fewer. They are compared a few tokens at a time, by one product for all pairs.
         """
-        states = [x_BTH.flatten(0, 1) for x_BTH in self.layer_inputs]
+        # A residual stream may be several streams side by side, [B, T, streams, H].
+        states = [x_BTH.flatten(0, 1).flatten(1) for x_BTH in self.layer_inputs]
         self.layer_inputs.clear()
         device = states[0].device
         # Chunks that stay in a CPU's cache; elsewhere larger ones, so that starting kernels takes no time.

@@ -1,0 +1,53 @@
+"""HY-V4: GLM-MoE-DSA with gated heads and sinks, whose residual stream is several streams that are mixed and fed."""
+
+from .base import (
+    COMPRESSED_ATTENTION,
+    EMBEDDINGS,
+    EXPERTS_MLP,
+    GATED_MLP,
+    INDEXER,
+    INDEXER_AXES,
+    LATENT_AXES,
+    LISTED_LATENT_EXPERTS,
+    ROUTER_BIAS,
+    SHARED_EXPERTS_MLP,
+    Axis,
+    decoder,
+    layer_tables,
+    linear,
+    norm,
+)
+
+SPEC = decoder(
+    "hy_v4",
+    outer=layer_tables(
+        EMBEDDINGS,
+        norm("model.norm"),
+        {
+            "model.hc_head.hc_fn": "streams streams*hidden",
+            "model.hc_head.hc_base": "streams",
+            "model.hc_head.hc_scale": "1",
+        },
+    ),
+    layer=layer_tables(
+        COMPRESSED_ATTENTION,
+        INDEXER,
+        linear("self_attn.gate_proj", "heads*head_dim", "hidden"),
+        {"self_attn.sinks": "heads"},
+        GATED_MLP,
+        EXPERTS_MLP,
+        SHARED_EXPERTS_MLP,
+        ROUTER_BIAS,
+        *(
+            {f"{name}.fn": "2*streams streams*hidden", f"{name}.base": "2*streams", f"{name}.scale": "2"}
+            for name in ("attn_hc", "ffn_hc")
+        ),
+    ),
+    **{
+        **LISTED_LATENT_EXPERTS,
+        "attention_axes": (*LATENT_AXES, *INDEXER_AXES, Axis("streams", ("hc_mult",), prunable=False)),
+        "layer_lists": ("layer_types", "mlp_layer_types", "indexer_types"),
+    },
+    reusing_layers=(("indexer_types", "shared"),),
+    refused={"hidden": "its streams are normalised together, by a norm without weights that could make up for it"},
+)
