@@ -120,6 +120,9 @@ def test_tables_hold_together(spec: ArchSpec):
     for pattern, dimensions in spec.dimensions.items():
         for dimension in dimensions:
             assert dimension_axes(dimension) <= spec.axis.keys(), pattern
+    assert set(spec.gated_norms.values()) <= spec.axis.keys()
+    assert all(f"{module}.weight" in spec.layer for module in spec.gated_norms)
+    assert all(axis in spec.taps and f"{module}.weight" in spec.layer for axis, module in spec.readers)
     for axis, module in spec.taps.items():
         assert spec.axis[axis].per_layer
         assert f"{module}.weight" in spec.layer or any(name.startswith(f"{module}.") for name in spec.layer)

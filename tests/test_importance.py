@@ -160,6 +160,7 @@ def activations(name: str) -> dict[str, list]:
             if path in modules:
                 modules[path].register_forward_pre_hook(catch_input((key, index)))
     layers[-1].register_forward_hook(catch_output("last"))
+    model.get_input_embeddings().register_forward_hook(catch_output("embeddings"))
 
     depth = len(layers)
     axes = [key for key, path in paths.items() if path and key != "attention"]
@@ -204,6 +205,8 @@ def activations(name: str) -> dict[str, list]:
                     columns = slice(group * width, (group + 1) * width)
                     contributions.append((value[:, columns] @ weight[:, columns].T).norm(dim=-1))
                 note("kv", index, torch.stack(contributions, -1))
+        if pocket.attention_out is None:  # recurrent models list what layers write, without the embeddings
+            states = (caught["embeddings"][None], *states[: depth - 1], states[-1])
         # Transformers puts the final norm's output in the last place.
         found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).flatten(2).numpy())
     return found

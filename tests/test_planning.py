@@ -483,7 +483,8 @@ def random_request(name: str, chance: random.Random) -> dict:
         )
     if not {"num_attention_heads", "hidden_size"} <= cuttable(name):
         if "hidden_size" in cuttable(name):
-            request["hidden_size"] = chance.randint(1, sizes["hidden"])
+            step = POCKETS[name].hidden_step
+            request["hidden_size"] = step * chance.randint(1, sizes["hidden"] // step)
     elif "kv" in sizes or not POCKETS[name].coupled:
         groups = sizes.get("kv", 1)
         kv = chance.randint(1, groups)

@@ -152,7 +152,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
         for name, (pattern, layer) in located.items():
             module, dimensions = pattern.rpartition(".")[0], spec.dimensions[pattern]
             path = name.rpartition(".")[0]
-            tapped = {axis for axis, tap in spec.taps.items() if tap == module}
+            tapped = {axis for axis, tap in (*spec.taps.items(), *spec.readers) if tap == module}
             if pattern.endswith(".weight"):
                 of_weight, of_bias = (plan.scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
                 _scale_output(modules[path], of_weight, of_bias, stack)
@@ -178,7 +178,10 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                     swapped[layer][name] = changed
         for path, dimension, layer in _norms(spec, located, modules, plan):
             mask = _mask(dimension, spec, sizes, kept[layer])
-            if mask is not None:
+            gated = spec.gated_norms.get((spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight"))
+            if mask is not None and gated is not None:
+                _gated_norm_on_kept(modules[path], mask, sizes[gated], stack)
+            elif mask is not None:
                 _norm_on_kept(modules[path], mask, _input_scale(plan, dimension), stack)
         for at, replacements in swapped.items():
             _swap_in(f"{spec.layers_path}.{at}", modules, replacements, stack)
@@ -340,6 +343,30 @@ def _norm_on_kept(module: nn.Module, mask: Tensor, scale: float, stack: ExitStac
 
     if dropped == 1 and _subtracts_mean(module, len(mask)):
         raise PlanError("A single dropped channel of a LayerNorm cannot be verified. Drop two, or none.")
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
+
+
+def _gated_norm_on_kept(module: nn.Module, mask: Tensor, groups: int, stack: ExitStack) -> None:
+    """Let a root mean square norm with a gate, in every group of its channels, see the kept ones alone."""
+    one = 1.2784645427610738  # x · sigmoid(x) is 1 there: such a gate lets pass what it is given
+
+    def normed(gate: float) -> Tensor:
+        ones = torch.ones(1, 1, len(mask)).to(module.get_parameter("weight"))
+        output: Tensor = module(ones, ones * gate)
+        return output
+
+    gate_first = torch.allclose(normed(one), normed(2 * one), rtol=1e-2)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, gate = (arg.to(torch.promote_types(arg.dtype, torch.float32)) for arg in args)
+        seen = (x * nn.functional.silu(gate) if gate_first else x) * mask.to(x)
+        squares = seen.square().unflatten(-1, (groups, -1)).sum(-1)
+        fill = (squares / mask.to(x).unflatten(-1, (groups, -1)).sum(-1)).sqrt()
+        fill = fill.repeat_interleave(len(mask) // groups, -1)
+        kept = mask.to(x.device)
+        return torch.where(kept, x, fill).to(args[0].dtype), gate.masked_fill(~kept, one).to(args[1].dtype)
+
     stack.callback(module.register_forward_pre_hook(before).remove)
     stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
 

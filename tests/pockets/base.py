@@ -21,6 +21,7 @@ class Pocket:
         attention_out: module inside a layer that writes the heads' outputs back to the residual stream; None where no
             layer has attention.
         mlp_out: likewise for the MLP neurons; None where no layer has a plain MLP.
+        mlp_reader: another module inside a layer that reads those neurons.
         experts: module inside a layer that holds stacked experts, with their `down_proj`.
         router: module inside a layer whose `weight` chooses among them.
         router_bias: tensor inside a layer that is added to the router's scores only to choose.
@@ -54,6 +55,7 @@ class Pocket:
     layers: str = "model.layers"
     attention_out: str | None = "self_attn.o_proj"
     mlp_out: str | None = "mlp.down_proj"
+    mlp_reader: str | None = None
     experts: str | None = None
     router: str = "mlp.gate"
     router_bias: str | None = None

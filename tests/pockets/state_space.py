@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Pocket, grouped
+from transformers import AutoConfig
+
+from .base import COUPLED, Pocket, grouped, kinds
 
 #: Eight heads of seven channels in two groups. ssm_heads*ssm_dim=56. Rows of 19 tokens are more than two chunks.
 SSM = {
@@ -16,6 +18,37 @@ SSM = {
     "ssm_norm": "mamba.norm",
     "ssm_heads": 8,
     "ssm_groups": 2,
+}
+
+#: Nine heads of eight channels, together twice as wide as the residual stream.
+SSM_COUPLED = {
+    **SSM,
+    "mamba_n_heads": 9,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 7,
+    "ssm_heads": 9,
+    "ssm_groups": 1,
+    "ssm_coupled": True,
+    "hidden_step": 4,
+}
+
+
+def recurrent(model_type: str, **changes) -> Pocket:
+    """A family without attention; changes are fields of the pocket or of its config."""
+    known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
+    config = AutoConfig.for_model(model_type, **COUPLED, hidden_size=36, num_hidden_layers=5, **changes)
+    return Pocket(config, layers="backbone.layers", attention_out=None, kv=False, num_norms=1, **known)
+
+
+#: Channels with states of their own.
+CHANNELS = {
+    "intermediate_size": 52,
+    "state_size": 9,
+    "conv_kernel": 4,
+    "time_step_rank": 3,
+    "mlp_out": "mixer.out_proj",
+    "mlp_reader": "mixer.x_proj",
 }
 
 POCKETS: dict[str, Pocket] = {
@@ -57,4 +90,51 @@ POCKETS: dict[str, Pocket] = {
         mlp_multipliers=[1.2, 0.8],
         tuple_layers=True,
     ),
+    "bamba": grouped(
+        "bamba",
+        **SSM_COUPLED,
+        mlp_out="feed_forward.down_proj",
+        attn_layer_indices=[2, 4],
+        tuple_layers=True,
+        published={"attn_layer_indices": [9, 18, 27]},
+    ),
+    "granitemoehybrid": grouped(
+        "granitemoehybrid",
+        **{**SSM_COUPLED, "intermediate_size": 14},
+        mlp_out=None,
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.router",
+        shared_out="shared_mlp.output_linear",
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        shared_intermediate_size=22,
+        layer_types=kinds("llflf"),
+        position_embedding_type="rope",
+        attention_multiplier=0.4,
+        residual_multiplier=0.7,
+        embedding_multiplier=1.3,
+        logits_scaling=0.8,
+        published={
+            "layer_types": ["full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(32)]
+        },
+    ),
+    "mamba2": recurrent(
+        "mamba2",
+        num_heads=18,
+        head_dim=8,
+        expand=4,
+        n_groups=2,
+        state_size=7,
+        conv_kernel=3,
+        chunk_size=8,
+        mlp_out=None,
+        ssm_out="mixer.out_proj",
+        ssm_norm="mixer.norm",
+        ssm_heads=18,
+        ssm_groups=2,
+        ssm_coupled=True,
+        hidden_step=4,
+    ),
+    "mamba": recurrent("mamba", **CHANNELS),
+    "falcon_mamba": recurrent("falcon_mamba", **CHANNELS),
 }

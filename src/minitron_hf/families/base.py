@@ -71,6 +71,9 @@ class ArchSpec:
         final_norm: the last norm, which scores it too.
         groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
         equal: pairs of dimensions that the stock class cannot hold at different sizes; one axis of each can be cut.
+        gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
+            each of which it takes by itself.
+        readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
         derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
             with the axes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
@@ -115,6 +118,8 @@ class ArchSpec:
     final_norm: str
     groups: tuple[tuple[str, str], ...] = ()
     equal: tuple[tuple[str, str], ...] = ()
+    gated_norms: Mapping[str, str] = field(default_factory=dict)
+    readers: tuple[tuple[str, str], ...] = ()
     derived_fields: tuple[tuple[str, str], ...] = ()
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()
@@ -541,6 +546,12 @@ def ssm_axes(heads: str, head_dim: str, groups: str, state: str, kernel: str) ->
 SSM_AXES = ssm_axes("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
 
 
+#: Where the stock config insists on state-space heads that are together so many times as wide as the residual stream.
+SSM_EXPAND = Axis("ssm_expand", ("mamba_expand",), prunable=False)
+SSM_WIDTH: tuple[tuple[str, str], ...] = (("ssm_heads*ssm_dim", "ssm_expand*hidden"),)
+SSM_DIM_FOLLOWS = {"ssm_dim": "the stock config ties it to the hidden size, which the number of heads follows"}
+
+
 def state_space(path: str) -> dict[str, str]:
     """The tensors of a state-space layer of several heads (Mamba-2): z, then x, B and C, which are convolved, then dt.
 
@@ -561,6 +572,56 @@ def state_space(path: str) -> dict[str, str]:
 def ssm_taps(path: str) -> dict[str, str]:
     """Where the heads of a state-space layer, and their channels, are observed."""
     return dict.fromkeys(("ssm_heads", "ssm_dim"), f"{path}.out_proj")
+
+
+#: Embeddings, head and last norm of the purely recurrent models.
+RECURRENT_OUTER = layer_tables(
+    {"backbone.embeddings.weight": "vocab hidden"}, linear("lm_head", "vocab", "hidden"), norm("backbone.norm_f")
+)
+
+
+def mamba(model_type: str) -> ArchSpec:
+    """A model of state-space layers whose channels have states of their own (Mamba-1).
+
+    Args:
+        model_type: the config's `model_type`.
+    """
+    return ArchSpec(
+        model_type=model_type,
+        axes=(
+            LAYERS,
+            HIDDEN,
+            FFN,
+            Axis("ssm_state", ("state_size",), prunable=False),
+            Axis("ssm_kernel", ("conv_kernel",), prunable=False),
+            Axis("dt_rank", ("time_step_rank",), prunable=False),
+            VOCAB,
+        ),
+        layers_path="backbone.layers",
+        outer=RECURRENT_OUTER,
+        layer=layer_tables(norm("norm"), channel_state_space("mixer", "ffn")),
+        taps={"ffn": "mixer.out_proj"},
+        readers=(("ffn", "mixer.x_proj"),),
+        layer_norms=("norm",),
+        final_norm="backbone.norm_f",
+    )
+
+
+def channel_state_space(path: str, channels: str) -> dict[str, str]:
+    """The tensors of a state-space layer whose channels have states of their own: x and z, then dt, B and C from x.
+
+    Args:
+        path: module inside a layer.
+        channels: their axis.
+    """
+    return layer_tables(
+        linear(f"{path}.in_proj", f"{channels}+{channels}", "hidden"),
+        {f"{path}.conv1d.weight": f"{channels} 1 ssm_kernel", f"{path}.conv1d.bias": channels},
+        {f"{path}.x_proj.weight": f"dt_rank+ssm_state+ssm_state {channels}"},
+        linear(f"{path}.dt_proj", channels, "dt_rank"),
+        {f"{path}.A_log": f"{channels} ssm_state", f"{path}.D": channels},
+        linear(f"{path}.out_proj", "hidden", channels),
+    )
 
 
 #: Embeddings and head of the models that keep everything under `model.`.

@@ -29,6 +29,7 @@ SPEC = decoder(
     outer=layer_tables(EMBEDDINGS, norm("model.final_layernorm")),
     final_norm="model.final_layernorm",
     groups=(("heads", "kv"), *SSM_GROUPS),
+    gated_norms={"mamba.norm": "ssm_groups"},
     # Unless it is given, the stock class takes mamba_expand times the hidden size.
     derived_fields=(("mamba_d_ssm", "ssm_heads*ssm_dim"),),
 )

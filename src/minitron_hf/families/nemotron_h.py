@@ -76,6 +76,7 @@ SPEC = ArchSpec(
     layer_norms=("norm",),
     final_norm="model.norm_f",
     groups=(("heads", "kv"), ("experts", "router_groups"), *SSM_GROUPS),
+    gated_norms={"mixer.norm": "ssm_groups"},
     layer_lists=("layers_block_type",),
     needed_kinds=(("layers_block_type", ("full_attention",)),),  # the stock cache takes its length from one
     least=GROUPED_EXPERTS_LEAST,
