@@ -41,6 +41,9 @@ def pocket_config(name: str, **changes) -> PretrainedConfig:
 def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
     """A pocket model in evaluation mode. No weight is left at 0 or 1, norms and biases included."""
     model = AutoModelForCausalLM.from_config(pocket_config(name, **changes), dtype=dtype)
+    if dtype is torch.float64:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # some are pinned to float32
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -69,13 +72,14 @@ def cuttable(name: str) -> set[str]:
     }
 
 
-def residual_norms(model: nn.Module) -> list[str]:
-    """Norms over the residual stream, with or without weights; those of queries and keys are of another width."""
+def residual_norms(name: str, model: nn.Module) -> list[str]:
+    """Norms over the residual stream, with or without weights; those of queries and keys may be as wide."""
     hidden = (model.config.hidden_size,)
     return [
         path
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
+        and not any(one in path for one in POCKETS[name].head_norms)
         and hidden
         in (getattr(getattr(module, "weight", None), "shape", None), getattr(module, "normalized_shape", None))
     ]

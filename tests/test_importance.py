@@ -141,7 +141,7 @@ def activations(name: str) -> dict[str, list]:
             key, only_row(output[0] if isinstance(output, tuple) else output)
         )
 
-    norms = [path for path in residual_norms(model) if not path.endswith(pocket.output_norms or "-")]
+    norms = [path for path in residual_norms(name, model) if not path.endswith(pocket.output_norms or "-")]
     outer = {path: path.rpartition(".")[0] for path in norms}  # a norm inside one that gates what it makes
     norms = [
         outer[path] if "norm" in type(model.get_submodule(outer[path])).__name__.lower() else path for path in norms

@@ -140,7 +140,7 @@ def test_contributions_of_channels():
     model = pocket_model("llama")
     scores = scores_of(model, metric="contribution")
     total = torch.zeros(36, dtype=torch.float64)
-    for path in residual_norms(model):
+    for path in residual_norms("llama", model):
         if path == "model.norm":
             weight = model.lm_head.weight.detach().norm(dim=0)
         else:
@@ -177,7 +177,7 @@ def test_taylor_is_weight_times_its_gradient(name: str, batch_reduction: str):
                 [column_terms(m.get_submodule(pocket.attention_out)).view(heads, -1).sum(1) for m in layers]
             ),
             "hidden": sum(
-                p * p.grad for path in residual_norms(model) for p in model.get_submodule(path).parameters()
+                p * p.grad for path in residual_norms(name, model) for p in model.get_submodule(path).parameters()
             ),
         }
         if pocket.kv:

@@ -231,7 +231,7 @@ def narrow_teacher(name: str, teacher, plan: PruningPlan):
         pocket = POCKETS[name]
         kept = torch.from_numpy(plan.kept["hidden"])
         narrow_stream(name, narrowed, kept)
-        paths = residual_norms(narrowed)
+        paths = residual_norms(name, narrowed)
         assert len(paths) == pocket.num_norms * plan.sizes["layers"]["teacher"] + pocket.extra_norms + 1
         for path in paths:
             norm = narrowed.get_submodule(path)
@@ -363,7 +363,7 @@ def test_hidden_has_a_closed_form_for_rms_norms(name: str):
     closed = masked_teacher(name, teacher, plan)  # where heads follow the width
     narrow_stream(name, closed, torch.from_numpy(plan.kept["hidden"]))
     one = 1 if POCKETS[name].norm == "rms1p" else 0
-    for path in residual_norms(closed):
+    for path in residual_norms(name, closed):
         norm = closed.get_submodule(path)
         norm.weight.data = (norm.weight.data + one) * ratio**0.5 - one
         field = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
@@ -381,10 +381,10 @@ def test_norm_compensation_leaves_the_teacher_with_dead_channels(name: str):
     ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
     dead = masked_teacher(name, teacher, plan)  # where heads follow the width
     narrow_stream(name, dead, torch.from_numpy(plan.kept["hidden"]))
-    for path in residual_norms(dead):
+    for path in residual_norms(name, dead):
         norm = dead.get_submodule(path)
         seen = epsilon(student.get_submodule(path)) * ratio / residual_scale(name, path, plan) ** 2
-        if not POCKETS[name].scaled_embeddings and set(residual_norms(dead)) == set(all_norms(dead)):
+        if not POCKETS[name].scaled_embeddings and set(residual_norms(name, dead)) == set(all_norms(dead)):
             assert seen == pytest.approx(epsilon(norm), rel=1e-12)  # nothing differs
         setattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps", seen)
         zero_input_except(norm, plan.kept["hidden"])

@@ -26,6 +26,9 @@ POSITIONS = Axis("positions", ("max_position_embeddings",), prunable=False)
 EXPERTS = Axis("experts", ("num_experts",), per_layer=True)
 MOE_FFN = Axis("moe_ffn", ("moe_intermediate_size",), per_layer=True, within="experts")
 SHARED_FFN = Axis("shared_ffn", ("shared_expert_intermediate_size",), per_layer=True)
+#: The same in families without any other MLP, where `intermediate_size` is that of the experts.
+LOCAL_EXPERTS = Axis("experts", ("num_local_experts",), per_layer=True)
+EXPERTS_FFN = Axis("moe_ffn", ("intermediate_size",), per_layer=True, within="experts")
 #: Experts of routers that first choose among groups of them; without a number of groups all are one.
 ROUTED_EXPERTS = Axis("experts", ("n_routed_experts",), per_layer=True)
 ROUTER_GROUPS = Axis("router_groups", ("n_group",), implied="1", prunable=False)
@@ -355,6 +358,15 @@ def conv1d(name: str, columns: str, rows: str) -> dict[str, str]:
     return {f"{name}.weight": f"{columns} {rows}", f"{name}.bias": rows}
 
 
+def stacked_experts(module: str = "mlp", router: str = "gate") -> dict[str, str]:
+    """Stacked experts of a module, gate and up concatenated, and the router that chooses among them."""
+    return {
+        f"{module}.experts.gate_up_proj": "experts moe_ffn+moe_ffn hidden",
+        f"{module}.experts.down_proj": "experts hidden moe_ffn",
+        **linear(f"{module}.{router}", "experts", "hidden"),
+    }
+
+
 def norm(*names: str, width: str = "hidden") -> dict[str, str]:
     """Norms of one width, with a bias where the class has one."""
     return {f"{name}.{part}": width for name in names for part in ("weight", "bias")}
@@ -473,11 +485,7 @@ FUSED_GATED_MLP = layer_tables(
 #: Up and down projections.
 PLAIN_MLP = layer_tables(linear("mlp.up_proj", "ffn", "hidden"), linear("mlp.down_proj", "hidden", "ffn"))
 #: Stacked experts, gate and up concatenated, and the router that chooses among them.
-EXPERTS_MLP = {
-    "mlp.experts.gate_up_proj": "experts moe_ffn+moe_ffn hidden",
-    "mlp.experts.down_proj": "experts hidden moe_ffn",
-    **linear("mlp.gate", "experts", "hidden"),
-}
+EXPERTS_MLP = stacked_experts()
 #: Shared experts beside them, and the bias that balances their load: it is added to choose, and in no weight.
 SHARED_EXPERTS_MLP = layer_tables(
     linear("mlp.shared_experts.gate_proj", "shared_ffn", "hidden"),

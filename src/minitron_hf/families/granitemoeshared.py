@@ -1,0 +1,31 @@
+"""Granite-MoE with a shared expert beside the others, unless its size is 0."""
+
+from dataclasses import replace
+
+from .base import (
+    EXPERTS_FFN,
+    GROUPED_ATTENTION,
+    LOCAL_EXPERTS,
+    SHARED_FFN,
+    decoder,
+    layer_tables,
+    linear,
+    stacked_experts,
+)
+
+SPEC = decoder(
+    "granitemoeshared",
+    layer=layer_tables(
+        GROUPED_ATTENTION,
+        stacked_experts("block_sparse_moe", "router"),
+        linear("shared_mlp.input_linear", "shared_ffn+shared_ffn", "hidden"),
+        linear("shared_mlp.output_linear", "hidden", "shared_ffn"),
+    ),
+    mlp_axes=(LOCAL_EXPERTS, EXPERTS_FFN, replace(SHARED_FFN, fields=("shared_intermediate_size",))),
+    mlp_taps={
+        "experts": "block_sparse_moe.experts",
+        "moe_ffn": "block_sparse_moe.experts",
+        "shared_ffn": "shared_mlp.output_linear",
+    },
+    least=(("experts", "num_experts_per_tok"),),
+)
