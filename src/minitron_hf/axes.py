@@ -11,6 +11,7 @@ group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -179,7 +180,7 @@ def dimension_size(dimension: Dimension, sizes: Mapping[str, int]) -> int:
     >>> dimension_size(parse_dimensions("heads*head_dim+kv*head_dim")[0], {"heads": 4, "kv": 2, "head_dim": 8})
     48
     """
-    return sum(int(np.prod(product_shape(product, sizes))) for product in dimension)
+    return sum(math.prod(product_shape(product, sizes)) for product in dimension)
 
 
 def implied_size(text: str, sizes: Mapping[str, int]) -> int:

@@ -1,0 +1,151 @@
+"""Shapes: the published search spaces, exact counts and caches, and choices that differ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, NemotronConfig
+
+from minitron_hf.errors import PlanError
+from minitron_hf.models import count_parameters
+from minitron_hf.shapes import cache_bytes, different, enumerate_shapes, memory_bytes, within
+from minitron_hf.sizes import PrunerConfig, student_config
+from pocket import POCKETS, cuttable, pocket_config, pocket_model, pocket_tokens
+
+#: Nemotron-4 15B (P1).
+NEMOTRON = NemotronConfig(
+    num_hidden_layers=32,
+    hidden_size=6144,
+    num_attention_heads=48,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=24576,
+    vocab_size=256000,
+)
+RATIOS = [f"{ratio}*hidden_size" for ratio in (2.5, 3, 3.5, 4)]
+
+
+def nemotron_parameters(layers: int, heads: int, ffn: int, hidden: int) -> int:
+    """Written out: q and o, k and v, up and down, two LayerNorms with biases; final norm, embeddings, head."""
+    layer = 2 * hidden * heads * 128 + 2 * hidden * 8 * 128 + 2 * hidden * ffn + 4 * hidden
+    return layers * layer + 2 * hidden + 2 * 256000 * hidden
+
+
+@pytest.fixture(scope="module")
+def eight_billion():
+    space = {
+        "num_hidden_layers": [29, 30, 31, 32],
+        "num_attention_heads": [32, 48],
+        "hidden_size": [4096, 4608, 5120, 5632, 6144],
+        "intermediate_size": RATIOS,
+    }
+    return enumerate_shapes(NEMOTRON, space)
+
+
+def test_the_published_8b_space(eight_billion):
+    assert len(eight_billion.shapes) == 4 * 2 * 5 * 4
+    found = within(eight_billion.shapes, 8.5e9, 1 - 7.8 / 8.5, lambda shape: shape.num_parameters)
+    rows = {tuple(shape.sizes[axis] for axis in ("layers", "heads", "ffn", "hidden")) for shape in found}
+    assert rows == {
+        (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096),
+        (31, 32, 12800, 5120), (31, 32, 16128, 4608), (31, 48, 13824, 4608), (31, 48, 16384, 4096),
+        (30, 32, 12800, 5120), (30, 32, 16128, 4608), (30, 48, 13824, 4608), (30, 48, 16384, 4096),
+        (29, 32, 12800, 5120), (29, 32, 16128, 4608), (29, 48, 13824, 4608),
+    }  # fmt: skip
+
+
+def test_the_published_4b_space():
+    space = {
+        "num_hidden_layers": [29, 30, 31, 32],
+        "num_attention_heads": [24, 32, 48],
+        "hidden_size": [2560, 3072, 3584, 4096, 4608],
+        "intermediate_size": RATIOS,
+    }
+    found = enumerate_shapes(NEMOTRON, space).shapes
+    for shape in found:
+        assert shape.num_parameters == nemotron_parameters(
+            *(shape.sizes[a] for a in ("layers", "heads", "ffn", "hidden"))
+        )
+    assert len([shape for shape in found if abs(shape.num_parameters / 4e9 - 1) <= 0.05]) == 18
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "gpt2", "mixtral", "qwen2_moe"])
+def test_counts_are_those_of_the_stock_model(name: str):
+    config = pocket_config(name)
+    names = sorted(cuttable(name) - {"num_key_value_heads", "num_experts"})
+    space = {size: [0.5, 1.0] for size in names if size != "hidden_size" or not POCKETS[name].coupled}
+    shapes = enumerate_shapes(config, space, PrunerConfig(multiple_of=1)).shapes
+    assert len(shapes) > 4
+    for shape in shapes:
+        assert shape.num_parameters == count_parameters(student_config(config, shape.request))
+    assert [shape.num_parameters for shape in shapes] == sorted((s.num_parameters for s in shapes), reverse=True)
+
+
+def test_what_cannot_be_cut_is_counted_with_the_reason():
+    space = {"hidden_size": [24, 25, 26], "num_attention_heads": [6, 12]}
+    found = enumerate_shapes(pocket_config("llama"), space)
+    assert [shape.name for shape in found.shapes] == [
+        "hidden_size=24 num_attention_heads=12",
+        "hidden_size=24 num_attention_heads=6",
+    ]
+    assert sum(found.refused.values()) == 4
+    with pytest.raises(PlanError, match="No shape of this space can be cut"):
+        enumerate_shapes(pocket_config("llama"), {"hidden_size": [25]})
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"num_experts": [2]}, "a 'llama' model has no num_experts"),
+        ({"hidden_size": 24}, "hidden_size=24: expected a list"),
+        ({"intermediate_size": ["two*hidden_size"]}, r"expected a size, a fraction, or such as '2\.5"),
+    ],
+)
+def test_spaces_that_make_no_sense_are_refused(space, message):
+    with pytest.raises(PlanError, match=message):
+        enumerate_shapes(pocket_config("llama"), space)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "phi3"])
+def test_cache_is_what_the_model_fills(name: str):
+    """Also beyond a sliding window."""
+    model = pocket_model(name, dtype=torch.float32)
+    cache = model(pocket_tokens(2, 23), use_cache=True).past_key_values
+    expected = sum(
+        tensor.numel() * 4 for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None
+    )
+    found = cache_bytes(model.config, context_length=23, batch_size=2, dtype=torch.float32)
+    assert found == expected > 0
+    both = memory_bytes(model.config, 1000, context_length=23, batch_size=2, dtype=torch.float32)
+    assert both == 4000 + found
+
+
+def test_different_shapes_are_the_best_of_their_surroundings(eight_billion):
+    shapes = within(eight_billion.shapes, 8.5e9, 0.1, lambda shape: shape.num_parameters)
+    cost = {shape.name: index * 7 % 15 for index, shape in enumerate(shapes)}
+    chosen = different(shapes, 5, cost=lambda shape: cost[shape.name])
+    assert len(chosen) == 5
+    assert chosen[0] == min(shapes, key=lambda shape: cost[shape.name])
+
+    logs = {shape.name: [math.log(size) for size in shape.sizes.values()] for shape in shapes}
+    spans = [max(column) - min(column) or 1 for column in zip(*logs.values(), strict=True)]
+
+    def distance(one, other):
+        pairs = zip(logs[one.name], logs[other.name], spans, strict=True)
+        return max(abs(a - b) / span for a, b, span in pairs)
+
+    nearest = min(distance(one, other) for one, other in itertools.combinations(chosen, 2))
+    largest = [
+        distance(*pair) for pair in itertools.combinations(sorted(shapes, key=lambda s: -s.num_parameters)[:5], 2)
+    ]
+    assert nearest > min(largest)  # than the five largest are
+    assert different(shapes[:3], 5) == shapes[:3]
+
+
+def test_names_are_short_and_complete():
+    [shape] = enumerate_shapes(LlamaConfig(num_hidden_layers=4), {"intermediate_size": [0.5]}).shapes
+    assert shape.name == "intermediate_size=5504"
+    assert shape.request == PrunerConfig(intermediate_size=5504)
