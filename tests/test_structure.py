@@ -141,7 +141,7 @@ def test_unknown_names_are_attribute_errors():
 def architecture_names() -> set[str]:
     """Parts of parameter names in the tables, without those that are ordinary words."""
     ordinary = {"weight", "bias", "norm", "mlp", "attn", "attention", "model", "layers", "transformer", "dense", "h"}
-    ordinary |= {"experts"}  # an axis, too
+    ordinary |= {"experts", "embeddings"}  # an axis; what a count leaves out
     ordinary |= {"eps", "beta", "act_fn"}  # numbers and functions that any code may have
     layouts = [layout for spec in families().values() for layout in spec.layouts()]
     names = {part for spec in layouts for name in spec.dimensions for part in name.split(".")}
