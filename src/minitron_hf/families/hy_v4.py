@@ -38,10 +38,14 @@ SPEC = decoder(
         EXPERTS_MLP,
         SHARED_EXPERTS_MLP,
         ROUTER_BIAS,
-        *(
-            {f"{name}.fn": "2*streams streams*hidden", f"{name}.base": "2*streams", f"{name}.scale": "2"}
-            for name in ("attn_hc", "ffn_hc")
-        ),
+        {
+            "attn_hc.fn": "2*streams streams*hidden",
+            "attn_hc.base": "2*streams",
+            "attn_hc.scale": "2",
+            "ffn_hc.fn": "2*streams streams*hidden",
+            "ffn_hc.base": "2*streams",
+            "ffn_hc.scale": "2",
+        },
     ),
     **{
         **LISTED_LATENT_EXPERTS,
