@@ -75,13 +75,18 @@ def cuttable(name: str) -> set[str]:
 def residual_norms(name: str, model: nn.Module) -> list[str]:
     """Norms over the residual stream, with or without weights; those of queries and keys may be as wide."""
     hidden = (model.config.hidden_size,)
+
+    def width(path: str, module: nn.Module) -> tuple[int, ...] | None:
+        if (weight := getattr(module, "weight", None)) is not None:
+            return tuple(weight.shape)
+        return getattr(module, "normalized_shape", None if path.endswith(("q_norm", "k_norm")) else hidden)
+
     return [
         path
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         and not any(one in path for one in POCKETS[name].head_norms)
-        and hidden
-        in (getattr(getattr(module, "weight", None), "shape", None), getattr(module, "normalized_shape", None))
+        and width(path, module) == hidden
     ]
 
 

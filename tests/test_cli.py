@@ -187,11 +187,11 @@ def test_bad_recipes_are_one_message(workshop, overrides, words):
 
 
 def test_an_unknown_architecture_names_the_known_ones(workshop, tmp_path):
-    from transformers import BloomConfig
+    from transformers import BertConfig
 
-    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97).save_pretrained(tmp_path)
+    BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=97).save_pretrained(tmp_path)
     pocket_tokenizer().save_pretrained(tmp_path)
-    refused(minitron("run", workshop / "recipe.yaml", "--set", f"teacher={tmp_path}"), "bloom", "llama", "qwen3")
+    refused(minitron("run", workshop / "recipe.yaml", "--set", f"teacher={tmp_path}"), "bert", "llama", "qwen3")
 
 
 @pytest.mark.parametrize(("name", "words"), [("short", "only"), ("empty", "no documents")])

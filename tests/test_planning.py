@@ -281,6 +281,7 @@ def test_student_config_keeps_everything_else(name: str):
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
         "dense_intermediate_size",
+        "dff",
         "mamba_d_ssm", "mamba_n_heads",
         "block_auto_adjust_ff_dim", "intermediate_size_mlp",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),
@@ -487,7 +488,7 @@ def random_request(name: str, chance: random.Random) -> dict:
             request["hidden_size"] = step * chance.randint(1, sizes["hidden"] // step)
     elif "kv" in sizes or not POCKETS[name].coupled:
         groups = sizes.get("kv", 1)
-        kv = chance.randint(1, groups)
+        kv = chance.randint(1, groups) if "num_key_value_heads" in cuttable(name) else groups
         counts = [kv * each for each in range(1, sizes["heads"] // groups + 1)]
         steps = {heads: math.lcm(heads, POCKETS[name].hidden_step) for heads in counts}
         heads = chance.choice([heads for heads, step in steps.items() if step <= sizes["hidden"]])

@@ -59,7 +59,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 def test_files_are_those_of_the_path_through_memory(name: str, tmp_path: Path):
     teacher = saved(name, tmp_path / "teacher")
     plan = plan_for(load_model(teacher), **requests(name)["everything"])
-    assert plan.kept
+    assert plan.kept or cuttable(name) == {"num_hidden_layers"}
     assert plan.layers_dropped or "num_hidden_layers" not in cuttable(name)
     prune_checkpoint(teacher, tmp_path / "student", plan, show_progress=False)
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")

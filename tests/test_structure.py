@@ -141,8 +141,9 @@ def test_unknown_names_are_attribute_errors():
 def architecture_names() -> set[str]:
     """Parts of parameter names in the tables; single words, such as `mixer` or `embeddings`, may mean anything."""
     ordinary = {"act_fn"}  # a function that any code may have
-    names = {part for spec in families().values() for name in spec.dimensions for part in name.split(".")}
-    return {name for name in names if re.search(r"[a-z]_|\d", name)} - ordinary
+    layouts = [layout for spec in families().values() for layout in spec.layouts()]
+    names = {part for spec in layouts for name in spec.dimensions for part in name.split(".")}
+    return {name for name in names if re.search(r"[a-z](_|\d)", name)} - ordinary
 
 
 def code_words(tree: ast.Module) -> Iterator[tuple[str, int]]:

@@ -82,11 +82,12 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             assert set(heads) <= set(members)
         if heads is not None:
             zero_input_except(module.get_submodule(pocket.attention_out), dimensions(heads))
-        for path, kept in zip(pocket.head_norms, (heads, groups)):
-            if kept is not None:
+        units = [None if kept is None else dimensions(kept) for kept in (heads, groups)]
+        neurons = plan.kept["ffn"][position] if "ffn" in plan.kept else None
+        for path, kept in (*zip(pocket.head_norms, units), (pocket.mlp_norm, neurons)):
+            if path is not None and kept is not None:
                 norm = module.get_submodule(path)
-                units = torch.tensor(dimensions(kept))
-                module.set_submodule(path, NormOnKept(norm, units, pocket.norm, epsilon(norm)))
+                module.set_submodule(path, NormOnKept(norm, torch.as_tensor(kept), pocket.norm, epsilon(norm)))
     return masked
 
 

@@ -38,12 +38,14 @@ class Pocket:
         kv: whether heads share keys and values in groups.
         coupled: whether hidden_size and heads only move together.
         hidden_step: what a smaller hidden_size has to be a multiple of.
-        norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one.
+        norm: the norms over the residual stream: RMSNorm or LayerNorm, `1p` where the weight is stored minus one,
+            `0` where there is none.
         num_norms: how many there are in a layer.
-        extra_norms: how many there are beside those, in some layers only.
-        output_norms: those of a layer that normalise what is written to the residual stream beside a norm that reads
-            it; they do not score channels.
+        extra_norms: how many there are beside those and the last one.
+        output_norms: those that normalise what is written to the residual stream where others read it; they do not
+            score channels.
         head_norms: norms that span all query heads, and all key heads.
+        mlp_norm: a norm that spans all neurons.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
         variants: changes of the config that have tensors of their own, which need no oracles of their own.
         widths: cuts of heads and hidden size to ask for, where those that fit the other families do not.
@@ -72,11 +74,12 @@ class Pocket:
     kv: bool = True
     coupled: bool = False
     hidden_step: int = 1
-    norm: Literal["rms", "rms1p", "layer", "layer1p"] = "rms"
+    norm: Literal["rms", "rms1p", "rms0", "layer", "layer1p"] = "rms"
     num_norms: int = 2
     extra_norms: int = 0
     output_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
+    mlp_norm: str | None = None
     scaled_embeddings: bool = False
     tuple_layers: bool = False
     variants: tuple[Mapping[str, Any], ...] = ()
@@ -90,8 +93,8 @@ class Pocket:
 
     @property
     def rms(self) -> bool:
-        """Whether the norms only divide by a root mean square, and subtract no mean."""
-        return self.norm.startswith("rms")
+        """Whether the norms only divide by a root mean square, subtract no mean, and have weights."""
+        return self.norm in ("rms", "rms1p")
 
 
 #: Shared by the families with grouped queries. heads*head_dim=120, kv*head_dim=30, 2*ffn=104, qkv=180.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import GPT2Config, GPTNeoXConfig
 
-from .base import COUPLED, GROUPED_COUPLED, Pocket, coupled
+from .base import COUPLED, GROUPED_COUPLED, Pocket, coupled, grouped, kinds
 
 GPT2 = dict(**COUPLED, n_embd=40, n_inner=52, n_layer=4, n_head=5, n_positions=64)
 NEOX = dict(
@@ -110,4 +110,68 @@ POCKETS: dict[str, Pocket] = {
         **FALCON_RW, alibi=True, published={**FALCON_RW, "alibi": True, "hidden_size": 2048, "num_attention_heads": 32}
     ),
     "falcon-sequential": _falcon(**FALCON_RW),
+    "bloom": coupled(
+        "bloom",
+        {**COUPLED, "hidden_size": 40, "n_layer": 4, "n_head": 5},
+        "transformer.h",
+        "self_attention.dense",
+        "mlp.dense_4h_to_h",
+        output_norms=("word_embeddings_layernorm",),
+        tuple_layers=True,
+    ),
+    "mpt": coupled(
+        "mpt",
+        {**COUPLED, "d_model": 40, "n_layers": 4, "n_heads": 5, "max_seq_len": 64},
+        "transformer.blocks",
+        "attn.out_proj",
+        "ffn.down_proj",
+        tuple_layers=True,
+    ),
+    "persimmon": coupled("persimmon", NEOX, "model.layers", "self_attn.dense", "mlp.dense_4h_to_h"),
+    "biogpt": coupled("biogpt", NEOX, "biogpt.layers", "self_attn.out_proj", "fc2", scaled_embeddings=True),
+    "xglm": coupled(
+        "xglm",
+        {**COUPLED, "d_model": 40, "ffn_dim": 52, "num_layers": 4, "attention_heads": 5},
+        "model.layers",
+        "self_attn.out_proj",
+        "fc2",
+        max_position_embeddings=64,
+    ),
+    "ctrl": coupled("ctrl", {**GPT2, "dff": 52}, "transformer.h", "multi_head_attention.dense", "ffn.2"),
+    "nanochat": grouped("nanochat", mlp_out="mlp.fc2", norm="rms0", attention_bias=True, final_logit_softcapping=3.0),
+    "bitnet": coupled(
+        "bitnet",
+        GROUPED_COUPLED,
+        kv=True,
+        norm="rms",
+        head_norms=("self_attn.attn_sub_norm",),
+        mlp_norm="mlp.ffn_sub_norm",
+        attention_bias=True,
+    ),
+    "doge": grouped(
+        "doge",
+        mlp_bias=True,
+        attention_bias=True,
+        keep_window_size=6,
+        widths={
+            "heads": {"num_attention_heads": 6},
+            "hidden": {"hidden_size": 24},
+            "everything": {
+                "num_attention_heads": 3,
+                "hidden_size": 24,
+                "intermediate_size": 17,
+                "num_hidden_layers": 3,
+            },
+        },
+    ),
+    "cohere_compass_text": grouped(
+        "cohere_compass_text",
+        norm="layer",
+        num_norms=1,
+        layer_types=kinds("ssfsf"),
+        rope_parameters={"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        sliding_window=6,
+        logit_scale=0.7,
+        published={"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
 }

@@ -382,6 +382,20 @@ def attention(path: str, out: str) -> dict[str, str]:
 
 #: Heads that are as wide together as the residual stream: the stock code knows only one width for both.
 SQUARE = (("heads*head_dim", "hidden"),)
+_WITH_THE_HEADS = "the heads are as wide together as the residual stream, and "
+#: Refusals where a head's place decides how far it looks.
+ALIBI = {
+    "heads": "the attention biases of ALiBi follow from a head's index and the number of heads",
+    "hidden": _WITH_THE_HEADS + "the attention biases of ALiBi follow from a head's index and the number of heads",
+}
+#: Refusals where a channel's place decides which position it tells.
+SINUSOIDAL = {
+    "hidden": "the stock classes compute sinusoidal positions from a channel's index and the number of channels",
+    "heads": _WITH_THE_HEADS + "its channels hold sinusoidal positions",
+}
+#: Neurons that no config field counts.
+FOURFOLD_FFN = replace(FFN, fields=(), implied="4*hidden")
+FOURFOLD = {"ffn": "the stock classes hold four neurons to a channel of the residual stream"}
 #: Separate q, k, v and output projections with grouped queries.
 GROUPED_ATTENTION = layer_tables(
     linear("self_attn.q_proj", "heads*head_dim", "hidden"),

@@ -7,7 +7,7 @@ the MLP after attention, ALiBi.
 
 from dataclasses import replace
 
-from .base import FFN, HEAD_DIM, HEADS, HIDDEN, KV, LAYERS, SQUARE, VOCAB, decoder, layer_tables, linear, norm
+from .base import ALIBI, FFN, HEAD_DIM, HEADS, HIDDEN, KV, LAYERS, SQUARE, VOCAB, decoder, layer_tables, linear, norm
 
 AXES = (LAYERS, HIDDEN, replace(FFN, fields=("ffn_hidden_size",)), VOCAB)
 PROJECTIONS = layer_tables(
@@ -16,8 +16,6 @@ PROJECTIONS = layer_tables(
     linear("mlp.dense_4h_to_h", "hidden", "ffn"),
 )
 BY_GROUP = layer_tables(linear("self_attention.query_key_value", "kv*(heads/kv+1+1)*head_dim", "hidden"), PROJECTIONS)
-ALIBI = "the attention biases of ALiBi follow from a head's index and the number of heads"
-
 MULTI_QUERY = decoder(
     "falcon",
     axes=(
@@ -39,7 +37,7 @@ MULTI_QUERY = decoder(
     attention_out="self_attention.dense",
     mlp_out="mlp.dense_4h_to_h",
     equal=SQUARE,
-    refused_if=(("alibi", True, "heads", ALIBI), ("alibi", True, "hidden", ALIBI)),
+    refused_if=(("alibi", True, "heads", ALIBI["heads"]), ("alibi", True, "hidden", ALIBI["hidden"])),
 )
 GROUPED = replace(
     MULTI_QUERY,
@@ -48,7 +46,7 @@ GROUPED = replace(
     taps={**MULTI_QUERY.taps, "kv": "self_attention.dense"},
     layer_norms=("ln_attn", "ln_mlp"),
     groups=(("heads", "kv"),),
-    refused_if=(*MULTI_QUERY.refused_if, ("alibi", True, "kv", ALIBI)),
+    refused_if=(*MULTI_QUERY.refused_if, ("alibi", True, "kv", ALIBI["heads"])),
 )
 GROUPED_ONE_NORM = replace(
     GROUPED, layer=layer_tables(BY_GROUP, norm("input_layernorm")), layer_norms=("input_layernorm",)
