@@ -146,6 +146,15 @@ def test_pickled_checkpoints_are_pruned_in_memory_and_it_says_so(workshop, tmp_p
     assert streamed.read_bytes() == loaded.read_bytes()
 
 
+def test_a_family_is_drafted_from_a_folder_or_a_model_type(workshop, tmp_path):
+    result = minitron("families", "draft", workshop / "teacher", "-o", tmp_path / "draft.py")
+    assert result.returncode == 0, result.stderr
+    printed = minitron("families", "draft", "llama")
+    assert printed.stdout == (tmp_path / "draft.py").read_text()
+    assert 'model_type="llama"' in printed.stdout
+    refused(minitron("families", "draft"), "name a model type")
+
+
 def test_verifying_leaves_a_note(workshop, tmp_path):
     made = minitron("plan", workshop / "teacher", "--set", "layers_to_drop=[1]", "-o", tmp_path / "plan")
     assert made.returncode == 0, made.stderr

@@ -290,19 +290,55 @@ def publish(
 
 @app.command()
 def families(
-    model_type: Annotated[Optional[str], typer.Argument(help="Show this family alone, in detail.")] = None,  # noqa: UP045
+    model_type: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL_TYPE | draft MODEL]", help="Show this family alone; or draft a new one."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="", help="With draft: a model type of Transformers, a folder or a Hub id."),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="With draft: the file to write, instead of printing it."),
+    ] = None,
 ) -> None:
-    """Print what can be cut in which model family, and why not where it cannot."""
+    """Print what can be cut in which model family, and why not where it cannot.
+
+    `families draft MODEL` writes the first draft of a family's table, from the shapes of models that are built without
+    memory.
+    """
     from .families import families as tables
     from .matrix import about, support_matrix, to_markdown
 
-    if model_type is not None:
+    if model_type == "draft":
+        if model is None:
+            raise DataError("families draft: name a model type, a folder or a Hub id.")
+        _write_draft(model, output)
+    elif model_type is not None:
         _print_family(about(model_type), tables()[model_type])
     elif markdown:
         typer.echo(to_markdown(support_matrix()))
     else:
         _print_matrix()
+
+
+def _write_draft(model: str, output: Path | None) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from .artifacts import replacing_file
+    from .drafting import draft_family
+    from .models import load_config
+
+    text = draft_family(AutoConfig.for_model(model) if model in CONFIG_MAPPING else load_config(model))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        with replacing_file(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        _say(f"Wrote {output}")
 
 
 def _say(text: str) -> None:
