@@ -79,7 +79,7 @@ def residual_norms(name: str, model: nn.Module) -> list[str]:
     def width(path: str, module: nn.Module) -> tuple[int, ...] | None:
         if (weight := getattr(module, "weight", None)) is not None:
             return tuple(weight.shape)
-        return getattr(module, "normalized_shape", None if path.endswith(("q_norm", "k_norm")) else hidden)
+        return getattr(module, "normalized_shape", None if path.endswith(("q_norm", "k_norm", "v_norm")) else hidden)
 
     return [
         path
@@ -133,7 +133,7 @@ def logits(model: nn.Module, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
         return model(tokens, use_cache=False, **kwargs).logits
 
 
-def assert_same_function(one: nn.Module, other: nn.Module, tokens: torch.Tensor, tolerance: float = 1e-13) -> None:
+def assert_same_function(one: nn.Module, other: nn.Module, tokens: torch.Tensor, tolerance: float = 1e-12) -> None:
     """Logits equal relative to the largest, and not trivially so."""
     left, right = logits(one, tokens), logits(other, tokens)
     assert left.dtype == torch.float64

@@ -86,10 +86,9 @@ def test_table_covers_the_pocket_model(name: str):
     model = pocket_model(name)
     spec = spec_for(model.config)
     spec.check(model)
-    sizes = spec.sizes(model.config)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         pattern, layer = spec.locate(path)
-        assert spec.shape(pattern, sizes) == parameter.shape
+        assert spec.shape(pattern, spec.sizes(model.config, layer)) == parameter.shape
         assert (spec.layer_parameter(layer, pattern) if layer is not None else pattern) == path
 
 
@@ -152,7 +151,7 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
     config = next(POCKETS[name].config for name in NAMES if POCKETS[name].config.model_type == spec.model_type)
     for axis in spec.axes:
         for name in axis.fields:
-            assert hasattr(config, name) or axis.implied is not None, name
+            assert hasattr(config.per_layer_config[0], name) or axis.implied is not None, name
     counted = (*spec.leading_layers, *spec.trailing_layers, *(name for pair in spec.sparse_layers for name in pair))
     derived = (name for name, _ in spec.derived_fields)
     refused = (name for name, *_ in (*spec.refused_if, *spec.variants))

@@ -67,6 +67,8 @@ def assert_equal_scores(one: ImportanceScores, other: ImportanceScores, toleranc
 
 
 def only_row(x: torch.Tensor) -> torch.Tensor:
+    if x.ndim == 4 and len(x) > 1:  # several residual streams, the first dimension: one state of all
+        return x[:, 0].movedim(0, 1).flatten(1)
     return x if x.ndim == 2 else x[0]  # OPT's MLP sees rows and tokens as one
 
 
@@ -212,7 +214,8 @@ def activations(name: str) -> dict[str, list]:
         if pocket.attention_out is None:  # recurrent models list what layers write, without the embeddings
             states = (caught["embeddings"][None], *states[: depth - 1], states[-1])
         # Transformers puts the final norm's output in the last place.
-        found["states"].append(torch.stack([*(state[0] for state in states[:-1]), caught["last"]]).flatten(2).numpy())
+        states = [only_row(state) for state in states[:-1]]
+        found["states"].append(torch.stack([*states, caught["last"]]).flatten(2).numpy())
     return found
 
 
@@ -426,13 +429,14 @@ def test_permuting_units_permutes_scores(name: str):
     hidden = np.arange(sizes["hidden"])
     if "hidden" not in spec.refused:  # of coupled sizes too: the stream may be permuted by itself
         hidden = generator.permutation(hidden)
-    orders = [random_order(name, spec, sizes, generator) for _ in range(sizes["layers"])]
+    orders = [random_order(name, spec, own, generator) for own in spec.layer_sizes(model.config)]
     permuted = copy.deepcopy(model)
     with torch.no_grad():
         for path, tensor in named_tensors(permuted).items():
             pattern, layer = spec.locate(path)
             order = {"hidden": hidden} | ({} if layer is None else orders[layer])
-            tensor.copy_(cut_tensor(tensor, spec.dimensions[pattern], spec.axis, sizes, order))
+            own = spec.sizes(model.config, layer)
+            tensor.copy_(cut_tensor(tensor, spec.dimensions[pattern], spec.axis, own, order))
     tokens = pocket_tokens(2, 9)
     torch.testing.assert_close(logits(permuted, tokens), logits(model, tokens), rtol=1e-12, atol=1e-12)
 

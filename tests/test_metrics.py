@@ -231,7 +231,7 @@ def test_magnitude_is_what_goes_with_a_unit(name: str):
     scores = scores_of(model, metric="magnitude")
     members = {outer: (inner, sizes[inner] // sizes[outer]) for inner, outer in spec.groups}
     for axis, table in scores.axes.items():
-        assert table.shape == spec.units(axis, sizes)
+        assert table.shape == spec.units(axis, model.config)
         within = spec.axis[axis].within
         for layer in [None] if not spec.axis[axis].per_layer else [1, sizes["layers"] - 1]:
             for unit in (0, sizes[axis] - 1):

@@ -44,7 +44,7 @@ def scores_for(config: PretrainedConfig, seed: int = 0, **given: torch.Tensor) -
     sizes = spec.sizes(config)
     layers = sizes["layers"]
     axes = {
-        axis.name: torch.rand(spec.units(axis.name, sizes), generator=generator)
+        axis.name: torch.rand(spec.units(axis.name, config), generator=generator)
         for axis in spec.axes
         if axis.prunable and axis.name != "layers"
     }
@@ -269,7 +269,8 @@ def test_a_size_that_follows_is_noted():
 def test_student_config_keeps_everything_else(name: str):
     teacher = pocket_config(name)
     before = copy.deepcopy(teacher.to_dict())
-    request = {"intermediate_size": 24, "hidden_size": 24, "num_attention_heads": 3}
+    heads = 6 if "num_attention_heads" in cuttable(name) and "kv" in spec_for(teacher).refused else 3
+    request = {"intermediate_size": 24, "hidden_size": 24, "num_attention_heads": heads}
     own = (POCKETS[name].widths or {}).get("everything", {})
     request |= {field: own[field] for field in request if field in own}
     request = {field: size for field, size in request.items() if field in cuttable(name)}
@@ -478,7 +479,7 @@ def random_request(name: str, chance: random.Random) -> dict:
     elif depth < 0.7:
         needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
         needed |= {i for f, kind in spec.reusing_layers for i, k in enumerate(getattr(config, f)) if k != kind}
-        droppable = sorted(set(range(sizes["layers"])) - needed)
+        droppable = sorted(set(range(sizes["layers"] - spec.fixed_last)) - needed)
         request["layers_to_drop"] = chance.sample(
             droppable, chance.randint(0, min(len(droppable), sizes["layers"] - 1))
         )

@@ -51,11 +51,8 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
     pocket = POCKETS[name]
     masked = copy.deepcopy(teacher)
     layers = masked.get_submodule(pocket.layers)
-    head_dim = plan.sizes["head_dim"]["teacher"] if pocket.attention_out else 0
-    each = plan.sizes["heads"]["teacher"] // plan.sizes["kv"]["teacher"] if pocket.kv else 1
-
-    def dimensions(units) -> list[int]:
-        return [unit * head_dim + dim for unit in units for dim in range(head_dim)]
+    hidden, num_heads = plan.sizes["hidden"]["teacher"], plan.sizes["heads"]["teacher"] if pocket.attention_out else 0
+    each = num_heads // plan.sizes["kv"]["teacher"] if pocket.kv else 1
 
     for layer, module in enumerate(layers):
         if layer not in plan.layers_kept:
@@ -74,6 +71,9 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             mask_state_space(pocket, module, plan, position)
         if pocket.attention_out not in paths:
             continue
+        attention_out = module.get_submodule(pocket.attention_out)
+        head_dim = attention_out.weight.numel() // hidden // num_heads  # not the same in all layers of some
+        dimensions = [range(head * head_dim, (head + 1) * head_dim) for head in range(num_heads)]
         heads = plan.kept["heads"][position] if "heads" in plan.kept else None
         groups = plan.kept["kv"][position] if "kv" in plan.kept else None
         if groups is not None:
@@ -81,8 +81,10 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
             heads = members if heads is None else heads
             assert set(heads) <= set(members)
         if heads is not None:
-            zero_input_except(module.get_submodule(pocket.attention_out), dimensions(heads))
-        units = [None if kept is None else dimensions(kept) for kept in (heads, groups)]
+            zero_input_except(attention_out, [dim for head in heads for dim in dimensions[head]])
+        units = [
+            None if kept is None else [dim for unit in kept for dim in dimensions[unit]] for kept in (heads, groups)
+        ]
         neurons = plan.kept["ffn"][position] if "ffn" in plan.kept else None
         for path, kept in (*zip(pocket.head_norms, units), (pocket.mlp_norm, neurons)):
             if path is not None and kept is not None:
@@ -331,9 +333,13 @@ def requests(name: str) -> dict[str, dict]:
         own = {**own, "ssm heads": SSM["ssm heads"]}  # the width follows
     allowed = {*cuttable(name), *(["layers_to_drop"] if "num_hidden_layers" in cuttable(name) else [])}
     cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}
+    if spec_for(pocket.config).fixed_last:
+        cuts["everything but the heads"]["layers_to_drop"] = [3, 1]
     for cut in [cut for cut in cuts if cut.startswith("everything")]:
         for part in neurons:
             cuts[cut] = {**list(part.values())[-1], **cuts[cut]}
+        if pocket.kv and "num_key_value_heads" not in allowed and "num_attention_heads" in cuts[cut]:
+            cuts[cut]["num_attention_heads"] = 6  # of three groups
         cuts[cut] = {size: to for size, to in cuts[cut].items() if size in allowed}
     return {cut: request for cut, request in cuts.items() if request.keys() <= allowed}
 
@@ -366,7 +372,10 @@ def test_hidden_has_a_closed_form_for_rms_norms(name: str):
     one = 1 if POCKETS[name].norm == "rms1p" else 0
     for path in residual_norms(name, closed):
         norm = closed.get_submodule(path)
-        norm.weight.data = (norm.weight.data + one) * ratio**0.5 - one
+        if getattr(norm, "weight", None) is None:
+            norm.register_forward_hook(lambda _, __, output: output * ratio**0.5)
+        else:
+            norm.weight.data = (norm.weight.data + one) * ratio**0.5 - one
         field = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
         setattr(norm, field, getattr(norm, field) * ratio / residual_scale(name, path, plan) ** 2)
         zero_input_except(norm, plan.kept["hidden"])
@@ -468,7 +477,7 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
     spec = spec_for(teacher.config)
     if POCKETS[name].attention_out:
         for field in spec.axis["head_dim"].fields:  # empty where the class always derives it
-            assert saved[field] == spec.sizes(teacher.config)["head_dim"]
+            assert saved[field] == teacher.config.to_dict()[field]
         assert spec.sizes(reloaded.config)["head_dim"] == (8 if POCKETS[name].coupled else 10)
     layers = reloaded.get_submodule(POCKETS[name].layers)
     indices = {getattr(module, "layer_idx", getattr(module, "layer_id", None)) for module in layers.modules()} - {None}

@@ -38,7 +38,7 @@ def test_masks_and_surgery_agree(name: str):
     teacher = pocket_model(name, dtype=torch.float32)
     before = model_digest(teacher)
     plan = planned(teacher, everything(name, norm_compensation=True))
-    assert 0 <= verify_student(teacher, apply_plan(teacher, plan), plan) < 1e-4
+    assert 0 <= verify_student(teacher, apply_plan(teacher, plan), plan) < 3e-4
     assert model_digest(teacher) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 

@@ -383,10 +383,13 @@ def _random_scores(spec: ArchSpec, model: PreTrainedModel, seed: int) -> tuple[d
     names = list(named_tensors(model, tied=True))
     axes = {}
     for axis in spec.axes:
-        if axis.prunable and axis.name != "layers":
-            axes[axis.name] = torch.rand(spec.units(axis.name, sizes), generator=generator)
+        having = spec.layers_with(axis.name, names)
+        if axis.prunable and axis.name != "layers" and (having or not axis.per_layer):
+            axes[axis.name] = torch.rand(spec.units(axis.name, model.config), generator=generator)
             if axis.per_layer:
-                lacking = sorted(set(range(sizes["layers"])) - set(spec.layers_with(axis.name, names)))
+                for layer, sizes_in_layer in enumerate(spec.layer_sizes(model.config)):
+                    axes[axis.name][layer, ..., sizes_in_layer[axis.name] :] = torch.nan
+                lacking = sorted(set(range(sizes["layers"])) - set(having))
                 axes[axis.name][lacking] = torch.nan
     blocks = torch.rand(sizes["layers"], sizes["layers"], generator=generator)
     return axes, blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)

@@ -20,7 +20,7 @@ from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
-from .sizes import PrunerConfig, build_student_config, lacking_kinds, resolve_sizes
+from .sizes import PrunerConfig, build_student_config, lacking_kinds, protected_layers, resolve_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,8 @@ class PruningPlan:
         layers_kept: teacher indices of the student's layers.
         kept: axis → int64 teacher indices of the units that stay, ascending: `[units]` for axes of the whole model,
             `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
-            another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones.
+            another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones; one
+            that keeps fewer than others is filled up with -1.
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
         pruner_config: the request.
@@ -74,7 +75,7 @@ class PruningPlan:
         """Kept units of every cut axis, as seen from one teacher layer (None: outside the layers)."""
         position = None if layer is None else self.layers_kept.index(layer)
         kept = {
-            axis: units if units.ndim == 1 else units[position]
+            axis: units if units.ndim == 1 else _unpadded(units[position])
             for axis, units in self.kept.items()
             if units.ndim == 1 or position is not None
         }
@@ -212,10 +213,10 @@ def make_plan(
     if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
     layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
-    kept = _choose_units(spec, before, after, layers_kept, cut, scores)
     student = build_student_config(
         spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation
     )
+    kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
@@ -226,7 +227,7 @@ def make_plan(
             "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
             "config": _plain(teacher_config),
         },
-        student={**_count_student(spec, teacher, student, after, layers_kept), "config": _plain(student)},
+        student={**_count_student(spec, teacher, student, layers_kept), "config": _plain(student)},
         sizes={axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
         layers_kept=layers_kept,
         kept=kept,
@@ -258,16 +259,21 @@ def _choose_layers(
     if request.layers_to_drop is not None or num_drop == 0:
         return without(request.layers_to_drop or ())
     assert scores is not None
+    protected = protected_layers(spec, teacher, request)
     if request.contiguous:
-        starts = range(request.keep_first_layers, left - request.keep_last_layers + 1)
+        starts = [start for start in range(left + 1) if protected.isdisjoint(range(start, start + num_drop))]
+        if not starts:
+            raise PlanError(
+                f"num_hidden_layers={left}: there are no {num_drop} contiguous layers to drop between the protected "
+                f"ones, {sorted(protected)}. Keep more layers, or set contiguous to false."
+            )
         blocks = [range(start, start + num_drop) for start in starts]
         possible = [block for block in blocks if not lacking_kinds(spec, teacher, without(block))]
         importance = scores.blocks.diagonal(num_drop - 1)
         least = min(possible or blocks, key=lambda block: float(importance[block.start]))
         return without(least)
     drop: list[int] = []
-    layers = range(request.keep_first_layers, depth - request.keep_last_layers)
-    ranked = sorted(layers, key=lambda layer: float(scores.layers[layer]))
+    ranked = sorted(set(range(depth)) - protected, key=lambda layer: float(scores.layers[layer]))
     while len(drop) < num_drop:
         # A layer that others need may go once they are gone.
         free = [layer for layer in ranked if not lacking_kinds(spec, teacher, without([*drop, layer]))]
@@ -281,8 +287,8 @@ def _choose_layers(
 
 def _choose_units(
     spec: ArchSpec,
-    before: Mapping[str, int],
-    after: Mapping[str, int],
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
     layers_kept: tuple[int, ...],
     cut: list[str],
     scores: ImportanceScores | None,
@@ -291,22 +297,27 @@ def _choose_units(
     if not cut:
         return {}
     assert scores is not None
+    sizes = spec.layer_sizes(teacher)
+    before = [sizes[layer] for layer in layers_kept]
+    after = spec.layer_sizes(student)
     ranking = {axis: units.numpy() for axis, units in scores.axes.items()}
     kept: dict[str, np.ndarray] = {}
     for axis in cut:
         if axis in dict(spec.groups) or spec.axis[axis].within is not None:
             continue
         if spec.axis[axis].per_layer:
-            kept[axis] = np.stack([_top(ranking[axis][layer], after[axis]) for layer in layers_kept])
+            rows = [_top(ranking[axis][layer], own[axis]) for layer, own in zip(layers_kept, after)]
+            kept[axis] = _stack(rows)
         else:
-            kept[axis] = _top(ranking[axis], after[axis])
+            kept[axis] = _top(ranking[axis], spec.sizes(student)[axis])
     for inner, outer in spec.groups:
         if inner not in cut:
             continue
-        each_before, each_after = before[inner] // before[outer], after[inner] // after[outer]
         rows = []
         for position, layer in enumerate(layers_kept):
-            groups = kept[outer][position] if outer in kept else np.arange(before[outer])
+            each_before = before[position][inner] // before[position][outer]
+            each_after = after[position][inner] // after[position][outer]
+            groups = _unpadded(kept[outer][position]) if outer in kept else np.arange(before[position][outer])
             rows.append(
                 np.concatenate(
                     [
@@ -316,15 +327,16 @@ def _choose_units(
                     ]
                 )
             )
-        kept[inner] = np.stack(rows)
+        kept[inner] = _stack(rows)
     for axis in cut:
         outer_axis = spec.axis[axis].within
         if outer_axis is None:
             continue
         chosen = []
         for position, layer in enumerate(layers_kept):
-            units = kept[outer_axis][position] if outer_axis in kept else range(before[outer_axis])
-            chosen.append(np.stack([_top(ranking[axis][layer][unit], after[axis]) for unit in units]))
+            units = kept[outer_axis][position] if outer_axis in kept else range(before[position][outer_axis])
+            count = after[position][axis]
+            chosen.append(np.stack([_top(ranking[axis][layer][unit], count) for unit in units]))
         kept[axis] = np.stack(chosen)
     return kept
 
@@ -336,14 +348,34 @@ def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, flo
     The teacher with dropped channels zeroed divides by one that is smaller by √ratio: the norm weights make up for it,
     exactly for RMSNorm (with eps / ratio), nearly for LayerNorm. Token embeddings that the family multiplies by
     √hidden_size shrink by √ratio; scaling everything else that writes to the residual stream alike is exact up to eps,
-    because norms that read it are free of scale.
+    because norms that read it are free of scale; what reads it without a norm is scaled back. A constant power of
+    hidden_size that the stock class multiplies by stays the teacher's.
     """
     scales: dict[str, float] = {}
     if ratio < 1 and norms:
-        scales = dict.fromkeys(spec.residual_norms, ratio**-0.5)
+        bare = [name for name, _ in spec.hidden_powers if spec.dimensions[name] == ((("hidden",),),)]
+        scales = dict.fromkeys((*spec.residual_norms, *bare), ratio**-0.5)
     if ratio < 1 and spec.scaled_embeddings:
         scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.writers}
+        scales |= {name: ratio**-0.5 * scales.get(name, 1.0) for name in spec.stream_readers}
+    if ratio < 1:
+        scales |= {name: ratio**-power * scales.get(name, 1.0) for name, power in spec.hidden_powers}
     return {name: factor for name, factor in scales.items() if abs(factor - 1) > 1e-9}
+
+
+def _stack(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of unequal length as one array, filled up with -1.
+
+    >>> _stack([np.array([4]), np.array([0, 2])]).tolist()
+    [[4, -1], [0, 2]]
+    """
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])
+
+
+def _unpadded(units: np.ndarray) -> np.ndarray:
+    """One row of `_stack` as it was."""
+    return units[units >= 0] if units.ndim == 1 else units
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
@@ -359,11 +391,10 @@ def _count_student(
     spec: ArchSpec,
     teacher: PreTrainedModel,
     student: PretrainedConfig,
-    sizes: Mapping[str, int],
     layers_kept: tuple[int, ...],
 ) -> dict[str, int]:
     """Parameter counts by the table, proved against the stock class on the meta device."""
-    tensors = spec.student_tensors(named_tensors(teacher), sizes, layers_kept)
+    tensors = spec.student_tensors(named_tensors(teacher), student, layers_kept)
     counts = {name: math.prod(shape) for name, _, shape in tensors}
     meta = empty_model(student)
     built = {name: tensor.numel() for name, tensor in named_tensors(meta).items()}

@@ -74,6 +74,11 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
+def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
+    """What is handed from layer to layer as [B, T, H]: several residual streams side by side."""
+    return x.movedim(0, 2).flatten(2) if spec.stacked_states else x
+
+
 class Tap:
     """Where the units of an axis are read: a piece of the last dimension, arranged as units and their dimensions.
 
@@ -131,6 +136,7 @@ class ScoringPass:
         self.model = model
         self.metrics = tuple(metrics)
         self.sizes = spec.sizes(model.config)
+        self.layer_sizes = spec.layer_sizes(model.config)
         self.sequence_reduction = sequence_reduction
         self.rows: list[list[tuple[int, ...]]] = []
         self.layer_inputs: list[Tensor] = []
@@ -239,9 +245,9 @@ class ScoringPass:
                 for index, module in enumerate(spec.layer_norms):
                     if (path := spec.layer_parameter(layer, module)) in modules:
                         after_norm(path, layer * len(spec.layer_norms) + index, layer)
-                before(f"{spec.layers_path}.{layer}", self.layer_inputs.append)
+                before(f"{spec.layers_path}.{layer}", lambda x: self.layer_inputs.append(state_of(spec, x)))
             after_norm(spec.final_norm, num_layers * len(spec.layer_norms), None)
-            after(f"{spec.layers_path}.{num_layers - 1}", self.layer_inputs.append)
+            after(f"{spec.layers_path}.{num_layers - 1}", lambda x: self.layer_inputs.append(state_of(spec, x)))
             yield
 
     def _kind(self, axis: str, metric: ActivationMetric) -> Kind:
@@ -263,7 +269,10 @@ class ScoringPass:
         return {self._kind(axis, metric) for metric in self.metrics}
 
     def _expect(self, kind: Kind, axis: str, source: int, path: str) -> None:
-        units = self.spec.units(axis, self.sizes)[1 if self.spec.axis[axis].per_layer else 0 :]
+        per_layer = self.spec.axis[axis].per_layer
+        units = self.spec.own_units(
+            axis, self.layer_sizes[source % len(self.layer_sizes)] if per_layer else self.sizes
+        )
         self.sums[kind, axis, source] = torch.zeros(3, math.prod(units), dtype=torch.float64)
         self.unseen[kind, axis, source] = path
 
@@ -293,7 +302,7 @@ class ScoringPass:
         Weighted, the norm of what a unit contributes to the projection's output: ‖W_u x_u‖² = x_uᵀ(W_uᵀW_u)x_u, which
         needs no [tokens, H] output per unit. A neuron is one number, and keeps its sign.
         """
-        tap = Tap(self.spec, axis, module, self.sizes)
+        tap = Tap(self.spec, axis, module, self.layer_sizes[layer])
         gram_URR: Tensor | None = None
 
         def observe(x_BTD: Tensor) -> None:
@@ -323,7 +332,7 @@ class ScoringPass:
         self, axis: str, dimension: Dimension, layer: int, part: int, path: str
     ) -> Callable[[Tensor], None]:
         """Outputs of a projection that makes the units: gates and neurons are parts of their own."""
-        pieces = _pieces(axis, dimension, self.sizes)
+        pieces = _pieces(axis, dimension, self.layer_sizes[layer])
         sources = [layer + self.sizes["layers"] * (part + number) for number in range(len(pieces))]
         for source in sources:
             self._expect("made", axis, source, path)
@@ -339,7 +348,7 @@ class ScoringPass:
 
         All values at tokens that are routed elsewhere are 0.
         """
-        spec, sizes = self.spec, self.sizes
+        spec, sizes = self.spec, self.layer_sizes[layer]
         observed = [(axis, kind) for axis in axes for kind in self._kinds(axis)]
         transposed = stored_transposed(spec, module)
         parts: list[slice] = []
@@ -442,12 +451,14 @@ class ScoringPass:
                 for (kind, name, source), sums in self.sums.items()
                 if name == axis and kind == self._kind(axis, metric)
             }
-            units = self.spec.units(axis, self.sizes)
             if self.spec.axis[axis].per_layer:
-                scores[axis] = torch.full(units, torch.nan, dtype=torch.float32)
-                for layer in {source % units[0] for source in reduced}:
-                    parts = [reduced[source] for source in sorted(reduced) if source % units[0] == layer]
-                    scores[axis][layer] = torch.stack(parts).sum(0).float().unflatten(0, units[1:])
+                scores[axis] = torch.full(self.spec.units(axis, self.model.config), torch.nan, dtype=torch.float32)
+                for layer, sizes in enumerate(self.layer_sizes):
+                    parts = [reduced[s] for s in sorted(reduced) if s % len(self.layer_sizes) == layer]
+                    if parts:
+                        units = self.spec.own_units(axis, sizes)
+                        own = torch.stack(parts).sum(0).float().unflatten(0, units)
+                        scores[axis][layer][tuple(map(slice, units))] = own
             else:
                 scores[axis] = torch.stack([reduced[source] for source in sorted(reduced)]).sum(0).float()
         return scores

@@ -181,6 +181,10 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
             (*range(start), *range(start + depth - sizes["layers"], depth))
             for start in (sizes["layers"] - 1, *range(sizes["layers"] - 2, -1, -1), sizes["layers"])
         ]
+        if fixed := fixed_layers(spec, config):
+            droppable = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in fixed]
+            drop = droppable[len(droppable) - (depth - sizes["layers"]) :]
+            blocks = [tuple(layer for layer in range(depth) if layer not in drop)]
         kept = next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
     else:
         kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
@@ -215,6 +219,12 @@ def resolve_sizes(
 
     if request.layers_to_drop is not None:
         after["layers"] = _depth_after(request, before["layers"])
+        fixed = fixed_layers(spec, teacher_config)
+        if needed := sorted(fixed & set(request.layers_to_drop)):
+            raise PlanError(
+                f"layers_to_drop names layer {needed[0]}. Layers {sorted(fixed)} of this '{spec.model_type}' model "
+                "have to stay: later layers read their keys and values, or the stock config insists on the last one."
+            )
     notes = []
     # Coarse axes first: the legal sizes of the finer ones depend on them.
     for axis in sorted(FIELD_OF_AXIS, key=lambda axis: (axis == "hidden", axis in dict(spec.groups))):
@@ -223,8 +233,15 @@ def resolve_sizes(
             # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
             step = 1 if value == 1 else _step(spec, teacher_config, axis, before, after, request.multiple_of)
             after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
-    protected = request.keep_first_layers + request.keep_last_layers
-    if request.layers_to_drop is None and after["layers"] < min(before["layers"], protected):
+    least = len(protected_layers(spec, teacher_config, request))
+    if request.layers_to_drop is None and after["layers"] < least and (fixed := fixed_layers(spec, teacher_config)):
+        raise PlanError(
+            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
+            f"{request.keep_last_layers} last layers that are protected, and layers {sorted(fixed)}, which have to "
+            "stay: later layers read their keys and values, or the stock config insists on the last one. "
+            f"Keep {least} layers or more."
+        )
+    if request.layers_to_drop is None and after["layers"] < least:
         raise PlanError(
             f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
             f"{request.keep_last_layers} last layers that are protected. Keep more layers, or lower "
@@ -236,13 +253,41 @@ def resolve_sizes(
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     notes += _follow_equal(spec, before, after, given)
-    _require_groups(spec, teacher_config, before, after)
+    for own in _unequal_sizes(spec, teacher_config):
+        _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
     _require_multiples(spec, teacher_config, before, after)
     _require_least(spec, teacher_config, before, after)
     for axis in after:
         if after[axis] < before[axis]:
             _require_cuttable(spec, teacher_config, axis)
     return after, notes
+
+
+def fixed_layers(spec: ArchSpec, config: PretrainedConfig) -> set[int]:
+    """Layers that cannot be dropped: later ones read what they store, or the stock config insists on the last one."""
+    fixed = {
+        layer for kinds, kind in spec.fixed_layers for layer, own in enumerate(getattr(config, kinds)) if own == kind
+    }
+    return fixed | ({spec.sizes(config)["layers"] - 1} if spec.fixed_last else set())
+
+
+def protected_layers(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig) -> set[int]:
+    """Layers that a choice by scores never drops."""
+    depth = spec.sizes(config)["layers"]
+    first, last = request.keep_first_layers, request.keep_last_layers
+    ends = {layer for layer in range(depth) if layer < first or layer >= depth - last}
+    return ends | fixed_layers(spec, config)
+
+
+def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
+    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
+    outer = [axis for _, axis in spec.groups]
+    sizes = spec.sizes(config)
+    kinds: list[dict[str, int]] = [{}]
+    for layer in spec.layer_sizes(config):
+        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
+        kinds += [] if own in kinds else [own]
+    return kinds
 
 
 def _depth_after(request: PrunerConfig, depth: int) -> int:
@@ -421,6 +466,8 @@ def _name(spec: ArchSpec, axis: str) -> str:
 
 def _require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
     reason = spec.refused.get(axis)
+    if set(spec.axis[axis].fields) & set(getattr(config, "per_layer_attributes", None) or ()):
+        reason = reason or "its layers hold unequal numbers of them, each its own"
     for name, value, refused_axis, why in spec.refused_if:
         if refused_axis == axis and getattr(config, name, None) == value:
             reason = f"{name}={value}: {why}"
@@ -447,7 +494,10 @@ def build_student_config(
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
     for axis in spec.axes:
-        if not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
+        if spec.holds_lists(axis.name, teacher):
+            [name] = axis.fields
+            values[name] = [min(own, sizes[axis.name]) for own in values[name]]
+        elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
         if axis.rounding is not None:
             values[axis.rounding.flag] = False
@@ -461,10 +511,12 @@ def build_student_config(
     hidden = before["hidden"]
     if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
         values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})
+    changed: dict[str, Any] = {}
     if len(layers_kept) < before["layers"]:
         if lacking := lacking_kinds(spec, teacher, layers_kept):
             raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
-        values.update(_layer_fields(spec, values, before["layers"], layers_kept))
+        changed = _layer_fields(spec, values, before["layers"], layers_kept)
+        values.update(changed)
     values.pop("transformers_version", None)
     try:
         config = type(teacher)(**values)
@@ -473,11 +525,19 @@ def build_student_config(
         raise PlanError(
             f"The stock {type(teacher).__name__} refuses these sizes: {first_line(error)} Choose other sizes."
         ) from error
-    if spec.sizes(config) != dict(sizes):
+    built = {axis: size for axis, size in spec.sizes(config).items() if not spec.holds_lists(axis, teacher)}
+    expected = {axis: sizes[axis] for axis in built}
+    if built != expected:
         raise PlanError(
-            f"The stock {type(teacher).__name__} changes the sizes it is given: {spec.sizes(config)} instead of "
-            f"{dict(sizes)}. Choose other sizes."
+            f"The stock {type(teacher).__name__} changes the sizes it is given: {built} instead of "
+            f"{expected}. Choose other sizes."
         )
+    for name in set(spec.layer_lists) & changed.keys():
+        if (made := getattr(config, name)) != changed[name]:
+            raise PlanError(
+                f"The stock {type(teacher).__name__} cannot hold layers {list(layers_kept)} in this order: it changes "
+                f"{name} from {changed[name]} to {made}. Choose other layers_to_drop."
+            )
     config._attn_implementation = teacher._attn_implementation
     return config
 
@@ -534,6 +594,9 @@ def _layer_fields(
             changed[name] = [values[name][layer] for layer in layers_kept]
     for name, listed in spec.layer_patterns:
         changed[name] = [[[values[listed][layer] for layer in layers_kept], 1]]
+    if own := values.get("per_layer_config"):
+        own = {int(layer): overrides for layer, overrides in own.items()}
+        changed["per_layer_config"] = {new: own[layer] for new, layer in enumerate(layers_kept) if layer in own}
     for name in spec.leading_layers:
         # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
         if values.get(name) is not None:

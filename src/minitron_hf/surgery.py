@@ -31,7 +31,7 @@ from .sizes import PrunerConfig, student_config
 from .verification import verified_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -67,13 +67,11 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     config._name_or_path = model.config._name_or_path
     with no_init_weights(), input_device(model):
         student = type(model)._from_config(config, dtype=model.dtype)
-    sizes = spec.sizes(model.config)
-    after = {axis: size["student"] for axis, size in plan.sizes.items()}
     tensors = named_tensors(model)
     with torch.no_grad():
-        for name, source, shape in spec.student_tensors(tensors, after, plan.layers_kept):
+        for name, source, shape in spec.student_tensors(tensors, student.config, plan.layers_kept):
             values = tensor_values(model, source).detach()
-            tensor = student_tensor(values, source, spec, sizes, plan)
+            tensor = student_tensor(values, source, spec, model.config, plan)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             _set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()
@@ -155,7 +153,7 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def student_tensor(
-    tensor: torch.Tensor, name: str, spec: ArchSpec, sizes: Mapping[str, int], plan: PruningPlan
+    tensor: torch.Tensor, name: str, spec: ArchSpec, config: PretrainedConfig, plan: PruningPlan
 ) -> torch.Tensor:
     """What a tensor of the teacher becomes in the student: its kept units, scaled where the plan says so.
 
@@ -163,13 +161,14 @@ def student_tensor(
         tensor: the teacher's tensor.
         name: its name in the teacher.
         spec: the family's table.
-        sizes: the teacher's axis sizes.
+        config: the teacher's.
         plan: the plan.
 
     Returns:
         A copy in the teacher's dtype, or the tensor itself where nothing changes.
     """
     pattern, layer = spec.locate(name) or (name, None)
+    sizes = spec.sizes(config, layer)
     tensor = cut_tensor(tensor, spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer))
     factor = plan.scales.get(pattern)
     if factor is None:

@@ -27,7 +27,7 @@ from .families import ArchSpec
 from .families.base import named_tensors
 from .models import input_device
 from .reductions import Reduction, reduce_rows, row_terms, wide
-from .scoring import Tap, first_input, model_inputs, require_vocabulary, takes_positions
+from .scoring import Tap, first_input, model_inputs, require_vocabulary, state_of, takes_positions
 
 
 class TaylorPass:
@@ -44,6 +44,7 @@ class TaylorPass:
         self.spec = spec
         self.model = model
         self.sizes = spec.sizes(model.config)
+        self.layer_sizes = spec.layer_sizes(model.config)
         self.rows: list[list[tuple[int, ...]]] = []
         self.takes_positions = takes_positions(model)
         self.mask_BT = torch.zeros(0, 0)
@@ -151,7 +152,7 @@ class TaylorPass:
             yield
 
     def _expect(self, axis: str, layer: int) -> None:
-        units = self.spec.units(axis, self.sizes)[1 if self.spec.axis[axis].per_layer else 0 :]
+        units = self.spec.own_units(axis, self.layer_sizes[layer] if self.spec.axis[axis].per_layer else self.sizes)
         self.sums[axis, layer] = torch.zeros(3, math.prod(units), dtype=torch.float64)
 
     def _note(self, axis: str, layer: int, terms_BU: Tensor, start: int = 0) -> None:
@@ -166,7 +167,7 @@ class TaylorPass:
         return terms_BTD.masked_fill(~self.mask_BT.to(x.device)[..., None], 0).sum(1)
 
     def _unit_observer(self, axis: str, module: str, layer: int) -> Callable[[Tensor], None]:
-        tap = Tap(self.spec, axis, module, self.sizes)
+        tap = Tap(self.spec, axis, module, self.layer_sizes[layer])
 
         def observe(x: Tensor) -> None:
             x.register_hook(lambda g: self._note(axis, layer, tap.split(self._over_tokens(x, g)).sum(-1)))
@@ -210,7 +211,7 @@ class TaylorPass:
     def _note_blocks(self, position: int, gradient: Tensor) -> None:
         for first in range(position):
             written = self.states[position].detach() - self.states[first].detach().to(gradient.device)
-            terms_B = self._over_tokens(written, gradient).sum(-1)
+            terms_B = self._over_tokens(state_of(self.spec, written), state_of(self.spec, gradient)).sum(-1)
             self.block_terms[:, first, position - 1] = terms_B.double().cpu()
 
     def gather(self) -> None:
@@ -228,11 +229,13 @@ class TaylorPass:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
         scores: dict[str, Tensor] = {}
         for axis in {**dict.fromkeys(self.spec.taps), "hidden": None}:
-            units = self.spec.units(axis, self.sizes)
+            units = self.spec.units(axis, self.model.config)
             scores[axis] = torch.full(units, torch.nan, dtype=torch.float32)
             for (name, layer), sums in self.sums.items():
                 if name == axis:
-                    place = scores[axis][layer] if self.spec.axis[axis].per_layer else scores[axis]
+                    place = scores[axis]
+                    if self.spec.axis[axis].per_layer:
+                        place = place[layer][tuple(map(slice, self.spec.own_units(axis, self.layer_sizes[layer])))]
                     place.copy_(reduce_rows(sums, self.num_rows, batch_reduction).float().reshape(place.shape))
         return scores
 

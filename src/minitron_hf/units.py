@@ -93,14 +93,17 @@ def weight_magnitudes(spec: ArchSpec, model: PreTrainedModel) -> tuple[dict[str,
         diagonal.
     """
     sizes = spec.sizes(model.config)
+    layer_sizes = spec.layer_sizes(model.config)
     names = list(named_tensors(model))
     axes: dict[str, Tensor] = {}
     depth = sizes["layers"]
     layers_L = torch.zeros(depth, dtype=torch.float64)
     wanted = [axis.name for axis in spec.axes if axis.prunable and axis.name != "layers"]
     for axis in wanted:
-        axes[axis] = torch.zeros(spec.units(axis, sizes), dtype=torch.float64)
+        axes[axis] = torch.zeros(spec.units(axis, model.config), dtype=torch.float64)
         if spec.axis[axis].per_layer:
+            for row, own in enumerate(layer_sizes):
+                axes[axis][row, ..., own[axis] :] = torch.nan
             lacking = sorted(set(range(depth)) - set(spec.layers_with(axis, list(named_tensors(model, tied=True)))))
             axes[axis][lacking] = torch.nan
     for name in names:
@@ -111,9 +114,12 @@ def weight_magnitudes(spec: ArchSpec, model: PreTrainedModel) -> tuple[dict[str,
         if layer is not None:
             layers_L[layer] += values.detach().double().square().sum().cpu()
         for axis in wanted:
-            squares = unit_squares(values, pattern, axis, spec, sizes)
+            own = sizes if layer is None else layer_sizes[layer]
+            squares = unit_squares(values, pattern, axis, spec, own)
             if squares is not None:
-                place = axes[axis][layer] if spec.axis[axis].per_layer else axes[axis]
+                place = axes[axis]
+                if spec.axis[axis].per_layer:
+                    place = place[layer][tuple(map(slice, spec.own_units(axis, own)))]
                 place += squares
     total = layers_L.cumsum(0)
     blocks_LL = (total[None, :] - (total - layers_L)[:, None]).clamp(min=0).sqrt().float()
@@ -123,7 +129,7 @@ def weight_magnitudes(spec: ArchSpec, model: PreTrainedModel) -> tuple[dict[str,
 
 def channel_norms(spec: ArchSpec, model: PreTrainedModel, layer: int) -> Tensor:
     """L2 norm of everything that the matrices of one layer hold for each hidden channel, float64 [H]."""
-    sizes = spec.sizes(model.config)
+    sizes = spec.sizes(model.config, layer)
     total_H = torch.zeros(sizes["hidden"], dtype=torch.float64)
     for name in named_tensors(model):
         pattern, where = spec.locate(name) or (name, None)

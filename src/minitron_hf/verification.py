@@ -135,11 +135,15 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
         UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
     """
     spec = spec_for(model.config)
-    sizes = spec.sizes(model.config)
+    sizes_of = {layer: spec.sizes(model.config, layer) for layer in (None, *plan.layers_kept)}
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = named_tensors(model, tied=True)
     located = {name: found for name in tensors if (found := spec.locate(name)) is not None}
     kept = {layer: plan.kept_in(layer) for layer in (None, *plan.layers_kept)}
+    # The student multiplies by powers of its own hidden size, the teacher by those of its.
+    ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
+    scales = dict(plan.scales)
+    scales |= {name: scales.get(name, 1.0) * ratio**power for name, power in spec.hidden_powers}
     swapped: dict[int, dict[str, Tensor]] = {layer: {} for layer in plan.layers_kept}
     routers: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
@@ -154,10 +158,11 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
             path = name.rpartition(".")[0]
             tapped = {axis for axis, tap in (*spec.taps.items(), *spec.readers) if tap == module}
             if pattern.endswith(".weight"):
-                of_weight, of_bias = (plan.scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
+                of_weight, of_bias = (scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
                 _scale_output(modules[path], of_weight, of_bias, stack)
             if layer is None or layer in plan.layers_dropped:
                 continue
+            sizes = sizes_of[layer]
             if pattern.endswith(".weight"):
                 units = tapped | {inner for inner, outer in spec.groups if outer in tapped}
                 for dimension in dimensions:
@@ -172,15 +177,15 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                     routers.append((tensors[name], dropped))
             elif not pattern.endswith((".weight", ".bias")):
                 changed = _masked_experts(tensors[name], dimensions, spec, sizes, kept[layer])
-                if pattern in plan.scales:
-                    changed = (tensors[name] if changed is None else changed) * plan.scales[pattern]
+                if pattern in scales:
+                    changed = (tensors[name] if changed is None else changed) * scales[pattern]
                 if changed is not None:
                     swapped[layer][name] = changed
         for path, dimension, layer in _norms(spec, located, modules, plan):
-            mask = _mask(dimension, spec, sizes, kept[layer])
+            mask = _mask(dimension, spec, sizes_of[layer], kept[layer])
             gated = spec.gated_norms.get((spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight"))
             if mask is not None and gated is not None:
-                _gated_norm_on_kept(modules[path], mask, sizes[gated], stack)
+                _gated_norm_on_kept(modules[path], mask, sizes_of[layer][gated], stack)
             elif mask is not None:
                 _norm_on_kept(modules[path], mask, _input_scale(plan, dimension), stack)
         for at, replacements in swapped.items():

@@ -80,7 +80,7 @@ class ArchSpec:
         derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
             with the axes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
-        layer_lists: config fields with one entry per layer, sliced with the layers.
+        layer_lists: config fields with one entry per layer, sliced with the layers. Sizes may be among them.
         layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
             [[kind, …], repetitions], to the list; after a depth cut it holds the list, not repeated.
         leading_layers: config fields that count layers from the first one, recounted with the layers.
@@ -95,6 +95,9 @@ class ArchSpec:
             layer before it of another kind computed, and can only stay together with that one.
         scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
             multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
+        fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
+            later ones read what it stores.
+        fixed_last: whether the last layer is never dropped, because the stock config insists on its kind there.
         layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
             depth cut that they cannot describe is refused, naming them.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
@@ -104,6 +107,12 @@ class ArchSpec:
             alike; the norms that read it do not see the difference.
         writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
             where those are scaled: output projections with their biases, or the norms after them; learned positions.
+        stream_readers: the tensors that read the residual stream without a norm, needed likewise.
+        hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
+            power. A vector over the hidden size among them scales what a norm without a weight gives.
+        widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
+            with that value hold so many times the units that the config says.
+        stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
@@ -134,11 +143,17 @@ class ArchSpec:
     sparse_layers: tuple[tuple[str, str], ...] = ()
     reusing_layers: tuple[tuple[str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
+    fixed_layers: tuple[tuple[str, Any], ...] = ()
+    fixed_last: bool = False
     layer_rule: str = ""
     norm_offset: float = 0.0
     bare_norms: bool = False
     scaled_embeddings: bool = False
     writers: tuple[str, ...] = ()
+    stream_readers: tuple[str, ...] = ()
+    hidden_powers: tuple[tuple[str, float], ...] = ()
+    widened: tuple[tuple[str, str, str, Any, int], ...] = ()
+    stacked_states: bool = False
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
@@ -167,8 +182,13 @@ class ArchSpec:
         """Parsed dimensions of every pattern in `outer` and (relative names) `layer`."""
         return {name: parse_dimensions(text) for name, text in {**self.outer, **self.layer}.items()}
 
-    def sizes(self, config: PretrainedConfig) -> dict[str, int]:
+    def sizes(self, config: PretrainedConfig, layer: int | None = None) -> dict[str, int]:
         """Size of every axis, read from a config.
+
+        Args:
+            config: the config.
+            layer: as this layer sees them, where they differ from layer to layer (list-valued fields,
+                `per_layer_config`); None for what the config says of all: the largest entry of a list.
 
         Raises:
             UnsupportedModelError: if the config lacks a size that has no implied value, or is of a refused variant.
@@ -176,7 +196,7 @@ class ArchSpec:
         self._require_supported(config)
         sizes: dict[str, int] = {}
         for axis in self.axes:
-            value = getattr(config, axis.fields[0], None) if axis.fields else None
+            value = self._value(config, axis.fields[0], layer) if axis.fields else None
             if value is None and axis.implied is not None:
                 value = implied_size(axis.implied, sizes)
             if axis.rounding is not None and isinstance(value, int):
@@ -186,7 +206,31 @@ class ArchSpec:
                     f"The config of this {self.model_type} model has {axis.fields[0]}={value!r}; expected an integer."
                 )
             sizes[axis.name] = value
+        for name, flag, kinds, kind, factor in self.widened:
+            if layer is not None and getattr(config, flag) and getattr(config, kinds)[layer] == kind:
+                sizes[name] *= factor
         return sizes
+
+    def _value(self, config: PretrainedConfig, name: str, layer: int | None) -> Any:
+        """What a config field says of one layer, or of all."""
+        if name in (getattr(config, "per_layer_attributes", None) or ()):
+            if layer is not None:
+                return getattr(config.per_layer_config[layer], name)
+            # Reading it as an attribute is an error there.
+            return vars(config)[config.attribute_map.get(name, name)]
+        value = getattr(config, name, None)
+        if name in self.layer_lists and isinstance(value, list):
+            return max(value) if layer is None else value[layer]
+        return value
+
+    def layer_sizes(self, config: PretrainedConfig) -> list[dict[str, int]]:
+        """Sizes of all axes as each layer sees them."""
+        return [self.sizes(config, layer) for layer in range(self.sizes(config)["layers"])]
+
+    def holds_lists(self, axis: str, config: PretrainedConfig) -> bool:
+        """Whether the stock config has one size of an axis for every layer."""
+        fields = self.axis[axis].fields
+        return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
 
     @cached_property
     def residual_norms(self) -> tuple[str, ...]:
@@ -201,17 +245,25 @@ class ArchSpec:
                     f"'{self.model_type}' models with {name}={value!r} cannot be pruned: {why}. Choose another one."
                 )
 
-    def units(self, axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of one value per unit: `[units]`, `[layers, units]`, or `[layers, outer, units]` within another axis.
+    def own_units(self, axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of one value per unit, in one layer if it has its own: `[units]`, or `[outer, units]` within another.
 
         Args:
             axis: the axis.
-            sizes: sizes of all axes.
+            sizes: sizes of all axes, as the layer sees them.
         """
-        table = self.axis[axis]
-        layers = (sizes["layers"],) if table.per_layer else ()
-        outer = () if table.within is None else (sizes[table.within],)
-        return (*layers, *outer, sizes[axis])
+        within = self.axis[axis].within
+        return (sizes[axis],) if within is None else (sizes[within], sizes[axis])
+
+    def units(self, axis: str, config: PretrainedConfig) -> tuple[int, ...]:
+        """Shape of one value per unit of the model: `[layers, …]` where every layer has its own.
+
+        Where layers hold unequal numbers of them, there is room for the most.
+        """
+        if not self.axis[axis].per_layer:
+            return self.own_units(axis, self.sizes(config))
+        units = [self.own_units(axis, sizes) for sizes in self.layer_sizes(config)]
+        return (len(units), *map(max, zip(*units, strict=True)))
 
     def layers_with(self, axis: str, names: Iterable[str]) -> list[int]:
         """Layers that hold units of an axis: some of their tensors have it.
@@ -252,6 +304,7 @@ class ArchSpec:
             UnsupportedModelError: naming every parameter that is unclaimed or has another shape.
         """
         sizes = self.sizes(model.config)
+        layer_sizes = self.layer_sizes(model.config)
         tensors = named_tensors(model, tied=True)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         problems = []
@@ -263,10 +316,13 @@ class ArchSpec:
             if located is None:
                 kind = "" if name in parameters else " (a saved buffer)"
                 problems.append(f"{name} {tuple(tensor.shape)}{kind} is not in the table")
-            elif tuple(tensor.shape) != (expected := self.shape(located[0], sizes)):
+                continue
+            pattern, layer = located
+            own = sizes if layer is None or layer >= len(layer_sizes) else layer_sizes[layer]
+            if tuple(tensor.shape) != (expected := self.shape(pattern, own)):
                 problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         if layers != set(range(sizes["layers"])):
-            problems.append(f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
+            problems.insert(0, f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
         problems += [f"{path} is missing" for path in self._missing_modules(model, tensors, layers)]
         if problems:
             shown = "\n  ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []))
@@ -295,16 +351,17 @@ class ArchSpec:
         return missing + ([] if self.final_norm in modules else [self.final_norm])
 
     def student_tensors(
-        self, tensors: Mapping[str, Any], sizes: Mapping[str, int], layers_kept: tuple[int, ...]
+        self, tensors: Mapping[str, Any], config: PretrainedConfig, layers_kept: tuple[int, ...]
     ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Every tensor of the student: (student name, teacher name, shape in the student).
 
         Args:
             tensors: the teacher's `named_tensors`, tied ones once (only the names are read).
-            sizes: the student's axis sizes.
+            config: the student's.
             layers_kept: teacher indices of the layers that stay, in order.
         """
         position = {layer: index for index, layer in enumerate(layers_kept)}
+        sizes, layer_sizes = self.sizes(config), self.layer_sizes(config)
         for name in tensors:
             located = self.locate(name)
             assert located is not None, f"{name}: check() comes first"
@@ -312,7 +369,8 @@ class ArchSpec:
             if layer is None:
                 yield name, name, self.shape(pattern, sizes)
             elif layer in position:
-                yield self.layer_parameter(position[layer], pattern), name, self.shape(pattern, sizes)
+                new = position[layer]
+                yield self.layer_parameter(new, pattern), name, self.shape(pattern, layer_sizes[new])
 
 
 def named_tensors(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Tensor]:
