@@ -48,8 +48,8 @@ def pocket_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, parameter in named_tensors(model).items():
-            if path not in parameters and parameter.ndim == 0:
-                continue  # a saved number, such as a temperature
+            if path not in parameters and parameter.ndim != 1:
+                continue  # a saved number, such as a temperature, or tables that belong together, such as decays
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim > 1:
                 values = values * (2 / sum(parameter.shape)) ** 0.5

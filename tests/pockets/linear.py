@@ -24,6 +24,20 @@ LFM = {
 SHARED = {"shared_expert_intermediate_size": 22, "shared_out": "mlp.shared_expert.down_proj"}
 
 POCKETS: dict[str, Pocket] = {
+    "minimax": grouped(
+        "minimax",
+        attention_out=None,
+        mlp_out=None,
+        kv=False,
+        experts="mlp.experts",
+        layer_types=kinds("lfllf"),
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        block_size=8,
+        linear_attn_alpha_factor=0.7,
+        full_attn_beta_factor=1.3,
+        mlp_alpha_factor=0.9,
+    ),
     # Dense layers are 52 wide, experts 14, and so is the shared one.
     "llama4_text": grouped(
         "llama4_text",

@@ -1,0 +1,54 @@
+"""MiniMax: softmax attention in some layers, lightning attention, with saved decays, in others; experts."""
+
+from dataclasses import replace
+
+from .base import (
+    EXPERT_TAPS,
+    EXPERTS_MLP,
+    GROUPED_ATTENTION,
+    HEAD_DIM,
+    HEADS,
+    KV,
+    Axis,
+    decoder,
+    layer_tables,
+    linear,
+    norm,
+)
+
+LIGHTNING = (
+    "layers of lightning attention normalise all their heads together and do not group them, "
+    "but have to be as many as in layers that do"
+)
+SPEC = decoder(
+    "minimax",
+    layer=layer_tables(
+        GROUPED_ATTENTION,
+        linear("self_attn.qkv_proj", "heads*3*head_dim", "hidden"),
+        linear("self_attn.output_gate", "heads*head_dim", "hidden"),
+        linear("self_attn.out_proj", "hidden", "heads*head_dim"),
+        norm("self_attn.norm", width="heads*head_dim"),
+        {
+            "self_attn.slope_rate": "heads 1 1",
+            "self_attn.query_decay": "heads block 1",
+            "self_attn.key_decay": "heads block 1",
+            "self_attn.diagonal_decay": "1 heads block block",
+        },
+        EXPERTS_MLP,
+    ),
+    attention_axes=(
+        replace(HEADS, prunable=False),
+        replace(KV, prunable=False),
+        HEAD_DIM,
+        Axis("block", ("block_size",), prunable=False),
+    ),
+    mlp_axes=(
+        Axis("experts", ("num_local_experts",), per_layer=True),
+        Axis("moe_ffn", ("intermediate_size",), per_layer=True, within="experts"),
+    ),
+    taps=EXPERT_TAPS,
+    groups=(),
+    layer_lists=("layer_types",),
+    least=(("experts", "num_experts_per_tok"),),
+    refused={"heads": LIGHTNING, "kv": LIGHTNING},
+)
