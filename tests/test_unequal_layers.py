@@ -14,6 +14,7 @@ from minitron_hf.errors import PlanError
 from minitron_hf.families import spec_for
 from minitron_hf.importance import estimate_importance
 from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.streaming import prune_checkpoint
 from minitron_hf.surgery import apply_plan
 from pocket import assert_same_function, pocket_model, pocket_tokens
 from pockets.base import kinds
@@ -177,3 +178,77 @@ def test_sparse_layers_take_their_threshold_from_the_neurons_that_stay():
 
         mlp._gaussian_topk = sparse
     assert_same_function(expected, student, TOKENS)
+
+
+# Unequal widths on request
+
+
+@pytest.mark.parametrize("widths", [[52] * 8, UNEQUAL["gemma3n_text"]["intermediate_size"]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_uneven_widths_keep_the_most_under_the_same_total(widths: list[int], multiple_of: int, tmp_path: Path):
+    """Against a search that knows no blocks: no exchange of units between two layers keeps larger shares."""
+    model = pocket_model("gemma3n_text", **{**UNEQUAL["gemma3n_text"], "intermediate_size": widths})
+    scores = estimate_importance(model, pocket_tokens(4, 16).tolist(), max_length=16)
+    request = {"intermediate_size": 28, "layers_to_drop": [1], "multiple_of": multiple_of}
+    even = make_plan(model, PrunerConfig(**request), scores)
+    plan = make_plan(model, PrunerConfig(**request, uneven=["intermediate_size"]), scores)
+    counts = [len(plan.kept_in(layer)["ffn"]) for layer in plan.layers_kept]
+    assert sum(counts) == sum(len(even.kept_in(layer)["ffn"]) for layer in even.layers_kept)
+    assert len(set(counts)) > 1
+    assert min(counts) >= multiple_of
+    assert all(count % multiple_of == 0 for count in counts)
+    assert plan.student["num_parameters"] == even.student["num_parameters"]
+    assert any(f"from {min(counts)} to {max(counts)}" in note for note in plan.notes)
+
+    shares = []
+    for layer, count in zip(plan.layers_kept, counts, strict=True):
+        squares = scores.axes["ffn"][layer][: widths[layer]].double().square().sort(descending=True).values
+        shares.append(squares / squares.sum())
+        best = scores.axes["ffn"][layer][: widths[layer]].argsort(descending=True)[:count].sort().values
+        assert plan.kept_in(layer)["ffn"].tolist() == best.tolist()
+    for gives, loses in zip(shares, counts, strict=True):
+        for takes, wins in zip(shares, counts, strict=True):
+            if loses > multiple_of and wins < len(takes) and takes is not gives:
+                lost, won = gives[loses - multiple_of : loses].sum(), takes[wins : wins + multiple_of].sum()
+                assert won <= lost + 1e-12
+
+    student = apply_plan(model, plan)
+    assert student.config.intermediate_size == counts
+    assert_same_function(masked(model, plan), student, TOKENS)
+    plan.save_pretrained(tmp_path)
+    assert PruningPlan.from_pretrained(tmp_path).digest == plan.digest
+    student.float().save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert all(torch.equal(value, student.state_dict()[key]) for key, value in reloaded.state_dict().items())
+    one, other = (
+        reloaded.generate(TOKENS[:, :5], do_sample=False, max_new_tokens=12, use_cache=cached, eos_token_id=None)
+        for cached in (False, True)
+    )
+    assert torch.equal(one, other)
+
+
+def test_uneven_checkpoints_are_cut_on_disk_as_in_memory(tmp_path: Path):
+    model = pocket_model("gemma3n_text", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "teacher")
+    scores = estimate_importance(model, metric="random")
+    plan = make_plan(model, PrunerConfig(intermediate_size=28, uneven=["intermediate_size"]), scores)
+    apply_plan(model, plan).save_pretrained(tmp_path / "memory")
+    prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", plan, show_progress=False)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "why"),
+    [
+        ("llama", {"intermediate_size": 28, "uneven": ["intermediate_size"]}, "'llama' config holds one for all"),
+        ("gemma4_text", {"intermediate_size": 28, "uneven": ["intermediate_size"]}, "config holds one for all layers"),
+        ("gemma3n_text", {"num_attention_heads": 6, "uneven": ["num_attention_heads"]}, "holds one for all layers"),
+        ("gemma3n_text", {"uneven": ["intermediate_size"]}, "which is not cut"),
+        ("gemma3n_text", {"uneven": ["width"]}, "expected a list of sizes"),
+    ],
+)
+def test_uneven_widths_are_refused_by_name(name: str, request_: dict, why: str):
+    model = pocket_model(name)
+    with pytest.raises(PlanError, match=why):
+        plan_for(model, **request_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from .artifacts import digest, public_name, read_json, replacing_file, versions, write_json
 from .errors import MismatchError, PlanError
-from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
+from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
 from .sizes import PrunerConfig, build_student_config, lacking_kinds, protected_layers, resolve_sizes
@@ -213,8 +213,17 @@ def make_plan(
     if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
     layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
+    uneven = {
+        axis: _uneven_counts(
+            [scores.axes[axis][layer].numpy() for layer in layers_kept], after[axis], config.multiple_of
+        )
+        for axis in (PRUNER_FIELDS[name] for name in config.uneven)
+        if scores is not None
+    }
+    for axis, counts in uneven.items():
+        notes.append(f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}.")
     student = build_student_config(
-        spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation
+        spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation, uneven=uneven
     )
     kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     return PruningPlan(
@@ -283,6 +292,33 @@ def _choose_layers(
         drop.append(free[0])
         ranked.remove(free[0])
     return without(drop)
+
+
+def _uneven_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> list[int]:
+    """How many units every layer keeps, where all together keep as many as with `size` in each.
+
+    Scores of different layers are on different scales. A unit's share of its layer's squared scores is not: the
+    choice keeps the largest sum of shares, over all layers, that whole blocks of units (one or more in each) can have.
+
+    Args:
+        rows: scores of every layer, [units]; NaN beyond its own units.
+        size: units in each layer, were they equal; layers that have fewer keep all.
+        multiple_of: units in a block, if it divides all sizes.
+
+    >>> even = np.array([1.0, 1.0, 1.0, 1.0])
+    >>> steep = np.array([9.0, 0.1, 0.1, 0.1])
+    >>> _uneven_counts([even, steep], 2, 1)
+    [3, 1]
+    """
+    squares = [np.sort(row[~np.isnan(row)].astype(np.float64))[::-1] ** 2 for row in rows]
+    total = sum(min(len(own), size) for own in squares)
+    block = math.gcd(multiple_of, size, *map(len, squares))
+    shares = [own.reshape(-1, block).sum(1) / max(own.sum(), np.finfo(np.float64).tiny) for own in squares]
+    for own in shares:
+        own[0] = np.inf
+    layer_of = np.repeat(np.arange(len(shares)), list(map(len, shares)))
+    chosen = np.argsort(-np.concatenate(shares), kind="stable")[: total // block]
+    return [int(count) * block for count in np.bincount(layer_of[chosen], minlength=len(shares))]
 
 
 def _choose_units(

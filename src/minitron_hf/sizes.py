@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ class PrunerConfig:
         norm_compensation: scale the norms' weights after a cut of the hidden size by √(teacher's / student's), so that
             they divide by what the teacher would with its dropped channels zeroed, instead of by the root mean square
             of the kept ones.
+        uneven: names of sizes that may differ from layer to layer under the same total, which goes to the layers whose
+            scores are spread over most units. Only where the stock config holds one size for every layer.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
     """
 
@@ -83,6 +85,7 @@ class PrunerConfig:
     keep_first_layers: int = 1
     keep_last_layers: int = 1
     norm_compensation: bool = False
+    uneven: list[str] = field(default_factory=list)
     multiple_of: int = 8
 
     def __post_init__(self) -> None:
@@ -107,6 +110,9 @@ class PrunerConfig:
             self.layers_to_drop = list(layers)
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
+        if not isinstance(self.uneven, list | tuple) or not set(self.uneven) <= PRUNER_FIELDS.keys():
+            raise PlanError(f"uneven={self.uneven!r}: expected a list of sizes, such as ['intermediate_size'].")
+        self.uneven = list(self.uneven)
         for name in ("contiguous", "norm_compensation"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
@@ -128,7 +134,7 @@ class PrunerConfig:
         Raises:
             PlanError: if a name is unknown.
         """
-        names = [field.name for field in fields(cls)]
+        names = [one.name for one in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise PlanError(f"PrunerConfig has no field {', '.join(unknown)}. Expected: {', '.join(names)}.")
         return cls(**values)
@@ -260,6 +266,16 @@ def resolve_sizes(
     for axis in after:
         if after[axis] < before[axis]:
             _require_cuttable(spec, teacher_config, axis)
+    for name in request.uneven:
+        if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
+            raise PlanError(
+                f"uneven names {name}, but the stock '{spec.model_type}' config holds one for all layers, not a list. "
+                "Leave it out: every layer keeps equally many."
+            )
+        if after[PRUNER_FIELDS[name]] >= before[PRUNER_FIELDS[name]]:
+            raise PlanError(
+                f"uneven names {name}, which is not cut. Give it a smaller size, the average of all layers."
+            )
     return after, notes
 
 
@@ -488,8 +504,12 @@ def build_student_config(
     layers_kept: tuple[int, ...],
     *,
     norm_compensation: bool = False,
+    uneven: Mapping[str, Sequence[int]] | None = None,
 ) -> PretrainedConfig:
-    """The teacher's config with the student's sizes, validated by the stock class."""
+    """The teacher's config with the student's sizes, validated by the stock class.
+
+    `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal.
+    """
     values = copy.deepcopy(teacher.to_dict())
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
@@ -497,6 +517,8 @@ def build_student_config(
         if spec.holds_lists(axis.name, teacher):
             [name] = axis.fields
             values[name] = [min(own, sizes[axis.name]) for own in values[name]]
+            for layer, own in zip(layers_kept, (uneven or {}).get(axis.name, ())):
+                values[name][layer] = own
         elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
         if axis.rounding is not None:

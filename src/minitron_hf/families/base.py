@@ -229,7 +229,7 @@ class ArchSpec:
 
     def holds_lists(self, axis: str, config: PretrainedConfig) -> bool:
         """Whether the stock config has one size of an axis for every layer."""
-        fields = self.axis[axis].fields
+        fields = self.axis[axis].fields if axis in self.axis else ()
         return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
 
     @cached_property
