@@ -172,7 +172,7 @@ def activations(name: str) -> dict[str, list]:
     axes = [key for key, path in paths.items() if path and key != "attention"]
     axes += ["heads"] if pocket.attention_out else []
     axes += [*(["kv"] if pocket.kv else []), *(["moe_ffn"] if pocket.experts else [])]
-    axes += ["ssm_dim"] if pocket.ssm_out else []
+    axes += ["ssm_dim"] if pocket.ssm_heads else []
     found: dict[str, list] = {
         "hidden": [[] for _ in norms],
         **{axis: [None] * depth for axis in axes},
@@ -194,7 +194,7 @@ def activations(name: str) -> dict[str, list]:
                 scores, inner = expert_activations(module, value, pocket.expert_inputs)
                 note("experts", index, scores)
                 note("moe_ffn", index, inner.flatten(1))
-            elif axis == "ssm_heads":
+            elif axis == "ssm_heads" and pocket.ssm_heads:
                 note("ssm_heads", index, value.unflatten(-1, (pocket.ssm_heads, -1)).norm(dim=-1))
                 note("ssm_dim", index, value)
             elif axis != "attention":

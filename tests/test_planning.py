@@ -251,6 +251,16 @@ def test_state_space_heads_stay_in_equal_groups():
     assert plan.student["config"]["mamba_d_ssm"] == 20
 
 
+def test_layers_whose_kinds_follow_from_a_period():
+    """Jamba's pocket has attention in layers 1 and 3, experts in 0, 2 and 4."""
+    config = pocket_config("jamba")
+    for seed in range(4):
+        assert plan_of(config, scores_for(config, seed), num_hidden_layers=3).layers_kept in ((0, 1, 4), (0, 3, 4))
+    assert plan_of(config, layers_to_drop=[0, 1]).layers_kept == (2, 3, 4)
+    with pytest.raises(PlanError, match=r"their layers_block_type follow from attn_layer_period and attn_"):
+        plan_of(config, layers_to_drop=[0])
+
+
 def test_infinite_limits_survive_a_plan():
     plan = plan_of(pocket_config("falcon_h1"), layers_to_drop=[1])
     assert plan.build_student_config().time_step_limit == (0.0, math.inf)
@@ -460,6 +470,8 @@ def random_request(name: str, chance: random.Random) -> dict:
     ):
         if axis == "shared_ffn" and POCKETS[name].shared_coupled:
             continue  # follows
+        if axis == "moe_ffn" and POCKETS[name].experts_coupled:
+            continue  # likewise
         if field in cuttable(name) and chance.random() < 0.7:
             most = sizes[axis]
             step = sizes.get("router_groups", 1) if axis == "experts" else 1
@@ -473,7 +485,10 @@ def random_request(name: str, chance: random.Random) -> dict:
         depth = 1.0
     if spec.needed_kinds:
         request["keep_last_layers"] = 0
-    if depth < 0.4:
+    if POCKETS[name].depths:
+        request |= {"contiguous": True, "keep_first_layers": 1, "keep_last_layers": 1}
+        request |= chance.choice([{}, *POCKETS[name].depths.values()])
+    elif depth < 0.4:
         fraction = chance.uniform((least - 0.5) / sizes["layers"], 1)
         request["num_hidden_layers"] = chance.choice([chance.randint(least, sizes["layers"]), fraction])
     elif depth < 0.7:
@@ -536,6 +551,9 @@ def test_any_possible_request(name: str):
                 groups = plan.kept["kv"][position] if "kv" in plan.kept else range(before["kv"])
                 belongs_to = (plan.kept["heads"][position] // each).tolist()
                 assert belongs_to == [g for g in groups for _ in range(after["heads"] // after["kv"])]
+        if "ssm_heads" in plan.kept and (groups := before.get("ssm_groups")):
+            belongs_to = (plan.kept["ssm_heads"] // (before["ssm_heads"] // groups)).tolist()
+            assert all(row == sorted([*range(groups)] * (after["ssm_heads"] // groups)) for row in belongs_to)
         for name_, axis in (("hidden_size", "hidden"), ("intermediate_size", "ffn"), ("num_hidden_layers", "layers")):
             if isinstance(request.get(name_), int):
                 assert after[axis] == request[name_]

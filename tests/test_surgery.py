@@ -95,11 +95,13 @@ def masked_teacher(name: str, teacher, plan: PruningPlan):
 
 def mask_state_space(pocket: Pocket, layer: nn.Module, plan: PruningPlan, position: int) -> None:
     """Dropped channels and heads do not reach the output, nor the statistics of the norm before it."""
-    heads, dims = (plan.sizes[axis]["teacher"] for axis in ("ssm_heads", "ssm_dim"))
+    heads = plan.sizes["ssm_heads"]["teacher"]
+    dims = plan.sizes["ssm_dim"]["teacher"] if pocket.ssm_heads else 1
     kept = plan.kept["ssm_heads"][position] if "ssm_heads" in plan.kept else range(heads)
     inside = plan.kept["ssm_dim"][position] if "ssm_dim" in plan.kept else [range(dims)] * len(kept)
     channels = torch.tensor([head * dims + dim for head, own in zip(kept, inside, strict=True) for dim in own])
-    zero_input_except(layer.get_submodule(pocket.ssm_out), channels)
+    for path in filter(None, (pocket.ssm_out, pocket.ssm_reader)):
+        zero_input_except(layer.get_submodule(path), channels)
     if pocket.ssm_norm is not None:
         norm = GatedNormOnKept(layer.get_submodule(pocket.ssm_norm), channels, pocket)
         layer.set_submodule(pocket.ssm_norm, norm)
@@ -332,7 +334,7 @@ def requests(name: str) -> dict[str, dict]:
     elif pocket.ssm_out:
         own = {**own, "ssm heads": SSM["ssm heads"]}  # the width follows
     allowed = {*cuttable(name), *(["layers_to_drop"] if "num_hidden_layers" in cuttable(name) else [])}
-    cuts = {cut: dict(request) for part in (DEPTHS, *neurons, own) for cut, request in part.items()}
+    cuts = {cut: dict(request) for part in (pocket.depths or DEPTHS, *neurons, own) for cut, request in part.items()}
     if spec_for(pocket.config).fixed_last:
         cuts["everything but the heads"]["layers_to_drop"] = [3, 1]
     for cut in [cut for cut in cuts if cut.startswith("everything")]:
@@ -340,7 +342,11 @@ def requests(name: str) -> dict[str, dict]:
             cuts[cut] = {**list(part.values())[-1], **cuts[cut]}
         if pocket.kv and "num_key_value_heads" not in allowed and "num_attention_heads" in cuts[cut]:
             cuts[cut]["num_attention_heads"] = 6  # of three groups
+        if pocket.experts_coupled:
+            cuts[cut].pop("moe_intermediate_size", None)  # follows
         cuts[cut] = {size: to for size, to in cuts[cut].items() if size in allowed}
+    if pocket.depths:
+        cuts["everything but the heads"] |= pocket.depths["single layers"]
     return {cut: request for cut, request in cuts.items() if request.keys() <= allowed}
 
 

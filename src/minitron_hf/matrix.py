@@ -97,8 +97,8 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     for axis, expression in spec.least:
         if axis in remarks:
             remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
-    if spec.layer_rule:
-        remarks["layers"].append(f"to an order of layers that {spec.layer_rule} can describe")
+    for _, rule in spec.derived_kinds:
+        remarks["layers"].append(f"to an order of layers that {rule} describe")
     for name, kinds in spec.needed_kinds:
         remarks["layers"].append(f"to layers of which at least one has `{name}` {' or '.join(map(repr, kinds))}")
     for name, value, axis, why in spec.refused_if:

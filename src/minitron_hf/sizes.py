@@ -599,6 +599,17 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
                     f"layer {layer} ({name} '{kind}') uses what layer {source} computes. "
                     f"Keep layer {source} too, or drop both."
                 )
+    if spec.derived_kinds:
+        shallower = copy.deepcopy(config)
+        setattr(shallower, spec.axis["layers"].fields[0], len(kept))
+        for name, rule in spec.derived_kinds:
+            kinds = getattr(config, name)
+            if getattr(shallower, name) != [kinds[layer] for layer in sorted(kept)]:
+                return (
+                    f"their {name} follow from {rule}, which stay as they are. "
+                    "Choose layers_to_drop so that the kinds of layers repeat as they did, or num_hidden_layers so "
+                    "that one block of layers can go."
+                )
     return ""
 
 

@@ -27,12 +27,14 @@ class Pocket:
         router_bias: tensor inside a layer that is added to the router's scores only to choose.
         expert_inputs: dimension of one expert's `down_proj` that its neurons are in.
         shared_out: module inside a layer that writes the neurons of shared experts back.
+        experts_coupled: whether experts are as wide as the MLPs of other layers.
         shared_coupled: whether shared experts are as wide as so many routed ones.
         ssm_out: module inside a layer that writes the channels of state-space heads back.
         ssm_norm: the gated norm before it.
-        ssm_heads: how many state-space heads there are.
+        ssm_heads: how many state-space heads there are; 0 where every channel is one.
         ssm_groups: how many groups of them are normed by themselves.
         ssm_gate_first: whether that norm comes after the gate.
+        ssm_reader: another module inside a layer that reads their channels.
         ssm_coupled: whether hidden_size and state-space heads only move together.
         conv_out: module inside a layer that writes the channels of a convolution back.
         kv: whether heads share keys and values in groups.
@@ -48,6 +50,7 @@ class Pocket:
         mlp_norm: a norm that spans all neurons.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size.
         variants: changes of the config that have tensors of their own, which need no oracles of their own.
+        depths: cuts of layers to ask for, where those that fit the other families do not.
         widths: cuts of heads and hidden size to ask for, where those that fit the other families do not.
         published: what the config class needs beside its defaults to be built at full size, or to be of this layout.
         tuple_layers: whether a layer returns its attention weights too.
@@ -63,12 +66,14 @@ class Pocket:
     router_bias: str | None = None
     expert_inputs: int = 1
     shared_out: str | None = None
+    experts_coupled: bool = False
     shared_coupled: bool = False
     ssm_out: str | None = None
     ssm_norm: str | None = None
     ssm_heads: int = 0
     ssm_groups: int = 1
     ssm_gate_first: bool = True
+    ssm_reader: str | None = None
     ssm_coupled: bool = False
     conv_out: str | None = None
     kv: bool = True
@@ -83,6 +88,7 @@ class Pocket:
     scaled_embeddings: bool = False
     tuple_layers: bool = False
     variants: tuple[Mapping[str, Any], ...] = ()
+    depths: Mapping[str, Mapping[str, Any]] | None = None
     widths: Mapping[str, Mapping[str, int]] | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
 

@@ -98,8 +98,8 @@ class ArchSpec:
         fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
             later ones read what it stores.
         fixed_last: whether the last layer is never dropped, because the stock config insists on its kind there.
-        layer_rule: the fields from which the stock config derives what kind a layer is, where nothing lists it; a
-            depth cut that they cannot describe is refused, naming them.
+        derived_kinds: (config property with one entry per layer, fields from which it derives): what kind each layer
+            is, where no field lists it; a depth cut that leaves another order is refused, naming the fields.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
         bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
         scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
@@ -145,7 +145,7 @@ class ArchSpec:
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     fixed_layers: tuple[tuple[str, Any], ...] = ()
     fixed_last: bool = False
-    layer_rule: str = ""
+    derived_kinds: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0
     bare_norms: bool = False
     scaled_embeddings: bool = False
