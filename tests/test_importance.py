@@ -98,7 +98,10 @@ def expert_activations(
 
     def ask(asked: nn.Module, expert: int, token: int, weight: torch.Tensor | None) -> torch.Tensor:
         if weight is not None:
-            return asked.forward(hidden[:, token], torch.tensor([[expert]]), weight.reshape(1, 1))[0]
+            # Chosen twice, once with no weight: LongCat's class knows no tokens with one choice.
+            return asked.forward(
+                hidden[:, token], torch.tensor([[expert, expert]]), torch.stack([weight, 0 * weight]).reshape(1, 2)
+            )[0]
         alone = torch.zeros(num_experts, width, dtype=hidden.dtype)
         alone[expert] = hidden[expert, token]
         return asked.forward(alone)[expert]
@@ -108,7 +111,8 @@ def expert_activations(
     with torch.no_grad(), float64_throughout():
         for token in range(tokens):
             for expert, weight in routes[token]:
-                norms[token, expert] = ask(module, expert, token, weight).norm()
+                if expert < num_experts:  # else one without weights
+                    norms[token, expert] = ask(module, expert, token, weight).norm()
         for piece in pieces:
             reader.down_proj.zero_()
             for row, neuron in enumerate(piece):
@@ -118,8 +122,9 @@ def expert_activations(
                     zip(*(part[token] for part in routing)) if routing else ((e, None) for e in range(num_experts))
                 )
                 for expert, weight in chosen:
-                    answer = ask(reader, int(expert), token, weight)
-                    inner[token, int(expert), piece.start : piece.stop] = answer[: len(piece)]
+                    if int(expert) < num_experts:
+                        answer = ask(reader, int(expert), token, weight)
+                        inner[token, int(expert), piece.start : piece.stop] = answer[: len(piece)]
     return norms, inner
 
 

@@ -26,7 +26,7 @@ NAMES = list(POCKETS)
 def everything(name: str, **options) -> PrunerConfig:
     """As many cuts at once as the family allows."""
     cuts = requests(name)
-    return PrunerConfig(**cuts.get("everything", cuts["layer block"]), multiple_of=1, **options)
+    return PrunerConfig(**cuts["everything" if "everything" in cuts else "layer block"], multiple_of=1, **options)
 
 
 def planned(model, request: PrunerConfig) -> PruningPlan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import GROUPED_EXPERTS, Pocket, grouped, kinds
+from transformers import AutoConfig
+
+from .base import GROUPED, GROUPED_EXPERTS, Pocket, grouped, kinds
 
 #: heads*head_dim=120, heads*qk_dim=288, heads*kv_dim=312, kv_rank+rope_dim=30.
 LATENT = {
@@ -62,7 +64,13 @@ POCKETS: dict[str, Pocket] = {
         output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "hy_v4": latent(
-        "hy_v4", **INDEXED, indexer_types=["full"] * 4 + ["shared"], tuple_layers=True, hc_mult=7, swiglu_limit=0.5
+        "hy_v4",
+        **INDEXED,
+        indexer_types=["full"] * 4 + ["shared"],
+        tuple_layers=True,
+        hc_mult=7,
+        output_norms=("input_norm",),
+        swiglu_limit=0.5,
     ),
     "minimax_m3_vl_text": grouped(
         "minimax_m3_vl_text",
@@ -89,6 +97,23 @@ POCKETS: dict[str, Pocket] = {
         experts="mlp.experts",
         router_bias="mlp.gate.e_score_correction_bias",
         shared_out="mlp.shared_experts.down_proj",
+    ),
+    "longcat_flash": Pocket(
+        AutoConfig.for_model(
+            "longcat_flash",
+            **{name: value for name, value in {**GROUPED, **LATENT}.items() if name != "num_hidden_layers"},
+            num_layers=5,
+            n_routed_experts=6,
+            zero_expert_num=4,
+            moe_topk=3,
+            expert_ffn_hidden_size=14,
+        ),
+        attention_out="self_attn.0.o_proj",
+        mlp_out="mlps.0.down_proj",
+        router="mlp.router",
+        experts="mlp.experts",
+        kv=False,
+        num_norms=4,
     ),
     "axk2": latent("axk2", **{**INDEXED, "n_group": None, "topk_group": None}, gated_norm_rank=17),
 }

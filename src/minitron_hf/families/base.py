@@ -406,6 +406,12 @@ def layer_tables(*parts: Mapping[str, str]) -> dict[str, str]:
     return table
 
 
+def moved(table: Mapping[str, str], module: str, to: str) -> dict[str, str]:
+    """The same table with everything of one module in another place."""
+    assert all(name.startswith(f"{module}.") for name in table)
+    return {to + name.removeprefix(module): dimensions for name, dimensions in table.items()}
+
+
 def linear(name: str, rows: str, columns: str) -> dict[str, str]:
     """A `torch.nn.Linear`: weight [out, in], and a bias where the config has one."""
     return {f"{name}.weight": f"{rows} {columns}", f"{name}.bias": rows}

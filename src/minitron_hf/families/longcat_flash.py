@@ -1,0 +1,60 @@
+"""LongCat-Flash: layers of two latent attentions and two MLPs, and a shortcut with experts, some the identity."""
+
+from dataclasses import replace
+
+from .base import (
+    COMPRESSED_ATTENTION,
+    EXPERT_TAPS,
+    FFN,
+    GATED_MLP,
+    HIDDEN,
+    LATENT_AXES,
+    LAYERS,
+    MOE_FFN,
+    ROUTED_EXPERTS,
+    VOCAB,
+    Axis,
+    decoder,
+    layer_tables,
+    linear,
+    moved,
+)
+
+_TWO = "every layer has two of them, and only one choice for both would fit one number in the config"
+_ROWS = "the stock class numbers the identity experts, and stores unused weights for them, behind the routed ones"
+
+SPEC = decoder(
+    "longcat_flash",
+    axes=(
+        replace(LAYERS, fields=("num_layers",)),
+        HIDDEN,
+        replace(FFN, fields=("ffn_hidden_size",)),
+        ROUTED_EXPERTS,
+        Axis("identity_experts", ("zero_expert_num",), implied="0", prunable=False),
+        replace(MOE_FFN, fields=("expert_ffn_hidden_size",)),
+        *LATENT_AXES,
+        VOCAB,
+    ),
+    layer=layer_tables(
+        moved(COMPRESSED_ATTENTION, "self_attn", "self_attn.0"),
+        moved(COMPRESSED_ATTENTION, "self_attn", "self_attn.1"),
+        moved(GATED_MLP, "mlp", "mlps.0"),
+        moved(GATED_MLP, "mlp", "mlps.1"),
+        {
+            "mlp.experts.gate_up_proj": "experts+identity_experts moe_ffn+moe_ffn hidden",
+            "mlp.experts.down_proj": "experts hidden moe_ffn",
+            "mlp.router.e_score_correction_bias": "experts+identity_experts",
+        },
+        linear("mlp.router.classifier", "experts+identity_experts", "hidden"),
+    ),
+    norms=("input_layernorm.0", "post_attention_layernorm.0", "input_layernorm.1", "post_attention_layernorm.1"),
+    taps={"heads": "self_attn.0.o_proj", "ffn": "mlps.0.down_proj", **EXPERT_TAPS},
+    groups=(),
+    refused={
+        "hidden": "queries and keys are multiplied by the square root of hidden_size",
+        "heads": _TWO,
+        "ffn": _TWO,
+        "experts": _ROWS,
+        "moe_ffn": _ROWS,
+    },
+)
