@@ -19,6 +19,7 @@ CASES: dict[str, dict] = {
     "padded": {},
     "padding_free": {"padding_free": True, "max_length": None, "activation_checkpointing": True},
     "states": {"hidden_loss": "cosine", "embedding_loss": "mse"},
+    "correction": {"teacher_correction": "concurrent", "teacher_original_learning_rate": 5e-2},
 }
 
 

@@ -30,6 +30,7 @@ _MODULE_OF = {
     "prune_model": "surgery",
     "prune_checkpoint": "streaming",
     "DistillationConfig": "distillation_config",
+    "correct_teacher": "teacher",
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
     "generate_samples": "samples",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .streaming import prune_checkpoint as prune_checkpoint
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
+    from .teacher import correct_teacher as correct_teacher
     from .trainer import DistillationTrainer as DistillationTrainer
     from .verification import verify_student as verify_student
 

@@ -139,6 +139,15 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Move a saved model's files into a folder, `config.json` last: without it no loader takes it for a model."""
+    source, target = Path(source), Path(target)
+    (target / "config.json").unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
 def is_storage_error(error: BaseException) -> bool:
     """Whether an error means that a file could not be read or written.
 

@@ -74,6 +74,20 @@ class DistillationConfig(SFTConfig):
             "divergence to them in the step before, as Minitron used."
         },
     )
+    teacher_correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "'concurrent': the teacher goes on learning the corpus, by cross-entropy, while the student "
+            "learns from it. `correct_teacher` does so beforehand. If not set, the teacher does not change."
+        },
+    )
+    teacher_original_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The peak learning rate that the teacher was trained with, needed by teacher_correction; a fifth "
+            "of it is used."
+        },
+    )
     loss_chunk_size: int | None = field(
         default=None,
         metadata={"help": "Tokens whose logits exist at one time. If not set, chosen from the vocabulary size."},
@@ -129,9 +143,7 @@ class DistillationConfig(SFTConfig):
             self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = not on_cpu
-        # Transformers 5 renamed the field; the old name still works but warns.
-        renamed = "activation_checkpointing" in {f.name for f in fields(self)}
-        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        name = checkpointing_field()
         if self.gradient_checkpointing is None and getattr(self, name) is None:
             setattr(self, name, not on_cpu)
         super().__post_init__()
@@ -144,6 +156,16 @@ class DistillationConfig(SFTConfig):
             )
         require_divergence(self.divergence, self.jsd_beta, self.temperature)
         self._require_intermediate_losses()
+        if self.teacher_correction not in (None, "concurrent"):
+            raise ValueError(f"teacher_correction={self.teacher_correction!r}: expected 'concurrent' or None.")
+        rate = self.teacher_original_learning_rate
+        if self.teacher_correction and not (isinstance(rate, int | float) and rate > 0):
+            raise ValueError(
+                f"teacher_original_learning_rate={rate!r}: teacher_correction needs the peak learning rate that the "
+                "teacher was trained with, a number above 0."
+            )
+        if self.teacher_correction and self.fp16:
+            raise ValueError("teacher_correction: not in float16, whose gradients need a scaler. Set bf16 or neither.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
         # What would silently do nothing here, or replace the forward pass that the loss lives in.
@@ -192,6 +214,12 @@ class DistillationConfig(SFTConfig):
                 "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
                 "Give a number."
             )
+
+
+def checkpointing_field() -> str:
+    """The field's name: some release of Transformers 5 renamed it; the old name still works but warns."""
+    renamed = "activation_checkpointing" in {field.name for field in fields(SFTConfig)}
+    return "activation_checkpointing" if renamed else "gradient_checkpointing"
 
 
 def trains_on_cpu(use_cpu: bool) -> bool:

@@ -94,6 +94,25 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class CorrectionSection:
+    """Fine-tuning of the teacher on the training corpus before the student learns from it (`correct_teacher`).
+
+    While the student learns, it is `distill.teacher_correction: concurrent`.
+
+    Attributes:
+        original_learning_rate: the peak learning rate that the teacher was trained with; a fifth is used.
+        num_tokens: budget.
+        method: "full", "lora" or "norms".
+        arguments: fields of `trl.SFTConfig`.
+    """
+
+    original_learning_rate: float
+    num_tokens: int
+    method: str = "full"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EvaluateSection:
     """The final measurement.
 
@@ -143,6 +162,7 @@ class Recipe:
         verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
             loaded into memory.
         scores: arguments of `estimate_importance`.
+        teacher_correction: fine-tuning of the teacher before distillation; None: none.
         distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
         controls: names from `CONTROLS`, trained like the student.
@@ -156,6 +176,7 @@ class Recipe:
     prune: dict[str, Any]
     verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
+    teacher_correction: CorrectionSection | None = None
     distill: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     controls: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .artifacts import (
     digest,
     file_digest,
+    move_into,
     replacing_folder,
     require_writable,
     write_json,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 RECIPE_NAME = "recipe.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
+CORRECTED_DIR = "corrected_teacher"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ class Run:
         """The teacher, on the device and in the dtype that compute best here."""
         section = self.recipe.teacher
         return self._cached("teacher", lambda: self.load(section.model, revision=section.revision))
+
+    @property
+    def learned_teacher(self) -> PreTrainedModel:
+        """What the student learns from: the teacher, corrected where the recipe says so."""
+        if self.recipe.teacher_correction is None:
+            return self.teacher
+        return self._cached("corrected_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
 
     def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         """Load a model for computing."""
@@ -186,6 +195,29 @@ def _prune(run: Run) -> None:
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
 
 
+def _correct(run: Run) -> None:
+    from .teacher import correct_teacher
+
+    section = run.recipe.teacher_correction
+    assert section is not None
+    run.forget("teacher")
+    correct_teacher(
+        load_model(run.recipe.teacher.model, revision=run.recipe.teacher.revision),
+        run.dataset("train"),
+        run.folder / CORRECTED_DIR,
+        original_learning_rate=section.original_learning_rate,
+        num_tokens=section.num_tokens,
+        method=section.method,  # type: ignore[arg-type]
+        processing_class=run.tokenizer,
+        eval_dataset=run.dataset("eval"),
+        **{
+            "dataset_text_field": run.recipe.data.train.text_field,
+            "disable_tqdm": not run.show_progress,
+            **section.arguments,
+        },
+    )
+
+
 def _distill(run: Run) -> None:
     student = run.load(run.folder / PRUNED_DIR)
     _train(run, student, run.folder)
@@ -223,10 +255,12 @@ def _evaluate(run: Run) -> None:
         # By path where possible, so that the size of a checkpoint is that of its files.
         "teacher": run.recipe.teacher.model if run.recipe.teacher.revision is None else run.teacher,
         "pruned": run.folder / PRUNED_DIR,
+        **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
         "student": run.folder,
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
     run.forget("teacher")
+    run.forget("corrected_teacher")
     evaluate_models(
         models,
         run.dataset("eval"),
@@ -238,6 +272,7 @@ def _evaluate(run: Run) -> None:
         dataset_name=run.dataset_section("eval").source,
         descriptions={
             "pruned": "the student before distillation",
+            "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
             **{name: f"control: {CONTROLS[name]}; trained on the same tokens" for name in run.recipe.controls},
         },
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
@@ -318,7 +353,7 @@ def distill(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     with replacing_folder(folder / UNFINISHED_DIR) as temporary:
         trainer.save_student(temporary, dtype=dtype)
-    _move_into(folder / UNFINISHED_DIR, folder)
+    move_into(folder / UNFINISHED_DIR, folder)
 
 
 def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> None:
@@ -326,7 +361,7 @@ def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> 
     settings = {"dataset_text_field": run.recipe.data.train.text_field, **DISTILL_DEFAULTS, **run.recipe.distill}
     distill(
         student,
-        run.teacher,
+        run.learned_teacher,
         folder,
         run.tokenizer,
         {**settings, **changes, "disable_tqdm": not run.show_progress},
@@ -336,14 +371,6 @@ def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> 
         peft_config=lora_config(run.recipe),
         dtype=_checkpoint_dtype(run.teacher_config),
     )
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Move files one by one, `config.json` last: without it no loader takes the folder for a model."""
-    (target / "config.json").unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, target / path.name)
-    source.rmdir()
 
 
 def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
@@ -444,9 +471,22 @@ STAGES: tuple[Stage, ...] = (
         _prune,
     ),
     Stage(
+        "correct",
+        "let the teacher learn the corpus",
+        (),
+        lambda recipe: {
+            "teacher": model_identity(recipe.teacher),
+            "teacher_correction": None if recipe.teacher_correction is None else asdict(recipe.teacher_correction),
+            "train": dataset_identity(recipe.data.train),
+        },
+        (CORRECTED_DIR,),
+        _correct,
+        lambda recipe: recipe.teacher_correction is not None,
+    ),
+    Stage(
         "distill",
         "train the student to predict like the teacher",
-        ("prune",),
+        ("prune", "correct"),
         lambda recipe: {
             "distill": {**DISTILL_DEFAULTS, **recipe.distill},
             "lora": recipe.lora,

@@ -37,6 +37,7 @@ from .losses import (
 )
 from .models import empty_model, load_config, load_model
 from .refusals import refuse_pair, refuse_split_model, refuse_wrapped_head
+from .teacher import ConcurrentCorrection, cross_entropy_sum
 from .training_record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
 from .wrapping import (
     LossRequest,
@@ -205,6 +206,8 @@ class DistillationTrainer(SFTTrainer):
         self._teacher_name = _name_of(teacher_model)
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
         self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
+        self._correction = self._teacher_correction()
+        self._teacher_loss: Tensor | None = None
         self._intermediate = self._intermediate_losses(student.config, teacher_config)
         self._columns = (*_COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
@@ -242,20 +245,48 @@ class DistillationTrainer(SFTTrainer):
             return has_fast_bf16(on_cpu)
         return dtype != torch.float16 or not on_cpu
 
-    @torch.no_grad()
-    def _teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
-        """What the teacher says about the same inputs at `positions` of the flattened batch, and its states there."""
+    def _teacher_correction(self) -> ConcurrentCorrection | None:
+        """What lets the teacher go on learning, if it shall."""
+        if self.args.teacher_correction is None:
+            return None
+        teacher = self.teacher_model
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or getattr(teacher, "hf_device_map", None):
+            raise UnsupportedModelError(
+                "teacher_correction='concurrent' needs the whole teacher on every device. Use one device or DDP, or "
+                "correct the teacher beforehand with correct_teacher."
+            )
+        if getattr(teacher, "is_quantized", False):
+            raise UnsupportedModelError(
+                "teacher_correction='concurrent' cannot train a quantised teacher. Load it without "
+                "quantization_config, or correct it beforehand with correct_teacher(…, method='lora')."
+            )
+        assert self.args.teacher_original_learning_rate is not None  # checked by the arguments
+        correction = ConcurrentCorrection(teacher, self.args.teacher_original_learning_rate)
+        self.add_callback(correction)
+        return correction
+
+    def _teacher_signal(
+        self, inputs: dict[str, Any], positions: Tensor, targets: Tensor
+    ) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
+        """What the teacher says about the same inputs at `positions` of the flattened batch, and its states there.
+
+        A teacher that goes on learning has its own loss computed on the way, which `compute_loss` takes up.
+        """
+        learns = self._correction is not None and self.model.training and torch.is_grad_enabled()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         teacher.eval()
         wanted = wanted_states(self._intermediate.pairs, "teacher")
         extra = {"output_hidden_states": wanted} if wanted else {}
-        with self.accelerator.autocast(), forward_of_backbone(teacher):
+        with torch.set_grad_enabled(learns), self.accelerator.autocast(), forward_of_backbone(teacher):
             # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
             output = self.teacher_model(**inputs, **extra, use_cache=False)
         head = whole_head(output_head(teacher))
         h_NH = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
         states = self._intermediate.teacher_states(output.hidden_states, positions) if wanted else ()
-        return DenseSignal(h_NH, head), states
+        if learns:
+            with self.accelerator.autocast():
+                self._teacher_loss = cross_entropy_sum(h_NH, head, targets)
+        return DenseSignal(h_NH.detach(), head), tuple(h.detach() for h in states)
 
     # ---- Intermediate losses ----
 
@@ -308,6 +339,8 @@ class DistillationTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._intermediate:
             self._intermediate.load(Path(resume_from_checkpoint))
+        if self._correction is not None:
+            self._correction.load(Path(resume_from_checkpoint))
 
     # ---- Loss ----
 
@@ -318,7 +351,7 @@ class DistillationTrainer(SFTTrainer):
             raise DataError("A batch has no labels, so no token counts. Use a data collator that returns labels.")
         model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", "row_lengths")}
         positions, targets = next_token_positions(labels)
-        signal, states = self._teacher_signal(model_inputs, positions)
+        signal, states = self._teacher_signal(model_inputs, positions, targets)
         names = ("divergence", "jsd_beta", "temperature", "kd_weight", "ce_weight")
         options = {**{name: getattr(self.args, name) for name in names}, "chunk_size": self.args.loss_chunk_size}
         request = LossRequest(signal, positions, targets, options, self._intermediate.pairs, states)
@@ -343,15 +376,20 @@ class DistillationTrainer(SFTTrainer):
         This is the only place where token losses are reduced for training.
         """
         losses, positions = self._token_losses(model, inputs)
+        count: Any
         if num_items_in_batch is None:  # a batch of its own, outside the training loop
-            loss = losses["total"] / max(len(positions), 1)
+            count = max(len(positions), 1)
             if self.model.training:
-                loss = loss / self.current_gradient_accumulation_steps
+                count = count * self.current_gradient_accumulation_steps
         else:
-            loss = losses["total"] / torch.as_tensor(num_items_in_batch).clamp(min=1).to(losses["total"].device)
+            count = torch.as_tensor(num_items_in_batch).clamp(min=1).to(losses["total"].device)
             if self.args.average_tokens_across_devices:
                 # The count is that of all processes, over which DDP will take the mean of the gradients.
-                loss = loss * self.accelerator.num_processes
+                count = count / self.accelerator.num_processes
+        loss = losses["total"] / count
+        if self._teacher_loss is not None:
+            (self._teacher_loss / count).backward()
+            self._teacher_loss = None
         if self.model.training:
             self._token_sums["train"] += self._sums(losses).sum(0)
         return (loss, losses) if return_outputs else loss
@@ -547,11 +585,13 @@ class DistillationTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self._correction is not None and self.args.should_save:
+            self._correction.save(folder)
         if self._intermediate:
             weight = self._intermediate.next_weight(self._sum_over_processes)
             map_ = whole_projection(self._intermediate.projection)
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 self._intermediate.save(folder, weight, map_)
 
     # ---- Card and Hub ----

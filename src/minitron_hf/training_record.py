@@ -36,6 +36,8 @@ RECORDED_ARGUMENTS = (
     "temperature",
     "kd_weight",
     "ce_weight",
+    "teacher_correction",
+    "teacher_original_learning_rate",
     "hidden_loss",
     "hidden_layers",
     "embedding_loss",
