@@ -156,7 +156,7 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
     derived = (name for name, _ in spec.derived_fields)
     refused = (name for name, *_ in (*spec.refused_if, *spec.variants))
     patterns = (name for pair in spec.layer_patterns for name in pair)
-    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused, *derived):
+    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused, *derived, *spec.absent_parts):
         assert hasattr(config, name), name
     assert PRUNER_FIELDS.keys() == {FIELD_OF_AXIS[axis] for axis in FIELD_OF_AXIS}
 

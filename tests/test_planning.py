@@ -261,6 +261,11 @@ def test_layers_whose_kinds_follow_from_a_period():
         plan_of(config, layers_to_drop=[0])
 
 
+def test_parts_that_the_stock_model_lacks_are_not_promised():
+    teacher = pocket_config("nemotron_h", num_nextn_predict_layers=1)
+    assert plan_of(teacher, layers_to_drop=[1]).build_student_config().num_nextn_predict_layers == 0
+
+
 def test_infinite_limits_survive_a_plan():
     plan = plan_of(pocket_config("falcon_h1"), layers_to_drop=[1])
     assert plan.build_student_config().time_step_limit == (0.0, math.inf)

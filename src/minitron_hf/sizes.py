@@ -524,6 +524,7 @@ def build_student_config(
         if axis.rounding is not None:
             values[axis.rounding.flag] = False
     values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
+    values.update(dict.fromkeys(spec.absent_parts, 0))
     before = spec.sizes(teacher)
     for name, size, power in spec.scaled_fields:
         if power == 1 and isinstance(values[name], int):

@@ -77,6 +77,8 @@ class ArchSpec:
         gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
             each of which it takes by itself.
         readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
+        absent_parts: config fields with a number of layers that checkpoints may hold beside those of the stock model:
+            0 in the student, whose checkpoint has none.
         derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
             with the axes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
@@ -132,6 +134,7 @@ class ArchSpec:
     equal: tuple[tuple[str, str], ...] = ()
     gated_norms: Mapping[str, str] = field(default_factory=dict)
     readers: tuple[tuple[str, str], ...] = ()
+    absent_parts: tuple[str, ...] = ()
     derived_fields: tuple[tuple[str, str], ...] = ()
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()

@@ -1,7 +1,10 @@
 """Nemotron-H: every layer is one of four kinds: state space, attention, a plain MLP, or experts beside a shared one.
 
-Layers for the prediction of several tokens are no part of the stock model, and do not come along.
+Routed experts read and write the residual stream, or a narrower one between two projections. Layers for the prediction
+of several tokens are no part of the stock model, and do not come along.
 """
+
+from dataclasses import replace
 
 from .base import (
     FFN,
@@ -26,7 +29,7 @@ from .base import (
     state_space,
 )
 
-SPEC = ArchSpec(
+DIRECT = ArchSpec(
     model_type="nemotron_h",
     axes=(
         LAYERS,
@@ -80,4 +83,18 @@ SPEC = ArchSpec(
     layer_lists=("layers_block_type",),
     needed_kinds=(("layers_block_type", ("full_attention",)),),  # the stock cache takes its length from one
     least=GROUPED_EXPERTS_LEAST,
+    absent_parts=("num_nextn_predict_layers",),
+)
+
+SPEC = replace(
+    DIRECT,
+    axes=(*DIRECT.axes, Axis("latent", ("moe_latent_size",), prunable=False)),
+    layer={
+        **DIRECT.layer,
+        "mixer.experts.up_proj": "experts moe_ffn latent",
+        "mixer.experts.down_proj": "experts latent moe_ffn",
+        **linear("mixer.fc1_latent_proj", "latent", "hidden"),
+        **linear("mixer.fc2_latent_proj", "hidden", "latent"),
+    },
+    variants=(("moe_latent_size", None, DIRECT),),
 )
