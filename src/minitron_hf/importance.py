@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 from .artifacts import digest, public_name, replacing_file, versions
 from .data import DataSource, TokenRows, padded_batches, token_rows
 from .errors import DataError, MismatchError
-from .families import ArchSpec, spec_for
+from .families import ArchSpec, spec_for, text_config
 from .families.base import named_tensors
 from .models import architecture_digest, evaluating, input_device, model_digest, on_meta
 from .reductions import Reduction
@@ -340,7 +340,7 @@ def _processes() -> tuple[int, int]:
 
 def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     """Row length for calibration and measurement: `limit`, or the model's positions where they are fewer."""
-    return min(limit, getattr(config, "max_position_embeddings", None) or limit)
+    return min(limit, getattr(text_config(config), "max_position_embeddings", None) or limit)
 
 
 def _calibration(

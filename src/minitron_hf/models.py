@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .artifacts import digest
 from .errors import DataError, HubError, MinitronError, UnsupportedModelError
-from .families.base import own_parameters
+from .families.base import own_parameters, text_config
 
 #: Values of a parameter that `model_digest` reads, at most.
 DIGEST_SAMPLES = 1024
@@ -66,7 +66,7 @@ def load_model(
         dtype: `"auto"` keeps the checkpoint's.
         device: where to move the model; None leaves it where `from_pretrained` puts it.
         revision: branch, tag or commit on the Hub.
-        **kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`token`, `quantization_config`, …).
+        **kwargs: passed on to `from_pretrained` (`token`, `quantization_config`, …).
 
     Returns:
         The model, in evaluation mode.
@@ -83,7 +83,7 @@ def load_model(
     }
     config = kwargs.pop("config", None) or load_config(name, revision=revision, **shared)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -106,6 +106,13 @@ def load_model(
             "Save model and config together with save_pretrained."
         )
     return model if device is None else model.to(device)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that builds all of a model: of those with a language model inside, not that one alone."""
+    inside = text_config(config) is not config
+    whole = inside and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def load_config(
@@ -168,7 +175,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             # A copy, because building a model may write its attention implementation into the config.
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
+            return model
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(

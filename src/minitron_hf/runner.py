@@ -14,7 +14,7 @@ from typing import Any
 
 from .artifacts import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
 from .errors import DataError, MinitronError, MismatchError, OutputError
-from .families import spec_for
+from .families import spec_for, text_config
 from .importance import estimate_importance
 from .models import count_parameters, empty_model
 from .recipe import DISTILL_DEFAULTS, Recipe
@@ -122,9 +122,10 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     for which in ("train", "eval", "calibration"):
         dataset_identity(run.dataset_section(which))
     tokenizer = run.tokenizer
-    if len(tokenizer) > config.vocab_size:
+    vocab_size = text_config(config).vocab_size
+    if len(tokenizer) > vocab_size:
         raise DataError(
-            f"The tokenizer of {recipe.teacher.model} has {len(tokenizer)} tokens, the model {config.vocab_size}. "
+            f"The tokenizer of {recipe.teacher.model} has {len(tokenizer)} tokens, the model {vocab_size}. "
             "Use the tokenizer that belongs to the model."
         )
     if tokenizer.eos_token is None:

@@ -23,7 +23,7 @@ from .axes import Dimension, dimension_axes, dimension_size, product_shape
 from .data import position_ids
 from .errors import DataError, UnsupportedModelError
 from .experts import Observer, Routed, expert_inputs, expert_writer, observed_experts, stored_transposed
-from .families import ArchSpec
+from .families import ArchSpec, text_config
 from .families.base import named_tensors
 from .models import input_device, tensor_values
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
@@ -41,6 +41,7 @@ def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
     Raises:
         DataError: if there are some.
     """
+    config = text_config(config)
     if largest >= config.vocab_size:
         raise DataError(
             f"The calibration rows hold token id {largest}, but the model's vocabulary has {config.vocab_size} "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .artifacts import read_json, write_json
 from .axes import dimension_axes, dimension_size, implied_size, parse_dimensions
 from .errors import HubError, PlanError
-from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from .models import first_line
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ def resolve_sizes(
     Raises:
         PlanError: for every request that cannot be met; the message names what could.
     """
+    teacher_config = text_config(teacher_config)
     before = spec.sizes(teacher_config)
     after = dict(before)
     given: set[str] = set()
@@ -276,11 +277,14 @@ def resolve_sizes(
             raise PlanError(
                 f"uneven names {name}, which is not cut. Give it a smaller size, the average of all layers."
             )
+        if any(PRUNER_FIELDS[name] in pair for pair in spec.groups):
+            raise PlanError(f"uneven names {name}, which is cut in whole groups, equal in every layer. Leave it out.")
     return after, notes
 
 
 def fixed_layers(spec: ArchSpec, config: PretrainedConfig) -> set[int]:
     """Layers that cannot be dropped: later ones read what they store, or the stock config insists on the last one."""
+    config = text_config(config)
     fixed = {
         layer for kinds, kind in spec.fixed_layers for layer, own in enumerate(getattr(config, kinds)) if own == kind
     }
@@ -510,6 +514,15 @@ def build_student_config(
 
     `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal.
     """
+    if (inner := text_config(teacher)) is not teacher:
+        text = build_student_config(
+            spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, uneven=uneven
+        )
+        whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
+        whole.pop("transformers_version", None)
+        wrapped = type(teacher)(**whole)
+        wrapped._attn_implementation = teacher._attn_implementation
+        return wrapped
     values = copy.deepcopy(teacher.to_dict())
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
@@ -582,6 +595,7 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
         config: the teacher's config.
         layers_kept: teacher indices of the layers that stay.
     """
+    config = text_config(config)
     kept = set(layers_kept)
     for name, kinds in spec.needed_kinds:
         needed = [layer for layer, kind in enumerate(getattr(config, name)) if kind in kinds]

@@ -49,6 +49,7 @@ COPIED_FILES = (
     "tekken.json",
     "chat_template*",
     "additional_chat_templates/*.jinja",
+    "*processor_config.json",
     *LEGAL_FILES,
 )
 

@@ -169,7 +169,7 @@ def student_tensor(
     """
     pattern, layer = spec.locate(name) or (name, None)
     sizes = spec.sizes(config, layer)
-    tensor = cut_tensor(tensor, spec.dimensions[pattern], spec.axis, sizes, plan.kept_in(layer))
+    tensor = cut_tensor(tensor, spec.dimensions.get(pattern, ()), spec.axis, sizes, plan.kept_in(layer))
     factor = plan.scales.get(pattern)
     if factor is None:
         return tensor

@@ -38,7 +38,7 @@ def unit_squares(tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes:
     count = sizes[axis] * (1 if outer is None else sizes[outer])
     owners = [
         (unit_of(dimension, axis, spec, sizes), None if outer is None else unit_of(dimension, outer, spec, sizes))
-        for dimension in spec.dimensions[pattern]
+        for dimension in spec.dimensions.get(pattern, ())
     ]
     if all(unit is None for unit, _ in owners) or (outer and all(other is None for _, other in owners)):
         return None

@@ -318,8 +318,9 @@ def _scale_output(module: nn.Module, of_weight: float, of_bias: float, stack: Ex
 
 def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
     """What makes a norm's eps that of the student's config: x/√(a²·mean x² + eps) ∝ x/√(mean x² + eps/a²)."""
+    teacher, student = (dict(one).get("text_config", one) for one in (plan.teacher["config"], plan.student["config"]))
     for name in NORM_EPSILONS:
-        before, after = plan.teacher["config"].get(name), plan.student["config"].get(name)
+        before, after = teacher.get(name), student.get(name)
         if dimension == HIDDEN and before and after and before != after:
             return float((before / after) ** 0.5)
     return 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,32 @@ PRUNER_FIELDS: Mapping[str, str] = {
 }
 #: The reverse: axis → the name users know it by.
 FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.items()}
+
+
+#: A dimension that no axis of the language model is part of.
+ANY: Dimension = (("any",),)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model that holds a family's language model beside others: images and sound become inputs of it.
+
+    Attributes:
+        model_type: the wrapper's.
+        prefix: what its names have instead of `model.`.
+        tensors: tensor name → dimensions, for tensors outside the language model that know its sizes (projectors);
+            `any` is a dimension of the wrapper's own.
+        writers: those of them that write to the residual stream, where the embeddings are scaled.
+        opaque: beginnings of the names of all other tensors, which are kept as they are.
+        refused: axis → why it cannot be cut inside this wrapper.
+    """
+
+    model_type: str
+    prefix: str
+    opaque: tuple[str, ...]
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    writers: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,8 @@ class ArchSpec:
         widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
             with that value hold so many times the units that the config says.
         stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
+        wrappers: models that hold this language model beside other parts.
+        opaque: beginnings of names of tensors that are no part of the language model, and kept as they are.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
@@ -157,6 +185,8 @@ class ArchSpec:
     hidden_powers: tuple[tuple[str, float], ...] = ()
     widened: tuple[tuple[str, str, str, Any, int], ...] = ()
     stacked_states: bool = False
+    wrappers: tuple[Wrapper, ...] = ()
+    opaque: tuple[str, ...] = ()
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
@@ -168,6 +198,26 @@ class ArchSpec:
             if getattr(config, name, None) == value:
                 return spec.variant(config)
         return self
+
+    def inside(self, wrapper: Wrapper) -> ArchSpec:
+        """This layout as it is named inside a wrapper, with the wrapper's own tensors."""
+
+        def renamed(name: str) -> str:
+            return wrapper.prefix + name.removeprefix("model.") if name.startswith("model.") else name
+
+        return replace(
+            self,
+            model_type=wrapper.model_type,
+            layers_path=renamed(self.layers_path),
+            final_norm=renamed(self.final_norm),
+            outer={**{renamed(name): text for name, text in self.outer.items()}, **wrapper.tensors},
+            writers=(*map(renamed, self.writers), *wrapper.writers),
+            stream_readers=tuple(map(renamed, self.stream_readers)),
+            hidden_powers=tuple((renamed(name), power) for name, power in self.hidden_powers),
+            refused={**self.refused, **wrapper.refused},
+            opaque=wrapper.opaque,
+            variants=tuple((name, value, spec.inside(wrapper)) for name, value, spec in self.variants),
+        )
 
     def layouts(self) -> Iterator[ArchSpec]:
         """This layout and all its variants."""
@@ -196,6 +246,7 @@ class ArchSpec:
         Raises:
             UnsupportedModelError: if the config lacks a size that has no implied value, or is of a refused variant.
         """
+        config = text_config(config)
         self._require_supported(config)
         sizes: dict[str, int] = {}
         for axis in self.axes:
@@ -232,6 +283,7 @@ class ArchSpec:
 
     def holds_lists(self, axis: str, config: PretrainedConfig) -> bool:
         """Whether the stock config has one size of an axis for every layer."""
+        config = text_config(config)
         fields = self.axis[axis].fields if axis in self.axis else ()
         return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
 
@@ -294,9 +346,14 @@ class ArchSpec:
         """Full name of a parameter or module inside a layer."""
         return f"{self.layers_path}.{layer}.{relative}"
 
-    def shape(self, pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape that the table gives to the parameters of a pattern."""
-        return tuple(dimension_size(dimension, sizes) for dimension in self.dimensions[pattern])
+    def shape(self, pattern: str, sizes: Mapping[str, int], found: Sequence[int] = ()) -> tuple[int, ...]:
+        """Shape that the table gives to the parameters of a pattern; `found` says how long a dimension `any` is."""
+        dimensions = self.dimensions[pattern]
+        if len(found) != len(dimensions):
+            found = (0,) * len(dimensions)
+        return tuple(
+            own if dimension == ANY else dimension_size(dimension, sizes) for dimension, own in zip(dimensions, found)
+        )
 
     def check(self, model: PreTrainedModel) -> None:
         """Prove that the table describes this model: every tensor claimed, with exactly the declared shape.
@@ -316,13 +373,15 @@ class ArchSpec:
             located = self.locate(name)
             if located is not None and located[1] is not None:
                 layers.add(located[1])
+            if located is None and name.startswith(self.opaque):
+                continue
             if located is None:
                 kind = "" if name in parameters else " (a saved buffer)"
                 problems.append(f"{name} {tuple(tensor.shape)}{kind} is not in the table")
                 continue
             pattern, layer = located
             own = sizes if layer is None or layer >= len(layer_sizes) else layer_sizes[layer]
-            if tuple(tensor.shape) != (expected := self.shape(pattern, own)):
+            if tuple(tensor.shape) != (expected := self.shape(pattern, own, tensor.shape)):
                 problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         if layers != set(range(sizes["layers"])):
             problems.insert(0, f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
@@ -359,7 +418,7 @@ class ArchSpec:
         """Every tensor of the student: (student name, teacher name, shape in the student).
 
         Args:
-            tensors: the teacher's `named_tensors`, tied ones once (only the names are read).
+            tensors: the teacher's `named_tensors`, tied ones once (only names and shapes are read).
             config: the student's.
             layers_kept: teacher indices of the layers that stay, in order.
         """
@@ -367,13 +426,21 @@ class ArchSpec:
         sizes, layer_sizes = self.sizes(config), self.layer_sizes(config)
         for name in tensors:
             located = self.locate(name)
-            assert located is not None, f"{name}: check() comes first"
+            if located is None:
+                assert name.startswith(self.opaque), f"{name}: check() comes first"
+                yield name, name, tuple(tensors[name].shape)
+                continue
             pattern, layer = located
             if layer is None:
-                yield name, name, self.shape(pattern, sizes)
+                yield name, name, self.shape(pattern, sizes, tensors[name].shape)
             elif layer in position:
                 new = position[layer]
                 yield self.layer_parameter(new, pattern), name, self.shape(pattern, layer_sizes[new])
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model inside a wrapper; a language model's own config as it is."""
+    return getattr(config, "text_config", None) or config
 
 
 def named_tensors(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Gemma 3, text only: Gemma 2 with RMSNorm on every query and key head."""
 
-from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, decoder, layer_tables
+from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, Wrapper, decoder, layer_tables
 
 SPEC = decoder(
     "gemma3_text",
@@ -13,4 +13,13 @@ SPEC = decoder(
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),
     layer_lists=("layer_types",),
+    wrappers=(
+        Wrapper(
+            "gemma3",
+            prefix="model.language_model.",
+            tensors={"model.multi_modal_projector.mm_input_projection_weight": "any hidden"},
+            writers=("model.multi_modal_projector.mm_input_projection_weight",),
+            opaque=("model.vision_tower.", "model.multi_modal_projector.mm_soft_emb_norm."),
+        ),
+    ),
 )

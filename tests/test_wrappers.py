@@ -1,0 +1,169 @@
+"""Models that hold a language model beside a vision tower: the one is cut, the other kept bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3TextConfig, Mistral3Config, PreTrainedModel
+
+from minitron_hf import models
+from minitron_hf.errors import PlanError, UnsupportedModelError
+from minitron_hf.families import spec_for
+from minitron_hf.importance import estimate_importance
+from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.streaming import prune_checkpoint
+from minitron_hf.surgery import apply_plan, prune_model
+from minitron_hf.verification import masked_units
+from pocket import float64_throughout, pocket_config, pocket_tokens
+
+IMAGE_TOKEN = 95
+TOKENS = pocket_tokens(2, 14) % IMAGE_TOKEN
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 22,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def configs() -> dict[str, object]:
+    text = pocket_config("gemma3_text").to_dict()
+    return {
+        "gemma3": AutoConfig.for_model(
+            "gemma3",
+            text_config=text,
+            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE_TOKEN,
+        ),
+    }
+
+
+CONFIGS = configs()
+
+
+def wrapped(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    config = copy.deepcopy(CONFIGS[name])
+    config._attn_implementation = "eager"
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = (2 / sum(parameter.shape)) ** 0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(values * scale)
+    return model.eval()
+
+
+def inputs(image: bool) -> dict[str, torch.Tensor]:
+    """Text alone, or with the tokens of one image in every row."""
+    tokens = TOKENS.clone()
+    if not image:
+        return {"input_ids": tokens}
+    tokens[:, 3:7] = IMAGE_TOKEN
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {"input_ids": tokens, "pixel_values": pixels, "token_type_ids": (tokens == IMAGE_TOKEN).long()}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, image: bool) -> torch.Tensor:
+    with float64_throughout():
+        return model(**inputs(image), use_cache=False).logits
+
+
+def planned(model: PreTrainedModel, **request) -> PruningPlan:
+    scores = estimate_importance(model, metric="random", seed=3)
+    return make_plan(model, PrunerConfig(**request, multiple_of=1), scores)
+
+
+def narrow_images(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """What the projector writes where images stand knows only the kept channels, at the scale of the embeddings."""
+    if "hidden" in plan.kept:
+        mask = torch.zeros(plan.sizes["hidden"]["teacher"], dtype=torch.float64)
+        mask[torch.from_numpy(plan.kept["hidden"])] = (len(plan.kept["hidden"]) / len(mask)) ** 0.5
+        model.model.multi_modal_projector.register_forward_hook(lambda _, __, output: output * mask)
+
+
+WIDTHS = [
+    {"intermediate_size": 31},
+    {"num_attention_heads": 6},
+    {"num_key_value_heads": 2, "num_attention_heads": 4},
+    {"layers_to_drop": [1, 3]},
+    {"hidden_size": 24},
+    {"hidden_size": 24, "intermediate_size": 17, "num_attention_heads": 6, "num_hidden_layers": 3},
+]
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("request_", WIDTHS, ids=str)
+def test_student_equals_masked_teacher(request_: dict, image: bool):
+    """With hidden channels dropped, up to the eps of norms: the masks scale embeddings, not eps."""
+    model = wrapped("gemma3")
+    plan = planned(model, **request_)
+    student = apply_plan(model, plan)
+    assert type(student) is type(model)
+    narrow_images(model, plan)
+    with masked_units(model, plan):
+        expected = logits(model, image)
+    found = logits(student, image)
+    gap = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert gap < (1e-4 if "hidden_size" in request_ else 1e-12)
+    assert expected.std() > 0.1
+    if image:
+        assert not torch.allclose(found, logits(student, False))
+
+
+def test_everything_else_is_kept_bit_for_bit(tmp_path: Path):
+    model = wrapped("gemma3", torch.float32)
+    plan = planned(model, **WIDTHS[-1])
+    student = apply_plan(model, plan)
+    before, after = model.state_dict(), student.state_dict()
+    others = {name for name in before if "language_model" not in name and not name.startswith("lm_head")}
+    projector = "model.multi_modal_projector.mm_input_projection_weight"
+    assert projector in others
+    assert any("vision_tower" in name for name in others)
+    assert all(torch.equal(before[name], after[name]) for name in others - {projector})
+    scale = (24 / 36) ** 0.5  # that of the student's embeddings
+    expected = before[projector][:, torch.from_numpy(plan.kept["hidden"])] * scale
+    torch.testing.assert_close(after[projector], expected)
+    assert student.config.vision_config.to_dict() == model.config.vision_config.to_dict()
+
+    student.save_pretrained(tmp_path)
+    reloaded = models.load_model(tmp_path)
+    assert type(reloaded) is type(model)
+    assert all(torch.equal(value, after[name]) for name, value in reloaded.state_dict().items())
+    asked = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    assert torch.equal(*(one.generate(TOKENS[:, :5], **asked) for one in (student, reloaded)))
+    counted = {models.count_parameters(one) for one in (student, plan.build_student_config())}
+    assert counted == {plan.student["num_parameters"]}
+
+
+def test_all_in_one_call_and_from_disk(tmp_path: Path):
+    model = wrapped("gemma3", torch.float32)
+    model.save_pretrained(tmp_path / "teacher")
+    config = PrunerConfig(hidden_size=24, intermediate_size=20, num_hidden_layers=3)
+    rows = (pocket_tokens(6, 16) % IMAGE_TOKEN).tolist()
+    student = prune_model(tmp_path / "teacher", config, calibration_data=rows, max_length=16)
+    student.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", student.pruning_plan, show_progress=False)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
+
+
+def test_sizes_are_those_of_the_language_model():
+    config = CONFIGS["gemma3"]
+    text = config.text_config
+    assert isinstance(text, Gemma3TextConfig)
+    assert spec_for(config).sizes(config) == spec_for(text).sizes(text)
+    with pytest.raises(PlanError, match="larger than the teacher's 36"):
+        make_plan(config, PrunerConfig(hidden_size=99))
+
+
+def test_wrappers_without_a_table_are_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"'mistral3' around 'mistral'. Supported: gemma3 \(gemma3_text\)"):
+        spec_for(Mistral3Config())
