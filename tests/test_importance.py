@@ -216,7 +216,8 @@ def activations(name: str) -> dict[str, list]:
                     columns = slice(group * width, (group + 1) * width)
                     contributions.append((value[:, columns] @ weight[:, columns].T).norm(dim=-1))
                 note("kv", index, torch.stack(contributions, -1))
-        if pocket.attention_out is None:  # recurrent models list what layers write, without the embeddings
+        # Recurrent models list what layers write, without the embeddings.
+        if pocket.attention_out is None and not torch.equal(only_row(states[0]), caught["embeddings"]):
             states = (caught["embeddings"][None], *states[: depth - 1], states[-1])
         # Transformers puts the final norm's output in the last place.
         states = [only_row(state) for state in states[:-1]]
