@@ -133,6 +133,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "models": models,
         "calibration": _calibration(plan) if plan else None,
         "architecture": _architecture_table(plan) if plan else None,
+        "depth": _depth_table(plan) if plan else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
@@ -181,6 +182,21 @@ def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for key, value in settings.items()
         if key not in ("model", "metric") and isinstance(value, str | int | float)
     ]
+
+
+def _depth_table(plan: Mapping[str, Any], most: int = 12) -> list[list[str]] | None:
+    """Layers that could have gone in the place of those that went, and what the model is worth without them."""
+    scores = plan.get("scores") or {}
+    gone = list(plan.get("layers_dropped") or [])
+    rivals = [tried for tried in scores.get("layers") or [] if len(tried["dropped"]) == len(gone)]
+    if not gone or not rivals:
+        return None
+    settings = scores["settings"]
+    rows = [["none", f"{settings['depth_baseline']:.4g}"]]
+    for tried in rivals[:most]:
+        mark = "**" if sorted(tried["dropped"]) == gone else ""
+        rows.append([f"{mark}{', '.join(map(str, tried['dropped']))}{mark}", f"{tried['score']:.4g}"])
+    return [["layers dropped", str(settings["depth_metric"]).replace("_", " ")], *rows]
 
 
 def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:

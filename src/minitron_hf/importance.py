@@ -6,9 +6,10 @@ One forward pass without the output head gives all of them (P1 §2.2, arXiv 2407
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
@@ -25,12 +26,14 @@ from transformers import PretrainedConfig
 
 from .artifacts import digest, public_name, replacing_file, versions
 from .data import DataSource, TokenRows, padded_batches, token_rows
+from .depth import DepthFunction, DepthMetric, DepthPass, without_layers
 from .errors import DataError, MismatchError
 from .families import ArchSpec, spec_for, text_config
 from .families.base import named_tensors
 from .models import architecture_digest, evaluating, input_device, model_digest, on_meta
 from .reductions import Reduction
 from .scoring import ActivationMetric, ScoringPass, require_vocabulary
+from .sizes import PrunerConfig, lacking_kinds, protected_layers
 from .taylor import TaylorPass
 from .units import weight_magnitudes
 
@@ -49,11 +52,15 @@ class ImportanceScores:
         axes: axis → float32 scores: `[units]` for axes chosen once for the whole model (hidden), `[layers, units]`
             for axes chosen in every layer (ffn, heads, kv), `[layers, outer, units]` for axes chosen inside every
             unit of another (the neurons of every expert). NaN in the rows of layers that have no such units.
-        blocks: float32 [L, L]; entry (i, j ≥ i) is the block importance of layers i..j together,
-            1 − E[cos(input of layer i, output of layer j)] (P1 §2.2); NaN below the diagonal.
+        blocks: float32 [L, L]; entry (i, j ≥ i) is the importance of layers i..j together. By default it is their
+            block importance, 1 − E[cos(input of layer i, output of layer j)] (P1 §2.2); otherwise what
+            `settings["depth_metric"]` says. NaN below the diagonal, and where it was not measured.
         settings: how the scores were made.
         digests: of `model` (weights), `architecture`, `tokenizer` and `data`.
         versions: of the libraries that made them.
+        removals: float32 [N, L], where layers were removed one after another: row n holds what the model is worth
+            without the n layers removed before and each other layer; NaN where it may not go, or is gone. The smallest
+            of a row goes.
     """
 
     axes: Mapping[str, Tensor]
@@ -61,23 +68,35 @@ class ImportanceScores:
     settings: Mapping[str, Any]
     digests: Mapping[str, str | None]
     versions: Mapping[str, str] = field(default_factory=versions)
+    removals: Tensor | None = None
 
     @property
     def layers(self) -> Tensor:
-        """Block importance of every single layer, float32 [L]."""
+        """Importance of every single layer, float32 [L]."""
         return self.blocks.diagonal()
+
+    @property
+    def removed_layers(self) -> list[int]:
+        """The layers that were removed one after another, in that order."""
+        return [] if self.removals is None else [_smallest(row) for row in self.removals.tolist()]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file of scores holds, by name."""
+        depth = {"blocks": self.blocks, **({} if self.removals is None else {"removals": self.removals})}
+        return {**self.axes, **depth}
 
     @property
     def digest(self) -> str:
         """Digest of the scores themselves."""
-        tensors = {**self.axes, "blocks": self.blocks}
+        tensors = self.tensors
         return digest(*(part for name in sorted(tensors) for part in (name, tensors[name].numpy().tobytes())))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `scores.safetensors` (settings, digests and versions in its header)."""
         header = {"format": 1, "settings": self.settings, "digests": self.digests, "versions": self.versions}
         path = Path(save_directory) / SCORES_NAME
-        tensors = {name: tensor.contiguous() for name, tensor in {**self.axes, "blocks": self.blocks}.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         with replacing_file(path) as temporary:
             save_file(tensors, temporary, metadata={"minitron_hf": json.dumps(header, sort_keys=True)})
         return path
@@ -99,8 +118,8 @@ class ImportanceScores:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
             if header["format"] != 1:
                 raise ValueError(f"format {header['format']!r}, expected 1")
-            blocks = tensors.pop("blocks")
-            return cls(tensors, blocks, header["settings"], header["digests"], header["versions"])
+            blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
+            return cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
         except Exception as error:
             raise MismatchError(
                 f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "
@@ -165,6 +184,11 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     max_length: int | None = None,
     packing: bool = True,
     batch_size: int = 8,
+    depth_metric: DepthMetric | DepthFunction | None = None,
+    block_length: int | None = None,
+    one_by_one: bool = False,
+    keep_first_layers: int = 1,
+    keep_last_layers: int = 1,
     seed: int = 0,
     show_progress: bool = True,
 ) -> ImportanceScores | dict[Metric, ImportanceScores]:
@@ -191,6 +215,11 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     - `"magnitude"`: ‖all weights of the unit‖₂. A control, without data.
     - `"random"`: the control that every result should be shown beside.
 
+    Layers are scored by the same pass, as blocks of every length, unless `depth_metric` asks for what it costs to do
+    without them: `"perplexity"` of the model without the block; `"logit_nmse"`, Σ(change of the logits)² / Σ(logits)²;
+    or any function of a model, the lower the better, which is given a stock model without the block. On small models
+    block importance ranks layers hardly better than chance, and perplexity ranks them well (`benchmarks/depth.py`).
+
     Activations are reduced over the tokens of a row, then over rows (P1 Table 13: batch L2 with sequence mean is best
     or second). Padding tokens never count, so the scores do not depend on batch size, padding side or the order of
     batches.
@@ -212,6 +241,13 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
         max_length: tokens in a row; default 512, or the model's positions where they are fewer.
         packing: join texts into full rows instead of one text a row.
         batch_size: rows at a time. Memory grows with `batch_size × max_length × (layers + 1) × hidden_size`.
+        depth_metric: `"perplexity"`, `"logit_nmse"` or a function `model -> float`; None: the metric's own.
+        block_length: with `depth_metric`, how many layers will go: blocks of that length and single layers are
+            measured. None: blocks of all lengths, which takes L/3 times as long for L layers.
+        one_by_one: with `depth_metric`, remove `block_length` layers one after another instead of in one block: always
+            the one that the model is best without (Nemotron Elastic does so by `"logit_nmse"`).
+        keep_first_layers: with `one_by_one`, layers at the beginning that stay.
+        keep_last_layers: with `one_by_one`, layers at the end that stay.
         seed: of `metric="random"`.
         show_progress: show a progress bar.
 
@@ -232,6 +268,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
             raise DataError(f"{name}={unknown[0]!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
     spec = spec_for(model.config)
     spec.check(model)
+    _require_depth(spec.sizes(model.config)["layers"], depth_metric, block_length, one_by_one)
     named = public_name(model.config._name_or_path)
     digests: dict[str, str | None] = {
         "model": model_digest(model),
@@ -250,7 +287,8 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     if "magnitude" in metrics:
         note("magnitude", *weight_magnitudes(spec, model), {})
     watched: list[ActivationMetric] = [name for name in get_args(ActivationMetric) if name in metrics]
-    if watched or "taylor" in metrics:
+    needed = isinstance(depth_metric, str)
+    if watched or "taylor" in metrics or needed:
         calibration = _calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
         reductions = {"batch_reduction": batch_reduction, "sequence_reduction": sequence_reduction}
         if watched:
@@ -265,7 +303,115 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
                 **_run_pass(taylor, model, calibration, digests, show_progress),
             }
             note("taylor", taylor.axis_scores(batch_reduction), taylor.block_scores(batch_reduction), settings)
+    if depth_metric is not None:
+        depth = spec.sizes(model.config)["layers"]
+        ends = PrunerConfig(keep_first_layers=keep_first_layers, keep_last_layers=keep_last_layers)
+        protected = protected_layers(spec, model.config, ends)
+        fixed = protected_layers(spec, model.config, replace(ends, keep_first_layers=0, keep_last_layers=0))
+
+        def possible(gone: Iterable[int]) -> bool:
+            left = sorted(set(range(depth)) - set(gone))
+            return fixed.isdisjoint(gone) and not lacking_kinds(spec, model.config, left)
+
+        def without(candidates: list[tuple[int, ...]], dropped: list[int]) -> list[float]:
+            if callable(depth_metric):
+                return [_worth(depth_metric, without_layers(spec, model, (*dropped, *gone))) for gone in candidates]
+            layers = DepthPass(spec, model, depth_metric, candidates, dropped)
+            depth_settings.update(_run_pass(layers, model, calibration, digests, show_progress))
+            return layers.scores()
+
+        depth_settings: dict[str, Any] = {}
+        if one_by_one:
+            assert block_length is not None
+            blocks, removals, baseline = _one_after_another(depth, block_length, protected, possible, without)
+        else:
+            lengths = range(1, depth) if block_length is None else {1, block_length}
+            blocks, baseline = _every_block(depth, lengths, possible, without)
+            removals = None
+        depth_settings |= {
+            "depth_metric": getattr(depth_metric, "__name__", depth_metric),
+            "depth_baseline": baseline,
+            "block_length": block_length,
+            "one_by_one": one_by_one,
+        }
+        for name, scores in found.items():
+            settings = {**scores.settings, **depth_settings}
+            found[name] = replace(scores, blocks=blocks, removals=removals, settings=settings, digests=dict(digests))
     return found[metrics[0]] if isinstance(metric, str) else {name: found[name] for name in metrics}
+
+
+def _require_depth(
+    depth: int, depth_metric: DepthMetric | DepthFunction | None, block_length: int | None, one_by_one: bool
+) -> None:
+    if depth_metric is not None and not callable(depth_metric) and depth_metric not in get_args(DepthMetric):
+        known = ", ".join(get_args(DepthMetric))
+        raise DataError(f"depth_metric={depth_metric!r} is unknown. Expected {known}, or a function of a model.")
+    if depth_metric is None and (block_length is not None or one_by_one):
+        raise DataError(
+            "block_length and one_by_one say what depth_metric measures. Pass it, for example 'perplexity', or leave "
+            "them out."
+        )
+    if block_length is not None and not 0 < block_length < depth:
+        raise DataError(f"block_length={block_length}: expected 1 to {depth - 1} of the {depth} layers to go.")
+    if one_by_one and block_length is None:
+        raise DataError("one_by_one needs to know how many layers go. Pass block_length.")
+
+
+#: Values of candidates, each the layers to go without, where some layers are gone already.
+_Without = Callable[[list[tuple[int, ...]], list[int]], list[float]]
+
+
+def _worth(function: DepthFunction, model: PreTrainedModel) -> float:
+    value = float(function(model))
+    if math.isnan(value):
+        raise DataError(f"depth_metric {getattr(function, '__name__', function)!r} gave NaN. Expected a number.")
+    return value
+
+
+def _every_block(
+    depth: int, lengths: Iterable[int], possible: Callable[[Iterable[int]], bool], without: _Without
+) -> tuple[Tensor, float]:
+    """Values without every contiguous block of some lengths, float32 [L, L], and the value of the whole model."""
+    blocks_of = {n: [tuple(range(first, first + n)) for first in range(depth - n + 1)] for n in sorted(lengths)}
+    candidates = [gone for tried in blocks_of.values() for gone in tried if possible(gone)]
+    baseline, *values = without([(), *candidates], [])
+    blocks = torch.full((depth, depth), torch.nan)
+    for gone, value in zip(candidates, values, strict=True):
+        blocks[gone[0], gone[-1]] = value
+    return blocks, baseline
+
+
+def _one_after_another(
+    depth: int,
+    count: int,
+    protected: Collection[int],
+    possible: Callable[[Iterable[int]], bool],
+    without: _Without,
+) -> tuple[Tensor, Tensor, float]:
+    """Values of single layers, float32 [L, L]; of each step, float32 [count, L]; and of the whole model."""
+    if depth - len(protected) < count:
+        raise DataError(
+            f"block_length={count}: only {depth - len(protected)} of {depth} layers may go, the others are protected. "
+            "Lower it, or keep_first_layers or keep_last_layers."
+        )
+    removals = torch.full((count, depth), torch.nan)
+    dropped: list[int] = []
+    baseline = math.nan
+    for step in range(count):
+        left = [layer for layer in range(depth) if layer not in {*dropped, *protected}]
+        left = [layer for layer in left if possible((*dropped, layer))]
+        if not left:
+            raise DataError(f"None of the layers can go once {dropped} are gone. Pass a smaller block_length.")
+        first, *values = without([(), *((layer,) for layer in left)], dropped)
+        baseline = baseline if step else first
+        removals[step, left] = torch.tensor(values)
+        dropped.append(_smallest(removals[step].tolist()))
+    return removals[0].diag().masked_fill(~torch.eye(depth, dtype=torch.bool), torch.nan), removals, baseline
+
+
+def _smallest(values: Sequence[float]) -> int:
+    """Index of the smallest value; NaN is none, ties go to the lower index."""
+    return min((index for index, value in enumerate(values) if not math.isnan(value)), key=lambda i: values[i])
 
 
 class Calibration(NamedTuple):
@@ -283,7 +429,7 @@ class Calibration(NamedTuple):
 
 
 def _run_pass(
-    pass_: ScoringPass | TaylorPass,
+    pass_: ScoringPass | TaylorPass | DepthPass,
     model: PreTrainedModel,
     calibration: Calibration,
     digests: dict[str, str | None],

@@ -286,6 +286,17 @@ def tensor_values(model: PreTrainedModel, name: str) -> torch.Tensor:
     return weights[0][weights[1]]
 
 
+def set_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or saved buffer, whatever its shape."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor.contiguous()
+    else:
+        requires_grad = module.get_parameter(leaf).requires_grad
+        setattr(module, leaf, torch.nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
+
+
 def _offloaded(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str] | None:
     """Where Accelerate keeps an offloaded tensor: a mapping, and the key in it."""
     path, _, leaf = name.rpartition(".")

@@ -250,6 +250,7 @@ def make_plan(
             "settings": dict(scores.settings),
             "data_digest": scores.digests["data"],
             "tokenizer_digest": scores.digests["tokenizer"],
+            **({"layers": _candidates(scores)} if scores.settings.get("depth_metric") else {}),
         },
         notes=tuple(notes),
     )
@@ -279,10 +280,25 @@ def _choose_layers(
         blocks = [range(start, start + num_drop) for start in starts]
         possible = [block for block in blocks if not lacking_kinds(spec, teacher, without(block))]
         importance = scores.blocks.diagonal(num_drop - 1)
+        measured = [float(importance[block.start]) for block in possible]
+        _require_measured(measured, scores, f"blocks of {num_drop} layers")
         least = min(possible or blocks, key=lambda block: float(importance[block.start]))
         return without(least)
     drop: list[int] = []
-    ranked = sorted(set(range(depth)) - protected, key=lambda layer: float(scores.layers[layer]))
+    movable = sorted(set(range(depth)) - protected)
+    if scores.removals is not None:
+        drop = scores.removed_layers[:num_drop]
+        lacking = lacking_kinds(spec, teacher, without(drop))
+        if len(drop) < num_drop or not protected.isdisjoint(drop) or lacking:
+            raise PlanError(
+                f"The scores removed layers {scores.removed_layers} one after another, and {num_drop} of the layers "
+                f"{movable} are to go{f' ({lacking})' if lacking else ''}. Score again with block_length={num_drop}, "
+                f"keep_first_layers={request.keep_first_layers} and keep_last_layers={request.keep_last_layers}, "
+                "or set contiguous."
+            )
+        return without(drop)
+    _require_measured([float(scores.layers[layer]) for layer in movable], scores, "single layers")
+    ranked = sorted(movable, key=lambda layer: float(scores.layers[layer]))
     while len(drop) < num_drop:
         # A layer that others need may go once they are gone.
         free = [layer for layer in ranked if not lacking_kinds(spec, teacher, without([*drop, layer]))]
@@ -292,6 +308,32 @@ def _choose_layers(
         drop.append(free[0])
         ranked.remove(free[0])
     return without(drop)
+
+
+def _candidates(scores: ImportanceScores) -> list[dict[str, Any]]:
+    """What the model was worth without every set of layers that was tried, best first."""
+    tried: dict[tuple[int, ...], float] = {}
+    for first, last in (~scores.blocks.isnan()).nonzero().tolist():
+        tried[tuple(range(first, last + 1))] = float(scores.blocks[first, last])
+    if scores.removals is not None:
+        for step, row in enumerate(scores.removals.tolist()):
+            gone = scores.removed_layers[:step]
+            for layer, value in enumerate(row):
+                if not math.isnan(value):
+                    tried[tuple(sorted([*gone, layer]))] = value
+    return [
+        {"dropped": list(layers), "score": value}
+        for layers, value in sorted(tried.items(), key=lambda item: (len(item[0]), item[1]))
+    ]
+
+
+def _require_measured(values: Sequence[float], scores: ImportanceScores, what: str) -> None:
+    if any(math.isnan(value) for value in values):
+        raise PlanError(
+            f"The scores by {scores.settings.get('depth_metric')} do not hold all {what}: they were made with "
+            f"block_length={scores.settings.get('block_length')}, one_by_one={scores.settings.get('one_by_one')}. "
+            "Score again with block_length the number of layers that go, or set contiguous to match."
+        )
 
 
 def _uneven_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> list[int]:

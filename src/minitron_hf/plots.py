@@ -174,7 +174,8 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
 def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
     """Block importance of every layer and of every contiguous block of layers, dropped layers marked.
 
-    Block importance is 1 − cos(input, output) of the layers (P1 §2.2): low means that they change little.
+    Block importance is 1 − cos(input, output) of the layers (P1 §2.2): low means that they change little. Where the
+    plan says that layers were scored by a `depth_metric`, that is drawn: the model's worth without them.
 
     Raises:
         OutputError: if `scores.safetensors` or `pruning_plan.json` is missing.
@@ -185,6 +186,8 @@ def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
         raise MismatchError(f"{Path(run_dir) / 'scores.safetensors'} holds no `blocks`, only {sorted(scores)}.")
     blocks = scores["blocks"]
     num_layers = len(blocks)
+    settings = (plan.get("scores") or {}).get("settings") or {}
+    label = f"{settings['depth_metric']} without" if settings.get("depth_metric") else "block importance"
     dropped = sorted(plan.get("layers_dropped") or [])
     single = np.diag(blocks)
 
@@ -196,7 +199,7 @@ def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
         if len(single) and np.nanmin(single) > 0 and np.nanmax(single) / np.nanmin(single) > 20:
             left.set_yscale("log")
         left.set_xlabel("layer")
-        left.set_ylabel("block importance")
+        left.set_ylabel(label)
         left.set_title("Single layers", loc="left")
         _integer_ticks(left, "x", num_layers)
         left.grid(False, axis="x")
@@ -213,7 +216,7 @@ def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
         right.set_title("Contiguous blocks", loc="left")
         _integer_ticks(right, "x", num_layers)
         _integer_ticks(right, "y", num_layers)
-        figure.colorbar(image, ax=right, label="block importance", fraction=0.046, pad=0.03)
+        figure.colorbar(image, ax=right, label=label, fraction=0.046, pad=0.03)
         for first, last in _runs(dropped):
             right.add_patch(_outline(last, first))
         if dropped:

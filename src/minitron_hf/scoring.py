@@ -49,30 +49,95 @@ def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
         )
 
 
-def model_inputs(batch: Mapping[str, Tensor], takes_positions: bool) -> dict[str, Tensor]:
-    """What a causal model is called with: no mask where it cannot see the padding anyway.
+def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every predicted token in float32 (float64 stays), 0 elsewhere, and where there are any.
 
-    Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a sliding
-    window leaves with nothing to see turn NaN and spoil the keys of the others.
-
-    Args:
-        batch: `input_ids` and `attention_mask`, [B, T].
-        takes_positions: whether the model can be told the positions of tokens.
+    Returns:
+        Losses [B, T − 1], and a mask of the same shape.
     """
-    mask_BT = batch["attention_mask"]
-    # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
-    inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
-    if bool((mask_BT.diff(dim=1) > 0).any()):
-        inputs["attention_mask"] = mask_BT
-        if takes_positions:
-            inputs["position_ids"] = position_ids(mask_BT)
-    return inputs
+    predicted_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
+    targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
+    losses = [  # row by row: a copy of all logits in float32 would be the largest tensor of all
+        nn.functional.cross_entropy(
+            logits_TV[:-1].to(wide(logits_TV)), targets_T.to(logits_TV.device), reduction="none"
+        )
+        for logits_TV, targets_T in zip(logits_BTV, targets_BT)
+    ]
+    predicted_BT = predicted_BT.to(logits_BTV.device)
+    return torch.stack(losses).masked_fill(~predicted_BT, 0), predicted_BT
 
 
-def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether a model can be told the positions of tokens."""
-    # The signature, not __code__: Transformers wraps `forward` in decorators.
-    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+class Batches:
+    """The calibration rows that a pass has seen.
+
+    Attributes:
+        rows: the rows of every batch, without padding; rows without tokens are left out.
+        shape_BT: shape of the batch at work.
+        mask_BT: its tokens, without padding.
+    """
+
+    def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
+        self.spec = spec
+        self.model = model
+        self.sizes = spec.sizes(model.config)
+        self.rows: list[list[tuple[int, ...]]] = []
+        self.shape_BT: tuple[int, ...] = ()
+        self.mask_BT = torch.zeros(0, 0, dtype=torch.bool)
+        # The signature, not __code__: Transformers wraps `forward` in decorators.
+        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+    def begin(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take note of a batch of `input_ids` and, where it is padded, `attention_mask` [B, T]; both, checked."""
+        ids_BT = batch["input_ids"]
+        mask_BT = batch.get("attention_mask")
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
+        require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
+        self.shape_BT, self.mask_BT = mask_BT.shape, mask_BT.bool()
+        self.rows.append([row for row in rows if row])
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a causal model is called with: no mask where it cannot see the padding anyway.
+
+        Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a
+        sliding window leaves with nothing to see turn NaN and spoil the keys of the others.
+        """
+        mask_BT = batch["attention_mask"]
+        # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
+        inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
+        if bool((mask_BT.diff(dim=1) > 0).any()):
+            inputs["attention_mask"] = mask_BT
+            if self.takes_positions:
+                inputs["position_ids"] = position_ids(mask_BT)
+        return inputs
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with at least one token."""
+        return sum(map(len, self.rows))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen, without padding."""
+        return sum(len(row) for rows in self.rows for row in rows)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Observe what has to be observed, for the duration of the context."""
+        yield
+
+    def gather(self) -> None:
+        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
+        everyones: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, self.rows)
+        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        """The same sums of all processes together."""
+        sums = sums.to(input_device(self.model))
+        torch.distributed.all_reduce(sums)
+        return sums
 
 
 def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
@@ -119,12 +184,8 @@ class Tap:
         return x.reshape(*lead, self.num_units, -1)
 
 
-class ScoringPass:
-    """Accumulators of one pass, in float64, and the hooks that feed them.
-
-    Attributes:
-        rows: the rows of every batch that was seen, without padding; rows without tokens are left out.
-    """
+class ScoringPass(Batches):
+    """Accumulators of one pass, in float64, and the hooks that feed them."""
 
     def __init__(
         self,
@@ -133,36 +194,24 @@ class ScoringPass:
         sequence_reduction: Reduction,
         metrics: Iterable[ActivationMetric] = ("activation",),
     ) -> None:
-        self.spec = spec
-        self.model = model
+        super().__init__(spec, model)
         self.metrics = tuple(metrics)
-        self.sizes = spec.sizes(model.config)
         self.layer_sizes = spec.layer_sizes(model.config)
         self.sequence_reduction = sequence_reduction
-        self.rows: list[list[tuple[int, ...]]] = []
         self.layer_inputs: list[Tensor] = []
-        self.mask_BT: Tensor | None = None
+        self.padded = False
         self.count_B = torch.zeros(0)
-        self.shape_BT: tuple[int, ...] = ()
         # (kind, axis, source) → sums over rows, [3, U]; source is a norm, or layer + layers * part.
         self.sums: dict[tuple[Kind, str, int], Tensor] = {}
         self.unseen: dict[tuple[Kind, str, int], str] = {}
         self.writer_norms: dict[tuple[int, int], Tensor] = {}
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
-        self.takes_positions = takes_positions(model)
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model, without its head, on one batch of `input_ids` and, where it is padded, `attention_mask`."""
-        mask_BT = batch.get("attention_mask")
-        if mask_BT is None:
-            mask_BT = torch.ones_like(batch["input_ids"])
-        rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["input_ids"], mask_BT)]
-        require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
-        padded = not bool(mask_BT.all())
-        self.mask_BT = mask_BT.bool() if padded else None
-        self.count_B = mask_BT.sum(1)
-        self.shape_BT = mask_BT.shape
-        inputs = model_inputs({**batch, "attention_mask": mask_BT}, self.takes_positions)
+        inputs = self.inputs(self.begin(batch))
+        self.padded = not bool(self.mask_BT.all())
+        self.count_B = self.mask_BT.sum(1)
         self.layer_inputs.clear()
         self.model.base_model(**inputs, use_cache=False)
         if self.unseen:
@@ -172,17 +221,6 @@ class ScoringPass:
                 "attention or kernel implementation; if it has none, please report it."
             )
         self._add_similarities()
-        self.rows.append([row for row in rows if row])
-
-    @property
-    def num_rows(self) -> int:
-        """Rows with at least one token."""
-        return sum(map(len, self.rows))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens seen, without padding."""
-        return sum(len(row) for rows in self.rows for row in rows)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -363,7 +401,7 @@ class ScoringPass:
             token_n = routed.token_n
             row_n = token_n // self.shape_BT[1]
             seen_n: Tensor | slice = slice(None)
-            if self.mask_BT is not None:
+            if self.padded:
                 seen_n = self.mask_BT.flatten().to(token_n.device)[token_n]
             row_n = row_n[seen_n]
             count_B = self.count_B.to(row_n.device)
@@ -399,7 +437,8 @@ class ScoringPass:
 
     def _add(self, kind: Kind, axis: str, source: int, x_BTU: Tensor) -> None:
         x_BTU = x_BTU.reshape(*self.shape_BT, -1)  # OPT flattens rows and tokens before its MLP
-        self._accumulate(kind, axis, source, reduce_sequence(x_BTU, self.mask_BT, self.sequence_reduction))
+        mask_BT = self.mask_BT if self.padded else None
+        self._accumulate(kind, axis, source, reduce_sequence(x_BTU, mask_BT, self.sequence_reduction))
 
     def _accumulate(self, kind: Kind, axis: str, source: int, reduced_BU: Tensor, start: int = 0) -> None:
         if reduced_BU.device.type == "mps":  # has no float64
@@ -421,7 +460,7 @@ class ScoringPass:
         device = states[0].device
         # Chunks that stay in a CPU's cache; elsewhere larger ones, so that starting kernels takes no time.
         elements = 2**21 if device.type == "cpu" else 2**25
-        tokens = torch.arange(len(states[0])) if self.mask_BT is None else self.mask_BT.cpu().flatten().nonzero()[:, 0]
+        tokens = self.mask_BT.cpu().flatten().nonzero()[:, 0] if self.padded else torch.arange(len(states[0]))
         for chunk in tokens.split(max(1, elements // (len(states) * states[0].shape[1]))):
             x_NLH = torch.stack([x_NH[chunk.to(x_NH.device)].to(device) for x_NH in states], dim=1)
             x_NLH = x_NLH.to(wide(x_NLH))
@@ -432,16 +471,10 @@ class ScoringPass:
 
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
-        device = input_device(self.model)
         for key, sums_3U in self.sums.items():
-            self.sums[key] = sums_3U.to(device)
-            torch.distributed.all_reduce(self.sums[key])
-        similarity = self.similarity.to(device)
-        torch.distributed.all_reduce(similarity)
-        self.similarity = similarity.cpu()
-        everyones: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, self.rows)
-        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
+            self.sums[key] = self._add_up(sums_3U)
+        self.similarity = self._add_up(self.similarity).cpu()
+        super().gather()
 
     def axis_scores(self, batch_reduction: Reduction, metric: ActivationMetric = "activation") -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""

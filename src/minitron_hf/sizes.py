@@ -197,6 +197,36 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     return build_student_config(spec, config, sizes, kept, norm_compensation=pruner_config.norm_compensation)
 
 
+def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> dict[str, Any] | None:
+    """The arguments of `estimate_importance` that say which layers a `depth_metric` has to judge.
+
+    Returns:
+        None where no layers are chosen by scores.
+    """
+    spec = spec_for(config)
+    num_drop = spec.sizes(config)["layers"] - resolve_sizes(spec, config, pruner_config)[0]["layers"]
+    if num_drop == 0 or pruner_config.layers_to_drop is not None:
+        return None
+    return {
+        "block_length": num_drop,
+        "one_by_one": not pruner_config.contiguous,
+        "keep_first_layers": pruner_config.keep_first_layers,
+        "keep_last_layers": pruner_config.keep_last_layers,
+    }
+
+
+def scoring_arguments(
+    config: PretrainedConfig, pruner_config: PrunerConfig, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `estimate_importance`, completed where a `depth_metric` has to know what is to be cut."""
+    if arguments.get("depth_metric") is None:
+        return dict(arguments)
+    wanted = depth_to_measure(config, pruner_config)
+    if wanted is None:
+        return {name: value for name, value in arguments.items() if name != "depth_metric"}
+    return {**wanted, **arguments}
+
+
 def resolve_sizes(
     spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig
 ) -> tuple[dict[str, int], list[str]]:

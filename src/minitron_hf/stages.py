@@ -27,7 +27,7 @@ from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
-from .sizes import PRUNER_CONFIG_NAME
+from .sizes import PRUNER_CONFIG_NAME, scoring_arguments
 from .streaming import is_streamable, prune_checkpoint
 from .surgery import apply_plan
 from .verification import verified_plan
@@ -159,8 +159,9 @@ def _score(run: Run) -> None:
     texts = run.dataset("calibration")
     # One by one: only the first rows are needed, and the corpus may be far larger than memory.
     texts = (row[section.text_field] for row in texts) if section.text_field in texts.column_names else texts
+    arguments = scoring_arguments(run.teacher_config, run.recipe.pruner_config, run.recipe.scores)
     scores = estimate_importance(
-        run.teacher, texts, processing_class=run.tokenizer, show_progress=run.show_progress, **run.recipe.scores
+        run.teacher, texts, processing_class=run.tokenizer, show_progress=run.show_progress, **arguments
     )
     scores.save_pretrained(run.folder)
 
@@ -449,6 +450,8 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
             "scores": recipe.scores,
+            # Without these layers the model is measured.
+            **({"prune": recipe.pruner_config.to_dict()} if recipe.scores.get("depth_metric") else {}),
             "data": dataset_identity(recipe.data.calibration or recipe.data.train),
         },
         (SCORES_NAME,),

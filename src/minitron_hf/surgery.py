@@ -24,10 +24,11 @@ from .models import (
     load_model,
     load_tokenizer,
     on_meta,
+    set_tensor,
     tensor_values,
 )
 from .planning import PruningPlan, config_values, make_plan
-from .sizes import PrunerConfig, student_config
+from .sizes import PrunerConfig, scoring_arguments, student_config
 from .verification import verified_plan
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
             values = tensor_values(model, source).detach()
             tensor = student_tensor(values, source, spec, model.config, plan)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-            _set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
+            set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     student.pruning_plan = plan
@@ -100,7 +101,8 @@ def prune_model(
         scores: scores made before by `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
-        **importance_kwargs: passed on to `estimate_importance` (`num_samples`, `max_length`, `batch_size`, …).
+        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
+            `depth_metric` has to measure follows from `config`.
 
     Returns:
         The student: a new stock model that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` know, with
@@ -126,6 +128,7 @@ def prune_model(
         model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path), config
     )
     model = load_model(model_or_path)
+    importance_kwargs = scoring_arguments(model.config, config, importance_kwargs)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
@@ -226,13 +229,3 @@ def cut_tensor(
         if index is not None:
             tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
     return tensor
-
-
-def _set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor.contiguous()
-    else:
-        requires_grad = module.get_parameter(leaf).requires_grad
-        setattr(module, leaf, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))

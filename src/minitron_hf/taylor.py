@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +23,20 @@ from .errors import UnsupportedModelError
 from .experts import Observer, Routed, observed_experts, stored_transposed
 from .families import ArchSpec
 from .families.base import named_tensors
-from .models import input_device
 from .reductions import Reduction, reduce_rows, row_terms, wide
-from .scoring import Tap, first_input, model_inputs, require_vocabulary, state_of, takes_positions
+from .scoring import Batches, Tap, first_input, state_of, token_losses
 
 
-class TaylorPass:
+class TaylorPass(Batches):
     """Accumulators of one pass, in float64, and the hooks that feed them. Used like `ScoringPass`.
 
     Per row of a batch, the terms x·∂L/∂x of a unit are summed over its tokens, where L is the row's mean loss; for a
     channel over all norms too, because it is removed everywhere. Then the rows are reduced.
-
-    Attributes:
-        rows: the rows of every batch that was seen, without padding; rows without tokens are left out.
     """
 
     def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
-        self.spec = spec
-        self.model = model
-        self.sizes = spec.sizes(model.config)
+        super().__init__(spec, model)
         self.layer_sizes = spec.layer_sizes(model.config)
-        self.rows: list[list[tuple[int, ...]]] = []
-        self.takes_positions = takes_positions(model)
-        self.mask_BT = torch.zeros(0, 0)
         # (axis, layer; 0 for hidden) → sums over rows, [3, U].
         self.sums: dict[tuple[str, int], Tensor] = {}
         # The same for the rows of this batch, [B, U].
@@ -59,42 +48,25 @@ class TaylorPass:
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model forwards and backwards on one batch of `input_ids` and, where padded, `attention_mask`."""
-        ids_BT = batch["input_ids"]
-        mask_BT = batch.get("attention_mask")
-        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
-        require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
-        self.mask_BT = mask_BT.bool()
+        batch = self.begin(batch)
         self.terms.clear()
         self.states.clear()
         depth = self.sizes["layers"]
-        self.block_terms = torch.zeros(len(rows), depth, depth, dtype=torch.float64)
-        logits_BTV = self.model(
-            **model_inputs({"input_ids": ids_BT, "attention_mask": mask_BT}, self.takes_positions), use_cache=False
-        ).logits
-        _mean_losses(logits_BTV, ids_BT, self.mask_BT).sum().backward()
+        self.block_terms = torch.zeros(len(self.mask_BT), depth, depth, dtype=torch.float64)
+        logits_BTV = self.model(**self.inputs(batch), use_cache=False).logits
+        losses_BT, predicted_BT = token_losses(logits_BTV, batch["input_ids"], self.mask_BT)
+        (losses_BT.sum(1) / predicted_BT.sum(1).clamp(min=1)).sum().backward()
         if missing := sorted({f"{axis} of layer {layer}" for axis, layer in self.sums.keys() - self.terms.keys()}):
             raise UnsupportedModelError(
                 f"The backward pass of this {type(self.model).__name__} never came to {', '.join(missing[:4])}. "
                 "Load it with another attention or kernel implementation, or use another metric than 'taylor'."
             )
-        counted = torch.tensor([bool(row) for row in rows])
+        counted = self.mask_BT.any(1).cpu()
         for key, terms_BU in self.terms.items():
             self.sums[key] += row_terms(terms_BU.cpu()[counted])
         self.block_sums += row_terms(self.block_terms.flatten(1)[counted])
         self.terms.clear()
         self.states.clear()
-        self.rows.append([row for row in rows if row])
-
-    @property
-    def num_rows(self) -> int:
-        """Rows with at least one token."""
-        return sum(map(len, self.rows))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens seen, without padding."""
-        return sum(len(row) for rows in self.rows for row in rows)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -216,14 +188,10 @@ class TaylorPass:
 
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
-        device = input_device(self.model)
-        for sums in (*self.sums.values(), self.block_sums):
-            moved = sums.to(device)
-            torch.distributed.all_reduce(moved)
-            sums.copy_(moved)
-        everyones: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, self.rows)
-        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
+        for key, sums_3U in self.sums.items():
+            self.sums[key] = self._add_up(sums_3U).cpu()
+        self.block_sums = self._add_up(self.block_sums).cpu()
+        super().gather()
 
     def axis_scores(self, batch_reduction: Reduction) -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
@@ -248,12 +216,3 @@ class TaylorPass:
 
 def _begin_graph(embedded_BTH: Tensor) -> None:
     embedded_BTH.requires_grad_()
-
-
-def _mean_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean loss of the predicted tokens of every row, [B]; 0 where nothing is predicted."""
-    predicted_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
-    targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
-    logits_BTV = logits_BTV[:, :-1].to(wide(logits_BTV))
-    losses_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
-    return losses_BT.masked_fill(~predicted_BT, 0).sum(1) / predicted_BT.sum(1).clamp(min=1)
