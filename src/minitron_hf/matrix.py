@@ -90,7 +90,9 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
         if multiple in remarks:
-            remarks[multiple].append(f"to a multiple of {_named(divisor, spec)}")
+            sisters = " or ".join(f'`model_type="{sister}"`' for sister, *_ in spec.sisters)
+            unless = f", unless the student is given {sisters}" if sisters else ""
+            remarks[multiple].append(f"to a multiple of {_named(divisor, spec)}{unless}")
     for inner, outer in spec.groups:
         if inner in remarks:
             remarks[inner].append(f"to equally many for every kept unit of {_named(outer, spec)}")

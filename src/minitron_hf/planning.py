@@ -223,7 +223,13 @@ def make_plan(
     for axis, counts in uneven.items():
         notes.append(f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}.")
     student = build_student_config(
-        spec, teacher_config, after, layers_kept, norm_compensation=config.norm_compensation, uneven=uneven
+        spec,
+        teacher_config,
+        after,
+        layers_kept,
+        norm_compensation=config.norm_compensation,
+        model_type=config.model_type,
+        uneven=uneven,
     )
     kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     return PruningPlan(

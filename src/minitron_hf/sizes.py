@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .artifacts import read_json, write_json
 from .axes import dimension_axes, dimension_size, implied_size, parse_dimensions
 from .errors import HubError, PlanError
-from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
+from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, spec_for, text_config
 from .models import first_line
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ NORM_EPSILONS = (
     "norm_eps",
     "norm_epsilon",
 )
+
+#: Stacked experts are multiplied by kernels that want rows of 16 bytes: so many 16-bit numbers.
+EXPERT_ALIGNMENT = 8
 
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
@@ -66,6 +69,9 @@ class PrunerConfig:
             of the kept ones.
         uneven: names of sizes that may differ from layer to layer under the same total, which goes to the layers whose
             scores are spread over most units. Only where the stock config holds one size for every layer.
+        model_type: stock classes for the student, where those of another family hold exactly the same model without a
+            limit on sizes that the teacher's config has (a Llama without biases is a Mistral without a window). The
+            refusal of such a size names them.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
     """
 
@@ -86,6 +92,7 @@ class PrunerConfig:
     keep_last_layers: int = 1
     norm_compensation: bool = False
     uneven: list[str] = field(default_factory=list)
+    model_type: str | None = None
     multiple_of: int = 8
 
     def __post_init__(self) -> None:
@@ -116,6 +123,8 @@ class PrunerConfig:
         for name in ("contiguous", "norm_compensation"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
+        if self.model_type is not None and not isinstance(self.model_type, str):
+            raise PlanError(f"model_type={self.model_type!r}: expected the name of a family.")
         for name in ("keep_first_layers", "keep_last_layers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -194,7 +203,36 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
         kept = next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
     else:
         kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
-    return build_student_config(spec, config, sizes, kept, norm_compensation=pruner_config.norm_compensation)
+    return build_student_config(
+        spec,
+        config,
+        sizes,
+        kept,
+        norm_compensation=pruner_config.norm_compensation,
+        model_type=pruner_config.model_type,
+    )
+
+
+def _sisters(spec: ArchSpec, config: PretrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """Other families whose stock classes hold this model: model type → changes to the config."""
+    return {
+        model_type: changes
+        for model_type, needed, changes in spec.sisters
+        if all(getattr(config, name, None) == value for name, value in needed.items())
+    }
+
+
+def _carrier(spec: ArchSpec, config: PretrainedConfig, model_type: str | None) -> ArchSpec:
+    """The table of the stock classes that are to hold the student."""
+    if model_type in (None, spec.model_type):
+        return spec
+    if model_type not in (possible := _sisters(spec, config)):
+        others = f"Only those of {' or '.join(map(repr, possible))} do" if possible else "No others do"
+        raise PlanError(
+            f"model_type={model_type!r}: its stock classes do not hold this '{spec.model_type}' model unchanged. "
+            f"{others}. Leave model_type out to keep the teacher's."
+        )
+    return families()[str(model_type)]
 
 
 def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> dict[str, Any] | None:
@@ -236,6 +274,7 @@ def resolve_sizes(
         PlanError: for every request that cannot be met; the message names what could.
     """
     teacher_config = text_config(teacher_config)
+    teachers, spec = spec, _carrier(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
     after = dict(before)
     given: set[str] = set()
@@ -309,7 +348,49 @@ def resolve_sizes(
             )
         if any(PRUNER_FIELDS[name] in pair for pair in spec.groups):
             raise PlanError(f"uneven names {name}, which is cut in whole groups, equal in every layer. Leave it out.")
+    if spec is not teachers:
+        notes.append(f"The student is of type '{spec.model_type}', whose classes hold the same model.")
+    notes += _serving_notes(
+        spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
+    )
     return after, notes
+
+
+def config_class(model_type: str) -> type[PretrainedConfig]:
+    """The stock config class of a model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]
+
+
+def _serving_notes(
+    spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int], after: Mapping[str, int]
+) -> list[str]:
+    """Sizes that Transformers takes, and other programs or fast kernels may not."""
+    notes: list[str] = []
+    if after == before:
+        return notes
+    head_dim = spec.axis.get("head_dim")
+    declared = {declared.name for declared in fields(cast(Any, config_type))}
+    if head_dim is not None and head_dim.fields == ("head_dim",) and "head_dim" not in declared:
+        shared = after["hidden"] // after["heads"]
+        if after["heads"] * after["head_dim"] != after["hidden"]:
+            notes.append(
+                f"head_dim={after['head_dim']} is honoured by Transformers, but is no declared field of "
+                f"{config_type.__name__}: other runtimes are known to take hidden_size // num_attention_heads "
+                f"= {shared} instead. Try yours before you rely on it, or keep "
+                "hidden_size = num_attention_heads × head_dim."
+            )
+    if "moe_ffn" in after:
+        for axis in ("hidden", "moe_ffn"):
+            if after[axis] % EXPERT_ALIGNMENT and not before[axis] % EXPERT_ALIGNMENT:
+                nearest = _nearest(after[axis], range(EXPERT_ALIGNMENT, before[axis] + 1, EXPERT_ALIGNMENT))
+                notes.append(
+                    f"{_name(spec, axis)}={after[axis]}: fast kernels for stacked experts need rows of 16 bytes, that "
+                    f"is, multiples of {EXPERT_ALIGNMENT} in 16 bits (nearest: {nearest}). Load the student "
+                    "with experts_implementation='eager', or choose one of them."
+                )
+    return notes
 
 
 def fixed_layers(spec: ArchSpec, config: PretrainedConfig) -> set[int]:
@@ -480,8 +561,14 @@ def _require_multiples(
             step = math.lcm(*(each for divided, each, _ in divisors if divided == axis))
             raise PlanError(
                 f"{_name(spec, axis)}={after[axis]}: {why}. "
-                f"Nearest: {_nearest(after[axis], range(step, before[axis] + 1, step))}."
+                f"Nearest: {_nearest(after[axis], range(step, before[axis] + 1, step))}." + _offer(spec, config, axis)
             )
+
+
+def _offer(spec: ArchSpec, config: PretrainedConfig, axis: str) -> str:
+    """Stock classes that hold the same model without a limit on an axis."""
+    free = [name for name in _sisters(spec, config) if axis not in dict(families()[name].multiples)]
+    return "".join(f" Or set model_type='{name}', whose classes hold the same model at any size." for name in free)
 
 
 def _require_least(
@@ -539,10 +626,12 @@ def build_student_config(
     *,
     norm_compensation: bool = False,
     uneven: Mapping[str, Sequence[int]] | None = None,
+    model_type: str | None = None,
 ) -> PretrainedConfig:
     """The teacher's config with the student's sizes, validated by the stock class.
 
-    `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal.
+    `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal; `model_type` names other
+    stock classes than the teacher's.
     """
     if (inner := text_config(teacher)) is not teacher:
         text = build_student_config(
@@ -553,6 +642,7 @@ def build_student_config(
         wrapped = type(teacher)(**whole)
         wrapped._attn_implementation = teacher._attn_implementation
         return wrapped
+    config_type = type(teacher)
     values = copy.deepcopy(teacher.to_dict())
     # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
     # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
@@ -584,18 +674,24 @@ def build_student_config(
         changed = _layer_fields(spec, values, before["layers"], layers_kept)
         values.update(changed)
     values.pop("transformers_version", None)
+    if model_type not in (None, spec.model_type):
+        config_type = config_class(str(model_type))
+        known = config_type().to_dict().keys() - {"architectures"}
+        values = {name: value for name, value in values.items() if name in known and name != "model_type"}
+        values.update(_sisters(spec, teacher)[str(model_type)])
     try:
-        config = type(teacher)(**values)
+        config = config_type(**values)
         config.validate()
     except Exception as error:
+        nearest = _nearest_accepted(spec, config_type, values, before, sizes)
         raise PlanError(
-            f"The stock {type(teacher).__name__} refuses these sizes: {first_line(error)} Choose other sizes."
+            f"The stock {config_type.__name__} refuses these sizes: {first_line(error)} {nearest}"
         ) from error
     built = {axis: size for axis, size in spec.sizes(config).items() if not spec.holds_lists(axis, teacher)}
     expected = {axis: sizes[axis] for axis in built}
     if built != expected:
         raise PlanError(
-            f"The stock {type(teacher).__name__} changes the sizes it is given: {built} instead of "
+            f"The stock {config_type.__name__} changes the sizes it is given: {built} instead of "
             f"{expected}. Choose other sizes."
         )
     for name in set(spec.layer_lists) & changed.keys():
@@ -606,6 +702,34 @@ def build_student_config(
             )
     config._attn_implementation = teacher._attn_implementation
     return config
+
+
+def _nearest_accepted(
+    spec: ArchSpec,
+    config_type: type[PretrainedConfig],
+    values: Mapping[str, Any],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+) -> str:
+    """Which sizes the stock config takes instead, one axis changed at a time, found by asking it."""
+
+    def accepted(axis: str, size: int) -> bool:
+        try:
+            config_type(**{**values, **dict.fromkeys(spec.axis[axis].fields, size)}).validate()
+        except Exception:  # whatever the stock class raises
+            return False
+        return True
+
+    found = []
+    for axis in FIELD_OF_AXIS:
+        if axis != "layers" and axis in after and after[axis] < before[axis] and spec.axis[axis].fields:
+            below, above = range(after[axis] - 1, 0, -1), range(after[axis] + 1, before[axis] + 1)
+            sides = [
+                next((size for size in side if accepted(axis, size)), None) for side in (below[:256], above[:256])
+            ]
+            if legal := " or ".join(str(size) for size in sides if size is not None):
+                found.append(f"{_name(spec, axis)}={legal}")
+    return f"Nearest: {', or '.join(found)}." if found else "Choose other sizes."
 
 
 def _norms_are_alike(spec: ArchSpec) -> bool:

@@ -19,6 +19,7 @@ from .families import ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
 from .models import (
     architecture_digest,
+    empty_model,
     input_device,
     load_config,
     load_model,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """Build the student: a new stock model of the same class with indexed copies of the teacher's tensors.
+    """Build the student: a new stock model with indexed copies of the teacher's tensors.
+
+    It is of the teacher's class, unless the plan names other stock classes that hold the same model.
 
     Dtypes and devices follow the teacher's parameters (offloaded ones are cut on the CPU), tied heads stay tied, and
     the plan is attached as `student.pruning_plan`.
@@ -67,7 +70,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     config._experts_implementation = model.config._experts_implementation
     config._name_or_path = model.config._name_or_path
     with no_init_weights(), input_device(model):
-        student = type(model)._from_config(config, dtype=model.dtype)
+        student = _student_class(model, config)._from_config(config, dtype=model.dtype)
     tensors = named_tensors(model)
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, student.config, plan.layers_kept):
@@ -138,6 +141,13 @@ def prune_model(
     if verify:
         student.pruning_plan = verified_plan(model, student, plan)
     return student
+
+
+def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The teacher's class, or that of other stock classes which hold the same model."""
+    if config.model_type == model.config.model_type:
+        return type(model)
+    return type(empty_model(config))
 
 
 def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:

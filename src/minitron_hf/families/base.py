@@ -146,6 +146,8 @@ class ArchSpec:
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
+        sisters: (model type, fields, changes): other stock classes that hold exactly the same model, if the teacher's
+            config has these fields and once the changes are made, without a limit on sizes that its own config has.
         variants: (config field, value, table): other layouts under the same `model_type`; the first whose field has
             that value describes the model instead.
     """
@@ -190,6 +192,7 @@ class ArchSpec:
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
+    sisters: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = ()
     variants: tuple[tuple[str, Any, ArchSpec], ...] = ()
 
     def variant(self, config: PretrainedConfig) -> ArchSpec:
@@ -826,6 +829,10 @@ GPT_OUTER = layer_tables(
     {"transformer.wte.weight": "vocab hidden"}, linear("lm_head", "vocab", "hidden"), norm("transformer.ln_f")
 )
 GPT_POSITION_EMBEDDINGS = {"transformer.wpe.weight": "positions hidden"}
+
+
+#: Llama's layout without biases is Mistral's without a window, and that config takes any hidden size.
+AS_MISTRAL = (("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),)
 
 
 def decoder(

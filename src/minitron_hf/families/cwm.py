@@ -3,4 +3,10 @@
 from .base import decoder
 
 # CwmConfig inherits LlamaConfig's rule that hidden_size is a multiple of num_attention_heads.
-SPEC = decoder("cwm", multiples=(("hidden", "heads"),), layer_lists=("layer_types",))
+SPEC = decoder(
+    "cwm",
+    multiples=(("hidden", "heads"),),
+    layer_lists=("layer_types",),
+    # The same classes without biases, and without that rule.
+    sisters=(("ministral", {"attention_bias": False, "mlp_bias": False}, {}),),
+)

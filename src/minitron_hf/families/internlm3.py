@@ -1,5 +1,5 @@
 """InternLM3: Llama's classes under a config of its own."""
 
-from .base import decoder
+from .base import AS_MISTRAL, decoder
 
-SPEC = decoder("internlm3", multiples=(("hidden", "heads"),))
+SPEC = decoder("internlm3", multiples=(("hidden", "heads"),), sisters=AS_MISTRAL)

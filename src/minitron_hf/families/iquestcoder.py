@@ -1,5 +1,5 @@
 """IQuest-Coder: Llama's classes under a config of its own."""
 
-from .base import decoder
+from .base import AS_MISTRAL, decoder
 
-SPEC = decoder("iquestcoder", multiples=(("hidden", "heads"),))
+SPEC = decoder("iquestcoder", multiples=(("hidden", "heads"),), sisters=AS_MISTRAL)

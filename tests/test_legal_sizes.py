@@ -1,0 +1,101 @@
+"""Sizes that a stock config does not hold: what is offered instead, other classes for the same model, warnings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfig
+
+from minitron_hf.errors import PlanError
+from minitron_hf.families import families
+from minitron_hf.importance import estimate_importance
+from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.sizes import build_student_config, resolve_sizes
+from minitron_hf.surgery import apply_plan, prune_model
+from pocket import POCKETS, logits, pocket_config, pocket_model, pocket_tokens
+
+#: Pockets whose family has sisters, with their biases switched off.
+SISTERS = [
+    (name, sister)
+    for name, pocket in POCKETS.items()
+    for sister, *_ in families()[pocket.config.model_type].sisters
+    if "-" not in name
+]
+PLAIN = {"attention_bias": False, "mlp_bias": False}
+
+
+@pytest.mark.parametrize(("name", "sister"), SISTERS)
+def test_sisters_hold_exactly_the_same_model(name: str, sister: str):
+    teacher = pocket_model(name, **PLAIN)
+    student = prune_model(teacher, PrunerConfig(model_type=sister))
+    assert student.config.model_type == sister
+    tokens = pocket_tokens(2, 19)
+    assert torch.equal(logits(student, tokens), logits(teacher, tokens))
+
+
+@pytest.mark.parametrize(("name", "sister"), SISTERS)
+def test_sisters_hold_sizes_that_the_family_does_not(name: str, sister: str):
+    teacher = pocket_model(name, dtype=torch.float32, **PLAIN)
+    with pytest.raises(PlanError, match=f"Nearest: 24 or 36.*set model_type='{sister}'"):
+        prune_model(teacher, PrunerConfig(hidden_size=25), metric="random")
+    student = prune_model(teacher, PrunerConfig(hidden_size=25, model_type=sister), metric="random", verify=True)
+    assert student.config.hidden_size == 25
+    assert student.pruning_plan.pruner_config["model_type"] == sister
+    assert any(f"of type '{sister}'" in note for note in student.pruning_plan.notes)
+
+
+def test_a_sister_student_is_saved_and_loaded_by_its_own_class(tmp_path):
+    teacher = pocket_model("llama", dtype=torch.float32)
+    student = prune_model(teacher, PrunerConfig(hidden_size=25, model_type="mistral"), metric="random")
+    assert type(student) is MistralForCausalLM
+    assert student.config.sliding_window is None
+    student.save_pretrained(tmp_path)
+    student.pruning_plan.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(loaded) is MistralForCausalLM
+    again = apply_plan(teacher, PruningPlan.from_pretrained(tmp_path))
+    tokens = pocket_tokens(2, 19)
+    for model in (loaded, again):
+        assert torch.equal(model.eval()(tokens).logits, student(tokens).logits)
+
+
+def test_models_that_are_no_sister_are_refused():
+    biased = pocket_config("llama-biases-tied")
+    for config, other in ((biased, "mistral"), (pocket_config("qwen3"), "mistral"), (pocket_config("llama"), "qwen3")):
+        with pytest.raises(PlanError, match=f"model_type='{other}': its stock classes do not hold this"):
+            make_plan(config, PrunerConfig(model_type=other))
+    with pytest.raises(PlanError) as caught:
+        make_plan(biased, PrunerConfig(hidden_size=25))
+    assert "model_type" not in str(caught.value)
+
+
+def test_sizes_that_only_the_stock_config_refuses_come_with_the_nearest():
+    """As if the table did not know Llama's rule."""
+    config = pocket_config("llama")
+    spec = families()["mistral"]
+    sizes = {**spec.sizes(config), "hidden": 25}
+    with pytest.raises(PlanError, match=r"The stock LlamaConfig refuses these sizes: .*Nearest: hidden_size=24 or 36"):
+        build_student_config(spec, config, sizes, tuple(range(5)))
+
+
+@pytest.mark.parametrize(("name", "warned"), [("qwen2", True), ("qwen3", False), ("phi3", True), ("llama", False)])
+def test_sizes_that_other_runtimes_ignore_are_noted(name: str, warned: bool):
+    config = pocket_config(name)
+    notes = resolve_sizes(families()[name], config, PrunerConfig(hidden_size=24))[1]
+    assert any("head_dim=10 is honoured by Transformers" in note and "= 2 instead" in note for note in notes) == warned
+    assert not resolve_sizes(families()[name], config, PrunerConfig())[1]
+
+
+def test_expert_sizes_that_fast_kernels_do_not_take_are_noted():
+    config, spec = Qwen2MoeConfig(hidden_size=64, moe_intermediate_size=48, head_dim=4), families()["qwen2_moe"]
+    [note] = resolve_sizes(spec, config, PrunerConfig(moe_intermediate_size=43))[1]
+    assert "multiples of 8 in 16 bits (nearest: 40 or 48)" in note
+    assert not resolve_sizes(spec, config, PrunerConfig(moe_intermediate_size=40))[1]
+
+
+def test_the_plan_command_takes_the_choice():
+    teacher = pocket_model("llama", dtype=torch.float32)
+    scores = estimate_importance(teacher, metric="random")
+    plan = make_plan(teacher, PrunerConfig.from_dict({"hidden_size": 25, "model_type": "mistral"}), scores)
+    assert plan.student["config"]["model_type"] == "mistral"
+    assert plan.model_type == "llama"
