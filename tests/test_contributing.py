@@ -1,0 +1,31 @@
+"""The worked page on adding a family shows what is there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from minitron_hf.drafting import draft_family
+from minitron_hf.families import ArchSpec
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding a model family")[2]
+
+
+def test_the_worked_family_is_the_shipped_one():
+    draft, table, pocket = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert draft == draft_family(AutoConfig.for_model("qwen3"))
+    assert table == (ROOT / "src" / "minitron_hf" / "families" / "qwen3.py").read_text(encoding="utf-8")
+    assert pocket in (ROOT / "tests" / "pockets" / "dense.py").read_text(encoding="utf-8")
+
+
+def test_what_the_page_names_exists():
+    spec_fields = {field.name for field in fields(ArchSpec)}
+    named = {"layer_norms", "norm_offset", "scaled_embeddings", "writers", "leading_layers", "refused", "refused_if"}
+    assert named <= spec_fields
+    assert all(f"`{name}" in PAGE for name in named)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"`make ([a-z-]+)`", PAGE))
