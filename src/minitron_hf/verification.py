@@ -453,14 +453,14 @@ class _NeverChosen(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if isinstance(output, Tensor):
-            for argument in (*args, *(kwargs or {}).values()):
-                if id(argument) in self.dropped:
-                    weight, dropped = self.dropped[id(argument)]
-                    if output.numel() == weight.numel() and output.ndim == weight.ndim:
-                        self.dropped[id(output)] = (output, dropped)
-                        self.origin[id(output)] = self.origin[id(argument)]
-                    elif output.shape[-1:] == dropped.shape:
-                        self.unseen.discard(self.origin[id(argument)])
-                        output = output.masked_fill(dropped.to(output.device), -torch.inf)
+        tensors = [given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Tensor)]
+        for argument in tensors if isinstance(output, Tensor) else ():
+            if id(argument) in self.dropped:
+                dropped = self.dropped[id(argument)][1]
+                if len(tensors) == 1:  # a cast or a transpose; with another tensor, the scores of tokens
+                    self.dropped[id(output)] = (output, dropped)
+                    self.origin[id(output)] = self.origin[id(argument)]
+                elif output.shape[-1:] == dropped.shape:
+                    self.unseen.discard(self.origin[id(argument)])
+                    output = output.masked_fill(dropped.to(output.device), -torch.inf)
         return output
