@@ -152,7 +152,11 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
     for axis in spec.axes:
         for name in axis.fields:
             assert hasattr(config.per_layer_config[0], name) or axis.implied is not None, name
-    counted = (*spec.leading_layers, *spec.trailing_layers, *(name for pair in spec.sparse_layers for name in pair))
+    counted = (
+        *spec.leading_layers,
+        *spec.trailing_layers,
+        *(name for rule in (*spec.sparse_layers, *spec.sparse_ranges) for name in rule),
+    )
     derived = (name for name, _ in spec.derived_fields)
     refused = (name for name, *_ in (*spec.refused_if, *spec.variants))
     patterns = (name for pair in spec.layer_patterns for name in pair)

@@ -295,6 +295,8 @@ def test_student_config_keeps_everything_else(name: str):
     changed = {key for key, value in student.to_dict().items() if before.get(key) != value}
     assert changed <= {
         "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_inner", "n_head", "head_dim",
+        "prefix_dense_intermediate_size", "num_attention_heads_per_layer",
+        "num_mtp_layers", "num_nextn_predict_layers",  # a student has no layers that predict further tokens
         "word_embed_proj_dim", "ffn_dim", "ffn_hidden_size", "num_kv_heads", "num_heads", "transformers_version",
         "dense_intermediate_size",
         "dff",
@@ -385,6 +387,51 @@ def test_a_choice_of_layers_leaves_one_of_every_kind_that_is_needed(contiguous: 
     ).layer_types == ["full_attention"]
     with pytest.raises(PlanError, match=r"without a layer of layer_types full_attention\. Keep one of \[0, 3\]"):
         plan_of(pocket_config("qwen3_5_text"), num_hidden_layers=1, keep_first_layers=0, contiguous=contiguous)
+
+
+@pytest.mark.parametrize(
+    ("drop", "sparse"),
+    [([0], [0, 1, 2]), ([1], [1, 2]), ([4], [1, 2, 3]), ([1, 2, 3], []), ([0, 4], [0, 1, 2]), ([2, 3, 4], [1])],
+)
+def test_a_range_of_sparse_layers_is_recounted(drop: list[int], sparse: list[int]):
+    """Layers 1 to 3 of 5 have experts."""
+    plan = make_plan(pocket_config("ernie4_5_moe"), PrunerConfig(layers_to_drop=drop))
+    student = empty_model(plan.build_student_config())
+    found = [n for n, layer in enumerate(student.model.layers) if hasattr(layer.mlp, "experts")]
+    assert found == sparse
+
+
+def test_sparse_layers_that_no_range_describes_are_refused():
+    """Layers 1, 3 and 5 of 7: without the layer 2 between them, numbers 2, 3 and 5 are no multiples of anything."""
+    config = pocket_config(
+        "ernie4_5_moe", num_hidden_layers=7, moe_layer_start_index=0, moe_layer_end_index=6, moe_layer_interval=2
+    )
+    with pytest.raises(PlanError, match="moe_layer_start_index, moe_layer_end_index, moe_layer_interval describe"):
+        make_plan(config, PrunerConfig(layers_to_drop=[2]))
+    assert student_config(config, PrunerConfig(layers_to_drop=[0, 2, 4, 6])).moe_layer_interval == 1
+    assert student_config(config, PrunerConfig(layers_to_drop=[5, 6])).moe_layer_interval == 2
+
+
+def test_sizes_listed_by_layer_are_written_for_every_layer():
+    config = pocket_config("laguna")
+    student = student_config(config, PrunerConfig(num_attention_heads=6, layers_to_drop=[1]))
+    assert student.num_attention_heads_per_layer == [6] * 4
+    config.num_attention_heads_per_layer = [12, 12, 6, 12, 12]
+    with pytest.raises(UnsupportedModelError, match=r"differ in num_attention_heads_per_layer=\[12, 12, 6, 12, 12\]"):
+        student_config(config, PrunerConfig(hidden_size=24))
+
+
+def test_routing_that_differs_by_layer_needs_as_many_experts_as_the_most():
+    config = pocket_config("hunyuan_v1_moe")  # two or one of six
+    with pytest.raises(PlanError, match=r"num_experts=1: this model needs at least 2 \(moe_topk\)"):
+        student_config(config, PrunerConfig(num_experts=1))
+    assert student_config(config, PrunerConfig(layers_to_drop=[1, 2])).moe_topk == [2, 2, 1]
+
+
+def test_layers_that_predict_further_tokens_do_not_stay():
+    config = pocket_config("glm4_moe", num_nextn_predict_layers=1)
+    assert config.num_mtp_layers == 1
+    assert student_config(config, PrunerConfig(hidden_size=24)).num_mtp_layers == 0
 
 
 def test_a_teacher_without_head_dim_keeps_it():

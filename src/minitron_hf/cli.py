@@ -426,7 +426,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     for condition in conditions(spec):
         console.print(f"Models {condition}", markup=False, highlight=False)
     rewritten = (*spec.layer_lists, *spec.leading_layers, *spec.trailing_layers, *spec.layer_indices)
-    rewritten += tuple(name for pair in spec.sparse_layers for name in pair)
+    rewritten += tuple(name for rule in (*spec.sparse_layers, *spec.sparse_ranges) for name in rule)
     if rewritten:
         console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
 

@@ -99,6 +99,8 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     for axis, expression in spec.least:
         if axis in remarks:
             remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
+    for names in spec.sparse_ranges:
+        remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
     for _, rule in spec.derived_kinds:
         remarks["layers"].append(f"to an order of layers that {rule} describe")
     for name, kinds in spec.needed_kinds:

@@ -590,7 +590,9 @@ def _least(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, st
     found = [(1, "")]
     for limited, expression in spec.least:
         names = re.findall(r"[a-z_]\w*", expression)
-        numbers = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+        values = {name: getattr(config, name, None) for name in names}
+        values = {name: max(value) if isinstance(value, list) else value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int)}
         if limited == axis and len(numbers) == len(set(names)):
             found.append((implied_size(expression, numbers), expression))
     return max(found)
@@ -653,7 +655,9 @@ def build_student_config(
             for layer, own in zip(layers_kept, (uneven or {}).get(axis.name, ())):
                 values[name][layer] = own
         elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
-            values.update(dict.fromkeys(axis.fields, sizes[axis.name]))
+            for name in axis.fields:
+                listed = isinstance(values.get(name), list)
+                values[name] = [sizes[axis.name]] * sizes["layers"] if listed else sizes[axis.name]
         if axis.rounding is not None:
             values[axis.rounding.flag] = False
     values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
@@ -681,6 +685,9 @@ def build_student_config(
         values.update(_sisters(spec, teacher)[str(model_type)])
     try:
         config = config_type(**values)
+        # Layers that predict further tokens are no part of the stock model, and so of no student either.
+        if getattr(config, "num_mtp_layers", None):
+            config.num_mtp_layers = 0
         config.validate()
     except Exception as error:
         nearest = _nearest_accepted(spec, config_type, values, before, sizes)
@@ -758,6 +765,12 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
                 f"the stock '{spec.model_type}' classes do not work without a layer of {name} "
                 f"{' or '.join(kinds)}. Keep one of {needed}."
             )
+    for names in spec.sparse_ranges:
+        if _sparse_range([getattr(config, name) for name in names], sorted(kept)) is None:
+            return (
+                f"no values of {', '.join(names)} describe which of them have experts. "
+                "Choose layers_to_drop so that these follow each other, or repeat as they did."
+            )
     for name, reusing in spec.reusing_layers:
         source = 0
         for layer, kind in enumerate(getattr(config, name)):
@@ -782,17 +795,36 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
     return ""
 
 
+def _sparse_range(described: Sequence[int], layers_kept: Iterable[int]) -> tuple[int, int, int] | None:
+    """First, last and period of the layers that have experts, once only some layers stay; None where none describe it.
+
+    Args:
+        described: the same three numbers for all layers.
+        layers_kept: those that stay, ascending.
+    """
+    first, last, period = described
+    kept = list(layers_kept)
+    sparse = [new for new, layer in enumerate(kept) if first <= layer <= last and (layer + 1) % period == 0]
+    if not sparse:
+        return len(kept), len(kept) - 1, period
+    for every in range(1, len(kept) + 1):
+        if [new for new in range(sparse[0], sparse[-1] + 1) if (new + 1) % every == 0] == sparse:
+            return sparse[0], sparse[-1], every
+    return None
+
+
 def _layer_fields(
     spec: ArchSpec, values: Mapping[str, Any], depth: int, layers_kept: tuple[int, ...]
 ) -> dict[str, Any]:
     """Config fields that say something of single layers, for the layers that stay."""
 
     def renumbered(layers: Iterable[int]) -> list[int]:
+        layers = set(layers)
         return [new for new, layer in enumerate(layers_kept) if layer in layers]
 
     changed: dict[str, Any] = {}
     for name in spec.layer_lists:
-        if values.get(name) is not None:
+        if isinstance(values.get(name), list | tuple):
             changed[name] = [values[name][layer] for layer in layers_kept]
     for name, listed in spec.layer_patterns:
         changed[name] = [[[values[listed][layer] for layer in layers_kept], 1]]
@@ -812,4 +844,8 @@ def _layer_fields(
     for listed, period in spec.sparse_layers:
         dense = {layer for layer in range(depth) if layer in (values[listed] or ()) or (layer + 1) % values[period]}
         changed |= {listed: renumbered(dense), period: 1}
+    for names in spec.sparse_ranges:
+        described = _sparse_range([values[name] for name in names], layers_kept)
+        assert described is not None, "lacking_kinds() comes first"
+        changed |= dict(zip(names, described))
     return changed

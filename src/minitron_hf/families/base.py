@@ -121,6 +121,9 @@ class ArchSpec:
             period is 1 and the list says it all.
         reusing_layers: (config field with one entry per layer, kind): a layer of this kind uses again what the nearest
             layer before it of another kind computed, and can only stay together with that one.
+        sparse_ranges: triples (field with the first layer that may have experts, field with the last, field with the
+            period of sparse ones), where a layer has experts if it lies between them and its number, counted from 1,
+            is a multiple of the period. A depth cut that no numbers describe is refused.
         scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
             multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
         fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
@@ -175,6 +178,7 @@ class ArchSpec:
     needed_kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sparse_layers: tuple[tuple[str, str], ...] = ()
     reusing_layers: tuple[tuple[str, str], ...] = ()
+    sparse_ranges: tuple[tuple[str, str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     fixed_layers: tuple[tuple[str, Any], ...] = ()
     fixed_last: bool = False
@@ -254,6 +258,13 @@ class ArchSpec:
         sizes: dict[str, int] = {}
         for axis in self.axes:
             value = self._value(config, axis.fields[0], layer) if axis.fields else None
+            for name in axis.fields[1:]:
+                listed = getattr(config, name, None)
+                if isinstance(listed, list) and set(listed) != {value}:
+                    raise UnsupportedModelError(
+                        f"The layers of this {self.model_type} model differ in {name}={listed}. Only models with the "
+                        f"same number in every layer can be pruned."
+                    )
             if value is None and axis.implied is not None:
                 value = implied_size(axis.implied, sizes)
             if axis.rounding is not None and isinstance(value, int):
@@ -644,13 +655,13 @@ SHARED_EXPERTS_MLP = layer_tables(
     linear("mlp.shared_experts.down_proj", "hidden", "shared_ffn"),
 )
 ROUTER_BIAS = {"mlp.gate.e_score_correction_bias": "experts"}
-#: A shared expert beside them, whose output a gate of its own scales.
-GATED_SHARED_EXPERT = layer_tables(
+#: One shared expert of a size of its own; and the same with a gate that scales its output.
+SHARED_EXPERT_MLP = layer_tables(
     linear("mlp.shared_expert.gate_proj", "shared_ffn", "hidden"),
     linear("mlp.shared_expert.up_proj", "shared_ffn", "hidden"),
     linear("mlp.shared_expert.down_proj", "hidden", "shared_ffn"),
-    linear("mlp.shared_expert_gate", "1", "hidden"),
 )
+GATED_SHARED_EXPERT = layer_tables(SHARED_EXPERT_MLP, linear("mlp.shared_expert_gate", "1", "hidden"))
 #: Where stacked experts are observed.
 EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
 #: Groups are scored by their two best experts, and so many of them are chosen that `topk_group` tells.

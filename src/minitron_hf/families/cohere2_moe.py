@@ -1,0 +1,35 @@
+"""Cohere 2 with experts, and shared ones as wide, or a plain MLP, by layer."""
+
+from dataclasses import replace
+
+from .base import (
+    EXPERT_TAPS,
+    EXPERTS,
+    EXPERTS_FFN,
+    EXPERTS_MLP,
+    FFN,
+    GATED_MLP,
+    GROUPED_ATTENTION,
+    SHARED_EXPERTS,
+    SHARED_EXPERTS_FFN,
+    SHARED_EXPERTS_MLP,
+    decoder,
+    layer_tables,
+)
+
+SPEC = decoder(
+    "cohere2_moe",
+    layer=layer_tables(GROUPED_ATTENTION, GATED_MLP, EXPERTS_MLP, SHARED_EXPERTS_MLP),
+    norms=("input_layernorm",),
+    mlp_axes=(
+        EXPERTS,
+        EXPERTS_FFN,
+        replace(SHARED_EXPERTS, fields=("num_shared_experts",)),
+        SHARED_EXPERTS_FFN,
+        replace(FFN, fields=("prefix_dense_intermediate_size",), implied="moe_ffn"),
+    ),
+    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    equal=(("shared_experts*moe_ffn", "shared_ffn"),),
+    layer_lists=("layer_types", "mlp_layer_types"),
+    least=(("experts", "num_experts_per_tok"),),
+)
