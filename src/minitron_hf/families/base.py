@@ -223,6 +223,7 @@ class ArchSpec:
             hidden_powers=tuple((renamed(name), power) for name, power in self.hidden_powers),
             refused={**self.refused, **wrapper.refused},
             opaque=wrapper.opaque,
+            sisters=(),  # of the language model alone
             variants=tuple((name, value, spec.inside(wrapper)) for name, value, spec in self.variants),
         )
 
@@ -844,6 +845,23 @@ GPT_POSITION_EMBEDDINGS = {"transformer.wpe.weight": "positions hidden"}
 
 #: Llama's layout without biases is Mistral's without a window, and that config takes any hidden size.
 AS_MISTRAL = (("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),)
+
+
+def beside(model_type: str, *parts: str) -> Wrapper:
+    """A wrapper whose other parts hold the hidden size where no channel of the residual stream can be told.
+
+    The projector's neurons are as many as the hidden size, or a field of the vision config says what it writes.
+
+    Args:
+        model_type: the wrapper's.
+        *parts: the modules beside the language model.
+    """
+    return Wrapper(
+        model_type,
+        prefix="model.language_model.",
+        opaque=tuple(f"{part}." for part in parts),
+        refused={"hidden": f"the stock '{model_type}' classes derive other sizes beside the language model from it"},
+    )
 
 
 def decoder(

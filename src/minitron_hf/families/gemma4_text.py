@@ -13,6 +13,7 @@ from .base import (
     HEAD_NORMS,
     MOE_FFN,
     Axis,
+    Wrapper,
     decoder,
     layer_tables,
     linear,
@@ -58,6 +59,21 @@ DENSE = decoder(
     trailing_layers=("num_kv_shared_layers",),
     fixed_layers=(("kv_sharing_modes", "store"),),
     fixed_last=True,
+    wrappers=(
+        Wrapper(
+            "gemma4",
+            prefix="model.language_model.",
+            tensors={
+                "model.embed_vision.embedding_projection.weight": "hidden any",
+                "model.embed_audio.embedding_projection.weight": "hidden any",
+            },
+            writers=(
+                "model.embed_vision.embedding_projection.weight",
+                "model.embed_audio.embedding_projection.weight",
+            ),
+            opaque=("model.vision_tower.", "model.audio_tower."),
+        ),
+    ),
     widened=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),),
     refused={
         "kv": "its last layers read the keys and values of earlier ones, and would have to keep the same groups; "

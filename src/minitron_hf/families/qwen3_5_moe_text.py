@@ -15,6 +15,7 @@ from .base import (
     NEEDS_FULL_ATTENTION,
     QWEN_DELTA,
     SHARED_FFN,
+    beside,
     decoder,
     layer_tables,
 )
@@ -28,5 +29,6 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
+    wrappers=(beside("qwen3_5_moe", "model.visual"),),
     least=(("experts", "num_experts_per_tok"),),
 )

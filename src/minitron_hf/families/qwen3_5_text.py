@@ -10,6 +10,7 @@ from .base import (
     KV,
     NEEDS_FULL_ATTENTION,
     QWEN_DELTA,
+    beside,
     decoder,
     layer_tables,
 )
@@ -21,4 +22,5 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
+    wrappers=(beside("qwen3_5", "model.visual"),),
 )
