@@ -532,7 +532,7 @@ def random_request(name: str, chance: random.Random) -> dict:
     if "mamba_num_heads" in cuttable(name) and not POCKETS[name].ssm_coupled:
         groups = sizes["ssm_groups"]
         request["mamba_num_heads"] = groups * chance.randint(1, sizes["ssm_heads"] // groups)
-    depth, least = chance.random(), max(1, len(spec.needed_kinds))
+    depth, least = chance.random(), max(1, len(spec.needed_kinds), 2 * len(spec.fixed_ends))
     if "num_hidden_layers" not in cuttable(name):
         depth = 1.0
     if spec.needed_kinds:
@@ -546,7 +546,8 @@ def random_request(name: str, chance: random.Random) -> dict:
     elif depth < 0.7:
         needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
         needed |= {i for f, kind in spec.reusing_layers for i, k in enumerate(getattr(config, f)) if k != kind}
-        droppable = sorted(set(range(sizes["layers"] - spec.fixed_last)) - needed)
+        needed |= {fixed % sizes["layers"] for fixed in spec.fixed_ends}
+        droppable = sorted(set(range(sizes["layers"])) - needed)
         request["layers_to_drop"] = chance.sample(
             droppable, chance.randint(0, min(len(droppable), sizes["layers"] - 1))
         )

@@ -335,7 +335,7 @@ def requests(name: str) -> dict[str, dict]:
         own = {**own, "ssm heads": SSM["ssm heads"]}  # the width follows
     allowed = {*cuttable(name), *(["layers_to_drop"] if "num_hidden_layers" in cuttable(name) else [])}
     cuts = {cut: dict(request) for part in (pocket.depths or DEPTHS, *neurons, own) for cut, request in part.items()}
-    if spec_for(pocket.config).fixed_last:
+    if -1 in spec_for(pocket.config).fixed_ends and pocket.kv:
         cuts["everything but the heads"]["layers_to_drop"] = [3, 1]
     for cut in [cut for cut in cuts if cut.startswith("everything")]:
         for part in neurons:

@@ -103,6 +103,10 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
         remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
     for _, rule in spec.derived_kinds:
         remarks["layers"].append(f"to an order of layers that {rule} describe")
+    for layer in spec.fixed_ends:
+        remarks["layers"].append(
+            f"all but the {'last' if layer < 0 else 'first'}, which the stock classes treat unlike the others"
+        )
     for name, kinds in spec.needed_kinds:
         remarks["layers"].append(f"to layers of which at least one has `{name}` {' or '.join(map(repr, kinds))}")
     for name, value, axis, why in spec.refused_if:
@@ -162,7 +166,7 @@ def about(model_type: str) -> str:
     """
     if model_type not in families():
         raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(families())}.")
-    return (importlib.import_module(f".families.{model_type}", __package__).__doc__ or "").strip()
+    return (importlib.import_module(f".families.{model_type.replace('-', '_')}", __package__).__doc__ or "").strip()
 
 
 def with_matrix(text: str) -> str:

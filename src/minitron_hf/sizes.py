@@ -299,7 +299,7 @@ def resolve_sizes(
         if needed := sorted(fixed & set(request.layers_to_drop)):
             raise PlanError(
                 f"layers_to_drop names layer {needed[0]}. Layers {sorted(fixed)} of this '{spec.model_type}' model "
-                "have to stay: later layers read their keys and values, or the stock config insists on the last one."
+                "have to stay: later layers read what they store, or the stock classes insist on them."
             )
     notes = []
     # Coarse axes first: the legal sizes of the finer ones depend on them.
@@ -314,7 +314,7 @@ def resolve_sizes(
         raise PlanError(
             f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
             f"{request.keep_last_layers} last layers that are protected, and layers {sorted(fixed)}, which have to "
-            "stay: later layers read their keys and values, or the stock config insists on the last one. "
+            "stay: later layers read what they store, or the stock classes insist on them. "
             f"Keep {least} layers or more."
         )
     if request.layers_to_drop is None and after["layers"] < least:
@@ -394,12 +394,13 @@ def _serving_notes(
 
 
 def fixed_layers(spec: ArchSpec, config: PretrainedConfig) -> set[int]:
-    """Layers that cannot be dropped: later ones read what they store, or the stock config insists on the last one."""
+    """Layers that cannot be dropped: later ones read what they store, or the stock classes insist on them."""
     config = text_config(config)
+    depth = spec.sizes(config)["layers"]
     fixed = {
         layer for kinds, kind in spec.fixed_layers for layer, own in enumerate(getattr(config, kinds)) if own == kind
     }
-    return fixed | ({spec.sizes(config)["layers"] - 1} if spec.fixed_last else set())
+    return fixed | {layer % depth for layer in spec.fixed_ends}
 
 
 def protected_layers(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig) -> set[int]:

@@ -213,7 +213,9 @@ def _norms(
     }
     for kept in plan.layers_kept:
         for norm in spec.layer_norms:
-            found.setdefault(spec.layer_parameter(kept, norm), (HIDDEN, kept))
+            path = spec.layer_parameter(kept, norm)
+            if not isinstance(modules.get(path), nn.Identity):  # in place of a norm that a layer lacks
+                found.setdefault(path, (HIDDEN, kept))
     found.setdefault(spec.final_norm, (HIDDEN, None))
     for path, (dimension, layer) in found.items():
         if path in modules and dimension != EXPERTS and layer in (None, *plan.layers_kept):

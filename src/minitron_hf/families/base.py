@@ -128,7 +128,8 @@ class ArchSpec:
             multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
         fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
             later ones read what it stores.
-        fixed_last: whether the last layer is never dropped, because the stock config insists on its kind there.
+        fixed_ends: layers, counted from the last one where negative, that are never dropped, because the stock classes
+            build them unlike the others or insist on their kind there.
         derived_kinds: (config property with one entry per layer, fields from which it derives): what kind each layer
             is, where no field lists it; a depth cut that leaves another order is refused, naming the fields.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
@@ -181,7 +182,7 @@ class ArchSpec:
     sparse_ranges: tuple[tuple[str, str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
     fixed_layers: tuple[tuple[str, Any], ...] = ()
-    fixed_last: bool = False
+    fixed_ends: tuple[int, ...] = ()
     derived_kinds: tuple[tuple[str, str], ...] = ()
     norm_offset: float = 0.0
     bare_norms: bool = False

@@ -58,7 +58,7 @@ DENSE = decoder(
     layer_lists=("layer_types",),
     trailing_layers=("num_kv_shared_layers",),
     fixed_layers=(("kv_sharing_modes", "store"),),
-    fixed_last=True,
+    fixed_ends=(-1,),
     wrappers=(
         Wrapper(
             "gemma4",
