@@ -483,7 +483,7 @@ def test_student_reloads_as_a_stock_model(name: str, dtype: torch.dtype, tmp_pat
     spec = spec_for(teacher.config)
     if POCKETS[name].attention_out:
         for field in spec.axis["head_dim"].fields:  # empty where the class always derives it
-            assert saved[field] == teacher.config.to_dict()[field]
+            assert saved[field] == teacher.config.to_dict().get(field, spec.sizes(teacher.config)["head_dim"])
         assert spec.sizes(reloaded.config)["head_dim"] == (8 if POCKETS[name].coupled else 10)
     layers = reloaded.get_submodule(POCKETS[name].layers)
     indices = {getattr(module, "layer_idx", getattr(module, "layer_id", None)) for module in layers.modules()} - {None}
