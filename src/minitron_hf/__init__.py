@@ -31,6 +31,9 @@ _MODULE_OF = {
     "prune_checkpoint": "streaming",
     "DistillationConfig": "distillation_config",
     "correct_teacher": "teacher",
+    "cache_teacher_logits": "teacher_cache",
+    "load_teacher_cache": "teacher_cache",
+    "TeacherCache": "teacher_cache",
     "DistillationTrainer": "trainer",
     "evaluate_models": "evaluation",
     "generate_samples": "samples",
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from .surgery import apply_plan as apply_plan
     from .surgery import prune_model as prune_model
     from .teacher import correct_teacher as correct_teacher
+    from .teacher_cache import TeacherCache as TeacherCache
+    from .teacher_cache import cache_teacher_logits as cache_teacher_logits
+    from .teacher_cache import load_teacher_cache as load_teacher_cache
     from .trainer import DistillationTrainer as DistillationTrainer
     from .verification import verify_student as verify_student
 

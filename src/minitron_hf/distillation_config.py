@@ -239,3 +239,10 @@ def has_fast_bf16(on_cpu: bool) -> bool:
     from transformers.utils import is_torch_bf16_gpu_available
 
     return is_torch_bf16_gpu_available() and not torch.backends.mps.is_available()
+
+
+def is_fast(dtype: torch.dtype, on_cpu: bool) -> bool:
+    """Whether the hardware computes in a dtype itself."""
+    if dtype == torch.bfloat16:
+        return has_fast_bf16(on_cpu)
+    return dtype != torch.float16 or not on_cpu

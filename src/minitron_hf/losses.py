@@ -120,7 +120,7 @@ class TopKSignal:
         return self.tokens.shape[0]
 
 
-#: What the student learns from. Everything that looks inside a signal is in `_Rows`.
+#: What the student learns from. Everything that looks inside a signal is in `top_k_signal` and `_Rows`.
 TeacherSignal = DenseSignal | TopKSignal
 
 
@@ -183,6 +183,37 @@ def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     """Logits [..., V] of hidden states [..., H]: what the fused loss repeats chunk by chunk."""
     logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@torch.no_grad()
+def top_k_signal(
+    signal: DenseSignal, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> TopKSignal:
+    """What `signal` says of its most likely tokens, with the head applied to a chunk of tokens at a time.
+
+    Args:
+        signal: N hidden states of the teacher, and its head.
+        top_k: tokens to keep, V at most.
+        temperature: T of the log-probabilities.
+        chunk_size: tokens whose logits exist at one time.
+
+    Returns:
+        Log-probabilities in float32, or float64 for float64 states.
+    """
+    hidden, head = signal.hidden, signal.head
+    size = default_chunk_size(head.vocab_size, hidden.device) if chunk_size is None else chunk_size
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    tokens = torch.empty((len(signal), top_k), dtype=torch.long, device=hidden.device)
+    log_probs = torch.empty((len(signal), top_k), dtype=dtype, device=hidden.device)
+    log_tail = torch.empty(len(signal), dtype=dtype, device=hidden.device)
+    for chunk in _even_slices(len(signal), size):
+        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        values, tokens[chunk] = logits.topk(top_k)
+        log_probs[chunk] = values - normaliser
+        # Of the others themselves: one minus the sum of the k would be rounding where the k are nearly all.
+        log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
+    return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
 
 
 @torch.no_grad()

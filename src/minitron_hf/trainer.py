@@ -9,7 +9,6 @@ import os
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,19 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import SFTTrainer
 
 from .artifacts import public_name, require_writable, versions, write_json
+from .batches import (
+    CACHED,
+    LOG_PROBS,
+    LOG_TAIL,
+    STATES,
+    TOKENS,
+    WithCachedTeacher,
+    WithRowLengths,
+    model_inputs,
+    row_of_positions,
+)
 from .card import write_model_card
-from .distillation_config import DistillationConfig, has_fast_bf16, trains_on_cpu
+from .distillation_config import DistillationConfig, has_fast_bf16, is_fast, trains_on_cpu
 from .errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from .hub import push_student_to_hub, write_teacher_metadata
 from .intermediate import PROJECTION, IntermediateLosses, state_pairs, wanted_states
@@ -38,6 +48,7 @@ from .losses import (
 from .models import empty_model, load_config, load_model
 from .refusals import refuse_pair, refuse_split_model, refuse_wrapped_head
 from .teacher import ConcurrentCorrection, cross_entropy_sum
+from .teacher_cache import TeacherCache, cached_signal, opened
 from .training_record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
 from .wrapping import (
     LossRequest,
@@ -83,11 +94,11 @@ class DistillationTrainer(SFTTrainer):
     Args:
         model: the student: a model, or a path or Hub id.
         teacher_model: the teacher: a model, or a path or Hub id. It is put into evaluation mode, frozen, and moved to
-            the training device. It must share the student's vocabulary.
+            the training device. It must share the student's vocabulary. None where all data is cached.
         args: a `DistillationConfig`.
         data_collator: see `trl.SFTTrainer`, like all the following but `pruning_plan`.
-        train_dataset: corpus.
-        eval_dataset: held-out corpus, or several by name.
+        train_dataset: corpus; or `load_teacher_cache(folder)`, which holds what the teacher says of one.
+        eval_dataset: held-out corpus, or several by name, likewise.
         processing_class: tokenizer of both models.
         compute_metrics: metrics from the student's logits; costs a second forward pass and [batch, length, vocabulary]
             memory in evaluation.
@@ -102,7 +113,8 @@ class DistillationTrainer(SFTTrainer):
             in the folder it was loaded from.
 
     Raises:
-        MismatchError: if teacher and student have different vocabularies or are the same object.
+        MismatchError: if teacher and student have different vocabularies or are the same object; or a cache was
+            written by another teacher, with another tokenizer or other arguments.
         UnsupportedModelError: if the loss would not see all that the model does: an adapter on the output head, prompt
             learning, an unknown logit post-processing, `nn.DataParallel`.
     """
@@ -123,10 +135,10 @@ class DistillationTrainer(SFTTrainer):
     def __init__(
         self,
         model: str | os.PathLike[str] | PreTrainedModel | PeftModel | Any,
-        teacher_model: str | os.PathLike[str] | PreTrainedModel | Any,
+        teacher_model: str | os.PathLike[str] | PreTrainedModel | Any | None = None,
         args: DistillationConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | IterableDataset | TeacherCache | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
@@ -154,7 +166,19 @@ class DistillationTrainer(SFTTrainer):
         student_kwargs = _as_dict(args.model_init_kwargs)
         teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
         student_config = _config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
-        teacher_config = _config_of(teacher_model, teacher_kwargs)
+        self._datasets = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+        train_dataset, train_caches = opened(train_dataset, "train_dataset")
+        eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
+        self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
+        if teacher_model is not None:
+            teacher_config = _config_of(teacher_model, teacher_kwargs)
+        elif not train_caches:
+            raise MismatchError(
+                "There is no teacher: teacher_model is None, and train_dataset is no teacher cache. Pass a teacher, "
+                "or load_teacher_cache(folder) as train_dataset."
+            )
+        else:
+            teacher_config = self._caches[0].teacher_config
         refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
         if isinstance(model, nn.Module):
             _cast_student(model, args, trains_all=peft_config is None and not is_peft_model(model))
@@ -165,7 +189,11 @@ class DistillationTrainer(SFTTrainer):
             if hasattr(student_config.get_text_config(), name)
         }
         self._student_name: str | None = student_config._name_or_path or None
-        self._datasets = {"train": describe_data(train_dataset), "eval": describe_data(eval_dataset)}
+        for caches, packing in ((train_caches, args.packing), (eval_caches, _eval_packing(args))):
+            for cache in caches:
+                cache.require_arguments(args, packing=packing)
+        self.teacher_model: Any = None
+        self._has_teacher = teacher_model is not None
         self._plan = pruning_plan if pruning_plan is not None else getattr(base_model_of(model), "pruning_plan", None)
         require_writable(_output_dir(args))
 
@@ -201,14 +229,22 @@ class DistillationTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         if self.padding_free:
-            self.data_collator = _WithRowLengths(self.data_collator)
+            self.data_collator = WithRowLengths(self.data_collator)
+        self.data_collator = WithCachedTeacher(self.data_collator)
 
-        self._teacher_name = _name_of(teacher_model)
+        self._teacher_name = _name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
-        self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
+        if self._has_teacher:
+            self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
+        else:
+            check_output_head(self.model, role="student")
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
         self._intermediate = self._intermediate_losses(student.config, teacher_config)
+        self._teacher_vocab_size = teacher_config.get_text_config().vocab_size
+        for cache in self._caches:
+            cache.require_tokenizer(self.processing_class)
+            cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
         self._columns = (*_COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
 
@@ -221,9 +257,11 @@ class DistillationTrainer(SFTTrainer):
             teacher_model = load_model(teacher_model, **{"dtype": "auto", **init_kwargs})
         elif self.args.teacher_model_init_kwargs:
             logger.warning("teacher_model_init_kwargs are ignored: the teacher is a model already.")
+        for cache in self._caches:
+            cache.require_teacher(teacher_model)
         teacher_model.requires_grad_(False)
         teacher_model.eval()
-        slow = not self._is_fast(teacher_model.dtype) and "dtype" not in init_kwargs
+        slow = not is_fast(teacher_model.dtype, self.accelerator.device.type == "cpu") and "dtype" not in init_kwargs
         if slow and not getattr(teacher_model, "is_quantized", False):
             logger.info("The teacher is computed in float32: this hardware is slow in %s.", teacher_model.dtype)
             teacher_model.float()
@@ -238,12 +276,6 @@ class DistillationTrainer(SFTTrainer):
 
             return prepare_deepspeed(teacher_model, self.accelerator)
         return shard_teacher(teacher_model, self.accelerator)
-
-    def _is_fast(self, dtype: torch.dtype) -> bool:
-        on_cpu = self.accelerator.device.type == "cpu"
-        if dtype == torch.bfloat16:
-            return has_fast_bf16(on_cpu)
-        return dtype != torch.float16 or not on_cpu
 
     def _teacher_correction(self) -> ConcurrentCorrection | None:
         """What lets the teacher go on learning, if it shall."""
@@ -287,6 +319,33 @@ class DistillationTrainer(SFTTrainer):
             with self.accelerator.autocast():
                 self._teacher_loss = cross_entropy_sum(h_NH, head, targets)
         return DenseSignal(h_NH.detach(), head), tuple(h.detach() for h in states)
+
+    # ---- Data ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        states = [f"{STATES}{index}" for index in wanted_states(self._intermediate.pairs, "teacher")]
+        kept = (TOKENS, LOG_PROBS, LOG_TAIL, *states)
+        self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rows of a dataset; those of a cache are ready."""
+        if any(dataset is cache.dataset for cache in self._caches):
+            return dataset
+        rows, caches = opened(dataset, "The dataset")
+        for cache in caches:  # given to `evaluate`
+            cache.require_arguments(self.args, packing=_eval_packing(self.args))
+            cache.require_tokenizer(self.processing_class)
+            cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
+            if self.teacher_model is not None:
+                cache.require_teacher(self.accelerator.unwrap_model(self.teacher_model))
+            return rows
+        if not self._has_teacher:
+            raise MismatchError(
+                "Rows without a teacher: teacher_model is None, and this dataset is no teacher cache. Pass a teacher, "
+                "or load_teacher_cache(folder) for evaluation too."
+            )
+        return super()._prepare_dataset(dataset, *args, **kwargs)
 
     # ---- Intermediate losses ----
 
@@ -349,13 +408,16 @@ class DistillationTrainer(SFTTrainer):
         labels = inputs.get("labels")
         if labels is None:
             raise DataError("A batch has no labels, so no token counts. Use a data collator that returns labels.")
-        model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", "row_lengths")}
         positions, targets = next_token_positions(labels)
-        signal, states = self._teacher_signal(model_inputs, positions, targets)
+        if CACHED in inputs:
+            wanted = [pair.teacher for pair in self._intermediate.pairs]
+            signal, states = cached_signal(inputs, positions, self._teacher_vocab_size, wanted)
+        else:
+            signal, states = self._teacher_signal(model_inputs(inputs), positions, targets)
         names = ("divergence", "jsd_beta", "temperature", "kd_weight", "ce_weight")
         options = {**{name: getattr(self.args, name) for name in names}, "chunk_size": self.args.loss_chunk_size}
         request = LossRequest(signal, positions, targets, options, self._intermediate.pairs, states)
-        losses = model(**model_inputs, distillation=request)
+        losses = model(**model_inputs(inputs), distillation=request)
         if self._intermediate:
             extra = torch.stack([losses[term].sum() for term in self._columns[len(_COLUMNS) :]]).sum()
             if model.training:
@@ -437,14 +499,13 @@ class DistillationTrainer(SFTTrainer):
             losses, positions = self._token_losses(model, inputs)
             loss = losses["total"] / max(len(positions), 1)
             # Rows, because the processes get equally many: the last batch repeats rows, which the gathering drops.
-            row_of_position, num_rows = _rows(inputs)
+            row_of_position, num_rows = row_of_positions(inputs)
             sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=_sum_dtype(loss.device), device=loss.device)
             sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))
             self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
             if prediction_loss_only:
                 return loss.detach(), None, None
-            model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", "row_lengths")}
-            return loss.detach(), model(**model_inputs, use_cache=False).logits.detach(), inputs["labels"]
+            return loss.detach(), model(**model_inputs(inputs), use_cache=False).logits.detach(), inputs["labels"]
 
     def evaluation_loop(
         self,
@@ -570,6 +631,7 @@ class DistillationTrainer(SFTTrainer):
             "versions": versions(),
             "teacher": {"name_or_path": public_name(self._teacher_name), "revision": self._teacher_revision},
             "student": {"name_or_path": public_name(self._student_name)},
+            "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
             "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
             "data": self._datasets,
             "num_processes": self.accelerator.num_processes,
@@ -672,28 +734,6 @@ class DistillationTrainer(SFTTrainer):
             )
 
 
-@dataclass
-class _WithRowLengths:
-    """A collator that also says how long each row of a flattened batch is, so that tokens can be told by row."""
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        batch["row_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
-        return batch
-
-
-def _rows(inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """Row of every position of the flattened batch, int64 [B * T], and the number of rows."""
-    labels = inputs["labels"]
-    lengths = inputs.get("row_lengths")
-    if lengths is None:
-        num_rows, length = labels.shape
-        return torch.arange(num_rows, device=labels.device).repeat_interleave(length), num_rows
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths), len(lengths)
-
-
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -718,6 +758,19 @@ def _cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> 
     if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
         logger.info("The student's %s weights are trained in float32.", model.dtype)
         model.float()
+
+
+def _eval_packing(args: DistillationConfig) -> bool:
+    return args.packing if args.eval_packing is None else args.eval_packing
+
+
+def _described(data: Any) -> dict[str, Any] | None:
+    """What the record says of data: of a cache, what it was made from."""
+    if isinstance(data, TeacherCache):
+        return data.manifest["data"]["given"]
+    if isinstance(data, Mapping) and any(isinstance(part, TeacherCache) for part in data.values()):
+        data = {name: part.dataset if isinstance(part, TeacherCache) else part for name, part in data.items()}
+    return describe_data(data)
 
 
 def _config_of(model: Any, kwargs: dict[str, Any]) -> Any:
