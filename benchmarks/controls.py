@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 import yaml
@@ -36,7 +37,9 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.artifacts import versions, write_json
+from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype, count_parameters
+from minitron_hf.sizes import scoring_arguments
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
 
@@ -52,7 +55,15 @@ def main() -> None:
     request = PrunerConfig.from_dict(dict(yaml.safe_load(p.replace("=", ": ", 1)).popitem() for p in arguments.prune))
     length = arguments.max_length
     scores = estimate_importance(
-        teacher, (row["text"] for row in train), processing_class=tokenizer, num_samples=1024, max_length=length
+        teacher,
+        (row["text"] for row in train),
+        processing_class=tokenizer,
+        max_length=length,
+        **scoring_arguments(
+            teacher.config,
+            request,
+            {"num_samples": 1024, "metric": arguments.metric, "depth_metric": arguments.depth_metric},
+        ),
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {
@@ -180,6 +191,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval", required=True, help="held-out corpus")
     parser.add_argument("--eval-documents", type=int, default=200)
     parser.add_argument("--prune", action="append", required=True, metavar="FIELD=VALUE", help="of PrunerConfig")
+    parser.add_argument("--metric", choices=get_args(Metric), default="activation", help="of estimate_importance")
+    parser.add_argument("--depth-metric", choices=("perplexity", "logit_nmse"), help="of estimate_importance")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -27,9 +27,9 @@ from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
-from .sizes import PRUNER_CONFIG_NAME, scoring_arguments
+from .sizes import PRUNER_CONFIG_NAME
 from .streaming import is_streamable, prune_checkpoint
-from .surgery import apply_plan
+from .surgery import apply_plan, iterate_importance
 from .verification import verified_plan
 
 if TYPE_CHECKING:
@@ -157,11 +157,18 @@ class Run:
 def _score(run: Run) -> None:
     section = run.dataset_section("calibration")
     texts = run.dataset("calibration")
+    several = run.recipe.scores.get("iterations", 1) != 1
     # One by one: only the first rows are needed, and the corpus may be far larger than memory.
-    texts = (row[section.text_field] for row in texts) if section.text_field in texts.column_names else texts
-    arguments = scoring_arguments(run.teacher_config, run.recipe.pruner_config, run.recipe.scores)
-    scores = estimate_importance(
-        run.teacher, texts, processing_class=run.tokenizer, show_progress=run.show_progress, **arguments
+    if section.text_field in texts.column_names:
+        column = section.text_field
+        texts = [row[column] for row in texts] if several else (row[column] for row in texts)
+    scores = iterate_importance(
+        run.teacher,
+        run.recipe.pruner_config,
+        texts,
+        processing_class=run.tokenizer,
+        show_progress=run.show_progress,
+        **run.recipe.scores,
     )
     scores.save_pretrained(run.folder)
 
@@ -450,8 +457,12 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
             "scores": recipe.scores,
-            # Without these layers the model is measured.
-            **({"prune": recipe.pruner_config.to_dict()} if recipe.scores.get("depth_metric") else {}),
+            # What is to be cut matters to what is measured.
+            **(
+                {"prune": recipe.pruner_config.to_dict()}
+                if recipe.scores.keys() & {"depth_metric", "iterations"}
+                else {}
+            ),
             "data": dataset_identity(recipe.data.calibration or recipe.data.train),
         },
         (SCORES_NAME,),

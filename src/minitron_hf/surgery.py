@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.initialization import no_init_weights
 from .axes import Axis, Dimension, dimension_axes, dimension_index
 from .data import DataSource
 from .errors import MismatchError, PlanError, UnsupportedModelError
-from .families import ArchSpec, named_tensors, spec_for
+from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores, estimate_importance, require_weights
 from .models import (
     architecture_digest,
@@ -29,7 +30,7 @@ from .models import (
     tensor_values,
 )
 from .planning import PruningPlan, config_values, make_plan
-from .sizes import PrunerConfig, scoring_arguments, student_config
+from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config
 from .verification import verified_plan
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def prune_model(
     processing_class: PreTrainedTokenizerBase | None = None,
     scores: ImportanceScores | None = None,
     verify: bool = False,
+    iterations: int = 1,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
     """Score, plan and cut in one call.
@@ -104,6 +106,7 @@ def prune_model(
         scores: scores made before by `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
+        iterations: score and cut in so many rounds (`iterate_importance`).
         **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
             `depth_metric` has to measure follows from `config`.
 
@@ -131,16 +134,134 @@ def prune_model(
         model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path), config
     )
     model = load_model(model_or_path)
-    importance_kwargs = scoring_arguments(model.config, config, importance_kwargs)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
-        scores = estimate_importance(model, calibration_data, processing_class=processing_class, **importance_kwargs)
+        scores = iterate_importance(
+            model,
+            config,
+            calibration_data,
+            iterations=iterations,
+            processing_class=processing_class,
+            **importance_kwargs,
+        )
     plan = make_plan(model, config, scores)
     student: Any = apply_plan(model, plan)
     if verify:
         student.pruning_plan = verified_plan(model, student, plan)
     return student
+
+
+def iterate_importance(
+    model: PreTrainedModel,
+    config: PrunerConfig,
+    data: DataSource | None = None,
+    *,
+    iterations: int = 1,
+    **importance_kwargs: Any,
+) -> ImportanceScores:
+    """Score, cut a part, score what is left, and so on (P1 §2.2): round i of T cuts i/T of what is to go in the end.
+
+    P1 found 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and 1.92 for all of them after it.
+
+    Args:
+        model: the teacher; not changed.
+        config: the student's sizes. Those of the rounds before the last are rounded as fractions are.
+        data: see `estimate_importance`; gone through once per round, so no generator.
+        iterations: T; 1 is `estimate_importance`.
+        **importance_kwargs: passed on to `estimate_importance`. What a `depth_metric` has to measure follows from
+            `config`.
+
+    Returns:
+        Scores of the teacher's units by the last round, NaN where a unit was cut before, for `make_plan` with the same
+        `config`. Blocks without all layers that were cut before are infinite.
+
+    Raises:
+        PlanError: if the rounds cannot be followed for this request.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise PlanError(f"iterations={iterations!r}: expected a number of rounds.")
+    if iterations > 1 and (config.uneven or config.layers_to_drop is not None):
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
+            "follows from sizes. Leave them out, or score once."
+        )
+    spec = spec_for(model.config)
+    before = spec.sizes(model.config)
+    after = resolve_sizes(spec, model.config, config)[0]
+    student, plan, first = model, None, None
+    for number in range(1, iterations + 1):
+        request = config
+        if number < iterations:
+            part: dict[str, Any] = {
+                FIELD_OF_AXIS[axis]: (before[axis] - number * (before[axis] - after[axis]) / iterations) / before[axis]
+                for axis in after
+                if axis in FIELD_OF_AXIS and after[axis] < before[axis]
+            }
+            request = replace(config, **part)
+        left = resolve_sizes(spec, model.config, request)[0]["layers"]
+        arguments = scoring_arguments(
+            student.config,
+            PrunerConfig(
+                num_hidden_layers=left,
+                contiguous=config.contiguous,
+                keep_first_layers=config.keep_first_layers,
+                keep_last_layers=config.keep_last_layers,
+            ),
+            importance_kwargs,
+        )
+        if iterations > 1 and arguments.get("one_by_one"):
+            raise PlanError(
+                "contiguous=False with a depth_metric removes layers one after another already. Leave out iterations."
+            )
+        own = estimate_importance(student, data, **arguments)
+        assert isinstance(own, ImportanceScores)
+        if plan is None or first is None:
+            first = scores = own
+        else:
+            scores = _in_teacher(own, plan, first, spec, iterations)
+        if number < iterations:
+            plan = make_plan(model, request, scores)
+            student = apply_plan(model, plan)
+    return scores
+
+
+def _in_teacher(
+    own: ImportanceScores, plan: PruningPlan, first: ImportanceScores, spec: ArchSpec, iterations: int
+) -> ImportanceScores:
+    """Scores of a student as scores of its teacher: NaN for units that are gone, so that they come last."""
+    axes: dict[str, torch.Tensor] = {}
+    for axis, values in own.axes.items():
+        table = axes[axis] = torch.full_like(first.axes[axis], torch.nan)
+        within = spec.axis[axis].within
+        if not spec.axis[axis].per_layer:
+            table[torch.from_numpy(plan.kept[axis]) if axis in plan.kept else slice(None)] = values
+            continue
+        for new, old in enumerate(plan.layers_kept):
+            kept = plan.kept_in(old)
+            units = torch.from_numpy(kept[axis]) if axis in kept else torch.arange(table.shape[-1])
+            if within is None:
+                table[old, units] = values[new, : len(units)]
+                continue
+            outer = kept[within].tolist() if within in kept else range(table.shape[1])
+            for row, unit in enumerate(outer):
+                chosen = units if units.ndim == 1 else units[row]
+                table[old, unit, chosen] = values[new, row, : len(chosen)]
+    blocks = torch.full_like(first.blocks, torch.nan)
+    kept_layers = list(plan.layers_kept)
+    for start in range(len(blocks)):
+        for end in range(start, len(blocks)):
+            inside = [new for new, old in enumerate(kept_layers) if start <= old <= end]
+            gone = set(plan.layers_dropped) <= set(range(start, end + 1))
+            blocks[start, end] = own.blocks[inside[0], inside[-1]] if inside and gone else torch.inf
+    if not plan.pruner_config["contiguous"]:
+        # Single layers: those that are gone already go first.
+        for layer in range(len(blocks)):
+            position = kept_layers.index(layer) if layer in kept_layers else None
+            blocks[layer, layer] = -torch.inf if position is None else own.blocks[position, position]
+    settings = {**own.settings, "model": first.settings["model"], "iterations": iterations}
+    digests = {**own.digests, "model": first.digests["model"], "architecture": first.digests["architecture"]}
+    return replace(own, axes=axes, blocks=blocks, settings=settings, digests=digests)
 
 
 def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:

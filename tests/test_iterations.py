@@ -1,0 +1,88 @@
+"""Iterated importance: the student of its scores is the student of a student, and one round is no round at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minitron_hf.errors import PlanError
+from minitron_hf.families import named_tensors
+from minitron_hf.importance import estimate_importance
+from minitron_hf.planning import PrunerConfig, make_plan
+from minitron_hf.surgery import apply_plan, iterate_importance, prune_model
+from pocket import pocket_model
+from test_importance import ROWS
+
+CASES = {
+    "neurons and channels": (
+        "llama",
+        {"intermediate_size": 20, "hidden_size": 12},
+        {"intermediate_size": 36 / 52, "hidden_size": 24 / 36},
+    ),
+    "groups and heads": (
+        "qwen3",
+        {"num_key_value_heads": 1, "num_attention_heads": 2},
+        {"num_key_value_heads": 2 / 3, "num_attention_heads": 7 / 12},
+    ),
+    "a block of layers": ("llama", {"num_hidden_layers": 3}, {"num_hidden_layers": 4}),
+    "single layers": (
+        "llama",
+        {"num_hidden_layers": 3, "contiguous": False},
+        {"num_hidden_layers": 4, "contiguous": False},
+    ),
+    "experts and their neurons": (
+        "mixtral",
+        {"num_experts": 2, "moe_intermediate_size": 6},
+        {"num_experts": 4 / 6, "moe_intermediate_size": 29 / 52},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_rounds_are_a_student_of_a_student(case: str):
+    name, final, half = CASES[case]
+    model = pocket_model(name, dtype=torch.float32)
+    request = PrunerConfig(**final, multiple_of=1)
+    between = PrunerConfig(**half, multiple_of=1)
+    one = apply_plan(model, make_plan(model, between, estimate_importance(model, ROWS, show_progress=False)))
+    two = apply_plan(one, make_plan(one, request, estimate_importance(one, ROWS, show_progress=False)))
+    scores = iterate_importance(model, request, ROWS, iterations=2, show_progress=False)
+    plan = make_plan(model, request, scores)
+    student = apply_plan(model, plan)
+    assert scores.settings["iterations"] == 2
+    expected = named_tensors(two)
+    if case == "a block of layers":
+        # In one piece: what goes in the second round lies beside what went in the first.
+        dropped = plan.layers_dropped
+        assert dropped[1] == dropped[0] + 1
+        assert set(
+            make_plan(model, between, estimate_importance(model, ROWS, show_progress=False)).layers_dropped
+        ) < set(dropped)
+        return
+    for path, tensor in named_tensors(student).items():
+        assert torch.equal(tensor, expected[path]), path
+    once = prune_model(model, request, calibration_data=ROWS, show_progress=False)
+    twice = prune_model(model, request, calibration_data=ROWS, iterations=2, show_progress=False)
+    assert (
+        once.pruning_plan.digest
+        == make_plan(model, request, estimate_importance(model, ROWS, show_progress=False)).digest
+    )
+    assert twice.pruning_plan.digest == plan.digest
+
+
+def test_one_round_is_one_shot():
+    model = pocket_model("llama", dtype=torch.float32)
+    found = iterate_importance(model, PrunerConfig(intermediate_size=20), ROWS, show_progress=False)
+    expected = estimate_importance(model, ROWS, show_progress=False)
+    assert (found.digest, found.settings, found.digests) == (expected.digest, expected.settings, expected.digests)
+
+
+def test_rounds_that_cannot_be_followed_are_refused():
+    model = pocket_model("llama", dtype=torch.float32)
+    with pytest.raises(PlanError, match="expected a number of rounds"):
+        iterate_importance(model, PrunerConfig(hidden_size=24), ROWS, iterations=0)
+    with pytest.raises(PlanError, match="uneven or layers_to_drop"):
+        iterate_importance(model, PrunerConfig(layers_to_drop=[1]), ROWS, iterations=2)
+    request = PrunerConfig(num_hidden_layers=3, contiguous=False)
+    with pytest.raises(PlanError, match="one after another already"):
+        iterate_importance(model, request, ROWS, iterations=2, depth_metric="perplexity")
