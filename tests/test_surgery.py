@@ -37,10 +37,12 @@ TOKENS = pocket_tokens(2, 19)
 
 
 def plan_for(model, **request) -> PruningPlan:
-    """A plan from random scores: what is kept differs from layer to layer and is no prefix."""
-    return make_plan(
-        model, PrunerConfig(**request, multiple_of=1), estimate_importance(model, metric="random", seed=3)
-    )
+    """A plan from random scores: what is kept differs from layer to layer and is no prefix.
+
+    Norms are left alone unless asked for: the oracles compute them on the kept channels.
+    """
+    request = PrunerConfig(**{"norm_compensation": False, **request}, multiple_of=1)
+    return make_plan(model, request, estimate_importance(model, metric="random", seed=3))
 
 
 # Oracles. They know the stock models' modules from `Pocket`, and the plan's indices; nothing of the tables.
