@@ -217,8 +217,8 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
 
     Layers are scored by the same pass, as blocks of every length, unless `depth_metric` asks for what it costs to do
     without them: `"perplexity"` of the model without the block; `"logit_nmse"`, Σ(change of the logits)² / Σ(logits)²;
-    or any function of a model, the lower the better, which is given a stock model without the block. On small models
-    block importance ranks layers hardly better than chance, and perplexity ranks them well (`benchmarks/depth.py`).
+    or any function of a model, the lower the better, which is given a stock model without the block. No ranking was
+    best on all small models that were measured (README, "Does it work?").
 
     Activations are reduced over the tokens of a row, then over rows (P1 Table 13: batch L2 with sequence mean is best
     or second). Padding tokens never count, so the scores do not depend on batch size, padding side or the order of
