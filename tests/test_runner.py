@@ -231,3 +231,18 @@ def test_lora_trains_an_adapter_and_leaves_a_stock_student(values):
     changed = {name for name, tensor in student.state_dict().items() if not tensor.equal(pruned.state_dict()[name])}
     assert changed
     assert all(".q_proj." in name or ".up_proj." in name for name in changed)
+
+
+def test_a_cached_teacher_is_asked_once_and_not_loaded_for_training(values, monkeypatch):
+    values |= {"teacher_cache": {"top_k": 9, "dtype": "float32"}}
+    folder, lines = run(values, until="cache")
+    assert [line.split("]")[0] for line in lines] == ["[score", "[plan", "[prune", "[cache"]
+    monkeypatch.setattr(stages.Run, "learned_teacher", property(lambda self: pytest.fail("the teacher was loaded")))
+    changed = {**values, "distill": {**values["distill"], "learning_rate": 2e-4}}
+    _, lines = run(changed, until="distill")  # of which the cache is no matter
+    assert ["skipped" in line for line in lines] == [True] * 4 + [False]
+    cached = json.loads((folder / "distillation.json").read_text())
+    assert [entry["top_k"] for entry in cached["teacher_cache"]] == [9, 9]
+    assert not [name for name in uploaded_files(folder) if name.startswith("teacher_cache/")]
+    with pytest.raises(MismatchError, match=r"stage 'cache' was made from other inputs \(distill.temperature"):
+        run({**values, "distill": {**values["distill"], "temperature": 2.0}}, until="cache")

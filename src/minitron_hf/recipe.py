@@ -113,6 +113,21 @@ class CorrectionSection:
 
 
 @dataclass(frozen=True)
+class CacheSection:
+    """What the teacher says of the corpora, written to files before distillation (`cache_teacher_logits`).
+
+    Distillation, and every control, then needs no teacher in memory.
+
+    Attributes:
+        top_k: tokens to keep of every distribution.
+        dtype: of what is kept, "float16" or "float32".
+    """
+
+    top_k: int = 64
+    dtype: str = "float16"
+
+
+@dataclass(frozen=True)
 class EvaluateSection:
     """The final measurement.
 
@@ -163,6 +178,7 @@ class Recipe:
             loaded into memory.
         scores: arguments of `estimate_importance`.
         teacher_correction: fine-tuning of the teacher before distillation; None: none.
+        teacher_cache: what the teacher says, written to files before distillation; None: the teacher itself is asked.
         distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
         controls: names from `CONTROLS`, trained like the student.
@@ -177,6 +193,7 @@ class Recipe:
     verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
     teacher_correction: CorrectionSection | None = None
+    teacher_cache: CacheSection | None = None
     distill: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     controls: list[str] = field(default_factory=list)

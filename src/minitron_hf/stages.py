@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RECIPE_NAME = "recipe.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
-CORRECTED_DIR = "corrected_teacher"
+CORRECTED_DIR, CACHE_DIR = "corrected_teacher", "teacher_cache"
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,57 @@ def _correct(run: Run) -> None:
     )
 
 
+def _cache(run: Run) -> None:
+    from .distillation_config import DistillationConfig
+    from .teacher_cache import cache_teacher_logits
+
+    section = run.recipe.teacher_cache
+    assert section is not None
+    for which in ("train", "eval"):
+        args = DistillationConfig(str(run.folder), **_training_settings(run))
+        if which == "eval" and args.eval_packing is not None:
+            args.packing = args.eval_packing
+        cache_teacher_logits(
+            run.learned_teacher,
+            run.dataset(which),
+            run.folder / CACHE_DIR / which,
+            top_k=section.top_k,
+            dtype=section.dtype,
+            args=args,
+            processing_class=run.tokenizer,
+        )
+    run.forget("teacher")
+    run.forget("corrected_teacher")
+
+
+def _cache_settings(recipe: Recipe) -> Any:
+    """What shapes the cache, of which the learning rate, for example, is no part."""
+    from .teacher_cache import ROW_ARGUMENTS
+
+    if recipe.teacher_cache is None:
+        return None
+    settings = {**DISTILL_DEFAULTS, **recipe.distill}
+    names = (
+        "temperature",
+        "hidden_loss",
+        "hidden_layers",
+        "embedding_loss",
+        "bf16",
+        "fp16",
+        "eval_packing",
+        "shuffle_dataset",
+        "seed",
+        *ROW_ARGUMENTS,
+    )
+    return {
+        "teacher": model_identity(recipe.teacher),
+        "teacher_cache": asdict(recipe.teacher_cache),
+        "distill": {name: settings[name] for name in names if name in settings},
+        "train": dataset_identity(recipe.data.train),
+        "eval": dataset_identity(recipe.data.eval),
+    }
+
+
 def _distill(run: Run) -> None:
     student = run.load(run.folder / PRUNED_DIR)
     _train(run, student, run.folder)
@@ -317,7 +368,7 @@ def _publish(run: Run) -> None:
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
@@ -332,7 +383,7 @@ def distill(
 
     Args:
         student: the pruned model; trained in float32 weights.
-        teacher: what it learns from.
+        teacher: what it learns from; None where both corpora are caches of it.
         folder: where checkpoints and the final student go.
         tokenizer: of both.
         settings: fields of `DistillationConfig`.
@@ -364,17 +415,32 @@ def distill(
     move_into(folder / UNFINISHED_DIR, folder)
 
 
+def _training_settings(run: Run) -> dict[str, Any]:
+    """Fields of `DistillationConfig`."""
+    return {
+        "dataset_text_field": run.recipe.data.train.text_field,
+        **DISTILL_DEFAULTS,
+        **run.recipe.distill,
+        "disable_tqdm": not run.show_progress,
+    }
+
+
 def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> None:
     """Distil with the recipe's settings, and `changes` to them."""
-    settings = {"dataset_text_field": run.recipe.data.train.text_field, **DISTILL_DEFAULTS, **run.recipe.distill}
+    teacher: PreTrainedModel | None
+    if run.recipe.teacher_cache is None:
+        teacher, corpora = run.learned_teacher, [run.dataset("train"), run.dataset("eval")]
+    else:
+        from .teacher_cache import load_teacher_cache
+
+        teacher, corpora = None, [load_teacher_cache(run.folder / CACHE_DIR / which) for which in ("train", "eval")]
     distill(
         student,
-        run.learned_teacher,
+        teacher,
         folder,
         run.tokenizer,
-        {**settings, **changes, "disable_tqdm": not run.show_progress},
-        run.dataset("train"),
-        run.dataset("eval"),
+        {**_training_settings(run), **changes},
+        *corpora,
         plan=run.plan if folder == run.folder else None,
         peft_config=lora_config(run.recipe),
         dtype=_checkpoint_dtype(run.teacher_config),
@@ -498,9 +564,18 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: recipe.teacher_correction is not None,
     ),
     Stage(
+        "cache",
+        "write down what the teacher says of the corpora",
+        ("correct",),
+        _cache_settings,
+        (CACHE_DIR,),
+        _cache,
+        lambda recipe: recipe.teacher_cache is not None,
+    ),
+    Stage(
         "distill",
         "train the student to predict like the teacher",
-        ("prune", "correct"),
+        ("prune", "correct", "cache"),
         lambda recipe: {
             "distill": {**DISTILL_DEFAULTS, **recipe.distill},
             "lora": recipe.lora,

@@ -135,7 +135,7 @@ def cache_teacher_logits(
     depth = text_config.num_hidden_layers
     pairs = state_pairs(args.hidden_loss, args.embedding_loss, args.hidden_layers, depth, depth)
 
-    args.output_dir, args.push_to_hub, args.max_steps = str(output_dir), False, 1
+    args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(output_dir), False, 1, "no"
     # TRL prepares the rows, the very way it does for training. It changes the model that it is given: here, a copy
     # that shares the weights and nothing else.
     stand_in = copy.copy(model)
