@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron_hf import cost
-from minitron_hf.errors import HubError
+from minitron_hf.errors import HubError, UnsupportedModelError
 from minitron_hf.evaluation import evaluate_models
 from pocket import pocket_model
 
@@ -56,9 +56,10 @@ def test_speed_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch):
     assert result["settings"]["prefill_length"] == 20
 
 
-def test_decoding_uses_the_cache_and_continues_the_prompt(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_decoding_uses_the_cache_and_continues_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch):
     """The timed steps are the greedy continuation that generate() gives."""
-    model = pocket_model("llama")
+    model = pocket_model(name)
     prompt = torch.tensor([[5, 6, 7, 8, 9]])
     _, output = cost._timed_prefill(model, prompt)
     fed = []
@@ -74,6 +75,20 @@ def test_decoding_uses_the_cache_and_continues_the_prompt(monkeypatch: pytest.Mo
     monkeypatch.undo()
     generated = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert fed == generated[0, 5:].tolist()
+
+
+def test_recurrent_models_have_speeds_and_no_keys_and_values():
+    model = pocket_model("mamba2", dtype=torch.float32)
+    settings = {"max_length": 16, "prefill_length": 8, "decode_tokens": 3, "rounds": 2}
+    entry = evaluate_models({"model": model}, [[5, 6, 7]], show_progress=False, **settings)["models"]["model"]
+    assert entry["kv_cache_bytes_per_token"] is None
+    assert len(entry["prefill_tokens_per_second"]["rounds"]) == len(entry["decode_tokens_per_second"]["rounds"]) == 2
+
+
+def test_models_without_a_cache_are_refused_by_name():
+    model = pocket_model("llama")
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM returns no cache .* Pass speed=False"):
+        cost._timed_decode(model, model(torch.tensor([[5, 6]]), use_cache=False), 2)
 
 
 def test_checkpoint_bytes(tmp_path: Path):

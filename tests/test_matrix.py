@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_hf.errors import DataError
-from minitron_hf.families import FIELD_OF_AXIS, families
-from minitron_hf.matrix import BEGIN, END, Cut, cuts, support_matrix, to_markdown, with_matrix
+from minitron_hf.errors import DataError, UnsupportedModelError
+from minitron_hf.families import FIELD_OF_AXIS, families, wrapped_families
+from minitron_hf.matrix import BEGIN, END, Cut, cuts, described, support_matrix, to_markdown, with_matrix
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -20,7 +20,19 @@ def test_the_readme_shows_the_current_matrix():
 
 def test_every_family_is_in_one_row():
     listed = [name.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹ ") for names, _ in support_matrix().rows for name in names]
-    assert sorted(listed) == list(families())
+    assert sorted(listed) == sorted([*families(), *(f"{outer} ({text})" for outer, text in wrapped_families())])
+    rows = [line for line in README.splitlines() if "`mistral3` (`mistral`)" in line]
+    [(layers, hidden)] = [row.split("|")[2:4] for row in rows]
+    assert ("✓" in layers, "✗" in hidden) == (True, True)
+
+
+def test_models_around_language_models_are_described():
+    [(said, spec)] = described("gemma3")
+    assert said.startswith("A model that holds a language model of type 'gemma3_text'. Gemma 3, text only")
+    assert "model.multi_modal_projector.mm_input_projection_weight" in spec.outer
+    assert described("gemma3_text")[0][1] is families()["gemma3_text"]
+    with pytest.raises(UnsupportedModelError, match=r"No family table for 'gem'.* gemma3_text, .* llava"):
+        described("gem")
 
 
 def test_cells_say_whether_and_why():

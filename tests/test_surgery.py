@@ -725,3 +725,13 @@ def test_prune_model_needs_one_source_of_scores():
         prune_model(teacher, PrunerConfig(hidden_size=24), calibration_data=["text"])
     with pytest.raises(MismatchError, match="other weights"):
         prune_model(pocket_model("llama", seed=1), PrunerConfig(hidden_size=24), scores=scores)
+
+
+def test_prune_model_warns_of_what_was_not_asked_for(caplog: pytest.LogCaptureFixture):
+    teacher = pocket_model("llama", dtype=torch.float32)
+    for request, expected in (({"intermediate_size": 20}, 0), ({"num_key_value_heads": 2}, 1)):
+        caplog.clear()
+        scores = estimate_importance(teacher, metric="random")
+        prune_model(teacher, PrunerConfig(**request, multiple_of=1), scores=scores)
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * expected
+    assert "num_attention_heads follows num_key_value_heads to" in caplog.records[0].getMessage()

@@ -128,10 +128,12 @@ def planned(model: PreTrainedModel, **request) -> PruningPlan:
 
 def narrow_images(model: PreTrainedModel, plan: PruningPlan) -> None:
     """What the projector writes where images stand knows only the kept channels, at the scale of the embeddings."""
-    if "hidden" in plan.kept and hasattr(model.model, "multi_modal_projector"):
+    projectors = [module for path, module in model.named_modules() if path.endswith("multi_modal_projector")]
+    if "hidden" in plan.kept and projectors:
         mask = torch.zeros(plan.sizes["hidden"]["teacher"], dtype=torch.float64)
-        mask[torch.from_numpy(plan.kept["hidden"])] = (len(plan.kept["hidden"]) / len(mask)) ** 0.5
-        model.model.multi_modal_projector.register_forward_hook(lambda _, __, output: output * mask)
+        scaled = spec_for(model.config).scaled_embeddings
+        mask[torch.from_numpy(plan.kept["hidden"])] = (len(plan.kept["hidden"]) / len(mask)) ** (0.5 if scaled else 0)
+        projectors[0].register_forward_hook(lambda _, __, output: output * mask)
 
 
 WIDTHS = [
@@ -217,12 +219,16 @@ def test_everything_else_is_kept_bit_for_bit(tmp_path: Path):
     assert counted == {plan.student["num_parameters"]}
 
 
-def test_all_in_one_call_and_from_disk(tmp_path: Path):
-    model = wrapped("gemma3", torch.float32)
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_all_in_one_call_and_from_disk(name: str, tmp_path: Path):
+    model = wrapped(name, torch.float32)
     model.save_pretrained(tmp_path / "teacher")
-    config = PrunerConfig(hidden_size=24, intermediate_size=20, num_hidden_layers=3)
-    rows = (pocket_tokens(6, 16) % IMAGE_TOKEN).tolist()
-    student = prune_model(tmp_path / "teacher", config, calibration_data=rows, max_length=16)
+    refused = spec_for(model.config).refused
+    hidden = {} if "hidden" in refused else {"hidden_size": 24}
+    config = PrunerConfig(**hidden, intermediate_size=20, num_hidden_layers=3, multiple_of=1)
+    rows = (pocket_tokens(6, 16) % IMAGE_TOKEN % 93).tolist()
+    student = prune_model(tmp_path / "teacher", config, calibration_data=rows, max_length=16, verify=True)
+    assert "Verified" in student.pruning_plan.notes[-1]
     student.save_pretrained(tmp_path / "memory")
     prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", student.pruning_plan, show_progress=False)
     for file in ("model.safetensors", "config.json"):

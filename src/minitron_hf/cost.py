@@ -22,6 +22,9 @@ from .errors import HubError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: What stock models call the cache that they return and take: keys and values, or recurrent states.
+CACHES = ("past_key_values", "cache_params")
+
 
 def checkpoint_bytes(
     model_or_path: PreTrainedModel | str | os.PathLike[str], *, loaded: PreTrainedModel | None = None
@@ -123,15 +126,17 @@ def _timed_prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[flo
 
 def _timed_decode(model: PreTrainedModel, output: Any, num_tokens: int) -> float:
     """Seconds of `num_tokens` greedy steps that continue `output` with its cache."""
-    if output.get("past_key_values") is None:
+    cache = next((name for name in CACHES if output.get(name) is not None), None)
+    if cache is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} returns no key-value cache, so decoding cannot be timed. Pass speed=False."
+            f"{type(model).__name__} returns no cache ({' or '.join(CACHES)}), so decoding cannot be timed. "
+            "Pass speed=False."
         )
     _synchronize(model.device)
     start = time.perf_counter()
     for _ in range(num_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
     _synchronize(model.device)
     return time.perf_counter() - start
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from .artifacts import replacing_file
 from .axes import Axis, dimension_axes, parse_dimensions
 from .errors import DataError, UnsupportedModelError
-from .families import FIELD_OF_AXIS, ArchSpec, families
+from .families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
 LEGEND = (
     "✓ can be cut, ✗ cannot, empty: the family has no such size; numbers refer to the remarks. The sizes are those of "
-    "`PrunerConfig`: {names}."
+    "`PrunerConfig`: {names}. A name in brackets is that of the language model that is cut inside a larger model; "
+    "the rest of it stays as it is."
 )
 
 
@@ -126,22 +127,25 @@ def conditions(spec: ArchSpec) -> tuple[str, ...]:
 
 
 def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
-    """The matrix of some families (default: all); those with equal cells share a row.
+    """The matrix of some families; those with equal cells share a row.
 
     Args:
-        specs: their tables.
+        specs: their tables (default: all, also as they are inside other models).
     """
-    specs = list(families().values()) if specs is None else specs
+    if specs is None:
+        inside = {f"{outer} ({text})": spec for (outer, text), spec in sorted(wrapped_families().items())}
+        tables = {**families(), **inside}
+    else:
+        tables = {spec.model_type: spec for spec in specs}
     numbers: dict[str, int] = {}
 
     def marked(mark: str, remarks: Sequence[str]) -> str:
         return mark + _superscript([numbers.setdefault(remark, len(numbers) + 1) for remark in remarks])
 
     grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for spec in specs:
+    for name, spec in tables.items():
         cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuts(spec).items()}
-        name = marked(spec.model_type, conditions(spec))
-        grouped.setdefault(tuple(cells.items()), []).append(name)
+        grouped.setdefault(tuple(cells.items()), []).append(marked(name, conditions(spec)))
     used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
     rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
     return Matrix(used, rows, tuple(numbers))
@@ -152,20 +156,28 @@ def to_markdown(matrix: Matrix) -> str:
     head = ["families", *matrix.axes]
     lines = [f"| {' | '.join(head)} |", f"|---|{':-:|' * len(matrix.axes)}"]
     for names, cells in matrix.rows:
-        listed = ", ".join(re.sub(r"^([a-zA-Z0-9_-]+)", r"`\1`", name) for name in names)
+        listed = ", ".join(re.sub(r"[a-zA-Z0-9_-]+", r"`\g<0>`", name) for name in names)
         lines.append(f"| {listed} | {' | '.join(cells.get(axis, '') for axis in matrix.axes)} |")
     remarks = [f"{number}. {remark}" for number, remark in enumerate(matrix.remarks, 1)]
     return "\n".join([*lines, "", matrix.legend, "", *remarks])
 
 
-def about(model_type: str) -> str:
-    """What a family's file says of it.
+def described(model_type: str) -> list[tuple[str, ArchSpec]]:
+    """What a family's file says of it, and its table; several where models of that type hold one of several families.
 
     Raises:
         UnsupportedModelError: if there is no such family.
     """
-    if model_type not in families():
-        raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(families())}.")
+    if model_type in families():
+        return [(_about(model_type), families()[model_type])]
+    inside = [(text, spec) for (outer, text), spec in wrapped_families().items() if outer == model_type]
+    if not inside:
+        known = dict.fromkeys((*families(), *sorted(outer for outer, _ in wrapped_families())))
+        raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(known)}.")
+    return [(f"A model that holds a language model of type '{text}'. {_about(text)}", spec) for text, spec in inside]
+
+
+def _about(model_type: str) -> str:
     return (importlib.import_module(f".families.{model_type.replace('-', '_')}", __package__).__doc__ or "").strip()
 
 

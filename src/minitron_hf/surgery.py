@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,8 @@ from .verification import verified_plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -96,7 +99,7 @@ def prune_model(
     iterations: int = 1,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
-    """Score, plan and cut in one call.
+    """Score, plan and cut in one call. The plan's notes are logged as warnings.
 
     Args:
         model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
@@ -146,6 +149,8 @@ def prune_model(
             **importance_kwargs,
         )
     plan = make_plan(model, config, scores)
+    for note in plan.notes:
+        logger.warning(note)
     student: Any = apply_plan(model, plan)
     if verify:
         student.pruning_plan = verified_plan(model, student, plan)

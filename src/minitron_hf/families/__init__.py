@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-__all__ = ["FIELD_OF_AXIS", "PRUNER_FIELDS", "ArchSpec", "families", "named_tensors", "spec_for", "text_config"]
+__all__ = [
+    "FIELD_OF_AXIS",
+    "PRUNER_FIELDS",
+    "ArchSpec",
+    "families",
+    "named_tensors",
+    "spec_for",
+    "text_config",
+    "wrapped_families",
+]
 
 
 @cache
