@@ -79,6 +79,8 @@ def residual_norms(name: str, model: nn.Module) -> list[str]:
     def width(path: str, module: nn.Module) -> tuple[int, ...] | None:
         if (weight := getattr(module, "weight", None)) is not None:
             return tuple(weight.shape)
+        if any(module.children()):  # what it is made of is asked instead
+            return None
         return getattr(module, "normalized_shape", None if path.endswith(("q_norm", "k_norm", "v_norm")) else hidden)
 
     return [

@@ -105,7 +105,7 @@ def mask_state_space(pocket: Pocket, layer: nn.Module, plan: PruningPlan, positi
     for path in filter(None, (pocket.ssm_out, pocket.ssm_reader)):
         zero_input_except(layer.get_submodule(path), channels)
     if pocket.ssm_norm is not None:
-        norm = GatedNormOnKept(layer.get_submodule(pocket.ssm_norm), channels, pocket)
+        norm = GatedOnKept(layer.get_submodule(pocket.ssm_norm), channels, pocket)
         layer.set_submodule(pocket.ssm_norm, norm)
 
 
@@ -193,7 +193,7 @@ class NormOnKept(nn.Module):
         return out
 
 
-class GatedNormOnKept(nn.Module):
+class GatedOnKept(nn.Module):
     """The gated norm of a state space, taken group by group over the kept channels alone."""
 
     def __init__(self, norm: nn.Module, kept: torch.Tensor, pocket: Pocket) -> None:

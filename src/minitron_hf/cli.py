@@ -394,12 +394,20 @@ def _print_matrix() -> None:
     from .matrix import support_matrix
 
     matrix = support_matrix()
-    table = Table("family", title="What can be cut", title_justify="left", show_lines=True)
-    for axis in matrix.axes:
-        table.add_column(axis, justify="center", no_wrap=True)
-    for names, cells in matrix.rows:
-        table.add_row(", ".join(names), *(cells.get(axis, "") for axis in matrix.axes))
     console = _console()
+    table = Table(title="What can be cut", title_justify="left", show_lines=True)
+    table.add_column("family", min_width=32)
+    if console.width >= 40 + sum(len(axis) + 3 for axis in matrix.axes):
+        for axis in matrix.axes:
+            table.add_column(axis, justify="center", no_wrap=True)
+        for names, cells in matrix.rows:
+            table.add_row(", ".join(names), *(cells.get(axis, "") for axis in matrix.axes))
+    else:  # a column for every size would leave no room for the names
+        table.add_column("sizes: ✓ can be cut, ✗ cannot")
+        for names, cells in matrix.rows:
+            table.add_row(
+                ", ".join(names), "  ".join(f"{axis} {cells[axis]}" for axis in matrix.axes if cells.get(axis))
+            )
     console.print(table)
     console.print(matrix.legend, markup=False, highlight=False)
     for number, remark in enumerate(matrix.remarks, 1):

@@ -672,7 +672,7 @@ def build_student_config(
             values[name] *= (sizes[size] / before[size]) ** power
     hidden = before["hidden"]
     if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
-        values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if name in values})
+        values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if values.get(name)})
     changed: dict[str, Any] = {}
     if len(layers_kept) < before["layers"]:
         if lacking := lacking_kinds(spec, teacher, layers_kept):
