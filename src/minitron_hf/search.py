@@ -1,0 +1,490 @@
+"""Architecture search: many shapes within a budget, few of them retrained, the best one kept (P1 §2.3).
+
+enumerate → count → choose some that differ → prune each and measure it on calibration text (the proxy) → choose again
+→ distil the survivors briefly, drop the worse half, distil longer → rank. One student is in memory at a time, every
+result is written when it is there, and a search that was stopped goes on where it was.
+
+Ranks before retraining are not to be trusted: P1 found depth and width together best before, width alone after some
+200 steps. Hence the proxy chooses candidates that differ, and distillation decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from torch import Tensor
+
+from .artifacts import digest, read_json, require_writable, write_json
+from .cost import measure_cost
+from .data import DataSource, TokenRows, padded_batches, token_rows
+from .distillation_config import DistillationConfig
+from .errors import OutputError, PlanError
+from .importance import ImportanceScores, default_max_length
+from .losses import DenseSignal, OutputHead, distillation_loss, output_head
+from .models import evaluating, input_device, model_digest
+from .planning import make_plan
+from .quality import mean_and_error
+from .shapes import Shape, Space, different, enumerate_shapes, memory_bytes, within
+from .sizes import PrunerConfig, student_config
+from .surgery import apply_plan
+from .trainer import DistillationTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEARCH_NAME = "search.json"
+CANDIDATES_DIR = "candidates"
+
+
+@dataclass
+class Candidate:
+    """One shape and what is known of it.
+
+    Attributes:
+        request: its sizes.
+        num_parameters: exact.
+        proxy: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
+        rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
+            held-out text.
+        behind: `value` and `stderr` of its KL minus the best one's, paired on the same rows, after the last round of
+            both (of the proxy, where nothing was retrained); None for the best.
+        prefill_tokens_per_second, decode_tokens_per_second: median speed, of the shapes that were retrained.
+    """
+
+    request: PrunerConfig
+    num_parameters: int
+    proxy: dict[str, float] | None = None
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    behind: dict[str, float] | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    row_sums: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The sizes, in few words."""
+        return Shape(self.request, {}, self.num_parameters).name
+
+    @property
+    def kl(self) -> float:
+        """The last KL that was measured."""
+        if self.rounds:
+            return self.rounds[-1]["kl"]
+        return math.inf if self.proxy is None else self.proxy["value"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "name": self.name,
+            "request": {k: v for k, v in self.request.to_dict().items() if v is not None},
+            "num_parameters": self.num_parameters,
+            "proxy": self.proxy,
+            "rounds": self.rounds,
+            "behind": self.behind,
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "row_sums": self.row_sums,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
+        """The reverse of `to_dict`."""
+        known = {key: value for key, value in values.items() if key not in ("name", "request")}
+        return cls(request=PrunerConfig.from_dict(values["request"]), **known)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        candidates: those that were measured, best first: the longer retrained, then the lower KL.
+        num_shapes: shapes of the space within the budget.
+        refused: why others could not be cut → how many.
+        path: `search.json`, or None.
+    """
+
+    candidates: list[Candidate]
+    num_shapes: int
+    refused: Mapping[str, int]
+    path: Path | None = None
+
+    @property
+    def best(self) -> PrunerConfig:
+        """The sizes to prune to."""
+        return self.candidates[0].request
+
+
+def search_architectures(
+    model: PreTrainedModel,
+    scores: ImportanceScores,
+    *,
+    space: Space,
+    calibration_data: DataSource,
+    max_parameters: float | None = None,
+    max_memory_bytes: float | None = None,
+    max_seconds_per_token: float | None = None,
+    tolerance: float = 0.05,
+    context_length: int = 4096,
+    train_dataset: Any = None,
+    eval_data: DataSource | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    num_proxied: int = 32,
+    num_candidates: int = 8,
+    num_rounds: int = 3,
+    num_tokens: int = 1_000_000,
+    num_rows: int = 32,
+    max_length: int | None = None,
+    base: PrunerConfig | None = None,
+    distillation: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> SearchResult:
+    """Find the best shape within a budget.
+
+    Args:
+        model: the teacher; not changed.
+        scores: importance of its units.
+        space: sizes to try, by their names in `PrunerConfig`: units, fractions, or multiples such as
+            `"2.5*hidden_size"`.
+        calibration_data: texts or token rows that the proxy is measured on.
+        max_parameters: budget of parameters; exactly one of the three budgets is needed.
+        max_memory_bytes: budget of bytes, for the weights in the teacher's dtype and the cache of one sequence of
+            `context_length` tokens.
+        max_seconds_per_token: budget of time for decoding a token at batch size 1, measured on the model's device.
+        tolerance: by how much of the budget a shape may cost less.
+        context_length: see `max_memory_bytes`.
+        train_dataset: corpus to distil on; None ranks by the proxy alone.
+        eval_data: held-out texts or token rows that decide; None takes the calibration data.
+        processing_class: tokenizer of texts.
+        output_dir: where results and unfinished students go. A search with the same inputs goes on there.
+        num_proxied: shapes that are pruned and measured; of more, some that differ are taken.
+        num_candidates: of those, how many are distilled.
+        num_rounds: rounds of distillation; each keeps the better half.
+        num_tokens: tokens of the first round; each further one has seen twice as many in all.
+        num_rows: rows that KL is measured on.
+        max_length: tokens of a row.
+        base: all that is not a size in the requests (`contiguous`, `norm_compensation`, …).
+        distillation: fields of `DistillationConfig`.
+        show_progress: show the table of candidates as it fills.
+
+    Returns:
+        The ranking, with uncertainties.
+
+    Raises:
+        PlanError: if no shape is within the budget, or the request makes no sense.
+        OutputError: if `output_dir` holds another search.
+    """
+    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    budgets["max_seconds_per_token"] = max_seconds_per_token
+    given = {name: float(value) for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise PlanError(f"Give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
+    if train_dataset is not None and output_dir is None:
+        raise PlanError("output_dir: a search that distils needs a folder for its students.")
+    max_length = max_length or default_max_length(model.config)
+
+    def rows_of(data: DataSource) -> TokenRows:
+        return token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
+
+    rows = rows_of(calibration_data)
+    held_out = rows if eval_data is None else rows_of(eval_data)
+    found = enumerate_shapes(model.config, space, base)
+    shapes = _affordable(model, found.shapes, given, tolerance, context_length)
+    settings = {
+        "space": {name: list(values) for name, values in space.items()},
+        "budget": given,
+        "tolerance": tolerance,
+        "base": None if base is None else base.to_dict(),
+        "distillation": dict(distillation or {}),
+        "rounds": [num_proxied, num_candidates, num_rounds, num_tokens, max_length],
+    }
+    inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
+    record = _Record(output_dir, inputs, settings, show_progress)
+    measure = _Divergence(model, rows)
+
+    with record.live():
+        for shape in different(shapes, num_proxied):
+            candidate = record.candidate(shape)
+            if candidate.proxy is None:
+                student = apply_plan(model, make_plan(model, candidate.request, scores))
+                candidate.proxy = measure(student, candidate)
+                del student
+                gc.collect()
+                record.save()
+        ranked = sorted(record.candidates, key=lambda candidate: candidate.kl)
+        if train_dataset is not None:
+            by_name = {candidate.name: candidate for candidate in ranked}
+            chosen = different(
+                [Shape(c.request, _sizes_of(c, shapes), c.num_parameters) for c in ranked],
+                num_candidates,
+                cost=lambda shape: by_name[shape.name].kl,
+            )
+            alive = [by_name[shape.name] for shape in chosen]
+            judge = _Divergence(model, held_out)
+            for turn in range(num_rounds):
+                for candidate in alive:
+                    if len(candidate.rounds) <= turn:
+                        student = _distil(
+                            model, scores, candidate, record, num_tokens << turn, train_dataset, processing_class,
+                            {**(distillation or {}), "max_length": max_length},
+                        )  # fmt: skip
+                        kl = judge(student, candidate)
+                        candidate.rounds.append(
+                            {"num_tokens": num_tokens << turn, "kl": kl["value"], "stderr": kl["stderr"]}
+                        )
+                        _time(student, candidate, held_out)
+                        del student
+                        gc.collect()
+                        record.save()
+                alive = sorted(alive, key=lambda candidate: candidate.kl)[: -(-len(alive) // 2)]
+                if len(alive) == 1:
+                    break
+    candidates = sorted(record.candidates, key=lambda candidate: (-len(candidate.rounds), candidate.kl))
+    best = candidates[0]
+    for candidate in candidates:
+        paired = candidate is not best and len(candidate.rounds) == len(best.rounds)
+        candidate.behind = _behind(candidate, best, held_out if best.rounds else rows) if paired else None
+    record.candidates = candidates
+    record.save()
+    record.clean()
+    return SearchResult(candidates, len(shapes), found.refused, record.path)
+
+
+def _affordable(
+    model: PreTrainedModel, shapes: Sequence[Shape], budget: Mapping[str, float], tolerance: float, context_length: int
+) -> list[Shape]:
+    [(name, limit)] = budget.items()
+    costs: dict[int, float] = {}
+
+    def cost(shape: Shape) -> float:
+        if name == "max_parameters":
+            return shape.num_parameters
+        if id(shape) not in costs:
+            config = student_config(model.config, shape.request)
+            if name == "max_memory_bytes":
+                costs[id(shape)] = memory_bytes(
+                    config, shape.num_parameters, context_length=context_length, batch_size=1, dtype=model.dtype
+                )
+            else:
+                costs[id(shape)] = _seconds_per_token(model, config)
+        return costs[id(shape)]
+
+    found = within(shapes, limit, tolerance, cost)
+    if not found:
+        least, most = min(map(cost, shapes)), max(map(cost, shapes))
+        raise PlanError(
+            f"{name}={limit:,.0f}: none of the {len(shapes)} shapes of this space costs between "
+            f"{(1 - tolerance) * limit:,.4g} and that; they cost {least:,.4g} to {most:,.4g}. "
+            "Change the budget, the tolerance or the space."
+        )
+    return found
+
+
+@torch.no_grad()
+def _seconds_per_token(model: PreTrainedModel, config: Any) -> float:
+    """Median time to decode a token with a model of a shape, whose weights do not matter."""
+    with torch.device(input_device(model)):
+        empty = type(model)._from_config(config, dtype=model.dtype).eval()
+    speed = measure_cost(
+        {"model": empty}, _any_rows(config), prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
+    )
+    return 1 / speed["model"]["decode_tokens_per_second"]["median"]
+
+
+def _any_rows(config: Any) -> TokenRows:
+    return TokenRows((tuple(index % config.vocab_size for index in range(64)),), None)
+
+
+def _sizes_of(candidate: Candidate, shapes: Sequence[Shape]) -> Mapping[str, int]:
+    return next(shape.sizes for shape in shapes if shape.name == candidate.name)
+
+
+class _Divergence:
+    """KL(teacher ‖ student) on some rows. The teacher's hidden states are computed once, and its head applied again.
+
+    Shapes: N predicted tokens, H_t hidden width of the teacher.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.head = output_head(teacher)
+        self.states = [states.cpu() for states in self._hidden(teacher)]
+
+    @torch.no_grad()
+    def _hidden(self, model: PreTrainedModel) -> list[Tensor]:
+        """Hidden states of all tokens but the last of each row: [N, H] of every batch."""
+        states = []
+        with evaluating([model]):
+            for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
+                chunk = self.rows.rows[index * self.batch_size : (index + 1) * self.batch_size]
+                # Padding is on the right, where causal attention never looks.
+                h_BTH = model.base_model(
+                    input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
+                ).last_hidden_state
+                states.append(torch.cat([h_BTH[i, : len(row) - 1] for i, row in enumerate(chunk)]))
+        return states
+
+    @torch.no_grad()
+    def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:
+        """Mean and standard error; the sums of the rows are kept for comparisons in pairs."""
+        head = output_head(student)
+        losses = []
+        for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
+            device = head.weight.device
+            teacher = DenseSignal(t_NH.to(device), _on(self.head, device))
+            labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
+            losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
+        counts = [len(row) - 1 for row in self.rows.rows]
+        candidate.row_sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
+        value, error = mean_and_error(candidate.row_sums, counts)
+        return {"value": value, "stderr": math.nan if error is None else error}
+
+
+def _on(head: OutputHead, device: torch.device) -> OutputHead:
+    bias = None if head.bias is None else head.bias.to(device)
+    return OutputHead(head.weight.to(device), bias, head.scale, head.softcap)
+
+
+def _behind(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
+    """How much larger its KL is, row by row on the same tokens."""
+    differences = [one - other for one, other in zip(candidate.row_sums, best.row_sums, strict=True)]
+    value, error = mean_and_error(differences, [len(row) - 1 for row in rows.rows])
+    return {"value": value, "stderr": math.nan if error is None else error}
+
+
+def _distil(
+    model: PreTrainedModel,
+    scores: ImportanceScores,
+    candidate: Candidate,
+    record: _Record,
+    num_tokens: int,
+    train_dataset: Any,
+    processing_class: Any,
+    settings: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The candidate's student after so many tokens, going on from its last checkpoint."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    assert record.folder is not None
+    folder = record.folder / CANDIDATES_DIR / digest(candidate.name)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(model, candidate.request, scores)
+    student = apply_plan(model, plan)
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-4,
+        "warmup_steps": 10,
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "shuffle_dataset": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 0.25,
+        # Constant after the warm-up, so that a longer run is a shorter one that goes on.
+        "lr_scheduler_type": "constant_with_warmup",
+    }
+    values = {**defaults, **settings}
+    rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+    steps = math.ceil(num_tokens / (rows * values["max_length"]))
+    saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=model,
+        args=DistillationConfig(str(folder), **{**values, "max_steps": steps, **saving}),
+        train_dataset=train_dataset,
+        processing_class=processing_class,
+        pruning_plan=plan,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def _time(student: PreTrainedModel, candidate: Candidate, rows: TokenRows) -> None:
+    speed = measure_cost(
+        {"student": student}, rows, prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
+    )["student"]
+    candidate.prefill_tokens_per_second = speed["prefill_tokens_per_second"]["median"]
+    candidate.decode_tokens_per_second = speed["decode_tokens_per_second"]["median"]
+
+
+class _Record:
+    """Results so far: on disk, and as a table on the terminal."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, inputs: str, settings: Mapping[str, Any], show_progress: bool
+    ) -> None:
+        self.folder = None if folder is None else require_writable(folder)
+        self.inputs, self.settings = inputs, settings
+        self.candidates: list[Candidate] = []
+        self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
+        if self.path is not None and self.path.is_file():
+            values = read_json(self.path)
+            if values.get("inputs") != inputs:
+                raise OutputError(
+                    f"{self.path} is of another search: another teacher, other scores, data or settings. "
+                    "Choose another output_dir, or remove that file."
+                )
+            self.candidates = [Candidate.from_dict(entry) for entry in values["candidates"]]
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.folder is None else self.folder / SEARCH_NAME
+
+    def live(self) -> Any:
+        """The table on the terminal, for the duration of the context."""
+        return self.display or contextlib.nullcontext()
+
+    def candidate(self, shape: Shape) -> Candidate:
+        """What is known of a shape, from now on at least its size."""
+        for candidate in self.candidates:
+            if candidate.name == shape.name:
+                return candidate
+        self.candidates.append(Candidate(shape.request, shape.num_parameters))
+        return self.candidates[-1]
+
+    def save(self) -> None:
+        """Write what is known, whole or not at all, and show it."""
+        if self.path is not None:
+            values = {
+                "format": 1,
+                "inputs": self.inputs,
+                "settings": dict(self.settings),
+                "candidates": [candidate.to_dict() for candidate in self.candidates],
+            }
+            write_json(self.path, values)
+        if self.display is not None:
+            self.display.update(table(self.candidates), refresh=True)
+
+    def clean(self) -> None:
+        """Remove the students, of which only the shape is wanted."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / CANDIDATES_DIR, ignore_errors=True)
+
+
+def table(candidates: Sequence[Candidate]) -> Table:
+    """The candidates as a table, best first."""
+    made = Table("shape", "parameters", "KL pruned", "KL distilled", "tokens", "behind the best")
+    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.kl)):
+        last = candidate.rounds[-1] if candidate.rounds else None
+        made.add_row(
+            candidate.name,
+            f"{candidate.num_parameters:,}",
+            "–" if candidate.proxy is None else f"{candidate.proxy['value']:.3f} ± {candidate.proxy['stderr']:.3f}",
+            "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
+            "–" if last is None else f"{last['num_tokens']:,}",
+            "–" if candidate.behind is None else f"{candidate.behind['value']:.3f} ± {candidate.behind['stderr']:.3f}",
+        )
+    return made
