@@ -35,6 +35,7 @@ _MODULE_OF = {
     "load_teacher_cache": "teacher_cache",
     "TeacherCache": "teacher_cache",
     "DistillationTrainer": "trainer",
+    "search_architectures": "search",
     "evaluate_models": "evaluation",
     "generate_samples": "samples",
     "render_model_card": "card",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe as Recipe
     from .runner import run_recipe as run_recipe
     from .samples import generate_samples as generate_samples
+    from .search import search_architectures as search_architectures
     from .sizes import PrunerConfig as PrunerConfig
     from .sizes import student_config as student_config
     from .streaming import prune_checkpoint as prune_checkpoint

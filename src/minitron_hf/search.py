@@ -33,7 +33,7 @@ from .distillation_config import DistillationConfig
 from .errors import OutputError, PlanError
 from .importance import ImportanceScores, default_max_length
 from .losses import DenseSignal, OutputHead, distillation_loss, output_head
-from .models import evaluating, input_device, model_digest
+from .models import evaluating, input_device, load_model, model_digest
 from .planning import make_plan
 from .quality import mean_and_error
 from .shapes import Shape, Space, different, enumerate_shapes, memory_bytes, within
@@ -58,9 +58,10 @@ class Candidate:
         proxy: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
         rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
             held-out text.
-        behind: `value` and `stderr` of its KL minus the best one's, paired on the same rows, after the last round of
-            both (of the proxy, where nothing was retrained); None for the best.
+        behind: `value` and `stderr` of its KL minus the best one's, paired on the same rows, where both were measured
+            last: after the same round, or before any; None for the best.
         prefill_tokens_per_second, decode_tokens_per_second: median speed, of the shapes that were retrained.
+        row_sums: nats of every row: of the proxy, then of every round.
     """
 
     request: PrunerConfig
@@ -70,7 +71,7 @@ class Candidate:
     behind: dict[str, float] | None = None
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
-    row_sums: list[float] = field(default_factory=list, repr=False)
+    row_sums: list[list[float]] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
@@ -82,6 +83,11 @@ class Candidate:
         """The last KL that was measured."""
         if self.rounds:
             return self.rounds[-1]["kl"]
+        return self.proxy_kl
+
+    @property
+    def proxy_kl(self) -> float:
+        """KL before any retraining."""
         return math.inf if self.proxy is None else self.proxy["value"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +208,6 @@ def search_architectures(
     rows = rows_of(calibration_data)
     held_out = rows if eval_data is None else rows_of(eval_data)
     found = enumerate_shapes(model.config, space, base)
-    shapes = _affordable(model, found.shapes, given, tolerance, context_length)
     settings = {
         "space": {name: list(values) for name, values in space.items()},
         "budget": given,
@@ -210,9 +215,12 @@ def search_architectures(
         "base": None if base is None else base.to_dict(),
         "distillation": dict(distillation or {}),
         "rounds": [num_proxied, num_candidates, num_rounds, num_tokens, max_length],
+        "distils": train_dataset is not None,
+        "context_length": context_length,
     }
     inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
     record = _Record(output_dir, inputs, settings, show_progress)
+    shapes = _affordable(model, found.shapes, given, tolerance, context_length, record)
     measure = _Divergence(model, rows)
 
     with record.live():
@@ -224,13 +232,13 @@ def search_architectures(
                 del student
                 gc.collect()
                 record.save()
-        ranked = sorted(record.candidates, key=lambda candidate: candidate.kl)
+        ranked = sorted(record.candidates, key=lambda candidate: candidate.proxy_kl)
         if train_dataset is not None:
             by_name = {candidate.name: candidate for candidate in ranked}
             chosen = different(
                 [Shape(c.request, _sizes_of(c, shapes), c.num_parameters) for c in ranked],
                 num_candidates,
-                cost=lambda shape: by_name[shape.name].kl,
+                cost=lambda shape: by_name[shape.name].proxy_kl,
             )
             alive = [by_name[shape.name] for shape in chosen]
             judge = _Divergence(model, held_out)
@@ -249,14 +257,14 @@ def search_architectures(
                         del student
                         gc.collect()
                         record.save()
-                alive = sorted(alive, key=lambda candidate: candidate.kl)[: -(-len(alive) // 2)]
                 if len(alive) == 1:
                     break
+                alive = _better_half(alive, turn)
     candidates = sorted(record.candidates, key=lambda candidate: (-len(candidate.rounds), candidate.kl))
     best = candidates[0]
     for candidate in candidates:
-        paired = candidate is not best and len(candidate.rounds) == len(best.rounds)
-        candidate.behind = _behind(candidate, best, held_out if best.rounds else rows) if paired else None
+        measured_on = held_out if candidate.rounds else rows
+        candidate.behind = None if candidate is best else _behind(candidate, best, measured_on)
     record.candidates = candidates
     record.save()
     record.clean()
@@ -264,30 +272,36 @@ def search_architectures(
 
 
 def _affordable(
-    model: PreTrainedModel, shapes: Sequence[Shape], budget: Mapping[str, float], tolerance: float, context_length: int
+    model: PreTrainedModel,
+    shapes: Sequence[Shape],
+    budget: Mapping[str, float],
+    tolerance: float,
+    context_length: int,
+    record: _Record,
 ) -> list[Shape]:
     [(name, limit)] = budget.items()
-    costs: dict[int, float] = {}
+    costs = record.costs
 
     def cost(shape: Shape) -> float:
         if name == "max_parameters":
             return shape.num_parameters
-        if id(shape) not in costs:
+        if shape.name not in costs:
             config = student_config(model.config, shape.request)
             if name == "max_memory_bytes":
-                costs[id(shape)] = memory_bytes(
+                costs[shape.name] = memory_bytes(
                     config, shape.num_parameters, context_length=context_length, batch_size=1, dtype=model.dtype
                 )
             else:
-                costs[id(shape)] = _seconds_per_token(model, config)
-        return costs[id(shape)]
+                costs[shape.name] = _seconds_per_token(model, config)
+            record.save()
+        return costs[shape.name]
 
     found = within(shapes, limit, tolerance, cost)
     if not found:
         least, most = min(map(cost, shapes)), max(map(cost, shapes))
         raise PlanError(
-            f"{name}={limit:,.0f}: none of the {len(shapes)} shapes of this space costs between "
-            f"{(1 - tolerance) * limit:,.4g} and that; they cost {least:,.4g} to {most:,.4g}. "
+            f"{name}={limit:,.10g}: none of the {len(shapes)} shapes of this space costs between "
+            f"{(1 - tolerance) * limit:,.10g} and that; they cost {least:,.10g} to {most:,.10g}. "
             "Change the budget, the tolerance or the space."
         )
     return found
@@ -306,6 +320,11 @@ def _seconds_per_token(model: PreTrainedModel, config: Any) -> float:
 
 def _any_rows(config: Any) -> TokenRows:
     return TokenRows((tuple(index % config.vocab_size for index in range(64)),), None)
+
+
+def _better_half(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
+    """Those with the lower KL after a round, whatever came later; one more of an odd number."""
+    return sorted(candidates, key=lambda candidate: candidate.rounds[turn]["kl"])[: -(-len(candidates) // 2)]
 
 
 def _sizes_of(candidate: Candidate, shapes: Sequence[Shape]) -> Mapping[str, int]:
@@ -348,8 +367,9 @@ class _Divergence:
             labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
             losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
         counts = [len(row) - 1 for row in self.rows.rows]
-        candidate.row_sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
-        value, error = mean_and_error(candidate.row_sums, counts)
+        sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
+        candidate.row_sums.append(sums)
+        value, error = mean_and_error(sums, counts)
         return {"value": value, "stderr": math.nan if error is None else error}
 
 
@@ -359,8 +379,9 @@ def _on(head: OutputHead, device: torch.device) -> OutputHead:
 
 
 def _behind(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
-    """How much larger its KL is, row by row on the same tokens."""
-    differences = [one - other for one, other in zip(candidate.row_sums, best.row_sums, strict=True)]
+    """How much larger its KL is, row by row on the same tokens, where it was measured last."""
+    turn = len(candidate.rounds)
+    differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]
     value, error = mean_and_error(differences, [len(row) - 1 for row in rows.rows])
     return {"value": value, "stderr": math.nan if error is None else error}
 
@@ -376,6 +397,7 @@ def _distil(
     settings: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The candidate's student after so many tokens, going on from its last checkpoint."""
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
     assert record.folder is not None
@@ -400,6 +422,11 @@ def _distil(
     rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     steps = math.ceil(num_tokens / (rows * values["max_length"]))
     saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= steps:
+        # Trained before an interruption, and the stock trainer would take another step.
+        student.float().load_state_dict(load_model(checkpoint, dtype=torch.float32).state_dict())
+        return student
     trainer = DistillationTrainer(
         model=student,
         teacher_model=model,
@@ -408,7 +435,8 @@ def _distil(
         processing_class=processing_class,
         pruning_plan=plan,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.remove_callback(PrinterCallback)  # the table says it
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 
@@ -429,6 +457,7 @@ class _Record:
         self.folder = None if folder is None else require_writable(folder)
         self.inputs, self.settings = inputs, settings
         self.candidates: list[Candidate] = []
+        self.costs: dict[str, float] = {}
         self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
         if self.path is not None and self.path.is_file():
             values = read_json(self.path)
@@ -438,6 +467,7 @@ class _Record:
                     "Choose another output_dir, or remove that file."
                 )
             self.candidates = [Candidate.from_dict(entry) for entry in values["candidates"]]
+            self.costs = values["costs"]
 
     @property
     def path(self) -> Path | None:
@@ -462,6 +492,7 @@ class _Record:
                 "format": 1,
                 "inputs": self.inputs,
                 "settings": dict(self.settings),
+                "costs": self.costs,
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
             }
             write_json(self.path, values)

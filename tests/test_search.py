@@ -1,0 +1,264 @@
+"""Architecture search: the proxy and its comparison in pairs against naive ones, halving, budgets, going on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from minitron_hf import search
+from minitron_hf.data import TokenRows
+from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.errors import OutputError, PlanError
+from minitron_hf.importance import estimate_importance
+from minitron_hf.models import count_parameters
+from minitron_hf.planning import make_plan
+from minitron_hf.search import search_architectures
+from minitron_hf.shapes import enumerate_shapes, memory_bytes
+from minitron_hf.sizes import PrunerConfig, student_config
+from minitron_hf.surgery import apply_plan
+from minitron_hf.trainer import DistillationTrainer
+from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+
+
+def token_rows(*lengths, seed):
+    return TokenRows(tuple(tuple(pocket_tokens(n, seed=seed + i).tolist()) for i, n in enumerate(lengths)), None)
+
+
+ROWS, HELD_OUT = token_rows(16, 9, 16, 12, 5, 16, seed=0), token_rows(16, 7, 11, 16, seed=100)
+TRAIN = Dataset.from_dict({"input_ids": [pocket_tokens(16, seed=200 + index).tolist() for index in range(8)]})
+SPACE = {"intermediate_size": [0.25, 0.5], "num_hidden_layers": [3, 4]}
+DISTILLATION = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "packing": False,
+    "logging_steps": 1,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return pocket_model("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scores(teacher):
+    return estimate_importance(teacher, ROWS, max_length=16, show_progress=False)
+
+
+@pytest.fixture
+def find(teacher, scores):
+    """A search of four shapes, all within the budget."""
+
+    def search_for(**changes):
+        defaults = {
+            "space": SPACE,
+            "calibration_data": ROWS,
+            "max_parameters": count_parameters(teacher),
+            "tolerance": 0.9,
+            "max_length": 16,
+            "show_progress": False,
+        }
+        return search_architectures(teacher, scores, **{**defaults, **changes})
+
+    return search_for
+
+
+@pytest.fixture
+def distil(find, tmp_path):
+    """The same with distillation: all four in the first round, two in the second."""
+
+    def search_for(folder="search", **changes):
+        defaults = {
+            "eval_data": HELD_OUT,
+            "train_dataset": TRAIN,
+            "processing_class": pocket_tokenizer(),
+            "output_dir": tmp_path / folder,
+            "num_rounds": 2,
+            "num_tokens": 2 * 2 * 16,
+            "distillation": DISTILLATION,
+        }
+        return find(**{**defaults, **changes})
+
+    return search_for
+
+
+@torch.no_grad()
+def naive_kl(teacher, student, rows):
+    """KL of every token from whole logits, one row at a time: a list of vectors."""
+    found = []
+    for row in rows.rows:
+        tokens = torch.tensor([row])
+        log_p, log_q = (torch.log_softmax(model(tokens).logits[0, :-1].double(), -1) for model in (teacher, student))
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return found
+
+
+def naive_error(differences):
+    """Standard error of a mean per token, rows being independent: that of a ratio of sums."""
+    counts = torch.tensor([float(len(row)) for row in differences])
+    sums = torch.stack([row.sum() for row in differences])
+    n, mean = len(differences), sums.sum() / counts.sum()
+    variance = ((sums - mean * counts) ** 2).sum() / (n - 1)
+    return mean.item(), (n * variance).sqrt().item() / counts.sum().item()
+
+
+def test_the_proxy_ranks_by_the_divergence_of_pruned_students(find, teacher, scores):
+    found = find()
+    assert len(found.candidates) == found.num_shapes == 4
+    naive = {}
+    for candidate in found.candidates:
+        student = apply_plan(teacher, make_plan(teacher, candidate.request, scores))
+        assert candidate.num_parameters == count_parameters(student)
+        naive[candidate.name] = naive_kl(teacher, student, ROWS)
+        mean, error = naive_error(naive[candidate.name])
+        assert candidate.proxy == {
+            "value": pytest.approx(mean, rel=1e-4),
+            "stderr": pytest.approx(error, rel=1e-4),
+        }
+    means = {name: torch.cat(rows).mean() for name, rows in naive.items()}
+    assert [candidate.name for candidate in found.candidates] == sorted(means, key=means.__getitem__)
+    best, *others = found.candidates
+    assert found.best == best.request
+    assert best.behind is None
+    for candidate in others:
+        paired = [one - other for one, other in zip(naive[candidate.name], naive[best.name], strict=True)]
+        mean, error = naive_error(paired)
+        assert candidate.behind["value"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+        assert candidate.behind["stderr"] == pytest.approx(error, rel=1e-3)
+
+
+def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_path):
+    found = distil()
+    rounds = [len(candidate.rounds) for candidate in found.candidates]
+    assert rounds == [2, 2, 1, 1]
+    first = [candidate.rounds[0]["kl"] for candidate in found.candidates]
+    assert max(first[:2]) < min(first[2:])
+    best, second, *_ = found.candidates
+    assert [turn["num_tokens"] for turn in best.rounds] == [64, 128]
+    assert best.kl == best.rounds[1]["kl"] < second.kl
+    assert best.behind is None
+    assert second.behind["value"] == pytest.approx(second.kl - best.kl, rel=1e-4)
+    for candidate in found.candidates[2:]:
+        assert candidate.behind["value"] == pytest.approx(candidate.kl - best.rounds[0]["kl"], rel=1e-4)
+    assert best.decode_tokens_per_second > 0
+    assert not (tmp_path / "search" / "candidates").exists()
+
+    # Twice two steps are four steps.
+    student = apply_plan(teacher, make_plan(teacher, best.request, scores))
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(
+            str(tmp_path / "single"),
+            **{**DISTILLATION, "max_length": 16, "max_steps": 4, "lr_scheduler_type": "constant_with_warmup"},
+            shuffle_dataset=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=TRAIN,
+        processing_class=pocket_tokenizer(),
+    )
+    trainer.train()
+    naive, error = naive_error(naive_kl(teacher, student.eval(), HELD_OUT))
+    assert best.kl == pytest.approx(naive, rel=1e-4)
+    assert best.rounds[1]["stderr"] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, monkeypatch):
+    """Four proxies, four students after the first round, two after the second: ten measurements."""
+    measure, measured, breaks = search._Divergence.__call__, [], [2, 6, 9]
+
+    def breaking(self, student, candidate):
+        if breaks and len(measured) == breaks[0]:
+            breaks.pop(0)
+            raise KeyboardInterrupt
+        result = measure(self, student, candidate)
+        measured.append((candidate.name, len(candidate.row_sums)))
+        return result
+
+    monkeypatch.setattr(search, "_time", lambda *args: None)
+    whole = distil("whole")
+    monkeypatch.setattr(search._Divergence, "__call__", breaking)
+    while breaks:
+        with pytest.raises(KeyboardInterrupt):
+            distil("broken")
+    resumed = distil("broken")
+    assert len(measured) == len(set(measured)) == 10
+    assert [one.to_dict() for one in resumed.candidates] == [one.to_dict() for one in whole.candidates]
+    assert distil("broken").best == whole.best
+    assert len(measured) == 10
+    written = json.loads(whole.path.read_text())
+    assert [one["name"] for one in written["candidates"]] == [one.name for one in whole.candidates]
+
+
+def test_a_folder_of_another_search_is_refused(find, tmp_path):
+    find(output_dir=tmp_path)
+    with pytest.raises(OutputError, match="another search"):
+        find(output_dir=tmp_path, tolerance=0.8)
+    with pytest.raises(OutputError, match="another search"):
+        find(output_dir=tmp_path, calibration_data=HELD_OUT)
+
+
+def test_budgets_of_parameters_and_memory_hold(find, teacher):
+    shapes = enumerate_shapes(teacher.config, SPACE).shapes
+    limit = shapes[1].num_parameters
+    found = find(max_parameters=limit, tolerance=0.1)
+    expected = [one.name for one in shapes if 0.9 * limit <= one.num_parameters <= limit]
+    assert sorted(one.name for one in found.candidates) == sorted(expected)
+    assert 0 < len(expected) < 4
+
+    def cost(shape):
+        config = student_config(teacher.config, shape.request)
+        return memory_bytes(config, shape.num_parameters, context_length=1000, batch_size=1, dtype=torch.float32)
+
+    costs = {shape.name: cost(shape) for shape in shapes}
+    three_layers = [name for name in costs if "num_hidden_layers=3" in name]
+    limit = max(costs[name] for name in three_layers)
+    found = find(max_parameters=None, max_memory_bytes=limit, context_length=1000)
+    assert {one.name for one in found.candidates} == {name for name in costs if costs[name] <= limit}
+
+
+def test_a_budget_of_time_is_kept_by_what_is_measured_once(find, tmp_path, monkeypatch):
+    seconds = {3: 0.003, 4: 0.004}
+    asked = []
+
+    def measured(model, config):
+        asked.append(config.num_hidden_layers)
+        return seconds[config.num_hidden_layers]
+
+    assert search._seconds_per_token(pocket_model("llama"), pocket_model("llama").config) > 0
+    monkeypatch.setattr(search, "_seconds_per_token", measured)
+    for _ in range(2):
+        found = find(max_parameters=None, max_seconds_per_token=0.0035, output_dir=tmp_path)
+        assert [one.request.num_hidden_layers for one in found.candidates] == [3, 3]
+        assert sorted(asked) == [3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_parameters": None}, "exactly one budget"),
+        ({"max_memory_bytes": 1e9}, "exactly one budget of .*; got max_parameters, max_memory_bytes"),
+        ({"max_parameters": 10}, "max_parameters=10: none of the 4 shapes"),
+        ({"train_dataset": TRAIN}, "output_dir"),
+        ({"space": {"num_experts": [2]}}, "has no num_experts"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(find, changes, message):
+    with pytest.raises(PlanError, match=message):
+        find(**changes)
+
+
+def test_more_shapes_than_are_to_be_measured_are_chosen_to_differ(find):
+    found = find(space={"intermediate_size": [0.25, 0.5, 0.75, 1.0], "num_hidden_layers": [3, 4, 5]}, num_proxied=4)
+    assert found.num_shapes == 12
+    assert len(found.candidates) == 4
+    assert len({(one.request.intermediate_size, one.request.num_hidden_layers) for one in found.candidates}) == 4
+    assert all(math.isfinite(one.kl) for one in found.candidates)
+    assert PrunerConfig.from_dict(found.best.to_dict()) == found.best
