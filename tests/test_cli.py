@@ -81,7 +81,7 @@ def test_help_is_lazy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ["run", "score", "plan", "prune", "distill", "evaluate", "card", "publish", "families"]:
+    for command in ["run", "score", "plan", "prune", "cache", "distill", "evaluate", "card", "publish", "families"]:
         assert command in result.stdout
 
 
@@ -110,6 +110,12 @@ def test_every_stage_by_hand(workshop, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(not a.equal(b) for a, b in zip(student.parameters(), pruned.parameters()))
     assert json.loads((tmp_path / "out" / "pruning_plan.json").read_text())["model_type"] == "llama"
+    settings = ("--set", "max_steps=2", "--set", "max_length=16", "--set", "report_to=none")
+    ok("cache", teacher, "--data", text, "--top-k", 9, "-o", tmp_path / "cache", *settings)
+    ok("distill", tmp_path / "pruned", "--train-data", tmp_path / "cache", "-o", tmp_path / "cached", *settings)
+    assert json.loads((tmp_path / "cached" / "distillation.json").read_text())["teacher_cache"][0]["top_k"] == 9
+    nobody = minitron("distill", tmp_path / "pruned", "--train-data", text, "-o", tmp_path / "none", *settings)
+    refused(nobody, "teacher_model is None, and train_dataset is no teacher cache")
     table = ok(
         "evaluate", f"teacher={teacher}", f"student={tmp_path / 'out'}", "--data", text, "-o", tmp_path / "out",
         "--set", "speed=false",

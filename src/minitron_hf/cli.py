@@ -201,12 +201,37 @@ def prune(
 
 
 @app.command()
+def cache(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
+    output: Output,
+    split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
+    top_k: Annotated[int, typer.Option(help="Tokens to keep of every distribution.")] = 64,
+    set_: Settings = None,
+) -> None:
+    """Write down what the teacher says of a corpus (cache_teacher_logits); --set takes the arguments of distill.
+
+    Resumes what was interrupted.
+    """
+    from .data import load_text_dataset
+    from .distillation_config import DistillationConfig
+    from .recipe import DISTILL_DEFAULTS, apply_overrides
+    from .teacher_cache import cache_teacher_logits
+
+    model, tokenizer = _load(teacher)
+    settings = {**apply_overrides(dict(DISTILL_DEFAULTS), set_ or []), "eval_strategy": "no"}
+    args = DistillationConfig(str(output), **settings)
+    rows = load_text_dataset(data, split=split)
+    _say(f"Wrote {cache_teacher_logits(model, rows, output, top_k=top_k, args=args, processing_class=tokenizer)}")
+
+
+@app.command()
 def distill(
     student: Annotated[str, typer.Argument(help="Folder or Hub id of the pruned student.")],
-    teacher: Annotated[str, typer.Option(help="Hub id or folder.")],
-    train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
+    train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset, Hub id, or a cache of the teacher.")],
     output: Output,
-    eval_data: Annotated[Optional[str], typer.Option(help="Held-out corpus.")] = None,  # noqa: UP045
+    teacher: Annotated[Optional[str], typer.Option(help="Hub id or folder; not needed for a cache.")] = None,  # noqa: UP045
+    eval_data: Annotated[Optional[str], typer.Option(help="Held-out corpus, likewise.")] = None,  # noqa: UP045
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
     eval_split: Annotated[str, typer.Option(help="Split of the held-out corpus.")] = "train",
     set_: Settings = None,
@@ -215,7 +240,6 @@ def distill(
 
     Resumes from the last checkpoint in the output folder.
     """
-    from .data import load_text_dataset
     from .models import load_model
     from .recipe import DISTILL_DEFAULTS, apply_overrides
     from .stages import distill as run_distillation
@@ -226,12 +250,12 @@ def distill(
         settings["eval_strategy"] = "no"
     run_distillation(
         model,
-        load_model(teacher),
+        None if teacher is None else load_model(teacher),
         output,
         tokenizer,
         settings,
-        load_text_dataset(train_data, split=split),
-        None if eval_data is None else load_text_dataset(eval_data, split=eval_split),
+        _corpus(train_data, split),
+        None if eval_data is None else _corpus(eval_data, eval_split),
     )
     _say(f"Wrote {output}")
 
@@ -349,6 +373,15 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
     from .models import load_model, load_tokenizer
 
     return load_model(name, **kwargs), load_tokenizer(name)
+
+
+def _corpus(source: str, split: str) -> Any:
+    from .data import load_text_dataset
+    from .teacher_cache import MANIFEST_NAME, load_teacher_cache
+
+    if (Path(source) / MANIFEST_NAME).is_file():
+        return load_teacher_cache(source)
+    return load_text_dataset(source, split=split)
 
 
 def _size(name: str, text: str) -> int | float:
