@@ -728,7 +728,7 @@ def test_prune_model_needs_one_source_of_scores():
 
 
 def test_prune_model_warns_of_what_was_not_asked_for(caplog: pytest.LogCaptureFixture):
-    teacher = pocket_model("llama", dtype=torch.float32)
+    teacher = pocket_model("mistral", dtype=torch.float32)
     for request, expected in (({"intermediate_size": 20}, 0), ({"num_key_value_heads": 2}, 1)):
         caplog.clear()
         scores = estimate_importance(teacher, metric="random")
