@@ -692,3 +692,12 @@ def test_digest_is_of_the_values():
     changed = copy.deepcopy(scores)
     changed.axes["kv"][3, 1] += 1e-3
     assert changed.digest != scores.digest
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_samples": "abc"}, {"num_samples": 0}, {"max_length": 0}, {"batch_size": -1}], ids=str
+)
+def test_numbers_that_make_no_sense_are_named(wrong: dict):
+    [(name, value)] = wrong.items()
+    with pytest.raises(DataError, match=f"{name}={value!r}: expected a number of at least 1"):
+        estimate_importance(pocket_model("llama"), pocket_tokens(4, 8).tolist(), show_progress=False, **wrong)

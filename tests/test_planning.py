@@ -858,3 +858,32 @@ def test_unknown_families_have_no_plan():
     for refused in (make_plan, student_config):
         with pytest.raises(UnsupportedModelError, match="No family table for model_type 'bert'"):
             refused(BertConfig(), PrunerConfig(hidden_size=0.5))
+
+
+def test_norms_without_weights_cannot_compensate_and_the_plan_says_so():
+    plans = {
+        name: make_plan(pocket_model(name), PrunerConfig(hidden_size=24), random_scores(name))
+        for name in ("olmo", "llama")
+    }
+    assert any("norm_compensation changes nothing" in note for note in plans["olmo"].notes)
+    assert not plans["olmo"].scales
+    assert not any("norm_compensation" in note for note in plans["llama"].notes)
+    assert plans["llama"].scales
+
+
+def random_scores(name: str):
+    return estimate_importance(pocket_model(name), metric="random")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"format": 1}'], ids=["no text", "of an earlier version"])
+def test_other_plan_files_are_refused(tmp_path: Path, content: bytes):
+    plan = make_plan(pocket_model("llama"), PrunerConfig(intermediate_size=20), random_scores("llama"))
+    plan.save_pretrained(tmp_path)
+    (tmp_path / "pruning_plan.json").write_bytes(content)
+    with pytest.raises(MismatchError, match=r"is not valid JSON|was written by an earlier version"):
+        PruningPlan.from_pretrained(tmp_path)
+
+
+def test_uneven_takes_names_alone():
+    with pytest.raises(PlanError, match="expected a list of sizes"):
+        PrunerConfig(uneven=[[1]])

@@ -70,7 +70,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OutputError(f"{path} does not exist. Run the stage that writes it first.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MismatchError(f"{path} is not valid JSON ({error}). Delete it and run its stage again.") from error
     if not isinstance(value, dict):
         raise MismatchError(f"{path} holds a {type(value).__name__}, expected a JSON object.")

@@ -101,13 +101,19 @@ def score(
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
+    from .artifacts import require_writable
     from .data import load_text_dataset
+    from .errors import DataError
     from .importance import estimate_importance
     from .recipe import apply_overrides
 
     model, tokenizer = _load(teacher)
+    require_writable(output)
     rows = load_text_dataset(data, split=split)
-    texts: Any = (row[text_field] for row in rows) if text_field in (rows.column_names or []) else rows
+    columns = rows.column_names or []
+    if not {text_field, "input_ids"} & {*columns}:
+        raise DataError(f"{data} has the columns {', '.join(columns)}, and no {text_field!r}. Pass --text-field.")
+    texts: Any = (row[text_field] for row in rows) if text_field in columns else rows
     scores = _with_arguments(
         "estimate_importance",
         lambda: estimate_importance(model, texts, processing_class=tokenizer, **apply_overrides({}, set_ or [])),

@@ -508,7 +508,12 @@ def _calibration(
             )
         endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
         return Calibration(lambda: data, None if endless else len(data), None)
-    max_length = max_length or default_max_length(model.config)
+    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
+        if name == "max_length" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise DataError(f"{name}={number!r}: expected a number of at least 1.")
+    max_length = default_max_length(model.config) if max_length is None else max_length
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
         raise DataError(

@@ -143,6 +143,8 @@ class PruningPlan:
         values = read_json(folder / PLAN_NAME)
         if values.get("format") != 1:
             raise MismatchError(f"{folder / PLAN_NAME} has format {values.get('format')!r}, expected 1. Plan again.")
+        if "scales" not in values:
+            raise MismatchError(f"{folder / PLAN_NAME} was written by an earlier version. Plan again.")
         try:
             with safe_open(folder / INDICES_NAME, "np") as stored:
                 kept = {axis: stored.get_tensor(axis) for axis in stored.keys()}  # noqa: SIM118 (not a mapping)
@@ -232,6 +234,8 @@ def make_plan(
         uneven=uneven,
     )
     kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
+    if config.norm_compensation and after["hidden"] < before["hidden"] and not spec.residual_norms:
+        notes.append("norm_compensation changes nothing: the norms of this family have no weights.")
     return PruningPlan(
         model_type=spec.model_type,
         teacher={

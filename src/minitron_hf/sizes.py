@@ -118,7 +118,7 @@ class PrunerConfig:
             self.layers_to_drop = list(layers)
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
-        if not isinstance(self.uneven, list | tuple) or not set(self.uneven) <= PRUNER_FIELDS.keys():
+        if not isinstance(self.uneven, list | tuple) or any(name not in [*PRUNER_FIELDS] for name in self.uneven):
             raise PlanError(f"uneven={self.uneven!r}: expected a list of sizes, such as ['intermediate_size'].")
         self.uneven = list(self.uneven)
         for name in ("contiguous", "norm_compensation"):
