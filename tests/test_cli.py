@@ -125,6 +125,24 @@ def test_every_stage_by_hand(workshop, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().startswith("---")
 
 
+def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path):
+    recipe, text = tmp_path / "recipe.yaml", workshop / "text.jsonl"
+    wish = ["plan", workshop / "teacher", "--recommend", "--target", "0.8", "--tokens", "10k"]
+    corpora = ["--train-data", text, "--eval-data", text]
+    result = minitron(*wish, *corpora, "-o", recipe, "--set", f"output_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    for words in ("width before depth", "P1, practice 4", "arXiv 2408.11796"):
+        assert words in result.stdout
+    dry = minitron("run", recipe, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "hidden_size" in dry.stdout
+    refused(minitron(*wish, "-o", recipe), "--train-data")
+    refused(minitron(*wish, *corpora), "--output")
+    refused(minitron(*wish, "--hidden-size", "24"), "takes no sizes")
+    refused(minitron("plan", workshop / "teacher", "--recommend", "--target", "half"), "--target half")
+    refused(minitron("plan", workshop / "teacher", "--hidden-size", "24"), "--output")
+
+
 def test_families_are_shown_together_and_alone():
     together = minitron("families")
     assert together.returncode == 0, together.stderr

@@ -41,6 +41,7 @@ _MODULE_OF = {
     "render_model_card": "card",
     "push_student_to_hub": "hub",
     "Recipe": "recipe",
+    "recommend": "recommendations",
     "run_recipe": "runner",
 }
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .planning import PruningPlan as PruningPlan
     from .planning import make_plan as make_plan
     from .recipe import Recipe as Recipe
+    from .recommendations import recommend as recommend
     from .runner import run_recipe as run_recipe
     from .samples import generate_samples as generate_samples
     from .search import search_architectures as search_architectures

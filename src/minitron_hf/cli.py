@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .families import ArchSpec
+    from .recommendations import Recommendation
 
 app = typer.Typer(
     name="minitron-hf",
@@ -124,7 +125,10 @@ def score(
 @app.command()
 def plan(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
-    output: Output,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder to write to; with --recommend, the recipe file."),
+    ] = None,
     scores: Annotated[Optional[Path], typer.Option(help="Folder or file with scores.")] = None,  # noqa: UP045
     hidden_size: SizeOption = None,
     intermediate_size: SizeOption = None,
@@ -132,14 +136,37 @@ def plan(
     num_key_value_heads: SizeOption = None,
     num_hidden_layers: SizeOption = None,
     set_: Settings = None,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Say what the papers would do, and why; write it as a recipe.")
+    ] = False,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER|FRACTION", help="Parameters to keep, such as 4.5B or 0.5."),
+    ] = None,
+    tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="Tokens to distil on, such as 500M (default: 94B, as the papers)."),
+    ] = None,
+    goal: Annotated[str, typer.Option(help="quality or latency.")] = "quality",
+    rounds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How often to prune and distil (default: a third at most goes at once)."),
+    ] = None,
+    own_corpus: Annotated[
+        bool, typer.Option("--own-corpus", help="The corpus is the one that the teacher was trained on.")
+    ] = False,
+    teacher_learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="The peak that the teacher was trained with; its correction on the corpus needs it."),
+    ] = None,
+    train_data: Annotated[Optional[str], typer.Option(help="The recipe's corpus.")] = None,  # noqa: UP045
+    eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
 ) -> None:
-    """Decide what stays (make_plan), and print the shapes."""
-    from .importance import ImportanceScores
-    from .models import load_config
-    from .planning import make_plan
-    from .recipe import apply_overrides
-    from .sizes import PrunerConfig
+    """Decide what stays (make_plan), and print the shapes.
 
+    With --recommend and a --target, print what the papers would do with this teacher, each with reason and source.
+    With --output, --train-data and --eval-data the recipe is written too; --set changes its entries.
+    """
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -148,7 +175,58 @@ def plan(
         "num_hidden_layers": num_hidden_layers,
     }
     given = {name: _size(name, text) for name, text in sizes.items() if text is not None}
-    request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
+    if recommend:
+        if given or scores is not None or target is None:
+            raise DataError(
+                "--recommend needs --target, and takes no sizes and no scores: it decides on the sizes. "
+                "--set prune.hidden_size=… changes them in the recipe."
+            )
+        from .recommendations import recommend as decide
+
+        if output is not None and (train_data is None or eval_data is None):
+            raise DataError("A recipe names its corpora: --output needs --train-data and --eval-data.")
+        if output is None and (set_ or train_data or eval_data):
+            raise DataError("--set, --train-data and --eval-data are entries of the recipe: --output names its file.")
+        from .artifacts import replacing_file
+        from .models import load_config
+
+        made = decide(
+            load_config(teacher),
+            _number("target", target),
+            goal=goal,  # type: ignore[arg-type] # refused there if unknown
+            rounds=rounds,
+            own_corpus=own_corpus,
+            teacher_learning_rate=teacher_learning_rate,
+            **({} if tokens is None else {"tokens": _number("tokens", tokens)}),
+        )
+        _print_recommendation(teacher, made)
+        if output is not None:
+            recipe = made.recipe(
+                teacher,
+                train=train_data,
+                eval=eval_data,
+                output_dir=f"runs/{output.stem}",
+                overrides=set_ or [],
+            )
+            with replacing_file(output) as temporary:
+                temporary.write_text(made.to_yaml(recipe), encoding="utf-8")
+            _say(f"Wrote {output}")
+        return
+    if output is None:
+        raise DataError("plan: --output names the folder to write to.")
+    _plan(teacher, output, scores, given, set_ or [])
+
+
+def _plan(
+    teacher: str, output: Path, scores: Path | None, given: Mapping[str, int | float], overrides: list[str]
+) -> None:
+    from .importance import ImportanceScores
+    from .models import load_config
+    from .planning import make_plan
+    from .recipe import apply_overrides
+    from .sizes import PrunerConfig
+
+    request = PrunerConfig.from_dict(apply_overrides(given, overrides))
     made = make_plan(
         load_config(teacher), request, None if scores is None else ImportanceScores.from_pretrained(scores)
     )
@@ -397,6 +475,15 @@ def _size(name: str, text: str) -> int | float:
         raise DataError(f"--{name.replace('_', '-')} {text}: expected an integer or a fraction.") from None
 
 
+def _number(name: str, text: str) -> float:
+    """A number that may end in k, M, B or T."""
+    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1)
+    try:
+        return float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        raise DataError(f"--{name} {text}: expected a number, such as 0.5, 4.5e9 or 4.5B.") from None
+
+
 def _with_arguments(function: str, call: Any) -> Any:
     """Call with user-given keyword arguments; an unknown one is the user's mistake, not ours."""
     try:
@@ -425,6 +512,19 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     console.print(table)
     for note in shapes["notes"]:
         console.print(f"Note: {note}")
+
+
+def _print_recommendation(teacher: str, made: Recommendation) -> None:
+    from rich.table import Table
+
+    from .recommendations import SOURCES
+
+    table = Table("", "recommended", "why", "source", title=f"How to prune {teacher}", show_lines=True)
+    for decision in made.decisions:
+        table.add_row(decision.name, decision.value, decision.reason, decision.source)
+    console = _console()
+    console.print(table, markup=False, highlight=False)
+    console.print("; ".join(f"{name}: {where}" for name, where in SOURCES.items()), markup=False, highlight=False)
 
 
 def _print_matrix() -> None:

@@ -66,13 +66,20 @@ class Enumeration:
     refused: dict[str, int] = field(default_factory=dict)
 
 
-def enumerate_shapes(config: PretrainedConfig, space: Space, base: PrunerConfig | None = None) -> Enumeration:
+def enumerate_shapes(
+    config: PretrainedConfig,
+    space: Space,
+    base: PrunerConfig | None = None,
+    *,
+    alike: Mapping[str, Sequence[str]] | None = None,
+) -> Enumeration:
     """All shapes of a space that the stock classes can hold, counted exactly.
 
     Args:
         config: the teacher's.
         space: sizes to try; sizes that are not named stay.
         base: everything else that a request says (`contiguous`, `keep_first_layers`, `multiple_of`, …).
+        alike: a size of the space → others that are always asked for by the same fraction.
 
     Raises:
         PlanError: if the space names something that is no size, or none of its shapes can be cut.
@@ -86,8 +93,10 @@ def enumerate_shapes(config: PretrainedConfig, space: Space, base: PrunerConfig 
     found: dict[tuple[int, ...], Shape] = {}
     refused: dict[str, int] = {}
     for values in itertools.product(*space.values()):
+        given = dict(zip(space, values))
+        given |= {other: given[name] for name, others in (alike or {}).items() for other in others}
         try:
-            request = _resolved(config, dict(zip(space, values)), base or PrunerConfig())
+            request = _resolved(config, given, base or PrunerConfig())
             sizes, _ = resolve_sizes(spec, config, request)
             if tuple(sizes.values()) in found:
                 continue

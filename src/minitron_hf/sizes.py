@@ -336,7 +336,7 @@ def resolve_sizes(
     _require_least(spec, teacher_config, before, after)
     for axis in after:
         if after[axis] < before[axis]:
-            _require_cuttable(spec, teacher_config, axis)
+            require_cuttable(spec, teacher_config, axis)
     for name in request.uneven:
         if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
             raise PlanError(
@@ -605,7 +605,12 @@ def _name(spec: ArchSpec, axis: str) -> str:
     return FIELD_OF_AXIS.get(axis) or next(iter(spec.axis[axis].fields), axis)
 
 
-def _require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
+def require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
+    """Refuse an axis that cannot be cut in this model.
+
+    Raises:
+        PlanError: with the reason.
+    """
     reason = spec.refused.get(axis)
     if set(spec.axis[axis].fields) & set(getattr(config, "per_layer_attributes", None) or ()):
         reason = reason or "its layers hold unequal numbers of them, each its own"

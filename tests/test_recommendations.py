@@ -1,0 +1,219 @@
+"""Recommendations: the papers' rules at their limits, the published shapes, and defaults that agree with them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import fields
+
+import pytest
+import yaml
+from transformers import LlamaConfig, MistralConfig
+
+from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.errors import DataError, PlanError
+from minitron_hf.importance import estimate_importance
+from minitron_hf.models import count_parameters
+from minitron_hf.recipe import Recipe
+from minitron_hf.recommendations import recommend
+from minitron_hf.sizes import PrunerConfig, student_config
+from pocket import pocket_config
+
+LLAMA = LlamaConfig(
+    num_hidden_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+)
+NEMO = MistralConfig(
+    num_hidden_layers=40,
+    hidden_size=5120,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=131072,
+)
+DEEP = LlamaConfig(num_hidden_layers=16, hidden_size=64, num_attention_heads=4, intermediate_size=128, vocab_size=512)
+
+
+def settings(recommendation):
+    return {name: value for one in recommendation.decisions for name, value in one.settings.items()}
+
+
+def prune(recommendation):
+    chosen = settings(recommendation)
+    return {name.removeprefix("prune."): value for name, value in chosen.items() if name.startswith("prune.")}
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Llama-3.1-8B to the size of its published width student, in one round as P2 did."""
+    return recommend(LLAMA, 4_512_746_496, rounds=1, teacher_learning_rate=3e-4)
+
+
+def test_the_published_width_student_of_llama(published):
+    assert prune(published) == {"hidden_size": 3072, "intermediate_size": 9216}
+    assert [shape.num_parameters for shape in published.rounds] == [4_512_746_496]
+    values = {one.name: one.value for one in published.decisions}
+    assert values["axes"] == "width before depth"
+    assert values["shape"] == "hidden_size 4,096 → 3,072, intermediate_size 14,336 → 9,216"
+    assert values["rounds"] == "1: 8.03B → 4.51B"
+    assert values["states and embeddings"] == "not compared"
+    chosen = settings(published)
+    assert chosen["distill.learning_rate"] == 1e-4
+    assert chosen["distill.lr_scheduler_kwargs"] == {"min_lr": 1e-5}
+    assert chosen["distill.warmup_steps"] == 40
+    assert chosen["distill.gradient_accumulation_steps"] == 1152
+    assert chosen["distill.max_length"] == 8192
+    assert chosen["distill.max_steps"] * 1152 * 8192 == pytest.approx(94e9, rel=1e-4)
+    assert chosen["teacher_correction"]["original_learning_rate"] == 3e-4
+    assert chosen["teacher_correction"]["num_tokens"] == 94e9
+    assert all(one.reason and one.source for one in published.decisions)
+
+
+def test_the_published_width_student_of_mistral_nemo():
+    found = recommend(NEMO, 8_414_105_600)
+    assert prune(found) == {"hidden_size": 4096, "intermediate_size": 11520}
+    assert [shape.num_parameters for shape in found.rounds] == [8_414_105_600]  # 31% go, so in one round
+
+
+def test_the_published_depth_student():
+    found = recommend(LLAMA, 4_540_469_248, goal="latency", rounds=1)
+    chosen = settings(found)
+    assert chosen["prune.num_hidden_layers"] == 16
+    assert (chosen["prune.contiguous"], chosen["distill.hidden_loss"]) == (True, "cosine")
+    assert (chosen["distill.embedding_loss"], chosen["distill.intermediate_weight"]) == ("cosine", "dynamic")
+
+
+@pytest.mark.parametrize(("kept", "compared"), [(15, False), (13, False), (12, True), (11, True)])
+def test_states_and_embeddings_from_a_quarter_of_the_depth_on(kept, compared):
+    target = count_parameters(student_config(DEEP, PrunerConfig(num_hidden_layers=kept)))
+    chosen = settings(recommend(DEEP, target, goal="latency", rounds=1))
+    assert chosen["prune.num_hidden_layers"] == kept
+    for name in ("hidden_loss", "embedding_loss"):
+        assert chosen[f"distill.{name}"] == ("cosine" if compared else None)
+
+
+def test_a_round_cuts_a_third_at_most():
+    total = count_parameters(DEEP)
+    expected = {0.9: 1, 2 / 3: 1, 0.66: 2, (2 / 3) ** 2: 2, 0.44: 3, 0.3: 3}
+    for share, rounds in expected.items():
+        steps = recommend(DEEP, share, goal="latency").rounds
+        assert len(steps) == rounds
+        counts = [total, *(shape.num_parameters for shape in steps)]
+        assert counts[-1] <= share * total
+        ratio = (counts[-1] / total) ** (1 / rounds)
+        for before, after in itertools.pairwise(counts):  # in equal ratios, as near as whole layers come
+            assert after / before == pytest.approx(ratio, abs=0.06)
+
+
+def test_the_rounds_of_llama_nest():
+    found = recommend(LLAMA, 0.5625)
+    first, last = found.rounds
+    assert (last.sizes["hidden"], last.sizes["ffn"]) == (3072, 9216)
+    assert 3072 <= first.sizes["hidden"] <= 4096
+    assert 9216 <= first.sizes["ffn"] <= 14336
+    assert first.num_parameters / 8_030_261_248 == pytest.approx(0.75, abs=0.04)
+    assert prune(found) == {"hidden_size": first.sizes["hidden"], "intermediate_size": first.sizes["ffn"]}
+    text = found.to_yaml(found.recipe("x", train="a", eval="b", output_dir="c"))
+    assert last.name in " ".join(text.split("\n#   ")).replace("\n#", "")
+
+
+def test_defaults_are_what_is_recommended(published):
+    """Where a recipe says nothing, what is done is what the papers recommend; what depends on the budget is apart."""
+    defaults = {f"prune.{field.name}": field.default for field in fields(PrunerConfig)}
+    arguments = inspect.signature(estimate_importance).parameters.values()
+    defaults |= {f"scores.{one.name}": one.default for one in arguments}
+    defaults |= {f"distill.{field.name}": field.default for field in fields(DistillationConfig)}
+    budget = {
+        "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "warmup_steps",
+        "lr_scheduler_type", "lr_scheduler_kwargs",
+    }  # fmt: skip
+    apart = {"prune.hidden_size", "prune.intermediate_size", "teacher_correction"}
+    apart |= {f"distill.{name}" for name in budget}
+    practices = {name: value for name, value in settings(published).items() if name not in apart}
+    assert len(practices) == 12
+    assert practices == {name: defaults[name] for name in practices}
+    deep = settings(recommend(DEEP, 0.7, goal="latency", rounds=1))
+    for name in ("prune.contiguous", "prune.keep_first_layers", "prune.keep_last_layers"):
+        assert deep[name] == defaults[name]
+    assert deep["distill.intermediate_weight"] == defaults["distill.intermediate_weight"]
+
+
+def test_correction_needs_a_foreign_corpus_and_the_rate():
+    for changes, words in (({"own_corpus": True}, "teacher's own"), ({}, "--teacher-learning-rate")):
+        found = recommend(DEEP, 0.8, goal="latency", **changes)
+        assert "teacher_correction" not in settings(found)
+        assert words in found["teacher correction"].reason
+    found = recommend(DEEP, 0.8, goal="latency", tokens=1e6, teacher_learning_rate=1e-3)
+    assert settings(found)["teacher_correction"]["num_tokens"] == 1_000_000
+    assert found["teacher correction"].value == "1M tokens at 0.0002"
+
+
+def test_small_budgets_take_small_steps():
+    chosen = settings(recommend(DEEP, 0.8, goal="latency", tokens=1e6))
+    assert chosen["distill.max_length"] == 2048
+    assert chosen["distill.gradient_accumulation_steps"] == 8
+    assert chosen["distill.max_steps"] == round(1e6 / (8 * 2048))
+    assert chosen["distill.warmup_steps"] == 6  # a tenth
+
+
+@pytest.mark.parametrize(
+    ("name", "goal", "by_depth"),
+    [
+        ("gpt2", "quality", False),
+        ("mixtral", "quality", False),
+        ("deepseek_v3", "quality", False),
+        ("bloom", "quality", True),
+        ("beam", "latency", False),
+    ],
+)
+def test_other_families_get_legal_shapes(name, goal, by_depth):
+    config = pocket_config(name)
+    found = recommend(config, 0.8, goal=goal)
+    request = PrunerConfig.from_dict(prune(found))
+    assert count_parameters(student_config(config, request)) == found.rounds[0].num_parameters
+    assert (found["axes"].value == "depth") == by_depth
+    if by_depth != (goal == "latency"):
+        assert "cannot be cut" in found["axes"].reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target": 0}, "target=0"),
+        ({"target": 1e12}, "less than the teacher's"),
+        ({"target": 10}, "out of reach"),
+        ({"tokens": 0}, "tokens"),
+        ({"goal": "size"}, "quality or latency"),
+        ({"rounds": 0}, "rounds"),
+        ({"teacher_learning_rate": 0}, "teacher_learning_rate"),
+    ],
+)
+def test_impossible_wishes_are_refused(changes, words):
+    with pytest.raises(PlanError, match=words):
+        recommend(DEEP, **{"target": 0.8, "goal": "latency", **changes})
+
+
+def test_the_recipe_is_the_decisions_and_overrides(tmp_path):
+    found = recommend(DEEP, 0.8, goal="latency", tokens=1e6, teacher_learning_rate=1e-3)
+    values = found.recipe(
+        "some/teacher", train="a.jsonl", eval="b.jsonl", output_dir="runs/x", overrides=["data.train.split=test"]
+    )
+    text = found.to_yaml(values)
+    assert yaml.safe_load(text) == values
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.data.train.split == "test"
+    assert recipe.teacher_correction.num_tokens == 1_000_000
+    assert {f"prune.{name}": value for name, value in recipe.prune.items()}.items() <= settings(found).items()
+    assert recipe.distill == {
+        name.removeprefix("distill."): value for name, value in settings(found).items() if name.startswith("distill.")
+    }
+    with pytest.raises(DataError, match="colour"):
+        found.recipe("some/teacher", train="a", eval="b", output_dir="c", overrides=["colour=blue"])
