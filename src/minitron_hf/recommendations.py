@@ -42,8 +42,9 @@ MUCH_DEPTH = 1 / 4
 LARGEST_MEASURED = 16e9
 #: By how much of the target a shape may be smaller (the tolerance of P1's search spaces).
 TOLERANCE = 0.05
-#: What P2 trained Llama-3.1-8B's students with: tokens, rows of a step, tokens of a row; that is about 10,000 steps.
-P2_TOKENS, P2_ROWS, P2_LENGTH, P2_STEPS = 94e9, 1152, 8192, 10_000
+#: What P2 trained Llama-3.1-8B's students with: tokens, rows of a step, tokens of a row; and the steps that makes.
+P2_TOKENS, P2_ROWS, P2_LENGTH = 94e9, 1152, 8192
+P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)
 P2_WARMUP, P2_CORRECTION_TOKENS = 40, 100e9
 #: Fewer rows make a step too noisy for P2's learning rate.
 LEAST_ROWS = 8
@@ -174,7 +175,8 @@ def recommend(
     spec = spec_for(config)
     by_depth, axes = _axes(spec, config, goal, total)
     shapes, candidates = _candidates(spec, config, parameters, total, by_depth)
-    wanted = rounds or max(1, math.ceil(math.log(parameters / total) / math.log(LEAST_KEPT) - 1e-9))
+    share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
+    wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
     steps = _rounds(spec, config, shapes, candidates[0], total, wanted)
     first = steps[0]
     sizes = {name: size for name in PRUNER_FIELDS if (size := getattr(first.request, name)) is not None}
