@@ -284,6 +284,7 @@ def test_an_interrupt_says_how_to_go_on(workshop, tmp_path):
         [sys.executable, "-c", "from minitron_hf.cli import main; main()", "run", str(workshop / "recipe.yaml"),
          "--set", f"output_dir={tmp_path / 'run'}", "--set", "distill.max_steps=100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

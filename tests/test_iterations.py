@@ -60,7 +60,8 @@ def test_two_rounds_are_a_student_of_a_student(case: str):
         ) < set(dropped)
         return
     for path, tensor in named_tensors(student).items():
-        assert torch.equal(tensor, expected[path]), path
+        # Compensated in one step or in two, which differ in the last digit.
+        torch.testing.assert_close(tensor, expected[path], rtol=1e-6, atol=0, msg=path)
     once = prune_model(model, request, calibration_data=ROWS, show_progress=False)
     twice = prune_model(model, request, calibration_data=ROWS, iterations=2, show_progress=False)
     assert (

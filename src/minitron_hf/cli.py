@@ -102,14 +102,12 @@ def score(
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
-    from .artifacts import require_writable
     from .data import load_text_dataset
     from .errors import DataError
     from .importance import estimate_importance
     from .recipe import apply_overrides
 
     model, tokenizer = _load(teacher)
-    require_writable(output)
     rows = load_text_dataset(data, split=split)
     columns = rows.column_names or []
     if not {text_field, "input_ids"} & {*columns}:
