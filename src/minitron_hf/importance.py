@@ -289,7 +289,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     watched: list[ActivationMetric] = [name for name in get_args(ActivationMetric) if name in metrics]
     needed = isinstance(depth_metric, str)
     if watched or "taylor" in metrics or needed:
-        calibration = _calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
+        calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
         reductions = {"batch_reduction": batch_reduction, "sequence_reduction": sequence_reduction}
         if watched:
             pass_ = ScoringPass(spec, model, sequence_reduction, watched)
@@ -489,7 +489,7 @@ def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     return min(limit, getattr(text_config(config), "max_position_embeddings", None) or limit)
 
 
-def _calibration(
+def calibrate(
     model: PreTrainedModel,
     data: DataSource | None,
     processing_class: PreTrainedTokenizerBase | None,
@@ -498,6 +498,7 @@ def _calibration(
     packing: bool,
     batch_size: int,
 ) -> Calibration:
+    """Calibration data in batches; the arguments are those of `estimate_importance`."""
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
     if isinstance(data, torch.utils.data.DataLoader):

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from .models import (
     tensor_values,
 )
 from .planning import PruningPlan, config_values, make_plan
+from .repair import repaired_weights
 from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config
 from .verification import verified_plan
 
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+def apply_plan(
+    model: PreTrainedModel, plan: PruningPlan, *, repaired: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """Build the student: a new stock model with indexed copies of the teacher's tensors.
 
     It is of the teacher's class, unless the plan names other stock classes that hold the same model.
@@ -51,6 +54,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     Args:
         model: the teacher; not changed.
         plan: made for this teacher.
+        repaired: tensors to take instead of the teacher's, by name, before they are cut (`repaired_weights`).
 
     Returns:
         The student, in evaluation mode.
@@ -78,7 +82,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     tensors = named_tensors(model)
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, student.config, plan.layers_kept):
-            values = tensor_values(model, source).detach()
+            values = (repaired or {}).get(source)
+            if values is None:
+                values = tensor_values(model, source).detach()
             tensor = student_tensor(values, source, spec, model.config, plan)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
@@ -97,6 +103,7 @@ def prune_model(
     scores: ImportanceScores | None = None,
     verify: bool = False,
     iterations: int = 1,
+    repair: Literal["least_squares"] | None = None,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
     """Score, plan and cut in one call. The plan's notes are logged as warnings.
@@ -110,6 +117,9 @@ def prune_model(
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: score and cut in so many rounds (`iterate_importance`).
+        repair: `"least_squares"`: refit the output projections of cut neurons and heads on the calibration data
+            (`repaired_weights`), which is gone through once more, so no generator. Noted in the plan. `verify` sees
+            the student before it.
         **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
             `depth_metric` has to measure follows from `config`.
 
@@ -128,6 +138,13 @@ def prune_model(
     scored = calibration_data is not None or importance_kwargs.get("metric") == "random"
     if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")
+    if repair not in (None, "least_squares"):
+        raise PlanError(f"repair={repair!r} is unknown. Expected 'least_squares' or None.")
+    if repair and calibration_data is None:
+        raise PlanError(
+            "repair='least_squares' needs calibration_data. Pass it instead of scores, or call repaired_weights and "
+            "apply_plan(repaired=…)."
+        )
     if importance_kwargs and not scored:
         raise PlanError(
             f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
@@ -153,7 +170,13 @@ def prune_model(
         logger.warning(note)
     student: Any = apply_plan(model, plan)
     if verify:
-        student.pruning_plan = verified_plan(model, student, plan)
+        plan = student.pruning_plan = verified_plan(model, student, plan)
+    if repair and calibration_data is not None:
+        names = ("num_samples", "max_length", "packing", "batch_size")
+        arguments = {name: importance_kwargs[name] for name in names if name in importance_kwargs}
+        repaired = repaired_weights(model, plan, calibration_data, processing_class=processing_class, **arguments)
+        note = f"Repaired: {len(repaired)} output projections were refitted by least squares on the calibration data."
+        student = apply_plan(model, replace(plan, notes=(*plan.notes, note)), repaired=repaired)
     return student
 
 
