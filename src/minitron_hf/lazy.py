@@ -190,7 +190,9 @@ def _keeps_rows(recipe: Computed) -> bool:
     """Whether some rows of an operation's output need no more than some rows of its inputs."""
     inputs = _lazy_inputs(recipe.args)
     joins = recipe.operation in (aten.stack.default, aten.cat.default)
-    return recipe.operation in _BY_ROWS and (joins or len(inputs) == 1) and all(tensor.by_rows for tensor in inputs)
+    alike = recipe.operation in _ARITHMETIC and len({tensor.shape for tensor in inputs}) == 1
+    several = joins or alike or len(inputs) == 1
+    return recipe.operation in _BY_ROWS and several and all(tensor.by_rows for tensor in inputs)
 
 
 def _is_set_to(one: LazyTensor, other: LazyTensor) -> bool:
@@ -398,12 +400,13 @@ def _cast(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> tor
     return _read(recipe.args[0], index, points).to(made.dtype)
 
 
-def _with_numbers(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> torch.Tensor | None:
-    """Arithmetic of a tensor with plain numbers."""
-    source, *others = recipe.args
-    if not all(isinstance(other, int | float) for other in others) or not isinstance(source, LazyTensor):
-        return None
-    return recipe.operation(_read(source, index, points), *others, **recipe.kwargs)
+def _elementwise(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> torch.Tensor | None:
+    """Arithmetic of tensors of one shape and plain numbers."""
+    for arg in recipe.args:
+        if not isinstance(arg, int | float) and not (isinstance(arg, LazyTensor) and arg.shape == made.shape):
+            return None
+    args = [_read(arg, index, points) if isinstance(arg, LazyTensor) else arg for arg in recipe.args]
+    return recipe.operation(*args, **recipe.kwargs)
 
 
 def _view(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> torch.Tensor:
@@ -464,6 +467,8 @@ aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default}
 #: Questions that are answered at once.
 _ANSWERS: dict[Any, Callable[..., bool]] = {aten.equal.default: _equal, aten.is_set_to.default: _is_set_to}
+#: Operations on single numbers.
+_ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 #: How to translate an index of an operation's output into one of its inputs.
 _RULES: dict[Any, Rule] = {
     aten.index_select.default: _index_select,
@@ -478,10 +483,7 @@ _RULES: dict[Any, Rule] = {
     aten.t.default: _transpose,
     aten.permute.default: _permuted,
     aten._to_copy.default: _cast,
-    aten.add.Tensor: _with_numbers,
-    aten.sub.Tensor: _with_numbers,
-    aten.mul.Tensor: _with_numbers,
-    aten.div.Tensor: _with_numbers,
+    **dict.fromkeys(_ARITHMETIC, _elementwise),
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
     aten.reshape.default: _view,

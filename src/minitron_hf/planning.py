@@ -20,13 +20,15 @@ from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
-from .sizes import PrunerConfig, build_student_config, lacking_kinds, protected_layers, resolve_sizes
+from .sizes import PrunerConfig, add_back_axes, build_student_config, lacking_kinds, protected_layers, resolve_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
+#: What the names of arrays of partners begin with, beside the kept units, which go by their axis.
+PARTNERS = "partners."
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class PruningPlan:
             `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
             another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones; one
             that keeps fewer than others is filled up with -1.
+        partners: axis → the dropped unit that each kept one gains its difference to (P1's head add-back), in the shape
+            of `kept`; -1 for none. Empty without `head_add_back`.
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
         pruner_config: the request.
@@ -60,6 +64,7 @@ class PruningPlan:
     layers_kept: tuple[int, ...]
     kept: Mapping[str, np.ndarray]
     pruner_config: Mapping[str, Any]
+    partners: Mapping[str, np.ndarray] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
@@ -81,6 +86,16 @@ class PruningPlan:
         }
         if layer is None and self.layers_dropped:
             kept["layers"] = np.array(self.layers_kept, dtype=np.int64)
+        return kept
+
+    def partners_in(self, layer: int | None) -> dict[str, np.ndarray]:
+        """`kept_in`, with its partner in the place of each unit that has one; empty where none has."""
+        if layer is None or not self.partners:
+            return {}
+        position, kept = self.layers_kept.index(layer), self.kept_in(layer)
+        for axis, rows in self.partners.items():
+            partners = rows[position][: len(kept[axis])]
+            kept[axis] = np.where(partners < 0, kept[axis], partners)
         return kept
 
     def build_student_config(self) -> PretrainedConfig:
@@ -117,14 +132,18 @@ class PruningPlan:
             list(self.layers_kept),
             {axis: units.tolist() for axis, units in self.kept.items()},
             dict(self.scales),
+            *([{axis: units.tolist() for axis, units in self.partners.items()}] if self.partners else []),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write `pruning_plan.json`, and the kept indices beside it in `pruning_plan.safetensors`."""
+        """Write `pruning_plan.json`, and the kept indices and partners in `pruning_plan.safetensors`."""
         folder = Path(save_directory)
         with replacing_file(folder / INDICES_NAME) as temporary:
             save_file(
-                {axis: np.ascontiguousarray(units) for axis, units in self.kept.items()},
+                {
+                    **{axis: np.ascontiguousarray(units) for axis, units in self.kept.items()},
+                    **{PARTNERS + axis: np.ascontiguousarray(units) for axis, units in self.partners.items()},
+                },
                 temporary,
                 metadata={"minitron_hf": self.digest},
             )
@@ -147,7 +166,7 @@ class PruningPlan:
             raise MismatchError(f"{folder / PLAN_NAME} was written by an earlier version. Plan again.")
         try:
             with safe_open(folder / INDICES_NAME, "np") as stored:
-                kept = {axis: stored.get_tensor(axis) for axis in stored.keys()}  # noqa: SIM118 (not a mapping)
+                indices = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
                 written_with = (stored.metadata() or {})["minitron_hf"]
             plan = cls(
                 model_type=values["model_type"],
@@ -155,7 +174,10 @@ class PruningPlan:
                 student=values["student"],
                 sizes=values["sizes"],
                 layers_kept=tuple(values["layers_kept"]),
-                kept=kept,
+                kept={axis: units for axis, units in indices.items() if not axis.startswith(PARTNERS)},
+                partners={
+                    name.removeprefix(PARTNERS): units for name, units in indices.items() if name.startswith(PARTNERS)
+                },
                 pruner_config=values["pruner_config"],
                 scales=values["scales"],
                 selection=values["selection"],
@@ -236,6 +258,12 @@ def make_plan(
     kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     if config.norm_compensation and after["hidden"] < before["hidden"] and not spec.residual_norms:
         notes.append("norm_compensation changes nothing: the norms of this family have no weights.")
+    partners: dict[str, np.ndarray] = {}
+    if config.head_add_back and scores is not None:
+        axes = add_back_axes(spec, before, after)
+        partners = _choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
+        pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
+        notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
@@ -250,6 +278,7 @@ def make_plan(
         sizes={axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
         layers_kept=layers_kept,
         kept=kept,
+        partners=partners,
         pruner_config=config.to_dict(),
         scales=_compensation(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
         selection=None if scores is None or not ranked else str(scores.settings["metric"]),
@@ -427,6 +456,59 @@ def _choose_units(
             chosen.append(np.stack([_top(ranking[axis][layer][unit], count) for unit in units]))
         kept[axis] = np.stack(chosen)
     return kept
+
+
+def _choose_partners(
+    spec: ArchSpec,
+    teacher: PretrainedConfig,
+    layers_kept: tuple[int, ...],
+    kept: Mapping[str, np.ndarray],
+    axes: tuple[str, ...],
+    scores: ImportanceScores,
+) -> dict[str, np.ndarray]:
+    """The dropped head that every kept one is compared with, per axis of heads and kept layer; -1 for none."""
+    sizes = spec.layer_sizes(teacher)
+    ranked = axes[-1]  # KV heads decide for their query head where each has its own
+    rows = np.full_like(kept[ranked], -1)
+    for position, layer in enumerate(layers_kept):
+        before, chosen = sizes[layer], _unpadded(kept[ranked][position])
+        values = scores.axes[ranked][layer].numpy()[: before[ranked]]
+        if np.isnan(values).all():
+            continue  # no attention here
+        if "kv" in axes and before["heads"] != before["kv"]:
+            raise PlanError(
+                f"head_add_back: layer {layer} shares KV heads, but other layers do not. Leave it out for this model."
+            )
+        if np.isnan(values).any():
+            raise PlanError(
+                "head_add_back needs the order of all heads, but some were cut in an earlier round of scoring. "
+                "Score with iterations=1, or leave it out."
+            )
+        each = before["heads"] // before["kv"] if axes == ("heads",) and "kv" in before else before[ranked]
+        for group in np.unique(chosen // each):
+            members = np.arange(group * each, (group + 1) * each)
+            own = np.flatnonzero(chosen // each == group)
+            partner_of = {
+                int(members[unit]): int(members[partner])
+                for unit, partner in _add_back_pairs(values[members], len(own))
+            }
+            rows[position, own] = [partner_of.get(int(unit), -1) for unit in chosen[own]]
+    return dict.fromkeys(axes, rows)
+
+
+def _add_back_pairs(scores: np.ndarray, left: int) -> list[tuple[int, int]]:
+    """Pairs of a kept and a dropped unit, where the `left` units of the highest scores are kept (P1 §2.2).
+
+    By rank, counted from 1, unit i of K kept out of L goes with 2K - i + 1, for i from 2K - L + 1 to K: the paper
+    prints a lower bound that is one too low. With K < L / 2 every kept unit has a partner, and the rest has none.
+
+    >>> _add_back_pairs(np.array([5.0, 4.0, 3.0, 2.0, 1.0]), 3)
+    [(1, 4), (2, 3)]
+    >>> _add_back_pairs(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 1)
+    [(4, 3)]
+    """
+    order = np.argsort(-scores, kind="stable").tolist()
+    return [(order[rank], order[2 * left - rank - 1]) for rank in range(max(0, 2 * left - len(order)), left)]
 
 
 def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, float]:

@@ -68,6 +68,10 @@ class PrunerConfig:
             they divide by what the teacher would with its dropped channels zeroed, instead of by the root mean square
             of the kept ones. Exact for RMSNorm, near for LayerNorm. After distillation it was better on two real
             models and equal on the third (`benchmarks/results/*-norm-compensation.json`).
+        head_add_back: let kept heads take over what sets them apart from dropped ones (P1 §2.2): by importance, with
+            K of L kept, head i gains its difference to head 2K - i + 1, in all that projects into it and out of it.
+            Where KV heads are shared, query heads only, within their group. It is a merge of weights: the student is
+            no longer the masked teacher.
         uneven: names of sizes that may differ from layer to layer under the same total, which goes to the layers whose
             scores are spread over most units. Only where the stock config holds one size for every layer.
         model_type: stock classes for the student, where those of another family hold exactly the same model without a
@@ -92,6 +96,7 @@ class PrunerConfig:
     keep_first_layers: int = 1
     keep_last_layers: int = 1
     norm_compensation: bool = True
+    head_add_back: bool = False
     uneven: list[str] = field(default_factory=list)
     model_type: str | None = None
     multiple_of: int = 8
@@ -121,7 +126,7 @@ class PrunerConfig:
         if not isinstance(self.uneven, list | tuple) or any(name not in [*PRUNER_FIELDS] for name in self.uneven):
             raise PlanError(f"uneven={self.uneven!r}: expected a list of sizes, such as ['intermediate_size'].")
         self.uneven = list(self.uneven)
-        for name in ("contiguous", "norm_compensation"):
+        for name in ("contiguous", "norm_compensation", "head_add_back"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
         if self.model_type is not None and not isinstance(self.model_type, str):
@@ -337,6 +342,11 @@ def resolve_sizes(
     for axis in after:
         if after[axis] < before[axis]:
             require_cuttable(spec, teacher_config, axis)
+    if request.head_add_back and not add_back_axes(teachers, before, after):
+        raise PlanError(
+            "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "
+            "keys and values no other group has. Give num_attention_heads fewer in each group, or leave it out."
+        )
     for name in request.uneven:
         if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
             raise PlanError(
@@ -355,6 +365,48 @@ def resolve_sizes(
         spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
     )
     return after, notes
+
+
+def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which heads can be added to each other, given the sizes before and after a cut.
+
+    They are KV heads and query heads alike where each has its own, else query heads within their group; none where no
+    head is dropped beside a kept one.
+
+    Raises:
+        PlanError: if the family holds something of its heads that is no linear map into or out of them, and so means
+            nothing as a sum (sinks, decays, norms over all heads).
+    """
+    if not {"heads", "kv"} <= before.keys():
+        axes: tuple[str, ...] = ("heads",) if after.get("heads", 0) < before.get("heads", 0) else ()
+    elif before["heads"] == before["kv"]:
+        axes = ("heads", "kv") if after["kv"] < before["kv"] else ()
+    else:
+        axes = ("heads",) if after["heads"] // after["kv"] < before["heads"] // before["kv"] else ()
+    of_heads = {
+        name: dimensions
+        for name, dimensions in spec.dimensions.items()
+        if any(not dimension_axes(dimension).isdisjoint(axes) for dimension in dimensions)
+    }
+    widths = {
+        axis
+        for dimensions in of_heads.values()
+        for dimension in dimensions
+        if not dimension_axes(dimension).isdisjoint(axes)
+        for axis in dimension_axes(dimension)
+    }
+    projections = {
+        name
+        for name, dimensions in of_heads.items()
+        if len(dimensions) == 2 and any(dimension_axes(dimension).isdisjoint(widths) for dimension in dimensions)
+    }
+    biases = {name.removesuffix("weight") + "bias" for name in projections if name.endswith(".weight")}
+    if others := sorted(of_heads.keys() - projections - biases):
+        raise PlanError(
+            f"head_add_back: heads of '{spec.model_type}' models hold {', '.join(others)}, which is no linear map "
+            "into or out of a head and cannot be added. Leave it out."
+        )
+    return axes
 
 
 def config_class(model_type: str) -> type[PretrainedConfig]:

@@ -214,6 +214,11 @@ def iterate_importance(
             f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
             "follows from sizes. Leave them out, or score once."
         )
+    if iterations > 1 and config.head_add_back:
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
+            "round of scoring. Leave it out, or score once."
+        )
     spec = spec_for(model.config)
     before = spec.sizes(model.config)
     after = resolve_sizes(spec, model.config, config)[0]
@@ -317,7 +322,7 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
 def student_tensor(
     tensor: torch.Tensor, name: str, spec: ArchSpec, config: PretrainedConfig, plan: PruningPlan
 ) -> torch.Tensor:
-    """What a tensor of the teacher becomes in the student: its kept units, scaled where the plan says so.
+    """What a tensor of the teacher becomes in the student: its kept units, merged and scaled where the plan says so.
 
     Args:
         tensor: the teacher's tensor.
@@ -331,7 +336,13 @@ def student_tensor(
     """
     pattern, layer = spec.locate(name) or (name, None)
     sizes = spec.sizes(config, layer)
-    tensor = cut_tensor(tensor, spec.dimensions.get(pattern, ()), spec.axis, sizes, plan.kept_in(layer))
+    dimensions = spec.dimensions.get(pattern, ())
+    whole, tensor = tensor, cut_tensor(tensor, dimensions, spec.axis, sizes, plan.kept_in(layer))
+    if any(not dimension_axes(dimension).isdisjoint(plan.partners) for dimension in dimensions):
+        # Units without a partner stand in its place themselves, and stay what they are: 2x - x is exact.
+        partner = cut_tensor(whole, dimensions, spec.axis, sizes, plan.partners_in(layer))
+        exact = torch.promote_types(tensor.dtype, torch.float32)
+        tensor = (tensor.to(exact) * 2 - partner.to(exact)).to(tensor.dtype)
     factor = plan.scales.get(pattern)
     if factor is None:
         return tensor

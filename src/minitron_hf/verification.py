@@ -58,7 +58,13 @@ def verify_student(
         VerificationError: if it is more than rounding explains. The tolerance is 30 times what one rounding of the
             embeddings does to the logits of this model in its dtype.
         UnsupportedModelError: if a model cannot be masked: weights are offloaded, or routers compute unlike others.
+        PlanError: if the plan merges heads.
     """
+    if plan.partners:
+        raise PlanError(
+            "With head_add_back the student is not the masked teacher, so there is nothing to verify it against. "
+            "Verify a student made without it."
+        )
     if any(parameter.is_meta for parameter in [*teacher.parameters(), *student.parameters()]):
         raise UnsupportedModelError("Verifying needs teacher and student in memory, but some weights are offloaded.")
     if input_ids is None:
@@ -91,11 +97,14 @@ def verify_student(
 
 
 def verified_plan(teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan) -> PruningPlan:
-    """The plan, with a note of the gap that `verify_student` found.
+    """The plan, with a note of the gap that `verify_student` found, or why there is none to find.
 
     Raises:
         MinitronError: see `verify_student`.
     """
+    if plan.partners:
+        note = "Not verified: with head_add_back the student is not the masked teacher."
+        return replace(plan, notes=(*plan.notes, note))
     gap = verify_student(teacher, student, plan)
     dtype = str(student.dtype).removeprefix("torch.")
     note = f"Verified: the logits are within {gap:.1e} of the masked teacher's, in {dtype}, relative to the largest."
