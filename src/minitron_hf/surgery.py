@@ -341,8 +341,8 @@ def student_tensor(
     if any(not dimension_axes(dimension).isdisjoint(plan.partners) for dimension in dimensions):
         # Units without a partner stand in its place themselves, and stay what they are: 2x - x is exact.
         partner = cut_tensor(whole, dimensions, spec.axis, sizes, plan.partners_in(layer))
-        exact = torch.promote_types(tensor.dtype, torch.float32)
-        tensor = (tensor.to(exact) * 2 - partner.to(exact)).to(tensor.dtype)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        tensor = (tensor.to(wide) * 2 - partner.to(wide)).to(tensor.dtype)
     factor = plan.scales.get(pattern)
     if factor is None:
         return tensor
