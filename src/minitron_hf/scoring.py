@@ -459,10 +459,13 @@ class ScoringPass(Batches):
         self.layer_inputs.clear()
         device = states[0].device
         # Chunks that stay in a CPU's cache; elsewhere larger ones, so that starting kernels takes no time.
-        elements = 2**21 if device.type == "cpu" else 2**25
-        tokens = self.mask_BT.cpu().flatten().nonzero()[:, 0] if self.padded else torch.arange(len(states[0]))
-        for chunk in tokens.split(max(1, elements // (len(states) * states[0].shape[1]))):
-            x_NLH = torch.stack([x_NH[chunk.to(x_NH.device)].to(device) for x_NH in states], dim=1)
+        elements = 2**20 if device.type == "cpu" else 2**25
+        size = max(1, elements // (len(states) * states[0].shape[1]))
+        tokens_N = self.mask_BT.cpu().flatten()
+        for mask_N, *chunk in zip(*(each.split(size) for each in (tokens_N, *states))):
+            x_NLH = torch.stack([x_NH.to(device) for x_NH in chunk], dim=1)
+            if self.padded:
+                x_NLH = x_NLH[mask_N.to(device)]
             x_NLH = x_NLH.to(wide(x_NLH))
             products_NLL = x_NLH @ x_NLH.transpose(1, 2)
             scale_NL = products_NLL.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
