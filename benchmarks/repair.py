@@ -20,11 +20,11 @@ from minitron_hf import (
     load_text_dataset,
     load_tokenizer,
     make_plan,
+    repaired_weights,
 )
 from minitron_hf.artifacts import public_name, versions, write_json
 from minitron_hf.data import token_rows
 from minitron_hf.models import compute_dtype
-from minitron_hf.repair import repaired_weights
 
 #: What is cut, each by itself and both together.
 REQUESTS = {
@@ -56,8 +56,8 @@ def main() -> None:
         seconds = {"scoring": round(time.monotonic() - start, 2)}
         models = {"teacher": teacher}
         for cut, request in REQUESTS.items():
-            plan = make_plan(teacher, PrunerConfig(**request), scores)
-            models[cut] = apply_plan(teacher, plan)
+            models[cut] = apply_plan(teacher, make_plan(teacher, PrunerConfig(**request), scores))
+            plan = make_plan(teacher, PrunerConfig(**request, repair="least_squares"), scores)
             start = time.monotonic()
             repaired = repaired_weights(teacher, plan, rows)
             seconds[f"repair of {cut}"] = round(time.monotonic() - start, 2)

@@ -125,6 +125,27 @@ def test_every_stage_by_hand(workshop, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().startswith("---")
 
 
+def test_a_plan_with_repair_is_carried_out_on_data(workshop, tmp_path):
+    teacher, text, plan = workshop / "teacher", workshop / "text.jsonl", tmp_path / "plan"
+    rows = ["--data", text, "--set", "max_length=16"]
+    assert minitron("score", teacher, *rows, "-o", tmp_path / "scores").returncode == 0
+    request = ["--scores", tmp_path / "scores", "--intermediate-size", "0.5"]
+    assert minitron("plan", teacher, *request, "-o", plan, "--set", "repair=least_squares").returncode == 0
+    prune = ["prune", teacher, "--plan", plan, "-o", tmp_path / "pruned"]
+    refused(minitron(*prune), "repair='least_squares'", "--data")
+    refused(minitron(*prune, *rows, "--set", "rows=3"), "repaired_weights", "rows")
+    result = minitron(*prune, *rows)
+    assert result.returncode == 0, result.stderr
+    assert minitron("plan", teacher, *request, "-o", tmp_path / "bare").returncode == 0
+    bare = ["prune", teacher, "--plan", tmp_path / "bare", "-o", tmp_path / "cut"]
+    refused(minitron(*bare, *rows), "no repair")
+    assert minitron(*bare).returncode == 0
+    repaired, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "cut"))
+    changed = {name for name, values in cut.items() if not values.equal(repaired[name])}
+    assert changed == {name for name in cut if name.endswith("down_proj.weight")}
+    assert json.loads((tmp_path / "pruned" / "pruning_plan.json").read_text())["repair"] == "least_squares"
+
+
 def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path):
     recipe, text = tmp_path / "recipe.yaml", workshop / "text.jsonl"
     wish = ["plan", workshop / "teacher", "--recommend", "--target", "0.8", "--tokens", "10k"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +11,18 @@ import torch
 from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError
 from minitron_hf.importance import estimate_importance
-from minitron_hf.planning import PrunerConfig, make_plan
+from minitron_hf.planning import PruningPlan, make_plan
 from minitron_hf.repair import repaired_weights
+from minitron_hf.sizes import PrunerConfig, student_config
 from minitron_hf.surgery import apply_plan, prune_model
-from pocket import pocket_model, pocket_tokens
+from pocket import pocket_config, pocket_model, pocket_tokens
 
 ROWS = TokenRows(tuple(tuple(row.tolist()) for row in pocket_tokens(24, 19)), None)
 
 
 def planned(model, **request):
     scores = estimate_importance(model, metric="random", seed=3)
-    return make_plan(model, PrunerConfig(**request, multiple_of=1), scores)
+    return make_plan(model, PrunerConfig(**{"repair": "least_squares", **request}, multiple_of=1), scores)
 
 
 def inputs(model, path: str) -> np.ndarray:
@@ -39,7 +42,7 @@ def test_neurons_are_refitted_as_by_lstsq(name: str, writer: str):
     teacher = pocket_model(name)
     plan = planned(teacher, intermediate_size=0.5)
     student = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, ROWS, ridge=1e-12))
-    plain = apply_plan(teacher, plan)
+    plain = apply_plan(teacher, planned(teacher, intermediate_size=0.5, repair=None))
     for layer in plan.layers_kept:
         path = writer.format(layer)
         x, kept = inputs(teacher, path), plan.kept["ffn"][layer]
@@ -72,28 +75,61 @@ def test_heads_are_refitted_and_channels_cut_as_planned():
 
 def test_nothing_to_refit_without_a_cut_of_units():
     teacher = pocket_model("llama")
-    assert repaired_weights(teacher, planned(teacher, hidden_size=0.5), ROWS) == {}
+    plan = planned(teacher, hidden_size=0.5)
+    assert plan.repair is None
+    assert "repair changes nothing: neither neurons nor heads are cut." in plan.notes
+    assert repaired_weights(teacher, plan, ROWS) == {}
 
 
-def test_experts_are_refused_by_name():
-    teacher = pocket_model("mixtral")
-    plan = planned(teacher, num_experts=0.5)
-    with pytest.raises(PlanError, match="experts"):
-        repaired_weights(teacher, plan, ROWS)
+@pytest.mark.parametrize(
+    ("name", "request_", "words"),
+    [
+        ("mixtral", {"num_experts": 0.5}, "num_experts"),
+        ("llama", {"num_attention_heads": 0.5, "head_add_back": True}, "head_add_back"),
+        ("llama", {"intermediate_size": 0.5, "repair": "wishes"}, "'wishes'.*'least_squares'"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused_by_the_plan(name: str, request_: dict, words: str):
+    with pytest.raises(PlanError, match=words):
+        student_config(pocket_config(name), PrunerConfig(**{"repair": "least_squares", **request_}))
 
 
-def test_prune_model_repairs_and_notes_it():
+def test_a_plan_says_what_becomes_of_it(tmp_path):
+    """A repair is part of the plan: of its digest and its files; it is neither left out nor added unseen."""
     teacher = pocket_model("llama")
-    request = PrunerConfig(intermediate_size=0.5, multiple_of=1)
+    plan, without = (planned(teacher, intermediate_size=0.5, repair=how) for how in ("least_squares", None))
+    assert plan.digest != without.digest
+    plan.save_pretrained(tmp_path)
+    assert PruningPlan.from_pretrained(tmp_path).repair == "least_squares"
+    assert json.loads((tmp_path / "pruning_plan.json").read_text())["repair"] == "least_squares"
+    with pytest.raises(PlanError, match="needs data"):
+        apply_plan(teacher, plan)
+    with pytest.raises(PlanError, match="no repair"):
+        apply_plan(teacher, without, repaired=repaired_weights(teacher, plan, ROWS))
+
+
+def test_prune_model_repairs_after_verifying():
+    teacher = pocket_model("llama")
     plain, student = (
-        prune_model(teacher, request, calibration_data=ROWS, repair=repair) for repair in (None, "least_squares")
+        prune_model(
+            teacher,
+            PrunerConfig(intermediate_size=0.5, multiple_of=1, repair=repair),
+            calibration_data=ROWS,
+            verify=bool(repair),
+        )
+        for repair in (None, "least_squares")
     )
-    assert any("least squares" in note for note in student.pruning_plan.notes)
+    notes = student.pruning_plan.notes
+    assert any("least squares" in note for note in notes)
+    assert any(note.startswith("Verified") for note in notes)
     changed = [
         name
         for (name, one), two in zip(plain.named_parameters(), student.parameters(), strict=True)
         if not torch.equal(one, two)
     ]
     assert changed == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(len(plain.model.layers))]
+    request = PrunerConfig(intermediate_size=0.5, repair="least_squares")
     with pytest.raises(PlanError, match="calibration_data"):
-        prune_model(teacher, request, scores=estimate_importance(teacher, metric="random"), repair="least_squares")
+        prune_model(teacher, request, scores=estimate_importance(teacher, metric="random"))
+    iterated = prune_model(teacher, request, calibration_data=ROWS, iterations=2)
+    assert iterated.pruning_plan.repair == "least_squares"

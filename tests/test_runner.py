@@ -12,11 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_hf import runner, stages
+from minitron_hf.card import write_model_card
+from minitron_hf.data import token_rows
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
 from minitron_hf.hub import uploaded_files
 from minitron_hf.models import load_model
 from minitron_hf.planning import PruningPlan
 from minitron_hf.recipe import Recipe
+from minitron_hf.repair import repaired_weights
 from minitron_hf.surgery import apply_plan
 from pocket import pocket_model, pocket_tokenizer
 
@@ -126,6 +129,22 @@ def test_a_teacher_that_is_scored_in_less_precision_than_it_is_stored_in(values)
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
 
 
+def test_a_repair_is_part_of_the_run(values):
+    """The student is the plan's with the projections refitted on the rows that were scored, and everything says so."""
+    values["prune"]["repair"] = "least_squares"
+    folder, _ = run(values, until="prune")
+    teacher, plan = load_model(values["teacher"]), PruningPlan.from_pretrained(folder)
+    rows = token_rows(TEXTS, pocket_tokenizer(), max_length=16, num_rows=8)
+    expected = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, rows))
+    pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    for (name, found), wanted in zip(pruned.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, msg=name)
+    write_model_card(folder)
+    assert "refitted by least squares" in (folder / "README.md").read_text()
+    with pytest.raises(MismatchError, match=r"prune\.repair: least_squares → None"):
+        run({**values, "prune": {"intermediate_size": 0.5}}, until="prune")
+
+
 def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(values):
     folder, _ = run(values, until="prune")
     changed = {**values, "prune": {"intermediate_size": 0.25}}
@@ -155,6 +174,7 @@ import os, json
 from transformers import TrainerCallback
 from minitron_hf import runner, trainer
 from minitron_hf.recipe import Recipe
+from minitron_hf.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 5:

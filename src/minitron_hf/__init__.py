@@ -27,7 +27,9 @@ _MODULE_OF = {
     "student_config": "sizes",
     "verify_student": "verification",
     "apply_plan": "surgery",
+    "carry_out": "surgery",
     "prune_model": "surgery",
+    "repaired_weights": "repair",
     "prune_checkpoint": "streaming",
     "DistillationConfig": "distillation_config",
     "correct_teacher": "teacher",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from .planning import make_plan as make_plan
     from .recipe import Recipe as Recipe
     from .recommendations import recommend as recommend
+    from .repair import repaired_weights as repaired_weights
     from .runner import run_recipe as run_recipe
     from .samples import generate_samples as generate_samples
     from .search import search_architectures as search_architectures
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from .sizes import student_config as student_config
     from .streaming import prune_checkpoint as prune_checkpoint
     from .surgery import apply_plan as apply_plan
+    from .surgery import carry_out as carry_out
     from .surgery import prune_model as prune_model
     from .teacher import correct_teacher as correct_teacher
     from .teacher_cache import TeacherCache as TeacherCache

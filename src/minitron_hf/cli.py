@@ -102,17 +102,11 @@ def score(
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
-    from .data import load_text_dataset
-    from .errors import DataError
     from .importance import estimate_importance
     from .recipe import apply_overrides
 
+    texts = _texts(data, split, text_field)
     model, tokenizer = _load(teacher)
-    rows = load_text_dataset(data, split=split)
-    columns = rows.column_names or []
-    if not {text_field, "input_ids"} & {*columns}:
-        raise DataError(f"{data} has the columns {', '.join(columns)}, and no {text_field!r}. Pass --text-field.")
-    texts: Any = (row[text_field] for row in rows) if text_field in columns else rows
     scores = _with_arguments(
         "estimate_importance",
         lambda: estimate_importance(model, texts, processing_class=tokenizer, **apply_overrides({}, set_ or [])),
@@ -252,33 +246,49 @@ def prune(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the student with the masked teacher; loads both into memory.")
     ] = False,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Calibration text for a plan with repair: file, saved dataset or Hub id."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    set_: Settings = None,
 ) -> None:
     """Cut the student out of the teacher's checkpoint (prune_checkpoint), a few rows at a time.
 
-    Checkpoints without safetensors are loaded into memory as a whole (apply_plan).
+    Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
+    (carry_out). --set takes num_samples, max_length, packing and batch_size of a repair.
     """
     from .artifacts import replacing_folder, require_empty
     from .planning import PruningPlan
+    from .recipe import apply_overrides
     from .streaming import is_streamable, prune_checkpoint
-    from .surgery import apply_plan
-    from .verification import verified_plan
+    from .surgery import carry_out
 
-    require_empty(output)
     made = PruningPlan.from_pretrained(plan)
-    if is_streamable(teacher) and not verify:
+    if made.repair and data is None:
+        raise DataError(f"The plan in {plan} has repair={made.repair!r}: --data names calibration text for it.")
+    if (data or set_) and not made.repair:
+        raise DataError(f"The plan in {plan} has no repair, so --data and --set say nothing. Plan with --set repair=…")
+    require_empty(output)
+    if is_streamable(teacher) and not verify and not made.repair:
         prune_checkpoint(teacher, output, made)
     else:
-        if not verify:
+        if not verify and not made.repair:
             _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
+        texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher)
-        student = apply_plan(model, made)
+        arguments = apply_overrides({}, set_ or [])
+        student = _with_arguments(
+            "repaired_weights",
+            lambda: carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **arguments),
+        )
         if verify:
-            made = verified_plan(model, student, made)
-            _say(made.notes[-1])
+            _say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            made.save_pretrained(folder)
+            student.pruning_plan.save_pretrained(folder)
     _say(f"Wrote {output}")
 
 
@@ -455,6 +465,17 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
     from .models import load_model, load_tokenizer
 
     return load_model(name, **kwargs), load_tokenizer(name)
+
+
+def _texts(data: str, split: str, text_field: str) -> Any:
+    """Calibration texts one by one, or rows of tokens."""
+    from .data import load_text_dataset
+
+    rows = load_text_dataset(data, split=split)
+    columns = rows.column_names or []
+    if not {text_field, "input_ids"} & {*columns}:
+        raise DataError(f"{data} has the columns {', '.join(columns)}, and no {text_field!r}. Pass --text-field.")
+    return (row[text_field] for row in rows) if text_field in columns else rows
 
 
 def _corpus(source: str, split: str) -> Any:

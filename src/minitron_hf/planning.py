@@ -20,7 +20,15 @@ from .errors import MismatchError, PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
 from .importance import ImportanceScores
 from .models import count_parameters, empty_model, model_digest, on_meta
-from .sizes import PrunerConfig, add_back_axes, build_student_config, lacking_kinds, protected_layers, resolve_sizes
+from .sizes import (
+    PrunerConfig,
+    add_back_axes,
+    build_student_config,
+    lacking_kinds,
+    protected_layers,
+    repaired_axes,
+    resolve_sizes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +59,8 @@ class PruningPlan:
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
         pruner_config: the request.
+        repair: how output projections are to be refitted to the kept units, on data that the plan does not hold; None:
+            they are not.
         selection: how units were ranked (metric), or None if nothing had to be ranked.
         scores: digest, settings and data digest of the scores used, or None.
         notes: decisions the reader should know of.
@@ -66,6 +76,7 @@ class PruningPlan:
     pruner_config: Mapping[str, Any]
     partners: Mapping[str, np.ndarray] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    repair: str | None = None
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
@@ -118,6 +129,7 @@ class PruningPlan:
             "layers_dropped": list(self.layers_dropped),
             "pruner_config": dict(self.pruner_config),
             "scales": dict(self.scales),
+            "repair": self.repair,
             "selection": self.selection,
             "scores": None if self.scores is None else dict(self.scores),
             "notes": list(self.notes),
@@ -125,7 +137,7 @@ class PruningPlan:
 
     @property
     def digest(self) -> str:
-        """Digest of what is kept, in which teacher."""
+        """Digest of what is kept, in which teacher, and whether it is refitted."""
         return digest(
             self.teacher.get("digest"),
             self.student["config"],
@@ -133,6 +145,7 @@ class PruningPlan:
             {axis: units.tolist() for axis, units in self.kept.items()},
             dict(self.scales),
             *([{axis: units.tolist() for axis, units in self.partners.items()}] if self.partners else []),
+            *([{"repair": self.repair}] if self.repair else []),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
@@ -180,6 +193,7 @@ class PruningPlan:
                 },
                 pruner_config=values["pruner_config"],
                 scales=values["scales"],
+                repair=values.get("repair"),  # unknown to plans of earlier versions
                 selection=values["selection"],
                 scores=values["scores"],
                 notes=tuple(values["notes"]),
@@ -264,6 +278,9 @@ def make_plan(
         partners = _choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
+    repair = config.repair if config.repair and repaired_axes(spec, before, after) else None
+    if repair:
+        notes.append("Repair: the output projections of cut neurons and heads are refitted by least squares.")
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
@@ -281,6 +298,7 @@ def make_plan(
         partners=partners,
         pruner_config=config.to_dict(),
         scales=_compensation(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
+        repair=repair,
         selection=None if scores is None or not ranked else str(scores.settings["metric"]),
         scores=None
         if scores is None or not ranked

@@ -13,19 +13,16 @@ from torch import Tensor
 
 from .axes import dimension_index
 from .data import DataSource
-from .errors import PlanError
 from .families import named_tensors, spec_for
 from .importance import calibrate, require_weights
 from .models import evaluating, input_device, tensor_values
 from .scoring import Batches, Tap, first_input
+from .sizes import repaired_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .planning import PruningPlan
-
-#: Axes whose units a plain projection reads.
-REPAIRED = ("ffn", "heads", "kv")
 
 
 def repaired_weights(
@@ -68,16 +65,10 @@ def repaired_weights(
     spec = spec_for(model.config)
     spec.check(model)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
-    cut = [axis for axis in plan.kept if axis in spec.taps]
-    for axis in cut:
-        if axis not in REPAIRED or f"{spec.taps[axis]}.weight" not in spec.dimensions:
-            raise PlanError(
-                f"repair='least_squares' refits plain projections, but this plan cuts {axis}, which "
-                f"{spec.taps[axis]} of a {spec.model_type} model reads in another way. Leave out repair."
-            )
+    before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
     names = list(named_tensors(model, tied=True))
     taps: dict[str, tuple[int, Tap]] = {}
-    for axis in cut:
+    for axis in repaired_axes(spec, before, after):
         module = spec.taps[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             tap = Tap(spec, axis, module, spec.sizes(model.config, layer))

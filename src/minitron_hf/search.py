@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from .errors import OutputError, PlanError
 from .importance import ImportanceScores, default_max_length
 from .losses import DenseSignal, OutputHead, distillation_loss, output_head
 from .models import evaluating, input_device, load_model, model_digest
-from .planning import make_plan
+from .planning import PruningPlan, make_plan
 from .quality import mean_and_error
 from .shapes import Shape, Space, different, enumerate_shapes, memory_bytes, within
 from .sizes import PrunerConfig, student_config
@@ -182,7 +182,8 @@ def search_architectures(
         num_tokens: tokens of the first round; each further one has seen twice as many in all.
         num_rows: rows that KL is measured on.
         max_length: tokens of a row.
-        base: all that is not a size in the requests (`contiguous`, `norm_compensation`, …).
+        base: all that is not a size in the requests (`contiguous`, `norm_compensation`, …). Candidates are compared
+            without its `repair`.
         distillation: fields of `DistillationConfig`.
         show_progress: show the table of candidates as it fills.
 
@@ -227,7 +228,7 @@ def search_architectures(
         for shape in different(shapes, num_proxied):
             candidate = record.candidate(shape)
             if candidate.proxy is None:
-                student = apply_plan(model, make_plan(model, candidate.request, scores))
+                student = apply_plan(model, _plan_of(model, candidate, scores))
                 candidate.proxy = measure(student, candidate)
                 del student
                 gc.collect()
@@ -322,6 +323,11 @@ def _any_rows(config: Any) -> TokenRows:
     return TokenRows((tuple(index % config.vocab_size for index in range(64)),), None)
 
 
+def _plan_of(model: PreTrainedModel, candidate: Candidate, scores: ImportanceScores) -> PruningPlan:
+    """The plan of a candidate, which is compared without a repair: that needs one more pass for each."""
+    return make_plan(model, replace(candidate.request, repair=None), scores)
+
+
 def _better_half(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
     """Those with the lower KL after a round, whatever came later; one more of an odd number."""
     return sorted(candidates, key=lambda candidate: candidate.rounds[turn]["kl"])[: -(-len(candidates) // 2)]
@@ -403,7 +409,7 @@ def _distil(
     assert record.folder is not None
     folder = record.folder / CANDIDATES_DIR / digest(candidate.name)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(model, candidate.request, scores)
+    plan = _plan_of(model, candidate, scores)
     student = apply_plan(model, plan)
     defaults = {
         "per_device_train_batch_size": 8,

@@ -35,6 +35,10 @@ NORM_EPSILONS = (
 #: Stacked experts are multiplied by kernels that want rows of 16 bytes: so many 16-bit numbers.
 EXPERT_ALIGNMENT = 8
 
+#: Ways to make up for cut units, and the axes whose units a plain projection reads, which they can change.
+REPAIRS = ("least_squares",)
+REPAIRED_AXES = ("ffn", "heads", "kv")
+
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
 
@@ -72,6 +76,8 @@ class PrunerConfig:
             K of L kept, head i gains its difference to head 2K - i + 1, in all that projects into it and out of it.
             Where KV heads are shared, query heads only, within their group. It is a merge of weights: the student is
             no longer the masked teacher.
+        repair: `"least_squares"`: refit the output projections of cut neurons and heads on calibration data, so that
+            what is kept reproduces the teacher's layers best (`repaired_weights`).
         uneven: names of sizes that may differ from layer to layer under the same total, which goes to the layers whose
             scores are spread over most units. Only where the stock config holds one size for every layer.
         model_type: stock classes for the student, where those of another family hold exactly the same model without a
@@ -97,6 +103,7 @@ class PrunerConfig:
     keep_last_layers: int = 1
     norm_compensation: bool = True
     head_add_back: bool = False
+    repair: str | None = None
     uneven: list[str] = field(default_factory=list)
     model_type: str | None = None
     multiple_of: int = 8
@@ -129,6 +136,8 @@ class PrunerConfig:
         for name in ("contiguous", "norm_compensation", "head_add_back"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
+        if self.repair not in (None, *REPAIRS):
+            raise PlanError(f"repair={self.repair!r} is unknown. Expected {' or '.join(map(repr, REPAIRS))}, or None.")
         if self.model_type is not None and not isinstance(self.model_type, str):
             raise PlanError(f"model_type={self.model_type!r}: expected the name of a family.")
         for name in ("keep_first_layers", "keep_last_layers"):
@@ -347,6 +356,13 @@ def resolve_sizes(
             "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "
             "keys and values no other group has. Give num_attention_heads fewer in each group, or leave it out."
         )
+    if request.repair and request.head_add_back:
+        raise PlanError(
+            "repair cannot be combined with head_add_back: it refits projections of kept heads as they are, which "
+            "add-back changes. Leave out one of them."
+        )
+    if request.repair and not repaired_axes(teachers, before, after):
+        notes.append("repair changes nothing: neither neurons nor heads are cut.")
     for name in request.uneven:
         if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
             raise PlanError(
@@ -365,6 +381,22 @@ def resolve_sizes(
         spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
     )
     return after, notes
+
+
+def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
+    """The cut axes that a repair makes up for, given the sizes before and after a cut.
+
+    Raises:
+        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+    """
+    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.taps)
+    for axis in axes:
+        if axis not in REPAIRED_AXES or f"{spec.taps[axis]}.weight" not in spec.dimensions:
+            raise PlanError(
+                f"repair='least_squares' refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
+                f"models is cut here, which {spec.taps[axis]} reads in another way. Leave out repair."
+            )
+    return axes
 
 
 def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:

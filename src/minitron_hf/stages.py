@@ -29,8 +29,7 @@ from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
 from .sizes import PRUNER_CONFIG_NAME
 from .streaming import is_streamable, prune_checkpoint
-from .surgery import apply_plan, iterate_importance
-from .verification import verified_plan
+from .surgery import ROW_ARGUMENTS, carry_out, iterate_importance
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +147,17 @@ class Run:
         """The section of one of the corpora; calibration falls back to train."""
         return getattr(self.recipe.data, which) or self.recipe.data.train
 
+    def calibration_texts(self) -> Any:
+        """The calibration corpus one by one: only the first rows are needed, and it may be larger than memory."""
+        column, rows = self.dataset_section("calibration").text_field, self.dataset("calibration")
+        return (row[column] for row in rows) if column in rows.column_names else rows
+
+    def carry_out(self, plan: PruningPlan, *, verify: bool = False) -> Any:
+        """The student of a plan, refitted on the rows that were scored where the plan says so."""
+        rows = {name: value for name, value in self.recipe.scores.items() if name in ROW_ARGUMENTS}
+        texts = self.calibration_texts() if plan.repair else None
+        return carry_out(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
+
     @property
     def plan(self) -> PruningPlan:
         """The plan that the stage `plan` left."""
@@ -155,13 +165,9 @@ class Run:
 
 
 def _score(run: Run) -> None:
-    section = run.dataset_section("calibration")
-    texts = run.dataset("calibration")
-    several = run.recipe.scores.get("iterations", 1) != 1
-    # One by one: only the first rows are needed, and the corpus may be far larger than memory.
-    if section.text_field in texts.column_names:
-        column = section.text_field
-        texts = [row[column] for row in texts] if several else (row[column] for row in texts)
+    texts = run.calibration_texts()
+    if run.recipe.scores.get("iterations", 1) != 1:
+        texts = list(texts)
     scores = iterate_importance(
         run.teacher,
         run.recipe.pruner_config,
@@ -187,7 +193,12 @@ def _prune(run: Run) -> None:
     stored = _checkpoint_dtype(run.teacher_config)
     # What was scored are the weights as they were loaded; those on disk are others where loading has rounded them.
     rounded = stored is None or torch.promote_types(stored, run.dtype) != run.dtype
-    if not rounded and not run.recipe.verify and is_streamable(section.model, revision=section.revision):
+    if (
+        not rounded
+        and not run.recipe.verify
+        and not run.plan.repair
+        and is_streamable(section.model, revision=section.revision)
+    ):
         prune_checkpoint(
             section.model,
             run.folder / PRUNED_DIR,
@@ -197,9 +208,9 @@ def _prune(run: Run) -> None:
             show_progress=run.show_progress,
         )
     else:
-        student = apply_plan(run.teacher, run.plan)
+        student = run.carry_out(run.plan, verify=run.recipe.verify)
         if run.recipe.verify:
-            verified_plan(run.teacher, student, run.plan).save_pretrained(run.folder)
+            student.pruning_plan.save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
 
 
@@ -293,7 +304,7 @@ def _controls(run: Run) -> None:
             continue  # finished before an interruption
         if name == "random_pruning":
             scores = estimate_importance(run.teacher, metric="random", seed=seed)
-            student = apply_plan(run.teacher, make_plan(run.teacher, run.recipe.pruner_config, scores))
+            student = run.carry_out(make_plan(run.teacher, run.recipe.pruner_config, scores))
             _save_student(student, run.tokenizer, folder / PRUNED_DIR, run.teacher_config)
         elif name == "random_init":
             set_seed(seed)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Arguments of `estimate_importance` that say which rows of the data are read, and how.
+ROW_ARGUMENTS = ("num_samples", "max_length", "packing", "batch_size")
+
 
 def apply_plan(
     model: PreTrainedModel, plan: PruningPlan, *, repaired: Mapping[str, torch.Tensor] | None = None
@@ -54,15 +57,26 @@ def apply_plan(
     Args:
         model: the teacher; not changed.
         plan: made for this teacher.
-        repaired: tensors to take instead of the teacher's, by name, before they are cut (`repaired_weights`).
+        repaired: tensors to take instead of the teacher's, by name, before they are cut (`repaired_weights`), for a
+            plan with a repair.
 
     Returns:
         The student, in evaluation mode.
 
     Raises:
         MismatchError: if the plan was made for another architecture or other weights.
+        PlanError: if the plan has a repair and there is none here, or the reverse.
         UnsupportedModelError: if the model is not what its family table says.
     """
+    if plan.repair and repaired is None:
+        raise PlanError(
+            f"This plan has repair={plan.repair!r}, which needs data. Call carry_out(model, plan, data), give --data "
+            "to minitron-hf prune, or plan without repair."
+        )
+    if repaired and not plan.repair:
+        raise PlanError(
+            "This plan has no repair, so repaired= would not be recorded. Plan with PrunerConfig(repair=…)."
+        )
     spec = spec_for(model.config)
     spec.check(model)
     if on_meta(model):
@@ -103,7 +117,6 @@ def prune_model(
     scores: ImportanceScores | None = None,
     verify: bool = False,
     iterations: int = 1,
-    repair: Literal["least_squares"] | None = None,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
     """Score, plan and cut in one call. The plan's notes are logged as warnings.
@@ -111,15 +124,13 @@ def prune_model(
     Args:
         model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
         config: the student's sizes.
-        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given.
+        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. A repair
+            goes through it once more, so no generator then.
         processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
         scores: scores made before by `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: score and cut in so many rounds (`iterate_importance`).
-        repair: `"least_squares"`: refit the output projections of cut neurons and heads on the calibration data
-            (`repaired_weights`), which is gone through once more, so no generator. Noted in the plan. `verify` sees
-            the student before it.
         **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
             `depth_metric` has to measure follows from `config`.
 
@@ -138,12 +149,10 @@ def prune_model(
     scored = calibration_data is not None or importance_kwargs.get("metric") == "random"
     if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")
-    if repair not in (None, "least_squares"):
-        raise PlanError(f"repair={repair!r} is unknown. Expected 'least_squares' or None.")
-    if repair and calibration_data is None:
+    if config.repair and calibration_data is None:
         raise PlanError(
-            "repair='least_squares' needs calibration_data. Pass it instead of scores, or call repaired_weights and "
-            "apply_plan(repaired=…)."
+            f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
+            "carry_out(model, plan, data)."
         )
     if importance_kwargs and not scored:
         raise PlanError(
@@ -168,15 +177,47 @@ def prune_model(
     plan = make_plan(model, config, scores)
     for note in plan.notes:
         logger.warning(note)
-    student: Any = apply_plan(model, plan)
+    arguments = {name: value for name, value in importance_kwargs.items() if name in ROW_ARGUMENTS}
+    return carry_out(model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments)
+
+
+def carry_out(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    data: DataSource | None = None,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    verify: bool = False,
+    **row_arguments: Any,
+) -> PreTrainedModel:
+    """`apply_plan`, with the repair that the plan may have, and verified on demand.
+
+    Args:
+        model: the teacher; not changed.
+        plan: made for it.
+        data: calibration data for a repair (`repaired_weights`).
+        processing_class: tokenizer for texts.
+        verify: compare the student, before any repair, with the masked teacher (`verify_student`), and note it.
+        **row_arguments: which rows of the data a repair sees: `num_samples`, `max_length`, `packing`, `batch_size`.
+
+    Returns:
+        The student, with the plan and its notes as `student.pruning_plan`.
+
+    Raises:
+        MinitronError: see `apply_plan`, `repaired_weights` and `verify_student`.
+    """
+    student: Any = None
     if verify:
-        plan = student.pruning_plan = verified_plan(model, student, plan)
-    if repair and calibration_data is not None:
-        names = ("num_samples", "max_length", "packing", "batch_size")
-        arguments = {name: importance_kwargs[name] for name in names if name in importance_kwargs}
-        repaired = repaired_weights(model, plan, calibration_data, processing_class=processing_class, **arguments)
-        note = f"Repaired: {len(repaired)} output projections were refitted by least squares on the calibration data."
-        student = apply_plan(model, replace(plan, notes=(*plan.notes, note)), repaired=repaired)
+        student = apply_plan(model, replace(plan, repair=None))
+        plan = verified_plan(model, student, plan)
+    if plan.repair:
+        repaired = None
+        if data is not None:
+            repaired = repaired_weights(model, plan, data, processing_class=processing_class, **row_arguments)
+        student = apply_plan(model, plan, repaired=repaired)
+    elif student is None:
+        student = apply_plan(model, plan)
+    student.pruning_plan = plan
     return student
 
 
@@ -231,7 +272,7 @@ def iterate_importance(
                 for axis in after
                 if axis in FIELD_OF_AXIS and after[axis] < before[axis]
             }
-            request = replace(config, **part)
+            request = replace(config, repair=None, **part)
         left = resolve_sizes(spec, model.config, request)[0]["layers"]
         arguments = scoring_arguments(
             student.config,
