@@ -114,39 +114,44 @@ def main() -> None:
                     save_strategy="no",
                 ))  # fmt: skip
                 learned = load_model(corrected[seed], dtype=torch.float32)
-            trainer = DistillationTrainer(
-                model=student,
-                teacher_model=learned,
-                args=DistillationConfig(
-                    f"{folder}/student",
-                    max_steps=arguments.tokens // (arguments.batch_size * length),
-                    per_device_train_batch_size=arguments.batch_size,
-                    learning_rate=arguments.learning_rate,
-                    warmup_steps=0.05,
-                    max_length=length,
-                    packing=True,
-                    packing_strategy="wrapped",
-                    shuffle_dataset=True,
-                    seed=seed,
-                    save_strategy="no",
-                    logging_steps=0.25,
-                    report_to="none",
-                    disable_tqdm=True,
-                    **changes,
-                ),
-                train_dataset=train,
-                processing_class=tokenizer,
-            )
-            trainer.train()
+            distil(student, learned, train, folder, tokenizer, seed, arguments, **changes)
         run = {"arm": arm, "seed": seed, "before": before, "after": measure(student.eval(), teacher)}
         run["learned_teacher"] = measure(learned.eval(), teacher)
         results["runs"].append({**run, "seconds": round(time.monotonic() - start, 1)})
         print(arm, seed, {name: round(value["value"], 4) for name, value in run["after"].items()}, flush=True)
-        del trainer, student, learned
+        del student, learned
         gc.collect()
         if arguments.output:
             write_json(arguments.output, results)
     print(table(results))
+
+
+def distil(student, teacher, train, folder, tokenizer, seed: int, arguments: argparse.Namespace, **changes) -> None:
+    """Train a student in place, with the settings that all arms share; a seed decides the order of the data."""
+    rows = arguments.batch_size * arguments.max_length
+    DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(
+            f"{folder}/student",
+            max_steps=arguments.tokens // rows,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            warmup_steps=0.05,
+            max_length=arguments.max_length,
+            packing=True,
+            packing_strategy="wrapped",
+            shuffle_dataset=True,
+            seed=seed,
+            save_strategy="no",
+            logging_steps=0.25,
+            report_to="none",
+            disable_tqdm=True,
+            **changes,
+        ),
+        train_dataset=train,
+        processing_class=tokenizer,
+    ).train()
 
 
 def table(results: dict) -> str:

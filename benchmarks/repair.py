@@ -1,16 +1,24 @@
-"""Does refitting the output projections help? Loss of students before any retraining, with and without it.
+"""What makes up for cut heads and neurons: head add-back (P1 §2.2), refitted output projections, both against neither.
 
-Run from the repository root, for example:
+Loss and KL of the student before any retraining, and with `--tokens` after the same distillation; a seed decides the
+order of the data. Run from the repository root, for example:
 
-    python benchmarks/repair.py --teacher MODEL --train train.jsonl --eval valid.jsonl --output results.json
+    python benchmarks/repair.py --teacher MODEL --train train.jsonl --eval valid.jsonl --tokens 100000 \
+        --output results.json
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
+import torch
+from transformers import set_seed
+
+from controls import command, spread
+from losses import METRICS, distil
 from minitron_hf import (
     PrunerConfig,
     apply_plan,
@@ -22,9 +30,8 @@ from minitron_hf import (
     make_plan,
     repaired_weights,
 )
-from minitron_hf.artifacts import public_name, versions, write_json
+from minitron_hf.artifacts import versions, write_json
 from minitron_hf.data import token_rows
-from minitron_hf.models import compute_dtype
 
 #: What is cut, each by itself and both together.
 REQUESTS = {
@@ -35,47 +42,100 @@ REQUESTS = {
 
 
 def main() -> None:
-    """Measure all teachers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", action="append", required=True, help="folder or Hub id")
-    parser.add_argument("--train", required=True, help="calibration text")
-    parser.add_argument("--eval", required=True, help="held-out text")
-    parser.add_argument("--rows", type=int, default=256, help="calibration rows")
-    parser.add_argument("--eval-rows", type=int, default=100, help="held-out rows")
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    sizes = {"rows": arguments.rows, "eval_rows": arguments.eval_rows, "max_length": arguments.max_length}
-    results: dict = {"versions": versions(), "arguments": sizes, "teachers": {}}
-    for name in arguments.teacher:
-        teacher, tokenizer = load_model(name, dtype=compute_dtype()), load_tokenizer(name)
-        texts = (row["text"] for row in load_text_dataset(arguments.train))
-        rows = token_rows(texts, tokenizer, max_length=arguments.max_length, num_rows=arguments.rows)
-        start = time.monotonic()
-        scores = estimate_importance(teacher, rows, show_progress=False)
-        seconds = {"scoring": round(time.monotonic() - start, 2)}
-        models = {"teacher": teacher}
-        for cut, request in REQUESTS.items():
-            models[cut] = apply_plan(teacher, make_plan(teacher, PrunerConfig(**request), scores))
-            plan = make_plan(teacher, PrunerConfig(**request, repair="least_squares"), scores)
-            start = time.monotonic()
-            repaired = repaired_weights(teacher, plan, rows)
-            seconds[f"repair of {cut}"] = round(time.monotonic() - start, 2)
-            models[f"{cut}, repaired"] = apply_plan(teacher, plan, repaired=repaired)
-        measured = evaluate_models(
-            models,
-            load_text_dataset(arguments.eval),
+    """Measure every cut with every remedy."""
+    arguments = parse_arguments()
+    teacher = load_model(arguments.teacher, dtype=torch.float32)
+    tokenizer = load_tokenizer(arguments.teacher)
+    train, held_out = load_text_dataset(arguments.train), load_text_dataset(arguments.eval)
+    rows = token_rows(
+        (row["text"] for row in train), tokenizer, max_length=arguments.max_length, num_rows=arguments.rows
+    )
+    results: dict = {
+        "command": command(arguments).replace("controls.py", "repair.py"),
+        "versions": versions(),
+        "seconds": {},
+        "before": {},
+        "runs": [],
+    }
+
+    def measure(model) -> dict:
+        found = evaluate_models(
+            {"teacher": teacher, "model": model},
+            held_out,
             processing_class=tokenizer,
             max_length=arguments.max_length,
             num_rows=arguments.eval_rows,
             speed=False,
             show_progress=False,
         )["models"]
-        losses = {key: value["metrics"]["loss"] for key, value in measured.items()}
-        results["teachers"][public_name(name)] = {"seconds": seconds, "loss": losses}
-        print(public_name(name), seconds, {key: round(value["value"], 3) for key, value in losses.items()}, flush=True)
-        if arguments.output:
-            write_json(arguments.output, results)
+        results["teacher"] = found["teacher"]["metrics"]
+        return {name: found["model"]["metrics"][name] for name in METRICS}
+
+    def timed(what: str, work):
+        start = time.monotonic()
+        done = work()
+        results["seconds"][what] = round(time.monotonic() - start, 2)
+        return done
+
+    scores = timed("scoring", lambda: estimate_importance(teacher, rows, show_progress=False))
+    students = {}
+    for cut, request in REQUESTS.items():
+        if arguments.cuts and cut not in arguments.cuts:
+            continue
+        students[cut] = apply_plan(teacher, make_plan(teacher, PrunerConfig(**request), scores))
+        if "heads" in cut:
+            added = make_plan(teacher, PrunerConfig(**request, head_add_back=True), scores)
+            if any((units >= 0).any() for units in added.partners.values()):
+                students[f"{cut}, added back"] = apply_plan(teacher, added)
+        plan = make_plan(teacher, PrunerConfig(**request, repair="least_squares"), scores)
+        refit = timed(f"repair of {cut}", lambda plan=plan: repaired_weights(teacher, plan, rows))
+        students[f"{cut}, repaired"] = apply_plan(teacher, plan, repaired=refit)
+    for arm, student in students.items():
+        results["before"][arm] = measure(student)
+        print(arm, "before", {name: round(value["value"], 4) for name, value in results["before"][arm].items()})
+    weights = {arm: {name: value.clone() for name, value in m.state_dict().items()} for arm, m in students.items()}
+    for seed in range(arguments.seeds if arguments.tokens else 0):
+        for arm, student in students.items():
+            set_seed(seed)
+            student.load_state_dict(weights[arm])
+            with tempfile.TemporaryDirectory() as folder:
+                distil(student, teacher, train, folder, tokenizer, seed, arguments)
+            results["runs"].append({"arm": arm, "seed": seed, "after": measure(student.eval())})
+            print(arm, seed, {name: round(value["value"], 4) for name, value in results["runs"][-1]["after"].items()})
+            if arguments.output:
+                write_json(arguments.output, results)
+    if arguments.output:
+        write_json(arguments.output, results)
+    print(table(results))
+
+
+def table(results: dict) -> str:
+    """Markdown: before, and mean ± standard deviation over seeds after."""
+    lines = ["| cut | loss before | KL before | loss after | KL after |", "|---|---|---|---|---|"]
+    for arm, before in results["before"].items():
+        runs = [run["after"] for run in results["runs"] if run["arm"] == arm]
+        cells = [f"{before[name]['value']:.4f}" for name in ("loss", "kl_divergence")]
+        cells += [spread([run[name]["value"] for run in runs]) if runs else "–" for name in ("loss", "kl_divergence")]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="folder or Hub id")
+    parser.add_argument("--train", required=True, help="corpus; its beginning calibrates")
+    parser.add_argument("--eval", required=True, help="held-out corpus")
+    parser.add_argument("--rows", type=int, default=256, help="calibration rows")
+    parser.add_argument("--eval-rows", type=int, default=100, help="held-out rows")
+    parser.add_argument("--cuts", action="append", choices=list(REQUESTS), help="only these")
+    parser.add_argument("--tokens", type=int, default=0, help="of distillation; 0: none")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
