@@ -33,11 +33,12 @@ from minitron_hf import (
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.data import token_rows
 
-#: What is cut, each by itself and both together.
+#: What is cut: each by itself, both together, and what the tables of `controls.py` cut.
 REQUESTS = {
     "neurons": {"intermediate_size": 0.5},
     "heads": {"num_attention_heads": 0.5},
     "neurons and heads": {"intermediate_size": 0.5, "num_attention_heads": 0.5},
+    "channels and neurons": {"hidden_size": 0.75, "intermediate_size": 0.65},
 }
 
 

@@ -424,6 +424,8 @@ def test_a_teacher_on_the_hub(hub_server, tmp_path, size):
     (tmp_path / "student" / "LICENSE").unlink()
     assert_same_files(tmp_path / "expected", tmp_path / "student")
     assert not hub_server.count("GET", "consolidated"), "only what is needed is downloaded"
+    if size == "5GB":
+        return  # offline, one file is found like many
     assert not run("-", "offline", HF_HUB_OFFLINE="1")
     assert (tmp_path / "offline" / "model.safetensors").is_file()
     assert "HubError" in run("-", "elsewhere", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
