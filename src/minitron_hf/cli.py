@@ -33,6 +33,11 @@ Settings = Annotated[
     Optional[list[str]],  # noqa: UP045 (Typer reads the annotation at run time, on Python 3.10 too)
     typer.Option("--set", metavar="KEY=VALUE", help="Change one entry; the value is YAML. Repeatable."),
 ]
+Accelerate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp2, zero2, zero3 or a file."),
+]
+Processes = Annotated[Optional[int], typer.Option(help="How many (default: one for every accelerator).")]  # noqa: UP045
 SizeOption = Annotated[Optional[str], typer.Option(metavar="INT|FRACTION", help="Units or fraction to keep.")]  # noqa: UP045
 
 
@@ -41,7 +46,10 @@ def main() -> None:
     try:
         app()
     except (MinitronError, OSError) as error:
-        typer.echo(f"minitron-hf: {error}", err=True)
+        from .launching import leave_message
+
+        if not leave_message(str(error)):
+            typer.echo(f"minitron-hf: {error}", err=True)
         sys.exit(2)
 
 
@@ -69,16 +77,22 @@ def run(
         bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
     ] = False,
     redo: Annotated[bool, typer.Option("--redo", help="Do stages again whose inputs have changed.")] = False,
+    accelerate: Accelerate = None,
+    num_processes: Processes = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Run a recipe: score, plan, prune, distill, controls, evaluate, card, publish.
 
-    Stages that are done for the same inputs are skipped; a killed run resumes.
+    Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
+    so in several processes (`distributed` in the recipe).
     """
+    from .launching import is_launched
     from .recipe import Recipe
     from .runner import check_recipe, run_recipe
 
-    loaded = Recipe.from_yaml(recipe, set_)
+    if is_launched():
+        raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
+    loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
         _print_shapes(check_recipe(loaded))
         return
@@ -326,12 +340,31 @@ def distill(
     eval_data: Annotated[Optional[str], typer.Option(help="Held-out corpus, likewise.")] = None,  # noqa: UP045
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
     eval_split: Annotated[str, typer.Option(help="Split of the held-out corpus.")] = "train",
+    accelerate: Accelerate = None,
+    num_processes: Processes = None,
     set_: Settings = None,
 ) -> None:
     """Train the student to predict like the teacher (DistillationTrainer); --set takes its arguments.
 
     Resumes from the last checkpoint in the output folder.
     """
+    from .launching import is_main_process, launch
+
+    if accelerate is not None:
+        options = {
+            "--train-data": train_data,
+            "--output": str(output),
+            "--teacher": teacher,
+            "--eval-data": eval_data,
+            "--split": split,
+            "--eval-split": eval_split,
+        }
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        given += [f"--set={entry}" for entry in set_ or []]
+        launch(["distill", *given, "--", student], accelerate, num_processes)
+        return
+    if num_processes is not None:
+        raise DataError("--num-processes needs --accelerate NAME, such as ddp.")
     from .models import load_model
     from .recipe import DISTILL_DEFAULTS, apply_overrides
     from .stages import distill as run_distillation
@@ -349,7 +382,41 @@ def distill(
         _corpus(train_data, split),
         None if eval_data is None else _corpus(eval_data, eval_split),
     )
-    _say(f"Wrote {output}")
+    if is_main_process():
+        _say(f"Wrote {output}")
+
+
+@app.command()
+def accelerate_config(
+    name: Annotated[Optional[str], typer.Argument(help="ddp, fsdp2, zero2 or zero3.")] = None,  # noqa: UP045
+) -> None:
+    """Print the path of a packaged Accelerate configuration, for `accelerate launch --config_file`; or all names."""
+    from .launching import CONFIG_NAMES
+    from .launching import accelerate_config as path_of
+
+    typer.echo("\n".join(CONFIG_NAMES) if name is None else path_of(name))
+
+
+@app.command(hidden=True)
+def stage(
+    name: Annotated[str, typer.Argument()],
+    recipe: Annotated[Path, typer.Argument()],
+    student: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
+    set_: Settings = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
+) -> None:
+    """What a run does in several processes: `correct`, or `distill` the student in one folder into another."""
+    from .recipe import Recipe, apply_overrides
+    from .stages import Run, correct, train
+
+    at_work = Run(Recipe.from_yaml(recipe), show_progress=not quiet)
+    if name == "correct":
+        correct(at_work)
+    else:
+        assert student is not None
+        assert output is not None
+        train(at_work, student, output, apply_overrides({}, set_ or []))
 
 
 @app.command()
@@ -455,6 +522,12 @@ def _write_draft(model: str, output: Path | None) -> None:
         with replacing_file(output) as temporary:
             temporary.write_text(text, encoding="utf-8")
         _say(f"Wrote {output}")
+
+
+def _distributed(accelerate: str | None, num_processes: int | None) -> list[str]:
+    """The options for several processes as entries of a recipe."""
+    entries = {"config": accelerate, "num_processes": num_processes}
+    return [f"distributed.{key}={value}" for key, value in entries.items() if value is not None]
 
 
 def _say(text: str) -> None:
@@ -642,3 +715,7 @@ def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:
         return "–"
     value = f"{metric['value']:.{digits}f}"
     return value if metric["stderr"] is None else f"{value} ± {metric['stderr']:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -39,5 +39,9 @@ class MissingDependencyError(MinitronError, ValueError):
     """An optional dependency is needed; the message names the extra that brings it."""
 
 
+class DistributedError(MinitronError, ValueError):
+    """Several processes cannot be started, or one of them has died."""
+
+
 class VerificationError(MinitronError, ValueError):
     """A student does not compute what its teacher does with the same units masked."""

@@ -128,6 +128,19 @@ class CacheSection:
 
 
 @dataclass(frozen=True)
+class DistributedSection:
+    """Several processes for the stages that train, started by `accelerate launch`; the others run in one.
+
+    Attributes:
+        config: name of a packaged Accelerate configuration (`ddp`, `fsdp2`, `zero2`, `zero3`), or a file.
+        num_processes: None: one for every accelerator.
+    """
+
+    config: str
+    num_processes: int | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateSection:
     """The final measurement.
 
@@ -182,6 +195,7 @@ class Recipe:
         distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
         controls: names from `CONTROLS`, trained like the student.
+        distributed: several processes for what is trained; None: this one. It does not decide what is computed.
         evaluate: the final measurement.
         publish: the Hub repository; None: nothing is uploaded.
     """
@@ -197,6 +211,7 @@ class Recipe:
     distill: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     controls: list[str] = field(default_factory=list)
+    distributed: DistributedSection | None = None
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     publish: PublishSection | None = None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from .errors import MismatchError, UnsupportedModelError
+from .errors import DistributedError, MismatchError, UnsupportedModelError
 from .losses import base_model_of
 
 
@@ -54,6 +55,27 @@ def refuse_split_model(model: Any, role: str) -> None:
             f"The {role} is split over {', '.join(map(str, devices))}; the loss needs both heads on one device. "
             "Load it with device_map=None; to shard both models, use `accelerate launch` with FSDP2 or DeepSpeed."
         )
+
+
+def refuse_lone_processes(accelerator: Any) -> None:
+    """Refuse a launch that Accelerate has silently made something else of.
+
+    Raises:
+        DistributedError: if every process would train alone, or no model would be split.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and accelerator.num_processes == 1:
+        raise DistributedError(
+            f"{processes} processes were launched, and each would train alone, because this machine has no "
+            "accelerators. Set use_cpu=True, or ACCELERATE_USE_CPU=true before launching."
+        )
+    for plugin in ("FSDP", "DEEPSPEED"):
+        wanted = os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true"
+        if wanted and getattr(accelerator.state, f"{plugin.lower()}_plugin", None) is None:
+            raise DistributedError(
+                f"{plugin} was asked for, but Accelerate splits models over accelerators only, and {processes} "
+                f"processes were launched on {accelerator.device.type}. Launch with the configuration ddp."
+            )
 
 
 def _refuse_shared_model(model: Any, teacher: Any) -> None:

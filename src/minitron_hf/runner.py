@@ -16,6 +16,7 @@ from .artifacts import digest, is_storage_error, read_json, require_writable, ve
 from .errors import DataError, MinitronError, MismatchError, OutputError
 from .families import spec_for, text_config
 from .importance import estimate_importance
+from .launching import require_launchable
 from .models import count_parameters, empty_model
 from .recipe import DISTILL_DEFAULTS, Recipe
 from .sizes import resolve_sizes, student_config
@@ -171,6 +172,8 @@ def _check_arguments(recipe: Recipe) -> None:
     except (TypeError, ValueError, ImportError) as error:
         raise DataError(f"distill: {error}") from error
     lora_config(recipe)
+    if recipe.distributed is not None:
+        require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
 
 
 def _claim_folder(folder: Path) -> None:

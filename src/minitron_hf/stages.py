@@ -7,6 +7,8 @@ student at its root), plus working folders that are never uploaded.
 from __future__ import annotations
 
 import functools
+import gc
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,7 @@ from .artifacts import (
 from .data import load_text_dataset
 from .errors import DataError
 from .importance import SCORES_NAME, ImportanceScores, estimate_importance
+from .launching import is_launched, launch, require_launchable
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
@@ -113,11 +116,31 @@ class Run:
         return self._cached("corrected_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
 
     def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-        """Load a model for computing."""
+        """Load a model for computing; of several processes, each has the trainer place or split it."""
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not is_launched() else "cpu"
         return load_model(path, dtype=self.dtype, device=device, **kwargs)
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether what is trained is trained in other processes than this one."""
+        return self.recipe.distributed is not None and not is_launched()
+
+    def start_processes(self, *arguments: str | os.PathLike[str]) -> None:
+        """Run a command of the command line in the recipe's processes, with this one's models out of their way."""
+        import torch
+
+        section = self.recipe.distributed
+        assert section is not None
+        for key in ("teacher", "corrected_teacher"):
+            self.forget(key)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        quiet = [] if self.show_progress else ["--quiet"]
+        given = [*arguments, *quiet]
+        launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,6 +238,14 @@ def _prune(run: Run) -> None:
 
 
 def _correct(run: Run) -> None:
+    if run.starts_processes:
+        run.start_processes("stage", "correct", run.folder / RECIPE_NAME)
+    else:
+        correct(run)
+
+
+def correct(run: Run) -> None:
+    """Let the teacher learn the corpus, in all the processes that call this."""
     from .teacher import correct_teacher
 
     section = run.recipe.teacher_correction
@@ -289,8 +320,7 @@ def _cache_settings(recipe: Recipe) -> Any:
 
 
 def _distill(run: Run) -> None:
-    student = run.load(run.folder / PRUNED_DIR)
-    _train(run, student, run.folder)
+    _train(run, run.folder / PRUNED_DIR, run.folder)
 
 
 def _controls(run: Run) -> None:
@@ -305,14 +335,15 @@ def _controls(run: Run) -> None:
         if name == "random_pruning":
             scores = estimate_importance(run.teacher, metric="random", seed=seed)
             student = run.carry_out(make_plan(run.teacher, run.recipe.pruner_config, scores))
-            _save_student(student, run.tokenizer, folder / PRUNED_DIR, run.teacher_config)
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()
-            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(run.teacher.device)
+            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            student = run.load(run.folder / PRUNED_DIR)
-        _train(run, student, folder, **({"kd_weight": 0.0, "ce_weight": 1.0} if name == "cross_entropy" else {}))
+            _train(run, run.folder / PRUNED_DIR, folder, kd_weight=0.0, ce_weight=1.0)
+            continue
+        _save_student(student, run.tokenizer, folder / PRUNED_DIR, run.teacher_config)
+        _train(run, folder / PRUNED_DIR, folder)
 
 
 def _evaluate(run: Run) -> None:
@@ -421,9 +452,12 @@ def distill(
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    with replacing_folder(folder / UNFINISHED_DIR) as temporary:
-        trainer.save_student(temporary, dtype=dtype)
-    move_into(folder / UNFINISHED_DIR, folder)
+    if trainer.is_world_process_zero():
+        with replacing_folder(folder / UNFINISHED_DIR) as temporary:
+            trainer.save_student(temporary, dtype=dtype)
+        move_into(folder / UNFINISHED_DIR, folder)
+    else:
+        trainer.save_student(folder)  # takes part in gathering what is split, and writes nothing
 
 
 def _training_settings(run: Run) -> dict[str, Any]:
@@ -436,8 +470,17 @@ def _training_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> None:
+def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
     """Distil with the recipe's settings, and `changes` to them."""
+    if run.starts_processes:
+        settings = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
+        run.start_processes("stage", "distill", run.folder / RECIPE_NAME, student, folder, *settings)
+    else:
+        train(run, student, folder, changes)
+
+
+def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Distil the student in one folder into another, in all the processes that call this."""
     teacher: PreTrainedModel | None
     if run.recipe.teacher_cache is None:
         teacher, corpora = run.learned_teacher, [run.dataset("train"), run.dataset("eval")]
@@ -446,7 +489,7 @@ def _train(run: Run, student: PreTrainedModel, folder: Path, **changes: Any) -> 
 
         teacher, corpora = None, [load_teacher_cache(run.folder / CACHE_DIR / which) for which in ("train", "eval")]
     distill(
-        student,
+        run.load(student),
         teacher,
         folder,
         run.tokenizer,
@@ -522,6 +565,19 @@ def dataset_identity(section: DatasetSection) -> Any:
     return values
 
 
+def _what_is_trained(recipe: Recipe) -> Any:
+    """The arguments of distillation, however the rows of a step are split over processes and batches."""
+    settings = {**DISTILL_DEFAULTS, **recipe.distill}
+    rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
+    return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
+
+
+def num_processes(recipe: Recipe) -> int:
+    """In how many processes models are trained."""
+    section = recipe.distributed
+    return 1 if section is None else require_launchable(section.config, section.num_processes)
+
+
 def _evaluation_settings(recipe: Recipe) -> Any:
     return {"evaluate": asdict(recipe.evaluate), "data": dataset_identity(recipe.data.eval)}
 
@@ -588,7 +644,7 @@ STAGES: tuple[Stage, ...] = (
         "train the student to predict like the teacher",
         ("prune", "correct", "cache"),
         lambda recipe: {
-            "distill": {**DISTILL_DEFAULTS, **recipe.distill},
+            "distill": _what_is_trained(recipe),
             "lora": recipe.lora,
             "train": dataset_identity(recipe.data.train),
             "eval": dataset_identity(recipe.data.eval),

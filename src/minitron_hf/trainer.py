@@ -46,7 +46,7 @@ from .losses import (
     output_head,
 )
 from .models import empty_model, load_config, load_model
-from .refusals import refuse_pair, refuse_split_model, refuse_wrapped_head
+from .refusals import refuse_lone_processes, refuse_pair, refuse_split_model, refuse_wrapped_head
 from .teacher import ConcurrentCorrection, cross_entropy_sum
 from .teacher_cache import TeacherCache, cached_signal, opened
 from .training_record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
@@ -213,6 +213,7 @@ class DistillationTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        refuse_lone_processes(self.accelerator)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
             raise UnsupportedModelError(
