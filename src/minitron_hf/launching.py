@@ -161,6 +161,7 @@ def _accelerate_launch(arguments: Sequence[str]) -> int:
     import logging
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -173,6 +174,8 @@ def _accelerate_launch(arguments: Sequence[str]) -> int:
         for rank, failure in error.failures.items():
             leave_message(f"exit code {failure.exitcode} of process {rank}{_reason(failure.exitcode)}")
         return 1
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 
