@@ -172,7 +172,7 @@ def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_
 
 def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, monkeypatch):
     """Four proxies, four students after the first round, two after the second: ten measurements."""
-    measure, measured, breaks = search._Divergence.__call__, [], [2, 6, 9]
+    measure, measured, breaks = search.Divergence.__call__, [], [2, 6, 9]
 
     def breaking(self, student, candidate):
         if breaks and len(measured) == breaks[0]:
@@ -184,7 +184,7 @@ def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, mo
 
     monkeypatch.setattr(search, "_time", lambda *args: None)
     whole = distil("whole")
-    monkeypatch.setattr(search._Divergence, "__call__", breaking)
+    monkeypatch.setattr(search.Divergence, "__call__", breaking)
     while breaks:
         with pytest.raises(KeyboardInterrupt):
             distil("broken")

@@ -63,6 +63,8 @@ class PruningPlan:
             they are not.
         selection: how units were ranked (metric), or None if nothing had to be ranked.
         scores: digest, settings and data digest of the scores used, or None.
+        candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`, `proxy`
+            (KL before retraining) and `behind` (how much more that is than the best one's), each with its error.
         notes: decisions the reader should know of.
         versions: of the libraries that made it.
     """
@@ -79,6 +81,7 @@ class PruningPlan:
     repair: str | None = None
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
+    candidates: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
 
@@ -132,6 +135,7 @@ class PruningPlan:
             "repair": self.repair,
             "selection": self.selection,
             "scores": None if self.scores is None else dict(self.scores),
+            **({"candidates": [dict(one) for one in self.candidates]} if self.candidates else {}),
             "notes": list(self.notes),
         }
 
@@ -196,6 +200,7 @@ class PruningPlan:
                 repair=values.get("repair"),  # unknown to plans of earlier versions
                 selection=values["selection"],
                 scores=values["scores"],
+                candidates=tuple(values.get("candidates", ())),
                 notes=tuple(values["notes"]),
                 versions=values["versions"],
             )

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from .axes import dimension_axes, parse_dimensions
 from .errors import PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from .models import count_parameters
 from .recipe import Recipe, apply_overrides
-from .shapes import Shape, enumerate_shapes, within
-from .sizes import require_cuttable
+from .shapes import NEURONS, Shape, enumerate_shapes, free_widths, why_uncut, within
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,8 +46,6 @@ P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)
 P2_WARMUP, P2_CORRECTION_TOKENS = 40, 100e9
 #: Fewer rows make a step too noisy for P2's learning rate.
 LEAST_ROWS = 8
-
-_NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -248,15 +244,15 @@ def recommend(
 
 def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> tuple[bool, Decision]:
     """Whether to cut depth rather than width."""
-    width = [name for name in ("hidden_size", *_NEURONS) if not _refusal(spec, config, name)]
-    no_depth = _refusal(spec, config, "num_hidden_layers")
+    width = [name for name in ("hidden_size", *NEURONS) if not why_uncut(spec, config, name)]
+    no_depth = why_uncut(spec, config, "num_hidden_layers")
     if not width and no_depth:
         raise PlanError(f"Neither width nor depth of this '{spec.model_type}' model can be cut: {no_depth}")
     by_depth = not width or (goal == "latency" and not no_depth)
     if by_depth and goal == "latency":
         reason = "At equal size fewer layers are faster: 2.7 times the teacher's speed, where width gives 1.8 times."
     elif by_depth:
-        reason = f"Width would be better, but cannot be cut: {_refusal(spec, config, 'hidden_size')}"
+        reason = f"Width would be better, but cannot be cut: {why_uncut(spec, config, 'hidden_size')}"
     else:
         reason = "At equal size width keeps more than depth (MMLU 60.5 against 58.7 at half of Llama-3.1-8B)."
         if total > LARGEST_MEASURED:
@@ -270,34 +266,6 @@ def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> t
     )
 
 
-def _refusal(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None:
-    """Why a size cannot be cut, or None."""
-    axis = PRUNER_FIELDS[name]
-    if axis not in spec.axis or not spec.axis[axis].prunable:
-        return f"'{spec.model_type}' models have no {name}."
-    try:
-        require_cuttable(spec, text_config(config), axis)
-    except PlanError as error:
-        return str(error)
-    return None
-
-
-def _widths(spec: ArchSpec, config: PretrainedConfig) -> tuple[list[str], list[str]]:
-    """The sizes to narrow: [hidden size] and [numbers of neurons], each without what follows another by itself."""
-    neurons = [name for name in _NEURONS if not _refusal(spec, config, name)]
-    hidden = [] if _refusal(spec, config, "hidden_size") else ["hidden_size"]
-    tied = [
-        {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
-        for pair in spec.equal
-    ]
-    free: list[str] = []
-    for name in neurons:
-        others = {PRUNER_FIELDS[other] for other in (*hidden, *free)}
-        if not any(PRUNER_FIELDS[name] in axes and axes & others for axes in tied):
-            free.append(name)
-    return hidden, free
-
-
 def _candidates(
     spec: ArchSpec, config: PretrainedConfig, parameters: int, total: int, by_depth: bool
 ) -> tuple[list[Shape], list[Shape]]:
@@ -306,7 +274,9 @@ def _candidates(
     if by_depth:
         shapes = enumerate_shapes(config, {"num_hidden_layers": list(range(1, before["layers"] + 1))}).shapes
         return shapes, _at(shapes, parameters)[:1]
-    hidden, neurons = _widths(spec, config)
+    widths = free_widths(spec, config, ("hidden_size", *NEURONS))
+    hidden = [name for name in widths if name not in NEURONS]
+    neurons = [name for name in widths if name in NEURONS]
     shapes = []
     for least in (parameters / total, 0.0):  # a narrower stream would leave some of the target unused
         grid: dict[str, list[int | float | str]] = {}

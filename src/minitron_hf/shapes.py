@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .axes import dimension_axes, parse_dimensions
 from .errors import PlanError
-from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from .families.base import own_parameters
-from .models import empty_model
-from .sizes import PrunerConfig, resolve_sizes, student_config
+from .models import count_parameters, empty_model
+from .sizes import PrunerConfig, protected_layers, require_cuttable, resolve_sizes, student_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 #: Sizes to try, by their names in `PrunerConfig`: numbers of units, fractions of the teacher's, or multiples of
 #: another size, `"2.5*hidden_size"`.
 Space = Mapping[str, Sequence[int | float | str]]
+#: Numbers of neurons, by their names in `PrunerConfig`.
+NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+#: Fractions at which sizes are tried for a target; another size is then as large as the target lets it be.
+COARSE: Mapping[str, Sequence[float]] = {
+    "hidden_size": (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4),
+    "num_attention_heads": (1.0, 3 / 4, 1 / 2),
+}
 _MULTIPLE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\*\s*([a-z_]+)\s*")
 
 
@@ -86,33 +94,174 @@ def enumerate_shapes(
         UnsupportedModelError: if the family is unknown.
     """
     spec = spec_for(config)
-    teacher = empty_model(config)
-    spec.check(teacher)
+    cut = _cutter(spec, config, base or PrunerConfig(), alike or {})
     _require_space(spec, space)
-    count = _counter(spec, teacher)
     found: dict[tuple[int, ...], Shape] = {}
     refused: dict[str, int] = {}
     for values in itertools.product(*space.values()):
-        given = dict(zip(space, values))
-        given |= {other: given[name] for name, others in (alike or {}).items() for other in others}
         try:
-            request = _resolved(config, given, base or PrunerConfig())
-            sizes, _ = resolve_sizes(spec, config, request)
-            if tuple(sizes.values()) in found:
-                continue
-            student_config(config, request)
+            shape = cut(dict(zip(space, values)))
         except PlanError as error:
             reason = re.sub(r"\d+", "…", str(error))  # one reason for all sizes
             refused[reason] = refused.get(reason, 0) + 1
             continue
-        named: dict[str, Any] = {
-            name: sizes[axis] if getattr(request, name) is not None else None for name, axis in PRUNER_FIELDS.items()
-        }
-        found[tuple(sizes.values())] = Shape(replace(request, **named), sizes, count(sizes))
+        found.setdefault(tuple(shape.sizes.values()), shape)
     if not found:
         reasons = "; ".join(sorted(refused)[:3])
         raise PlanError(f"No shape of this space can be cut: {reasons} Choose other sizes.")
     return Enumeration(sorted(found.values(), key=lambda shape: -shape.num_parameters), refused)
+
+
+def shapes_near_target(config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = 0.05) -> list[Shape]:
+    """Shapes that have just about `request.target_parameters`, never more.
+
+    The residual stream and attention heads are tried at the coarse fractions of `COARSE`, and the numbers of neurons
+    are then as large as the target lets them be, all by the same fraction. Layers stay, unless the request says
+    otherwise: before retraining, which is all that a choice among these can go by, cutting depth as well looks better
+    than it is (P1). They are cut where no width is left to choose. Sizes that the request gives are kept.
+
+    Args:
+        config: the teacher's.
+        request: with a target.
+        tolerance: by how much of the target a shape may be smaller.
+
+    Returns:
+        The shapes, largest first; their requests have sizes instead of the target.
+
+    Raises:
+        PlanError: if the target is out of reach, or no size is left to choose.
+        UnsupportedModelError: if the family is unknown.
+    """
+    spec = spec_for(config)
+    total, target = count_parameters(config), request.target_parameters
+    assert target is not None
+    limit = target * total if target < 1 else float(target)
+    if limit >= total:
+        raise PlanError(f"target_parameters={target:,}: the teacher has {total:,}. Pruning only removes.")
+    base = replace(request, target_parameters=None)
+    finest, others, coarse = _choice(spec, config, base)
+    size = spec.sizes(config)[PRUNER_FIELDS[finest]]
+    step = 1 if finest in ("num_attention_heads", "num_hidden_layers") else base.multiple_of
+    least = len(protected_layers(spec, config, base)) if finest == "num_hidden_layers" else 1
+    steps = [*(count * step / size for count in range(max(least, 1), -(-size // step))), 1.0]
+    cut = _cutter(spec, config, base, {finest: others})
+    reasons: dict[str, None] = {}
+
+    def largest(given: Mapping[str, float]) -> Shape | None:
+        found, low, high = None, 0, len(steps)
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                shape = cut({**given, finest: steps[middle]})
+            except PlanError as error:
+                reasons.setdefault(str(error))
+                shape = None
+            if shape is not None and shape.num_parameters <= limit:
+                found, low = shape, middle + 1
+            else:
+                high = middle
+        return found
+
+    shapes = {
+        tuple(shape.sizes.values()): shape
+        for values in itertools.product(*coarse.values())
+        if (shape := largest(dict(zip(coarse, values)))) is not None
+    }
+    found = within(shapes.values(), limit, tolerance, lambda shape: shape.num_parameters)
+    if not found:
+        below = max((shape.num_parameters for shape in shapes.values()), default=None)
+        raise PlanError(
+            f"target_parameters={target:,}: no shape has between {(1 - tolerance) * limit:,.0f} and {limit:,.0f} "
+            f"parameters{'' if below is None else f', the nearest below has {below:,}'}. Choose another target, or "
+            f"give fewer sizes.{''.join(f' ({reason})' for reason in list(reasons)[:1])}"
+        )
+    return sorted(found, key=lambda shape: -shape.num_parameters)
+
+
+def _choice(
+    spec: ArchSpec, config: PretrainedConfig, base: PrunerConfig
+) -> tuple[str, list[str], dict[str, Sequence[float]]]:
+    """The size that is made to meet a target, others that go along with it, and the ones that are tried before."""
+    given = [name for name in PRUNER_FIELDS if getattr(base, name) is not None]
+    free = free_widths(spec, config, ("hidden_size", *NEURONS, "num_attention_heads"), given)
+    neurons = [name for name in free if name in NEURONS]
+    coarse = {name: COARSE[name] for name in free if name not in NEURONS}
+    if neurons:
+        return neurons[0], neurons[1:], coarse
+    if coarse:
+        finest = next(iter(coarse))
+        del coarse[finest]
+        return finest, [], coarse
+    depth_given = base.num_hidden_layers is not None or base.layers_to_drop is not None
+    if depth_given or why_uncut(spec, config, "num_hidden_layers"):
+        raise PlanError(
+            f"target_parameters: no size is left to choose beside {', '.join(given) or 'those that cannot be cut'}. "
+            "Leave out the target, or one of the sizes."
+        )
+    return "num_hidden_layers", [], {}
+
+
+def free_widths(
+    spec: ArchSpec, config: PretrainedConfig, names: Iterable[str], given: Sequence[str] = ()
+) -> list[str]:
+    """Those of some sizes that can be cut and do not follow from others by themselves.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        names: of sizes, those to prefer first.
+        given: sizes that are decided already.
+    """
+    ties = [
+        {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
+        for pair in spec.equal
+    ]
+    free: list[str] = []
+    for name in names:
+        others = {PRUNER_FIELDS[other] for other in (*given, *free)}
+        follows = any(PRUNER_FIELDS[name] in axes and axes & others for axes in ties)
+        if name not in given and not follows and not why_uncut(spec, config, name):
+            free.append(name)
+    return free
+
+
+def why_uncut(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None:
+    """Why a size cannot be cut, or None.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        name: of the size in `PrunerConfig`.
+    """
+    axis = PRUNER_FIELDS[name]
+    if axis not in spec.axis or not spec.axis[axis].prunable:
+        return f"'{spec.model_type}' models have no {name}."
+    try:
+        require_cuttable(spec, text_config(config), axis)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def _cutter(
+    spec: ArchSpec, config: PretrainedConfig, base: PrunerConfig, alike: Mapping[str, Sequence[str]]
+) -> Callable[[Mapping[str, int | float | str]], Shape]:
+    """Sizes → the shape they give, counted; `PlanError` where it cannot be cut."""
+    teacher = empty_model(config)
+    spec.check(teacher)
+    count = _counter(spec, teacher)
+
+    def cut(values: Mapping[str, int | float | str]) -> Shape:
+        given = {**values, **{other: values[name] for name, others in alike.items() for other in others}}
+        request = _resolved(config, given, base)
+        sizes, _ = resolve_sizes(spec, config, request)
+        student_config(config, request)
+        named: dict[str, Any] = {
+            name: sizes[axis] if getattr(request, name) is not None else None for name, axis in PRUNER_FIELDS.items()
+        }
+        return Shape(replace(request, **named), sizes, count(sizes))
+
+    return cut
 
 
 def within(shapes: Iterable[Shape], budget: float, tolerance: float, measure: Callable[[Shape], float]) -> list[Shape]:

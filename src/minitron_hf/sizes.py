@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,6 +84,8 @@ class PrunerConfig:
             limit on sizes that the teacher's config has (a Llama without biases is a Mistral without a window). The
             refusal of such a size names them.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
+        target_parameters: parameters of the student at most, or a fraction (< 1) of the teacher's. The sizes that are
+            not given are chosen by `prune_model` and `plan_for_target`, which measure shapes that meet it.
     """
 
     hidden_size: Size = None
@@ -107,6 +109,7 @@ class PrunerConfig:
     uneven: list[str] = field(default_factory=list)
     model_type: str | None = None
     multiple_of: int = 8
+    target_parameters: Size = None
 
     def __post_init__(self) -> None:
         for name in PRUNER_FIELDS:
@@ -146,6 +149,9 @@ class PrunerConfig:
                 raise PlanError(f"{name}={value!r}: expected a number of layers.")
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise PlanError(f"multiple_of={self.multiple_of!r}: expected a positive integer.")
+        target = self.target_parameters
+        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or not target > 0):
+            raise PlanError(f"target_parameters={target!r}: expected a number of parameters, or a fraction below 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
@@ -257,7 +263,8 @@ def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> d
         None where no layers are chosen by scores.
     """
     spec = spec_for(config)
-    num_drop = spec.sizes(config)["layers"] - resolve_sizes(spec, config, pruner_config)[0]["layers"]
+    given = replace(pruner_config, target_parameters=None)  # which leaves the layers as they are given
+    num_drop = spec.sizes(config)["layers"] - resolve_sizes(spec, config, given)[0]["layers"]
     if num_drop == 0 or pruner_config.layers_to_drop is not None:
         return None
     return {
@@ -274,6 +281,12 @@ def scoring_arguments(
     """Arguments of `estimate_importance`, completed where a `depth_metric` has to know what is to be cut."""
     if arguments.get("depth_metric") is None:
         return dict(arguments)
+    depth_given = pruner_config.num_hidden_layers is not None or pruner_config.layers_to_drop is not None
+    if pruner_config.target_parameters is not None and not depth_given:
+        raise PlanError(
+            f"depth_metric={arguments['depth_metric']!r} has to know how many layers go, and target_parameters does "
+            "not say. Give num_hidden_layers too, or leave out depth_metric."
+        )
     wanted = depth_to_measure(config, pruner_config)
     if wanted is None:
         return {name: value for name, value in arguments.items() if name != "depth_metric"}
@@ -288,6 +301,12 @@ def resolve_sizes(
     Raises:
         PlanError: for every request that cannot be met; the message names what could.
     """
+    if request.target_parameters is not None:
+        raise PlanError(
+            f"target_parameters={request.target_parameters:,} names no sizes: they are chosen by measuring shapes on "
+            "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
+            "calibration_data, or give sizes instead."
+        )
     teacher_config = text_config(teacher_config)
     teachers, spec = spec, _carrier(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)

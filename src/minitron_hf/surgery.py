@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from .axes import Axis, Dimension, dimension_axes, dimension_index
-from .data import DataSource
+from .data import DataSource, token_rows
 from .errors import MismatchError, PlanError, UnsupportedModelError
 from .families import FIELD_OF_AXIS, ArchSpec, named_tensors, spec_for
-from .importance import ImportanceScores, estimate_importance, require_weights
+from .importance import ImportanceScores, default_max_length, estimate_importance, require_weights
 from .models import (
     architecture_digest,
+    count_parameters,
     empty_model,
     input_device,
     load_config,
@@ -31,7 +32,10 @@ from .models import (
     tensor_values,
 )
 from .planning import PruningPlan, config_values, make_plan
+from .proxy import Candidate, Divergence, behind
 from .repair import repaired_weights
+from .scoring import require_vocabulary
+from .shapes import different, shapes_near_target
 from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config
 from .verification import verified_plan
 
@@ -123,7 +127,7 @@ def prune_model(
 
     Args:
         model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
-        config: the student's sizes.
+        config: the student's sizes, or a target for them (`plan_for_target`).
         calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. A repair
             goes through it once more, so no generator then.
         processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
@@ -154,14 +158,22 @@ def prune_model(
             f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
             "carry_out(model, plan, data)."
         )
+    if config.target_parameters is not None and (calibration_data is None or isinstance(calibration_data, Iterator)):
+        raise PlanError(
+            "target_parameters needs calibration_data that can be gone through more than once (a list, a dataset): "
+            "shapes are measured on it after it was scored. With scores made before, call plan_for_target(model, "
+            "config, scores, data) and apply_plan(model, plan)."
+        )
     if importance_kwargs and not scored:
         raise PlanError(
             f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
         )
     # Every refusal of sizes comes before the weights are loaded, and before the scoring.
-    student_config(
-        model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path), config
-    )
+    teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
+    if config.target_parameters is None:
+        student_config(teacher_config, config)
+    else:
+        shapes_near_target(teacher_config, config)
     model = load_model(model_or_path)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
@@ -174,11 +186,104 @@ def prune_model(
             processing_class=processing_class,
             **importance_kwargs,
         )
-    plan = make_plan(model, config, scores)
+    if config.target_parameters is not None and scores is not None and calibration_data is not None:
+        arguments = {name: importance_kwargs[name] for name in ("max_length",) if name in importance_kwargs}
+        plan = plan_for_target(model, config, scores, calibration_data, processing_class=processing_class, **arguments)
+    else:
+        plan = make_plan(model, config, scores)
     for note in plan.notes:
         logger.warning(note)
     arguments = {name: value for name, value in importance_kwargs.items() if name in ROW_ARGUMENTS}
     return carry_out(model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments)
+
+
+def plan_for_target(
+    model: PreTrainedModel,
+    request: PrunerConfig,
+    scores: ImportanceScores,
+    data: DataSource,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    tolerance: float = 0.05,
+    num_shapes: int = 16,
+    num_rows: int = 32,
+    max_length: int | None = None,
+) -> PruningPlan:
+    """Choose the sizes for `request.target_parameters`, by the proxy alone, and plan them.
+
+    Shapes that meet the target (`shapes_near_target`) are cut one after another and compared with the teacher before
+    any retraining, on the same tokens, without a repair. The lowest KL wins. Ranks before retraining can deceive:
+    `search_architectures` retrains the best.
+
+    Args:
+        model: the teacher; not changed.
+        request: with a target. Sizes that it gives are kept.
+        scores: importance of the teacher's units.
+        data: texts or token rows to measure on.
+        processing_class: tokenizer of texts.
+        tolerance: by how much of the target the student may be smaller; it is never larger.
+        num_shapes: shapes to measure; of more, some that differ are taken.
+        num_rows: rows to measure on.
+        max_length: tokens of a row.
+
+    Returns:
+        The plan of the best shape; all that were measured are its `candidates`, KL ± standard error in its notes.
+
+    Raises:
+        PlanError: if the target is out of reach, no size is left to choose, or none of the shapes can be planned.
+        MismatchError: if the scores belong to another model.
+    """
+    if request.target_parameters is None:
+        raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
+    shapes = different(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
+    max_length = max_length or default_max_length(model.config)
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
+    require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    total = count_parameters(model)
+    limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
+    measure = Divergence(model, rows)
+    candidates: list[Candidate] = []
+    refusals: list[str] = []
+    for shape in shapes:
+        try:
+            plan = make_plan(model, replace(shape.request, repair=None), scores)
+        except PlanError as error:
+            refusals.append(str(error))
+            continue
+        candidate = Candidate(shape.request, plan.student["num_parameters"])
+        if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
+            refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
+            continue
+        student = apply_plan(model, plan)
+        candidate.proxy = measure(student, candidate)
+        candidates.append(candidate)
+        del student
+    if not candidates:
+        raise PlanError(
+            f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
+        )
+    best, *others = sorted(candidates, key=lambda candidate: candidate.proxy_kl)
+    for other in others:
+        other.behind = behind(other, best, rows)
+    plan = make_plan(model, best.request, scores)
+    return replace(
+        plan,
+        candidates=tuple(candidate.proxy_dict() for candidate in (best, *others)),
+        notes=(*plan.notes, _choice_note(request.target_parameters, best, others)),
+    )
+
+
+def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) -> str:
+    assert best.proxy is not None
+    note = (
+        f"Sizes for target_parameters={target:,}: {best.name} ({best.num_parameters:,} parameters), KL "
+        f"{best.proxy['value']:.3f} ± {best.proxy['stderr']:.3f} before retraining, the lowest of "
+        f"{len(others) + 1} measured"
+    )
+    if not others or others[0].behind is None:
+        return f"{note}."
+    gap = others[0].behind
+    return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 
 
 def carry_out(
@@ -260,6 +365,15 @@ def iterate_importance(
             f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
             "round of scoring. Leave it out, or score once."
         )
+    if config.target_parameters is not None:
+        if iterations > 1:
+            raise PlanError(
+                f"iterations={iterations} cannot be combined with target_parameters: what goes in each round follows "
+                "from sizes. Give sizes, or score once."
+            )
+        once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))
+        assert isinstance(once, ImportanceScores)
+        return once
     spec = spec_for(model.config)
     before = spec.sizes(model.config)
     after = resolve_sizes(spec, model.config, config)[0]
