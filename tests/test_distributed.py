@@ -1,4 +1,4 @@
-"""Two gloo processes train and measure like one. This file is also the script that the processes run."""
+"""Two gloo processes train and measure like one: DDP, FSDP2. This file is also the script that the processes run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from minitron_hf.launching import accelerate_config
+
 STEPS = 3
 #: 7 rows in batches of 2 x 2: the second process gets one row twice, which must not count twice.
 EVAL_LENGTHS = (9, 4, 23, 6, 13, 5, 31)
@@ -17,51 +19,88 @@ EVAL_LENGTHS = (9, 4, 23, 6, 13, 5, 31)
 
 CASES: dict[str, dict] = {
     "padded": {},
+    "at_once": {"gradient_accumulation_steps": 1, "tied": True},
     "padding_free": {"padding_free": True, "max_length": None, "activation_checkpointing": True},
     "states": {"hidden_loss": "cosine", "embedding_loss": "mse"},
+    "adapter": {"lora": True, "hidden_loss": "mse"},
     "correction": {"teacher_correction": "concurrent", "teacher_original_learning_rate": 5e-2},
 }
+#: What is logged, and has to be equal.
+LOGGED = ("loss", "kl", "ce", "agreement", "grad_norm", "hidden", "alpha")
 
 
-def run(folder: Path) -> None:
-    for case, options in CASES.items():
-        (folder / case).mkdir(parents=True, exist_ok=True)
-        train(folder / case, options)
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes about a packaged configuration."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(accelerate_config(config)), "--num_processes", "2", "script.py"]
+    found = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
+    return {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
 
 
-def train(folder: Path, options: dict) -> None:
+def shard_on_cpus(config: str, **changes: str) -> None:
+    """Have Accelerate shard as a configuration says, which it does on accelerators only; torch does on CPUs too."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(environment_of(config) | changes)
+    stock = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState.__init__ = init
+
+
+def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, **changes) -> None:
+    """Train into a folder; `stop` after the first checkpoint, or `resume` from it."""
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
 
     from minitron_hf.distillation_config import DistillationConfig
     from minitron_hf.trainer import DistillationTrainer
     from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
+    options = {"gradient_accumulation_steps": 2, **CASES[case], **changes}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
     # Of another width where states are compared, so that there is a map between them.
-    width = {"hidden_size": 24} if "hidden_loss" in options else {}
-    student = pocket_model("llama", dtype=torch.float64, seed=1, num_hidden_layers=2, **width)
+    config = {"hidden_size": 24} if "hidden_loss" in options else {}
+    config |= {"tie_word_embeddings": True} if options.pop("tied", False) else {}
+    student = pocket_model("llama", dtype=torch.float64, seed=1, num_hidden_layers=2, **config)
     teacher = pocket_model("llama", dtype=torch.float64)
     torch.manual_seed(0)
+    lora = options.pop("lora", False)
 
     def rows(lengths, seed):
         return Dataset.from_dict(
             {"input_ids": [pocket_tokens(n, seed=seed + i).tolist() for i, n in enumerate(lengths)]}
         )
 
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = stop
+
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
         args=DistillationConfig(
             str(folder),
-            per_device_train_batch_size=4 // processes,
-            gradient_accumulation_steps=2,
+            per_device_train_batch_size=8 // options["gradient_accumulation_steps"] // processes,
             per_device_eval_batch_size=2,
             max_steps=STEPS,
             learning_rate=1e-2,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps" if stop else "no",
+            save_steps=2,
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
@@ -70,43 +109,117 @@ def train(folder: Path, options: dict) -> None:
         train_dataset=rows([3 + 7 * i % 29 for i in range(40)], 0),
         eval_dataset=rows(EVAL_LENGTHS, 100),
         processing_class=pocket_tokenizer(),
+        peft_config=LoraConfig(r=2, lora_alpha=16, target_modules="all-linear") if lora else None,
+        callbacks=[Stop()],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    if stop:
+        return
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_student(folder / "student")
-    if rank == 0:
-        checksum = {name: value.double().norm().item() for name, value in student.state_dict().items()}
-        history = [
-            {k: v for k, v in e.items() if k in ("loss", "kl", "ce", "agreement", "grad_norm", "hidden", "alpha")}
-            for e in trainer.state.log_history[:STEPS]
-        ]
+    if trainer.is_world_process_zero():
+        history = [{k: v for k, v in e.items() if k in LOGGED} for e in trainer.state.log_history if "grad_norm" in e]
         counted = {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_kl", "eval_ce", "eval_agreement")}
         tokens = trainer.state.num_input_tokens_seen
-        result = {"history": history, "metrics": counted, "weights": checksum, "tokens": tokens}
+        result = {"history": history, "metrics": counted, "tokens": tokens}
         (folder / "result.json").write_text(json.dumps(result))
 
 
+def in_processes(number: int, folder: Path, tasks: list[dict]) -> None:
+    """Do tasks in processes that the package's `accelerate launch` starts."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    command = [sys.executable, "-m", "minitron_hf.launching", "--config_file", str(accelerate_config("ddp"))]
+    command += ["--num_processes", str(number), __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def do_tasks(folder: Path) -> None:
+    """The processes' side."""
+    kind = "ddp"
+    for task in json.loads((folder / "tasks.json").read_text()):
+        wanted, changes = task.pop("kind", "ddp"), task.pop("environment", {})
+        if wanted != kind:
+            shard_on_cpus(kind := wanted, **changes)
+        train(folder / task.pop("folder"), **task)
+
+
+def same(found: Path, expected: Path, rel: float = 1e-6) -> None:
+    """Two folders hold the same losses and the same student."""
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (expected, found))
+    assert second["tokens"] == first["tokens"] > 0
+    # The models compute their norms in float32, so the batching shows in the last digits.
+    assert second["history"] == [pytest.approx(entry, rel=rel) for entry in first["history"]], found
+    assert second["metrics"] == pytest.approx(first["metrics"], rel=rel)
+    weights = [load_file(folder / "student" / "model.safetensors") for folder in (expected, found)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=100 * rel, atol=10 * rel, msg=f"{found} {name}")
+
+
+def references(folder: Path, cases=CASES) -> Path:
+    for case in cases:
+        train(folder / case, case)
+    return folder
+
+
 def test_two_processes_equal_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(one)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, __file__, str(two)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = references(tmp_path / "one"), tmp_path / "two"
+    train(two / "states_from_one", "states", stop=True)
+    tasks = [{"folder": f"ddp_{case}", "case": case} for case in CASES]
+    tasks.append({"folder": "states_from_one", "case": "states", "resume": True})
+    tasks.append({"folder": "states_to_one", "case": "states", "stop": True})
+    sharded = [case for case in CASES if case != "correction"]
+    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2"} for case in sharded]
+    tasks.append({"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True})
+    tasks.append({"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "resume": True})
+    in_processes(2, two, tasks)
+    train(two / "states_to_one", "states", resume=True)
 
     for case in CASES:
-        first = json.loads((one / case / "result.json").read_text())
-        second = json.loads((two / case / "result.json").read_text())
-        assert second["tokens"] == first["tokens"] > 0
-        # The models compute their norms in float32, so the batching shows in the last digits.
-        assert second["history"] == [pytest.approx(entry, rel=1e-6) for entry in first["history"]]
-        assert second["metrics"] == pytest.approx(first["metrics"], rel=1e-6)
-        assert second["weights"] == pytest.approx(first["weights"], rel=1e-6)
-        assert json.loads((two / case / "distillation.json").read_text())["num_processes"] == 2
-        assert (two / case / "student" / "model.safetensors").is_file()
+        same(two / f"ddp_{case}", one / case)
+        assert json.loads((two / f"ddp_{case}" / "distillation.json").read_text())["num_processes"] == 2
+    for case in sharded:
+        same(two / f"fsdp2_{case}", one / case)
+    for resumed in ("states_from_one", "states_to_one", "fsdp2_resumed"):
+        same(two / resumed, one / "states")
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_are_resumed_on_any_number_of_processes(tmp_path):
+    """Sharded and full state dicts, with an adapter and without; and what else a configuration may say."""
+    one, folder = references(tmp_path / "one", ("states", "adapter", "padded")), tmp_path / "sharded"
+    train(one / "half", "padded", bf16=True)
+    stopped, resumed = [], []
+    for format in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        for case in ("states", "adapter"):
+            task = {"case": case, "kind": "fsdp2", "environment": {"FSDP_STATE_DICT_TYPE": format}}
+            stopped += [{**task, "folder": f"{format}_{case}_{number}", "stop": True} for number in (1, 2)]
+            resumed += [{**task, "folder": f"{format}_{case}_{number}", "resume": True} for number in (1, 2)]
+    for tasks in (stopped, resumed):
+        for number in (1, 2):
+            others = 3 - number if tasks is resumed else number
+            for format in ("SHARDED", "FULL"):
+                mine = [task for task in tasks if task["folder"].endswith(str(others)) and format in task["folder"]]
+                in_processes(number, folder, mine)
+    for task in resumed:
+        same(folder / task["folder"], one / task["case"])
+
+    by_size = {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "500"}
+    in_processes(2, folder, [{"folder": "by_size", "case": "padded", "kind": "fsdp2", "environment": by_size}])
+    same(folder / "by_size", one / "padded")
+    loading = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    in_processes(2, folder, [{"folder": "own", "case": "padded", "kind": "fsdp2", "environment": loading}])
+    same(folder / "own", one / "padded")
+    in_processes(2, folder, [{"folder": "half", "case": "padded", "kind": "fsdp2", "bf16": True}])
+    same(folder / "half", one / "half", rel=1e-2)
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    do_tasks(Path(sys.argv[1]))

@@ -147,7 +147,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
     for folder in ("", "controls/random_init", "controls/random_pruning", "controls/cross_entropy"):
         expected = losses(tmp_path / "one" / folder)
         assert len(expected) == 6
-        assert losses(tmp_path / "two" / folder) == [pytest.approx(entry, rel=1e-4) for entry in expected]
+        assert losses(tmp_path / "two" / folder) == [pytest.approx(entry, rel=1e-3) for entry in expected]
         record = json.loads((tmp_path / "two" / folder / "distillation.json").read_text())
         assert record["num_processes"] == 2
     scores = [json.loads((tmp_path / name / "evaluation.json").read_text())["models"] for name in ("one", "two")]

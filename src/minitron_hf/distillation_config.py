@@ -145,7 +145,8 @@ class DistillationConfig(SFTConfig):
             self.dataloader_pin_memory = not on_cpu
         name = checkpointing_field()
         if self.gradient_checkpointing is None and getattr(self, name) is None:
-            setattr(self, name, not on_cpu)
+            by_fsdp = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+            setattr(self, name, not on_cpu and not by_fsdp)
         super().__post_init__()
 
         if not self.temperature > 0:

@@ -215,9 +215,8 @@ class IntermediateLosses:
                 f"The map to the teacher's width in {path} has the shape {found}, expected {expected}. "
                 "Resume with the same teacher and student."
             )
-        if self.projection is not None and type(self.projection.weight.data) is Tensor:
-            with torch.no_grad():
-                self.projection.weight.copy_(tensors["projection"])
+        if self.projection is not None:
+            _fill(self.projection.weight, tensors["projection"])
         if self.dynamic and "weight" in tensors:
             self.weight = tensors["weight"].item()
 
@@ -249,6 +248,18 @@ def student_distances(
 def wanted_states(pairs: Sequence[StatePair], whose: Literal["teacher", "student"]) -> list[int]:
     """Indices of the hidden states that a forward pass should return; the others are not kept."""
     return sorted({getattr(pair, whose) for pair in pairs})
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, whole: Tensor) -> None:
+    """Write values into a parameter that FSDP2 may have sharded; DeepSpeed restores its own."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = whole.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    if not hasattr(parameter, "ds_shape"):
+        parameter.copy_(whole)
 
 
 def _initial_map(width: int, teacher_width: int, plan: PruningPlan | None) -> Tensor:

@@ -30,6 +30,7 @@ from .families import spec_for
 from .losses import OutputHead, default_chunk_size, head_logits
 from .models import load_model, load_tokenizer
 from .training_record import describe_data
+from .wrapping import gathered_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,9 +130,11 @@ def correct_teacher(
         peft_config=peft_config if method == "lora" else None,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trained = gathered_model(trainer)
     if not trainer.is_world_process_zero():
         return output_dir
-    trained = trainer.accelerator.unwrap_model(trainer.model)
     trained = trained.merge_and_unload() if is_peft_model(trained) else trained
     trained.requires_grad_(True)
     trained.config.use_cache = True

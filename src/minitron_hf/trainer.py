@@ -54,6 +54,8 @@ from .wrapping import (
     LossRequest,
     distilling_forward,
     forward_of_backbone,
+    gathered_model,
+    keep_losses_whole,
     shard_teacher,
     whole_head,
     whole_projection,
@@ -214,6 +216,8 @@ class DistillationTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         refuse_lone_processes(self.accelerator)
+        if self.is_fsdp_enabled:
+            keep_losses_whole(self.accelerator.state.fsdp_plugin)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
             raise UnsupportedModelError(
@@ -567,24 +571,17 @@ class DistillationTrainer(SFTTrainer):
 
         Raises:
             OutputError: if the folder cannot be written.
-            UnsupportedModelError: if an adapter was trained on sharded weights, which cannot be merged here.
         """
         output_dir = Path(output_dir or _output_dir(self.args))
-        model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise UnsupportedModelError(
-                    "An adapter trained with FSDP or DeepSpeed cannot be merged here. Save it with save_model(), then "
-                    "merge it in one process: peft.AutoPeftModelForCausalLM.from_pretrained(dir).merge_and_unload()."
-                )
-            base = copy.deepcopy(model).merge_and_unload() if self.args.should_save else None
-            state_dict = base.state_dict() if base is not None else None
-        else:
-            base, state_dict = model, self.accelerator.get_state_dict(self.model)
-        if state_dict is not None:
-            state_dict.pop(f"{PROJECTION}.weight", None)
-        if not self.args.should_save or base is None or state_dict is None:
+        base = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            base = gathered_model(self)
+        elif is_peft_model(base) and self.args.should_save:
+            base = copy.deepcopy(base).merge_and_unload()
+        if not self.args.should_save:
             return
+        state_dict = base.state_dict()
+        state_dict.pop(f"{PROJECTION}.weight", None)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         with self._stock_config():

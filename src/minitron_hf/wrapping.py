@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from accelerate.utils import is_peft_model
+from peft import get_peft_model
 from torch import Tensor
 
 from .errors import UnsupportedModelError
 from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
-from .losses import DenseSignal, OutputHead, TeacherSignal, distillation_loss, output_head
+from .losses import DenseSignal, OutputHead, TeacherSignal, base_model_of, distillation_loss, output_head
+from .models import empty_model
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,11 @@ def whole_projection(projection: Any) -> Tensor | None:
 
 
 def whole_head(head: OutputHead) -> OutputHead:
-    """The head with FSDP2's sharded parameters gathered."""
-    from torch.distributed.tensor import DTensor
+    """The head with FSDP2's sharded parameters gathered; their gradients are averaged over the processes."""
+    from torch.distributed.tensor import DTensor, Partial
 
     whole: dict[str, Any] = {
-        name: value.full_tensor()
+        name: value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim)
         for name, value in (("weight", head.weight), ("bias", head.bias))
         if isinstance(value, DTensor)
     }
@@ -111,6 +115,43 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
             del model.forward
         else:
             model.forward = kept
+
+
+def gathered_model(trainer: Any) -> Any | None:
+    """What a trainer has trained under FSDP or DeepSpeed, whole and with its adapter merged, in CPU memory.
+
+    To be called on all processes.
+
+    Returns:
+        None on the processes that do not write.
+    """
+    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    state_dict = trainer.accelerator.get_state_dict(wrapped)
+    if not trainer.args.should_save:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = base_model_of(model)
+    state_dict = {name: value for name, value in state_dict.items() if PROJECTION not in name.split(".")}
+    whole: Any = empty_model(base.config)
+    if is_peft_model(model):
+        names = [model.active_adapter, *(name for name in model.peft_config if name != model.active_adapter)]
+        whole = get_peft_model(whole, model.peft_config[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            whole.add_adapter(name, model.peft_config[name])
+        whole.load_state_dict(state_dict, assign=True)
+        whole = whole.merge_and_unload()
+    else:
+        whole.load_state_dict(state_dict, assign=True)
+    whole.tie_weights()
+    whole.generation_config = base.generation_config
+    return whole
+
+
+def keep_losses_whole(plugin: Any) -> None:
+    """Keep FSDP2's mixed precision from rounding the losses that the forward pass returns, and sums of gradients."""
+    policy = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2 and policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def shard_teacher(teacher: Any, accelerator: Any) -> Any:
