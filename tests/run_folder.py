@@ -234,6 +234,37 @@ SAMPLES = [
     }
 ]
 
+
+def search() -> dict[str, Any]:
+    """Four shapes: three distilled, two of them twice; the third is beaten in size and in KL."""
+    values = [
+        # neurons, parameters, pruned, after each round, tokens/s
+        (160, 420_000, 5.5, [0.90, 0.61], 310.0),
+        (96, 300_000, 6.5, [1.20, 0.80], 400.0),
+        (128, 430_000, 5.9, [1.40], 300.0),
+        (64, 250_000, 8.0, [], None),
+    ]
+    return {
+        "format": 1,
+        "candidates": [
+            {
+                "name": f"intermediate_size={neurons}",
+                "request": {"intermediate_size": neurons},
+                "num_parameters": parameters,
+                "proxy": {"value": pruned, "stderr": 0.1},
+                "rounds": [
+                    {"num_tokens": 1000 << turn, "kl": kl, "stderr": 0.02} for turn, kl in enumerate(distilled)
+                ],
+                "behind": {"value": 0.1 * index, "stderr": 0.01} if index else None,
+                "prefill_tokens_per_second": None,
+                "decode_tokens_per_second": speed,
+                "row_sums": [],
+            }
+            for index, (neurons, parameters, pruned, distilled, speed) in enumerate(values)
+        ],
+    }
+
+
 RECIPE = """\
 teacher: story-lab/stories-10M
 prune:
@@ -258,6 +289,7 @@ def write_run(folder: Path) -> Path:
     write_json(folder / "distillation.json", training_record())
     write_json(folder / "evaluation.json", evaluation())
     write_json(folder / "samples.json", SAMPLES)
+    write_json(folder / "search.json", search())
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     (folder / "LICENSE").write_text("MIT License\n", encoding="utf-8")
     return folder

@@ -25,7 +25,7 @@ from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, trainin
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = write_run(tmp_path / "run")
-    for name in ("training", "importance", "layers"):
+    for name in ("training", "importance", "layers", "search"):
         (folder / "plots" / f"{name}.png").write_bytes(b"\x89PNG")
     return folder
 
@@ -86,6 +86,20 @@ def test_numbers_stand_beside_the_teacher(run_dir):
     assert "dropped and 0–3, 6, 7 kept" in found["What was kept"]
 
 
+def test_shapes_that_were_compared_are_listed_best_first(run_dir):
+    lines = sections(render_model_card(run_dir))["What was kept"].split("These shapes were compared")[1]
+    rows = table(lines)
+    assert list(rows) == ["shape", *(f"intermediate_size={n}" for n in (160, 96, 128, 64))]
+    assert rows["intermediate_size=160"] == ["420,000", "5.500 ± 0.100", "0.610 ± 0.020", "2,000", "–"]
+    assert rows["intermediate_size=64"] == ["250,000", "8.000 ± 0.100", "–", "–", "0.300 ± 0.010"]
+    (run_dir / "search.json").unlink()
+    assert "These shapes were compared" not in render_model_card(run_dir)
+    chosen = {"name": "hidden_size=8", "num_parameters": 9, "proxy": {"value": 1.0, "stderr": 0.1}, "behind": None}
+    write_json(run_dir / "pruning_plan.json", plan() | {"candidates": [chosen]})
+    rows = table(render_model_card(run_dir).split("These shapes were compared")[1])
+    assert rows["hidden_size=8"] == ["9", "1.000 ± 0.100", "–"]
+
+
 def test_free_text_cannot_break_the_card(run_dir):
     content = render_model_card(run_dir)
     assert f"````text\n{SAMPLES[0]['completions']['teacher']}\n````" in content
@@ -96,7 +110,7 @@ def test_free_text_cannot_break_the_card(run_dir):
     assert "## and a heading" not in re.findall(r"^##.*$", render_model_card(run_dir), flags=re.M)
 
 
-@pytest.mark.parametrize("name", ["training", "importance", "layers"])
+@pytest.mark.parametrize("name", ["training", "importance", "layers", "search"])
 def test_pictures_are_linked_when_they_are_there(run_dir, name):
     assert f"](plots/{name}.png)" in render_model_card(run_dir)
     (run_dir / "plots" / f"{name}.png").unlink()
@@ -352,7 +366,7 @@ def test_write_model_card_draws_first(tmp_path):
     assert content == render_model_card(folder)
     for link in re.findall(r"\]\((plots/[^)]+)\)", content):
         assert (folder / link).read_bytes().startswith(b"\x89PNG")
-    assert content.count("](plots/") == 3
+    assert content.count("](plots/") == 4
 
 
 def test_shown_settings_are_the_recorded_ones(run_dir):

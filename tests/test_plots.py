@@ -13,8 +13,18 @@ from matplotlib.colors import to_hex
 from safetensors.numpy import save_file
 
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.plots import GREY, PLOTS, RED, plot_importance, plot_layers, plot_training, write_plots
-from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, training_record, write_json, write_run
+from minitron_hf.plots import (
+    GREEN,
+    GREY,
+    PLOTS,
+    RED,
+    plot_importance,
+    plot_layers,
+    plot_search,
+    plot_training,
+    write_plots,
+)
+from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, search, training_record, write_json, write_run
 
 
 @pytest.fixture
@@ -139,11 +149,40 @@ def test_layers_shows_single_layers_and_the_dropped_block(run_dir):
     assert np.ma.getmaskarray(shown).sum() == LAYERS * (LAYERS - 1) // 2
 
 
+def test_search_joins_and_names_the_shapes_that_none_beats(run_dir):
+    size, time = plot_search(run_dir).axes
+    for panel, costs in ((size, [300_000, 420_000]), (time, [1e3 / 400, 1e3 / 310])):
+        [front] = [line for line in panel.get_lines() if line.get_color() == GREEN]
+        np.testing.assert_allclose(front.get_xydata(), list(zip(costs, [1.20, 0.90], strict=True)))
+        assert [text.get_text() for text in panel.texts] == ["intermediate_size=96", "intermediate_size=160"]
+        [ring] = [line for line in panel.get_lines() if line.get_markeredgecolor() == RED]
+        np.testing.assert_allclose(ring.get_xydata(), [(costs[1], 0.61)])
+    drawn = {
+        tuple(np.round(segment[:, 1], 3)) for bars in size.containers for segment in bars.lines[2][0].get_segments()
+    }
+    assert drawn == {
+        (round(value - error, 3), round(value + error, 3))
+        for one in search()["candidates"]
+        for value, error in [(one["proxy"]["value"], 0.1), *((turn["kl"], 0.02) for turn in one["rounds"])]
+    }
+
+
+def test_a_search_without_distillation_compares_what_was_pruned(run_dir):
+    record = search()
+    for one in record["candidates"]:
+        one |= {"rounds": [], "decode_tokens_per_second": None}
+    write_json(run_dir / "search.json", record)
+    [panel] = plot_search(run_dir).axes
+    [front] = [line for line in panel.get_lines() if line.get_color() == GREEN]
+    assert front.get_xydata().tolist() == [[250_000, 8.0], [300_000, 6.5], [420_000, 5.5]]
+
+
 def test_plots_are_drawn_only_where_their_inputs_exist(run_dir):
     assert [path.name for path in write_plots(run_dir)] == list(PLOTS)
     (run_dir / "scores.safetensors").unlink()
-    assert [path.name for path in write_plots(run_dir)] == ["training.png"]
+    assert [path.name for path in write_plots(run_dir)] == ["training.png", "search.png"]
     write_json(run_dir / "distillation.json", training_record() | {"log_history": []})
+    write_json(run_dir / "search.json", search() | {"candidates": []})
     assert write_plots(run_dir) == []
 
 
@@ -152,7 +191,7 @@ def test_layers_only_scores_give_no_importance_plot(run_dir):
     save_file({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
     with pytest.raises(MismatchError, match="no width axis"):
         plot_importance(run_dir)
-    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png"]
+    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png", "search.png"]
 
 
 def test_same_files_give_the_same_bytes_whatever_the_style(run_dir):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
     """The files that the card is made from: JSON documents (None if missing), names of plots and legal texts."""
-    documents = ("config", "pruning_plan", "teacher", "distillation", "evaluation", "benchmarks", "hub")
+    documents = ("config", "pruning_plan", "teacher", "distillation", "evaluation", "benchmarks", "hub", "search")
     run: dict[str, Any] = {
         name: read_json(run_dir / f"{name}.json") if (run_dir / f"{name}.json").is_file() else None
         for name in documents
@@ -133,6 +133,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "models": models,
         "calibration": _calibration(plan) if plan else None,
         "architecture": _architecture_table(plan) if plan else None,
+        "search": _search_table((run["search"] or plan or {}).get("candidates") or []),
         "depth": _depth_table(plan) if plan else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
@@ -197,6 +198,38 @@ def _depth_table(plan: Mapping[str, Any], most: int = 12) -> list[list[str]] | N
         mark = "**" if sorted(tried["dropped"]) == gone else ""
         rows.append([f"{mark}{', '.join(map(str, tried['dropped']))}{mark}", f"{tried['score']:.4g}"])
     return [["layers dropped", str(settings["depth_metric"]).replace("_", " ")], *rows]
+
+
+def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> list[list[str]] | None:
+    """The shapes that were compared, best first."""
+    if not candidates:
+        return None
+    retrained = any(one.get("rounds") for one in candidates)
+    header = [
+        "shape",
+        "parameters",
+        "KL, pruned",
+        *(["KL, distilled", "tokens"] if retrained else []),
+        "behind the best",
+    ]
+    rows = [header]
+    for one in candidates[:most]:
+        last = (one.get("rounds") or [None])[-1]
+        distilled = [_uncertain(last["kl"], last["stderr"]), md.count(last["num_tokens"])] if last else ["–", "–"]
+        rows.append(
+            [
+                one["name"],
+                md.count(one["num_parameters"]),
+                _uncertain(**one["proxy"]) if one["proxy"] else "–",
+                *(distilled if retrained else []),
+                _uncertain(**one["behind"]) if one["behind"] else "–",
+            ]
+        )
+    return rows
+
+
+def _uncertain(value: float, stderr: float) -> str:
+    return f"{value:.3f} ± {stderr:.3f}"
 
 
 def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:

@@ -56,6 +56,7 @@ OWNED = (
     "evaluation.json",
     "benchmarks.json",
     "samples.json",
+    "search.json",
     "recipe.yaml",
     "hub.json",
     *(f"plots/{name}" for name in PLOTS),
