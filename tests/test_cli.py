@@ -81,8 +81,45 @@ def test_help_is_lazy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ["run", "score", "plan", "prune", "cache", "distill", "evaluate", "card", "publish", "families"]:
+    for command in [
+        "run",
+        "score",
+        "search",
+        "plan",
+        "prune",
+        "cache",
+        "distill",
+        "evaluate",
+        "card",
+        "publish",
+        "families",
+    ]:
         assert command in result.stdout
+
+
+def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
+    teacher, text, scores = workshop / "teacher", workshop / "text.jsonl", tmp_path / "scores"
+    done = minitron("score", teacher, "--data", text, "-o", scores, "--set", "max_length=16", "--set", "num_samples=8")
+    assert done.returncode == 0, done.stderr
+    common = ("--scores", scores, "--data", text, "-o", tmp_path / "found")
+    settings = ("--set", "tolerance=1.0", "--set", "num_rows=4", "--set", "max_length=16")
+    space = ("--space", "intermediate_size=[0.25,0.5]", "--space", "num_hidden_layers=[4]")
+    done = minitron("search", teacher, *common, *space, "--max-parameters", "1M", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "behind the best" in done.stdout
+    best = json.loads((tmp_path / "found" / "search.json").read_text())["candidates"][0]
+    assert f"Best: {best['name']}" in done.stdout
+    assert (tmp_path / "found" / "plots" / "search.png").is_file()
+    chosen = json.loads((tmp_path / "found" / "pruner_config.json").read_text())
+    assert chosen["intermediate_size"] == best["request"]["intermediate_size"]
+    refused(minitron("search", teacher, *common, *space), "exactly one budget")
+    refused(minitron("search", teacher, *common, "--space", "depth=[1]", "--max-parameters", "1M"), "has no depth")
+
+    plan = ("plan", teacher, "--scores", scores, "-o", tmp_path / "plan")
+    done = minitron(*plan, "--target", "0.5", "--data", text)
+    assert done.returncode == 0, done.stderr
+    assert "Sizes for target_parameters=0.5" in " ".join(done.stdout.split())
+    refused(minitron(*plan, "--target", "0.5"), "--data")
 
 
 def test_every_stage_by_hand(workshop, tmp_path):

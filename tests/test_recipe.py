@@ -48,6 +48,10 @@ def test_the_written_recipe_reads_back_equal():
         ({"prune": [1]}, ["prune=[1]", "dict"]),
         ({"controls": ["magic"]}, ["magic", "random_pruning"]),
         ({"publish": {"private": True}}, ["publish lacks", "repo_id"]),
+        ({"search": {"max_parameters": 1e9}}, ["search lacks space"]),
+        ({"search": {"space": {"hidden_size": [0.5]}}}, ["hidden_size: in prune and in search.space"]),
+        ({"prune": {"target_parameters": 0.5}, "search": {"space": {"hidden_size": [1]}}}, ["leave out one"]),
+        ({"prune": {}}, ["lacks prune"]),
         ({"data": "corpus"}, ["data: expected a section"]),
     ],
 )

@@ -198,6 +198,49 @@ runner.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))}))
         assert tensor.equal(resumed[name]), name
 
 
+def test_a_search_decides_the_sizes_and_is_not_done_twice(values):
+    values |= {
+        "prune": {"num_attention_heads": 6},
+        "search": {
+            "space": {"intermediate_size": [0.25, 0.5], "num_hidden_layers": [3, 4]},
+            "max_parameters": 1e9,
+            "tolerance": 1.0,
+            "num_candidates": 2,
+            "num_rounds": 1,
+            "num_tokens": 32,
+        },
+    }
+    shapes = runner.check_recipe(Recipe.from_dict(values))
+    folder, lines = run(values, until="plan")
+    assert [line.split("]")[0] for line in lines] == ["[score", "[search", "[plan"]
+    found = json.loads((folder / "search.json").read_text())
+    assert {one["name"] for one in shapes["candidates"]} == {one["name"] for one in found["candidates"]}
+    assert [len(one["rounds"]) for one in found["candidates"]] == [1, 1, 0, 0]
+    best = found["candidates"][0]
+    plan = PruningPlan.from_pretrained(folder)
+    assert plan.student["num_parameters"] == best["num_parameters"]
+    for name in ("intermediate_size", "num_hidden_layers"):
+        assert plan.pruner_config[name] == best["request"][name]
+    assert plan.pruner_config["num_attention_heads"] == 6
+    assert not (folder / "candidates").exists()
+    _, lines = run(values, until="plan")
+    assert all("skipped" in line for line in lines)
+    with pytest.raises(MismatchError, match=r"stage 'search' was made from other inputs \(search.num_tokens"):
+        run({**values, "search": {**values["search"], "num_tokens": 64}}, until="plan")
+
+
+def test_a_target_decides_the_sizes(values):
+    values["prune"] = {"target_parameters": 0.5, "multiple_of": 1}
+    shapes = runner.check_recipe(Recipe.from_dict(values))
+    folder, _ = run(values, until="plan")
+    plan = PruningPlan.from_pretrained(folder)
+    assert {one["name"] for one in plan.candidates} == {one["name"] for one in shapes["candidates"]}
+    assert plan.student["num_parameters"] <= 0.5 * plan.teacher["num_parameters"]
+    chosen = json.loads((folder / "pruner_config.json").read_text())
+    assert chosen["target_parameters"] is None
+    assert chosen["intermediate_size"] == plan.sizes["ffn"]["student"]
+
+
 def test_a_folder_with_other_files_is_refused(values):
     folder = Path(values["output_dir"])
     folder.mkdir()
@@ -215,6 +258,13 @@ def test_a_folder_with_other_files_is_refused(values):
         ({"distill": {"temperature": -1.0}}, DataError, "temperature"),
         ({"lora": {"rank": 3}}, DataError, "lora"),
         ({"scores": {"num_sample": 3}}, DataError, "num_sample"),
+        ({"search": {"space": {"num_hidden_layers": [3]}}}, PlanError, "exactly one budget"),
+        (
+            {"search": {"space": {"num_hidden_layers": [3]}, "max_parameters": 1, "x": 1}},
+            DataError,
+            "search: x is unkn",
+        ),
+        ({"search": {"space": {"num_hidden_layers": [3]}, "max_parameters": 1}}, PlanError, "none of the 1 shapes"),
     ],
 )
 def test_refusals_come_before_the_first_file(values, changes, error, words):

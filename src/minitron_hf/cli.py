@@ -167,8 +167,17 @@ def plan(
     ] = None,
     train_data: Annotated[Optional[str], typer.Option(help="The recipe's corpus.")] = None,  # noqa: UP045
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --target, text to measure shapes on: file, saved dataset or Hub id."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds its text.")] = "text",
 ) -> None:
     """Decide what stays (make_plan), and print the shapes.
+
+    With a --target in the place of sizes, and calibration text as --data, shapes that meet it are cut and measured
+    before any retraining, and the best is planned (plan_for_target).
 
     With --recommend and a --target, print what the papers would do with this teacher, each with reason and source.
     With --output, --train-data and --eval-data the recipe is written too; --set changes its entries.
@@ -220,11 +229,21 @@ def plan(
         return
     if output is None:
         raise DataError("plan: --output names the folder to write to.")
-    _plan(teacher, output, scores, given, set_ or [])
+    if (target is None) != (data is None) or (target is not None and scores is None):
+        raise DataError("plan: --target, --data to measure shapes on, and --scores go together.")
+    if target is not None:
+        number = _number("target", target)
+        given["target_parameters"] = number if number < 1 else round(number)
+    _plan(teacher, output, scores, given, set_ or [], None if data is None else _texts(data, split, text_field))
 
 
 def _plan(
-    teacher: str, output: Path, scores: Path | None, given: Mapping[str, int | float], overrides: list[str]
+    teacher: str,
+    output: Path,
+    scores: Path | None,
+    given: Mapping[str, int | float],
+    overrides: list[str],
+    texts: Any,
 ) -> None:
     from .importance import ImportanceScores
     from .models import load_config
@@ -233,10 +252,15 @@ def _plan(
     from .sizes import PrunerConfig
 
     request = PrunerConfig.from_dict(apply_overrides(given, overrides))
-    made = make_plan(
-        load_config(teacher), request, None if scores is None else ImportanceScores.from_pretrained(scores)
-    )
-    request.save_pretrained(output)
+    read = None if scores is None else ImportanceScores.from_pretrained(scores)
+    if texts is None or read is None:
+        made = make_plan(load_config(teacher), request, read)
+    else:
+        from .surgery import plan_for_target
+
+        model, tokenizer = _load(teacher)
+        made = plan_for_target(model, request, read, texts, processing_class=tokenizer)
+    PrunerConfig.from_dict(made.pruner_config).save_pretrained(output)
     path = made.save_pretrained(output)
     _print_shapes(
         {
@@ -250,6 +274,81 @@ def _plan(
         }
     )
     _say(f"Wrote {path}")
+
+
+@app.command()
+def search(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    scores: Annotated[Path, typer.Option(help="Folder or file with scores.")],
+    space: Annotated[
+        list[str],
+        typer.Option(metavar="SIZE=LIST", help="Sizes to try, as hidden_size=[0.5,0.75,1.0]. Repeatable."),
+    ],
+    data: Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")],
+    output: Output,
+    max_parameters: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B; or another budget."),
+    ] = None,
+    max_memory_bytes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16B."),
+    ] = None,
+    max_seconds_per_token: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Budget of time to decode a token on this machine."),
+    ] = None,
+    train_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Corpus to distil on; without it, shapes are ranked by what pruning alone loses."),
+    ] = None,
+    eval_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Held-out text that decides (default: the calibration text)."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the datasets.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    set_: Settings = None,
+) -> None:
+    """Compare shapes within a budget: prune, distil a little, keep the better half (search_architectures).
+
+    --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
+    Resumes what was interrupted.
+    """
+    from .data import load_text_dataset
+    from .importance import ImportanceScores
+    from .plots import write_plots
+    from .recipe import apply_overrides, read_yaml
+    from .search import search_architectures, table
+
+    sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
+    settings = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
+    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
+    calibration = _texts(data, split, text_field)
+    held_out = None if eval_data is None else _texts(eval_data, split, text_field)
+    read = ImportanceScores.from_pretrained(scores)
+    model, tokenizer = _load(teacher)
+    found = _with_arguments(
+        "search_architectures",
+        lambda: search_architectures(
+            model,
+            read,
+            space=sizes,
+            calibration_data=calibration,
+            max_seconds_per_token=max_seconds_per_token,
+            train_dataset=None if train_data is None else load_text_dataset(train_data, split=split),
+            eval_data=held_out,
+            processing_class=tokenizer,
+            output_dir=output,
+            **limits,
+            **settings,
+        ),
+    )
+    _console().print(table(found.candidates))
+    found.best.save_pretrained(output)
+    write_plots(output)
+    _say(f"Best: {found.candidates[0].name}. Wrote {found.path}")
 
 
 @app.command()
@@ -591,6 +690,15 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
 
     from .families import FIELD_OF_AXIS
 
+    if "candidates" in shapes:
+        total, found = shapes["num_parameters"]["teacher"], shapes["candidates"]
+        table = Table("shape", title=f"{len(found)} shapes to compare ({shapes['model_type']})", title_justify="left")
+        for column in ("parameters", "kept"):
+            table.add_column(column, justify="right")
+        for one in found:
+            table.add_row(one["name"], f"{one['num_parameters']:,}", f"{one['num_parameters'] / total:.0%}")
+        _console().print(table)
+        return
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):
         table.add_column(column, justify="left" if not column else "right")

@@ -6,13 +6,16 @@ All candidates are measured on the same tokens, so that they are compared in pai
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .artifacts import read_json
 from .data import TokenRows, padded_batches
 from .losses import DenseSignal, OutputHead, distillation_loss, output_head
 from .models import evaluating, input_device
@@ -22,6 +25,9 @@ from .sizes import PrunerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+SEARCH_NAME = "search.json"
 
 
 @dataclass
@@ -90,6 +96,11 @@ class Candidate:
         """The reverse of `to_dict`."""
         known = {key: value for key, value in values.items() if key not in ("name", "request")}
         return cls(request=PrunerConfig.from_dict(values["request"]), **known)
+
+
+def best_shape(folder: str | os.PathLike[str]) -> PrunerConfig:
+    """The sizes that a finished search in a folder has found."""
+    return PrunerConfig.from_dict(read_json(Path(folder) / SEARCH_NAME)["candidates"][0]["request"])
 
 
 class Divergence:

@@ -187,6 +187,8 @@ class Recipe:
         data: the corpora.
         output_dir: the run folder.
         prune: fields of `PrunerConfig`.
+        search: arguments of `search_architectures`: `space`, a budget, …; the sizes that it finds join `prune`'s. It
+            distils as `distill` says, but briefly and at a constant learning rate. None: no search.
         verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
             loaded into memory.
         scores: arguments of `estimate_importance`.
@@ -203,7 +205,8 @@ class Recipe:
     teacher: TeacherSection
     data: DataSection
     output_dir: str
-    prune: dict[str, Any]
+    prune: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
     verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
     teacher_correction: CorrectionSection | None = None
@@ -223,6 +226,7 @@ class Recipe:
             DataError: naming every unknown, missing or mistyped entry.
         """
         recipe = _section(cls, values, "")
+        _require_one_choice(recipe)
         if unknown := sorted(set(recipe.controls) - set(CONTROLS)):
             raise DataError(f"controls: {', '.join(unknown)} is unknown. Expected some of {', '.join(CONTROLS)}.")
         return recipe
@@ -256,6 +260,21 @@ class Recipe:
     def pruner_config(self) -> PrunerConfig:
         """The `prune` section, checked."""
         return PrunerConfig.from_dict(self.prune)
+
+
+def _require_one_choice(recipe: Recipe) -> None:
+    """Refuse sizes from nowhere, and from two places."""
+    search = recipe.search
+    if search is None:
+        if not recipe.prune:
+            raise DataError("The recipe lacks prune, the sizes to cut to, or search, which finds them.")
+        return
+    if not isinstance(search.get("space"), Mapping) or not search["space"]:
+        raise DataError("search lacks space: the sizes to try, such as {hidden_size: [0.5, 0.75]}.")
+    if twice := sorted(search["space"].keys() & recipe.prune.keys()):
+        raise DataError(f"{', '.join(twice)}: in prune and in search.space. Leave it out of one of them.")
+    if recipe.prune.get("target_parameters") is not None:
+        raise DataError("prune.target_parameters and search: leave out one. A search takes max_parameters.")
 
 
 #: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. P2: peak learning

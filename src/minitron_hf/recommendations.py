@@ -19,7 +19,7 @@ from .errors import PlanError
 from .families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from .models import count_parameters
 from .recipe import Recipe, apply_overrides
-from .shapes import NEURONS, Shape, enumerate_shapes, free_widths, why_uncut, within
+from .shapes import NEURONS, TOLERANCE, Shape, enumerate_shapes, free_widths, why_uncut, within
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,8 +38,6 @@ LEAST_KEPT = 2 / 3
 MUCH_DEPTH = 1 / 4
 #: The largest teacher that width was compared with depth on, Nemotron-4 15B.
 LARGEST_MEASURED = 16e9
-#: By how much of the target a shape may be smaller (the tolerance of P1's search spaces).
-TOLERANCE = 0.05
 #: What P2 trained Llama-3.1-8B's students with: tokens, rows of a step, tokens of a row; and the steps that makes.
 P2_TOKENS, P2_ROWS, P2_LENGTH = 94e9, 1152, 8192
 P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)

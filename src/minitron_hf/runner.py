@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifacts import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
 from .errors import DataError, MinitronError, MismatchError, OutputError
@@ -19,6 +19,7 @@ from .importance import estimate_importance
 from .launching import require_launchable
 from .models import count_parameters, empty_model
 from .recipe import DISTILL_DEFAULTS, Recipe
+from .shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
 from .sizes import resolve_sizes, student_config
 from .stages import (
     RECIPE_NAME,
@@ -30,7 +31,11 @@ from .stages import (
     Stage,
     dataset_identity,
     lora_config,
+    search_arguments,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def stage_digests(recipe: Recipe) -> dict[str, str]:
@@ -108,7 +113,8 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     """Make every refusal that needs no weights and no data, in seconds; what `--dry-run` prints.
 
     Returns:
-        Sizes and parameter counts of teacher and student.
+        Sizes and parameter counts of teacher and student; of the shapes among which it is chosen, where the recipe
+        has a search or a target.
 
     Raises:
         MinitronError: naming what is wrong.
@@ -117,9 +123,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     config = run.teacher_config
     spec = spec_for(config)
     spec.check(empty_model(config))
-    request = recipe.pruner_config
-    sizes, notes = resolve_sizes(spec, config, request)
-    student = student_config(config, request)
+    candidates = _shapes_to_compare(recipe, config)
     for which in ("train", "eval", "calibration"):
         dataset_identity(run.dataset_section(which))
     tokenizer = run.tokenizer
@@ -139,7 +143,16 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         )
     _check_arguments(recipe)
     require_writable(run.folder.parent if not run.folder.exists() else run.folder)
-    before = spec.sizes(config)
+    if candidates is not None:
+        return {
+            "model_type": spec.model_type,
+            "num_parameters": {"teacher": count_parameters(config)},
+            "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates],
+            "notes": [],
+        }
+    request, before = recipe.pruner_config, spec.sizes(config)
+    sizes, notes = resolve_sizes(spec, config, request)
+    student = student_config(config, request)
     return {
         "model_type": spec.model_type,
         "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
@@ -150,6 +163,35 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         },
         "notes": notes,
     }
+
+
+def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:
+    """The shapes among which the student is chosen, largest first; None where its sizes are given."""
+    request = recipe.pruner_config
+    if recipe.search is None and request.target_parameters is not None:
+        return shapes_near_target(config, request)
+    if recipe.search is None:
+        resolve_sizes(spec_for(config), config, request)
+        student_config(config, request)
+        return None
+    from .search import only_budget, search_architectures
+
+    arguments = search_arguments(recipe)
+    own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
+    data = ("calibration_data", "train_dataset", "eval_data")
+    known = {*inspect.signature(search_architectures).parameters} - {*own, *data}
+    if unknown := sorted(set(arguments) - known):
+        raise DataError(
+            f"search: {', '.join(unknown)} is unknown. Expected arguments of search_architectures: "
+            f"{', '.join(sorted(known))}."
+        )
+    budgets = inspect.signature(only_budget).parameters
+    [(name, limit)] = only_budget(**{one: arguments[one] for one in budgets if one in arguments}).items()
+    shapes = enumerate_shapes(config, arguments["space"], request).shapes
+    if name == "max_parameters":
+        tolerance = arguments.get("tolerance", TOLERANCE)
+        shapes = affordable(shapes, name, limit, tolerance, lambda shape: shape.num_parameters)
+    return shapes
 
 
 def _check_arguments(recipe: Recipe) -> None:

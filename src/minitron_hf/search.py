@@ -33,8 +33,8 @@ from .errors import OutputError, PlanError
 from .importance import ImportanceScores, default_max_length
 from .models import input_device, load_model, model_digest
 from .planning import PruningPlan, make_plan
-from .proxy import Candidate, Divergence, behind
-from .shapes import Shape, Space, different, enumerate_shapes, memory_bytes, within
+from .proxy import SEARCH_NAME, Candidate, Divergence, behind
+from .shapes import TOLERANCE, Shape, Space, affordable, different, enumerate_shapes, memory_bytes
 from .sizes import PrunerConfig, student_config
 from .surgery import apply_plan
 from .trainer import DistillationTrainer
@@ -42,7 +42,6 @@ from .trainer import DistillationTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SEARCH_NAME = "search.json"
 CANDIDATES_DIR = "candidates"
 
 
@@ -77,7 +76,7 @@ def search_architectures(
     max_parameters: float | None = None,
     max_memory_bytes: float | None = None,
     max_seconds_per_token: float | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = TOLERANCE,
     context_length: int = 4096,
     train_dataset: Any = None,
     eval_data: DataSource | None = None,
@@ -129,11 +128,7 @@ def search_architectures(
         PlanError: if no shape is within the budget, or the request makes no sense.
         OutputError: if `output_dir` holds another search.
     """
-    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
-    budgets["max_seconds_per_token"] = max_seconds_per_token
-    given = {name: float(value) for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise PlanError(f"Give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
+    given = only_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
     if train_dataset is not None and output_dir is None:
         raise PlanError("output_dir: a search that distils needs a folder for its students.")
     max_length = max_length or default_max_length(model.config)
@@ -207,6 +202,24 @@ def search_architectures(
     return SearchResult(candidates, len(shapes), found.refused, record.path)
 
 
+def only_budget(
+    max_parameters: float | None = None,
+    max_memory_bytes: float | None = None,
+    max_seconds_per_token: float | None = None,
+) -> dict[str, float]:
+    """The one budget that is given, by its name.
+
+    Raises:
+        PlanError: if there are more, or none.
+    """
+    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    budgets["max_seconds_per_token"] = max_seconds_per_token
+    given = {name: float(value) for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise PlanError(f"Give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
+    return given
+
+
 def _affordable(
     model: PreTrainedModel,
     shapes: Sequence[Shape],
@@ -232,15 +245,7 @@ def _affordable(
             record.save()
         return costs[shape.name]
 
-    found = within(shapes, limit, tolerance, cost)
-    if not found:
-        least, most = min(map(cost, shapes)), max(map(cost, shapes))
-        raise PlanError(
-            f"{name}={limit:,.10g}: none of the {len(shapes)} shapes of this space costs between "
-            f"{(1 - tolerance) * limit:,.10g} and that; they cost {least:,.10g} to {most:,.10g}. "
-            "Change the budget, the tolerance or the space."
-        )
-    return found
+    return affordable(shapes, name, limit, tolerance, cost)
 
 
 @torch.no_grad()
@@ -354,6 +359,8 @@ class _Record:
                 )
             self.candidates = [Candidate.from_dict(entry) for entry in values["candidates"]]
             self.costs = values["costs"]
+        else:
+            self.clean()  # students of whatever search was here before
 
     @property
     def path(self) -> Path | None:

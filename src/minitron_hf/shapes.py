@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: Sizes to try, by their names in `PrunerConfig`: numbers of units, fractions of the teacher's, or multiples of
 #: another size, `"2.5*hidden_size"`.
 Space = Mapping[str, Sequence[int | float | str]]
+#: By how much of a budget or a target a shape may be smaller (P1's search spaces).
+TOLERANCE = 0.05
 #: Numbers of neurons, by their names in `PrunerConfig`.
 NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 #: Fractions at which sizes are tried for a target; another size is then as large as the target lets it be.
@@ -112,7 +114,9 @@ def enumerate_shapes(
     return Enumeration(sorted(found.values(), key=lambda shape: -shape.num_parameters), refused)
 
 
-def shapes_near_target(config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = 0.05) -> list[Shape]:
+def shapes_near_target(
+    config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = TOLERANCE
+) -> list[Shape]:
     """Shapes that have just about `request.target_parameters`, never more.
 
     The residual stream and attention heads are tried at the coarse fractions of `COARSE`, and the numbers of neurons
@@ -274,6 +278,25 @@ def within(shapes: Iterable[Shape], budget: float, tolerance: float, measure: Ca
         measure: what a shape costs.
     """
     return [shape for shape in shapes if (1 - tolerance) * budget <= measure(shape) <= budget]
+
+
+def affordable(
+    shapes: Sequence[Shape], name: str, budget: float, tolerance: float, measure: Callable[[Shape], float]
+) -> list[Shape]:
+    """`within`, for a budget of some name.
+
+    Raises:
+        PlanError: if no shape is.
+    """
+    found = within(shapes, budget, tolerance, measure)
+    if not found:
+        least, most = min(map(measure, shapes)), max(map(measure, shapes))
+        raise PlanError(
+            f"{name}={budget:,.10g}: none of the {len(shapes)} shapes of this space costs between "
+            f"{(1 - tolerance) * budget:,.10g} and that; they cost {least:,.10g} to {most:,.10g}. "
+            "Change the budget, the tolerance or the space."
+        )
+    return found
 
 
 def memory_bytes(

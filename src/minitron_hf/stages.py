@@ -29,10 +29,11 @@ from .importance import SCORES_NAME, ImportanceScores, estimate_importance
 from .launching import is_launched, launch, require_launchable
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
+from .proxy import SEARCH_NAME, best_shape
 from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
-from .sizes import PRUNER_CONFIG_NAME
+from .sizes import PRUNER_CONFIG_NAME, PrunerConfig
 from .streaming import is_streamable, prune_checkpoint
-from .surgery import ROW_ARGUMENTS, carry_out, iterate_importance
+from .surgery import ROW_ARGUMENTS, carry_out, iterate_importance, plan_for_target
 
 if TYPE_CHECKING:
     import torch
@@ -202,11 +203,58 @@ def _score(run: Run) -> None:
     scores.save_pretrained(run.folder)
 
 
+def _search(run: Run) -> None:
+    from .search import search_architectures
+
+    column, held_out = run.dataset_section("eval").text_field, run.dataset("eval")
+    arguments = search_arguments(run.recipe)
+    distillation = {"dataset_text_field": run.recipe.data.train.text_field, **arguments.pop("distillation")}
+    search_architectures(
+        run.teacher,
+        ImportanceScores.from_pretrained(run.folder),
+        calibration_data=run.calibration_texts(),
+        train_dataset=run.dataset("train"),
+        eval_data=(row[column] for row in held_out) if column in held_out.column_names else held_out,
+        processing_class=run.tokenizer,
+        output_dir=run.folder,
+        base=run.recipe.pruner_config,
+        show_progress=run.show_progress,
+        distillation=distillation,
+        **arguments,
+    )
+
+
+def search_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `search_architectures`: it distils as the run will, but for how long and by which schedule."""
+    own = ("max_steps", "num_train_epochs", "max_length", "teacher_correction")
+    schedules = ("lr_scheduler", "warmup", "eval_", "save_", "logging", "load_best", "metric_for_best", "greater_is")
+    shared = {
+        name: value for name, value in recipe.distill.items() if name not in own and not name.startswith(schedules)
+    }
+    arguments = dict(recipe.search or {})
+    return {
+        "max_length": recipe.distill.get("max_length"),
+        **arguments,
+        "distillation": {**shared, **arguments.get("distillation", {})},
+    }
+
+
 def _plan(run: Run) -> None:
-    request = run.recipe.pruner_config
+    request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
     scores = ImportanceScores.from_pretrained(run.folder)
-    request.save_pretrained(run.folder)
-    make_plan(run.teacher_config, request, scores).save_pretrained(run.folder)
+    if request.target_parameters is None:
+        plan = make_plan(run.teacher_config, request, scores)
+    else:
+        plan = plan_for_target(
+            run.teacher,
+            request,
+            scores,
+            run.calibration_texts(),
+            processing_class=run.tokenizer,
+            max_length=run.recipe.scores.get("max_length"),
+        )
+    PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
+    plan.save_pretrained(run.folder)
 
 
 def _prune(run: Run) -> None:
@@ -334,7 +382,7 @@ def _controls(run: Run) -> None:
             continue  # finished before an interruption
         if name == "random_pruning":
             scores = estimate_importance(run.teacher, metric="random", seed=seed)
-            student = run.carry_out(make_plan(run.teacher, run.recipe.pruner_config, scores))
+            student = run.carry_out(make_plan(run.teacher, PrunerConfig.from_dict(run.plan.pruner_config), scores))
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()
@@ -602,9 +650,23 @@ STAGES: tuple[Stage, ...] = (
         _score,
     ),
     Stage(
+        "search",
+        "compare shapes: prune, distil a little, keep the better half",
+        ("score",),
+        lambda recipe: {
+            "search": search_arguments(recipe),
+            "prune": recipe.pruner_config.to_dict(),
+            "train": dataset_identity(recipe.data.train),
+            "eval": dataset_identity(recipe.data.eval),
+        },
+        (SEARCH_NAME,),
+        _search,
+        lambda recipe: recipe.search is not None,
+    ),
+    Stage(
         "plan",
         "decide what stays",
-        ("score",),
+        ("score", "search"),
         lambda recipe: {"prune": recipe.pruner_config.to_dict()},
         (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
         _plan,

@@ -35,7 +35,7 @@ from .planning import PruningPlan, config_values, make_plan
 from .proxy import Candidate, Divergence, behind
 from .repair import repaired_weights
 from .scoring import require_vocabulary
-from .shapes import different, shapes_near_target
+from .shapes import TOLERANCE, different, shapes_near_target
 from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config
 from .verification import verified_plan
 
@@ -204,7 +204,7 @@ def plan_for_target(
     data: DataSource,
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = TOLERANCE,
     num_shapes: int = 16,
     num_rows: int = 32,
     max_length: int | None = None,
