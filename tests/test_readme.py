@@ -51,11 +51,13 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["student"]
 
 
-def test_the_recipe_block_is_a_recipe():
-    [block] = blocks("yaml")
-    recipe = Recipe.from_dict(yaml.safe_load(block))
+def test_the_recipe_blocks_are_recipes():
+    block, rounds = map(yaml.safe_load, blocks("yaml"))
+    recipe = Recipe.from_dict(block)
     assert recipe.pruner_config.hidden_size == 3072
     assert recipe.publish is not None
+    twice = Recipe.from_dict({**block, **rounds})
+    assert [twice.in_round(number).pruner_config.hidden_size for number in (1, 2)] == [3584, 3072]
 
 
 def test_commands_exist():

@@ -32,6 +32,9 @@ LICENCE_DUTIES = {
     "restrictions are passed on to everyone who gets the model.",
 }
 
+#: What is shown of every round of several.
+ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
+
 #: Titles of the axes in tables; an axis that is not named here stands under its own name.
 AXIS_TITLES = {
     "layers": "Layers",
@@ -109,6 +112,10 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise MismatchError(f"{samples} is not valid JSON ({error}). Delete it and run its stage again.") from error
     recipe = run_dir / "recipe.yaml"
+    folders = sorted(run_dir.glob("rounds/*"), key=lambda path: (len(path.name), path.name))
+    run["rounds"] = [
+        {name: read_json(folder / f"{name}.json") for name in ("pruning_plan", "distillation")} for folder in folders
+    ]
     run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     run["plots"] = [name for name in PLOTS if (run_dir / "plots" / name).is_file()]
     run["legal_files"] = sorted(path.name for path in run_dir.glob("*") if matches(path.name, LEGAL_FILES))
@@ -117,7 +124,10 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
 
 def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template shows."""
-    plan, distillation, evaluation = run["pruning_plan"], run["distillation"], run["evaluation"]
+    distillation, evaluation = run["distillation"], run["evaluation"]
+    last, rounds = run["pruning_plan"], _round_table(run)
+    run = {**run, "pruning_plan": _plan_of_all(run)}
+    plan = run["pruning_plan"]
     teacher = _teacher(run)
     repo_id = (run["hub"] or {}).get("repo_id")
     title = repo_id.split("/")[-1] if repo_id else f"{teacher['label'] or 'student'}-minitron"
@@ -131,10 +141,12 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "distillation": distillation,
         "evaluation": evaluation,
         "models": models,
+        "rounds": rounds,
+        "tokens": sum((one["distillation"] or {}).get("num_input_tokens_seen") or 0 for one in (*run["rounds"], run)),
         "calibration": _calibration(plan) if plan else None,
         "architecture": _architecture_table(plan) if plan else None,
         "search": _search_table((run["search"] or plan or {}).get("candidates") or []),
-        "depth": _depth_table(plan) if plan else None,
+        "depth": _depth_table(last) if last else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
@@ -173,6 +185,57 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
         "label": label,
         "link": f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else md.code(label) if label else "a teacher",
     }
+
+
+def _plan_of_all(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan; of several rounds, what all of them together have made of the teacher of the first."""
+    last, before = run["pruning_plan"], [one["pruning_plan"] for one in run["rounds"]]
+    if not before:
+        return last
+    plans = [*before, last]
+    kept = before[0]["layers_kept"]
+    for plan in plans[1:]:
+        kept = [kept[layer] for layer in plan["layers_kept"]]
+    depth = before[0]["sizes"]["layers"]["teacher"]
+    return {
+        **last,
+        "teacher": before[0]["teacher"],
+        "sizes": {
+            axis: {"teacher": before[0]["sizes"].get(axis, both)["teacher"], "student": both["student"]}
+            for axis, both in last["sizes"].items()
+        },
+        "layers_kept": kept,
+        "layers_dropped": [layer for layer in range(depth) if layer not in kept],
+        "notes": [f"Round {number}: {note}" for number, plan in enumerate(plans, 1) for note in plan["notes"]],
+    }
+
+
+def _round_table(run: Mapping[str, Any]) -> list[list[str]] | None:
+    """What each of several rounds has cut, on how many tokens it was recovered, and what was measured then."""
+    if not run["rounds"]:
+        return None
+    models = (run["evaluation"] or {}).get("models") or {}
+    rounds = [*run["rounds"], {"pruning_plan": run["pruning_plan"], "distillation": run["distillation"] or {}}]
+    rows = [["Round", "Cut", "Parameters", "Tokens", *(METRICS[key][0] for key in ROUND_METRICS)]]
+
+    def measured(name: str) -> list[str]:
+        found = (models.get(name) or {}).get("metrics") or {}
+        return [md.measured(found.get(key), *METRICS[key][2:]) for key in ROUND_METRICS]
+
+    first = rounds[0]["pruning_plan"]["teacher"]
+    rows.append(["Teacher", "", md.count(first["num_parameters"]), "", *measured("teacher")])
+    for number, one in enumerate(rounds, 1):
+        plan = one["pruning_plan"]
+        cut = [
+            f"{AXIS_TITLES.get(axis, axis)} {_size(both['teacher'])} → {_size(both['student'])}"
+            for axis, both in plan["sizes"].items()
+            if both["student"] < both["teacher"]
+        ]
+        tokens = one["distillation"].get("num_input_tokens_seen")
+        name = "student" if number == len(rounds) else f"round_{number}"
+        parameters = md.count(plan["student"]["num_parameters"])
+        rows.append([str(number), ", ".join(cut), parameters, md.count(tokens) if tokens else "–", *measured(name)])
+    return rows
 
 
 def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -503,6 +503,7 @@ def stage(
     student: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
     set_: Settings = None,
+    round_: Annotated[Optional[int], typer.Option("--round")] = None,  # noqa: UP045
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
     """What a run does in several processes: `correct`, or `distill` the student in one folder into another."""
@@ -510,6 +511,7 @@ def stage(
     from .stages import Run, correct, train
 
     at_work = Run(Recipe.from_yaml(recipe), show_progress=not quiet)
+    at_work = at_work if round_ is None else at_work.in_round(round_)
     if name == "correct":
         correct(at_work)
     else:

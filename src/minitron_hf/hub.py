@@ -37,6 +37,7 @@ UPLOADED = (
     "README.md",
     *LEGAL_FILES,
     "plots/*.png",
+    *(f"rounds/*/{name}" for name in ("pruning_plan.*", "pruner_config.json", "distillation.json")),
     "additional_chat_templates/*.jinja",
 )
 #: Exceptions to `UPLOADED`: state of a training run.
@@ -60,6 +61,7 @@ OWNED = (
     "recipe.yaml",
     "hub.json",
     *(f"plots/{name}" for name in PLOTS),
+    "rounds/*",
 )
 
 #: Any one of these is a tokenizer that Transformers can load.

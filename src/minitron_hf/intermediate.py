@@ -123,7 +123,7 @@ class IntermediateLosses:
         width: int,
         teacher_width: int,
         weight: float | str,
-        plan: PruningPlan | None,
+        plans: Sequence[PruningPlan],
     ) -> None:
         self.pairs = pairs
         self.dynamic = weight == "dynamic"
@@ -133,7 +133,7 @@ class IntermediateLosses:
         if pairs and width != teacher_width:
             self.projection = nn.Linear(width, teacher_width, bias=False)
             with torch.no_grad():
-                self.projection.weight.copy_(_initial_map(width, teacher_width, plan))
+                self.projection.weight.copy_(_initial_map(width, teacher_width, plans))
 
     def __bool__(self) -> bool:
         return bool(self.pairs)
@@ -262,15 +262,17 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
         parameter.copy_(whole)
 
 
-def _initial_map(width: int, teacher_width: int, plan: PruningPlan | None) -> Tensor:
-    """Student channel → the teacher's channel that it came from; without a plan, any map that keeps lengths."""
-    kept = None if plan is None else plan.kept.get("hidden")
-    if (
-        kept is not None
-        and plan is not None
-        and (len(kept), plan.sizes["hidden"]["teacher"]) == (width, teacher_width)
-    ):
-        chosen = torch.zeros(teacher_width, width)
-        chosen[torch.from_numpy(kept), torch.arange(width)] = 1
-        return chosen
+def _initial_map(width: int, teacher_width: int, plans: Sequence[PruningPlan]) -> Tensor:
+    """Student channel → the teacher's channel that it came from; without plans, any map that keeps lengths."""
+    kept = torch.arange(teacher_width)
+    for plan in plans:
+        if plan.sizes["hidden"]["teacher"] != len(kept):
+            break  # made for another teacher
+        if "hidden" in plan.kept:
+            kept = kept[torch.from_numpy(plan.kept["hidden"])]
+    else:
+        if len(kept) == width:
+            chosen = torch.zeros(teacher_width, width)
+            chosen[kept, torch.arange(width)] = 1
+            return chosen
     return nn.init.orthogonal_(torch.empty(teacher_width, width))

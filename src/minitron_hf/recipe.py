@@ -6,7 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -178,6 +178,30 @@ class PublishSection:
     revision: str | None = None
 
 
+#: Where the students of the rounds before the last live, in the run folder.
+ROUNDS_DIR = "rounds"
+#: Whom a round learns from.
+ROUND_TEACHERS = ("original", "previous")
+
+
+@dataclass(frozen=True)
+class RoundSection:
+    """One of several rounds: what is cut from the student of the round before, and how the result then learns.
+
+    Attributes:
+        prune: fields of `PrunerConfig`, on top of the recipe's. Fractions are of the student of the round before.
+        scores: arguments of `estimate_importance`, likewise.
+        distill: fields of `DistillationConfig`, likewise. By default each round reads the corpus in another order.
+        teacher: whom the student learns from: `"original"`, the recipe's teacher (corrected where the recipe says so),
+            or `"previous"`, the student of the round before.
+    """
+
+    prune: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    teacher: str = "original"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines a run.
@@ -189,6 +213,7 @@ class Recipe:
         prune: fields of `PrunerConfig`.
         search: arguments of `search_architectures`: `space`, a budget, …; the sizes that it finds join `prune`'s. It
             distils as `distill` says, but briefly and at a constant learning rate. None: no search.
+        rounds: cut and distil so often, from large to small; empty: once.
         verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
             loaded into memory.
         scores: arguments of `estimate_importance`.
@@ -207,6 +232,7 @@ class Recipe:
     output_dir: str
     prune: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+    rounds: list[RoundSection] = field(default_factory=list)
     verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
     teacher_correction: CorrectionSection | None = None
@@ -229,6 +255,16 @@ class Recipe:
         _require_one_choice(recipe)
         if unknown := sorted(set(recipe.controls) - set(CONTROLS)):
             raise DataError(f"controls: {', '.join(unknown)} is unknown. Expected some of {', '.join(CONTROLS)}.")
+        for number, one in enumerate(recipe.rounds, 1):
+            if one.teacher not in ROUND_TEACHERS:
+                raise DataError(
+                    f"rounds.{number}.teacher={one.teacher!r}: expected {' or '.join(map(repr, ROUND_TEACHERS))}."
+                )
+            if one.teacher == "previous" and recipe.teacher_cache is not None:
+                raise DataError(
+                    f"rounds.{number}.teacher='previous': teacher_cache holds what the original teacher says. Leave "
+                    "out one of them."
+                )
         return recipe
 
     @classmethod
@@ -256,6 +292,30 @@ class Recipe:
         """The recipe as YAML, every default written out."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
+    def in_round(self, number: int) -> Recipe:
+        """What one round does, as a recipe of its own: its teacher is what it cuts, the student of the round before.
+
+        Args:
+            number: which round, counted from 1.
+        """
+        one = self.rounds[number - 1]
+        folder = Path(self.output_dir) / ROUNDS_DIR
+        distill = {**self.distill, **one.distill}
+        if number > 1:
+            # The same order would show a round that reads a part of the corpus what the one before has read.
+            distill = {"data_seed": int(distill.get("seed", 42)) + number - 1, **distill}
+        return replace(
+            self,
+            teacher=self.teacher
+            if number == 1
+            else TeacherSection(str(folder / str(number - 1)), dtype=self.teacher.dtype),
+            output_dir=self.output_dir if number == len(self.rounds) else str(folder / str(number)),
+            prune={**self.prune, **one.prune},
+            scores={**self.scores, **one.scores},
+            distill=distill,
+            rounds=[],
+        )
+
     @property
     def pruner_config(self) -> PrunerConfig:
         """The `prune` section, checked."""
@@ -265,9 +325,17 @@ class Recipe:
 def _require_one_choice(recipe: Recipe) -> None:
     """Refuse sizes from nowhere, and from two places."""
     search = recipe.search
+    if recipe.rounds:
+        if search is not None:
+            raise DataError("rounds and search: leave out one. A search finds the shape of one cut.")
+        if any("target_parameters" in prune for prune in (recipe.prune, *(one.prune for one in recipe.rounds))):
+            raise DataError(
+                "rounds need sizes: what the next one can cut has to be known. Leave out target_parameters."
+            )
+        return
     if search is None:
         if not recipe.prune:
-            raise DataError("The recipe lacks prune, the sizes to cut to, or search, which finds them.")
+            raise DataError("The recipe lacks prune, the sizes to cut to, or search, which finds them, or rounds.")
         return
     if not isinstance(search.get("space"), Mapping) or not search["space"]:
         raise DataError("search lacks space: the sizes to try, such as {hidden_size: [0.5, 0.75]}.")
@@ -306,17 +374,27 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
         if not equals or not key:
             raise DataError(f"--set {override!r}: expected key=value, for example --set prune.hidden_size=0.75")
         *parents, leaf = key.split(".")
-        section = result
+        section: Any = result
         for parent in parents:
-            if section.get(parent) is None:
+            parent = _key(section, parent, override)
+            if isinstance(section, dict) and section.get(parent) is None:
                 section[parent] = {}
             elif isinstance(section[parent], str) and parent in ("train", "eval", "calibration"):
                 section[parent] = {"source": section[parent]}
             section = section[parent]
-            if not isinstance(section, dict):
+            if not isinstance(section, dict | list):
                 raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
-        section[leaf] = read_yaml(text)
+        section[_key(section, leaf, override)] = read_yaml(text)
     return result
+
+
+def _key(section: Any, name: str, override: str) -> Any:
+    """Where an entry is in its section; those of a list (rounds) are counted from 1, as their folders are."""
+    if not isinstance(section, list):
+        return name
+    if not name.isdigit() or not 1 <= int(name) <= len(section):
+        raise DataError(f"--set {override!r}: {name} is none of the {len(section)} entries, which count from 1.")
+    return int(name) - 1
 
 
 def _section(cls: Any, values: Any, where: str) -> Any:
@@ -338,7 +416,9 @@ def _section(cls: Any, values: Any, where: str) -> Any:
         options = getattr(hints[name], "__args__", (hints[name],))
         nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
         at = f"{where}.{name}" if where else name
-        if nested is not None and value is not None:
+        if nested is not None and isinstance(value, list) and getattr(hints[name], "__origin__", None) is list:
+            built[name] = [_section(nested, one, f"{at}.{number}") for number, one in enumerate(value, 1)]
+        elif nested is not None and value is not None and getattr(hints[name], "__origin__", None) is not list:
             built[name] = _section(nested, value, at)
         else:
             _require_type(value, hints[name], at)

@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
-from .errors import DataError, MinitronError, MismatchError, OutputError
-from .families import spec_for, text_config
+from .errors import DataError, MinitronError, MismatchError, OutputError, PlanError
+from .families import FIELD_OF_AXIS, spec_for, text_config
 from .importance import estimate_importance
 from .launching import require_launchable
 from .models import count_parameters, empty_model
-from .recipe import DISTILL_DEFAULTS, Recipe
+from .recipe import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 from .shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
 from .sizes import resolve_sizes, student_config
 from .stages import (
     RECIPE_NAME,
-    STAGE_NAMES,
-    STAGES,
     STAGES_DIR,
     UNFINISHED_DIR,
     Run,
     Stage,
+    cached_arguments,
     dataset_identity,
     lora_config,
     search_arguments,
+    stages_of,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def stage_digests(recipe: Recipe) -> dict[str, str]:
     """Digest of everything each stage depends on: its settings, its external inputs, and the stages before it."""
     digests: dict[str, str] = {}
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         if stage.wanted(recipe):
             above = [digests.get(name) for name in stage.inputs]
             digests[stage.name] = digest(stage.name, stage.settings(recipe), above)
@@ -74,20 +74,22 @@ def run_recipe(
         OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
         MinitronError: whatever a stage refuses.
     """
-    if until is not None and until not in STAGE_NAMES:
-        raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(STAGE_NAMES)}.")
+    names = [stage.name for stage in stages_of(recipe)]
+    if until is not None and until not in names:
+        raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(names)}.")
     shapes = check_recipe(recipe)
     if report_shapes is not None:
         report_shapes(shapes)
     run = Run(recipe, show_progress=show_progress)
     digests = stage_digests(recipe)
     _claim_folder(run.folder)
-    wanted = [stage for stage in STAGES if stage.name in digests]
+    wanted = [stage for stage in stages_of(recipe) if stage.name in digests]
     for stage in wanted:  # every refusal before the first computation
         if not redo:
             _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
         if stage.name == until:
             break
+    _drop_rounds(run.folder, recipe, redo)
     write_text(run.folder / RECIPE_NAME, recipe.to_yaml())
     for stage in wanted:
         record = _record(run.folder, stage.name)
@@ -124,6 +126,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     spec = spec_for(config)
     spec.check(empty_model(config))
     candidates = _shapes_to_compare(recipe, config)
+    chosen = _check_sizes(recipe, config) if candidates is None else None
     for which in ("train", "eval", "calibration"):
         dataset_identity(run.dataset_section(which))
     tokenizer = run.tokenizer
@@ -143,16 +146,14 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         )
     _check_arguments(recipe)
     require_writable(run.folder.parent if not run.folder.exists() else run.folder)
-    if candidates is not None:
+    if chosen is None:
         return {
             "model_type": spec.model_type,
             "num_parameters": {"teacher": count_parameters(config)},
-            "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates],
+            "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates or ()],
             "notes": [],
         }
-    request, before = recipe.pruner_config, spec.sizes(config)
-    sizes, notes = resolve_sizes(spec, config, request)
-    student = student_config(config, request)
+    before, (student, sizes, notes) = spec.sizes(config), chosen
     return {
         "model_type": spec.model_type,
         "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
@@ -168,12 +169,8 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
 def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:
     """The shapes among which the student is chosen, largest first; None where its sizes are given."""
     request = recipe.pruner_config
-    if recipe.search is None and request.target_parameters is not None:
-        return shapes_near_target(config, request)
     if recipe.search is None:
-        resolve_sizes(spec_for(config), config, request)
-        student_config(config, request)
-        return None
+        return None if request.target_parameters is None else shapes_near_target(config, request)
     from .search import only_budget, search_architectures
 
     arguments = search_arguments(recipe)
@@ -194,25 +191,60 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     return shapes
 
 
+def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[PretrainedConfig, dict[str, int], list[str]]:
+    """Config and sizes of the student, and notes, after all rounds; what one of them cannot cut is refused here."""
+    if not recipe.rounds:
+        spec = spec_for(config)
+        sizes, notes = resolve_sizes(spec, config, recipe.pruner_config)
+        return student_config(config, recipe.pruner_config), sizes, notes
+    notes = []
+    for number in range(1, len(recipe.rounds) + 1):
+        try:
+            spec, request = spec_for(config), recipe.in_round(number).pruner_config
+            before, (sizes, own) = spec.sizes(config), resolve_sizes(spec, config, request)
+            student = student_config(config, request)
+            if sizes == before:
+                raise PlanError("nothing is cut: all sizes are those of the model that this round begins with.")
+        except MinitronError as error:
+            raise type(error)(f"Round {number}: {error}") from error
+        counts = [f"{count_parameters(one):,}" for one in (config, student)]
+        smaller = {axis: f"{before[axis]:,} → {size:,}" for axis, size in sizes.items() if size < before[axis]}
+        cut = ", ".join(f"{FIELD_OF_AXIS[axis]} {both}" for axis, both in smaller.items())
+        notes += [f"Round {number}: {' → '.join(counts)} parameters, {cut}."]
+        notes += [f"Round {number}: {note}" for note in own]
+        config = student
+    return student, sizes, notes
+
+
 def _check_arguments(recipe: Recipe) -> None:
     """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
     from .distillation_config import DistillationConfig
 
+    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
-    if unknown := sorted(set(recipe.scores) - known):
-        raise DataError(
-            f"scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
-            f"{', '.join(sorted(known))}."
-        )
-    known = {field.name for field in fields(DistillationConfig)}
-    if unknown := sorted(set(recipe.distill) - known):
-        raise DataError(f"distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")
-    try:
-        DistillationConfig(str(Path(recipe.output_dir)), **{**DISTILL_DEFAULTS, **recipe.distill})
-    except MinitronError:
-        raise
-    except (TypeError, ValueError, ImportError) as error:
-        raise DataError(f"distill: {error}") from error
+    for number, one in enumerate(rounds, 1):
+        where = f"rounds.{number}." if recipe.rounds else ""
+        if unknown := sorted(set(one.scores) - known):
+            raise DataError(
+                f"{where}scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
+                f"{', '.join(sorted(known))}."
+            )
+        if unknown := sorted(set(one.distill) - {field.name for field in fields(DistillationConfig)}):
+            raise DataError(f"{where}distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")
+        try:
+            DistillationConfig(str(Path(recipe.output_dir)), **{**DISTILL_DEFAULTS, **one.distill})
+        except MinitronError:
+            raise
+        except (TypeError, ValueError, ImportError) as error:
+            raise DataError(f"{where}distill: {error}") from error
+        if recipe.teacher_cache is None:
+            continue
+        whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
+        if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:
+            raise DataError(
+                f"{where}distill: {', '.join(other)} cannot differ between rounds that read one teacher_cache. Set it "
+                "for all of them, or leave out teacher_cache."
+            )
     lora_config(recipe)
     if recipe.distributed is not None:
         require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
@@ -228,6 +260,20 @@ def _claim_folder(folder: Path) -> None:
     (folder / STAGES_DIR).mkdir(exist_ok=True)
 
 
+def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
+    """Rounds of an earlier run that this one does not have would be published as its own."""
+    ours = {str(number) for number in range(1, len(recipe.rounds))}
+    for path in [*folder.glob(f"{ROUNDS_DIR}/*"), *(path for path in folder.glob(f"{STAGES_DIR}/*") if path.is_dir())]:
+        if path.name in ours:
+            continue
+        if not redo:
+            raise MismatchError(
+                f"The output folder {folder} holds another run: this recipe has no round {path.name} before its last. "
+                "Choose another output_dir, or pass --redo to remove it."
+            )
+        shutil.rmtree(path)
+
+
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / STAGES_DIR / f"{name}.json"
     return read_json(path) if path.is_file() else None
@@ -236,8 +282,10 @@ def _record(folder: Path, name: str) -> dict[str, Any] | None:
 def _write_record(
     folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, seconds: float | None
 ) -> None:
+    path = folder / STAGES_DIR / f"{stage.name}.json"
+    path.parent.mkdir(exist_ok=True)
     write_json(
-        folder / STAGES_DIR / f"{stage.name}.json",
+        path,
         {
             "stage": stage.name,
             "status": status,
@@ -274,8 +322,9 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def _clear(folder: Path, stage: Stage) -> None:
     """Remove what an earlier run of a stage left, so that nothing stale is resumed or published."""
     stale = [folder / output for output in stage.outputs]
-    if stage.name == "distill":
-        stale += [*folder.glob("checkpoint-*"), *folder.glob("model*.safetensors*"), folder / UNFINISHED_DIR]
+    if stage.name.endswith("distill"):
+        own = (folder / stage.outputs[0]).parent  # of its round
+        stale += [*own.glob("checkpoint-*"), *own.glob("model*.safetensors*"), own / UNFINISHED_DIR]
     for path in stale:
         if path.is_dir():
             shutil.rmtree(path)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,10 @@ from .launching import is_launched, launch, require_launchable
 from .models import compute_dtype, load_config, load_model, load_tokenizer
 from .planning import INDICES_NAME, PLAN_NAME, PruningPlan, make_plan
 from .proxy import SEARCH_NAME, best_shape
-from .recipe import CONTROLS, DISTILL_DEFAULTS, DatasetSection, Recipe, TeacherSection
+from .recipe import CONTROLS, DISTILL_DEFAULTS, ROUNDS_DIR, DatasetSection, Recipe, TeacherSection
 from .sizes import PRUNER_CONFIG_NAME, PrunerConfig
 from .streaming import is_streamable, prune_checkpoint
-from .surgery import ROW_ARGUMENTS, carry_out, iterate_importance, plan_for_target
+from .surgery import CALIBRATION_ARGUMENTS, carry_out, iterate_importance, plan_for_target
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +72,30 @@ class Stage:
 
 @dataclass
 class Run:
-    """A recipe at work: models and datasets loaded once, when first needed."""
+    """A recipe at work: models and datasets loaded once, when first needed.
+
+    Attributes:
+        recipe: what to do. In a round: what that round does (`Recipe.in_round`), whose teacher is what it cuts.
+        show_progress: show progress bars.
+        whole: the run that this is a round of; itself where there are no rounds.
+        number: which round, from 1.
+    """
 
     recipe: Recipe
     show_progress: bool = True
+    whole: Run = None  # type: ignore[assignment] # set below
+    number: int = 1
     _cache: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self
+
+    def in_round(self, number: int) -> Run:
+        """The run of one round. That of another, and the models that it holds, is let go."""
+        current = self._cache.get("round")
+        if current is None or current.number != number:
+            self._cache["round"] = Run(self.recipe.in_round(number), self.show_progress, self, number)
+        return self._cache["round"]
 
     @property
     def folder(self) -> Path:
@@ -100,21 +120,30 @@ class Run:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        section = self.recipe.teacher
+        section = self.whole.recipe.teacher
         return self._cached("tokenizer", lambda: load_tokenizer(section.model, revision=section.revision))
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The teacher, on the device and in the dtype that compute best here."""
+        """The teacher, on the device and in the dtype that compute best here; of a later round: what it cuts."""
         section = self.recipe.teacher
+        if self is not self.whole and self.number == 1:
+            return self.whole.teacher
         return self._cached("teacher", lambda: self.load(section.model, revision=section.revision))
 
     @property
     def learned_teacher(self) -> PreTrainedModel:
-        """What the student learns from: the teacher, corrected where the recipe says so."""
+        """What the student learns from: the teacher, corrected where the recipe says so; or what it was cut from."""
+        if self is not self.whole:
+            return self.teacher if self.learns_from_previous else self.whole.learned_teacher
         if self.recipe.teacher_correction is None:
             return self.teacher
         return self._cached("corrected_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+
+    @property
+    def learns_from_previous(self) -> bool:
+        """Whether this is a later round whose student learns from the student of the round before."""
+        return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
 
     def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         """Load a model for computing; of several processes, each has the trainer place or split it."""
@@ -136,11 +165,12 @@ class Run:
         assert section is not None
         for key in ("teacher", "corrected_teacher"):
             self.forget(key)
+            self.whole.forget(key)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         quiet = [] if self.show_progress else ["--quiet"]
-        given = [*arguments, *quiet]
+        given = [*arguments, *quiet, *([] if self is self.whole else [f"--round={self.number}"])]
         launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
 
     @property
@@ -153,6 +183,8 @@ class Run:
 
     def dataset(self, which: str) -> Dataset:
         """One of the recipe's corpora, reduced to its text (or whatever TRL understands)."""
+        if self is not self.whole:
+            return self.whole.dataset(which)
         section = self.dataset_section(which)
 
         def load() -> Dataset:
@@ -178,7 +210,7 @@ class Run:
 
     def carry_out(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """The student of a plan, refitted on the rows that were scored where the plan says so."""
-        rows = {name: value for name, value in self.recipe.scores.items() if name in ROW_ARGUMENTS}
+        rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
         texts = self.calibration_texts() if plan.repair else None
         return carry_out(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
 
@@ -186,6 +218,15 @@ class Run:
     def plan(self) -> PruningPlan:
         """The plan that the stage `plan` left."""
         return PruningPlan.from_pretrained(self.folder)
+
+    @property
+    def plans(self) -> list[PruningPlan]:
+        """The plans from what the student learns from to the student: of this round, and of those before."""
+        if self is self.whole:
+            return [self.plan]
+        first = self.number if self.learns_from_previous else 1
+        folders = [Path(self.whole.recipe.in_round(number).output_dir) for number in range(first, self.number + 1)]
+        return [PruningPlan.from_pretrained(folder) for folder in folders]
 
 
 def _score(run: Run) -> None:
@@ -283,6 +324,8 @@ def _prune(run: Run) -> None:
         if run.recipe.verify:
             student.pruning_plan.save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
+    if run.number > 1:
+        run.forget("teacher")  # whoever needs it still loads it again
 
 
 def _correct(run: Run) -> None:
@@ -339,29 +382,23 @@ def _cache(run: Run) -> None:
     run.forget("corrected_teacher")
 
 
-def _cache_settings(recipe: Recipe) -> Any:
-    """What shapes the cache, of which the learning rate, for example, is no part."""
+def cached_arguments() -> tuple[str, ...]:
+    """Fields of `DistillationConfig` that shape what the teacher is asked, and so its cache."""
     from .teacher_cache import ROW_ARGUMENTS
 
+    names = ("temperature", "hidden_loss", "hidden_layers", "embedding_loss", "bf16", "fp16", "eval_packing")
+    return (*names, "shuffle_dataset", "seed", *ROW_ARGUMENTS)
+
+
+def _cache_settings(recipe: Recipe) -> Any:
+    """What shapes the cache, of which the learning rate, for example, is no part."""
     if recipe.teacher_cache is None:
         return None
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
-    names = (
-        "temperature",
-        "hidden_loss",
-        "hidden_layers",
-        "embedding_loss",
-        "bf16",
-        "fp16",
-        "eval_packing",
-        "shuffle_dataset",
-        "seed",
-        *ROW_ARGUMENTS,
-    )
     return {
         "teacher": model_identity(recipe.teacher),
         "teacher_cache": asdict(recipe.teacher_cache),
-        "distill": {name: settings[name] for name in names if name in settings},
+        "distill": {name: settings[name] for name in cached_arguments() if name in settings},
         "train": dataset_identity(recipe.data.train),
         "eval": dataset_identity(recipe.data.eval),
     }
@@ -375,6 +412,8 @@ def _controls(run: Run) -> None:
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
+    if run.recipe.rounds:
+        run = run.in_round(len(run.recipe.rounds))
     seed = int(run.recipe.distill.get("seed", 42))
     for name in run.recipe.controls:
         folder = run.folder / CONTROLS_DIR / name
@@ -399,12 +438,14 @@ def _evaluate(run: Run) -> None:
     from .samples import generate_samples
     from .tasks import evaluate_tasks
 
-    section = run.recipe.evaluate
+    section, last = run.recipe.evaluate, len(run.recipe.rounds)
+    last_round = " in the last round" if last > 1 else ""
     models: dict[str, Any] = {
         # By path where possible, so that the size of a checkpoint is that of its files.
         "teacher": run.recipe.teacher.model if run.recipe.teacher.revision is None else run.teacher,
         "pruned": run.folder / PRUNED_DIR,
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
+        **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
         "student": run.folder,
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
@@ -420,9 +461,13 @@ def _evaluate(run: Run) -> None:
         text_field=run.dataset_section("eval").text_field,
         dataset_name=run.dataset_section("eval").source,
         descriptions={
-            "pruned": "the student before distillation",
+            "pruned": f"the student before distillation{last_round}",
             "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
-            **{name: f"control: {CONTROLS[name]}; trained on the same tokens" for name in run.recipe.controls},
+            **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
+            **{
+                name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}"
+                for name in run.recipe.controls
+            },
         },
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
@@ -465,7 +510,7 @@ def distill(
     train_dataset: Any,
     eval_dataset: Any = None,
     *,
-    plan: PruningPlan | None = None,
+    plans: Sequence[PruningPlan] = (),
     peft_config: Any = None,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -479,7 +524,7 @@ def distill(
         settings: fields of `DistillationConfig`.
         train_dataset: corpus.
         eval_dataset: held-out corpus.
-        plan: how the student was cut, saved beside it.
+        plans: how the student was cut, saved beside it; of several rounds, those of all of them from the teacher on.
         peft_config: a `peft` config; the adapter is merged into the student.
         dtype: dtype of the saved student; None: float32.
     """
@@ -496,7 +541,7 @@ def distill(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        pruning_plan=plan,
+        pruning_plan=plans or None,
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
@@ -522,7 +567,7 @@ def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
     """Distil with the recipe's settings, and `changes` to them."""
     if run.starts_processes:
         settings = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
-        run.start_processes("stage", "distill", run.folder / RECIPE_NAME, student, folder, *settings)
+        run.start_processes("stage", "distill", run.whole.folder / RECIPE_NAME, student, folder, *settings)
     else:
         train(run, student, folder, changes)
 
@@ -535,7 +580,8 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
     else:
         from .teacher_cache import load_teacher_cache
 
-        teacher, corpora = None, [load_teacher_cache(run.folder / CACHE_DIR / which) for which in ("train", "eval")]
+        caches = run.whole.folder / CACHE_DIR
+        teacher, corpora = None, [load_teacher_cache(caches / which) for which in ("train", "eval")]
     distill(
         run.load(student),
         teacher,
@@ -543,7 +589,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         run.tokenizer,
         {**_training_settings(run), **changes},
         *corpora,
-        plan=run.plan if folder == run.folder else None,
+        plans=run.plans if folder == run.folder else (),
         peft_config=lora_config(run.recipe),
         dtype=_checkpoint_dtype(run.teacher_config),
     )
@@ -626,6 +672,17 @@ def num_processes(recipe: Recipe) -> int:
     return 1 if section is None else require_launchable(section.config, section.num_processes)
 
 
+def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
+    """What scores depend on beside the model that is scored."""
+    # What is to be cut matters to what is measured.
+    cut = recipe.scores.keys() & {"depth_metric", "iterations"}
+    return {
+        "scores": recipe.scores,
+        **({"prune": recipe.pruner_config.to_dict()} if cut else {}),
+        "data": dataset_identity(recipe.data.calibration or recipe.data.train),
+    }
+
+
 def _evaluation_settings(recipe: Recipe) -> Any:
     return {"evaluate": asdict(recipe.evaluate), "data": dataset_identity(recipe.data.eval)}
 
@@ -635,17 +692,7 @@ STAGES: tuple[Stage, ...] = (
         "score",
         "score heads, neurons, channels and layers of the teacher on calibration text",
         (),
-        lambda recipe: {
-            "teacher": model_identity(recipe.teacher),
-            "scores": recipe.scores,
-            # What is to be cut matters to what is measured.
-            **(
-                {"prune": recipe.pruner_config.to_dict()}
-                if recipe.scores.keys() & {"depth_metric", "iterations"}
-                else {}
-            ),
-            "data": dataset_identity(recipe.data.calibration or recipe.data.train),
-        },
+        lambda recipe: {"teacher": model_identity(recipe.teacher), **_scoring_settings(recipe)},
         (SCORES_NAME,),
         _score,
     ),
@@ -742,4 +789,47 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: recipe.publish is not None,
     ),
 )
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
+#: Those that every round has, and those that come once, before the first distillation; the others come at the end.
+ROUND_STAGES, TEACHER_STAGES = ("score", "plan", "prune", "distill"), ("correct", "cache")
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe in their order; those of rounds before the last are called `1/score`, `1/plan`, …"""
+    last = len(recipe.rounds)
+    if not last:
+        return STAGES
+    stages = []
+    for number, stage in itertools.product(range(1, last + 1), STAGES):
+        if stage.name in ROUND_STAGES:
+            stages.append(_in_round(stage, number, last))
+        elif number == (1 if stage.name in TEACHER_STAGES else last):
+            stages.append(stage)
+    return tuple(stages)
+
+
+def _in_round(stage: Stage, number: int, last: int) -> Stage:
+    """A stage as a part of one of several rounds; the last one's files are at the root of the run folder."""
+
+    def prefix(which: int) -> str:
+        return f"{which}/" if which < last else ""
+
+    def settings(recipe: Recipe) -> Any:
+        own = recipe.in_round(number)
+        if number == 1:
+            return stage.settings(own)
+        if stage.name == "score":  # what is scored is made by the stages before
+            return _scoring_settings(own)
+        teacher = recipe.rounds[number - 1].teacher
+        changed = {"teacher": teacher} if stage.name == "distill" and teacher != "original" else {}
+        return {**stage.settings(own), **changed}
+
+    before = (f"{prefix(number - 1)}distill",) if stage.name == "score" and number > 1 else ()
+    folder = f"{ROUNDS_DIR}/{number}/" if number < last else ""
+    return replace(
+        stage,
+        name=prefix(number) + stage.name,
+        inputs=(*before, *(prefix(number) + name if name in ROUND_STAGES else name for name in stage.inputs)),
+        settings=settings,
+        outputs=tuple(folder + output for output in stage.outputs),
+        run=lambda run: stage.run(run.in_round(number)),
+    )

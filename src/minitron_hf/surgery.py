@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Arguments of `estimate_importance` that say which rows of the data are read, and how.
-ROW_ARGUMENTS = ("num_samples", "max_length", "packing", "batch_size")
+CALIBRATION_ARGUMENTS = ("num_samples", "max_length", "packing", "batch_size")
 
 
 def apply_plan(
@@ -193,7 +193,7 @@ def prune_model(
         plan = make_plan(model, config, scores)
     for note in plan.notes:
         logger.warning(note)
-    arguments = {name: value for name, value in importance_kwargs.items() if name in ROW_ARGUMENTS}
+    arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
     return carry_out(model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments)
 
 

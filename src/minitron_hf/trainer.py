@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,8 @@ class DistillationTrainer(SFTTrainer):
         peft_config: trains an adapter; `save_student` merges it into a stock model.
         formatting_func: row → text.
         pruning_plan: how the student was made; by default the one that `prune_model` attached to the model, or the one
-            in the folder it was loaded from.
+            in the folder it was loaded from. After several rounds of pruning, the plans of all from the teacher on, of
+            which the last is saved.
 
     Raises:
         MismatchError: if teacher and student have different vocabularies or are the same object; or a cache was
@@ -151,7 +152,7 @@ class DistillationTrainer(SFTTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
-        pruning_plan: PruningPlan | None = None,
+        pruning_plan: PruningPlan | Sequence[PruningPlan] | None = None,
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         if args is None:
@@ -196,7 +197,11 @@ class DistillationTrainer(SFTTrainer):
                 cache.require_arguments(args, packing=packing)
         self.teacher_model: Any = None
         self._has_teacher = teacher_model is not None
-        self._plan = pruning_plan if pruning_plan is not None else getattr(base_model_of(model), "pruning_plan", None)
+        if pruning_plan is None:
+            pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
+        if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
+            pruning_plan = [pruning_plan]
+        self._plans = pruning_plan or ()
         require_writable(_output_dir(args))
 
         super().__init__(
@@ -364,7 +369,7 @@ class DistillationTrainer(SFTTrainer):
             teacher_depth=configs[1].num_hidden_layers,
         )
         width, teacher_width = (config.hidden_size for config in configs)
-        return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plan)
+        return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plans)
 
     @contextlib.contextmanager
     def _attached(self) -> Iterator[None]:
@@ -603,8 +608,8 @@ class DistillationTrainer(SFTTrainer):
 
     def _save_origin(self, folder: Path) -> None:
         """Write the plan and the training record into `folder`."""
-        if self._plan is not None:
-            self._plan.save_pretrained(folder)
+        if self._plans:
+            self._plans[-1].save_pretrained(folder)
         source = Path(self._student_name) if self._student_name else None
         if source is not None and source.is_dir() and source.resolve() != folder.resolve():
             for name in ORIGIN_FILES:

@@ -1,0 +1,194 @@
+"""Is it better to cut in rounds? Two rounds of pruning and distillation against one, at equal tokens in all.
+
+Arms, all to the same final shape, all distilled from the original teacher but where it is said otherwise:
+
+- one round: cut at once, distilled on all tokens;
+- one round, distilled twice: cut at once, distilled on half of the tokens, and with the schedule begun anew on the
+  other half. It differs from two rounds by the shape between alone;
+- two rounds: cut to the shape between, distilled on half of the tokens; that student is scored and cut again, and
+  distilled on the other half;
+- two rounds, from the previous: its second round learns from the student of the first;
+- two rounds, random: both cuts keep units at random.
+
+A seed decides the order of the data (another in the second half) and what random pruning keeps. Run from the
+repository root, for example:
+
+    python benchmarks/rounds.py --teacher MODEL --train train.jsonl --eval valid.jsonl --between hidden_size=104 \
+        --between intermediate_size=280 --prune hidden_size=80 --prune intermediate_size=208 --output results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from minitron_hf import (
+    DistillationConfig,
+    DistillationTrainer,
+    PrunerConfig,
+    apply_plan,
+    estimate_importance,
+    evaluate_models,
+    load_model,
+    load_text_dataset,
+    load_tokenizer,
+    make_plan,
+)
+from minitron_hf.artifacts import versions, write_json
+from minitron_hf.models import compute_dtype, count_parameters
+
+ARMS = ("one round", "one round, distilled twice", "two rounds", "two rounds, from the previous", "two rounds, random")
+
+
+def main() -> None:
+    """Run all arms and print the table."""
+    arguments = parse_arguments()
+    teacher = load_model(arguments.teacher, dtype=compute_dtype())
+    tokenizer = load_tokenizer(arguments.teacher)
+    train = load_text_dataset(arguments.train)
+    held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))
+    between, final = (
+        PrunerConfig.from_dict(dict(yaml.safe_load(one.replace("=", ": ", 1)).popitem() for one in entries))
+        for entries in (arguments.between, arguments.prune)
+    )
+    results: dict = {"command": command(arguments), "versions": versions(), "num_parameters": {}, "runs": []}
+    results["num_parameters"]["teacher"] = count_parameters(teacher)
+
+    def cut(model, request, *, random: int | None):
+        """The model scored and cut: by importance, or at random with this seed."""
+        texts = (row["text"] for row in train)
+        how = {"metric": "random", "seed": random} if random is not None else {"data": texts}
+        scores = estimate_importance(
+            model,
+            processing_class=tokenizer,
+            max_length=arguments.max_length,
+            num_samples=1024,
+            show_progress=False,
+            **how,
+        )
+        return apply_plan(model, make_plan(model, request, scores)).float()
+
+    def distil(student, source, part: int, seed: int):
+        """The student after a part of the steps, the last of which has another order of the data."""
+        with tempfile.TemporaryDirectory() as folder:
+            DistillationTrainer(
+                model=student,
+                teacher_model=source,
+                args=DistillationConfig(
+                    folder,
+                    max_steps=arguments.tokens // (arguments.batch_size * arguments.max_length) // part,
+                    per_device_train_batch_size=arguments.batch_size,
+                    learning_rate=arguments.learning_rate,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=0.05,
+                    max_length=arguments.max_length,
+                    packing=True,
+                    packing_strategy="wrapped",
+                    seed=seed,
+                    save_strategy="no",
+                    logging_steps=0.1,
+                    report_to="none",
+                    disable_tqdm=True,
+                ),
+                train_dataset=train,
+                processing_class=tokenizer,
+            ).train()
+        gc.collect()
+        return student.eval()
+
+    def measure(model) -> dict:
+        evaluation = evaluate_models(
+            {"teacher": teacher, "model": model},
+            held_out,
+            processing_class=tokenizer,
+            max_length=arguments.max_length,
+            speed=False,
+            show_progress=False,
+        )
+        results["teacher"] = evaluation["models"]["teacher"]["metrics"]
+        return evaluation["models"]["model"]["metrics"]
+
+    for seed, arm in itertools.product(range(arguments.seeds), ARMS):
+        start, after = time.monotonic(), {}
+        random = seed if arm.endswith("random") else None
+        orders = (2 * seed, 2 * seed + 1)
+        if arm == "one round":
+            student = distil(cut(teacher, final, random=random), teacher, 1, orders[0])
+        else:
+            rounds = arm.startswith("two")
+            first = cut(teacher, between if rounds else final, random=random)
+            first = distil(first, teacher, 2, orders[0])
+            after["first half"] = measure(first)
+            results["num_parameters"]["between"] = count_parameters(first) if rounds else None
+            student = cut(first, final, random=random) if rounds else first
+            after["second cut"] = measure(student)
+            student = distil(student, first if arm.endswith("previous") else teacher, 2, orders[1])
+        after["all tokens"] = measure(student)
+        results["num_parameters"]["student"] = count_parameters(student)
+        results["runs"].append(
+            {"arm": arm, "seed": seed, "after": after, "seconds": round(time.monotonic() - start, 1)}
+        )
+        found = {when: round(metrics["kl_divergence"]["value"], 4) for when, metrics in after.items()}
+        print(arm, seed, found, flush=True)
+        if arguments.output:
+            write_json(arguments.output, results)
+    print(table(results))
+
+
+def table(results: dict) -> str:
+    """Markdown: mean ± standard deviation over seeds."""
+    lines = ["| arm | KL to teacher | bits per byte | top-1 agreement |", "|---|---|---|---|"]
+    for arm in ARMS:
+        ends = [run["after"]["all tokens"] for run in results["runs"] if run["arm"] == arm]
+        metrics = ("kl_divergence", "bits_per_byte", "top1_agreement")
+        cells = [spread([end[metric]["value"] for end in ends]) for metric in metrics]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command line again, with the folder of test data as a variable."""
+    words = ["python benchmarks/rounds.py"]
+    for name, value in vars(arguments).items():
+        if name != "output":
+            words += [f"--{name.replace('_', '-')} {each}" for each in (value if isinstance(value, list) else [value])]
+    folder = os.environ.get("MINITRON_TEST_DATA")
+    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="folder or Hub id")
+    parser.add_argument("--train", required=True, help="corpus")
+    parser.add_argument("--eval", required=True, help="held-out corpus")
+    parser.add_argument("--eval-documents", type=int, default=50)
+    parser.add_argument(
+        "--between", action="append", required=True, metavar="FIELD=VALUE", help="after the first round"
+    )
+    parser.add_argument("--prune", action="append", required=True, metavar="FIELD=VALUE", help="in the end")
+    parser.add_argument("--tokens", type=int, default=327_680, help="of both rounds together")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

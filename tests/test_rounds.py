@@ -1,0 +1,215 @@
+"""Several rounds in one recipe: each cuts the student of the round before, and learns from whom it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_hf import card as card_module
+from minitron_hf import runner, stages
+from minitron_hf.errors import DataError, MismatchError, PlanError
+from minitron_hf.hub import uploaded_files
+from minitron_hf.intermediate import _initial_map
+from minitron_hf.models import load_model
+from minitron_hf.planning import PruningPlan
+from minitron_hf.recipe import Recipe
+from minitron_hf.surgery import apply_plan
+from pocket import pocket_model, pocket_tokenizer
+
+TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
+EXAMPLE = Path(__file__).parent.parent / "examples" / "qwen3-0.6b-two-rounds.yaml"
+STAGES = ["1/score", "1/plan", "1/prune", "1/distill", "score", "plan", "prune", "distill"]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rounds")
+    pocket_model("llama", dtype=torch.float32).save_pretrained(folder / "teacher")
+    pocket_tokenizer().save_pretrained(folder / "teacher")
+    for name, texts in (("train", TEXTS), ("eval", TEXTS[::7])):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder
+
+
+@pytest.fixture
+def values(workshop, tmp_path):
+    return {
+        "teacher": str(workshop / "teacher"),
+        "data": {"train": str(workshop / "train.jsonl"), "eval": str(workshop / "eval.jsonl")},
+        "output_dir": str(tmp_path / "run"),
+        "prune": {"multiple_of": 1},
+        "rounds": [
+            {"prune": {"intermediate_size": 0.75, "hidden_size": 0.75}, "distill": {"max_steps": 3}},
+            {"prune": {"intermediate_size": 0.5, "hidden_size": 0.5, "num_hidden_layers": 4}},
+        ],
+        "scores": {"num_samples": 8, "max_length": 16},
+        "distill": {"max_steps": 2, "max_length": 16, "per_device_train_batch_size": 2, "eval_strategy": "no"},
+        "evaluate": {"num_rows": 4, "speed": False},
+    }
+
+
+def run(values, **kwargs):
+    lines: list[str] = []
+    folder = runner.run_recipe(Recipe.from_dict(values), show_progress=False, report=lines.append, **kwargs)
+    return folder, lines
+
+
+def names(lines):
+    return [line[1 : line.index("]")] for line in lines]
+
+
+def test_the_shipped_example_runs_at_pocket_size(workshop, tmp_path, monkeypatch):
+    """Every round cuts the student of the one before; the card, the evaluation and the repository show all of them."""
+    monkeypatch.setattr(card_module, "write_plots", lambda folder: None)  # a matter of seconds, and of other tests
+    overrides = [
+        f"teacher={workshop / 'teacher'}",
+        f"data={{train: {workshop / 'train.jsonl'}, eval: {workshop / 'eval.jsonl'}}}",
+        f"output_dir={tmp_path / 'run'}",
+        "scores={num_samples: 8, max_length: 16}",
+        "distill={max_steps: 2, max_length: 16, per_device_train_batch_size: 2, eval_strategy: 'no'}",
+        "rounds.2.distill={max_steps: 3}",
+        "prune.multiple_of=1",
+        "evaluate={num_rows: 4, speed: false}",
+        "controls=[random_pruning]",
+    ]
+    recipe = Recipe.from_yaml(EXAMPLE, overrides)
+    folder = runner.run_recipe(recipe, show_progress=False, report=lambda line: None)
+    evaluation = json.loads((folder / "evaluation.json").read_text())["models"]
+    assert list(evaluation) == ["teacher", "pruned", "round_1", "student", "random_pruning"]
+    counts = [evaluation[name]["num_parameters"] for name in ("teacher", "round_1", "student")]
+    assert counts == sorted(set(counts), reverse=True)
+    assert evaluation["random_pruning"]["num_parameters"] == counts[2]
+    shapes = runner.check_recipe(recipe)
+    assert [shapes["num_parameters"][whose] for whose in ("teacher", "student")] == [counts[0], counts[2]]
+
+    plans = [PruningPlan.from_pretrained(own) for own in (folder / "rounds" / "1", folder)]
+    for source, own, plan in zip(
+        (workshop / "teacher", folder / "rounds" / "1"), (folder / "rounds" / "1", folder), plans
+    ):
+        cut, expected = load_model(own / "pruned"), apply_plan(load_model(source), plan)
+        assert all(found.equal(wanted) for found, wanted in zip(cut.parameters(), expected.parameters(), strict=True))
+        distilled = load_model(own)
+        assert any(not a.equal(b) for a, b in zip(cut.parameters(), distilled.parameters(), strict=True))
+
+    card = (folder / "README.md").read_text()
+    losses = [evaluation[name]["metrics"]["loss"]["value"] for name in ("teacher", "round_1", "student")]
+    rows = [
+        line.split("|")[1:-1]
+        for line in card[card.index("## Rounds") : card.index("## Arch")].splitlines()[4:]
+        if line
+    ]
+    rows = [[cell.strip() for cell in row] for row in rows[-3:]]
+    assert [row[0] for row in rows] == ["Teacher", "1", "2"]
+    assert [int(row[2].replace(",", "")) for row in rows] == counts
+    for row, loss in zip(rows, losses, strict=True):
+        assert float(row[4].split("±")[0]) == pytest.approx(loss, abs=0.05)
+    kept = [plans[0].layers_kept[layer] for layer in plans[1].layers_kept]
+    assert f"{len(kept)} of {plans[0].sizes['layers']['teacher']}" in card
+    published = set(uploaded_files(folder))
+    assert {"rounds/1/pruning_plan.json", "rounds/1/distillation.json", "model.safetensors"} <= published
+    assert not [name for name in published if name.startswith("rounds/") and name.endswith("model.safetensors")]
+
+
+def test_rounds_stop_resume_and_are_redone_like_stages(values, monkeypatch):
+    folder, lines = run(values, until="1/distill")
+    assert names(lines) == STAGES[:4]
+    assert (folder / "rounds" / "1" / "config.json").is_file()
+    assert not (folder / "pruning_plan.json").exists()
+    learned: list[str] = []
+    original = stages.distill
+    monkeypatch.setattr(
+        stages,
+        "distill",
+        lambda student, teacher, *args, **kwargs: (
+            learned.append(teacher.config._name_or_path),
+            original(student, teacher, *args, **kwargs),
+        )[1],
+    )
+    _, lines = run(values, until="distill")
+    assert names(lines) == STAGES
+    assert ["skipped" in line for line in lines] == [True] * 4 + [False] * 4
+    assert learned == [values["teacher"]]
+    arguments = [json.loads((own / "distillation.json").read_text()) for own in (folder / "rounds" / "1", folder)]
+    assert [one["global_step"] for one in arguments] == [3, 2]
+
+    values["rounds"][1]["teacher"] = "previous"
+    with pytest.raises(MismatchError, match=r"stage 'distill' was made from other inputs.*teacher: None → previous"):
+        run(values, until="distill")
+    _, lines = run(values, until="distill", redo=True)
+    assert ["skipped" in line for line in lines] == [True] * 7 + [False]
+    assert learned[1:] == [str(folder / "rounds" / "1")]
+
+    values["rounds"][0]["prune"]["intermediate_size"] = 0.8
+    with pytest.raises(MismatchError, match=r"stage '1/plan'.*intermediate_size: 0.75 → 0.8"):
+        run(values, until="distill")
+    single = {**values, "prune": {"intermediate_size": 0.5}, "rounds": []}
+    (folder / "stages" / "score.json").unlink()
+    with pytest.raises(MismatchError, match="no round 1"):
+        run(single, until="score")
+    run(single, until="score", redo=True)
+    assert not (folder / "rounds" / "1").exists()
+
+
+def test_states_are_compared_over_all_rounds(values):
+    """The map to the teacher's width begins as the teacher's channels that both rounds have kept."""
+    folder, _ = run(values, until="plan")
+    plans = [PruningPlan.from_pretrained(own) for own in (folder / "rounds" / "1", folder)]
+    width = plans[0].sizes["hidden"]["teacher"]
+    channels = torch.eye(width)
+    for plan in plans:
+        channels = channels[torch.from_numpy(plan.kept["hidden"])]
+    assert _initial_map(len(channels), width, plans).equal(channels.T)
+    assert not _initial_map(len(channels), width, plans[1:]).equal(channels.T)
+    assert [plan.digest for plan in stages.Run(Recipe.from_dict(values)).in_round(2).plans] == [
+        p.digest for p in plans
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (
+            {"rounds": [{"prune": {"intermediate_size": 0.5}}, {"prune": {"intermediate_size": 9999}}]},
+            PlanError,
+            "Round 2",
+        ),
+        (
+            {"rounds": [{"prune": {"intermediate_size": 20}}, {"prune": {"intermediate_size": 20}}]},
+            PlanError,
+            "nothing is",
+        ),
+        ({"rounds": [{"scores": {}}]}, DataError, "rounds.1 lacks 'prune'"),
+        ({"rounds": [{"prune": {}, "teacher": "mine"}]}, DataError, "rounds.1.teacher='mine'"),
+        ({"rounds": [{"prune": {}, "colour": 1}]}, DataError, "rounds.1 has no entry colour"),
+        ({"rounds": {"prune": {}}}, DataError, "rounds=.*expected list"),
+        ({"rounds": [], "prune": {}}, DataError, "lacks prune"),
+        ({"rounds": [{"prune": {"hidden_size": 0.5}, "distill": {"stpes": 3}}]}, DataError, "rounds.1.distill: stpes"),
+        ({"rounds": [{"prune": {"hidden_size": 0.5}, "scores": {"rows": 3}}]}, DataError, "rounds.1.scores: rows"),
+        (
+            {"rounds": [{"prune": {"hidden_size": 0.5}, "distill": {"temperature": 2.0}}], "teacher_cache": {}},
+            DataError,
+            "rounds.1.distill: temperature cannot differ",
+        ),
+        (
+            {"rounds": [{"prune": {"hidden_size": 0.5}, "teacher": "previous"}], "teacher_cache": {}},
+            DataError,
+            "teacher_cache holds what the original",
+        ),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_file(values, changes, error, words):
+    with pytest.raises(error, match=words):
+        run({**values, **changes})
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_entries_of_a_round_are_counted_from_one():
+    recipe = Recipe.from_yaml(EXAMPLE, ["rounds.1.prune.hidden_size=0.5"])
+    assert [one.prune.get("hidden_size") for one in recipe.rounds] == [0.5, None]
+    with pytest.raises(DataError, match="none of the 2 entries"):
+        Recipe.from_yaml(EXAMPLE, ["rounds.0.prune.hidden_size=0.5"])
+    orders = [recipe.in_round(number).distill.get("data_seed") for number in (1, 2)]
+    assert orders == [None, 43]
