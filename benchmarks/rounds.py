@@ -22,17 +22,15 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import yaml
 
+from controls import command, spread
+from losses import distil
 from minitron_hf import (
-    DistillationConfig,
-    DistillationTrainer,
     PrunerConfig,
     apply_plan,
     estimate_importance,
@@ -59,7 +57,12 @@ def main() -> None:
         PrunerConfig.from_dict(dict(yaml.safe_load(one.replace("=", ": ", 1)).popitem() for one in entries))
         for entries in (arguments.between, arguments.prune)
     )
-    results: dict = {"command": command(arguments), "versions": versions(), "num_parameters": {}, "runs": []}
+    results: dict = {
+        "command": command(arguments).replace("controls.py", "rounds.py"),
+        "versions": versions(),
+        "num_parameters": {},
+        "runs": [],
+    }
     results["num_parameters"]["teacher"] = count_parameters(teacher)
 
     def cut(model, request, *, random: int | None):
@@ -76,31 +79,11 @@ def main() -> None:
         )
         return apply_plan(model, make_plan(model, request, scores)).float()
 
-    def distil(student, source, part: int, seed: int):
-        """The student after a part of the steps, the last of which has another order of the data."""
+    def learn(student, source, part: int, order: int):
+        """The student after a part of the tokens."""
+        tokens = argparse.Namespace(**{**vars(arguments), "tokens": arguments.tokens // part})
         with tempfile.TemporaryDirectory() as folder:
-            DistillationTrainer(
-                model=student,
-                teacher_model=source,
-                args=DistillationConfig(
-                    folder,
-                    max_steps=arguments.tokens // (arguments.batch_size * arguments.max_length) // part,
-                    per_device_train_batch_size=arguments.batch_size,
-                    learning_rate=arguments.learning_rate,
-                    lr_scheduler_type="cosine",
-                    warmup_steps=0.05,
-                    max_length=arguments.max_length,
-                    packing=True,
-                    packing_strategy="wrapped",
-                    seed=seed,
-                    save_strategy="no",
-                    logging_steps=0.1,
-                    report_to="none",
-                    disable_tqdm=True,
-                ),
-                train_dataset=train,
-                processing_class=tokenizer,
-            ).train()
+            distil(student, source, train, folder, tokenizer, order, tokens, lr_scheduler_type="cosine")
         gc.collect()
         return student.eval()
 
@@ -121,16 +104,18 @@ def main() -> None:
         random = seed if arm.endswith("random") else None
         orders = (2 * seed, 2 * seed + 1)
         if arm == "one round":
-            student = distil(cut(teacher, final, random=random), teacher, 1, orders[0])
+            student = learn(cut(teacher, final, random=random), teacher, 1, orders[0])
         else:
             rounds = arm.startswith("two")
             first = cut(teacher, between if rounds else final, random=random)
-            first = distil(first, teacher, 2, orders[0])
+            first = learn(first, teacher, 2, orders[0])
             after["first half"] = measure(first)
-            results["num_parameters"]["between"] = count_parameters(first) if rounds else None
-            student = cut(first, final, random=random) if rounds else first
+            student = first
+            if rounds:
+                results["num_parameters"]["between"] = count_parameters(first)
+                student = cut(first, final, random=random)
             after["second cut"] = measure(student)
-            student = distil(student, first if arm.endswith("previous") else teacher, 2, orders[1])
+            student = learn(student, first if arm.endswith("previous") else teacher, 2, orders[1])
         after["all tokens"] = measure(student)
         results["num_parameters"]["student"] = count_parameters(student)
         results["runs"].append(
@@ -152,22 +137,6 @@ def table(results: dict) -> str:
         cells = [spread([end[metric]["value"] for end in ends]) for metric in metrics]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """The command line again, with the folder of test data as a variable."""
-    words = ["python benchmarks/rounds.py"]
-    for name, value in vars(arguments).items():
-        if name != "output":
-            words += [f"--{name.replace('_', '-')} {each}" for each in (value if isinstance(value, list) else [value])]
-    folder = os.environ.get("MINITRON_TEST_DATA")
-    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
 
 
 def parse_arguments() -> argparse.Namespace:

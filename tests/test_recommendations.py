@@ -119,9 +119,15 @@ def test_the_rounds_of_llama_nest():
     assert 3072 <= first.sizes["hidden"] <= 4096
     assert 9216 <= first.sizes["ffn"] <= 14336
     assert first.num_parameters / 8_030_261_248 == pytest.approx(0.75, abs=0.04)
-    assert prune(found) == {"hidden_size": first.sizes["hidden"], "intermediate_size": first.sizes["ffn"]}
-    text = found.to_yaml(found.recipe("x", train="a", eval="b", output_dir="c"))
-    assert last.name in " ".join(text.split("\n#   ")).replace("\n#", "")
+    values = yaml.safe_load(found.to_yaml(found.recipe("x", train="a", eval="b", output_dir="c")))
+    assert "prune" not in values
+    recipe = Recipe.from_dict(values)
+    for number, shape in enumerate(found.rounds, 1):
+        request = recipe.in_round(number).pruner_config
+        assert (request.hidden_size, request.intermediate_size) == (shape.sizes["hidden"], shape.sizes["ffn"])
+        assert count_parameters(student_config(LLAMA, request)) == shape.num_parameters
+    changed = found.recipe("x", train="a", eval="b", output_dir="c", overrides=["rounds.2.prune.hidden_size=2560"])
+    assert [one["prune"]["hidden_size"] for one in changed["rounds"]] == [first.sizes["hidden"], 2560]
 
 
 def test_defaults_are_what_is_recommended(published):

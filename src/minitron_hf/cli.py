@@ -194,7 +194,8 @@ def plan(
         if given or scores is not None or target is None:
             raise DataError(
                 "--recommend needs --target, and takes no sizes and no scores: it decides on the sizes. "
-                "--set prune.hidden_size=… changes them in the recipe."
+                "--set prune.hidden_size=… changes them in the recipe, --set rounds.1.prune.hidden_size=… those of a "
+                "round."
             )
         from .recommendations import recommend as decide
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,7 @@ class Recommendation:
     def recipe(
         self, teacher: str, *, train: Any, eval: Any, output_dir: str, overrides: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """The first round's recipe: the settings of all decisions, as `Recipe.from_dict` takes them.
+        """The recipe: the settings of all decisions, as `Recipe.from_dict` takes them.
 
         Args:
             teacher: Hub id or folder.
@@ -108,18 +109,15 @@ class Recommendation:
                     section = section.setdefault(one, {})
                 section[leaf] = value
         values = apply_overrides(values, list(overrides))
-        Recipe.from_dict(values).pruner_config  # noqa: B018 (refuses what is wrong)
+        recipe = Recipe.from_dict(values)
+        for each in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
+            each.pruner_config  # noqa: B018 (refuses what is wrong)
         return values
 
     def to_yaml(self, recipe: Mapping[str, Any]) -> str:
-        """A recipe of `recipe()` as YAML, with the decisions and the later rounds as comments."""
+        """A recipe of `recipe()` as YAML, with the decisions as comments."""
         lines = ["Written by minitron-hf plan --recommend."]
         lines += [f"{one.name}: {one.value}. {one.reason} [{one.source}]" for one in self.decisions]
-        for number, shape in enumerate(self.rounds[1:], 2):
-            lines.append(
-                f"Round {number} of {len(self.rounds)}: this recipe again, with the student of round {number - 1} as "
-                f"the teacher, without teacher_correction, and prune: {shape.name}."
-            )
         comment = "\n".join(
             textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
             for line in lines
@@ -172,9 +170,8 @@ def recommend(
     share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
     wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
     steps = _rounds(spec, config, shapes, candidates[0], total, wanted)
-    first = steps[0]
-    sizes = {name: size for name in PRUNER_FIELDS if (size := getattr(first.request, name)) is not None}
-    dropped = 1 - first.sizes["layers"] / spec.sizes(config)["layers"]
+    depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in steps)]
+    dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
     per_round = tokens / len(steps)
     schedule = _schedule(config, per_round)
     decisions = [
@@ -186,7 +183,7 @@ def recommend(
         ),
         axes,
         _shape(spec, config, candidates[0], by_depth),
-        _round_decision(steps, total, parameters, len(steps) if rounds is None else rounds, rounds is not None, sizes),
+        _round_decision(steps, total, parameters, len(steps) if rounds is None else rounds, rounds is not None),
         Decision(
             "importance",
             "activations, one forward pass, (L2, mean), 1,024 rows without padding",
@@ -367,9 +364,7 @@ def _shape(spec: ArchSpec, config: PretrainedConfig, shape: Shape, by_depth: boo
     return Decision("shape", ", ".join(changed), reason, "P2")
 
 
-def _round_decision(
-    steps: Sequence[Shape], total: int, parameters: int, wanted: int, forced: bool, sizes: Mapping[str, int]
-) -> Decision:
+def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted: int, forced: bool) -> Decision:
     sequence = " → ".join([_short(total), *(_short(shape.num_parameters) for shape in steps)])
     cut = 1 - parameters / total
     if len(steps) == 1:
@@ -383,6 +378,12 @@ def _round_decision(
             f"{cut:.0%} of the parameters go, about a third at most in each round: large → medium → small beats one "
             "cut (MMLU 42.5 against 37.8 at equal compute). P2 cut Llama-3.1-8B by 44% at once, which --rounds 1 does."
         )
+    cuts = [
+        {name: size for name in PRUNER_FIELDS if (size := getattr(shape.request, name)) is not None} for shape in steps
+    ]
+    settings: dict[str, Any] = {f"prune.{name}": size for name, size in cuts[0].items()}
+    if len(steps) > 1:
+        settings = {"rounds": [{"prune": sizes} for sizes in cuts]}
     if len(steps) < wanted:
         reason += " There are no more shapes in between."
     return Decision(
@@ -390,7 +391,7 @@ def _round_decision(
         f"{len(steps)}: {sequence}",
         reason,
         "P1, practice 1; MO",
-        {f"prune.{name}": size for name, size in sizes.items()},
+        settings,
     )
 
 
@@ -442,7 +443,7 @@ def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: D
 
 
 def _intermediate(share: float) -> Decision:
-    """By the share of the layers that the first round drops."""
+    """By the share of the layers that a round drops at most."""
     if share >= MUCH_DEPTH:
         return Decision(
             "states and embeddings",
