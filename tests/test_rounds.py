@@ -168,6 +168,17 @@ def test_states_are_compared_over_all_rounds(values):
     ]
 
 
+def test_several_processes_are_told_which_round_they_train(values, monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr(stages, "launch", lambda arguments, *how: started.append(arguments))
+    values["distributed"] = {"config": "ddp", "num_processes": 2}
+    whole = stages.Run(Recipe.from_dict(values))
+    for number, own in ((1, whole.folder / "rounds" / "1"), (2, whole.folder)):
+        stages._distill(whole.in_round(number))
+        wanted = ["stage", "distill", whole.folder / "recipe.yaml", own / "pruned", own, f"--round={number}"]
+        assert started[-1] == [str(argument) for argument in wanted]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -186,6 +197,8 @@ def test_states_are_compared_over_all_rounds(values):
         ({"rounds": [{"prune": {}, "colour": 1}]}, DataError, "rounds.1 has no entry colour"),
         ({"rounds": {"prune": {}}}, DataError, "rounds=.*expected list"),
         ({"rounds": [], "prune": {}}, DataError, "lacks prune"),
+        ({"search": {"space": {"hidden_size": [0.5]}}}, DataError, "rounds and search"),
+        ({"rounds": [{"prune": {"target_parameters": 0.5}}]}, DataError, "Leave out target_parameters"),
         ({"rounds": [{"prune": {"hidden_size": 0.5}, "distill": {"stpes": 3}}]}, DataError, "rounds.1.distill: stpes"),
         ({"rounds": [{"prune": {"hidden_size": 0.5}, "scores": {"rows": 3}}]}, DataError, "rounds.1.scores: rows"),
         (
