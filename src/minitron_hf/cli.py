@@ -465,7 +465,6 @@ def distill(
         return
     if num_processes is not None:
         raise DataError("--num-processes needs --accelerate NAME, such as ddp.")
-    from .models import load_model
     from .recipe import DISTILL_DEFAULTS, apply_overrides
     from .stages import distill as run_distillation
 
@@ -475,7 +474,7 @@ def distill(
         settings["eval_strategy"] = "no"
     run_distillation(
         model,
-        None if teacher is None else load_model(teacher),
+        teacher,
         output,
         tokenizer,
         settings,

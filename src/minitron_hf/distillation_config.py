@@ -100,6 +100,13 @@ class DistillationConfig(SFTConfig):
             "that of the checkpoint, or float32 where the hardware is slow in that."
         },
     )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher's layers in main memory, and fetch one after another for every forward pass. "
+            "For one device or DDP; FSDP2 and ZeRO-3 split the teacher instead."
+        },
+    )
     upcast_student: bool = field(
         default=True,
         metadata={
@@ -165,6 +172,8 @@ class DistillationConfig(SFTConfig):
                 f"teacher_original_learning_rate={rate!r}: teacher_correction needs the peak learning rate that the "
                 "teacher was trained with, a number above 0."
             )
+        if self.teacher_correction and self.teacher_offload:
+            raise ValueError("teacher_offload: a teacher that goes on learning (teacher_correction) must be at hand.")
         if self.teacher_correction and self.fp16:
             raise ValueError("teacher_correction: not in float16, whose gradients need a scaler. Set bf16 or neither.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:

@@ -166,6 +166,12 @@ def output_head(model: torch.nn.Module) -> OutputHead:
             f"{type(base).__name__} has no linear output head (get_output_embeddings() returned "
             f"{type(layer).__name__}); distillation needs a causal language model with one."
         )
+    if not weight.is_floating_point() or "torchao" in type(weight.data).__module__:
+        raise UnsupportedModelError(
+            f"The output head of {type(base).__name__} is quantised ({type(weight).__name__}, {weight.dtype}), and "
+            "the loss multiplies by its weight. Leave it out of the quantisation: modules_to_not_convert=['lm_head'], "
+            "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
+        )
     config = base.config.get_text_config()
     scale = 1.0
     if config.model_type in LOGIT_SCALES:

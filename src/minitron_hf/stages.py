@@ -145,6 +145,19 @@ class Run:
         """Whether this is a later round whose student learns from the student of the round before."""
         return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
 
+    def unloaded_teacher(self, settings: dict[str, Any]) -> str:
+        """Where the trainer finds what the student learns from, to load it as the settings say."""
+        if self is not self.whole and not self.learns_from_previous:
+            return self.whole.unloaded_teacher(settings)
+        section = self.recipe.teacher
+        corrected = self is self.whole and self.recipe.teacher_correction is not None
+        for key in ("teacher", "corrected_teacher"):
+            self.forget(key)
+        where = {} if corrected or section.revision is None else {"revision": section.revision}
+        given = settings.get("teacher_model_init_kwargs") or {}
+        settings["teacher_model_init_kwargs"] = {"dtype": str(self.dtype).removeprefix("torch."), **where, **given}
+        return str(self.folder / CORRECTED_DIR) if corrected else section.model
+
     def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         """Load a model for computing; of several processes, each has the trainer place or split it."""
         import torch
@@ -503,7 +516,7 @@ def _publish(run: Run) -> None:
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | str | None,
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
@@ -574,9 +587,14 @@ def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
 
 def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> None:
     """Distil the student in one folder into another, in all the processes that call this."""
-    teacher: PreTrainedModel | None
+    settings = {**_training_settings(run), **changes}
+    teacher: PreTrainedModel | str | None
     if run.recipe.teacher_cache is None:
-        teacher, corpora = run.learned_teacher, [run.dataset("train"), run.dataset("eval")]
+        corpora = [run.dataset("train"), run.dataset("eval")]
+        if settings.get("teacher_offload") or settings.get("teacher_model_init_kwargs"):
+            teacher = run.unloaded_teacher(settings)
+        else:
+            teacher = run.learned_teacher
     else:
         from .teacher_cache import load_teacher_cache
 
@@ -587,7 +605,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         teacher,
         folder,
         run.tokenizer,
-        {**_training_settings(run), **changes},
+        settings,
         *corpora,
         plans=run.plans if folder == run.folder else (),
         peft_config=lora_config(run.recipe),

@@ -56,6 +56,7 @@ from .wrapping import (
     forward_of_backbone,
     gathered_model,
     keep_losses_whole,
+    offload_layers,
     shard_teacher,
     whole_head,
     whole_projection,
@@ -275,8 +276,15 @@ class DistillationTrainer(SFTTrainer):
         if slow and not getattr(teacher_model, "is_quantized", False):
             logger.info("The teacher is computed in float32: this hardware is slow in %s.", teacher_model.dtype)
             teacher_model.float()
+        if sharded and self.args.teacher_offload:
+            raise UnsupportedModelError(
+                "teacher_offload: FSDP and DeepSpeed split the teacher over the devices. Leave it out, or have the "
+                "configuration keep all shards in main memory (fsdp_offload_params, offload_param_device)."
+            )
         if not sharded:
-            if getattr(teacher_model, "hf_device_map", None) is None:
+            if self.args.teacher_offload:
+                offload_layers(teacher_model, self.accelerator.device)
+            elif getattr(teacher_model, "hf_device_map", None) is None:
                 teacher_model.to(self.accelerator.device)
             check_output_head(self.model, role="student")
             check_output_head(teacher_model, role="teacher")

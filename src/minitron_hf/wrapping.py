@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from accelerate.utils import is_peft_model
 from peft import get_peft_model
 from torch import Tensor
@@ -152,6 +153,32 @@ def keep_losses_whole(plugin: Any) -> None:
     policy = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def offload_layers(teacher: Any, device: torch.device) -> None:
+    """Keep the layers of a frozen model in main memory, and all else of it on a device.
+
+    What is fetched at one time is one linear map of one layer. The head and the embeddings stay: the loss reads them.
+
+    Raises:
+        UnsupportedModelError: if its layers cannot be told from the rest, or its weights are in other hands already.
+    """
+    if getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False):
+        raise UnsupportedModelError(
+            "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which decide where "
+            "its weights are. Leave out the one or the other."
+        )
+    classes = teacher._no_split_modules or ()
+    layers = [module for module in teacher.modules() if type(module).__name__ in classes]
+    if not layers:
+        raise UnsupportedModelError(
+            f"teacher_offload: {type(teacher).__name__} does not say what its layers are (_no_split_modules). "
+            "Load a quantised teacher, or train from a cache of it."
+        )
+    teacher.to("cpu")
+    for layer in layers:
+        cpu_offload(layer, execution_device=device)
+    teacher._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def shard_teacher(teacher: Any, accelerator: Any) -> Any:
