@@ -197,7 +197,7 @@ def cross_entropy_sum(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor) -> 
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
-    size = default_chunk_size(head.vocab_size, hidden_NH.device)
+    size = default_chunk_size(hidden_NH.shape[0], head.vocab_size, hidden_NH.device)
     sums: list[Tensor] = [
         checkpoint(of_chunk, states, labels, use_reentrant=False)
         for states, labels in zip(hidden_NH.split(size), labels_N.split(size))
