@@ -173,7 +173,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedModelError: if Transformers has no causal language model for the config, or cannot build it.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _not_partitioned():
             # A copy, because building a model may write its attention implementation into the config.
             model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
             return model
@@ -186,6 +186,19 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"Transformers cannot build a {config.model_type!r} model from this config: {first_line(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Have Transformers build whole models under DeepSpeed ZeRO-3, by one process too."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, embeddings: bool = True) -> int:
