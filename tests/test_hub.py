@@ -97,8 +97,8 @@ def full_run(student, tmp_path):
 @pytest.fixture
 def run_dir(full_run):
     """The run folder without what the plots are drawn from: drawing them takes most of the time of a push."""
-    (full_run / "scores.safetensors").unlink()
-    (full_run / "distillation.json").unlink()
+    for name in PLOTTED_FROM:
+        (full_run / name).unlink()
     shutil.rmtree(full_run / "plots")
     return full_run
 
@@ -151,6 +151,7 @@ EXPECTED = {
     "model.safetensors",
     "plots/importance.png",
     "plots/layers.png",
+    "plots/search.png",
     "plots/training.png",
     "pruner_config.json",
     "pruning_plan.json",
@@ -158,12 +159,14 @@ EXPECTED = {
     "recipe.yaml",
     "samples.json",
     "scores.safetensors",
+    "search.json",
     "teacher.json",
     "tokenizer.json",
     "tokenizer_config.json",
 }
 PLOTTED = {name for name in EXPECTED if name.startswith("plots/")}
-EXPECTED_WITHOUT_PLOTS = EXPECTED - PLOTTED - {"scores.safetensors", "distillation.json"}
+PLOTTED_FROM = {"scores.safetensors", "distillation.json", "search.json"}
+EXPECTED_WITHOUT_PLOTS = EXPECTED - PLOTTED - PLOTTED_FROM
 
 
 def test_push_then_load_from_the_hub(student, full_run, hub_server, tmp_path):

@@ -757,7 +757,7 @@ def test_plan_file_has_the_documented_form(tmp_path: Path):
     written = json.loads((tmp_path / "run" / "pruning_plan.json").read_text())
     assert list(written) == [
         "format", "versions", "model_type", "teacher", "student", "sizes", "layers_kept", "layers_dropped",
-        "pruner_config", "scales", "selection", "scores", "notes",
+        "pruner_config", "scales", "repair", "selection", "scores", "notes",
     ]  # fmt: skip
     assert written["format"] == 1
     assert written["versions"]["minitron_hf"]
