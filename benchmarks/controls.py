@@ -31,6 +31,7 @@ from minitron_hf import (
     apply_plan,
     estimate_importance,
     evaluate_models,
+    iterate_importance,
     load_model,
     load_text_dataset,
     load_tokenizer,
@@ -39,7 +40,6 @@ from minitron_hf import (
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype, count_parameters
-from minitron_hf.sizes import scoring_arguments
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
 
@@ -54,16 +54,16 @@ def main() -> None:
     held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))
     request = PrunerConfig.from_dict(dict(yaml.safe_load(p.replace("=", ": ", 1)).popitem() for p in arguments.prune))
     length = arguments.max_length
-    scores = estimate_importance(
+    scores = iterate_importance(
         teacher,
-        (row["text"] for row in train),
+        request,
+        [row["text"] for row in train.select(range(min(len(train), 1024)))],
+        iterations=arguments.iterations,
         processing_class=tokenizer,
         max_length=length,
-        **scoring_arguments(
-            teacher.config,
-            request,
-            {"num_samples": 1024, "metric": arguments.metric, "depth_metric": arguments.depth_metric},
-        ),
+        num_samples=1024,
+        metric=arguments.metric,
+        depth_metric=arguments.depth_metric,
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {
@@ -193,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prune", action="append", required=True, metavar="FIELD=VALUE", help="of PrunerConfig")
     parser.add_argument("--metric", choices=get_args(Metric), default="activation", help="of estimate_importance")
     parser.add_argument("--depth-metric", choices=("perplexity", "logit_nmse"), help="of estimate_importance")
+    parser.add_argument("--iterations", type=int, default=1, help="rounds of scoring")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -1,7 +1,8 @@
 """Which importance to prune by? Loss of students before any retraining, by metric, beside random pruning.
 
-One set of scores per metric, one cut per request; `--seeds` random choices are the control. Run from the repository
-root, for example:
+One set of scores per metric, one cut per request; `--seeds` random choices are the control. `--vary reduction`
+compares the nine reductions over tokens and rows (P1, Table 13) instead, `--vary iterations` one, two and four rounds
+of scoring. Run from the repository root, for example:
 
     python benchmarks/metrics.py --teacher MODEL --train train.jsonl --eval valid.jsonl --output results.json
 """
@@ -9,6 +10,7 @@ root, for example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from minitron_hf import (
     apply_plan,
     estimate_importance,
     evaluate_models,
+    iterate_importance,
     load_model,
     load_text_dataset,
     load_tokenizer,
@@ -30,6 +33,7 @@ from minitron_hf.artifacts import public_name, versions, write_json
 from minitron_hf.data import token_rows
 from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype
+from minitron_hf.reductions import Reduction
 
 #: What is cut, each by itself and all together.
 REQUESTS = {
@@ -39,14 +43,24 @@ REQUESTS = {
     "channels": "{hidden_size: 0.75}",
     "neurons and channels": "{intermediate_size: 0.65, hidden_size: 0.75}",
 }
+#: What is compared, and the arguments of scoring behind each name.
+VARIANTS: dict[str, dict[str, dict]] = {
+    "metric": {metric: {"metric": metric} for metric in get_args(Metric) if metric != "random"},
+    "reduction": {
+        f"{tokens} over tokens, {rows} over rows": {"sequence_reduction": tokens, "batch_reduction": rows}
+        for tokens, rows in itertools.product(get_args(Reduction), repeat=2)
+    },
+    "iterations": {f"T = {rounds}": {"iterations": rounds} for rounds in (1, 2, 4)},
+}
 
 
 def main() -> None:
-    """Measure all metrics of all teachers."""
+    """Measure all variants of all teachers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", action="append", required=True, help="folder or Hub id")
     parser.add_argument("--train", required=True, help="calibration text")
     parser.add_argument("--eval", required=True, help="held-out text")
+    parser.add_argument("--vary", choices=VARIANTS, default="metric", help="what is compared")
     parser.add_argument("--rows", type=int, default=256, help="calibration rows")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="random choices")
@@ -54,25 +68,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     more = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.set)}
-    results: dict = {"versions": versions(), "arguments": {"rows": arguments.rows, **more}, "teachers": {}}
+    results: dict = {
+        "versions": versions(),
+        "arguments": {"vary": arguments.vary, "rows": arguments.rows, **more},
+        "teachers": {},
+    }
     for name in arguments.teacher:
         teacher, tokenizer = load_model(name, dtype=compute_dtype()), load_tokenizer(name)
         texts = (row["text"] for row in load_text_dataset(arguments.train))
         rows = token_rows(texts, tokenizer, max_length=arguments.max_length, num_rows=arguments.rows)
         held_out = load_text_dataset(arguments.eval)
-        metrics = [metric for metric in get_args(Metric) if metric != "random"]
-        scores, seconds = {}, {}
-        for metric in metrics:
+        variants = VARIANTS[arguments.vary]
+        requests = {cut: PrunerConfig.from_dict({**yaml.safe_load(text), **more}) for cut, text in REQUESTS.items()}
+        models, seconds = {"teacher": teacher}, {}
+        for variant, how in variants.items():
             start = time.monotonic()
-            scores[metric] = estimate_importance(teacher, rows, metric=metric, show_progress=False)
-            seconds[metric] = round(time.monotonic() - start, 2)
-        for seed in range(arguments.seeds):
-            scores[f"random {seed}"] = estimate_importance(teacher, metric="random", seed=seed)
-        models = {"teacher": teacher}
-        for cut, text in REQUESTS.items():
-            request = PrunerConfig.from_dict({**yaml.safe_load(text), **more})
-            for metric, found in scores.items():
-                models[f"{cut} by {metric}"] = apply_plan(teacher, make_plan(teacher, request, found))
+            if "iterations" in how:  # each round depends on what is cut
+                scores = {
+                    cut: iterate_importance(teacher, request, rows, show_progress=False, **how)
+                    for cut, request in requests.items()
+                }
+            else:
+                scores = dict.fromkeys(requests, estimate_importance(teacher, rows, show_progress=False, **how))
+            seconds[variant] = round(time.monotonic() - start, 2)
+            for cut, request in requests.items():
+                models[f"{cut} by {variant}"] = apply_plan(teacher, make_plan(teacher, request, scores[cut]))
+        for seed, (cut, request) in itertools.product(range(arguments.seeds), requests.items()):
+            drawn = estimate_importance(teacher, metric="random", seed=seed)
+            models[f"{cut} by random {seed}"] = apply_plan(teacher, make_plan(teacher, request, drawn))
         measured = evaluate_models(
             models,
             held_out,
@@ -86,11 +109,11 @@ def main() -> None:
         results["teachers"][public_name(name)] = {"seconds": seconds, "loss": losses}
         print(f"\n{public_name(name)}: teacher loss {losses['teacher']['value']:.3f}")
         print("| | " + " | ".join(REQUESTS) + " |\n|---|" + "---|" * len(REQUESTS))
-        for metric in metrics:
-            cells = [f"{losses[f'{cut} by {metric}']['value']:.3f}" for cut in REQUESTS]
-            print(f"| {metric} | {' | '.join(cells)} |", flush=True)
-        drawn = [[losses[f"{cut} by random {seed}"]["value"] for seed in range(arguments.seeds)] for cut in REQUESTS]
-        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in drawn]
+        for variant in variants:
+            cells = [f"{losses[f'{cut} by {variant}']['value']:.3f}" for cut in REQUESTS]
+            print(f"| {variant} | {' | '.join(cells)} |", flush=True)
+        chances = [[losses[f"{cut} by random {seed}"]["value"] for seed in range(arguments.seeds)] for cut in REQUESTS]
+        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in chances]
         print(f"| random | {' | '.join(cells)} |")
     if arguments.output:
         write_json(arguments.output, results)

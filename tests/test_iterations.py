@@ -24,6 +24,11 @@ CASES = {
         {"num_key_value_heads": 1, "num_attention_heads": 2},
         {"num_key_value_heads": 2 / 3, "num_attention_heads": 7 / 12},
     ),
+    "heads, by way of a number that only other classes hold": (
+        "llama",
+        {"num_key_value_heads": 1, "num_attention_heads": 4},
+        {"num_key_value_heads": 2 / 3, "num_attention_heads": 8 / 12, "model_type": "mistral"},
+    ),
     "a block of layers": ("llama", {"num_hidden_layers": 3}, {"num_hidden_layers": 4}),
     "single layers": (
         "llama",
@@ -87,3 +92,10 @@ def test_rounds_that_cannot_be_followed_are_refused():
     request = PrunerConfig(num_hidden_layers=3, contiguous=False)
     with pytest.raises(PlanError, match="one after another already"):
         iterate_importance(model, request, ROWS, iterations=2, depth_metric="perplexity")
+
+
+def test_a_way_that_no_stock_classes_can_go_is_refused_before_anything_is_scored():
+    model = pocket_model("arcee", dtype=torch.float32)
+    request = PrunerConfig(num_key_value_heads=1, num_attention_heads=4, multiple_of=1)
+    with pytest.raises(PlanError, match=r"iterations=2: the student of round 1 .* Give other sizes to end with"):
+        iterate_importance(model, request, ROWS, iterations=2)

@@ -28,6 +28,7 @@ _MODULE_OF = {
     "verify_student": "verification",
     "apply_plan": "surgery",
     "carry_out": "surgery",
+    "iterate_importance": "surgery",
     "plan_for_target": "surgery",
     "prune_model": "surgery",
     "repaired_weights": "repair",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .streaming import prune_checkpoint as prune_checkpoint
     from .surgery import apply_plan as apply_plan
     from .surgery import carry_out as carry_out
+    from .surgery import iterate_importance as iterate_importance
     from .surgery import plan_for_target as plan_for_target
     from .surgery import prune_model as prune_model
     from .teacher import correct_teacher as correct_teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -254,6 +255,26 @@ def _carrier(spec: ArchSpec, config: PretrainedConfig, model_type: str | None) -
             f"{others}. Leave model_type out to keep the teacher's."
         )
     return families()[str(model_type)]
+
+
+def with_classes(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
+    """The request itself, or with the `model_type` of other stock classes where only these can hold its sizes.
+
+    Raises:
+        PlanError: if no stock classes can.
+    """
+    spec = spec_for(config)
+    others = () if pruner_config.model_type else _sisters(spec, config)
+    try:
+        resolve_sizes(spec, config, pruner_config)
+        return pruner_config
+    except PlanError:
+        for model_type in others:
+            request = replace(pruner_config, model_type=model_type)
+            with contextlib.suppress(PlanError):
+                resolve_sizes(spec, config, request)
+                return request
+        raise
 
 
 def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> dict[str, Any] | None:

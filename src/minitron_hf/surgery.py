@@ -36,7 +36,7 @@ from .proxy import Candidate, Divergence, behind
 from .repair import repaired_weights
 from .scoring import require_vocabulary
 from .shapes import TOLERANCE, different, shapes_near_target
-from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config
+from .sizes import PrunerConfig, resolve_sizes, scoring_arguments, student_config, with_classes
 from .verification import verified_plan
 
 if TYPE_CHECKING:
@@ -340,7 +340,8 @@ def iterate_importance(
 
     Args:
         model: the teacher; not changed.
-        config: the student's sizes. Those of the rounds before the last are rounded as fractions are.
+        config: the student's sizes. Those of the rounds before the last are rounded as fractions are, and their
+            students may be of other stock classes that hold the same model.
         data: see `estimate_importance`; gone through once per round, so no generator.
         iterations: T; 1 is `estimate_importance`.
         **importance_kwargs: passed on to `estimate_importance`. What a `depth_metric` has to measure follows from
@@ -386,7 +387,13 @@ def iterate_importance(
                 for axis in after
                 if axis in FIELD_OF_AXIS and after[axis] < before[axis]
             }
-            request = replace(config, repair=None, **part)
+            try:
+                request = with_classes(model.config, replace(config, repair=None, **part))
+            except PlanError as error:
+                raise PlanError(
+                    f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
+                    "Give other sizes to end with, or another number of rounds."
+                ) from error
         left = resolve_sizes(spec, model.config, request)[0]["layers"]
         arguments = scoring_arguments(
             student.config,
