@@ -91,7 +91,7 @@ def test_shapes_that_were_compared_are_listed_best_first(run_dir):
     rows = table(lines)
     assert list(rows) == ["shape", *(f"intermediate_size={n}" for n in (160, 96, 128, 64))]
     assert rows["intermediate_size=160"] == ["420,000", "5.500 ± 0.100", "0.610 ± 0.020", "2,000", "–"]
-    assert rows["intermediate_size=64"] == ["250,000", "8.000 ± 0.100", "–", "–", "0.300 ± 0.010"]
+    assert rows["intermediate_size=64"] == ["250,000", "8.000 ± 0.100", "–", "–", "–"], "not retrained"
     (run_dir / "search.json").unlink()
     assert "These shapes were compared" not in render_model_card(run_dir)
     chosen = {"name": "hidden_size=8", "num_parameters": 9, "proxy": {"value": 1.0, "stderr": 0.1}, "behind": None}

@@ -57,7 +57,7 @@ def published():
 
 
 def test_the_published_width_student_of_llama(published):
-    assert prune(published) == {"hidden_size": 3072, "intermediate_size": 9216}
+    assert prune(published) == {"hidden_size": 3072, "intermediate_size": 9216, "repair": "least_squares"}
     assert [shape.num_parameters for shape in published.rounds] == [4_512_746_496]
     values = {one.name: one.value for one in published.decisions}
     assert values["axes"] == "width before depth"
@@ -78,7 +78,7 @@ def test_the_published_width_student_of_llama(published):
 
 def test_the_published_width_student_of_mistral_nemo():
     found = recommend(NEMO, 8_414_105_600)
-    assert prune(found) == {"hidden_size": 4096, "intermediate_size": 11520}
+    assert prune(found) == {"hidden_size": 4096, "intermediate_size": 11520, "repair": "least_squares"}
     assert [shape.num_parameters for shape in found.rounds] == [8_414_105_600]  # 31% go, so in one round
 
 
@@ -120,7 +120,7 @@ def test_the_rounds_of_llama_nest():
     assert 9216 <= first.sizes["ffn"] <= 14336
     assert first.num_parameters / 8_030_261_248 == pytest.approx(0.75, abs=0.04)
     values = yaml.safe_load(found.to_yaml(found.recipe("x", train="a", eval="b", output_dir="c")))
-    assert "prune" not in values
+    assert values["prune"] == {"repair": "least_squares"}
     recipe = Recipe.from_dict(values)
     for number, shape in enumerate(found.rounds, 1):
         request = recipe.in_round(number).pruner_config
@@ -140,7 +140,7 @@ def test_defaults_are_what_is_recommended(published):
         "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "warmup_steps",
         "lr_scheduler_type", "lr_scheduler_kwargs",
     }  # fmt: skip
-    apart = {"prune.hidden_size", "prune.intermediate_size", "teacher_correction"}
+    apart = {"prune.hidden_size", "prune.intermediate_size", "prune.repair", "teacher_correction"}
     apart |= {f"distill.{name}" for name in budget}
     practices = {name: value for name, value in settings(published).items() if name not in apart}
     assert len(practices) == 12

@@ -285,7 +285,8 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
                 md.count(one["num_parameters"]),
                 _uncertain(**one["proxy"]) if one["proxy"] else "–",
                 *(distilled if retrained else []),
-                _uncertain(**one["behind"]) if one["behind"] else "–",
+                # Before retraining it says little of one after, and next to others' it would be read so.
+                _uncertain(**one["behind"]) if one["behind"] and (last or not retrained) else "–",
             ]
         )
     return rows

@@ -401,14 +401,16 @@ class _Record:
 def table(candidates: Sequence[Candidate]) -> Table:
     """The candidates as a table, best first."""
     made = Table("shape", "parameters", "KL pruned", "KL distilled", "tokens", "behind the best")
+    retrained = any(candidate.rounds for candidate in candidates)
     for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.kl)):
         last = candidate.rounds[-1] if candidate.rounds else None
+        gap = candidate.behind if last or not retrained else None
         made.add_row(
             candidate.name,
             f"{candidate.num_parameters:,}",
             "–" if candidate.proxy is None else f"{candidate.proxy['value']:.3f} ± {candidate.proxy['stderr']:.3f}",
             "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
             "–" if last is None else f"{last['num_tokens']:,}",
-            "–" if candidate.behind is None else f"{candidate.behind['value']:.3f} ± {candidate.behind['stderr']:.3f}",
+            "–" if gap is None else f"{gap['value']:.3f} ± {gap['stderr']:.3f}",
         )
     return made
