@@ -274,7 +274,7 @@ def test_magnitude_is_what_goes_with_a_unit(name: str):
                     assert math.isclose(float(score) ** 2, gone, rel_tol=1e-6), (axis, layer, unit)
     for first, last in ((0, 0), (1, 2)):
         squares = sum(
-            float(tensor.square().sum())
+            float(tensor.detach().square().sum())
             for path, tensor in named_tensors(model).items()
             if (where := spec.locate(path)[1]) is not None and first <= where <= last
         )
