@@ -40,6 +40,7 @@ from minitron_hf import (
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype, count_parameters
+from minitron_hf.reductions import Reduction
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
 
@@ -64,6 +65,7 @@ def main() -> None:
         num_samples=1024,
         metric=arguments.metric,
         depth_metric=arguments.depth_metric,
+        sequence_reduction=arguments.sequence_reduction,
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {
@@ -193,6 +195,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prune", action="append", required=True, metavar="FIELD=VALUE", help="of PrunerConfig")
     parser.add_argument("--metric", choices=get_args(Metric), default="activation", help="of estimate_importance")
     parser.add_argument("--depth-metric", choices=("perplexity", "logit_nmse"), help="of estimate_importance")
+    parser.add_argument(
+        "--sequence-reduction", choices=get_args(Reduction), default="mean", help="of estimate_importance"
+    )
     parser.add_argument("--iterations", type=int, default=1, help="rounds of scoring")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=3)

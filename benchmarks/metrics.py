@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 import yaml
+from controls import command
 
 from minitron_hf import (
     PrunerConfig,
