@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import get_args
 
 import yaml
-from controls import command
 
+from controls import command
 from minitron_hf import (
     PrunerConfig,
     apply_plan,
@@ -70,8 +70,8 @@ def main() -> None:
     arguments = parser.parse_args()
     more = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.set)}
     results: dict = {
+        "command": command(arguments).replace("controls.py", "metrics.py"),
         "versions": versions(),
-        "arguments": {"vary": arguments.vary, "rows": arguments.rows, **more},
         "teachers": {},
     }
     for name in arguments.teacher:
