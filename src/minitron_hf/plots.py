@@ -297,10 +297,13 @@ def _draw_search(panel: Axes, shapes: list[dict[str, Any]], costs: dict[str, flo
         [costs[name] for name in front], [heights[name] for name in front],
         color=GREEN, linewidth=1.4, zorder=1, label="no other shape is better in both",
     )  # fmt: skip
+    middle = (min(costs.values()) + max(costs.values())) / 2
     for index, name in enumerate(front):
+        right = costs[name] > middle  # written towards the middle, so that it stays within the panel
         panel.annotate(
-            name.replace(" ", "\n"), (costs[name], heights[name]), xytext=(5, (6, -6)[index % 2]),
+            name.replace(" ", "\n"), (costs[name], heights[name]), xytext=((5, -5)[right], (6, -6)[index % 2]),
             textcoords="offset points", fontsize=6, color=GREEN, va=("bottom", "top")[index % 2],
+            ha=("left", "right")[right],
         )  # fmt: skip
     for one in shapes:
         if one["name"] == chosen:
