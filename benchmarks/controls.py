@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +39,7 @@ from minitron_hf.artifacts import versions, write_json
 from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype, count_parameters
 from minitron_hf.reductions import Reduction
+from reporting import command, spread
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
 
@@ -163,26 +162,6 @@ def table(results: dict) -> str:
     metrics = results["teacher"]["metrics"]["bits_per_byte"]
     lines.append(f"| teacher | – | – | – | {metrics['value']:.4f} | 1 |")
     return "\n".join(lines)
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """The command line again, with the folder of test data as a variable."""
-    words = ["python benchmarks/controls.py"]
-    for name, value in vars(arguments).items():
-        if name != "output":
-            words += [
-                f"--{name.replace('_', '-')} {each}"
-                for each in (value if isinstance(value, list) else [value])
-                if each
-            ]
-    folder = os.environ.get("MINITRON_TEST_DATA")
-    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,7 +22,6 @@ import torch
 import yaml
 from transformers import set_seed
 
-from controls import command, spread
 from minitron_hf import (
     DistillationConfig,
     DistillationTrainer,
@@ -37,6 +36,7 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.artifacts import versions, write_json
+from reporting import command, spread
 
 LOSSES: dict[str, dict] = {
     "forward KL": {},
@@ -72,7 +72,7 @@ def main() -> None:
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {
-        "command": command(arguments).replace("controls.py", "losses.py"),
+        "command": command(arguments),
         "student": {key: value for key, value in plan.student.items() if key != "config"},
         "sizes": plan.sizes,
         "layers_dropped": plan.layers_dropped,

@@ -18,7 +18,6 @@ from typing import get_args
 
 import yaml
 
-from controls import command
 from minitron_hf import (
     PrunerConfig,
     apply_plan,
@@ -35,6 +34,7 @@ from minitron_hf.data import token_rows
 from minitron_hf.importance import Metric
 from minitron_hf.models import compute_dtype
 from minitron_hf.reductions import Reduction
+from reporting import command
 
 #: What is cut, each by itself and all together.
 REQUESTS = {
@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     more = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in arguments.set)}
     results: dict = {
-        "command": command(arguments).replace("controls.py", "metrics.py"),
+        "command": command(arguments),
         "versions": versions(),
         "teachers": {},
     }

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from controls import command, spread
 from losses import METRICS, distil
 from minitron_hf import (
     PrunerConfig,
@@ -32,6 +31,7 @@ from minitron_hf import (
 )
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.data import token_rows
+from reporting import command, spread
 
 #: What is cut: each by itself, both together, and what the tables of `controls.py` cut.
 REQUESTS = {
@@ -52,7 +52,7 @@ def main() -> None:
         (row["text"] for row in train), tokenizer, max_length=arguments.max_length, num_rows=arguments.rows
     )
     results: dict = {
-        "command": command(arguments).replace("controls.py", "repair.py"),
+        "command": command(arguments),
         "versions": versions(),
         "seconds": {},
         "before": {},

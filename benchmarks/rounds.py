@@ -28,7 +28,6 @@ from pathlib import Path
 
 import yaml
 
-from controls import command, spread
 from losses import distil
 from minitron_hf import (
     PrunerConfig,
@@ -42,6 +41,7 @@ from minitron_hf import (
 )
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.models import compute_dtype, count_parameters
+from reporting import command, spread
 
 ARMS = ("one round", "one round, distilled twice", "two rounds", "two rounds, from the previous", "two rounds, random")
 
@@ -58,7 +58,7 @@ def main() -> None:
         for entries in (arguments.between, arguments.prune)
     )
     results: dict = {
-        "command": command(arguments).replace("controls.py", "rounds.py"),
+        "command": command(arguments),
         "versions": versions(),
         "num_parameters": {},
         "runs": [],

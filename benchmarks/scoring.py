@@ -24,6 +24,7 @@ from minitron_hf.depth import DepthPass
 from minitron_hf.families import spec_for
 from minitron_hf.scoring import ScoringPass
 from minitron_hf.taylor import TaylorPass
+from reporting import command
 
 #: A common shape at two sizes: one wide enough that matrices dominate, one as deep as an 8-billion-parameter model.
 SHAPES = {
@@ -44,12 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     results: dict = {
-        "command": " ".join(
-            [
-                "python benchmarks/scoring.py",
-                *(f"--{k} {v}" for k, v in vars(arguments).items() if v and k != "output"),
-            ]
-        ),
+        "command": command(arguments),
         "device": arguments.device if arguments.device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -39,6 +38,7 @@ from minitron_hf import (
 )
 from minitron_hf.artifacts import versions, write_json
 from minitron_hf.models import compute_dtype, count_parameters
+from reporting import command, spread
 
 METRICS = ("kl_divergence", "bits_per_byte", "top1_agreement")
 
@@ -55,7 +55,7 @@ def main() -> None:
     )
     plan = make_plan(teacher, PrunerConfig(hidden_size=0.75, intermediate_size=0.65), scores)
     results: dict = {
-        "command": command(arguments),
+        "command": command(arguments, together=("top_k",)),
         "versions": versions(),
         "teacher": {"num_parameters": count_parameters(teacher), "vocab_size": teacher.config.vocab_size},
         "student": {"num_parameters": plan.student["num_parameters"]},
@@ -189,22 +189,6 @@ def table(results: dict) -> str:
         difference = "–" if arm == "online" else spread(more)
         lines.append(f"| {arm} | {size} | {spread(kl)} | {difference} | {spread(bits)} | {step:.3f} |")
     return "\n".join(lines)
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """The command line again, with the folder of test data as a variable."""
-    words = ["python benchmarks/teacher_cache.py"]
-    for name, value in vars(arguments).items():
-        if name != "output":
-            words.append(f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'top_k' else value}")
-    folder = os.environ.get("MINITRON_TEST_DATA")
-    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 def parse_arguments() -> argparse.Namespace:

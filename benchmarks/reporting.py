@@ -1,0 +1,35 @@
+"""What all benchmarks write beside their numbers: the command that makes them again, and how values scatter."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+
+def command(arguments: argparse.Namespace, *, together: tuple[str, ...] = ()) -> str:
+    """The command line again, with the folder of test data as a variable.
+
+    Args:
+        arguments: parsed.
+        together: options that take several values at once; of others with several, each has its own flag.
+    """
+    words = [f"python benchmarks/{Path(sys.argv[0]).name}"]
+    for name, value in vars(arguments).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name != "output":
+            flag = f"--{name.replace('_', '-')}"
+            given = ["" if each is True else shlex.quote(str(each)) for each in values if each]
+            words += [flag, *given] if name in together else [word for each in given for word in (flag, each)]
+    folder = os.environ.get("MINITRON_TEST_DATA")
+    words = [word for word in words if word]
+    return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
