@@ -632,7 +632,7 @@ def test_scores_survive_saving(tmp_path: Path):
     with safe_open(path, "pt") as file:
         assert file.metadata().keys() == {"minitron_hf"}
         header = json.loads(file.metadata()["minitron_hf"])
-    assert header.keys() == {"format", "settings", "digests", "versions"}
+    assert header.keys() == {"format", "settings", "digests", "versions", "content"}
     assert header["format"] == 1
 
 
@@ -670,6 +670,13 @@ def test_files_that_hold_no_scores_are_refused(tmp_path: Path):
         save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
         with pytest.raises(MismatchError, match="does not hold importance scores"):
             ImportanceScores.from_pretrained(tmp_path)
+
+
+def test_scores_whose_last_bytes_were_overwritten_are_refused(tmp_path: Path):
+    path = estimate_importance(pocket_model("llama"), metric="random").save_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(MismatchError, match="its tensors are not those that were written"):
+        ImportanceScores.from_pretrained(path)
 
 
 def test_scores_of_another_model_are_refused():

@@ -94,7 +94,13 @@ class ImportanceScores:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `scores.safetensors` (settings, digests and versions in its header)."""
-        header = {"format": 1, "settings": self.settings, "digests": self.digests, "versions": self.versions}
+        header = {
+            "format": 1,
+            "settings": self.settings,
+            "digests": self.digests,
+            "versions": self.versions,
+            "content": self.digest,
+        }
         path = Path(save_directory) / SCORES_NAME
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         with replacing_file(path) as temporary:
@@ -119,7 +125,10 @@ class ImportanceScores:
             if header["format"] != 1:
                 raise ValueError(f"format {header['format']!r}, expected 1")
             blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
-            return cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
+            scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
+            if header.get("content", scores.digest) != scores.digest:
+                raise ValueError("its tensors are not those that were written")
+            return scores
         except Exception as error:
             raise MismatchError(
                 f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "
