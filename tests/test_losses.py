@@ -316,6 +316,23 @@ def test_autocast_sets_the_dtype_of_the_products_and_keeps_float32_gradients():
     assert 0 < difference < 4 * torch.finfo(torch.bfloat16).eps * 20
 
 
+def test_float16_with_a_scaler_keeps_the_gradients_of_a_large_vocabulary():
+    """Entries of q - p are near the smallest numbers of float16 then."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, hidden_t = torch.randn(2, 16, 24, generator=generator)
+    weight, weight_t = torch.randn(2, 20_000, 24, generator=generator) / 5
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    teacher, labels = DenseSignal(hidden_t, OutputHead(weight_t)), torch.arange(16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        total = distillation_loss(hidden, OutputHead(weight), teacher, labels, ce_weight=0.3).total
+    scaled = torch.autograd.grad(scaler.scale(total / 16), [hidden, weight])
+    expected = naive(hidden, OutputHead(weight), teacher, labels, ce_weight=0.3)[0] / 16
+    for gradient, reference in zip(scaled, torch.autograd.grad(expected, [hidden, weight]), strict=True):
+        assert (gradient / 2**16 - reference).norm() < 5e-3 * reference.norm()
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, head, teacher, labels = problem(bias=True)
     frozen = OutputHead(head.weight.detach(), head.bias.detach())
