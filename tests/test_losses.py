@@ -333,6 +333,22 @@ def test_float16_with_a_scaler_keeps_the_gradients_of_a_large_vocabulary():
         assert (gradient / 2**16 - reference).norm() < 5e-3 * reference.norm()
 
 
+def test_jsd_in_float32_keeps_its_digits_at_a_large_vocabulary():
+    """A softmax in float32 sums to 1 to five digits there, and the gradient is a small part of q."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, hidden_t = torch.randn(2, 8, 64, generator=generator)
+    weight, weight_t = torch.randn(2, 50_000, 64, generator=generator) * 3 / 8
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels = torch.arange(8)
+    teacher = DenseSignal(hidden_t, OutputHead(weight_t))
+    total = distillation_loss(hidden, OutputHead(weight), teacher, labels, divergence="jsd").total
+    found = torch.autograd.grad(total, [hidden, weight])
+    expected = naive(hidden, OutputHead(weight), teacher, labels, divergence="jsd")[0]
+    for gradient, reference in zip(found, torch.autograd.grad(expected, [hidden, weight]), strict=True):
+        assert (gradient - reference).norm() < 3e-5 * reference.norm()
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, head, teacher, labels = problem(bias=True)
     frozen = OutputHead(head.weight.detach(), head.bias.detach())
