@@ -61,13 +61,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Arm:
-    """A loss, summed over the tokens; the plain loss that it must equal; and what else it needs."""
+    """A loss, summed over the tokens; the plain loss that it must equal; and what else it needs.
+
+    `copies` of one float32 [N, V] are what a loss of whole logits takes, about.
+    """
 
     loss: Callable[[Inputs], Tensor]
     plain: Callable[[Inputs], Tensor] | None
     states: bool = False
     cached: bool = False
     cuda_only: bool = False
+    copies: float = 0.0
 
 
 # ---- Plain losses, in the dtype of their inputs ----
@@ -214,11 +218,11 @@ ARMS = {
     "reverse KL": Arm(ours(divergence="reverse_kl"), plain_reverse_kl),
     "JSD": Arm(ours(divergence="jsd"), plain_jsd),
     f"KL from a cache of {TOP_K}": Arm(ours(), plain_top_k, cached=True),
-    "plain torch KL": Arm(plain_kl, plain_kl),
+    "plain torch KL": Arm(plain_kl, plain_kl, copies=7),
     "TRL chunked KL": Arm(trl_chunked(0.0), plain_kl),
     "TRL chunked JSD": Arm(trl_chunked(0.5), plain_jsd),
-    "TRL GKD KL": Arm(trl_gkd(0.0), plain_kl),
-    "TRL GKD JSD": Arm(trl_gkd(0.5), plain_jsd),
+    "TRL GKD KL": Arm(trl_gkd(0.0), plain_kl, copies=9),
+    "TRL GKD JSD": Arm(trl_gkd(0.5), plain_jsd, copies=17),
     "Liger JSD": Arm(liger_jsd, plain_jsd, cuda_only=True),
 }
 
@@ -235,6 +239,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds of the floor, our KL and the plain one")
     parser.add_argument("--no-time", action="store_true", help="memory only")
     parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--memory-limit", type=float, default=16, help="GB; losses that need more are skipped")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -291,7 +296,11 @@ def command(arguments: argparse.Namespace) -> str:
 
 def why_not(name: str, arguments: argparse.Namespace) -> str | None:
     """Why an arm cannot run here."""
-    if not ARMS[name].cuda_only:
+    arm = ARMS[name]
+    needed = arm.copies * 4 * arguments.tokens * arguments.vocab / 1e9
+    if needed > arguments.memory_limit:
+        return f"whole logits take about {needed:.0f} GB, more than --memory-limit {arguments.memory_limit:g}"
+    if not arm.cuda_only:
         return None
     if arguments.device == "cpu":
         return "needs CUDA (Triton kernels)"
@@ -392,7 +401,7 @@ def time_arms(arms: list[str], arguments: argparse.Namespace) -> dict[str, dict]
     with torch.no_grad():
         seen = setting.inputs(ARMS[FLOOR])
         cached = top_k_signal(DenseSignal(seen.teacher_hidden, OutputHead(seen.teacher_weight)), TOP_K)
-    found = check(arms, setting, cached)
+    found = check(arms, setting)
     trained = [*setting.student.parameters(), setting.projection.weight]
 
     def step(arm: Arm) -> None:
@@ -430,46 +439,50 @@ def synchronize(arguments: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def check(arms: list[str], setting: Setting, cached: TopKSignal, num_tokens: int = 300) -> dict[str, dict]:
-    """Largest relative error of a gradient against the plain loss, in float64 where that fits.
+def check(arms: list[str], setting: Setting, num_tokens: int = 160) -> dict[str, dict]:
+    """Largest relative error of a gradient against the plain loss in float64.
 
     Raises:
-        AssertionError: if it is more than rounding.
+        AssertionError: if it is more than rounding: in float32, more than twice that of the plain loss in float32.
     """
     found: dict[str, dict] = {name: {} for name in arms}
-    dtype = setting.student.dtype
-    small = setting.teacher.get_output_embeddings().weight.numel() < 1 << 27
-    exact = torch.float64 if small and dtype == torch.float32 else torch.float32
-    plain: dict[Callable, list[Tensor]] = {}
+    plain: dict[Callable, tuple[list[Tensor], list[float]]] = {}
     for name in arms:
         arm = ARMS[name]
         if arm.plain is None:
             continue
         with torch.no_grad():
-            inputs = first_tokens(setting.inputs(replace(arm, cached=False), None), num_tokens)
-            part = TopKSignal(
-                *(values[:num_tokens] for values in (cached.tokens, cached.log_probs, cached.log_tail)),
-                cached.vocab_size,
-            )
-            inputs = replace(inputs, cached=part if arm.cached else None)
+            inputs = part(setting.inputs(replace(arm, cached=False)), num_tokens)
+            if arm.cached:
+                dense = DenseSignal(inputs.teacher_hidden, OutputHead(inputs.teacher_weight))
+                inputs = replace(inputs, cached=top_k_signal(dense, TOP_K))
         if arm.plain not in plain:
-            plain[arm.plain] = gradients(arm.plain, converted(inputs, exact))
-        errors = []
-        for gradient, expected in zip(gradients(arm.loss, inputs), plain[arm.plain], strict=True):
-            difference = gradient.to(exact).sub_(expected)
-            errors.append(float(difference.norm() / expected.norm()))
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-        assert max(errors) < tolerance, f"{name}: gradients differ from the plain loss by {errors}"
-        found[name] = {"gradient_error": max(errors)}
+            exact = gradients(arm.plain, converted(inputs, torch.float64))
+            plain[arm.plain] = exact, relative_errors(gradients(arm.plain, inputs), exact)
+        exact, of_plain = plain[arm.plain]
+        errors = relative_errors(gradients(arm.loss, inputs), exact)
+        single = inputs.weight.dtype == torch.float32
+        limits = [2 * error + 1e-5 if single else 5e-2 for error in of_plain]
+        assert all(error < limit for error, limit in zip(errors, limits, strict=True)), (
+            f"{name}: gradients differ from the plain loss in float64 by {errors}; expected less than {limits}"
+        )
+        found[name] = {"gradient_error": max(errors), "gradient_error_of_plain": max(of_plain)}
     return found
 
 
-def first_tokens(inputs: Inputs, number: int) -> Inputs:
-    """A part of the tokens, enough for several chunks."""
-    names = ("hidden", "teacher_hidden", "labels")
-    parts = {name: getattr(inputs, name)[:number] for name in names}
-    states = {name: tuple(s[:number] for s in getattr(inputs, name)) for name in ("states", "teacher_states")}
-    return replace(inputs, **parts, **states)
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Norms of the differences over norms."""
+    return [float((one - other).norm() / other.norm()) for one, other in zip(found, exact, strict=True)]
+
+
+def part(inputs: Inputs, num_tokens: int) -> Inputs:
+    """Tokens enough for two chunks, and as much of the vocabulary as fits in float64."""
+    rows = min(len(inputs.weight), (1 << 27) // inputs.teacher_weight.shape[1])
+    first = {name: getattr(inputs, name)[:num_tokens] for name in ("hidden", "teacher_hidden", "labels")}
+    first["labels"] = first["labels"] % rows
+    weights = {name: getattr(inputs, name)[:rows] for name in ("weight", "teacher_weight")}
+    states = {name: tuple(s[:num_tokens] for s in getattr(inputs, name)) for name in ("states", "teacher_states")}
+    return replace(inputs, **first, **weights, **states)
 
 
 def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
