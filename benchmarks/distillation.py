@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron_hf.artifacts import read_json, versions, write_json
 from minitron_hf.intermediate import StatePair, distance, state_pairs, student_distances, wanted_states
 from minitron_hf.losses import DenseSignal, OutputHead, TopKSignal, distillation_loss, output_head, top_k_signal
+from reporting import command
 
 #: Student and teacher: layers, hidden size, intermediate size, heads. Widths as 8B → 4B (three quarters) or so.
 SHAPES = {
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=512, help="tokens in a row")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="all by default")
     parser.add_argument("--quick", action="store_true", help="three rounds of the floor, our KL and the plain one")
     parser.add_argument("--no-time", action="store_true", help="memory only")
     parser.add_argument("--no-memory", action="store_true", help="time only")
@@ -252,8 +253,10 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(loss_bytes(arguments.memory_of, arguments)))
         return
+    written = command(arguments, together=("arms",))
     if arguments.quick:
         arguments.rounds, arguments.arms = 3, [FLOOR, "KL", "plain torch KL"]
+    arguments.arms = arguments.arms or list(ARMS)
     reasons = {name: reason for name in arguments.arms if (reason := why_not(name, arguments))}
     arms = [FLOOR, *(name for name in arguments.arms if name != FLOOR and name not in reasons)]
     found: dict[str, dict] = {name: {} for name in arms} | {name: {"skipped": why} for name, why in reasons.items()}
@@ -264,7 +267,7 @@ def main() -> None:
         for name in arms[1:]:
             found[name]["copies"] = memory_of(name, arguments) / (4 * arguments.tokens * arguments.vocab)
     setting = {
-        "command": command(arguments),
+        "command": written,
         "shape": dict(zip(("student", "teacher"), (layout(*sizes) for sizes in SHAPES[arguments.shape]))),
         "vocab_size": arguments.vocab,
         "tokens": arguments.tokens,
@@ -280,18 +283,6 @@ def main() -> None:
         runs = read_json(arguments.output)["runs"] if arguments.output.is_file() else []
         others = [run for run in runs if (run["command"], run["device"]) != (setting["command"], setting["device"])]
         write_json(arguments.output, {"runs": [*others, setting]})
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """How to run this setting again."""
-    given = [
-        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(arguments).items()
-        if value and name not in ("output", "arms", "memory_of")
-    ]
-    if arguments.arms != list(ARMS) and not arguments.quick:
-        given.append("--arms " + " ".join(f'"{name}"' for name in arguments.arms))
-    return " ".join(["python benchmarks/distillation.py", *given])
 
 
 def why_not(name: str, arguments: argparse.Namespace) -> str | None:

@@ -23,7 +23,10 @@ def command(arguments: argparse.Namespace, *, together: tuple[str, ...] = ()) ->
         if name != "output":
             flag = f"--{name.replace('_', '-')}"
             given = ["" if each is True else shlex.quote(str(each)) for each in values if each]
-            words += [flag, *given] if name in together else [word for each in given for word in (flag, each)]
+            if name in together and given:
+                words += [flag, *given]
+            else:
+                words += [word for each in given for word in (flag, each)]
     folder = os.environ.get("MINITRON_TEST_DATA")
     words = [word for word in words if word]
     return " ".join(words) if not folder else " ".join(words).replace(folder.rstrip("/"), "$MINITRON_TEST_DATA")

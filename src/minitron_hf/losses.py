@@ -281,7 +281,9 @@ def default_chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -
     On a CPU, matrix products gain little beyond 200 tokens. A sixth of the tokens, 224 at most, keeps the logits of
     both models under 0.4 copies of one float32 [N, V] at 1,024 tokens and under 0.06 at 8,192, at any vocabulary;
     where the vocabulary is so small that 16 MB hold more, overhead decides. On an accelerator [chunk, V] is about
-    half a GB in bfloat16.
+    half a GB in bfloat16 however few the tokens: every chunk reads and writes the head's float32 gradient once, which
+    takes as long there as the four products of some 250 tokens (by arithmetic, for an H100), so that smaller chunks
+    would cost more time.
     """
     if device.type == "cpu":
         return max(128, min(224, -(-num_tokens // 6)), (1 << 22) // vocab_size)
