@@ -64,7 +64,7 @@ class Inputs:
 class Arm:
     """A loss, summed over the tokens; the plain loss that it must equal; and what else it needs.
 
-    `copies` of one float32 [N, V] are what a loss of whole logits takes, about.
+    `copies` of one float32 [N, V] are what a loss of whole logits may take in a trainer, about.
     """
 
     loss: Callable[[Inputs], Tensor]
