@@ -17,7 +17,7 @@ from minitron_hf.models import load_model
 from minitron_hf.planning import PruningPlan
 from minitron_hf.recipe import Recipe
 from minitron_hf.surgery import apply_plan
-from pocket import pocket_model, pocket_tokenizer
+from pocket import pocket_config, pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
 EXAMPLE = Path(__file__).parent.parent / "examples" / "qwen3-0.6b-two-rounds.yaml"
@@ -177,6 +177,59 @@ def test_several_processes_are_told_which_round_they_train(values, monkeypatch):
         stages._distill(whole.in_round(number))
         wanted = ["stage", "distill", whole.folder / "recipe.yaml", own / "pruned", own, f"--round={number}"]
         assert started[-1] == [str(argument) for argument in wanted]
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeypatch, corrected):
+    """Where a teacher is kept in main memory or quantised, the trainer loads it, and nothing else is held."""
+    given: list[tuple[str, dict]] = []
+
+    def distil(student, teacher, folder, tokenizer, settings, *data, **kwargs):
+        given.append((teacher, settings))
+
+    monkeypatch.setattr(stages, "distill", distil)
+    monkeypatch.setattr(stages, "load_model", lambda path, **kwargs: object())
+    monkeypatch.setattr(stages, "load_config", lambda path, **kwargs: pocket_config("llama"))
+    quantised = {"teacher_model_init_kwargs": {"attn_implementation": "eager"}}
+    values["rounds"][0]["distill"] |= quantised
+    values["rounds"].append({"prune": {"intermediate_size": 0.25}, "teacher": "previous"})
+    values["distill"]["teacher_offload"] = True
+    values["teacher"] = {"model": values["teacher"], "revision": "main", "dtype": "float32"}
+    if corrected:
+        values["teacher_correction"] = {"original_learning_rate": 1e-3, "num_tokens": 8}
+    whole = stages.Run(Recipe.from_dict(values))
+    first = str(whole.folder / "corrected_teacher") if corrected else values["teacher"]["model"]
+    for number, expected in ((1, first), (2, first), (3, str(whole.folder / "rounds" / "2"))):
+        run = whole.in_round(number)
+        assert all((run.teacher, run.learned_teacher, whole.teacher))  # loaded by the stages before
+        stages.train(run, tmp_path / "student", tmp_path / "out", {})
+        teacher, settings = given.pop()
+        assert teacher == expected
+        assert not {"teacher", "corrected_teacher"} & (whole._cache.keys() | run._cache.keys())
+        wanted = {"dtype": "float32"} | ({"revision": "main"} if expected == values["teacher"]["model"] else {})
+        wanted |= quantised["teacher_model_init_kwargs"] if number == 1 else {}
+        assert settings["teacher_model_init_kwargs"] == wanted
+        assert settings["teacher_offload"]
+        assert settings["max_steps"] == (3 if number == 1 else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes need two accelerators where there are any")
+def test_rounds_in_two_processes_equal_rounds_in_one(values):
+    """With layers of the teacher in main memory, which in the second round is the first one's student."""
+    values["rounds"][1]["teacher"] = "previous"
+    values["distill"] |= {"teacher_offload": True, "logging_steps": 1, "learning_rate": 1e-2}
+    folders = [run(values, until="distill")[0]]
+    values |= {"output_dir": values["output_dir"] + "-two", "distributed": {"config": "ddp", "num_processes": 2}}
+    values["distill"] |= {"per_device_train_batch_size": 1}
+    folders.append(run(values, until="distill")[0])
+    for own in ("rounds/1", "."):
+        records = [json.loads((folder / own / "distillation.json").read_text()) for folder in folders]
+        assert [record["num_processes"] for record in records] == [1, 2]
+        logged = [[entry for entry in record["log_history"] if "kl" in entry] for record in records]
+        for one, two in zip(*logged, strict=True):
+            for name in ("kl", "ce", "grad_norm"):
+                assert two[name] == pytest.approx(one[name], rel=1e-4), (own, name)
 
 
 @pytest.mark.parametrize(

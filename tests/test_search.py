@@ -16,9 +16,11 @@ from minitron_hf.errors import OutputError, PlanError
 from minitron_hf.importance import estimate_importance
 from minitron_hf.models import count_parameters
 from minitron_hf.planning import make_plan
+from minitron_hf.recipe import Recipe
 from minitron_hf.search import search_architectures
 from minitron_hf.shapes import enumerate_shapes, memory_bytes
 from minitron_hf.sizes import PrunerConfig, student_config
+from minitron_hf.stages import search_arguments
 from minitron_hf.surgery import apply_plan
 from minitron_hf.trainer import DistillationTrainer
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
@@ -248,11 +250,20 @@ def test_a_budget_of_time_is_kept_by_what_is_measured_once(find, tmp_path, monke
         ({"max_parameters": 10}, "max_parameters=10: none of the 4 shapes"),
         ({"train_dataset": TRAIN}, "output_dir"),
         ({"space": {"num_experts": [2]}}, "has no num_experts"),
+        ({"distillation": {"teacher_offload": True}}, "distillation.teacher_offload: every shape is cut out"),
     ],
 )
 def test_what_makes_no_sense_is_refused(find, changes, message):
     with pytest.raises(PlanError, match=message):
         find(**changes)
+
+
+def test_a_recipe_that_keeps_its_teacher_elsewhere_searches_with_it_at_hand():
+    values = {"distill": {"teacher_offload": True, "teacher_model_init_kwargs": {}, "temperature": 2.0}}
+    recipe = Recipe.from_dict(
+        {"teacher": "t", "data": {"train": "a", "eval": "b"}, "output_dir": "o", "search": {"space": SPACE}, **values}
+    )
+    assert search_arguments(recipe)["distillation"] == {"temperature": 2.0}
 
 
 def test_more_shapes_than_are_to_be_measured_are_chosen_to_differ(find):

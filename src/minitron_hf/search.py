@@ -131,6 +131,12 @@ def search_architectures(
     given = only_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
     if train_dataset is not None and output_dir is None:
         raise PlanError("output_dir: a search that distils needs a folder for its students.")
+    for name in ("teacher_offload", "teacher_correction"):
+        if (distillation or {}).get(name):
+            raise PlanError(
+                f"distillation.{name}: every shape is cut out of the same teacher, which has to stay whole and as it "
+                "is. Leave it out of the search."
+            )
     max_length = max_length or default_max_length(model.config)
 
     def rows_of(data: DataSource) -> TokenRows:

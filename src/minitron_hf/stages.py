@@ -111,6 +111,12 @@ class Run:
         """Free something that was loaded; it is loaded again when needed."""
         self._cache.pop(key, None)
 
+    def forget_teachers(self) -> None:
+        """Free every model that was loaded, of this round and of the whole run."""
+        for key in ("teacher", "corrected_teacher"):
+            self.forget(key)
+            self.whole.forget(key)
+
     @property
     def teacher_config(self) -> PretrainedConfig:
         """The teacher's config, as in its checkpoint."""
@@ -147,12 +153,11 @@ class Run:
 
     def unloaded_teacher(self, settings: dict[str, Any]) -> str:
         """Where the trainer finds what the student learns from, to load it as the settings say."""
+        self.forget_teachers()
         if self is not self.whole and not self.learns_from_previous:
             return self.whole.unloaded_teacher(settings)
         section = self.recipe.teacher
         corrected = self is self.whole and self.recipe.teacher_correction is not None
-        for key in ("teacher", "corrected_teacher"):
-            self.forget(key)
         where = {} if corrected or section.revision is None else {"revision": section.revision}
         given = settings.get("teacher_model_init_kwargs") or {}
         settings["teacher_model_init_kwargs"] = {"dtype": str(self.dtype).removeprefix("torch."), **where, **given}
@@ -176,9 +181,7 @@ class Run:
 
         section = self.recipe.distributed
         assert section is not None
-        for key in ("teacher", "corrected_teacher"):
-            self.forget(key)
-            self.whole.forget(key)
+        self.forget_teachers()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -280,7 +283,9 @@ def _search(run: Run) -> None:
 
 def search_arguments(recipe: Recipe) -> dict[str, Any]:
     """Arguments of `search_architectures`: it distils as the run will, but for how long and by which schedule."""
-    own = ("max_steps", "num_train_epochs", "max_length", "teacher_correction")
+    # The teacher is cut anew for every shape, and so stays loaded and whole.
+    of_teacher = ("teacher_correction", "teacher_offload", "teacher_model_init_kwargs")
+    own = ("max_steps", "num_train_epochs", "max_length", *of_teacher)
     schedules = ("lr_scheduler", "warmup", "eval_", "save_", "logging", "load_best", "metric_for_best", "greater_is")
     shared = {
         name: value for name, value in recipe.distill.items() if name not in own and not name.startswith(schedules)
