@@ -83,7 +83,7 @@ def minitron(*arguments):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate(timeout=1800)
     return process.returncode, output, errors
 
 
@@ -106,7 +106,8 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
         "output_dir": str(tmp_path / "one"),
         "prune": {"intermediate_size": 0.5},
         "scores": {"num_samples": 8, "max_length": 16},
-        "teacher_correction": {"original_learning_rate": 1e-3, "num_tokens": 128},
+        # Three steps on 6 rows: the last batch of an epoch is filled up, and one process has nothing new in it.
+        "teacher_correction": {"original_learning_rate": 1e-3, "num_tokens": 3 * 4 * 512},
         "distill": {
             "max_steps": 6,
             "max_length": 16,
@@ -119,7 +120,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
         "controls": ["random_init", "random_pruning", "cross_entropy"],
         "evaluate": {"num_rows": 4, "speed": False},
     }
-    values["teacher_correction"]["arguments"] = {"per_device_train_batch_size": 4}
+    values["teacher_correction"]["arguments"] = {"per_device_train_batch_size": 4, "max_length": 512}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     code, output, errors = finish(minitron("run", recipe, "--quiet"))
@@ -147,13 +148,13 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
     for folder in ("", "controls/random_init", "controls/random_pruning", "controls/cross_entropy"):
         expected = losses(tmp_path / "one" / folder)
         assert len(expected) == 6
-        assert losses(tmp_path / "two" / folder) == [pytest.approx(entry, rel=1e-3) for entry in expected]
+        assert losses(tmp_path / "two" / folder) == [pytest.approx(entry, rel=1e-5) for entry in expected]
         record = json.loads((tmp_path / "two" / folder / "distillation.json").read_text())
         assert record["num_processes"] == 2
     scores = [json.loads((tmp_path / name / "evaluation.json").read_text())["models"] for name in ("one", "two")]
     for name, values in scores[0].items():
         found, wanted = (each["metrics"]["kl_divergence"] for each in (scores[1][name], values))
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-7), name
 
     # A refusal in the processes is one message.
     code, output, errors = finish(

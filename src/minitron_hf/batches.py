@@ -5,7 +5,7 @@ Shapes: N tokens that count, k most likely tokens, H_t hidden width of the teach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .losses import next_token_positions
+
 #: Columns of a cached row: tokens and log-probabilities, N * k each, position by position; and N tails.
 TOKENS, LOG_PROBS, LOG_TAIL = "teacher_tokens", "teacher_log_probs", "teacher_log_tail"
 #: What the columns of cached hidden states begin with; their index among the teacher's hidden states follows.
 STATES = "teacher_states_"
-#: Entries of a batch that are not for the model.
+#: Entries of a batch that are not for the model. Some collators shift the labels beforehand too.
 LABELS, ROW_LENGTHS, CACHED = "labels", "row_lengths", "cached_teacher"
+SHIFTED_LABELS = "shift_labels"
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,35 @@ def row_of_positions(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         num_rows, length = labels.shape
         return torch.arange(num_rows, device=labels.device).repeat_interleave(length), num_rows
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths), len(lengths)
+
+
+def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping[str, Any]:
+    """A batch of one of several processes, in which no token counts of rows that another one has too.
+
+    Accelerate fills the last batch of an epoch with the rows that came first, so that all processes get as many.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1 or LABELS not in batch:
+        return batch
+    row_of_position, num_rows = row_of_positions(batch)
+    labels = batch[LABELS]
+    row = accelerator.process_index * num_rows + row_of_position.to(labels.device)
+    repeated = (row >= state.remainder).view_as(labels)
+    masked = {name: batch[name].masked_fill(repeated, -100) for name in (LABELS, SHIFTED_LABELS) if name in batch}
+    if CACHED in batch:  # repeated rows come last
+        said, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
+        states = {index: values[:count] for index, values in said.states.items()}
+        first = (said.tokens[:count], said.log_probs[:count], said.log_tail[:count])
+        masked[CACHED] = CachedTeacher(*first, states)
+    return {**batch, **masked}
+
+
+class CountsRowsOnce:
+    """What makes a `Trainer` count the rows at the end of an epoch once, in however many processes."""
+
+    accelerator: Any
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, and the number of tokens that count in them."""
+        batches = (without_repeated_rows(batch, self.accelerator) for batch in epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from .artifacts import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
+from .batches import CountsRowsOnce
 from .distillation_config import checkpointing_field, has_fast_bf16, trains_on_cpu
 from .errors import MismatchError, UnsupportedModelError
 from .families import spec_for
@@ -43,6 +44,10 @@ LEARNING_RATE_FACTOR = 0.2
 WARMUP_STEPS = 120
 RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
+
+
+class CorrectionTrainer(CountsRowsOnce, SFTTrainer):
+    """TRL's supervised trainer, whose losses are the same in any number of processes."""
 
 
 def correct_teacher(
@@ -121,7 +126,7 @@ def correct_teacher(
     args.max_steps = math.ceil(num_tokens / (rows * max_length))
     args.warmup_steps = arguments.get("warmup_steps", min(WARMUP_STEPS, args.max_steps // 10))
     described = describe_data(train_dataset)
-    trainer: Any = SFTTrainer(
+    trainer: Any = CorrectionTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,

@@ -27,6 +27,7 @@ from .batches import (
     LOG_TAIL,
     STATES,
     TOKENS,
+    CountsRowsOnce,
     WithCachedTeacher,
     WithRowLengths,
     model_inputs,
@@ -82,7 +83,7 @@ _COLUMNS = ("divergence", "kl", "ce", "agreement")
 TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
-class DistillationTrainer(SFTTrainer):
+class DistillationTrainer(CountsRowsOnce, SFTTrainer):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
     The student learns the teacher's distribution at every token of `train_dataset` that counts (all of them, or those
