@@ -161,7 +161,7 @@ def in_processes(number: int, folder: Path, tasks: list[dict]) -> None:
     command = [sys.executable, "-m", "minitron_hf.launching", "--config_file", str(accelerate_config("ddp"))]
     command += ["--num_processes", str(number), __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-5000:]
 
 
