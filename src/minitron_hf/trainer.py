@@ -420,6 +420,11 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
         if self._correction is not None:
             self._correction.load(Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled and self._intermediate:
+            self._intermediate.load(Path(checkpoint))  # DeepSpeed loads the model itself, and nothing beside it
+
     # ---- Loss ----
 
     def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
