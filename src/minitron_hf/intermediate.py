@@ -208,7 +208,9 @@ class IntermediateLosses:
                 "Resume with the arguments of that run, or begin anew."
             )
         tensors = load_file(path)
-        expected = None if self.projection is None else tuple(self.projection.weight.shape)
+        expected = None
+        if self.projection is not None:  # DeepSpeed ZeRO-3 leaves an empty tensor between uses
+            expected = tuple(getattr(self.projection.weight, "ds_shape", self.projection.weight.shape))
         found = tuple(tensors["projection"].shape) if "projection" in tensors else None
         if found != expected:
             raise MismatchError(
