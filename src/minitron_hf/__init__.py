@@ -34,6 +34,7 @@ _MODULE_OF = {
     "repaired_weights": "repair",
     "prune_checkpoint": "streaming",
     "DistillationConfig": "distillation_config",
+    "estimate_capacity": "capacity",
     "correct_teacher": "teacher",
     "cache_teacher_logits": "teacher_cache",
     "load_teacher_cache": "teacher_cache",
@@ -52,6 +53,7 @@ _MODULE_OF = {
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
+    from .capacity import estimate_capacity as estimate_capacity
     from .card import render_model_card as render_model_card
     from .data import load_text_dataset as load_text_dataset
     from .data import token_rows as token_rows

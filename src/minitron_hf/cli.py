@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from .capacity import Capacity, Setup
     from .families import ArchSpec
+    from .planning import PruningPlan
     from .recommendations import Recommendation
 
 app = typer.Typer(
@@ -173,6 +175,19 @@ def plan(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
     text_field: Annotated[str, typer.Option(help="Column that holds its text.")] = "text",
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME|SIZE", help="Say whether distilling fits on a device: h100, a100, l4, …, or 24GB."),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="With --device, how many.")] = 1,
+    sharding: Annotated[str, typer.Option(help="With --device: ddp, fsdp2, zero2 or zero3.")] = "ddp",
+    batch_size: Annotated[int, typer.Option(help="With --device, rows on each of them, per pass.")] = 1,
+    max_length: Annotated[int, typer.Option(help="With --device, tokens of a row.")] = 1024,
+    optimizer: Annotated[str, typer.Option(help="With --device: adamw or adamw_8bit.")] = "adamw",
+    lora_rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="With --device: train an adapter of that rank (default: all weights)."),
+    ] = None,
 ) -> None:
     """Decide what stays (make_plan), and print the shapes.
 
@@ -181,6 +196,8 @@ def plan(
 
     With --recommend and a --target, print what the papers would do with this teacher, each with reason and source.
     With --output, --train-data and --eval-data the recipe is written too; --set changes its entries.
+
+    With a --device, print what distilling that student takes on each (estimate_capacity). Sizes alone are enough then.
     """
     sizes = {
         "hidden_size": hidden_size,
@@ -191,6 +208,8 @@ def plan(
     }
     given = {name: _size(name, text) for name, text in sizes.items() if text is not None}
     if recommend:
+        if device is not None:
+            raise DataError("--device asks about a student's sizes, on which --recommend decides. Plan those sizes.")
         if given or scores is not None or target is None:
             raise DataError(
                 "--recommend needs --target, and takes no sizes and no scores: it decides on the sizes. "
@@ -228,14 +247,48 @@ def plan(
                 temporary.write_text(made.to_yaml(recipe), encoding="utf-8")
             _say(f"Wrote {output}")
         return
-    if output is None:
+    setup: dict[str, Any] = {
+        "devices": devices,
+        "sharding": sharding,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "optimizer": optimizer,
+        "lora_rank": lora_rank,
+    }
+    checked = None if device is None else _setup(device, setup)
+    if output is None and (checked is None or target is not None or scores is not None):
         raise DataError("plan: --output names the folder to write to.")
     if (target is None) != (data is None) or (target is not None and scores is None):
         raise DataError("plan: --target, --data to measure shapes on, and --scores go together.")
     if target is not None:
         number = _number("target", target)
         given["target_parameters"] = number if number < 1 else round(number)
-    _plan(teacher, output, scores, given, set_ or [], None if data is None else _texts(data, split, text_field))
+    if output is not None:
+        texts = None if data is None else _texts(data, split, text_field)
+        student = _plan(teacher, output, scores, given, set_ or [], texts).build_student_config()
+    if checked is not None:
+        from .capacity import estimate_capacity
+        from .models import load_config
+        from .recipe import apply_overrides
+        from .sizes import PrunerConfig, student_config
+
+        config = load_config(teacher)
+        if output is None:
+            student = student_config(config, PrunerConfig.from_dict(apply_overrides(given, set_ or [])))
+        _print_capacity(estimate_capacity(config, student, checked), device, checked)
+
+
+def _setup(device: str, setup: Mapping[str, Any]) -> Setup:
+    """What a device's name, or the size of its memory, and the other options come to."""
+    from .capacity import DEVICES, Device, Setup
+
+    known = DEVICES.get(device.lower())
+    if known is None:
+        size = device.upper().removesuffix("GB")
+        if size == device.upper() or not size.isdigit():
+            raise DataError(f"--device {device}: expected a size such as 24GB, or one of {', '.join(DEVICES)}.")
+        known = Device(int(size) * 1e9)
+    return Setup(device=known, **setup)
 
 
 def _plan(
@@ -245,7 +298,7 @@ def _plan(
     given: Mapping[str, int | float],
     overrides: list[str],
     texts: Any,
-) -> None:
+) -> PruningPlan:
     from .importance import ImportanceScores
     from .models import load_config
     from .planning import make_plan
@@ -275,6 +328,7 @@ def _plan(
         }
     )
     _say(f"Wrote {path}")
+    return made
 
 
 @app.command()
@@ -727,6 +781,31 @@ def _print_recommendation(teacher: str, made: Recommendation) -> None:
     console = _console()
     console.print(table, markup=False, highlight=False)
     console.print("; ".join(f"{name}: {where}" for name, where in SOURCES.items()), markup=False, highlight=False)
+
+
+def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
+    from rich.table import Table
+
+    number = "" if setup.devices == 1 else f"each of {setup.devices} × "
+    what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {setup.max_length:,} tokens"
+    table = Table("distilling takes")
+    table.add_column("GB", justify="right")
+    for name, size in found.parts.items():
+        table.add_row(name, f"{size / 1e9:,.1f}")
+    table.add_section()
+    table.add_row(f"at the worst moment ({found.worst_moment})", f"{found.peak / 1e9:,.1f}")
+    table.add_row("there is", f"{found.memory / 1e9:,.1f}")
+    console = _console()
+    console.print(f"On {what}:", markup=False, highlight=False)
+    console.print(table)
+    fits = f"It fits; the largest batch per device is {found.largest_batch}."
+    smaller = f"It does not fit; a batch of {found.largest_batch} per device would."
+    none = "It does not fit, whatever the batch."
+    console.print(fits if found.fits else smaller if found.largest_batch else none, highlight=False)
+    if found.tokens_per_second is not None:
+        speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {found.limited_by}."
+        console.print(speed, highlight=False)
+    console.print(f"Assumed: {'; '.join(found.assumptions)}.", markup=False, highlight=False)
 
 
 def _print_matrix() -> None:
