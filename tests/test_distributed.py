@@ -76,11 +76,13 @@ def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, 
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from minitron_hf.distillation_config import DistillationConfig
     from minitron_hf.trainer import DistillationTrainer
     from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
+    unset_hf_deepspeed_config()  # else the models after a ZeRO-3 run would be split while they are being filled
     options = {"gradient_accumulation_steps": 2, **CASES[case], **changes}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # Of another width where states are compared, so that there is a map between them.
