@@ -67,7 +67,9 @@ def student_of(config, setup):
         adapter = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, adapter)
     if setup.activation_checkpointing:
-        base_model_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+        base = base_model_of(model)
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if setup.lora_rank:
             model.enable_input_require_grads()
     for parameter in model.parameters():
@@ -371,6 +373,8 @@ def test_the_command_line_says_whether_it_fits(tmp_path, monkeypatch, capsys):
     for wrong, words in (("--device=gpu", "a size such as 24GB"), ("--sharding=fsdp", "fsdp2")):
         assert minitron("--device", "h100", wrong) == 2
         assert words in capsys.readouterr().err
+    assert minitron("--devices", "2") == 2
+    assert "on a --device" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -436,7 +436,10 @@ def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> 
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
     model = _built(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.activation_checkpointing:
-        base_model_of(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        base = base_model_of(model)
+        # Transformers 5 renamed it on the way.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
         if setup.lora_rank:
             model.enable_input_require_grads()
     frozen = None

@@ -256,6 +256,8 @@ def plan(
         "lora_rank": lora_rank,
     }
     checked = None if device is None else _setup(device, setup)
+    if checked is None and (devices, sharding, lora_rank) != (1, "ddp", None):
+        raise DataError("plan: --devices, --sharding and --lora-rank say how to distil on a --device. Name it.")
     if output is None and (checked is None or target is not None or scores is not None):
         raise DataError("plan: --output names the folder to write to.")
     if (target is None) != (data is None) or (target is not None and scores is None):
