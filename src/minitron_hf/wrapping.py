@@ -176,6 +176,8 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
             "Load a quantised teacher, or train from a cache of it."
         )
     teacher.to("cpu")
+    if device.type == "cpu":  # of several processes each may have a number, for which tensors would be copied
+        device = torch.device("cpu")
     for layer in layers:
         cpu_offload(layer, execution_device=device)
     teacher._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
