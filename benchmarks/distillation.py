@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minitron_hf.artifacts import read_json, versions, write_json
 from minitron_hf.intermediate import StatePair, distance, state_pairs, student_distances, wanted_states
 from minitron_hf.losses import DenseSignal, OutputHead, TopKSignal, distillation_loss, output_head, top_k_signal
-from reporting import command
+from reporting import command, peak_memory
 
 #: Student and teacher: layers, hidden size, intermediate size, heads. Widths as 8B → 4B (three quarters) or so.
 SHAPES = {
@@ -560,8 +560,7 @@ def peak_bytes(arguments: argparse.Namespace, *, reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    return peak_memory()
 
 
 def table(found: dict[str, dict]) -> str:

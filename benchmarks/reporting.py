@@ -1,4 +1,4 @@
-"""What all benchmarks write beside their numbers: the command that makes them again, and how values scatter."""
+"""What benchmarks share: the command that makes their numbers again, how they scatter, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def spread(values: list[float]) -> str:
     """Mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had at any time: what `ru_maxrss` is, without that of its parent."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024

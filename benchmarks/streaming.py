@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from reporting import peak_memory
+
 #: name → (sizes asked for, published number of parameters).
 SHAPES = {
     "width": ({"hidden_size": 3072, "intermediate_size": 9216}, 4_512_746_496),
@@ -206,12 +208,6 @@ def transferred() -> dict:
     lines = Path("/proc/self/io").read_text().splitlines()
     found = dict(line.split(": ") for line in lines)
     return {"bytes_read": int(found["rchar"]), "bytes_written": int(found["wchar"])}
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had at any time: what `ru_maxrss` is, without that of its parent."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
