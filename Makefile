@@ -43,7 +43,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 families: $(VENV)/installed
-	$(BIN)/python -m minitron_hf.matrix README.md
+	$(BIN)/python -m minitron_hf.survey.matrix README.md
 
 clean:
 	rm -rf $(VENV) $(RUN) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

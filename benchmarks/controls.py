@@ -35,10 +35,10 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.artifacts import versions, write_json
-from minitron_hf.importance import Metric
+from minitron_hf.files import versions, write_json
 from minitron_hf.models import compute_dtype, count_parameters
-from minitron_hf.reductions import Reduction
+from minitron_hf.scoring.importance import Metric
+from minitron_hf.scoring.reductions import Reduction
 from reporting import command, spread
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")

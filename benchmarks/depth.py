@@ -21,7 +21,7 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.artifacts import public_name, versions, write_json
+from minitron_hf.files import public_name, versions, write_json
 from minitron_hf.models import compute_dtype
 
 

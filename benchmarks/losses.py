@@ -35,7 +35,7 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.artifacts import versions, write_json
+from minitron_hf.files import versions, write_json
 from reporting import command, spread
 
 LOSSES: dict[str, dict] = {

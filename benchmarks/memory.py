@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from minitron_hf import load_model
-from minitron_hf.artifacts import versions, write_json
+from minitron_hf.files import versions, write_json
 from minitron_hf.models import empty_model
 from reporting import command
 

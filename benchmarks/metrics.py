@@ -29,11 +29,11 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.artifacts import public_name, versions, write_json
 from minitron_hf.data import token_rows
-from minitron_hf.importance import Metric
+from minitron_hf.files import public_name, versions, write_json
 from minitron_hf.models import compute_dtype
-from minitron_hf.reductions import Reduction
+from minitron_hf.scoring.importance import Metric
+from minitron_hf.scoring.reductions import Reduction
 from reporting import command
 
 #: What is cut, each by itself and all together.

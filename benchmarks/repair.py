@@ -29,8 +29,8 @@ from minitron_hf import (
     make_plan,
     repaired_weights,
 )
-from minitron_hf.artifacts import versions, write_json
 from minitron_hf.data import token_rows
+from minitron_hf.files import versions, write_json
 from reporting import command, spread
 
 #: What is cut: each by itself, both together, and what the tables of `controls.py` cut.

@@ -39,7 +39,7 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.artifacts import versions, write_json
+from minitron_hf.files import versions, write_json
 from minitron_hf.models import compute_dtype, count_parameters
 from reporting import command, spread
 

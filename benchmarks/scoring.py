@@ -18,12 +18,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_hf import PrunerConfig, apply_plan, make_plan
-from minitron_hf.artifacts import versions, write_json
 from minitron_hf.data import TokenRows, padded_batches
-from minitron_hf.depth import DepthPass
 from minitron_hf.families import spec_for
-from minitron_hf.scoring import ScoringPass
-from minitron_hf.taylor import TaylorPass
+from minitron_hf.files import versions, write_json
+from minitron_hf.scoring.depth import DepthPass
+from minitron_hf.scoring.observers import ScoringPass
+from minitron_hf.scoring.taylor import TaylorPass
 from reporting import command
 
 #: A common shape at two sizes: one wide enough that matrices dominate, one as deep as an 8-billion-parameter model.

@@ -45,7 +45,7 @@ def main() -> None:
         print(json.dumps({"make": make, "prune": prune, "copy": copy}[name](arguments.work, shape)))
         return
 
-    from minitron_hf.artifacts import versions, write_json
+    from minitron_hf.files import versions, write_json
 
     arguments.work.mkdir(parents=True)
     try:
@@ -100,7 +100,7 @@ def make(work: Path, _: str) -> dict:
 
     from minitron_hf import PrunerConfig, estimate_importance, make_plan
     from minitron_hf.models import empty_model
-    from minitron_hf.streaming import open_checkpoint
+    from minitron_hf.pruning.streaming import open_checkpoint
 
     config = LlamaConfig(
         hidden_size=4096,

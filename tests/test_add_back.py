@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from minitron_hf.errors import PlanError
-from minitron_hf.importance import ImportanceScores, estimate_importance
 from minitron_hf.models import load_model
-from minitron_hf.planning import PruningPlan, make_plan
-from minitron_hf.sizes import PrunerConfig, student_config
-from minitron_hf.streaming import prune_checkpoint
-from minitron_hf.surgery import apply_plan, prune_model
-from minitron_hf.verification import verify_student
+from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.pruning.streaming import prune_checkpoint
+from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.verification import verify_student
+from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
+from minitron_hf.sizes.request import PrunerConfig, student_config
 from pocket import pocket_config, pocket_model
 
 #: Query and KV heads of a Llama, and what is asked for. A group keeps more than half, half and less than half.
@@ -155,7 +155,7 @@ def test_off_by_default():
     ],
 )
 def test_streamed_as_in_memory(name: str, request_: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("minitron_hf.lazy.BLOCK_BYTES", 500)  # blocks of rows, not whole tensors
+    monkeypatch.setattr("minitron_hf.pruning.stored_tensors.BLOCK_BYTES", 500)  # blocks of rows, not whole tensors
     pocket_model(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "teacher")
     teacher = load_model(tmp_path / "teacher")
     plan = planned(teacher, **request_)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from minitron_hf.axes import (
+from minitron_hf.families.axes import (
     dimension_axes,
     dimension_index,
     dimension_size,

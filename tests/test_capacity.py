@@ -14,11 +14,20 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from minitron_hf.capacity import DEVICES, SHARDINGS, Device, Setup, estimate_capacity, run_on_fakes, step_flops
-from minitron_hf.cli import main
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.cli.app import main
+from minitron_hf.distillation.capacity import (
+    DEVICES,
+    SHARDINGS,
+    Device,
+    Setup,
+    estimate_capacity,
+    run_on_fakes,
+    step_flops,
+)
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import PlanError
-from minitron_hf.losses import (
+from minitron_hf.losses.fused import (
     DenseSignal,
     base_model_of,
     distillation_loss,
@@ -27,7 +36,6 @@ from minitron_hf.losses import (
     top_k_signal,
 )
 from minitron_hf.models import count_parameters
-from minitron_hf.trainer import DistillationTrainer
 from pocket import pocket_tokenizer
 
 CPU = Device(1e12, type="cpu")

@@ -17,8 +17,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hub_server import card_metadata, check_card
-from minitron_hf.card import render_model_card, write_model_card
 from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.publishing.card import render_model_card, write_model_card
 from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, training_record, write_json, write_run
 
 
@@ -131,7 +131,7 @@ def test_pure_function_of_the_files(run_dir, tmp_path, monkeypatch):
     for owner, name in ((socket, "socket"), (time, "time"), (time, "localtime"), (socket, "gethostname")):
         monkeypatch.setattr(owner, name, forbidden)
     monkeypatch.setattr(datetime, "datetime", forbidden)
-    monkeypatch.setattr("minitron_hf.artifacts.versions", forbidden)
+    monkeypatch.setattr("minitron_hf.files.versions", forbidden)
     monkeypatch.chdir(tmp_path)
     for variable in ("USER", "HOME", "LANG", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.setenv(variable, "changed")

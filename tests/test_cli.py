@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron_hf.cli import main
+from minitron_hf.cli.app import main
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -76,7 +76,7 @@ def refused(result, *words):
 
 def test_help_is_lazy():
     code = (
-        "import sys; from minitron_hf.cli import app; app(['--help'], standalone_mode=False); "
+        "import sys; from minitron_hf.cli.app import app; app(['--help'], standalone_mode=False); "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_nothing_half_written(workshop, tmp_path):
 
 def test_an_interrupt_says_how_to_go_on(workshop, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from minitron_hf.cli import main; main()", "run", str(workshop / "recipe.yaml"),
+        [sys.executable, "-c", "from minitron_hf.cli.app import main; main()", "run", str(workshop / "recipe.yaml"),
          "--set", f"output_dir={tmp_path / 'run'}", "--set", "distill.max_steps=100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from minitron_hf.drafting import draft_family
 from minitron_hf.families import ArchSpec
+from minitron_hf.survey.draft import draft_family
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding a model family")[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_hf import cost
 from minitron_hf.errors import HubError, UnsupportedModelError
-from minitron_hf.evaluation import evaluate_models
+from minitron_hf.evaluation import speed as cost
+from minitron_hf.evaluation.evaluate import evaluate_models
 from pocket import pocket_model
 
 

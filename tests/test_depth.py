@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_hf.card import render_model_card
 from minitron_hf.errors import DataError, PlanError
-from minitron_hf.importance import ImportanceScores, estimate_importance
-from minitron_hf.planning import PrunerConfig, make_plan
-from minitron_hf.plots import plot_layers
-from minitron_hf.surgery import apply_plan, prune_model
+from minitron_hf.pruning.plan import PrunerConfig, make_plan
+from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.publishing.card import render_model_card
+from minitron_hf.publishing.plots import plot_layers
+from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
 from pocket import POCKETS, float64_throughout, logits, pocket_model
 from test_importance import ROWS, assert_equal_scores, loader, scores_of
 

@@ -7,8 +7,8 @@ import warnings
 import pytest
 from transformers import HfArgumentParser
 
-from minitron_hf import distillation_config
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.distillation import config as distillation_config
+from minitron_hf.distillation.config import DistillationConfig
 
 
 def test_defaults_fit_the_machine(tmp_path, monkeypatch):

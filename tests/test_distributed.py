@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_hf.launching import accelerate_config
+from minitron_hf.recipe.launching import accelerate_config
 
 STEPS = 3
 #: 7 rows in batches of 2 x 2: the second process gets one row twice, which must not count twice.
@@ -78,8 +78,8 @@ def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, 
     from transformers import TrainerCallback
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from minitron_hf.distillation_config import DistillationConfig
-    from minitron_hf.trainer import DistillationTrainer
+    from minitron_hf.distillation.config import DistillationConfig
+    from minitron_hf.distillation.trainer import DistillationTrainer
     from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
     unset_hf_deepspeed_config()  # else the models after a ZeRO-3 run would be split while they are being filled
@@ -160,7 +160,7 @@ def in_processes(number: int, folder: Path, tasks: list[dict]) -> None:
     """Do tasks in processes that the package's `accelerate launch` starts."""
     folder.mkdir(exist_ok=True)
     (folder / "tasks.json").write_text(json.dumps(tasks))
-    command = [sys.executable, "-m", "minitron_hf.launching", "--config_file", str(accelerate_config("ddp"))]
+    command = [sys.executable, "-m", "minitron_hf.recipe.launching", "--config_file", str(accelerate_config("ddp"))]
     command += ["--num_processes", str(number), __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitron_hf.drafting import draft_family, sum_of_products
 from minitron_hf.errors import UnsupportedModelError, VerificationError
 from minitron_hf.families import ArchSpec, families, spec_for
-from minitron_hf.surgery import prune_model
+from minitron_hf.pruning.surgery import prune_model
+from minitron_hf.survey.draft import draft_family, sum_of_products
 from pocket import pocket_config, pocket_model
 from test_verification import everything
 

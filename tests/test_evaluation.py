@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from minitron_hf import evaluation
 from minitron_hf.data import token_rows
 from minitron_hf.errors import (
     DataError,
@@ -20,8 +19,9 @@ from minitron_hf.errors import (
     OutputError,
     UnsupportedModelError,
 )
-from minitron_hf.evaluation import evaluate_models
-from minitron_hf.samples import generate_samples
+from minitron_hf.evaluation import evaluate as evaluation
+from minitron_hf.evaluation.evaluate import evaluate_models
+from minitron_hf.evaluation.samples import generate_samples
 from pocket import POCKETS, VOCAB, float64_throughout, pocket_model, pocket_tokenizer
 
 TEXTS = [

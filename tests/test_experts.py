@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 from minitron_hf.errors import UnsupportedModelError
-from minitron_hf.experts import Routed, observed_experts, stored_transposed
 from minitron_hf.families import spec_for
+from minitron_hf.scoring.experts import Routed, observed_experts, stored_transposed
 from pocket import POCKETS
 
 TOKENS, EXPERTS, NEURONS, HIDDEN = 11, 5, 6, 8

@@ -25,9 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from minitron_hf.axes import dimension_axes
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, named_tensors, spec_for
+from minitron_hf.families.axes import dimension_axes
 from minitron_hf.families.base import layer_tables, linear, norm
 from minitron_hf.models import empty_model
 from pocket import POCKETS, pocket_config, pocket_model

@@ -22,15 +22,15 @@ from hub_server import (
     hub_server_fixture,  # noqa: F401 (a fixture)
     make_blob,
 )
-from minitron_hf.card import render_model_card
 from minitron_hf.errors import HubError, OutputError
-from minitron_hf.hub import push_student_to_hub, uploaded_files, write_teacher_metadata
+from minitron_hf.publishing.card import render_model_card
+from minitron_hf.publishing.hub import push_student_to_hub, uploaded_files, write_teacher_metadata
 from run_folder import KEPT, VOCAB, write_json, write_run
 
 PUSH = """
 import json, sys
 from minitron_hf.errors import MinitronError
-from minitron_hf.hub import push_student_to_hub
+from minitron_hf.publishing.hub import push_student_to_hub
 try:
     info = push_student_to_hub(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
     print(json.dumps({"oid": info.oid, "pr": info.pr_url}))
@@ -340,7 +340,7 @@ def test_working_files_are_not_listed(student):
 TEACHER_METADATA = """
 import json, sys
 from minitron_hf.errors import MinitronError
-from minitron_hf.hub import write_teacher_metadata
+from minitron_hf.publishing.hub import write_teacher_metadata
 try:
     print(write_teacher_metadata(sys.argv[1], sys.argv[2]).read_text().replace("\\n", ""))
 except MinitronError as error:

@@ -22,9 +22,9 @@ from minitron_hf.data import TokenRows, token_rows
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, ArchSpec, spec_for
 from minitron_hf.families.base import named_tensors
-from minitron_hf.importance import ImportanceScores, estimate_importance
 from minitron_hf.models import architecture_digest, empty_model, model_digest
-from minitron_hf.surgery import cut_tensor
+from minitron_hf.pruning.surgery import cut_tensor
+from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
 from pocket import (
     POCKETS,
     VOCAB,

@@ -7,9 +7,9 @@ import torch
 
 from minitron_hf.errors import PlanError
 from minitron_hf.families import named_tensors
-from minitron_hf.importance import estimate_importance
-from minitron_hf.planning import PrunerConfig, make_plan
-from minitron_hf.surgery import apply_plan, iterate_importance, prune_model
+from minitron_hf.pruning.plan import PrunerConfig, make_plan
+from minitron_hf.pruning.surgery import apply_plan, iterate_importance, prune_model
+from minitron_hf.scoring.importance import estimate_importance
 from pocket import pocket_model
 from test_importance import ROWS
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from minitron_hf import launching
-from minitron_hf.cli import main
+from minitron_hf.cli.app import main
 from minitron_hf.errors import DataError, DistributedError, MinitronError, MissingDependencyError
+from minitron_hf.recipe import launching
 from pocket import pocket_model, pocket_tokenizer
 
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without accelerators")
@@ -71,7 +71,7 @@ def test_what_a_process_refuses_reaches_the_one_that_started_it(monkeypatch):
 
 def minitron(*arguments):
     """Run the command line in a process of its own, as the installed script would."""
-    command = [sys.executable, "-m", "minitron_hf.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "minitron_hf.cli.app", *map(str, arguments)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

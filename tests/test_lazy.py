@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_hf import lazy
-from minitron_hf.lazy import DTYPES, lazy_tensors
+from minitron_hf.pruning import stored_tensors as lazy
+from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
 
 
 def pairs(folder: Path, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from minitron_hf.errors import MismatchError, UnsupportedModelError
-from minitron_hf.losses import (
+from minitron_hf.losses.fused import (
     DenseSignal,
     OutputHead,
     TopKSignal,

@@ -9,7 +9,7 @@ import pytest
 
 from minitron_hf.errors import DataError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, families, wrapped_families
-from minitron_hf.matrix import BEGIN, END, Cut, cuts, described, support_matrix, to_markdown, with_matrix
+from minitron_hf.survey.matrix import BEGIN, END, Cut, cuts, described, support_matrix, to_markdown, with_matrix
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -28,10 +28,10 @@ from transformers import (
 
 from minitron_hf.errors import HubError, MismatchError, OutputError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.importance import ImportanceScores, estimate_importance
 from minitron_hf.models import architecture_digest, count_parameters, empty_model, model_digest
-from minitron_hf.planning import PruningPlan, make_plan
-from minitron_hf.sizes import PrunerConfig, student_config
+from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
+from minitron_hf.sizes.request import PrunerConfig, student_config
 from pocket import POCKETS, cuttable, pocket_config, pocket_model
 
 NAMES = list(POCKETS)

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from safetensors.numpy import save_file
 
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.plots import (
+from minitron_hf.publishing.plots import (
     GREEN,
     GREY,
     PLOTS,

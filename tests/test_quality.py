@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from minitron_hf import quality
 from minitron_hf.errors import DataError, MismatchError
-from minitron_hf.quality import load_metric, mean_and_error
+from minitron_hf.evaluation import quality
+from minitron_hf.evaluation.quality import load_metric, mean_and_error
 
 
 def test_divergence_of_a_sharpened_model_has_a_closed_form():

@@ -14,9 +14,9 @@ import yaml
 from datasets import Dataset
 from typer.main import get_command
 
-from minitron_hf import trainer as trainer_module
-from minitron_hf.cli import app
-from minitron_hf.recipe import Recipe
+from minitron_hf.cli.app import app
+from minitron_hf.distillation import trainer as trainer_module
+from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
 ROOT = Path(__file__).parent.parent

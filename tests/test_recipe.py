@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from minitron_hf.errors import DataError, PlanError
-from minitron_hf.recipe import Recipe, apply_overrides
+from minitron_hf.recipe.schema import Recipe, apply_overrides
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MINIMAL = {

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from transformers import LlamaConfig, MistralConfig
 
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.errors import DataError, PlanError
-from minitron_hf.importance import estimate_importance
 from minitron_hf.models import count_parameters
-from minitron_hf.recipe import Recipe
-from minitron_hf.recommendations import recommend
-from minitron_hf.sizes import PrunerConfig, student_config
+from minitron_hf.recipe.recommendations import recommend
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig, student_config
 from pocket import pocket_config
 
 LLAMA = LlamaConfig(

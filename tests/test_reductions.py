@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minitron_hf.reductions import reduce_routed, reduce_rows, reduce_sequence, row_terms
+from minitron_hf.scoring.reductions import reduce_routed, reduce_rows, reduce_sequence, row_terms
 
 REDUCTIONS = ["mean", "l2", "var"]
 

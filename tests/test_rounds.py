@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_hf import card as card_module
-from minitron_hf import runner, stages
+from minitron_hf.distillation.intermediate import _initial_map
 from minitron_hf.errors import DataError, MismatchError, PlanError
-from minitron_hf.hub import uploaded_files
-from minitron_hf.intermediate import _initial_map
 from minitron_hf.models import load_model
-from minitron_hf.planning import PruningPlan
-from minitron_hf.recipe import Recipe
-from minitron_hf.surgery import apply_plan
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.publishing import card as card_module
+from minitron_hf.publishing.hub import uploaded_files
+from minitron_hf.recipe import runner, stages
+from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_config, pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]

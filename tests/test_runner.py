@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_hf import runner, stages
-from minitron_hf.card import write_model_card
 from minitron_hf.data import token_rows
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
-from minitron_hf.hub import uploaded_files
 from minitron_hf.models import load_model
-from minitron_hf.planning import PruningPlan
-from minitron_hf.recipe import Recipe
-from minitron_hf.repair import repaired_weights
-from minitron_hf.surgery import apply_plan
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.publishing.card import write_model_card
+from minitron_hf.publishing.hub import uploaded_files
+from minitron_hf.recipe import runner, stages
+from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -172,9 +172,10 @@ def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(
     script = f"""
 import os, json
 from transformers import TrainerCallback
-from minitron_hf import runner, trainer
-from minitron_hf.recipe import Recipe
-from minitron_hf.repair import repaired_weights
+from minitron_hf.recipe import runner
+from minitron_hf.distillation import trainer
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.pruning.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 5:

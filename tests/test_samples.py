@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minitron_hf.samples import generate_samples
+from minitron_hf.evaluation.samples import generate_samples
 from pocket import pocket_model, pocket_tokenizer
 
 

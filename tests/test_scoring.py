@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from minitron_hf.axes import Axis
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import ArchSpec, spec_for
-from minitron_hf.scoring import ScoringPass
+from minitron_hf.families.axes import Axis
+from minitron_hf.scoring.observers import ScoringPass
 from pocket import float64_throughout, pocket_model, pocket_tokens
 
 TOKENS = pocket_tokens(3, 8)

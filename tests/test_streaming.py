@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hub_server import hub_server_fixture  # noqa: F401 (a fixture)
-from minitron_hf import lazy, streaming
 from minitron_hf.errors import HubError, MinitronError, MismatchError, OutputError, UnsupportedModelError
-from minitron_hf.lazy import DTYPES, lazy_tensors
 from minitron_hf.models import load_config, load_model, model_digest
-from minitron_hf.planning import PruningPlan, make_plan
-from minitron_hf.sizes import PrunerConfig
-from minitron_hf.streaming import is_streamable, open_checkpoint, prune_checkpoint
-from minitron_hf.surgery import apply_plan
+from minitron_hf.pruning import stored_tensors as lazy
+from minitron_hf.pruning import streaming
+from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
+from minitron_hf.pruning.streaming import is_streamable, open_checkpoint, prune_checkpoint
+from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import POCKETS, cuttable, pocket_model, pocket_tokenizer, pocket_tokens
 from test_surgery import plan_for, requests
 

@@ -86,10 +86,10 @@ def test_light_modules_import_nothing_heavy_at_the_top(name: str):
     "code",
     [
         "import minitron_hf; minitron_hf.__version__; dir(minitron_hf)",
-        "import minitron_hf.errors, minitron_hf.artifacts, minitron_hf.axes, minitron_hf.data",
+        "import minitron_hf.errors, minitron_hf.files, minitron_hf.families.axes, minitron_hf.data",
         "import minitron_hf.families; minitron_hf.families.families()",
-        "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', '--help']; minitron_hf.cli.main()",
-        "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', 'run', '--help']; minitron_hf.cli.main()",
+        "import sys, minitron_hf.cli.app; sys.argv = ['minitron-hf', '--help']; minitron_hf.cli.app.main()",
+        "import sys, minitron_hf.cli.app; sys.argv = ['minitron-hf', 'run', '--help']; minitron_hf.cli.app.main()",
     ],
 )
 def test_light_imports_leave_heavy_libraries_alone(code: str):

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from minitron_hf import models
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.importance import estimate_importance
-from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.surgery import apply_plan, prune_model
+from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.scoring.importance import estimate_importance
 from pocket import (
     POCKETS,
     Pocket,
@@ -708,7 +708,7 @@ def test_prune_model_refuses_before_it_loads_or_scores(tmp_path: Path, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("computed before the sizes were refused")
 
-    monkeypatch.setattr("minitron_hf.surgery.estimate_importance", never)
+    monkeypatch.setattr("minitron_hf.pruning.surgery.estimate_importance", never)
     for teacher in (tmp_path, pocket_model("llama")):
         with pytest.raises(PlanError, match="larger than the teacher's 36"):
             prune_model(teacher, PrunerConfig(hidden_size=99), calibration_data=["text"])

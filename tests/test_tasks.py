@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron_hf.errors import DataError, MissingDependencyError
-from minitron_hf.tasks import _task_metrics, evaluate_tasks
+from minitron_hf.evaluation.tasks import _task_metrics, evaluate_tasks
 from pocket import pocket_model, pocket_tokenizer
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from minitron_hf.artifacts import read_json
+from minitron_hf.distillation.correction import correct_teacher, cross_entropy_sum, train_norms_only
 from minitron_hf.errors import MismatchError, UnsupportedModelError
-from minitron_hf.losses import OutputHead
-from minitron_hf.teacher import correct_teacher, cross_entropy_sum, train_norms_only
+from minitron_hf.files import read_json
+from minitron_hf.losses.fused import OutputHead
 from pocket import POCKETS, pocket_model, pocket_tokenizer
 from test_trainer import Gradients, float64, make_trainer, models, naive_sums, text_dataset, token_dataset  # noqa: F401
 
@@ -87,7 +87,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, wrong):
 
 
 def test_cross_entropy_in_chunks_is_that_of_all_logits(monkeypatch):
-    monkeypatch.setattr("minitron_hf.teacher.default_chunk_size", lambda *_: 5)
+    monkeypatch.setattr("minitron_hf.distillation.correction.default_chunk_size", lambda *_: 5)
     hidden = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(29, 7, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(29, (13,))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from minitron_hf import losses as losses_module
-from minitron_hf import teacher_cache as cache_module
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.distillation import teacher_cache as cache_module
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.teacher_cache import cache_teacher_logits, load_teacher_cache
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.losses import DenseSignal, OutputHead, head_logits, top_k_signal
-from minitron_hf.teacher_cache import cache_teacher_logits, load_teacher_cache
+from minitron_hf.losses import fused as losses_module
+from minitron_hf.losses.fused import DenseSignal, OutputHead, head_logits, top_k_signal
 from pocket import VOCAB, pocket_model, pocket_tokenizer
 from test_trainer import (  # noqa: F401
     Gradients,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.parallel import offload_layers
+from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import UnsupportedModelError
-from minitron_hf.losses import output_head
-from minitron_hf.trainer import DistillationTrainer
-from minitron_hf.wrapping import offload_layers
+from minitron_hf.losses.fused import output_head
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 

@@ -13,12 +13,12 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from minitron_hf import trainer as trainer_module
-from minitron_hf.distillation_config import DistillationConfig
+from minitron_hf.distillation import trainer as trainer_module
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
-from minitron_hf.planning import PrunerConfig, PruningPlan
-from minitron_hf.surgery import prune_model
-from minitron_hf.trainer import DistillationTrainer
+from minitron_hf.pruning.plan import PrunerConfig, PruningPlan
+from minitron_hf.pruning.surgery import prune_model
 from pocket import float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens
 
 pytestmark = pytest.mark.filterwarnings(

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_hf.axes import dimension_index, parse_dimensions
 from minitron_hf.errors import PlanError, UnsupportedModelError, VerificationError
 from minitron_hf.families import families
+from minitron_hf.families.axes import dimension_index, parse_dimensions
 from minitron_hf.families.base import linear
-from minitron_hf.importance import estimate_importance
 from minitron_hf.models import model_digest
-from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.surgery import apply_plan, prune_model
-from minitron_hf.verification import _mask, verify_student
+from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.verification import _mask, verify_student
+from minitron_hf.scoring.importance import estimate_importance
 from pocket import POCKETS, pocket_config, pocket_model, pocket_tokens
 from test_surgery import requests
 

@@ -19,11 +19,11 @@ from transformers import (
 from minitron_hf import models
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import PRUNER_FIELDS, spec_for
-from minitron_hf.importance import estimate_importance
-from minitron_hf.planning import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.streaming import prune_checkpoint
-from minitron_hf.surgery import apply_plan, prune_model
-from minitron_hf.verification import masked_units
+from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.pruning.streaming import prune_checkpoint
+from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.verification import masked_units
+from minitron_hf.scoring.importance import estimate_importance
 from pocket import float64_throughout, pocket_config, pocket_tokens
 
 IMAGE_TOKEN = 95

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from minitron_hf.artifacts import digest, replacing_file, require_writable
 from minitron_hf.errors import DataError, MinitronError
+from minitron_hf.files import digest, replacing_file, require_writable
 
 #: Per cent of the sources (modules and topics, by name) in each split. Earlier splits keep a paragraph that several
 #: sources share, so text of a later split never repeats text of an earlier one.

@@ -27,9 +27,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minitron_hf.artifacts import digest, file_digest, replacing_file, replacing_folder, require_writable, versions
 from minitron_hf.data import TokenRows, padded_batches, token_rows, tokenize
 from minitron_hf.errors import MinitronError
+from minitron_hf.files import digest, file_digest, replacing_file, replacing_folder, require_writable, versions
 
 VOCAB_SIZE = 2048
 CONTEXT = 256

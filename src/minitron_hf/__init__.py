@@ -19,75 +19,75 @@ _MODULE_OF = {
     "load_model": "models",
     "load_tokenizer": "models",
     "count_parameters": "models",
-    "ImportanceScores": "importance",
-    "estimate_importance": "importance",
-    "PrunerConfig": "sizes",
-    "PruningPlan": "planning",
-    "make_plan": "planning",
-    "student_config": "sizes",
-    "verify_student": "verification",
-    "apply_plan": "surgery",
-    "carry_out": "surgery",
-    "iterate_importance": "surgery",
-    "plan_for_target": "surgery",
-    "prune_model": "surgery",
-    "repaired_weights": "repair",
-    "prune_checkpoint": "streaming",
-    "DistillationConfig": "distillation_config",
-    "estimate_capacity": "capacity",
-    "correct_teacher": "teacher",
-    "cache_teacher_logits": "teacher_cache",
-    "load_teacher_cache": "teacher_cache",
-    "TeacherCache": "teacher_cache",
-    "DistillationTrainer": "trainer",
-    "search_architectures": "search",
-    "evaluate_models": "evaluation",
-    "generate_samples": "samples",
-    "render_model_card": "card",
-    "push_student_to_hub": "hub",
-    "Recipe": "recipe",
-    "recommend": "recommendations",
-    "run_recipe": "runner",
+    "ImportanceScores": "scoring.importance",
+    "estimate_importance": "scoring.importance",
+    "PrunerConfig": "sizes.request",
+    "PruningPlan": "pruning.plan",
+    "make_plan": "pruning.plan",
+    "student_config": "sizes.request",
+    "verify_student": "pruning.verification",
+    "apply_plan": "pruning.surgery",
+    "carry_out": "pruning.surgery",
+    "iterate_importance": "pruning.surgery",
+    "plan_for_target": "pruning.surgery",
+    "prune_model": "pruning.surgery",
+    "repaired_weights": "pruning.repair",
+    "prune_checkpoint": "pruning.streaming",
+    "DistillationConfig": "distillation.config",
+    "estimate_capacity": "distillation.capacity",
+    "correct_teacher": "distillation.correction",
+    "cache_teacher_logits": "distillation.teacher_cache",
+    "load_teacher_cache": "distillation.teacher_cache",
+    "TeacherCache": "distillation.teacher_cache",
+    "DistillationTrainer": "distillation.trainer",
+    "search_architectures": "search.architectures",
+    "evaluate_models": "evaluation.evaluate",
+    "generate_samples": "evaluation.samples",
+    "render_model_card": "publishing.card",
+    "push_student_to_hub": "publishing.hub",
+    "Recipe": "recipe.schema",
+    "recommend": "recipe.recommendations",
+    "run_recipe": "recipe.runner",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
-    from .capacity import estimate_capacity as estimate_capacity
-    from .card import render_model_card as render_model_card
     from .data import load_text_dataset as load_text_dataset
     from .data import token_rows as token_rows
-    from .distillation_config import DistillationConfig as DistillationConfig
+    from .distillation.capacity import estimate_capacity as estimate_capacity
+    from .distillation.config import DistillationConfig as DistillationConfig
+    from .distillation.correction import correct_teacher as correct_teacher
+    from .distillation.teacher_cache import TeacherCache as TeacherCache
+    from .distillation.teacher_cache import cache_teacher_logits as cache_teacher_logits
+    from .distillation.teacher_cache import load_teacher_cache as load_teacher_cache
+    from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .errors import MinitronError as MinitronError
-    from .evaluation import evaluate_models as evaluate_models
-    from .hub import push_student_to_hub as push_student_to_hub
-    from .importance import ImportanceScores as ImportanceScores
-    from .importance import estimate_importance as estimate_importance
+    from .evaluation.evaluate import evaluate_models as evaluate_models
+    from .evaluation.samples import generate_samples as generate_samples
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
-    from .planning import PruningPlan as PruningPlan
-    from .planning import make_plan as make_plan
-    from .recipe import Recipe as Recipe
-    from .recommendations import recommend as recommend
-    from .repair import repaired_weights as repaired_weights
-    from .runner import run_recipe as run_recipe
-    from .samples import generate_samples as generate_samples
-    from .search import search_architectures as search_architectures
-    from .sizes import PrunerConfig as PrunerConfig
-    from .sizes import student_config as student_config
-    from .streaming import prune_checkpoint as prune_checkpoint
-    from .surgery import apply_plan as apply_plan
-    from .surgery import carry_out as carry_out
-    from .surgery import iterate_importance as iterate_importance
-    from .surgery import plan_for_target as plan_for_target
-    from .surgery import prune_model as prune_model
-    from .teacher import correct_teacher as correct_teacher
-    from .teacher_cache import TeacherCache as TeacherCache
-    from .teacher_cache import cache_teacher_logits as cache_teacher_logits
-    from .teacher_cache import load_teacher_cache as load_teacher_cache
-    from .trainer import DistillationTrainer as DistillationTrainer
-    from .verification import verify_student as verify_student
+    from .pruning.plan import PruningPlan as PruningPlan
+    from .pruning.plan import make_plan as make_plan
+    from .pruning.repair import repaired_weights as repaired_weights
+    from .pruning.streaming import prune_checkpoint as prune_checkpoint
+    from .pruning.surgery import apply_plan as apply_plan
+    from .pruning.surgery import carry_out as carry_out
+    from .pruning.surgery import iterate_importance as iterate_importance
+    from .pruning.surgery import plan_for_target as plan_for_target
+    from .pruning.surgery import prune_model as prune_model
+    from .pruning.verification import verify_student as verify_student
+    from .publishing.card import render_model_card as render_model_card
+    from .publishing.hub import push_student_to_hub as push_student_to_hub
+    from .recipe.recommendations import recommend as recommend
+    from .recipe.runner import run_recipe as run_recipe
+    from .recipe.schema import Recipe as Recipe
+    from .scoring.importance import ImportanceScores as ImportanceScores
+    from .scoring.importance import estimate_importance as estimate_importance
+    from .search.architectures import search_architectures as search_architectures
+    from .sizes.request import PrunerConfig as PrunerConfig
+    from .sizes.request import student_config as student_config
 
 
 def __getattr__(name: str) -> object:

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifacts import digest
 from .errors import DataError
+from .files import digest
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .artifacts import digest
 from .errors import DataError, HubError, MinitronError, UnsupportedModelError
 from .families.base import own_parameters, text_config
+from .files import digest
 
 #: Values of a parameter that `model_digest` reads, at most.
 DIGEST_SAMPLES = 1024

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..axes import Axis, Dimension, Rounding, dimension_axes, dimension_size, implied_size, parse_dimensions
 from ..errors import UnsupportedModelError
+from .axes import Axis, Dimension, Rounding, dimension_axes, dimension_size, implied_size, parse_dimensions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,6 @@
+"""The command line `minitron-hf`: parses arguments, calls the public functions, prints their results.
+
+May import: everything.
+"""
+
+from .app import main as main

@@ -1,0 +1,4 @@
+"""Distillation: `DistillationTrainer` and its config, teacher correction, precomputed teacher logits, capacity.
+
+May import: everything above it, except `survey`.
+"""

@@ -1,0 +1,139 @@
+"""Batches between the collator and the loss: whose row a position is, and what a cache of the teacher says there.
+
+Shapes: N tokens that count, k most likely tokens, H_t hidden width of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..losses.fused import next_token_positions
+
+#: Columns of a cached row: tokens and log-probabilities, N * k each, position by position; and N tails.
+TOKENS, LOG_PROBS, LOG_TAIL = "teacher_tokens", "teacher_log_probs", "teacher_log_tail"
+#: What the columns of cached hidden states begin with; their index among the teacher's hidden states follows.
+STATES = "teacher_states_"
+#: Entries of a batch that are not for the model. Some collators shift the labels beforehand too.
+LABELS, ROW_LENGTHS, CACHED = "labels", "row_lengths", "cached_teacher"
+SHIFTED_LABELS = "shift_labels"
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """What a cache says of a batch. No mapping or tensor, so that nothing casts it with the batch.
+
+    Attributes:
+        tokens: int64 [N, k], the most likely one first.
+        log_probs: float32 [N, k].
+        log_tail: float32 [N].
+        states: index into the teacher's hidden states → float32 [N, H_t].
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    states: Mapping[int, Tensor]
+
+
+@dataclass
+class WithRowLengths:
+    """A collator that also says how long each row of a flattened batch is, so that tokens can be told by row."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        batch[ROW_LENGTHS] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return batch
+
+
+@dataclass
+class WithCachedTeacher:
+    """A collator that also hands on what cached rows say of the teacher."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if TOKENS not in examples[0]:
+            return self.collator(examples)
+        # The cached columns are arrays, for speed; the collator expects lists.
+        others = [name for name in examples[0] if not name.startswith("teacher_")]
+        batch = self.collator([{name: np.asarray(row[name]).tolist() for name in others} for row in examples])
+        tail = _joined(examples, LOG_TAIL)
+        batch[CACHED] = CachedTeacher(
+            _joined(examples, TOKENS, len(tail)).long(),
+            _joined(examples, LOG_PROBS, len(tail)),
+            tail,
+            {
+                int(name.removeprefix(STATES)): _joined(examples, name, len(tail))
+                for name in examples[0]
+                if name.startswith(STATES)
+            },
+        )
+        return batch
+
+
+def _joined(examples: list[dict[str, Any]], name: str, num_tokens: int | None = None) -> Tensor:
+    """A column of all rows, [N], or [N, its width]."""
+    values = torch.from_numpy(np.concatenate([np.asarray(example[name]) for example in examples]))
+    if num_tokens is None:
+        return values
+    return values.reshape(num_tokens, len(values) // num_tokens if num_tokens else 1)
+
+
+def is_cached(columns: Iterable[str] | None) -> bool:
+    """Whether rows with these columns hold what a teacher said."""
+    return TOKENS in (columns or ())
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model takes."""
+    return {key: value for key, value in batch.items() if key not in (LABELS, ROW_LENGTHS, CACHED)}
+
+
+def row_of_positions(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Row of every position of the flattened batch, int64 [B * T], and the number of rows."""
+    labels = batch[LABELS]
+    lengths = batch.get(ROW_LENGTHS)
+    if lengths is None:
+        num_rows, length = labels.shape
+        return torch.arange(num_rows, device=labels.device).repeat_interleave(length), num_rows
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths), len(lengths)
+
+
+def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping[str, Any]:
+    """A batch of one of several processes, in which no token counts of rows that another one has too.
+
+    Accelerate fills the last batch of an epoch with the rows that came first, so that all processes get as many.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1 or LABELS not in batch:
+        return batch
+    row_of_position, num_rows = row_of_positions(batch)
+    labels = batch[LABELS]
+    row = accelerator.process_index * num_rows + row_of_position.to(labels.device)
+    repeated = (row >= state.remainder).view_as(labels)
+    masked = {name: batch[name].masked_fill(repeated, -100) for name in (LABELS, SHIFTED_LABELS) if name in batch}
+    if CACHED in batch:  # repeated rows come last
+        said, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
+        states = {index: values[:count] for index, values in said.states.items()}
+        first = (said.tokens[:count], said.log_probs[:count], said.log_tail[:count])
+        masked[CACHED] = CachedTeacher(*first, states)
+    return {**batch, **masked}
+
+
+class CountsRowsOnce:
+    """What makes a `Trainer` count the rows at the end of an epoch once, in however many processes."""
+
+    accelerator: Any
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, and the number of tokens that count in them."""
+        batches = (without_repeated_rows(batch, self.accelerator) for batch in epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]

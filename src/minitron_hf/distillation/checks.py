@@ -1,0 +1,128 @@
+"""Pairs of models, and adapters, that distillation would train wrongly without any other sign."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from ..errors import DistributedError, MismatchError, UnsupportedModelError
+from ..losses.fused import base_model_of
+
+
+def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config: Any, peft_config: Any) -> None:
+    """Refuse a student and a teacher that cannot be distilled, from what is known before either is loaded.
+
+    Args:
+        student: a model, or a path or Hub id.
+        teacher: a model, or a path or Hub id.
+        student_config: the student's config.
+        teacher_config: the teacher's config.
+        peft_config: of the adapter to be trained, or None.
+
+    Raises:
+        MismatchError: if the vocabularies differ, or the models share weights.
+        UnsupportedModelError: if a model is split over devices, or the loss would not see the adapter.
+    """
+    _refuse_unequal_vocabularies(student_config, teacher_config)
+    refuse_split_model(student, "student")
+    refuse_split_model(teacher, "teacher")
+    if isinstance(student, nn.Module):
+        _refuse_shared_model(student, teacher)
+        _refuse_unseen_adapters(student, peft_config)
+    elif peft_config is not None:
+        _refuse_prompt_learning(peft_config)
+
+
+def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
+    sizes = {role: config.get_text_config().vocab_size for role, config in (("s", student), ("t", teacher))}
+    if sizes["s"] != sizes["t"]:
+        raise MismatchError(
+            f"The student's vocabulary has {sizes['s']} tokens, the teacher's {sizes['t']}. Distillation compares "
+            "probabilities token by token, so both need one tokenizer and equally many embedding rows. Use a teacher "
+            "of the same family, or, where the tokenizer is the same and one embedding is only padded, "
+            f"student.resize_token_embeddings({sizes['t']})."
+        )
+
+
+def refuse_split_model(model: Any, role: str) -> None:
+    """Refuse a model whose layers were loaded onto several devices."""
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"The {role} is split over {', '.join(map(str, devices))}; the loss needs both heads on one device. "
+            "Load it with device_map=None; to shard both models, use `accelerate launch` with FSDP2 or DeepSpeed."
+        )
+
+
+def refuse_lone_processes(accelerator: Any) -> None:
+    """Refuse a launch that Accelerate has silently made something else of.
+
+    Raises:
+        DistributedError: if every process would train alone, or no model would be split.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and accelerator.num_processes == 1:
+        raise DistributedError(
+            f"{processes} processes were launched, and each would train alone, because this machine has no "
+            "accelerators. Set use_cpu=True, or ACCELERATE_USE_CPU=true before launching."
+        )
+    for plugin in ("FSDP", "DEEPSPEED"):
+        wanted = os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true"
+        if wanted and getattr(accelerator.state, f"{plugin.lower()}_plugin", None) is None:
+            raise DistributedError(
+                f"{plugin} was asked for, but Accelerate splits models over accelerators only, and {processes} "
+                f"processes were launched on {accelerator.device.type}. Launch with the configuration ddp."
+            )
+
+
+def _refuse_shared_model(model: Any, teacher: Any) -> None:
+    if isinstance(teacher, nn.Module):
+        parameters = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in parameters for parameter in teacher.parameters()):
+            raise MismatchError(
+                "The teacher shares weights with the student, so it would change while the student learns from it. "
+                "Pass a copy, or load the teacher a second time."
+            )
+
+
+def _refuse_unseen_adapters(model: Any, peft_config: Any) -> None:
+    """Adapters that the loss would not see, because it reads the backbone's states and the head's weight."""
+    if is_peft_model(model):
+        _refuse_prompt_learning(model.peft_config[model.active_adapter])
+        refuse_wrapped_head(base_model_of(model))
+    if peft_config is None:
+        return
+    _refuse_prompt_learning(peft_config)
+    if getattr(peft_config, "target_modules", None):
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        head = model.get_output_embeddings()
+        name = next((name for name, module in model.named_modules() if module is head), None)
+        if peft_config.target_modules != "all-linear" and name and check_target_module_exists(peft_config, name):
+            raise UnsupportedModelError(_ADAPTED_HEAD.format(name=name))
+
+
+_ADAPTED_HEAD = (
+    "An adapter on the output head ({name}) is not supported: the loss reads the head's weight, so the adapter would "
+    "never be trained. Take it out of target_modules, or train the whole head with modules_to_save=['{name}']."
+)
+
+
+def _refuse_prompt_learning(peft_config: Any) -> None:
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{peft_config.peft_type.value} learns virtual tokens in front of the text, which shift every position "
+            "and cannot be merged into a stock model. Use LoRA (peft.LoraConfig) instead."
+        )
+
+
+def refuse_wrapped_head(student: Any) -> None:
+    """Refuse an output head that an adapter has wrapped."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    head = student.get_output_embeddings()
+    if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+        raise UnsupportedModelError(_ADAPTED_HEAD.format(name=f"lm_head, a {type(head).__name__}"))

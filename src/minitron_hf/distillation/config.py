@@ -1,0 +1,258 @@
+"""`DistillationConfig`: the arguments of distillation, with defaults that fit the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+import torch
+from transformers.trainer_utils import HubStrategy
+from trl import SFTConfig
+
+from ..losses.divergences import require_divergence
+from .intermediate import Distance
+
+
+@dataclass
+class DistillationConfig(SFTConfig):
+    """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
+
+    Loss of a token: `kd_weight * T² * divergence + ce_weight * cross-entropy + α * (hidden + embedding)`, by default
+    KL(teacher ‖ student) alone, see `losses.distillation_loss` and `intermediate.IntermediateLosses`. Minitron found
+    the logits alone best where depth is cut little, and all three where it is cut by a quarter or more.
+
+    Where no value is given, `bf16` is on only where the hardware has it, `activation_checkpointing` only on an
+    accelerator, and `dataloader_pin_memory` only with one. TRL turns all three on everywhere; on a CPU without
+    bfloat16 units that costs 50 to 100 times the speed.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is lost between the two distributions: 'forward_kl', KL(teacher || student), which Minitron "
+            "found best; 'reverse_kl', 'jsd' or 'tv'; or of the logits: 'mse' or 'cosine'."
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "The teacher's part of the mixture in the Jensen-Shannon divergence."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
+    )
+    kd_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the divergence KL(teacher || student), times temperature squared."}
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy with the true tokens. Minitron uses none."}
+    )
+    hidden_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distance between hidden states of student and teacher: 'cosine', which Minitron found best, or "
+            "'mse'. If not set, they are not compared."
+        },
+    )
+    hidden_layers: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs [layer of the teacher, layer of the student] whose outputs are compared, counted from 0, "
+            "or from the end if negative. If not set, [[-3, -3]]: two before the last."
+        },
+    )
+    embedding_loss: str | None = field(
+        default=None,
+        metadata={"help": "Distance between the embeddings' outputs: 'cosine' or 'mse'. If not set, not compared."},
+    )
+    intermediate_weight: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Weight of hidden_loss and embedding_loss: a number, or 'dynamic' for the ratio of the weighted "
+            "divergence to them in the step before, as Minitron used."
+        },
+    )
+    teacher_correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "'concurrent': the teacher goes on learning the corpus, by cross-entropy, while the student "
+            "learns from it. `correct_teacher` does so beforehand. If not set, the teacher does not change."
+        },
+    )
+    teacher_original_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The peak learning rate that the teacher was trained with, needed by teacher_correction; a fifth "
+            "of it is used."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits exist at one time. If not set, chosen from the vocabulary size."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher (`revision`, "
+            "`dtype`, `quantization_config`, ...), used when the teacher is given as a path or Hub id. The dtype is "
+            "that of the checkpoint, or float32 where the hardware is slow in that."
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher's layers in main memory, and fetch one after another for every forward pass. "
+            "For one device or DDP; FSDP2 and ZeRO-3 split the teacher instead."
+        },
+    )
+    upcast_student: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a half-precision student in float32 weights (small updates are lost in half precision). "
+            "`save_student(dtype=...)` writes it in half precision again."
+        },
+    )
+
+    # Defaults of the base classes that are changed.
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "The initial learning rate for AdamW. 1e-4 is the peak that Minitron used."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision. If not set, only where the hardware computes in it."},
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Deprecated name of `activation_checkpointing`."}
+    )
+    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Whether to pin memory in data loaders. If not set, only with an accelerator."},
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={"help": "Whether and how to count the tokens seen: 'all', 'non_padding' or 'no'."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Not supported: the teacher's distribution is the only supervision of a mixture of experts."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        on_cpu = trains_on_cpu(self.use_cpu)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_fast_bf16(on_cpu)
+        if self.bf16 and on_cpu:
+            self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = not on_cpu
+        name = checkpointing_field()
+        if self.gradient_checkpointing is None and getattr(self, name) is None:
+            by_fsdp = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
+            setattr(self, name, not on_cpu and not by_fsdp)
+        super().__post_init__()
+
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
+        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
+            )
+        require_divergence(self.divergence, self.jsd_beta, self.temperature)
+        self._require_intermediate_losses()
+        if self.teacher_correction not in (None, "concurrent"):
+            raise ValueError(f"teacher_correction={self.teacher_correction!r}: expected 'concurrent' or None.")
+        rate = self.teacher_original_learning_rate
+        if self.teacher_correction and not (isinstance(rate, int | float) and rate > 0):
+            raise ValueError(
+                f"teacher_original_learning_rate={rate!r}: teacher_correction needs the peak learning rate that the "
+                "teacher was trained with, a number above 0."
+            )
+        if self.teacher_correction and self.teacher_offload:
+            raise ValueError("teacher_offload: a teacher that goes on learning (teacher_correction) must be at hand.")
+        if self.teacher_correction and self.fp16:
+            raise ValueError("teacher_correction: not in float16, whose gradients need a scaler. Set bf16 or neither.")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
+        # What would silently do nothing here, or replace the forward pass that the loss lives in.
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: the teacher's distribution is the target; leave it at 0.")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel: Liger replaces the forward pass that computes this loss. Its layer kernels are "
+                'available as model_init_kwargs={"use_kernels": True}; the loss is fused already.'
+            )
+        if self.router_aux_loss_coef != 0:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: not supported in distillation; leave it at 0.0."
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload optimizer states; expected 'end' "
+                "or 'every_save'."
+            )
+
+    def _require_intermediate_losses(self) -> None:
+        for name in ("hidden_loss", "embedding_loss"):
+            if getattr(self, name) not in (None, *get_args(Distance)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected {' or '.join(get_args(Distance))}, or None."
+                )
+        if self.hidden_layers is not None:
+            pairs = self.hidden_layers
+            if not pairs or not all(len(pair) == 2 and all(isinstance(i, int) for i in pair) for pair in pairs):
+                raise ValueError(
+                    f"hidden_layers={pairs}: expected a list of pairs [layer of the teacher, layer of the student]."
+                )
+            if self.hidden_loss is None:
+                raise ValueError("hidden_layers: nothing is compared without hidden_loss='cosine' or 'mse'.")
+        weight: Any = self.intermediate_weight
+        with contextlib.suppress(TypeError, ValueError):
+            weight = float(weight)
+        if weight != "dynamic" and not (isinstance(weight, float) and weight >= 0):
+            raise ValueError(
+                f"intermediate_weight={self.intermediate_weight!r}: expected 'dynamic' or a number of at least 0."
+            )
+        if weight == "dynamic" and self.kd_weight == 0 and (self.hidden_loss or self.embedding_loss):
+            raise ValueError(
+                "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
+                "Give a number."
+            )
+
+
+def checkpointing_field() -> str:
+    """The field's name: some release of Transformers 5 renamed it; the old name still works but warns."""
+    renamed = "activation_checkpointing" in {field.name for field in fields(SFTConfig)}
+    return "activation_checkpointing" if renamed else "gradient_checkpointing"
+
+
+def trains_on_cpu(use_cpu: bool) -> bool:
+    """Whether training runs on the CPU: because it was asked for, or because there is nothing else."""
+    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return True
+    return not torch.accelerator.is_available()
+
+
+def has_fast_bf16(on_cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it."""
+    if on_cpu:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    return is_torch_bf16_gpu_available() and not torch.backends.mps.is_available()
+
+
+def is_fast(dtype: torch.dtype, on_cpu: bool) -> bool:
+    """Whether the hardware computes in a dtype itself."""
+    if dtype == torch.bfloat16:
+        return has_fast_bf16(on_cpu)
+    return dtype != torch.float16 or not on_cpu

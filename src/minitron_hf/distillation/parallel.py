@@ -1,0 +1,208 @@
+"""Teacher and student inside whatever wraps them: autocast, DDP, FSDP2, DeepSpeed, PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.utils import is_peft_model
+from peft import get_peft_model
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..losses.fused import DenseSignal, OutputHead, TeacherSignal, base_model_of, distillation_loss, output_head
+from ..models import empty_model
+from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What the student's forward pass needs to compute the loss where its head is: inside the wrapped model."""
+
+    teacher: TeacherSignal
+    positions: Tensor
+    targets: Tensor
+    options: Mapping[str, Any]
+    pairs: tuple[StatePair, ...] = ()
+    teacher_states: tuple[Tensor, ...] = ()
+
+
+def distilling_forward(model_class: Any) -> Callable[..., Any]:
+    """The stock forward pass, with an extra argument `distillation` that makes it return losses instead of logits.
+
+    The loss is computed inside the forward pass so that everything which wraps the model sees it: autocast, DDP's
+    gradient hooks, FSDP's and DeepSpeed's gathering of the head. It returns a dict of tensors, which all of them can
+    walk through. Holds no reference to a model, so that a copy of the model is a working copy.
+    """
+    stock = model_class.forward
+
+    @functools.wraps(stock)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, distillation: LossRequest | None = None, **kwargs: Any) -> Any:
+        if distillation is None:
+            return stock(self, *args, **kwargs)
+        wanted = wanted_states(distillation.pairs, "student")
+        extra = {"output_hidden_states": wanted} if wanted else {}
+        output = self.base_model(*args, **kwargs, **extra, use_cache=False)
+        head = output_head(self)
+        h_ND = output.last_hidden_state.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
+        teacher = distillation.teacher
+        heads = [head, teacher.head] if isinstance(teacher, DenseSignal) else [head]
+        with _gathered(*(tensor for each in heads for tensor in (each.weight, each.bias))):
+            losses = distillation_loss(h_ND, whole_head(head), teacher, distillation.targets, **distillation.options)
+        found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement")}
+        if distillation.pairs:
+            found |= student_distances(
+                distillation.pairs,
+                output.hidden_states,
+                distillation.teacher_states,
+                distillation.positions,
+                getattr(self, PROJECTION, None),
+            )
+        return found
+
+    return forward
+
+
+def whole_projection(projection: Any) -> Tensor | None:
+    """The weight of the map to the teacher's width, gathered where it is sharded; to be called on all processes."""
+    if projection is None:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    weight = projection.weight
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    with _gathered(weight):
+        return weight.detach().clone()
+
+
+def whole_head(head: OutputHead) -> OutputHead:
+    """The head with FSDP2's sharded parameters gathered; their gradients are averaged over the processes."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    whole: dict[str, Any] = {
+        name: value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim)
+        for name, value in (("weight", head.weight), ("bias", head.bias))
+        if isinstance(value, DTensor)
+    }
+    return replace(head, **whole) if whole else head
+
+
+def _gathered(*parameters: Any) -> contextlib.AbstractContextManager[None]:
+    """Under DeepSpeed ZeRO-3, parameters gathered for a direct access."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
+@contextlib.contextmanager
+def forward_of_backbone(model: Any) -> Iterator[None]:
+    """Let calls of `model`, or of what wraps it, return the output of its backbone, without logits."""
+    kept = model.__dict__.get("forward")
+    model.forward = lambda *args, **kwargs: model.base_model(*args, **kwargs)
+    try:
+        yield
+    finally:
+        if kept is None:
+            del model.forward
+        else:
+            model.forward = kept
+
+
+def gathered_model(trainer: Any) -> Any | None:
+    """What a trainer has trained under FSDP or DeepSpeed, whole and with its adapter merged, in CPU memory.
+
+    To be called on all processes.
+
+    Returns:
+        None on the processes that do not write.
+    """
+    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    state_dict = trainer.accelerator.get_state_dict(wrapped)
+    if not trainer.args.should_save:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = base_model_of(model)
+    state_dict = {name: value for name, value in state_dict.items() if PROJECTION not in name.split(".")}
+    whole: Any = empty_model(base.config)
+    if is_peft_model(model):
+        names = [model.active_adapter, *(name for name in model.peft_config if name != model.active_adapter)]
+        whole = get_peft_model(whole, model.peft_config[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            whole.add_adapter(name, model.peft_config[name])
+        whole.load_state_dict(state_dict, assign=True)
+        whole = whole.merge_and_unload()
+    else:
+        whole.load_state_dict(state_dict, assign=True)
+    whole.tie_weights()
+    whole.generation_config = base.generation_config
+    return whole
+
+
+def keep_losses_whole(plugin: Any) -> None:
+    """Keep FSDP2's mixed precision from rounding the losses that the forward pass returns, and sums of gradients."""
+    policy = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2 and policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def offload_layers(teacher: Any, device: torch.device) -> None:
+    """Keep the layers of a frozen model in main memory, and all else of it on a device.
+
+    What is fetched at one time is one linear map of one layer. The head and the embeddings stay: the loss reads them.
+
+    Raises:
+        UnsupportedModelError: if its layers cannot be told from the rest, or its weights are in other hands already.
+    """
+    if getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False):
+        raise UnsupportedModelError(
+            "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which decide where "
+            "its weights are. Leave out the one or the other."
+        )
+    classes = teacher._no_split_modules or ()
+    layers = [module for module in teacher.modules() if type(module).__name__ in classes]
+    if not layers:
+        raise UnsupportedModelError(
+            f"teacher_offload: {type(teacher).__name__} does not say what its layers are (_no_split_modules). "
+            "Load a quantised teacher, or train from a cache of it."
+        )
+    teacher.to("cpu")
+    if device.type == "cpu":  # of several processes each may have a number, for which tensors would be copied
+        device = torch.device("cpu")
+    for layer in layers:
+        cpu_offload(layer, execution_device=device)
+    teacher._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
+
+def shard_teacher(teacher: Any, accelerator: Any) -> Any:
+    """Shard the frozen teacher as FSDP shards the student; Accelerate leaves models in evaluation mode whole."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UnsupportedModelError(
+            "FSDP version 1 hides the teacher's output head from the loss. Set fsdp_version: 2 for accelerate."
+        )
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+    }
+    if plugin.cpu_offload is not None:
+        options["offload_policy"] = plugin.cpu_offload
+    chosen = fsdp2_prepare_auto_wrap_policy(plugin, teacher)
+    for module in list(teacher.modules())[:0:-1]:
+        if chosen is not None and chosen(module):
+            fully_shard(module, **options)
+    return fully_shard(teacher, **options)

@@ -1,0 +1,200 @@
+"""Quality of models on text, with standard errors: loss, perplexity, bits per byte, agreement with a reference.
+
+Shapes: B rows of a batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..data import TokenRows, padded_batches
+from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: The `evaluate` metrics of this package; `load_metric` loads them.
+METRICS = ("causal_lm_loss", "kl_divergence", "token_agreement")
+
+#: Logits converted to float32 at a time (64 MiB).
+CHUNK_ELEMENTS = 1 << 24
+
+
+# Per-token values and their mean
+
+
+def token_log_probabilities(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each token under the logits that predict it.
+
+    Args:
+        logits_TV: [T, V], any floating dtype; computed in float32 (float64 stays), a chunk of tokens at a time.
+        tokens_T: int [T]; `tokens_T[t]` is predicted by `logits_TV[t]`.
+
+    Returns:
+        Log-probabilities in nats, float64 [T], on the CPU.
+    """
+    found = [
+        _log_softmax(logits).gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1).double().cpu()
+        for logits, tokens in zip(*_chunks(logits_TV, tokens_T))
+    ]
+    return torch.cat(found)
+
+
+def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ model) of each token's prediction, Σ_v p_ref (ln p_ref − ln p): P1 §3, at temperature 1.
+
+    Args:
+        logits_TV: [T, V], any floating dtype; computed in float32 (float64 stays), a chunk of tokens at a time.
+        reference_logits_TV: [T, V].
+
+    Returns:
+        Divergences in nats, float64 [T], on the CPU.
+
+    Raises:
+        MismatchError: if the vocabularies differ.
+    """
+    if logits_TV.shape[-1] != reference_logits_TV.shape[-1]:
+        raise MismatchError(
+            f"The model predicts {logits_TV.shape[-1]} tokens and the reference {reference_logits_TV.shape[-1]}. "
+            "A divergence needs one vocabulary."
+        )
+    found = []
+    for logits, reference in zip(*_chunks(logits_TV, reference_logits_TV)):
+        log_q, log_p = _log_softmax(logits), _log_softmax(reference.to(logits.device))
+        p = log_p.exp()
+        # An outcome of probability 0 adds nothing, also where both logarithms are −∞.
+        terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
+        found.append(terms.sum(-1, dtype=torch.float64).cpu())
+    return torch.cat(found)
+
+
+def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Mean per token over documents of different lengths, and its standard error over documents.
+
+    The mean is the ratio r = Σsᵢ/Σnᵢ of two sums over documents, so its standard error is that of a ratio estimator
+    (delta method): √(n/(n−1) · Σ(sᵢ − r·nᵢ)²) / Σnᵢ, with the tokens of one document as dependent as they are. It is
+    the usual √(s²/n) when all documents have one length.
+
+    Returns:
+        (mean, standard error); the error of a single document is None.
+
+    >>> mean_and_error([2.0, 6.0], [2, 2])
+    (2.0, 1.0)
+    """
+    total = sum(counts)
+    value = math.fsum(sums) / total
+    if len(counts) < 2:
+        return value, None
+    squares = math.fsum((s - value * n) ** 2 for s, n in zip(sums, counts))
+    return value, math.sqrt(squares * len(counts) / (len(counts) - 1)) / total
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def _chunks(logits: torch.Tensor, other: torch.Tensor) -> tuple[Iterable[torch.Tensor], Iterable[torch.Tensor]]:
+    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    return logits.split(size), other.split(size)
+
+
+def load_metric(name: str, **kwargs: Any) -> Any:
+    """Load one of this package's metrics with the `evaluate` library, from its script on disk, without a network.
+
+    `causal_lm_loss` (predictions: logits [T, V] per document, references: the tokens [T] they predict) gives loss,
+    perplexity and, with `compute(num_bytes=…)`, bits per byte. `kl_divergence` (predictions and references: logits
+    [T, V] per document) gives KL(references ‖ predictions). `token_agreement` (predictions and references: token ids
+    [T] per document) gives the share of equal tokens. All of them stream through `add_batch`, and report the standard
+    error over documents beside the value.
+
+    Args:
+        name: one of `METRICS`.
+        **kwargs: passed on to `evaluate.load`. Values are kept in memory unless `keep_in_memory=False` is given, as
+            distributed evaluation needs it: `evaluate`'s cache files are locked, one instance at a time.
+
+    Raises:
+        DataError: if there is no such metric.
+        OutputError: if `evaluate` cannot write its cache of module scripts.
+    """
+    if name not in METRICS:
+        raise DataError(f"There is no metric {name!r}. Expected one of {', '.join(METRICS)}.")
+    import evaluate
+
+    script = Path(__file__).parent / "metrics" / name / f"{name}.py"
+    try:
+        return evaluate.load(str(script), **{"keep_in_memory": True, **kwargs})
+    except PermissionError as error:
+        raise OutputError(
+            f"The evaluate library cannot write its cache ({error.filename}). Set HF_HOME to a writable folder."
+        ) from error
+
+
+# All models, side by side
+
+
+def measure_quality(
+    models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, show_progress: bool
+) -> dict[str, dict[str, Any]]:
+    """The metrics of every model, in one pass over the rows, longest rows first (they pad each other least)."""
+    names = sorted(models, key=lambda name: name != reference)
+    compared = [name for name in names if reference is not None and name != reference]
+    losses = {name: load_metric("causal_lm_loss") for name in names}
+    divergences = {name: load_metric("kl_divergence") for name in compared}
+    agreements = {name: load_metric("token_agreement") for name in compared}
+
+    ordered = TokenRows(tuple(sorted(rows.rows, key=len, reverse=True)), rows.num_bytes, rows.overlap)
+    with tqdm(total=num_predicted(rows), desc="Evaluating", unit="token", disable=not show_progress) as bar:
+        for index, batch in enumerate(padded_batches(ordered, batch_size)):
+            chunk = ordered.rows[index * batch_size : (index + 1) * batch_size]
+            targets = [torch.tensor(row[1:]) for row in chunk]
+            reference_rows: list[torch.Tensor] = []
+            reference_tokens: list[list[int]] = []
+            for name in names:
+                logits_BTV = _logits(models[name], batch)
+                # Padding is on the right: the first len(row) − 1 positions predict the tokens after the first.
+                predictions = [logits_BTV[i, : len(row) - 1] for i, row in enumerate(chunk)]
+                losses[name].add_batch(predictions=predictions, references=targets)
+                if len(names) == 1:
+                    continue
+                tokens = [logits_TV.argmax(-1).tolist() for logits_TV in predictions]
+                if name == reference:
+                    reference_rows, reference_tokens = predictions, tokens
+                else:
+                    divergences[name].add_batch(predictions=predictions, references=reference_rows)
+                    agreements[name].add_batch(predictions=tokens, references=reference_tokens)
+            bar.update(sum(len(row) - 1 for row in chunk))
+
+    def entry(result: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+        return None if result[key] is None else {"value": result[key], "stderr": result[f"{key}_stderr"]}
+
+    found = {}
+    for name in models:
+        loss = losses[name].compute(num_bytes=rows.num_bytes)
+        if not math.isfinite(loss["loss"]):
+            raise UnsupportedModelError(
+                f"The model {name!r} gives a loss of {loss['loss']}: its logits are not finite in "
+                f"{models[name].dtype}. Load it in a wider dtype (dtype='float32'), or check its weights."
+            )
+        found[name] = {key: entry(loss, key) for key in ("loss", "perplexity", "bits_per_byte")}
+        found[name]["kl_divergence"] = found[name]["top1_agreement"] = None
+        if name in divergences:
+            found[name]["kl_divergence"] = entry(divergences[name].compute(), "kl_divergence")
+            found[name]["top1_agreement"] = entry(agreements[name].compute(), "token_agreement")
+    return found
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    # Causal attention never looks right, where the padding is, so neither a mask nor positions are needed. A mask
+    # could harm: with a sliding window, padding far enough right sees nothing at all, and becomes NaN in some dtypes.
+    return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
+
+
+def num_predicted(rows: TokenRows) -> int:
+    return sum(len(row) - 1 for row in rows.rows)

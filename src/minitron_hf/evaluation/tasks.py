@@ -1,0 +1,112 @@
+"""Benchmarks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DataError, MissingDependencyError
+from ..models import evaluating, load_tokenizer
+from .loading import common_device, load_for_inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tasks: str | Sequence[str],
+    *,
+    processing_class: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    add_bos_token: bool | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Score a model on tasks of lm-evaluation-harness (the extra `eval`).
+
+    Args:
+        model: a model, or the path or Hub id of one.
+        tasks: names of tasks or groups, or paths of task files.
+        processing_class: tokenizer, or the path or Hub id of one; by default that of `model` when it is a path.
+        limit: documents per task (or their share, below 1), for a quick look.
+        num_fewshot: worked examples in the prompt; None: as the task says.
+        batch_size: requests per forward pass.
+        include_path: folders with further task files.
+        add_bos_token: whether prompts start with the beginning-of-text token; None: as the tokenizer does.
+        dtype: dtype of a model that is loaded here; by default bfloat16 where the hardware has it, else float32.
+        device: device of a model that is loaded here.
+        **kwargs: passed on to `lm_eval.simple_evaluate` (`random_seed`, `apply_chat_template`, …).
+
+    Returns:
+        `{task: {metric: {"value": …, "stderr": …}}}`. A metric behind a filter other than `none` is named
+        `"metric,filter"`, as in the harness; `stderr` is None where it has none.
+
+    Raises:
+        MissingDependencyError: without lm-evaluation-harness.
+        DataError: if a task is unknown, or there is no tokenizer.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install minitron-hf[eval]"
+        ) from error
+
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    folders = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
+    paths = [str(folder) for folder in folders]
+    # The harness needs ten seconds to index its own 15,000 tasks: not where the given folders hold all that is asked.
+    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths or None)
+    known = set(manager.all_tasks)
+    if unknown := [name for name in names if name not in known and not os.path.exists(name)]:
+        raise DataError(
+            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}. "
+            "`lm-eval ls tasks` lists its tasks; name folders of your own with include_path."
+        )
+    if processing_class is None:
+        if not isinstance(model, str | os.PathLike):
+            raise DataError("A model object needs its tokenizer. Pass processing_class=tokenizer.")
+        processing_class = model
+    tokenizer = load_tokenizer(processing_class)
+    model = load_for_inference(model, dtype, common_device({"model": model}, device))
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos_token)
+    with evaluating([model]):
+        results = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            **{"log_samples": False, "bootstrap_iters": 1000, **kwargs},
+        )
+    return {task: _task_metrics(values) for task, values in results["results"].items()}
+
+
+def _task_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """`{"acc,none": x, "acc_stderr,none": y, …}` → `{"acc": {"value": x, "stderr": y}}`."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        found[metric if filtered == "none" else key] = {
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, int | float) else None,
+        }
+    return found

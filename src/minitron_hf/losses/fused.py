@@ -1,0 +1,607 @@
+"""Per-token divergence between teacher and student, computed together with both output heads over token chunks.
+
+Shapes: N tokens that count, V vocabulary, H hidden width of the student, H_t of the teacher.
+
+The logits of both models would be the two largest tensors of distillation: at 8,192 tokens and a vocabulary of
+128,256, a plain implementation peaks at about seven float32 copies of [N, V], 29 GB. Here the heads are applied to a
+few hundred tokens at a time, and the gradients with respect to the student's hidden states and head are formed in
+the same pass, so that no [N, V] tensor exists and no projection is computed twice (the idea of Liger Kernel's fused
+linear losses, arXiv 2410.10989 §3.2, for two heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import MismatchError, UnsupportedModelError
+from .divergences import DIVERGENCES, OF_LOGITS, Divergence, Rows
+
+#: How a model type scales its logits: config field, and whether the logits are multiplied or divided by it.
+#: The same field name means different things in different families, so each is listed by name.
+LOGIT_SCALES: dict[str, tuple[str, str]] = {
+    "cohere": ("logit_scale", "multiply"),
+    "cohere2": ("logit_scale", "multiply"),
+    "cohere2_moe": ("logit_scale", "multiply"),
+    "falcon_h1": ("lm_head_multiplier", "multiply"),
+    "granite": ("logits_scaling", "divide"),
+    "granite_swa": ("logits_scaling", "divide"),
+    "granitemoe": ("logits_scaling", "divide"),
+    "granitemoe_swa": ("logits_scaling", "divide"),
+    "granitemoehybrid": ("logits_scaling", "divide"),
+    "granitemoeshared": ("logits_scaling", "divide"),
+    "hyperclovax": ("logits_scaling", "multiply"),
+    "minicpm3": ("logits_scaling", "divide"),
+}
+
+#: Model types that bound their logits with `cap * tanh(logits / cap)`, and the config field that holds the cap.
+LOGIT_SOFTCAPS: dict[str, str] = {
+    "gemma2": "final_logit_softcapping",
+    "gemma3": "final_logit_softcapping",
+    "gemma3_text": "final_logit_softcapping",
+    "gemma3n": "final_logit_softcapping",
+    "gemma3n_text": "final_logit_softcapping",
+    "gemma4": "final_logit_softcapping",
+    "gemma4_text": "final_logit_softcapping",
+    "mistral_large4": "final_logit_softcapping",
+    "nanochat": "final_logit_softcapping",
+    "vaultgemma": "final_logit_softcapping",
+}
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns hidden states after the final norm into logits: `softcap(scale * (hidden @ weightᵀ + bias))`.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: factor on the logits.
+        softcap: `c` of `c * tanh(logits / c)`, applied last; None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """The teacher's whole distribution, as the hidden states and the head that make it.
+
+    Attributes:
+        hidden: [N, H_t], hidden states after the final norm.
+        head: the teacher's output head.
+    """
+
+    hidden: Tensor
+    head: OutputHead
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the teacher."""
+        return self.head.vocab_size
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's most likely tokens, and how likely all others are together.
+
+    What is compared are k + 1 outcomes: the k tokens, and "another one". By the data-processing inequality no
+    divergence of them exceeds that of the whole distributions; it does not fall as k grows, and is the same at k = V.
+
+    Attributes:
+        tokens: int64 [N, k], distinct in every row, the most likely one first.
+        log_probs: [N, k], their log-probabilities at the temperature of the loss.
+        log_tail: [N], log-probability of all other tokens together.
+        vocab_size: V of the teacher.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+#: What the student learns from. Everything that looks inside a signal is in `top_k_signal` and `_Rows`.
+TeacherSignal = DenseSignal | TopKSignal
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of N tokens.
+
+    Attributes:
+        total: scalar, Σ over tokens of `kd_weight * T² * divergence + ce_weight * ce`; the only differentiable value.
+        divergence: float32 [N], at temperature T, without the factor T².
+        kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence.
+        ce: float32 [N], cross-entropy of the student with the true token in nats, at temperature 1.
+        agreement: bool [N], whether student and teacher have the same most likely token.
+    """
+
+    total: Tensor
+    divergence: Tensor
+    kl: Tensor
+    ce: Tensor
+    agreement: Tensor
+
+
+def base_model_of(model: Any) -> Any:
+    """The Transformers model itself, out of the PEFT model around it, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """Describe the output head of a causal language model, logit scale and softcap included.
+
+    Args:
+        model: a Transformers causal language model, or a PEFT model around one.
+
+    Raises:
+        UnsupportedModelError: if the model has no linear output head.
+    """
+    base = base_model_of(model)
+    layer = base.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    # DeepSpeed ZeRO-3 leaves an empty tensor between uses, and its shape in `ds_shape`.
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no linear output head (get_output_embeddings() returned "
+            f"{type(layer).__name__}); distillation needs a causal language model with one."
+        )
+    if not weight.is_floating_point() or "torchao" in type(weight.data).__module__:
+        raise UnsupportedModelError(
+            f"The output head of {type(base).__name__} is quantised ({type(weight).__name__}, {weight.dtype}), and "
+            "the loss multiplies by its weight. Leave it out of the quantisation: modules_to_not_convert=['lm_head'], "
+            "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
+        )
+    config = base.config.get_text_config()
+    scale = 1.0
+    if config.model_type in LOGIT_SCALES:
+        field, operation = LOGIT_SCALES[config.model_type]
+        value = getattr(config, field, None)
+        if value is not None:
+            scale = float(value) if operation == "multiply" else 1.0 / float(value)
+    softcap = None
+    if config.model_type in LOGIT_SOFTCAPS:
+        softcap = getattr(config, LOGIT_SOFTCAPS[config.model_type], None)
+    return OutputHead(weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
+
+
+def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
+    """Logits [..., V] of hidden states [..., H]: what the fused loss repeats chunk by chunk."""
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@torch.no_grad()
+def top_k_signal(
+    signal: DenseSignal, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> TopKSignal:
+    """What `signal` says of its most likely tokens, with the head applied to a chunk of tokens at a time.
+
+    Args:
+        signal: N hidden states of the teacher, and its head.
+        top_k: tokens to keep, V at most.
+        temperature: T of the log-probabilities.
+        chunk_size: tokens whose logits exist at one time.
+
+    Returns:
+        Log-probabilities in float32, or float64 for float64 states.
+    """
+    hidden, head = signal.hidden, signal.head
+    size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device) if chunk_size is None else chunk_size
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    tokens = torch.empty((len(signal), top_k), dtype=torch.long, device=hidden.device)
+    log_probs = torch.empty((len(signal), top_k), dtype=dtype, device=hidden.device)
+    log_tail = torch.empty(len(signal), dtype=dtype, device=hidden.device)
+    for chunk in _even_slices(len(signal), size):
+        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        values, tokens[chunk] = logits.topk(top_k)
+        log_probs[chunk] = values - normaliser
+        # Of the others themselves: one minus the sum of the k would be rounding where the k are nearly all.
+        log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
+    return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
+
+
+@torch.no_grad()
+def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
+    """Prove on a few tokens that `head_logits(backbone(tokens), output_head(model))` are the model's own logits.
+
+    A family that does something else between the final norm and its logits would be distilled wrongly without any
+    other sign, so it is refused.
+
+    Args:
+        model: the causal language model, before it is wrapped for distributed training.
+        role: what to call it in the message.
+
+    Raises:
+        UnsupportedModelError: if they differ.
+    """
+    base = base_model_of(model)
+    head = output_head(model)
+    was_training = base.training
+    base.eval()
+    try:
+        num_rows = base.get_input_embeddings().weight.shape[0]
+        device = base.get_input_embeddings().weight.device
+        tokens = (torch.arange(1, 5, device=device) % num_rows)[None]
+        expected = base(input_ids=tokens, use_cache=False).logits
+        hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        found = head_logits(hidden.to(head.weight.device), head)
+    finally:
+        base.train(was_training)
+    # Half precision keeps 8 (bfloat16) to 11 bits, and the models round between the steps that we merge.
+    tolerance = 16 * torch.finfo(found.dtype).eps * float(expected.float().abs().max().clamp(min=1))
+    if found.shape != expected.shape or not torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance):
+        raise UnsupportedModelError(
+            f"The {role} ({type(base).__name__}, model_type {base.config.get_text_config().model_type!r}) computes "
+            "its logits from its last hidden states in a way this package does not know: its head, logit scale and "
+            "softcap give other logits than the model itself. Distillation would learn from wrong probabilities."
+        )
+
+
+def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a next token is to be predicted, and which.
+
+    Args:
+        labels: int64 [B, T], not shifted; -100 marks tokens that do not count.
+
+    Returns:
+        Indices into the flattened [B * T] positions, and the token that follows each: both int64 [N].
+    """
+    following = torch.full_like(labels, -100)
+    following[:, :-1] = labels[:, 1:]
+    following = following.reshape(-1)
+    positions = (following != -100).nonzero().squeeze(-1)
+    return positions, following[positions]
+
+
+def default_chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Tokens whose logits exist at one time.
+
+    On a CPU, matrix products gain little beyond 200 tokens. A sixth of the tokens, 224 at most, keeps the logits of
+    both models under 0.4 copies of one float32 [N, V] at 1,024 tokens and under 0.06 at 8,192, at any vocabulary;
+    where the vocabulary is so small that 16 MB hold more, overhead decides. On an accelerator [chunk, V] is about
+    half a GB in bfloat16 however few the tokens: every chunk reads and writes the head's float32 gradient once, which
+    takes as long there as the four products of some 250 tokens (by arithmetic, for an H100), so that smaller chunks
+    would cost more time.
+    """
+    if device.type == "cpu":
+        return max(128, min(224, -(-num_tokens // 6)), (1 << 22) // vocab_size)
+    return max(128, (1 << 28) // vocab_size // 128 * 128)
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    teacher: TeacherSignal,
+    labels: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk_size: int | None = None,
+) -> TokenLosses:
+    """Divergence from the teacher and cross-entropy of N tokens, with both output heads, chunk by chunk.
+
+    With p_T = softmax(teacher logits / T) and q_T the same of the student, a token contributes
+    `kd_weight * T² * D(p_T, q_T) + ce_weight * -log q_1[label]`, by default with D = KL(p_T ‖ q_T), which Minitron
+    found best (arXiv 2407.14679, table 15), as it did T = 1. The factor T² is that of Hinton et al. (arXiv 1503.02531
+    §2): gradients of the soft targets shrink as 1/T², so with it `kd_weight` keeps its meaning when the temperature
+    changes.
+
+    Softmax and sums are in float32 (float64 for float64 inputs) whatever the inputs; matrix products are in the
+    autocast dtype where autocast is on, else in the dtype of the head.
+
+    Args:
+        hidden: [N, H], the student's hidden states after its final norm.
+        head: the student's output head. Its weight and bias get gradients if they require them.
+        teacher: what the teacher says about the same N tokens. It gets no gradient.
+        labels: int64 [N], the true next token of each position.
+        divergence: D: `"forward_kl"`; `"reverse_kl"`, KL(q ‖ p); `"jsd"`, the Jensen-Shannon divergence generalised
+            as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
+            mean squared difference, and `"cosine"`, one minus the cosine.
+        jsd_beta: β of `"jsd"`, the teacher's part of the mixture.
+        temperature: T. The log-probabilities of a `TopKSignal` are at this temperature already.
+        kd_weight: weight of the divergence.
+        ce_weight: weight of the cross-entropy. The cross-entropy is reported in any case.
+        chunk_size: tokens projected at one time; None chooses it from the vocabulary size.
+
+    Returns:
+        Per-token values, and their differentiable weighted sum, which can be differentiated once. Divide it by the
+        number of tokens of the whole optimiser step.
+
+    Raises:
+        MismatchError: if the two vocabularies differ in size, or logits are to be compared and there are none.
+    """
+    if teacher.vocab_size != head.vocab_size:
+        raise MismatchError(
+            f"The teacher's output head has {teacher.vocab_size} tokens, the student's {head.vocab_size}. "
+            "Distillation compares probabilities token by token and needs one shared vocabulary."
+        )
+    if divergence in OF_LOGITS and isinstance(teacher, TopKSignal):
+        raise MismatchError(
+            f"divergence={divergence!r} compares logits, and the teacher's top k are probabilities. Use one of "
+            f"{', '.join(sorted(({'forward_kl'} | DIVERGENCES.keys()) - OF_LOGITS))}, or the teacher itself."
+        )
+    if len(teacher) != hidden.shape[0] or labels.shape[0] != hidden.shape[0]:
+        raise MismatchError(
+            f"Expected one teacher state and one label per token; got {hidden.shape[0]} student states, "
+            f"{len(teacher)} teacher states and {labels.shape[0]} labels."
+        )
+    if chunk_size is None:
+        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device)
+    settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
+    return TokenLosses(*_FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    softcap: float | None
+    divergence: Divergence
+    jsd_beta: float
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    chunk_size: int
+
+    @property
+    def kd_coefficient(self) -> float:
+        """Factor of the divergence's gradient; 1 without cross-entropy, see `gradient_factor`."""
+        return 1.0 if self.ce_weight == 0 else self.kd_weight * self.temperature
+
+    @property
+    def gradient_factor(self) -> float:
+        """What remains to be multiplied into the finished gradients.
+
+        d/dz of T² D is T times its gradient with respect to z/T. Without cross-entropy that constant is applied to
+        the [N, H] and [V, H] gradients, which saves a pass over every [chunk, V].
+        """
+        return self.scale * (self.kd_weight * self.temperature if self.ce_weight == 0 else 1.0)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """`distillation_loss` with its gradients, which are formed in the forward pass and only scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        teacher: TeacherSignal,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_any = needs_hidden or needs_weight or needs_bias
+        device, num_tokens = hidden.device, hidden.shape[0]
+        compute_dtype = _compute_dtype(device, weight)
+        # Half-precision gradients are summed over chunks in float32.
+        sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+
+        h_NH, w_VH = hidden.detach().to(compute_dtype), weight.detach().to(compute_dtype)
+        b_V = None if bias is None else bias.detach().to(compute_dtype)
+        kl = torch.empty(num_tokens, dtype=sum_dtype, device=device)
+        ce, agreement = torch.empty_like(kl), torch.empty_like(kl, dtype=torch.bool)
+        divergence = kl if settings.divergence == "forward_kl" else torch.empty_like(kl)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(b_V, dtype=sum_dtype) if needs_bias and b_V is not None else None
+
+        rows = _Rows(teacher, settings, labels, divergence, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
+        with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
+            z_s = torch.empty(0, dtype=compute_dtype, device=device)
+            for chunk in _even_slices(num_tokens, settings.chunk_size):
+                z_s = _project(h_NH[chunk], w_VH, b_V, z_s)
+                rows.evaluate(chunk, z_s)  # z_s becomes the gradient with respect to the raw student logits
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = z_s @ w_VH
+                if grad_weight is not None:
+                    if grad_weight.dtype == compute_dtype:
+                        grad_weight.addmm_(z_s.t(), h_NH[chunk])
+                    else:
+                        grad_weight.add_(z_s.t() @ h_NH[chunk])
+                if grad_bias is not None:
+                    grad_bias.add_(z_s.sum(0, dtype=sum_dtype))
+
+        total = settings.ce_weight * ce.sum() + settings.kd_weight * settings.temperature**2 * divergence.sum()
+        # Kept on the context rather than saved: no other reference remains after the backward pass, so autograd can
+        # take the gradients over instead of copying them.
+        ctx.gradients = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.factor = settings.gradient_factor
+        divergence = divergence.clone() if divergence is kl else divergence  # an output may not be given twice
+        ctx.mark_non_differentiable(divergence, kl, ce, agreement)
+        return total, divergence, kl, ce, agreement
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("distillation_loss can be differentiated once: its gradients are consumed in place.")
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = grad_total * ctx.factor
+        scaled = tuple(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        return (*scaled, None, None, None)
+
+
+class _Rows:
+    """The part of the loss between the matrix products: softmaxes, divergences, and the gradient of the logits.
+
+    Works on blocks of rows that fit a cache, because on a CPU a pass over a whole [chunk, V] costs as much as the
+    arithmetic in it. The blocks also bound the scratch memory.
+    """
+
+    def __init__(
+        self,
+        signal: TeacherSignal,
+        settings: _Settings,
+        labels: Tensor,
+        divergence: Tensor,
+        kl: Tensor,
+        ce: Tensor,
+        agreement: Tensor,
+        dtype: torch.dtype,
+        *,
+        with_gradient: bool,
+    ) -> None:
+        self.signal, self.settings, self.labels = signal, settings, labels
+        self.divergence, self.kl, self.ce, self.agreement = divergence, kl, ce, agreement
+        self.with_gradient = with_gradient
+        elements = torch.get_num_threads() << 17 if kl.device.type == "cpu" else 1 << 23
+        self.block = max(1, elements // signal.vocab_size)
+        num_buffers = 4 if settings.divergence == "forward_kl" else 5
+        shape = (num_buffers, min(self.block, len(signal)), signal.vocab_size)
+        self.scratch = torch.empty(shape, dtype=dtype, device=kl.device)
+        if isinstance(signal, DenseSignal):
+            teacher_dtype = _compute_dtype(kl.device, signal.head.weight)
+            self.teacher_hidden = signal.hidden.detach().to(teacher_dtype)
+            self.teacher_weight = signal.head.weight.detach().to(teacher_dtype)
+            self.teacher_bias = None if signal.head.bias is None else signal.head.bias.detach().to(teacher_dtype)
+            self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
+
+    def evaluate(self, chunk: slice, z_s: Tensor) -> None:
+        """Fill the losses of one chunk, and turn its raw student logits [chunk, V] into their gradient in place."""
+        if isinstance(self.signal, DenseSignal):
+            self.z_t = _project(self.teacher_hidden[chunk], self.teacher_weight, self.teacher_bias, self.z_t)
+        for block in _even_slices(z_s.shape[0], self.block):
+            self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
+
+    def _teacher_over_t(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
+        """The teacher's logits over T of a block, perhaps in `out`.
+
+        Of a top-k signal, logits that share its k + 1 outcomes and spread the last one over its tokens as the student
+        does: the divergences of the outcomes, and their gradients, are those of the whole distributions then, because
+        moving probability among tokens at which p / q is the same changes none of them.
+        """
+        s, signal = self.settings, self.signal
+        if isinstance(signal, DenseSignal):
+            return _temper(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
+        tokens = signal.tokens[where]
+        out.copy_(student).scatter_(-1, tokens, -torch.inf)
+        log_tail = signal.log_tail[where, None].to(out.dtype)
+        # Nothing is left for the others at k = V, or beyond what the dtype of the cache can tell from nothing.
+        shift = log_tail.clamp(min=-80) - out.logsumexp(-1, keepdim=True)
+        torch.add(student, shift.nan_to_num(posinf=0.0), out=out)
+        return out.scatter_(-1, tokens, signal.log_probs[where].to(out.dtype))
+
+    def _evaluate_block(self, block: slice, where: slice, z_s: Tensor) -> None:
+        s = self.settings
+        num_rows = z_s.shape[0]
+        scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, :num_rows]
+        labels = self.labels[where, None]
+
+        # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
+        student = _temper(z_s, s.scale, s.softcap, s.temperature, scratch_b)
+        teacher = self._teacher_over_t(block, where, student, scratch_a)
+        max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
+        if isinstance(self.signal, TopKSignal):
+            self.agreement[where] = self.signal.tokens[where, 0] == student.argmax(-1)
+        elif self.z_t.dtype == z_s.dtype == work.dtype:
+            # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
+            largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
+            self.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
+        else:  # half-precision logits have ties, and a tie is not an agreement
+            self.agreement[where] = teacher.argmax(-1) == student.argmax(-1)
+
+        # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
+        torch.sub(teacher, student, out=work)
+        torch.softmax(teacher, -1, out=probabilities_t)
+        kl = torch.linalg.vecdot(probabilities_t, work)[:, None]
+        lse_t = max_t - probabilities_t.amax(-1, keepdim=True).log()
+        # In place of the teacher's logits, where they are not needed any more.
+        probabilities_s = torch.softmax(student, -1, out=spare[0] if spare else scratch_a)
+        lse_s = max_s - probabilities_s.amax(-1, keepdim=True).log()
+        self.kl[where] = (kl - lse_t + lse_s)[:, 0]
+        if s.temperature == 1:
+            self.ce[where] = (lse_s - student.gather(-1, labels))[:, 0]
+        ce_weight = s.ce_weight if s.temperature == 1 else 0.0
+        if s.divergence == "forward_kl":  # its gradient is q - p
+            gradient, free = probabilities_s, work
+            if self.with_gradient:
+                if s.kd_coefficient + ce_weight != 1:
+                    gradient.mul_(s.kd_coefficient + ce_weight)
+                gradient.sub_(probabilities_t, alpha=s.kd_coefficient)
+        else:
+            gradient, free = work, probabilities_s
+            rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
+            self.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
+            if self.with_gradient:
+                if s.kd_coefficient != 1:
+                    gradient.mul_(s.kd_coefficient)
+                if ce_weight != 0:
+                    gradient.add_(probabilities_s, alpha=ce_weight)
+        if s.temperature != 1:  # the cross-entropy is at temperature 1 and needs its own softmax
+            torch.mul(student, s.temperature, out=free)
+            torch.softmax(free, -1, out=probabilities_t)
+            lse_s = max_s * s.temperature - probabilities_t.amax(-1, keepdim=True).log()
+            self.ce[where] = (lse_s - free.gather(-1, labels))[:, 0]
+            if self.with_gradient and s.ce_weight != 0:
+                gradient.add_(probabilities_t, alpha=s.ce_weight)
+        if self.with_gradient:
+            if s.ce_weight != 0:
+                gradient.scatter_add_(-1, labels, torch.full_like(max_s, -s.ce_weight))
+            if s.softcap is not None:  # d/dx of c tanh(x/c) is 1 - tanh²; `student` is c tanh(x/c) / T
+                torch.mul(student, s.temperature / s.softcap, out=free)
+                gradient.addcmul_(gradient * free, free, value=-1)
+            z_s.copy_(gradient)
+
+
+def _temper(z: Tensor, scale: float, softcap: float | None, temperature: float, out: Tensor) -> Tensor:
+    """`softcap(scale * z) / T` in the dtype of `out`; `z` itself if that changes nothing, else written to `out`."""
+    if softcap is not None:
+        return torch.mul(z.to(out.dtype), scale / softcap, out=out).tanh_().mul_(softcap / temperature)
+    if scale == temperature:
+        return z if z.dtype == out.dtype else out.copy_(z)
+    return torch.mul(z.to(out.dtype), scale / temperature, out=out)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """`hidden @ weightᵀ + bias` in the memory of `buffer` if its shape fits, else in new memory."""
+    shape = (hidden.shape[0], weight.shape[0])
+    out = buffer[: shape[0]] if buffer.dim() == 2 and buffer.shape[0] >= shape[0] else hidden.new_empty(shape)
+    torch.mm(hidden, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def _compute_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
+    """Precision of the matrix products: autocast's, if it is on, else the weight's."""
+    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return weight.dtype
+
+
+def _even_slices(length: int, largest: int) -> Iterator[slice]:
+    """Cut `range(length)` into the fewest slices of at most `largest`, longest first, as equal as possible."""
+    count = -(-length // largest)
+    start = 0
+    for index in range(count):
+        stop = start + (length - start + count - index - 1) // (count - index)
+        yield slice(start, stop)
+        start = stop

@@ -1,0 +1,158 @@
+"""The proxy: what a pruned student has lost before any retraining, its divergence from the teacher on a few rows.
+
+All candidates are measured on the same tokens, so that they are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data import TokenRows, padded_batches
+from ..evaluation.quality import mean_and_error
+from ..files import read_json
+from ..losses.fused import DenseSignal, OutputHead, distillation_loss, output_head
+from ..models import evaluating, input_device
+from ..sizes.request import PrunerConfig
+from ..sizes.shapes import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+SEARCH_NAME = "search.json"
+
+
+@dataclass
+class Candidate:
+    """One shape and what is known of it.
+
+    Attributes:
+        request: its sizes.
+        num_parameters: exact.
+        proxy: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
+        rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
+            held-out text.
+        behind: `value` and `stderr` of its KL minus the best one's, paired on the same rows, where both were measured
+            last: after the same round, or before any; None for the best.
+        prefill_tokens_per_second, decode_tokens_per_second: median speed, of the shapes that were retrained.
+        row_sums: nats of every row: of the proxy, then of every round.
+    """
+
+    request: PrunerConfig
+    num_parameters: int
+    proxy: dict[str, float] | None = None
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    behind: dict[str, float] | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    row_sums: list[list[float]] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The sizes, in few words."""
+        return Shape(self.request, {}, self.num_parameters).name
+
+    @property
+    def kl(self) -> float:
+        """The last KL that was measured."""
+        if self.rounds:
+            return self.rounds[-1]["kl"]
+        return self.proxy_kl
+
+    @property
+    def proxy_kl(self) -> float:
+        """KL before any retraining."""
+        return math.inf if self.proxy is None else self.proxy["value"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "name": self.name,
+            "request": {k: v for k, v in self.request.to_dict().items() if v is not None},
+            "num_parameters": self.num_parameters,
+            "proxy": self.proxy,
+            "rounds": self.rounds,
+            "behind": self.behind,
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "row_sums": self.row_sums,
+        }
+
+    def proxy_dict(self) -> dict[str, Any]:
+        """What is known before any retraining, JSON-ready."""
+        names = ("name", "request", "num_parameters", "proxy", "behind")
+        return {name: value for name, value in self.to_dict().items() if name in names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
+        """The reverse of `to_dict`."""
+        known = {key: value for key, value in values.items() if key not in ("name", "request")}
+        return cls(request=PrunerConfig.from_dict(values["request"]), **known)
+
+
+def best_shape(folder: str | os.PathLike[str]) -> PrunerConfig:
+    """The sizes that a finished search in a folder has found."""
+    return PrunerConfig.from_dict(read_json(Path(folder) / SEARCH_NAME)["candidates"][0]["request"])
+
+
+class Divergence:
+    """KL(teacher ‖ student) on some rows. The teacher's hidden states are computed once, and its head applied again.
+
+    Shapes: N predicted tokens, H_t hidden width of the teacher.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.head = output_head(teacher)
+        self.states = [states.cpu() for states in self._hidden(teacher)]
+
+    @torch.no_grad()
+    def _hidden(self, model: PreTrainedModel) -> list[Tensor]:
+        """Hidden states of all tokens but the last of each row: [N, H] of every batch."""
+        states = []
+        with evaluating([model]):
+            for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
+                chunk = self.rows.rows[index * self.batch_size : (index + 1) * self.batch_size]
+                # Padding is on the right, where causal attention never looks.
+                h_BTH = model.base_model(
+                    input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
+                ).last_hidden_state
+                states.append(torch.cat([h_BTH[i, : len(row) - 1] for i, row in enumerate(chunk)]))
+        return states
+
+    @torch.no_grad()
+    def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:
+        """Mean and standard error; the sums of the rows are kept for comparisons in pairs."""
+        head = output_head(student)
+        losses = []
+        for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
+            device = head.weight.device
+            teacher = DenseSignal(t_NH.to(device), _on(self.head, device))
+            labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
+            losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
+        counts = [len(row) - 1 for row in self.rows.rows]
+        sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
+        candidate.row_sums.append(sums)
+        value, error = mean_and_error(sums, counts)
+        return {"value": value, "stderr": math.nan if error is None else error}
+
+
+def _on(head: OutputHead, device: torch.device) -> OutputHead:
+    bias = None if head.bias is None else head.bias.to(device)
+    return OutputHead(head.weight.to(device), bias, head.scale, head.softcap)
+
+
+def behind(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
+    """How much larger its KL is, row by row on the same tokens, where it was measured last."""
+    turn = len(candidate.rounds)
+    differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]
+    value, error = mean_and_error(differences, [len(row) - 1 for row in rows.rows])
+    return {"value": value, "stderr": math.nan if error is None else error}

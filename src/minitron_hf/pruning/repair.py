@@ -1,0 +1,122 @@
+"""Refit what is left: output projections that reproduce the teacher's layers from the kept units, by least squares.
+
+Legend of shape suffixes: N tokens, D inputs of a projection, K those that stay, C those that are cut, H its outputs.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data import DataSource
+from ..families import named_tensors, spec_for
+from ..families.axes import dimension_index
+from ..models import evaluating, input_device, tensor_values
+from ..scoring.importance import calibrate, require_weights
+from ..scoring.observers import Batches, Tap, first_input
+from ..sizes.request import repaired_axes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .plan import PruningPlan
+
+
+def repaired_weights(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    data: DataSource,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    num_samples: int = 1024,
+    max_length: int | None = None,
+    packing: bool = True,
+    batch_size: int = 8,
+    ridge: float = 1e-3,
+) -> dict[str, Tensor]:
+    """Output projections that make up for cut neurons and heads, for `apply_plan(repaired=…)`.
+
+    For every projection that reads cut neurons, heads or groups, with X [N, D] its inputs in the teacher:
+    min ‖X W − X_K W'_K‖² + λ‖W'_K − W_K‖², so W'_K = W_K + (X_KᵀX_K + λI)⁻¹ X_KᵀX_C W_C. Only XᵀX is accumulated, in
+    float64, over one forward pass of the teacher. Biases are left as they are, and nothing is centred.
+
+    Args:
+        model: the teacher; not changed.
+        plan: made for it; may cut other axes too, which the fit does not know of.
+        data: calibration texts, token rows, a dataset or a `DataLoader`, as for `estimate_importance`.
+        processing_class: tokenizer, needed for texts.
+        num_samples: rows to use.
+        max_length: tokens in a row.
+        packing: join texts into full rows.
+        batch_size: rows at a time.
+        ridge: λ as a fraction of the mean of the diagonal of X_KᵀX_K.
+
+    Returns:
+        Teacher's tensor name → the tensor with its kept inputs refitted, in its own dtype; nothing for no cut.
+
+    Raises:
+        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+        MismatchError: if the plan was made for other weights.
+        DataError: see `estimate_importance`.
+    """
+    spec = spec_for(model.config)
+    spec.check(model)
+    require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
+    before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
+    names = list(named_tensors(model, tied=True))
+    taps: dict[str, tuple[int, Tap]] = {}
+    for axis in repaired_axes(spec, before, after):
+        module = spec.taps[axis]
+        for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
+            tap = Tap(spec, axis, module, spec.sizes(model.config, layer))
+            taps[spec.layer_parameter(layer, module)] = layer, tap
+    if not taps:
+        return {}
+    grams: dict[str, Tensor] = {}
+    watch = Batches(spec, model)
+    calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
+
+    def observe(path: str, x: Tensor) -> None:
+        mask_N = watch.mask_BT.flatten().to(x.device)
+        x_ND = x.reshape(len(mask_N), -1)[mask_N].double()
+        gram_DD = x_ND.T @ x_ND
+        grams[path] = grams[path] + gram_DD if path in grams else gram_DD
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating([model]))
+        stack.enter_context(torch.no_grad())
+        for path in taps:
+
+            def hook(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
+                observe(path, first_input(args, kwargs))
+
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        device = input_device(model)
+        for batch in calibration.batches():
+            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+            model.base_model(**watch.inputs(watch.begin(batch)), use_cache=False)
+
+    repaired = {}
+    for path, (layer, tap) in taps.items():
+        name = f"{path}.weight"
+        located = spec.locate(name)
+        assert located is not None
+        dimension = spec.dimensions[located[0]][tap.position]
+        index = dimension_index(dimension, spec.sizes(model.config, layer), plan.kept_in(layer))
+        weight = tensor_values(model, name).detach()
+        if index is None or len(index) == weight.shape[tap.position]:
+            continue
+        gram_DD = grams[path]
+        kept_K = torch.from_numpy(index).to(gram_DD.device)
+        is_cut_D = torch.ones(len(gram_DD), dtype=torch.bool, device=gram_DD.device)
+        is_cut_D[kept_K] = False
+        exact_DH = (weight.T if tap.position == 1 else weight).to(gram_DD.device, torch.float64).clone()
+        gram_KK = gram_DD[kept_K][:, kept_K]
+        gram_KK.diagonal().add_(ridge * gram_KK.diagonal().mean().clamp(min=1e-12))
+        lost_KH = gram_DD[kept_K][:, is_cut_D] @ exact_DH[is_cut_D]
+        exact_DH[kept_K] += torch.linalg.solve(gram_KK, lost_KH)
+        repaired[name] = (exact_DH.T if tap.position == 1 else exact_DH).to(weight).contiguous()
+    return repaired

@@ -1,0 +1,526 @@
+"""The papers' practices as code: a teacher's config, a target and a budget → decisions with reasons → a recipe.
+
+- P1: *Compact Language Models via Pruning and Knowledge Distillation*, arXiv 2407.14679; its ten practices by number.
+- P2: *LLM Pruning and Distillation in Practice: The Minitron Approach*, arXiv 2408.11796.
+- MO: the pruning guidelines of NVIDIA Model Optimizer, `examples/pruning/README.md`.
+- M: measured here, `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import yaml
+
+from ..errors import PlanError
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
+from ..models import count_parameters
+from ..sizes.request import repaired_axes
+from ..sizes.shapes import NEURONS, TOLERANCE, Shape, enumerate_shapes, free_widths, why_uncut, within
+from .schema import Recipe, apply_overrides
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Goal = Literal["quality", "latency"]
+
+#: What the sources are.
+SOURCES: Mapping[str, str] = {
+    "P1": "arXiv 2407.14679",
+    "P2": "arXiv 2408.11796",
+    "MO": "NVIDIA Model Optimizer, examples/pruning/README.md",
+    "M": "minitron-hf, benchmarks/results/*-repair.json; beyond the papers",
+}
+#: Of every round at least so much stays (MO: "up to 1/3rd parameter reduction").
+LEAST_KEPT = 2 / 3
+#: From this share of dropped layers on, states and embeddings are compared too.
+MUCH_DEPTH = 1 / 4
+#: The largest teacher that width was compared with depth on, Nemotron-4 15B.
+LARGEST_MEASURED = 16e9
+#: What P2 trained Llama-3.1-8B's students with: tokens, rows of a step, tokens of a row; and the steps that makes.
+P2_TOKENS, P2_ROWS, P2_LENGTH = 94e9, 1152, 8192
+P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)
+P2_WARMUP, P2_CORRECTION_TOKENS = 40, 100e9
+#: Fewer rows make a step too noisy for P2's learning rate.
+LEAST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing decided.
+
+    Attributes:
+        name: what about.
+        value: what is recommended, in few words.
+        reason: why.
+        source: where that was found.
+        settings: entries of the recipe that follow, by their dotted names.
+    """
+
+    name: str
+    value: str
+    reason: str
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do with a teacher.
+
+    Attributes:
+        decisions: in the order in which they are taken.
+        rounds: the student of every round, the last one at the target.
+    """
+
+    decisions: tuple[Decision, ...]
+    rounds: tuple[Shape, ...]
+
+    def __getitem__(self, name: str) -> Decision:
+        return {decision.name: decision for decision in self.decisions}[name]
+
+    def recipe(
+        self, teacher: str, *, train: Any, eval: Any, output_dir: str, overrides: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The recipe: the settings of all decisions, as `Recipe.from_dict` takes them.
+
+        Args:
+            teacher: Hub id or folder.
+            train: corpus for distillation: a source, or a section of `data`.
+            eval: held-out corpus, likewise.
+            output_dir: run folder.
+            overrides: changes, each `"a.b=value"`.
+
+        Raises:
+            DataError: if it is no recipe with these changes.
+        """
+        values: dict[str, Any] = {
+            "teacher": teacher,
+            "output_dir": output_dir,
+            "data": {"train": train, "eval": eval},
+        }
+        for decision in self.decisions:
+            for name, value in decision.settings.items():
+                *sections, leaf = name.split(".")
+                section = values
+                for one in sections:
+                    section = section.setdefault(one, {})
+                section[leaf] = value
+        values = apply_overrides(values, list(overrides))
+        recipe = Recipe.from_dict(values)
+        for each in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
+            each.pruner_config  # noqa: B018 (refuses what is wrong)
+        return values
+
+    def to_yaml(self, recipe: Mapping[str, Any]) -> str:
+        """A recipe of `recipe()` as YAML, with the decisions as comments."""
+        lines = ["Written by minitron-hf plan --recommend."]
+        lines += [f"{one.name}: {one.value}. {one.reason} [{one.source}]" for one in self.decisions]
+        comment = "\n".join(
+            textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
+            for line in lines
+        )
+        return f"{comment}\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}"
+
+
+def recommend(
+    config: PretrainedConfig,
+    target: float,
+    *,
+    tokens: float = P2_TOKENS,
+    goal: Goal = "quality",
+    rounds: int | None = None,
+    own_corpus: bool = False,
+    teacher_learning_rate: float | None = None,
+) -> Recommendation:
+    """What the papers would do with a teacher. Needs its config alone; nothing is random.
+
+    Args:
+        config: the teacher's.
+        target: parameters of the student, tied ones once; below 1: the fraction of the teacher's that stays.
+        tokens: of distillation, in all rounds together. P2 used 94 billion.
+        goal: `"quality"`, the best student of its size, or `"latency"`, the fastest.
+        rounds: how often to prune and distil; None: as often as the target asks for.
+        own_corpus: whether the corpus is the one that the teacher was trained on.
+        teacher_learning_rate: the peak that the teacher was trained with, which its correction needs.
+
+    Raises:
+        PlanError: if an argument makes no sense, or the target is out of reach.
+        UnsupportedModelError: if the family is unknown.
+    """
+    total = count_parameters(config)
+    parameters = round(target * total) if 0 < target < 1 else round(target)
+    if not 0 < parameters < total:
+        raise PlanError(
+            f"target={target:g}: expected less than the teacher's {total:,} parameters, or a fraction of it."
+        )
+    if not tokens >= 1:
+        raise PlanError(f"tokens={tokens!r}: expected at least 1.")
+    if goal not in get_args(Goal):
+        raise PlanError(f"goal={goal!r}: expected {' or '.join(get_args(Goal))}.")
+    if rounds is not None and rounds < 1:
+        raise PlanError(f"rounds={rounds!r}: expected at least 1.")
+    if teacher_learning_rate is not None and not teacher_learning_rate > 0:
+        raise PlanError(f"teacher_learning_rate={teacher_learning_rate!r}: expected a number above 0.")
+    spec = spec_for(config)
+    by_depth, axes = _axes(spec, config, goal, total)
+    shapes, candidates = _candidates(spec, config, parameters, total, by_depth)
+    share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
+    wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
+    steps = _rounds(spec, config, shapes, candidates[0], total, wanted)
+    depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in steps)]
+    dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
+    per_round = tokens / len(steps)
+    schedule = _schedule(config, per_round)
+    decisions = [
+        Decision(
+            "teacher",
+            f"{_short(total)} parameters → {_short(parameters)}",
+            "Start from the smallest model above the target, as it is after its last phase of training.",
+            "P1, practices 8 and 10",
+        ),
+        axes,
+        _shape(spec, config, candidates[0], by_depth),
+        _round_decision(steps, total, parameters, len(steps) if rounds is None else rounds, rounds is not None),
+        Decision(
+            "importance",
+            "activations, one forward pass, (L2, mean), 1,024 rows without padding",
+            "Norm over rows of the mean over tokens ranks best or second; scoring again while cutting gains nothing "
+            "after retraining.",
+            "P1, practices 2 and 3, table 13",
+            {
+                "scores.metric": "activation",
+                "scores.batch_reduction": "l2",
+                "scores.sequence_reduction": "mean",
+                "scores.num_samples": 1024,
+                "scores.packing": True,
+            },
+        ),
+    ]
+    if by_depth:
+        decisions.append(
+            Decision(
+                "layers",
+                "one contiguous block, first and last layer kept, by perplexity without it",
+                "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, "
+                "before and after retraining.",
+                "P2; P1, practice 2",
+                {
+                    "prune.contiguous": True,
+                    "prune.keep_first_layers": 1,
+                    "prune.keep_last_layers": 1,
+                    "scores.depth_metric": "perplexity",
+                },
+            )
+        )
+    decisions += [
+        *_repair(spec, config, steps[-1]),
+        _search(candidates, tokens),
+        _correction(own_corpus, teacher_learning_rate, per_round, schedule),
+        Decision(
+            "loss",
+            "KL(teacher ‖ student) of the logits alone, T = 1, no cross-entropy",
+            "KL alone beats KL with cross-entropy, reverse KL, MSE and cosine; of 0.1, 0.5, 1 and 3, temperature 1 is "
+            "best.",
+            "P1, practice 5, table 15",
+            {
+                "distill.divergence": "forward_kl",
+                "distill.kd_weight": 1.0,
+                "distill.ce_weight": 0.0,
+                "distill.temperature": 1.0,
+            },
+        ),
+        _intermediate(dropped),
+        schedule,
+    ]
+    return Recommendation(tuple(decisions), steps)
+
+
+def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> tuple[bool, Decision]:
+    """Whether to cut depth rather than width."""
+    width = [name for name in ("hidden_size", *NEURONS) if not why_uncut(spec, config, name)]
+    no_depth = why_uncut(spec, config, "num_hidden_layers")
+    if not width and no_depth:
+        raise PlanError(f"Neither width nor depth of this '{spec.model_type}' model can be cut: {no_depth}")
+    by_depth = not width or (goal == "latency" and not no_depth)
+    if by_depth and goal == "latency":
+        reason = "At equal size fewer layers are faster: 2.7 times the teacher's speed, where width gives 1.8 times."
+    elif by_depth:
+        reason = f"Width would be better, but cannot be cut: {why_uncut(spec, config, 'hidden_size')}"
+    else:
+        reason = "At equal size width keeps more than depth (MMLU 60.5 against 58.7 at half of Llama-3.1-8B)."
+        if total > LARGEST_MEASURED:
+            reason += " That was measured up to 15B: try depth as well on a teacher of this size."
+        if goal == "latency":
+            reason = f"Depth would be faster, but cannot be cut: {no_depth}"
+    if "experts" in spec.axis:
+        reason += " Both papers measured dense models; all experts stay here."
+    return by_depth, Decision(
+        "axes", "depth" if by_depth else "width before depth", reason, "P2" if by_depth else "P1, practice 4; P2"
+    )
+
+
+def _candidates(
+    spec: ArchSpec, config: PretrainedConfig, parameters: int, total: int, by_depth: bool
+) -> tuple[list[Shape], list[Shape]]:
+    """All shapes considered, and those at the target, the best first."""
+    before = spec.sizes(config)
+    if by_depth:
+        shapes = enumerate_shapes(config, {"num_hidden_layers": list(range(1, before["layers"] + 1))}).shapes
+        return shapes, _at(shapes, parameters)[:1]
+    widths = free_widths(spec, config, ("hidden_size", *NEURONS))
+    hidden = [name for name in widths if name not in NEURONS]
+    neurons = [name for name in widths if name in NEURONS]
+    shapes = []
+    for least in (parameters / total, 0.0):  # a narrower stream would leave some of the target unused
+        grid: dict[str, list[int | float | str]] = {}
+        for name in hidden:
+            grid[name] = _fractions(before[PRUNER_FIELDS[name]], 8, least)
+        for name in neurons[:1]:
+            grid[name] = _fractions(before[PRUNER_FIELDS[name]], 32, least / 2 if hidden else 0.0)
+        shapes = enumerate_shapes(config, grid, alike=dict.fromkeys(neurons[:1], neurons[1:])).shapes
+        if shapes[-1].num_parameters <= parameters:
+            break
+
+    def unlike(shape: Shape) -> float:
+        """How differently stream and neurons are cut."""
+        shares = [math.log(shape.sizes[axis] / before[axis]) for axis in map(PRUNER_FIELDS.__getitem__, grid)]
+        return max(shares) - min(shares)
+
+    widest: dict[int, Shape] = {}
+    for shape in _at(shapes, parameters):  # largest first
+        widest.setdefault(shape.sizes["hidden"], shape)
+    return shapes, sorted(widest.values(), key=unlike)
+
+
+def _fractions(size: int, parts: int, least: float) -> list[int | float | str]:
+    """Sizes to try, as fractions: multiples of the largest power of two that fits into a part (P1's 512 of 6,144).
+
+    >>> [round(fraction * 5120) for fraction in _fractions(5120, 8, 0.8)]
+    [3584, 4096, 4608, 5120]
+    """
+    step = 2 ** math.floor(math.log2(max(size / parts, 1)))
+    steps = range(max(math.floor(least * size / step) - 1, 1), size // step + 1)
+    return [*(count * step / size for count in steps if count * step < size), 1.0]
+
+
+def _at(shapes: Sequence[Shape], parameters: int) -> list[Shape]:
+    """The shapes just below a number of parameters, or the largest below it; largest first."""
+    below = [shape for shape in shapes if shape.num_parameters <= parameters]
+    if not below:
+        least = min(shape.num_parameters for shape in shapes)
+        raise PlanError(
+            f"target: {parameters:,} parameters are out of reach, the smallest shape has {least:,}: embeddings and "
+            "attention stay. Choose a larger target, the other goal, or a smaller teacher."
+        )
+    return within(below, parameters, TOLERANCE, lambda shape: shape.num_parameters) or below[:1]
+
+
+def _rounds(
+    spec: ArchSpec, config: PretrainedConfig, shapes: Sequence[Shape], last: Shape, total: int, wanted: int
+) -> tuple[Shape, ...]:
+    """Students on the way to the last one, in equal ratios: every size between the round before and the last."""
+    steps: list[Shape] = []
+    sizes = spec.sizes(config)
+    for number in range(1, wanted):
+        goal = total * (last.num_parameters / total) ** (number / wanted)
+        between = [
+            shape
+            for shape in shapes
+            if last.num_parameters < shape.num_parameters < (steps[-1].num_parameters if steps else total)
+            and all(last.sizes[axis] <= size <= sizes[axis] for axis, size in shape.sizes.items())
+        ]
+        if between:
+            steps.append(min(between, key=lambda shape: _distance(shape, goal, last, sizes)))
+            sizes = dict(steps[-1].sizes)
+    return (*steps, last)
+
+
+def _distance(shape: Shape, goal: float, last: Shape, sizes: Mapping[str, int]) -> tuple[bool, float]:
+    """Within the tolerance of the goal or not, and how unevenly the sizes go to those of the last shape."""
+    off = abs(shape.num_parameters / goal - 1)
+    ways = [
+        math.log(shape.sizes[axis] / sizes[axis]) / math.log(last.sizes[axis] / sizes[axis])
+        for axis in sizes
+        if last.sizes[axis] < sizes[axis]
+    ]
+    return off > TOLERANCE, off if off > TOLERANCE else max(ways) - min(ways)
+
+
+def _shape(spec: ArchSpec, config: PretrainedConfig, shape: Shape, by_depth: bool) -> Decision:
+    before = spec.sizes(config)
+    changed = [
+        f"{FIELD_OF_AXIS[axis]} {before[axis]:,} → {size:,}"
+        for axis, size in shape.sizes.items()
+        if size < before[axis] and axis in FIELD_OF_AXIS
+    ]
+    reason = (
+        "As many layers as the target holds; width stays."
+        if by_depth
+        else "Residual stream and MLP narrow, by shares as alike as the target lets them; layers stay, and attention "
+        "heads where they are not as wide together as the stream."
+    )
+    return Decision("shape", ", ".join(changed), reason, "P2")
+
+
+def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted: int, forced: bool) -> Decision:
+    sequence = " → ".join([_short(total), *(_short(shape.num_parameters) for shape in steps)])
+    cut = 1 - parameters / total
+    if len(steps) == 1:
+        reason = f"{cut:.0%} of the parameters go; up to a third goes well at once."
+        if cut > 1 - LEAST_KEPT + 1e-9:
+            reason = f"{cut:.0%} of the parameters go at once, more than the third that goes well" + (
+                ", as was asked for; P2 cut Llama-3.1-8B so." if forced else ": no shape lies between."
+            )
+    else:
+        reason = (
+            f"{cut:.0%} of the parameters go, about a third at most in each round: large → medium → small beats one "
+            "cut (MMLU 42.5 against 37.8 at equal compute). P2 cut Llama-3.1-8B by 44% at once, which --rounds 1 does."
+        )
+    cuts = [
+        {name: size for name in PRUNER_FIELDS if (size := getattr(shape.request, name)) is not None} for shape in steps
+    ]
+    settings: dict[str, Any] = {f"prune.{name}": size for name, size in cuts[0].items()}
+    if len(steps) > 1:
+        settings = {"rounds": [{"prune": sizes} for sizes in cuts]}
+    if len(steps) < wanted:
+        reason += " There are no more shapes in between."
+    return Decision(
+        "rounds",
+        f"{len(steps)}: {sequence}",
+        reason,
+        "P1, practice 1; MO",
+        settings,
+    )
+
+
+def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
+    """One decision where neurons or heads are cut."""
+    try:
+        if not repaired_axes(spec, spec.sizes(config), last.sizes):
+            return []
+    except PlanError as error:
+        return [Decision("repair", "none", str(error), "M")]
+    return [
+        Decision(
+            "repair",
+            "output projections refitted to what is kept, by least squares",
+            "Better than cutting alone in every case of three small models, before distillation and after it, for one "
+            "more forward pass; adding dropped heads to kept ones (P1) was worse in all.",
+            "M",
+            {"prune.repair": "least_squares"},
+        )
+    ]
+
+
+def _search(candidates: Sequence[Shape], tokens: float) -> Decision:
+    others = candidates[1:4]
+    if not others:
+        return Decision("search", "none", "No other shape meets the target by these axes.", "P1, practice 9")
+    return Decision(
+        "search",
+        "also try " + "; ".join(shape.name for shape in others),
+        f"Ranks before retraining deceive: retrain each on about 2% of the tokens ({_short(tokens / 50)}; ranks "
+        "settle after some 300 steps) and keep the best.",
+        "P1, practice 9",
+    )
+
+
+def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: Decision) -> Decision:
+    if own_corpus:
+        return Decision("teacher correction", "none", "The corpus is the teacher's own.", "P2")
+    reason = (
+        "The corpus is not the teacher's own: fine-tuned on it at a fifth of its peak learning rate, it lowers the "
+        "student's loss by over 6%. P2 spent 100B tokens on that and 94B on the student; whether fewer do is open."
+    )
+    if rate is None:
+        return Decision(
+            "teacher correction",
+            "yes, once its peak learning rate is known",
+            f"{reason} Give it as --teacher-learning-rate; without it the recipe has no correction.",
+            "P2",
+        )
+    correction = min(round(tokens), round(P2_CORRECTION_TOKENS))
+    arguments = {
+        name: schedule.settings[f"distill.{name}"]
+        for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+    }
+    return Decision(
+        "teacher correction",
+        f"{_short(correction)} tokens at {rate / 5:g}",
+        reason,
+        "P2",
+        {
+            "teacher_correction": {
+                "original_learning_rate": rate,
+                "num_tokens": correction,
+                "arguments": arguments,
+            }
+        },
+    )
+
+
+def _intermediate(share: float) -> Decision:
+    """By the share of the layers that a round drops at most."""
+    if share >= MUCH_DEPTH:
+        return Decision(
+            "states and embeddings",
+            "both, by cosine, weighted to equal the logits' loss",
+            f"{share:.0%} of the layers go, a quarter or more: states two before the last layer and the embeddings' "
+            "output lower the loss further (2.155 → 2.141).",
+            "P1, practice 6, table 17",
+            {
+                "distill.hidden_loss": "cosine",
+                "distill.embedding_loss": "cosine",
+                "distill.intermediate_weight": "dynamic",
+            },
+        )
+    return Decision(
+        "states and embeddings",
+        "not compared",
+        f"{share:.0%} of the layers go, less than a quarter: the logits alone are as good.",
+        "P1, practice 7",
+        {"distill.hidden_loss": None, "distill.embedding_loss": None},
+    )
+
+
+def _schedule(config: PretrainedConfig, tokens: float) -> Decision:
+    length = min(P2_LENGTH, getattr(text_config(config), "max_position_embeddings", None) or P2_LENGTH)
+    rows = min(P2_ROWS, max(LEAST_ROWS, round(tokens / (P2_STEPS * length))))
+    steps = max(1, round(tokens / (rows * length)))
+    warmup = min(P2_WARMUP, steps // 10)
+    return Decision(
+        "schedule",
+        f"{_short(tokens)} tokens a round: {steps:,} steps of {rows:,} × {length:,}, {warmup} of them warm-up, "
+        "rate 1e-4 → 1e-5, cosine",
+        "P2's schedule for Llama-3.1-8B (94B tokens, 1,152 × 8,192), with smaller steps where there are fewer tokens. "
+        "The rate decides what pruning is worth: try a few on a small model.",
+        "P2",
+        {
+            "distill.max_length": length,
+            "distill.per_device_train_batch_size": 1,
+            "distill.gradient_accumulation_steps": rows,
+            "distill.max_steps": steps,
+            "distill.learning_rate": 1e-4,
+            "distill.lr_scheduler_type": "cosine_with_min_lr",
+            "distill.lr_scheduler_kwargs": {"min_lr": 1e-5},
+            "distill.warmup_steps": warmup,
+        },
+    )
+
+
+def _short(number: float) -> str:
+    """A large number in few characters.
+
+    >>> _short(8030261248), _short(94e9), _short(400_000), _short(12)
+    ('8.03B', '94B', '400k', '12')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

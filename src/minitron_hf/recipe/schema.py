@@ -1,0 +1,438 @@
+"""A run as a file: the sections of a recipe, read from YAML, every unknown or mistyped entry refused by name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ..errors import DataError
+from ..sizes.request import PrunerConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `1e-4` as the number everyone means (YAML 1.1, PyYAML's, wants `1.0e-4`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    >>> read_yaml("[1e-4, 2.5e3, 3, 0.5, text]")
+    [0.0001, 2500.0, 3, 0.5, 'text']
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+#: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
+CONTROLS: Mapping[str, str] = {
+    "random_pruning": "the same sizes, units and layers kept at random",
+    "random_init": "the same sizes, weights initialised at random",
+    "cross_entropy": "the same pruned student, retrained with cross-entropy instead of distillation",
+}
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    """The model to compress.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: branch, tag or commit.
+        dtype: dtype to compute in; "auto": bfloat16 where the hardware has it, else float32.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class DatasetSection:
+    """A dataset: a local file, a saved dataset folder or a Hub id. A plain string in YAML means `source`.
+
+    Attributes:
+        source: path or Hub id.
+        name: configuration name.
+        split: split, slices allowed.
+        revision: Hub revision.
+        text_field: column with the text.
+        num_rows: use the first rows only.
+    """
+
+    source: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The corpora of a run.
+
+    Attributes:
+        train: for distillation.
+        eval: held out: the trainer's evaluation and the final measurement.
+        calibration: for importance scores; default: the beginning of `train`.
+    """
+
+    train: DatasetSection
+    eval: DatasetSection
+    calibration: DatasetSection | None = None
+
+
+@dataclass(frozen=True)
+class CorrectionSection:
+    """Fine-tuning of the teacher on the training corpus before the student learns from it (`correct_teacher`).
+
+    While the student learns, it is `distill.teacher_correction: concurrent`.
+
+    Attributes:
+        original_learning_rate: the peak learning rate that the teacher was trained with; a fifth is used.
+        num_tokens: budget.
+        method: "full", "lora" or "norms".
+        arguments: fields of `trl.SFTConfig`.
+    """
+
+    original_learning_rate: float
+    num_tokens: int
+    method: str = "full"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CacheSection:
+    """What the teacher says of the corpora, written to files before distillation (`cache_teacher_logits`).
+
+    Distillation, and every control, then needs no teacher in memory.
+
+    Attributes:
+        top_k: tokens to keep of every distribution.
+        dtype: of what is kept, "float16" or "float32".
+    """
+
+    top_k: int = 64
+    dtype: str = "float16"
+
+
+@dataclass(frozen=True)
+class DistributedSection:
+    """Several processes for the stages that train, started by `accelerate launch`; the others run in one.
+
+    Attributes:
+        config: name of a packaged Accelerate configuration (`ddp`, `fsdp2`, `zero2`, `zero3`), or a file.
+        num_processes: None: one for every accelerator.
+    """
+
+    config: str
+    num_processes: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """The final measurement.
+
+    Attributes:
+        max_length: tokens in a row.
+        num_rows: rows to measure; None: all.
+        batch_size: rows at a time.
+        speed: measure prefill and decode speed.
+        tasks: lm-evaluation-harness tasks (needs the extra `eval`).
+        task_limit: examples per task.
+        prompts: prompts to complete for the model card.
+    """
+
+    max_length: int | None = None
+    num_rows: int | None = None
+    batch_size: int = 8
+    speed: bool = True
+    tasks: list[str] = field(default_factory=list)
+    task_limit: int | None = None
+    prompts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PublishSection:
+    """Where the student goes on the Hub.
+
+    Attributes:
+        repo_id: "owner/name".
+        private: make a new repository private.
+        revision: branch.
+    """
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+
+
+#: Where the students of the rounds before the last live, in the run folder.
+ROUNDS_DIR = "rounds"
+#: Whom a round learns from.
+ROUND_TEACHERS = ("original", "previous")
+
+
+@dataclass(frozen=True)
+class RoundSection:
+    """One of several rounds: what is cut from the student of the round before, and how the result then learns.
+
+    Attributes:
+        prune: fields of `PrunerConfig`, on top of the recipe's. Fractions are of the student of the round before.
+        scores: arguments of `estimate_importance`, likewise.
+        distill: fields of `DistillationConfig`, likewise. By default each round reads the corpus in another order.
+        teacher: whom the student learns from: `"original"`, the recipe's teacher (corrected where the recipe says so),
+            or `"previous"`, the student of the round before.
+    """
+
+    prune: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    teacher: str = "original"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a run.
+
+    Attributes:
+        teacher: the model to compress.
+        data: the corpora.
+        output_dir: the run folder.
+        prune: fields of `PrunerConfig`.
+        search: arguments of `search_architectures`: `space`, a budget, …; the sizes that it finds join `prune`'s. It
+            distils as `distill` says, but briefly and at a constant learning rate. None: no search.
+        rounds: cut and distil so often, from large to small; empty: once.
+        verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
+            loaded into memory.
+        scores: arguments of `estimate_importance`.
+        teacher_correction: fine-tuning of the teacher before distillation; None: none.
+        teacher_cache: what the teacher says, written to files before distillation; None: the teacher itself is asked.
+        distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
+        lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
+        controls: names from `CONTROLS`, trained like the student.
+        distributed: several processes for what is trained; None: this one. It does not decide what is computed.
+        evaluate: the final measurement.
+        publish: the Hub repository; None: nothing is uploaded.
+    """
+
+    teacher: TeacherSection
+    data: DataSection
+    output_dir: str
+    prune: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    rounds: list[RoundSection] = field(default_factory=list)
+    verify: bool = False
+    scores: dict[str, Any] = field(default_factory=dict)
+    teacher_correction: CorrectionSection | None = None
+    teacher_cache: CacheSection | None = None
+    distill: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    controls: list[str] = field(default_factory=list)
+    distributed: DistributedSection | None = None
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    publish: PublishSection | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from nested mappings.
+
+        Raises:
+            DataError: naming every unknown, missing or mistyped entry.
+        """
+        recipe = _section(cls, values, "")
+        _require_one_choice(recipe)
+        if unknown := sorted(set(recipe.controls) - set(CONTROLS)):
+            raise DataError(f"controls: {', '.join(unknown)} is unknown. Expected some of {', '.join(CONTROLS)}.")
+        for number, one in enumerate(recipe.rounds, 1):
+            if one.teacher not in ROUND_TEACHERS:
+                raise DataError(
+                    f"rounds.{number}.teacher={one.teacher!r}: expected {' or '.join(map(repr, ROUND_TEACHERS))}."
+                )
+            if one.teacher == "previous" and recipe.teacher_cache is not None:
+                raise DataError(
+                    f"rounds.{number}.teacher='previous': teacher_cache holds what the original teacher says. Leave "
+                    "out one of them."
+                )
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
+        """Read a recipe file.
+
+        Args:
+            path: the file.
+            overrides: `"section.key=value"`, the value in YAML; applied in order.
+
+        Raises:
+            DataError: if the file is missing or no valid recipe.
+        """
+        try:
+            values = read_yaml(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise DataError(f"The recipe {path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"The recipe {path} holds no sections. Expected teacher, data, output_dir, prune, …")
+        return cls.from_dict(apply_overrides(values, overrides or []))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every default written out."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+    def in_round(self, number: int) -> Recipe:
+        """What one round does, as a recipe of its own: its teacher is what it cuts, the student of the round before.
+
+        Args:
+            number: which round, counted from 1.
+        """
+        one = self.rounds[number - 1]
+        folder = Path(self.output_dir) / ROUNDS_DIR
+        distill = {**self.distill, **one.distill}
+        if number > 1:
+            # The same order would show a round that reads a part of the corpus what the one before has read.
+            distill = {"data_seed": int(distill.get("seed", 42)) + number - 1, **distill}
+        return replace(
+            self,
+            teacher=self.teacher
+            if number == 1
+            else TeacherSection(str(folder / str(number - 1)), dtype=self.teacher.dtype),
+            output_dir=self.output_dir if number == len(self.rounds) else str(folder / str(number)),
+            prune={**self.prune, **one.prune},
+            scores={**self.scores, **one.scores},
+            distill=distill,
+            rounds=[],
+        )
+
+    @property
+    def pruner_config(self) -> PrunerConfig:
+        """The `prune` section, checked."""
+        return PrunerConfig.from_dict(self.prune)
+
+
+def _require_one_choice(recipe: Recipe) -> None:
+    """Refuse sizes from nowhere, and from two places."""
+    search = recipe.search
+    if recipe.rounds:
+        if search is not None:
+            raise DataError("rounds and search: leave out one. A search finds the shape of one cut.")
+        if any("target_parameters" in prune for prune in (recipe.prune, *(one.prune for one in recipe.rounds))):
+            raise DataError(
+                "rounds need sizes: what the next one can cut has to be known. Leave out target_parameters."
+            )
+        return
+    if search is None:
+        if not recipe.prune:
+            raise DataError("The recipe lacks prune, the sizes to cut to, or search, which finds them, or rounds.")
+        return
+    if not isinstance(search.get("space"), Mapping) or not search["space"]:
+        raise DataError("search lacks space: the sizes to try, such as {hidden_size: [0.5, 0.75]}.")
+    if twice := sorted(search["space"].keys() & recipe.prune.keys()):
+        raise DataError(f"{', '.join(twice)}: in prune and in search.space. Leave it out of one of them.")
+    if recipe.prune.get("target_parameters") is not None:
+        raise DataError("prune.target_parameters and search: leave out one. A search takes max_parameters.")
+
+
+#: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. P2: peak learning
+#: rate 1e-4, cosine schedule, documents joined into full rows.
+DISTILL_DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "logging_steps": 0.02,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set `"a.b=value"` entries in nested mappings (the value is YAML); the input is not changed.
+
+    >>> apply_overrides({"prune": {"hidden_size": 64}}, ["prune.hidden_size=0.5", "controls=[random_init]"])
+    {'prune': {'hidden_size': 0.5}, 'controls': ['random_init']}
+    """
+    result = copy.deepcopy(dict(values))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise DataError(f"--set {override!r}: expected key=value, for example --set prune.hidden_size=0.75")
+        *parents, leaf = key.split(".")
+        section: Any = result
+        for parent in parents:
+            parent = _key(section, parent, override)
+            if isinstance(section, dict) and section.get(parent) is None:
+                section[parent] = {}
+            elif isinstance(section[parent], str) and parent in ("train", "eval", "calibration"):
+                section[parent] = {"source": section[parent]}
+            section = section[parent]
+            if not isinstance(section, dict | list):
+                raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
+        section[_key(section, leaf, override)] = read_yaml(text)
+    return result
+
+
+def _key(section: Any, name: str, override: str) -> Any:
+    """Where an entry is in its section; those of a list (rounds) are counted from 1, as their folders are."""
+    if not isinstance(section, list):
+        return name
+    if not name.isdigit() or not 1 <= int(name) <= len(section):
+        raise DataError(f"--set {override!r}: {name} is none of the {len(section)} entries, which count from 1.")
+    return int(name) - 1
+
+
+def _section(cls: Any, values: Any, where: str) -> Any:
+    """Build a (nested) dataclass from mappings, refusing unknown and missing names."""
+    if cls is DatasetSection and isinstance(values, str):
+        values = {"source": values}
+    if cls is TeacherSection and isinstance(values, str):
+        values = {"model": values}
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where or 'The recipe'}: expected a section with entries, got {values!r}.")
+    hints = get_type_hints(cls)
+    names = {field.name: field for field in fields(cls)}
+    if unknown := sorted(set(values) - set(names)):
+        raise DataError(
+            f"{where or 'The recipe'} has no entry {', '.join(map(str, unknown))}. Expected: {', '.join(names)}."
+        )
+    built = {}
+    for name, value in values.items():
+        options = getattr(hints[name], "__args__", (hints[name],))
+        nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
+        at = f"{where}.{name}" if where else name
+        if nested is not None and isinstance(value, list) and getattr(hints[name], "__origin__", None) is list:
+            built[name] = [_section(nested, one, f"{at}.{number}") for number, one in enumerate(value, 1)]
+        elif nested is not None and value is not None and getattr(hints[name], "__origin__", None) is not list:
+            built[name] = _section(nested, value, at)
+        else:
+            _require_type(value, hints[name], at)
+            built[name] = value
+    try:
+        return cls(**built)
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].lstrip("s: ")
+        raise DataError(f"{where or 'The recipe'} lacks {missing}. Expected: {', '.join(names)}.") from error
+
+
+def _require_type(value: Any, hint: Any, where: str) -> None:
+    options = getattr(hint, "__args__", ()) if not hasattr(hint, "__origin__") else ()
+    allowed = tuple(getattr(option, "__origin__", option) for option in (options or (hint,)))
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise DataError(f"{where}={value!r}: expected {names}.")

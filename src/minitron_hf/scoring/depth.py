@@ -1,0 +1,196 @@
+"""Depth by what it costs: perplexity, change of the logits, or any function of the model, without some of its layers.
+
+Without layers i..j a model computes the same up to layer i. So what the layers were given is kept for one batch at a
+time, and without a block only the layers after it run: all single layers together cost half of what as many passes
+through a shallower model would.
+
+Legend of shape suffixes: B rows of a batch, T tokens of a row, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..families import ArchSpec, named_tensors
+from ..families.axes import dimension_index
+from ..models import input_device, set_tensor, tensor_values
+from ..sizes.request import build_student_config
+from .observers import Batches, first_input, token_losses
+
+DepthMetric = Literal["perplexity", "logit_nmse"]
+#: Any function of a model; the lower, the better the model is.
+DepthFunction = Callable[[PreTrainedModel], float]
+
+
+class DepthPass(Batches):
+    """One pass over calibration batches for many candidates: sums over the tokens of each, in float64.
+
+    Attributes:
+        candidates: the layers that each candidate goes without, contiguous but for those that are gone already. An
+            empty one is the model without those.
+        dropped: the layers that are gone already.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        model: PreTrainedModel,
+        metric: DepthMetric,
+        candidates: Sequence[tuple[int, ...]],
+        dropped: Sequence[int] = (),
+    ) -> None:
+        super().__init__(spec, model)
+        self.metric = metric
+        self.candidates = list(candidates)
+        self.dropped = frozenset(dropped)
+        # Where layers read what earlier ones stored, these have to run.
+        self.reuses = not (spec.reusing_layers or spec.fixed_layers)
+        self.layers: Any = model.get_submodule(spec.layers_path)
+        self.sums = torch.zeros(len(self.candidates), 2, dtype=torch.float64)
+
+    def run(self, batch: Mapping[str, Tensor]) -> None:
+        """Run the model, and every candidate, on one batch of `input_ids` and, where padded, `attention_mask`."""
+        batch = self.begin(batch)
+        inputs = self.inputs(batch)
+        states: list[Tensor] = []
+        tuples: list[bool] = []
+        hooks = [
+            hook
+            for layer in self.layers
+            for hook in (
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: states.append(first_input(args, kwargs)), with_kwargs=True
+                ),
+                layer.register_forward_hook(lambda _, __, output: tuples.append(isinstance(output, tuple))),
+            )
+        ]
+        whole = self.metric == "logit_nmse" or not all(self.candidates)
+        try:
+            # Only what the layers are given is needed, where nothing is compared with the whole model's logits.
+            output = (self.model if whole else self.model.base_model)(**inputs, use_cache=False)
+            full_BTV = output.logits if whole else torch.empty(0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        passed = self.dropped
+        if passed:
+            whole_states, states[:] = list(states), []
+            catch = [
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: states.append(first_input(args, kwargs)), with_kwargs=True
+                )
+                for layer in self.layers
+            ]
+            start = min(passed)
+            try:
+                with self._without(start, whole_states[start], passed, tuples[0]):
+                    self.model(**inputs, use_cache=False)
+            finally:
+                for hook in catch:
+                    hook.remove()
+            states[: start + 1] = whole_states[: start + 1]
+        for number, candidate in enumerate(self.candidates):
+            gone = passed | set(candidate)
+            if not gone:
+                logits_BTV = full_BTV
+            else:
+                # Nothing before the candidate changes; the layers after it run without those that are gone already.
+                start = min(candidate) if candidate else min(passed)
+                with self._without(start, states[start], gone, tuples[0]):
+                    logits_BTV = self.model(**inputs, use_cache=False).logits
+            self._add(number, batch["input_ids"], logits_BTV, full_BTV)
+
+    @contextmanager
+    def _without(
+        self, start: int, state_BTH: Tensor, gone: frozenset[int] | set[int], as_tuple: bool
+    ) -> Iterator[None]:
+        """Hand `state_BTH` to what follows layer `start`, at no cost, and let the layers that are gone do nothing.
+
+        Args:
+            start: the first layer that is gone.
+            state_BTH: what it was given.
+            gone: all layers that hand on what they are given.
+            as_tuple: whether the layers of this model return tuples.
+        """
+
+        def given(*args: Any, **kwargs: Any) -> Any:
+            return (state_BTH, None) if as_tuple else state_BTH
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            x_BTH = first_input(args, kwargs)
+            return (x_BTH, None) if as_tuple else x_BTH
+
+        replaced = {layer: given if layer == start else nothing for layer in {*range(start + 1), *gone}}
+        if not self.reuses:
+            replaced = dict.fromkeys(gone, nothing)
+        own = {layer: self.layers[layer].__dict__.get("forward") for layer in replaced}
+        try:
+            for layer, forward in replaced.items():
+                self.layers[layer].forward = forward
+            yield
+        finally:
+            for layer, forward in own.items():
+                if forward is None:
+                    self.layers[layer].__dict__.pop("forward", None)
+                else:  # Accelerate's, which fetches offloaded weights
+                    self.layers[layer].forward = forward
+
+    def _add(self, number: int, ids_BT: Tensor, logits_BTV: Tensor, full_BTV: Tensor) -> None:
+        if self.metric == "perplexity":
+            losses_BT, predicted_BT = token_losses(logits_BTV, ids_BT, self.mask_BT)
+            terms = [losses_BT.sum(dtype=torch.float64), predicted_BT.sum()]
+        else:
+            terms = [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+            for row, mask_T in enumerate(self.mask_BT):
+                full_nV = full_BTV[row][mask_T.to(full_BTV.device)].double()
+                change_nV = logits_BTV[row][mask_T.to(logits_BTV.device)].double() - full_nV.to(logits_BTV.device)
+                terms[0] += change_nV.square().sum().cpu()
+                terms[1] += full_nV.square().sum().cpu()
+        self.sums[number] += torch.stack([term.cpu().double() for term in terms])
+
+    def gather(self) -> None:
+        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
+        self.sums = self._add_up(self.sums).cpu()
+        super().gather()
+
+    def scores(self) -> list[float]:
+        """Perplexity of every candidate, or Σ(change of the logits)² / Σ(logits)²."""
+        above, below = self.sums.unbind(1)
+        ratios = (above / below).tolist()
+        return [math.exp(min(ratio, 700.0)) for ratio in ratios] if self.metric == "perplexity" else ratios
+
+
+def without_layers(spec: ArchSpec, model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
+    """A model without some layers, of the stock class, that shares all tensors with the one it was made of.
+
+    Raises:
+        PlanError: if the stock config cannot hold the layers that are left.
+    """
+    sizes = spec.sizes(model.config)
+    kept = tuple(layer for layer in range(sizes["layers"]) if layer not in gone)
+    config = build_student_config(spec, model.config, {**sizes, "layers": len(kept)}, kept)
+    config._experts_implementation = model.config._experts_implementation
+    with input_device(model), init_empty_weights(include_buffers=False), no_init_weights():
+        shallow = type(model)._from_config(config, dtype=model.dtype)
+    left = {"layers": np.array(kept)}
+    for name, source, shape in spec.student_tensors(named_tensors(model), config, kept):
+        tensor = tensor_values(model, source).detach()
+        if tuple(tensor.shape) != shape:  # embeddings for every layer, outside the layers
+            pattern, _ = spec.locate(source) or (source, None)
+            for position, dimension in enumerate(spec.dimensions[pattern]):
+                if (index := dimension_index(dimension, sizes, left)) is not None:
+                    tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
+        set_tensor(shallow, name, tensor)
+    shallow.tie_weights()
+    shallow.generation_config = model.generation_config
+    return shallow.eval()

@@ -1,0 +1,196 @@
+"""Watching stacked experts: what every expert computes for the tokens that are routed to it.
+
+Transformers keeps the experts of a layer in 3-D tensors of one module, so there is no module per expert to hook. It
+does let anyone supply the function that computes them (`ALL_EXPERTS_FUNCTIONS`): here one that reports as it goes.
+
+Legend of shape suffixes: N tokens, K experts chosen for a token, n tokens routed to one expert, F its neurons,
+D what its neurons are made of (gates beside neurons, where it has gates), H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..errors import UnsupportedModelError
+from ..families import ArchSpec
+from ..families.axes import Dimension, dimension_axes
+from ..models import tensor_values
+
+
+class Routed(NamedTuple):
+    """What an expert does with the tokens that are routed to it.
+
+    Attributes:
+        token_n: the tokens.
+        weight_n1: the weights that the router gave it; 1 where they scaled the tokens beforehand.
+        before_nD: what goes into its nonlinearity, gates and neurons as the weights hold them.
+        inner_nF: the input of its down projection.
+        output_nH: its output, times the weights.
+    """
+
+    token_n: Tensor
+    weight_n1: Tensor
+    before_nD: Tensor
+    inner_nF: Tensor
+    output_nH: Tensor
+
+
+#: Called for every expert with its index and what it did.
+Observer = Callable[[int, Routed], None]
+
+#: How far experts that are computed twice may differ, relative to their norm: the rounding of bfloat16, and no more.
+_SAME = 0.03
+
+
+@contextmanager
+def observed_experts(
+    observers: Mapping[nn.Module, Observer], transposed: bool, *, differentiable: bool = False
+) -> Iterator[None]:
+    """Report what the experts of some modules compute, for the duration of the context.
+
+    Modules that leave the computation to `config._experts_implementation` compute their experts once, here. The few
+    that do not are computed a second time after their own forward, and have to come to the same output.
+
+    Args:
+        observers: module of stacked experts → what to call for each of its experts.
+        transposed: whether the weights of an expert are stored as [in, out], for modules that do not say so.
+        differentiable: what is reported has to be what the output is made of, not a second computation.
+
+    Raises:
+        UnsupportedModelError: when a module turns out to compute something else, or is called in an unknown way.
+    """
+
+    def forward(module: Any, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        return _sum_of_experts(module, transposed, observers.get(module), hidden_NH, index_NK, weights_NK)
+
+    def again(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        inputs = (*args, *kwargs.values())
+        with align_module_device(module):
+            if len(inputs) == 1:
+                _require_same(module, output, _sorted_experts(module, transposed, observers[module], *inputs))
+                return
+            total_NH = _sum_of_experts(module, transposed, observers[module], *inputs)
+        # An index beyond the stacked experts may stand for something that costs nothing, such as the identity.
+        known_N = (inputs[1] < len(module.down_proj)).all(-1)
+        _require_same(module, output.reshape(total_NH.shape)[known_N], total_NH[known_N])
+
+    implementation = f"minitron_hf_{id(observers)}"
+    with ExitStack() as stack:
+        stack.callback(ALL_EXPERTS_FUNCTIONS.pop, implementation)
+        ALL_EXPERTS_FUNCTIONS[implementation] = forward
+        configs: dict[int, Any] = {}
+        for module in observers:
+            if hasattr(module, "has_post_expert_norm"):  # one of the facts that such modules state about themselves
+                configs[id(module.config)] = module.config
+            elif differentiable:
+                raise UnsupportedModelError(
+                    f"The experts of {type(module).__name__} cannot be watched in a backward pass: it computes them "
+                    "in a way of its own. Score it with another metric than 'taylor'."
+                )
+            else:
+                stack.callback(module.register_forward_hook(again, with_kwargs=True).remove)
+        for config in configs.values():
+            stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+            config._experts_implementation = implementation
+        yield
+
+
+def stored_transposed(spec: ArchSpec, module: str) -> bool:
+    """Whether the table says that a module stores the down projections of its experts as [in, out]."""
+    _, rows, _ = spec.dimensions.get(f"{module}.down_proj", ((), (), ()))
+    return any(spec.axis[axis].within is not None for axis in dimension_axes(rows))
+
+
+def expert_inputs(spec: ArchSpec, module: str) -> Dimension:
+    """The dimension in which the table lists what the neurons of an expert are made of, gates included."""
+    names = [name for name in ("gate_up_proj", "up_proj") if f"{module}.{name}" in spec.dimensions]
+    [dimension] = [
+        dimension
+        for dimension in spec.dimensions[f"{module}.{names[0]}"]
+        if any(spec.axis[axis].within is not None for axis in dimension_axes(dimension))
+    ]
+    return dimension
+
+
+def expert_writer(model: PreTrainedModel, path: str) -> Tensor:
+    """The down projections of all experts of a module, [E, …]."""
+    return tensor_values(model, f"{path}.down_proj")
+
+
+def _sum_of_experts(
+    module: Any,
+    transposed: bool,
+    observer: Observer | None,
+    hidden_NH: Tensor,
+    index_NK: Tensor,
+    weights_NK: Tensor,
+) -> Tensor:
+    """Output of all experts, weighted by the router → [N, H]."""
+    hidden_NH = hidden_NH.reshape(-1, hidden_NH.shape[-1])
+    total_NH = torch.zeros_like(hidden_NH, dtype=torch.promote_types(hidden_NH.dtype, weights_NK.dtype))
+    num_experts, top_k = len(module.down_proj), index_NK.shape[-1]
+    pairs = index_NK.flatten().argsort(stable=True)  # of token and choice, expert by expert
+    counts = torch.bincount(index_NK.flatten(), minlength=num_experts).tolist()
+    # An index beyond the last expert says that no expert of this module is meant.
+    for expert, pairs_n in enumerate(pairs.split(counts)[:num_experts]):
+        if len(pairs_n):
+            token_n, weight_n1 = pairs_n // top_k, weights_NK.flatten()[pairs_n][:, None]
+            before_nD, inner_nF, output_nH = _one_expert(module, transposed, expert, hidden_NH[token_n])
+            output_nH = output_nH * weight_n1
+            total_NH.index_add_(0, token_n, output_nH.to(total_NH.dtype))
+            if observer is not None:
+                observer(expert, Routed(token_n, weight_n1, before_nD, inner_nF, output_nH))
+    return total_NH.to(hidden_NH.dtype)
+
+
+def _sorted_experts(module: Any, transposed: bool, observer: Observer, hidden: Tensor) -> Tensor:
+    """Outputs of experts that are all given all tokens, scaled beforehand by the router: [E * N, H] → [E * N, H]."""
+    outputs = []
+    for expert, hidden_NH in enumerate(hidden.chunk(len(module.down_proj))):
+        before_ND, inner_NF, output_NH = _one_expert(module, transposed, expert, hidden_NH)
+        token_N = torch.arange(len(hidden_NH), device=hidden.device)
+        observer(expert, Routed(token_N, hidden_NH.new_ones(len(hidden_NH), 1), before_ND, inner_NF, output_NH))
+        outputs.append(output_NH)
+    return torch.cat(outputs)
+
+
+def _one_expert(module: Any, transposed: bool, expert: int, x_nH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Input of an expert's nonlinearity [n, D], of its down projection [n, F], and its output [n, H].
+
+    The output is normalised where the module does.
+    """
+    transposed = getattr(module, "is_transposed", transposed)
+    gated = hasattr(module, "gate_up_proj")
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+        return nn.functional.linear(x, weight.T if transposed else weight, None if bias is None else bias[expert])
+
+    before_nD = project("gate_up_proj" if gated else "up_proj", x_nH)
+    if not gated:
+        inner_nF = module.act_fn(before_nD)
+    elif hasattr(module, "_apply_gate"):
+        inner_nF = module._apply_gate(before_nD)
+    else:
+        gate_nF, up_nF = before_nD.chunk(2, dim=-1)
+        inner_nF = module.act_fn(gate_nF) * up_nF
+    output_nH = project("down_proj", inner_nF)
+    if hasattr(module, "post_expert_norm"):
+        output_nH = module.post_expert_norm(output_nH)
+    return before_nD, inner_nF, output_nH
+
+
+def _require_same(module: nn.Module, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.shape != ours.shape or not bool((theirs - ours).norm() <= _SAME * theirs.norm()):
+        raise UnsupportedModelError(
+            f"The experts of {type(module).__name__} do not compute what their weights suggest, so they cannot be "
+            "scored. Leave their sizes as they are, and score with metric='random'; please report it."
+        )

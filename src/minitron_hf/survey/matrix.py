@@ -1,0 +1,225 @@
+"""What can be cut in which family: the matrix family × axis, read off the tables, for the terminal and the README.
+
+`python -m minitron_hf.survey.matrix README.md` rewrites the README's matrix.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DataError, UnsupportedModelError
+from ..families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
+from ..families.axes import Axis, dimension_axes, parse_dimensions
+from ..files import replacing_file
+
+BEGIN, END = "<!-- families -->", "<!-- /families -->"
+LEGEND = (
+    "✓ can be cut, ✗ cannot, empty: the family has no such size; numbers refer to the remarks. The sizes are those of "
+    "`PrunerConfig`: {names}. A name in brackets is that of the language model that is cut inside a larger model; "
+    "the rest of it stays as it is."
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Whether an axis can be cut in a family.
+
+    Attributes:
+        allowed: whether it can at all.
+        remarks: why not, or on which conditions.
+    """
+
+    allowed: bool
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Family × axis.
+
+    Attributes:
+        axes: the columns.
+        rows: families with equal cells, and these: axis → mark with the numbers of its remarks.
+        remarks: the remarks, numbered from 1.
+    """
+
+    axes: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def legend(self) -> str:
+        """What the marks and columns mean."""
+        return LEGEND.format(names=", ".join(f"{axis} is `{FIELD_OF_AXIS[axis]}`" for axis in self.axes))
+
+
+def cuts(spec: ArchSpec) -> dict[str, Cut]:
+    """Every size of a family that users can name, and whether it can be cut: axis → `Cut`.
+
+    Args:
+        spec: the family's table; what its variants say otherwise becomes a remark.
+    """
+    own = _own_cuts(spec)
+    found = dict(own)
+    for name, value, variant in spec.variants:
+        where = f"with `{name}={value!r}`: "
+        for axis, cut in cuts(variant).items():
+            if axis not in own:
+                found.setdefault(axis, Cut(cut.allowed, ()))
+                said = (f"only {where.removesuffix(': ')}", *cut.remarks)
+            elif cut.allowed != own[axis].allowed:
+                said = (f"{where}{'yes' if cut.allowed else 'no'}", *cut.remarks)
+            else:
+                said = tuple(remark for remark in cut.remarks if remark not in own[axis].remarks)
+                said = tuple(where + remark for remark in said)
+            remarks = dict.fromkeys((*found[axis].remarks, *said))
+            found[axis] = Cut(found[axis].allowed, tuple(remarks))
+    return {axis: found[axis] for axis in FIELD_OF_AXIS if axis in found}
+
+
+def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
+    remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
+    for left, right in spec.equal:
+        together = f"only together: {_named(right, spec)} = {_named(left, spec)}"
+        moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
+        for axis in moving & remarks.keys():
+            remarks[axis].append(together)
+    for multiple, divisor in spec.multiples:
+        if multiple in remarks:
+            sisters = " or ".join(f'`model_type="{sister}"`' for sister, *_ in spec.sisters)
+            unless = f", unless the student is given {sisters}" if sisters else ""
+            remarks[multiple].append(f"to a multiple of {_named(divisor, spec)}{unless}")
+    for inner, outer in spec.groups:
+        if inner in remarks:
+            remarks[inner].append(f"to equally many for every kept unit of {_named(outer, spec)}")
+    for axis, expression in spec.least:
+        if axis in remarks:
+            remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
+    for names in spec.sparse_ranges:
+        remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
+    for _, rule in spec.derived_kinds:
+        remarks["layers"].append(f"to an order of layers that {rule} describe")
+    for layer in spec.fixed_ends:
+        remarks["layers"].append(
+            f"all but the {'last' if layer < 0 else 'first'}, which the stock classes treat unlike the others"
+        )
+    for name, kinds in spec.needed_kinds:
+        remarks["layers"].append(f"to layers of which at least one has `{name}` {' or '.join(map(repr, kinds))}")
+    for name, value, axis, why in spec.refused_if:
+        if axis in remarks:
+            remarks[axis].append(f"not with `{name}={value!r}`: {why}")
+    fixed = {axis: "the stock classes have no field for it" for axis in remarks if not spec.axis[axis].prunable}
+    refused = {**fixed, **spec.refused}
+    return {
+        axis: Cut(False, (refused[axis],)) if axis in refused else Cut(True, tuple(found))
+        for axis, found in remarks.items()
+    }
+
+
+def conditions(spec: ArchSpec) -> tuple[str, ...]:
+    """Variants of a family that cannot be pruned at all, with the reason."""
+    return tuple(f"not with `{name}={value!r}`: {why}" for name, value, axis, why in spec.refused_if if axis == "*")
+
+
+def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
+    """The matrix of some families; those with equal cells share a row.
+
+    Args:
+        specs: their tables (default: all, also as they are inside other models).
+    """
+    if specs is None:
+        inside = {f"{outer} ({text})": spec for (outer, text), spec in sorted(wrapped_families().items())}
+        tables = {**families(), **inside}
+    else:
+        tables = {spec.model_type: spec for spec in specs}
+    numbers: dict[str, int] = {}
+
+    def marked(mark: str, remarks: Sequence[str]) -> str:
+        return mark + _superscript([numbers.setdefault(remark, len(numbers) + 1) for remark in remarks])
+
+    grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name, spec in tables.items():
+        cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuts(spec).items()}
+        grouped.setdefault(tuple(cells.items()), []).append(marked(name, conditions(spec)))
+    used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
+    rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
+    return Matrix(used, rows, tuple(numbers))
+
+
+def to_markdown(matrix: Matrix) -> str:
+    """The matrix as it stands in the README: a table, its legend, and the remarks as a numbered list."""
+    head = ["families", *matrix.axes]
+    lines = [f"| {' | '.join(head)} |", f"|---|{':-:|' * len(matrix.axes)}"]
+    for names, cells in matrix.rows:
+        listed = ", ".join(re.sub(r"[a-zA-Z0-9_-]+", r"`\g<0>`", name) for name in names)
+        lines.append(f"| {listed} | {' | '.join(cells.get(axis, '') for axis in matrix.axes)} |")
+    remarks = [f"{number}. {remark}" for number, remark in enumerate(matrix.remarks, 1)]
+    return "\n".join([*lines, "", matrix.legend, "", *remarks])
+
+
+def described(model_type: str) -> list[tuple[str, ArchSpec]]:
+    """What a family's file says of it, and its table; several where models of that type hold one of several families.
+
+    Raises:
+        UnsupportedModelError: if there is no such family.
+    """
+    if model_type in families():
+        return [(_about(model_type), families()[model_type])]
+    inside = [(text, spec) for (outer, text), spec in wrapped_families().items() if outer == model_type]
+    if not inside:
+        known = dict.fromkeys((*families(), *sorted(outer for outer, _ in wrapped_families())))
+        raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(known)}.")
+    return [(f"A model that holds a language model of type '{text}'. {_about(text)}", spec) for text, spec in inside]
+
+
+def _about(model_type: str) -> str:
+    return (importlib.import_module(f".families.{model_type.replace('-', '_')}", __package__).__doc__ or "").strip()
+
+
+def with_matrix(text: str) -> str:
+    """A text with the current matrix between its markers.
+
+    Raises:
+        DataError: if it has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"Expected a text with {BEGIN} and {END}, between which the matrix stands.")
+    return f"{before}{BEGIN}\n{to_markdown(support_matrix())}\n{END}{after}"
+
+
+def _named(text: str, spec: ArchSpec) -> str:
+    """An expression of axes in the names that users know, else those of the config.
+
+    >>> _named("heads*head_dim", families()["gpt2"])
+    '`num_attention_heads` × head_dim'
+    """
+
+    def known(found: re.Match[str]) -> str:
+        axis = spec.axis.get(found[0])
+        return (
+            f"`{FIELD_OF_AXIS[found[0]]}`" if found[0] in FIELD_OF_AXIS else (*(axis or Axis("")).fields, found[0])[0]
+        )
+
+    return re.sub(r"\b[a-z_]\w*", known, text).replace("*", " × ").replace("+", " + ").replace("/", " / ")
+
+
+def _superscript(numbers: Sequence[int]) -> str:
+    """References to remarks.
+
+    >>> _superscript([1, 12])
+    '¹ ¹²'
+    """
+    return " ".join(str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")) for number in numbers)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        with replacing_file(path) as temporary:
+            temporary.write_text(with_matrix(path.read_text(encoding="utf-8")), encoding="utf-8")
