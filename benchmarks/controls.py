@@ -36,9 +36,10 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.files import versions, write_json
-from minitron_hf.models import compute_dtype, count_parameters
-from minitron_hf.scoring.importance import Metric
+from minitron_hf.hardware import compute_dtype
+from minitron_hf.models import count_parameters
 from minitron_hf.scoring.reductions import Reduction
+from minitron_hf.scoring.scores import Metric
 from reporting import command, spread
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")

@@ -22,7 +22,7 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.files import public_name, versions, write_json
-from minitron_hf.models import compute_dtype
+from minitron_hf.hardware import compute_dtype
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_hf.distillation.intermediate import StatePair, distance, state_pairs, student_distances, wanted_states
 from minitron_hf.files import read_json, versions, write_json
-from minitron_hf.losses.fused import DenseSignal, OutputHead, TopKSignal, distillation_loss, output_head, top_k_signal
+from minitron_hf.losses.fused import distillation_loss
+from minitron_hf.losses.heads import OutputHead, output_head
+from minitron_hf.losses.signals import DenseSignal, TopKSignal, top_k_signal
 from reporting import command, peak_memory
 
 #: Student and teacher: layers, hidden size, intermediate size, heads. Widths as 8B → 4B (three quarters) or so.

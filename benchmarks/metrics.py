@@ -31,9 +31,9 @@ from minitron_hf import (
 )
 from minitron_hf.data import token_rows
 from minitron_hf.files import public_name, versions, write_json
-from minitron_hf.models import compute_dtype
-from minitron_hf.scoring.importance import Metric
+from minitron_hf.hardware import compute_dtype
 from minitron_hf.scoring.reductions import Reduction
+from minitron_hf.scoring.scores import Metric
 from reporting import command
 
 #: What is cut, each by itself and all together.

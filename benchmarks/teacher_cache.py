@@ -37,7 +37,8 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.files import versions, write_json
-from minitron_hf.models import compute_dtype, count_parameters
+from minitron_hf.hardware import compute_dtype
+from minitron_hf.models import count_parameters
 from reporting import command, spread
 
 METRICS = ("kl_divergence", "bits_per_byte", "top1_agreement")

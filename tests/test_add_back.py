@@ -12,12 +12,16 @@ from torch import Tensor
 
 from minitron_hf.errors import PlanError
 from minitron_hf.models import load_model
-from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.streaming import prune_checkpoint
-from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.pruning.verification import verify_student
-from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.scoring.scores import ImportanceScores
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
 from pocket import pocket_config, pocket_model
 
 #: Query and KV heads of a Llama, and what is asked for. A group keeps more than half, half and less than half.
@@ -155,7 +159,7 @@ def test_off_by_default():
     ],
 )
 def test_streamed_as_in_memory(name: str, request_: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("minitron_hf.pruning.stored_tensors.BLOCK_BYTES", 500)  # blocks of rows, not whole tensors
+    monkeypatch.setattr("minitron_hf.pruning.stored_reading.BLOCK_BYTES", 500)  # blocks of rows, not whole tensors
     pocket_model(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "teacher")
     teacher = load_model(tmp_path / "teacher")
     plan = planned(teacher, **request_)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from minitron_hf.distillation.batches import CACHED, LABELS, ROW_LENGTHS, CachedTeacher, without_repeated_rows
-from minitron_hf.losses.fused import DenseSignal, TopKSignal, distillation_loss, next_token_positions, output_head
+from minitron_hf.losses.fused import distillation_loss, next_token_positions
+from minitron_hf.losses.heads import output_head
+from minitron_hf.losses.signals import DenseSignal, TopKSignal
 from pocket import pocket_model
 
 LENGTHS = (3, 5, 2, 4)

@@ -15,26 +15,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from minitron_hf.cli.app import main
-from minitron_hf.distillation.capacity import (
-    DEVICES,
-    SHARDINGS,
-    Device,
-    Setup,
-    estimate_capacity,
-    run_on_fakes,
-    step_flops,
-)
+from minitron_hf.distillation.capacity import estimate_capacity, step_flops
 from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.devices import DEVICES, Device
+from minitron_hf.distillation.fake_runs import SHARDINGS, Setup, run_on_fakes
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import PlanError
-from minitron_hf.losses.fused import (
-    DenseSignal,
-    base_model_of,
-    distillation_loss,
-    next_token_positions,
-    output_head,
-    top_k_signal,
-)
+from minitron_hf.losses.fused import distillation_loss, next_token_positions
+from minitron_hf.losses.heads import base_model_of, output_head
+from minitron_hf.losses.signals import DenseSignal, top_k_signal
 from minitron_hf.models import count_parameters
 from pocket import pocket_tokenizer
 

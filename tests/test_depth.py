@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from minitron_hf.errors import DataError, PlanError
-from minitron_hf.pruning.plan import PrunerConfig, make_plan
-from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import render_model_card
-from minitron_hf.publishing.plots import plot_layers
-from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
+from minitron_hf.publishing.importance_plots import plot_layers
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.scoring.scores import ImportanceScores
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import POCKETS, float64_throughout, logits, pocket_model
 from test_importance import ROWS, assert_equal_scores, loader, scores_of
 

@@ -9,8 +9,9 @@ import torch
 
 from minitron_hf.errors import UnsupportedModelError, VerificationError
 from minitron_hf.families import ArchSpec, families, spec_for
-from minitron_hf.pruning.surgery import prune_model
-from minitron_hf.survey.draft import draft_family, sum_of_products
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.survey.draft import draft_family
+from minitron_hf.survey.probe import sum_of_products
 from pocket import pocket_config, pocket_model
 from test_verification import everything
 

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from minitron_hf.data import TokenRows, token_rows
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, ArchSpec, spec_for
-from minitron_hf.families.base import named_tensors
-from minitron_hf.models import architecture_digest, empty_model, model_digest
+from minitron_hf.families.tensors import named_tensors
+from minitron_hf.models import architecture_digest, empty_model
 from minitron_hf.pruning.surgery import cut_tensor
-from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.scoring.scores import ImportanceScores
+from minitron_hf.weights import model_digest
 from pocket import (
     POCKETS,
     VOCAB,

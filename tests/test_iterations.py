@@ -7,9 +7,12 @@ import torch
 
 from minitron_hf.errors import PlanError
 from minitron_hf.families import named_tensors
-from minitron_hf.pruning.plan import PrunerConfig, make_plan
-from minitron_hf.pruning.surgery import apply_plan, iterate_importance, prune_model
+from minitron_hf.pruning.iterations import iterate_importance
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model
 from test_importance import ROWS
 

@@ -71,7 +71,7 @@ def test_what_a_process_refuses_reaches_the_one_that_started_it(monkeypatch):
 
 def minitron(*arguments):
     """Run the command line in a process of its own, as the installed script would."""
-    command = [sys.executable, "-m", "minitron_hf.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "minitron_hf.cli", *map(str, arguments)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

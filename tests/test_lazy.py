@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_hf.pruning import stored_tensors as lazy
-from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
+from minitron_hf.pruning import stored_reading
+from minitron_hf.pruning.stored_tensors import DTYPES, LazyTensor, lazy_tensors
 
 
 def pairs(folder: Path, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -57,8 +57,8 @@ OPERATIONS = {
 @pytest.mark.parametrize("first", OPERATIONS)
 def test_lazy_tensors_are_the_tensors_they_stand_for(first, tmp_path, monkeypatch):
     """Two operations after each other; read in one piece, in blocks of rows, and value by value."""
-    monkeypatch.setattr(lazy, "_GAP_BYTES", 8)
-    monkeypatch.setattr(lazy, "_SPAN_BYTES", 40)
+    monkeypatch.setattr(stored_reading, "_GAP_BYTES", 8)
+    monkeypatch.setattr(stored_reading, "_SPAN_BYTES", 40)
     compared = 0
     for found, expected in pairs(tmp_path):
         for second in OPERATIONS:
@@ -67,12 +67,12 @@ def test_lazy_tensors_are_the_tensors_they_stand_for(first, tmp_path, monkeypatc
             except (IndexError, RuntimeError, TypeError, ValueError):
                 continue
             made = OPERATIONS[second](OPERATIONS[first](found))
-            assert type(made) is lazy.LazyTensor
+            assert type(made) is LazyTensor
             assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype)
             assert made.stride() == wanted.stride() or not wanted.numel()
             assert torch.equal(made.read(), wanted)
             for block_bytes in (30, 1 << 20):
-                monkeypatch.setattr(lazy, "BLOCK_BYTES", block_bytes)
+                monkeypatch.setattr(stored_reading, "BLOCK_BYTES", block_bytes)
                 pieces = [piece.reshape(-1) for piece in made.blocks()]
                 assert torch.equal(torch.cat(pieces), wanted.reshape(-1))
             assert torch.equal(torch.from_numpy(made.reshape(-1)[::3].numpy()), wanted.reshape(-1)[::3])

@@ -8,10 +8,14 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfi
 
 from minitron_hf.errors import PlanError
 from minitron_hf.families import families
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
-from minitron_hf.sizes.request import build_student_config, resolve_sizes
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.resolve import resolve_sizes
+from minitron_hf.sizes.student import build_student_config
 from pocket import POCKETS, logits, pocket_config, pocket_model, pocket_tokens
 
 #: Pockets whose family has sisters, with their biases switched off.

@@ -9,18 +9,10 @@ import torch
 import transformers
 
 from minitron_hf.errors import MismatchError, UnsupportedModelError
-from minitron_hf.losses.fused import (
-    DenseSignal,
-    OutputHead,
-    TopKSignal,
-    _even_slices,
-    check_output_head,
-    default_chunk_size,
-    distillation_loss,
-    head_logits,
-    next_token_positions,
-    output_head,
-)
+from minitron_hf.losses.chunks import _even_slices, default_chunk_size
+from minitron_hf.losses.fused import distillation_loss, next_token_positions
+from minitron_hf.losses.heads import OutputHead, check_output_head, head_logits, output_head
+from minitron_hf.losses.signals import DenseSignal, TopKSignal
 
 NUM_TOKENS, VOCAB, HIDDEN, HIDDEN_T = 13, 29, 7, 11
 

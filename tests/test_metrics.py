@@ -12,10 +12,11 @@ from torch import nn
 
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.families.base import named_tensors
-from minitron_hf.pruning.plan import PrunerConfig, make_plan
+from minitron_hf.families.tensors import named_tensors
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.surgery import cut_tensor
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import POCKETS, float64_throughout, pocket_model, residual_norms
 from test_importance import ROWS, assert_close, assert_equal_scores, loader, naive_reduce, scores_of
 

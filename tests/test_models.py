@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, T5Config
 
-from minitron_hf import models
+from minitron_hf import hardware, models, weights
 from minitron_hf.errors import DataError, HubError, UnsupportedModelError
 
 
@@ -289,59 +289,59 @@ def test_empty_model_of_another_kind():
 
 
 def test_model_digest_is_of_the_weights_alone():
-    assert models.model_digest(pocket_model()) == models.model_digest(pocket_model())
-    assert models.model_digest(pocket_model()) != models.model_digest(pocket_model(seed=1))
+    assert weights.model_digest(pocket_model()) == weights.model_digest(pocket_model())
+    assert weights.model_digest(pocket_model()) != weights.model_digest(pocket_model(seed=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_model_digest_survives_a_wider_dtype(dtype: torch.dtype):
     model = pocket_model().to(dtype)
-    before = models.model_digest(model)
-    assert models.model_digest(model.float()) == before
-    assert models.model_digest(pocket_model()) != before  # the rounding itself is another model
+    before = weights.model_digest(model)
+    assert weights.model_digest(model.float()) == before
+    assert weights.model_digest(pocket_model()) != before  # the rounding itself is another model
 
 
 def test_model_digest_notices_every_tensor():
     model = pocket_model()
-    before = models.model_digest(model)
+    before = weights.model_digest(model)
     for _, parameter in model.named_parameters():
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.normal_()
-        assert models.model_digest(model) != before
+        assert weights.model_digest(model) != before
         with torch.no_grad():
             parameter.copy_(kept)
-    assert models.model_digest(model) == before
+    assert weights.model_digest(model) == before
 
 
 def test_model_digest_reads_more_than_one_column():
     """A sample with a stride that is a multiple of the width would not see a change of all other columns."""
     model = pocket_model(hidden_size=64, intermediate_size=1024)
     weight = model.model.layers[0].mlp.up_proj.weight
-    assert weight.numel() // models.DIGEST_SAMPLES == weight.shape[1]
-    before = models.model_digest(model)
+    assert weight.numel() // weights.DIGEST_SAMPLES == weight.shape[1]
+    before = weights.model_digest(model)
     with torch.no_grad():
         weight[:, 1:].normal_()
-    assert models.model_digest(model) != before
+    assert weights.model_digest(model) != before
 
 
 def test_model_digest_is_taken_in_float32():
     model = pocket_model().double()
-    before = models.model_digest(model)
+    before = weights.model_digest(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(1 + 1e-12)
-    assert models.model_digest(model) == before == models.model_digest(model.float())
+    assert weights.model_digest(model) == before == weights.model_digest(model.float())
 
 
 def test_model_digest_survives_saving(tmp_path: Path):
     model = pocket_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    assert models.model_digest(models.load_model(tmp_path)) == models.model_digest(model)
+    assert weights.model_digest(models.load_model(tmp_path)) == weights.model_digest(model)
 
 
 def test_model_digest_needs_values():
     with pytest.raises(UnsupportedModelError, match="has no values"):
-        models.model_digest(models.empty_model(pocket_config()))
+        weights.model_digest(models.empty_model(pocket_config()))
 
 
 def test_architecture_digest_survives_saving_and_bookkeeping(tmp_path: Path):
@@ -379,10 +379,10 @@ def test_architecture_digest_tells_families_apart():
 def test_compute_dtype_on_cpu_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, feature: str):
     found: dict[str, bool] = {"avx2": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert models.compute_dtype("cpu") == torch.float32
+    assert hardware.compute_dtype("cpu") == torch.float32
     found[feature] = True
-    assert models.compute_dtype("cpu") == torch.bfloat16
+    assert hardware.compute_dtype("cpu") == torch.bfloat16
 
 
 def test_compute_dtype_of_other_devices():
-    assert models.compute_dtype("meta") == torch.float32
+    assert hardware.compute_dtype("meta") == torch.float32

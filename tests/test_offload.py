@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_hf import PrunerConfig, apply_plan, estimate_importance, make_plan, models
+from minitron_hf import PrunerConfig, apply_plan, estimate_importance, make_plan, models, weights
 from minitron_hf.errors import MismatchError
 from pocket import cuttable, pocket_model, pocket_tokens
 
@@ -47,7 +47,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMode
         )
     missing = [parameter.is_meta for parameter in offloaded.parameters()]
     assert sum(missing) > len(missing) / 2
-    assert models.tensor_values(offloaded, "lm_head.weight").isfinite().all()
+    assert weights.tensor_values(offloaded, "lm_head.weight").isfinite().all()
     return offloaded, model
 
 
@@ -58,11 +58,11 @@ def elsewhere(model: PreTrainedModel) -> set[str]:
 def test_scores_plans_and_students_are_the_same(pair):
     offloaded, model = pair
     before = elsewhere(offloaded)
-    assert not models.on_meta(offloaded)
+    assert not weights.on_meta(offloaded)
     for embeddings in (True, False):
         counts = {models.count_parameters(m, embeddings=embeddings) for m in pair}
         assert len(counts) == 1
-    assert models.model_digest(offloaded) == models.model_digest(model)
+    assert weights.model_digest(offloaded) == weights.model_digest(model)
     found, expected = (estimate_importance(m, ROWS, max_length=20, batch_size=4, show_progress=False) for m in pair)
     assert found.digests == expected.digests
     assert found.digest == expected.digest
@@ -80,7 +80,7 @@ def test_scores_plans_and_students_are_the_same(pair):
     student, same = apply_plan(offloaded, plan), apply_plan(model, make_plan(model, config, expected))
     assert plan.digest == same.pruning_plan.digest
     assert not any(parameter.is_meta for parameter in student.parameters())
-    assert models.model_digest(student) == models.model_digest(same)
+    assert weights.model_digest(student) == weights.model_digest(same)
     tokens = pocket_tokens(2, 7)
     with torch.no_grad():
         torch.testing.assert_close(student(tokens).logits, same(tokens).logits)

@@ -28,10 +28,14 @@ from transformers import (
 
 from minitron_hf.errors import HubError, MismatchError, OutputError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.models import architecture_digest, count_parameters, empty_model, model_digest
-from minitron_hf.pruning.plan import PruningPlan, make_plan
-from minitron_hf.scoring.importance import ImportanceScores, estimate_importance
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.models import architecture_digest, count_parameters, empty_model
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.scoring.scores import ImportanceScores
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
+from minitron_hf.weights import model_digest
 from pocket import POCKETS, cuttable, pocket_config, pocket_model
 
 NAMES = list(POCKETS)

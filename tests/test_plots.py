@@ -13,17 +13,10 @@ from matplotlib.colors import to_hex
 from safetensors.numpy import save_file
 
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.publishing.plots import (
-    GREEN,
-    GREY,
-    PLOTS,
-    RED,
-    plot_importance,
-    plot_layers,
-    plot_search,
-    plot_training,
-    write_plots,
-)
+from minitron_hf.publishing.drawing import GREEN, GREY, RED
+from minitron_hf.publishing.importance_plots import plot_importance, plot_layers
+from minitron_hf.publishing.plots import PLOTS, plot_training, write_plots
+from minitron_hf.publishing.search_plot import plot_search
 from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, search, training_record, write_json, write_run
 
 

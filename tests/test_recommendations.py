@@ -16,7 +16,8 @@ from minitron_hf.models import count_parameters
 from minitron_hf.recipe.recommendations import recommend
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.scoring.importance import estimate_importance
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
 from pocket import pocket_config
 
 LLAMA = LlamaConfig(

@@ -10,11 +10,14 @@ import torch
 
 from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError
-from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.repair import repaired_weights
-from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
 from pocket import pocket_config, pocket_model, pocket_tokens
 
 ROWS = TokenRows(tuple(tuple(row.tolist()) for row in pocket_tokens(24, 19)), None)

@@ -15,7 +15,8 @@ from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing import card as card_module
 from minitron_hf.publishing.hub import uploaded_files
-from minitron_hf.recipe import runner, stages
+from minitron_hf.recipe import actions, runner, training
+from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_config, pocket_model, pocket_tokenizer
 
@@ -119,9 +120,9 @@ def test_rounds_stop_resume_and_are_redone_like_stages(values, monkeypatch):
     assert (folder / "rounds" / "1" / "config.json").is_file()
     assert not (folder / "pruning_plan.json").exists()
     learned: list[str] = []
-    original = stages.distill
+    original = training.distill
     monkeypatch.setattr(
-        stages,
+        training,
         "distill",
         lambda student, teacher, *args, **kwargs: (
             learned.append(teacher.config._name_or_path),
@@ -163,18 +164,18 @@ def test_states_are_compared_over_all_rounds(values):
         channels = channels[torch.from_numpy(plan.kept["hidden"])]
     assert _initial_map(len(channels), width, plans).equal(channels.T)
     assert not _initial_map(len(channels), width, plans[1:]).equal(channels.T)
-    assert [plan.digest for plan in stages.Run(Recipe.from_dict(values)).in_round(2).plans] == [
+    assert [plan.digest for plan in run_module.Run(Recipe.from_dict(values)).in_round(2).plans] == [
         p.digest for p in plans
     ]
 
 
 def test_several_processes_are_told_which_round_they_train(values, monkeypatch):
     started: list[list[str]] = []
-    monkeypatch.setattr(stages, "launch", lambda arguments, *how: started.append(arguments))
+    monkeypatch.setattr(run_module, "launch", lambda arguments, *how: started.append(arguments))
     values["distributed"] = {"config": "ddp", "num_processes": 2}
-    whole = stages.Run(Recipe.from_dict(values))
+    whole = run_module.Run(Recipe.from_dict(values))
     for number, own in ((1, whole.folder / "rounds" / "1"), (2, whole.folder)):
-        stages._distill(whole.in_round(number))
+        actions._distill(whole.in_round(number))
         wanted = ["stage", "distill", whole.folder / "recipe.yaml", own / "pruned", own, f"--round={number}"]
         assert started[-1] == [str(argument) for argument in wanted]
 
@@ -187,9 +188,9 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
     def distil(student, teacher, folder, tokenizer, settings, *data, **kwargs):
         given.append((teacher, settings))
 
-    monkeypatch.setattr(stages, "distill", distil)
-    monkeypatch.setattr(stages, "load_model", lambda path, **kwargs: object())
-    monkeypatch.setattr(stages, "load_config", lambda path, **kwargs: pocket_config("llama"))
+    monkeypatch.setattr(training, "distill", distil)
+    monkeypatch.setattr(run_module, "load_model", lambda path, **kwargs: object())
+    monkeypatch.setattr(run_module, "load_config", lambda path, **kwargs: pocket_config("llama"))
     quantised = {"teacher_model_init_kwargs": {"attn_implementation": "eager"}}
     values["rounds"][0]["distill"] |= quantised
     values["rounds"].append({"prune": {"intermediate_size": 0.25}, "teacher": "previous"})
@@ -197,12 +198,12 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
     values["teacher"] = {"model": values["teacher"], "revision": "main", "dtype": "float32"}
     if corrected:
         values["teacher_correction"] = {"original_learning_rate": 1e-3, "num_tokens": 8}
-    whole = stages.Run(Recipe.from_dict(values))
+    whole = run_module.Run(Recipe.from_dict(values))
     first = str(whole.folder / "corrected_teacher") if corrected else values["teacher"]["model"]
     for number, expected in ((1, first), (2, first), (3, str(whole.folder / "rounds" / "2"))):
         run = whole.in_round(number)
         assert all((run.teacher, run.learned_teacher, whole.teacher))  # loaded by the stages before
-        stages.train(run, tmp_path / "student", tmp_path / "out", {})
+        training.train(run, tmp_path / "student", tmp_path / "out", {})
         teacher, settings = given.pop()
         assert teacher == expected
         assert not {"teacher", "corrected_teacher"} & (whole._cache.keys() | run._cache.keys())

@@ -19,7 +19,8 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
-from minitron_hf.recipe import runner, stages
+from minitron_hf.recipe import run as run_module
+from minitron_hf.recipe import runner
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
@@ -112,7 +113,7 @@ def test_until_stops_and_the_rest_follows_later(values):
 
 def test_the_student_is_cut_without_loading_the_teacher(values, monkeypatch):
     folder, _ = run(values, until="plan")
-    monkeypatch.delattr(stages, "load_model")
+    monkeypatch.delattr(run_module, "load_model")
     run(values, until="prune")
     expected = apply_plan(load_model(values["teacher"]), PruningPlan.from_pretrained(folder))
     pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
@@ -308,7 +309,9 @@ def test_a_cached_teacher_is_asked_once_and_not_loaded_for_training(values, monk
     values |= {"teacher_cache": {"top_k": 9, "dtype": "float32"}}
     folder, lines = run(values, until="cache")
     assert [line.split("]")[0] for line in lines] == ["[score", "[plan", "[prune", "[cache"]
-    monkeypatch.setattr(stages.Run, "learned_teacher", property(lambda self: pytest.fail("the teacher was loaded")))
+    monkeypatch.setattr(
+        run_module.Run, "learned_teacher", property(lambda self: pytest.fail("the teacher was loaded"))
+    )
     changed = {**values, "distill": {**values["distill"], "learning_rate": 2e-4}}
     _, lines = run(changed, until="distill")  # of which the cache is no matter
     assert ["skipped" in line for line in lines] == [True] * 4 + [False]

@@ -14,15 +14,16 @@ from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import OutputError, PlanError
 from minitron_hf.models import count_parameters
-from minitron_hf.pruning.plan import make_plan
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.recipe.actions import search_arguments
 from minitron_hf.recipe.schema import Recipe
-from minitron_hf.recipe.stages import search_arguments
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search import architectures as search
 from minitron_hf.search.architectures import search_architectures
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.shapes import enumerate_shapes, memory_bytes
+from minitron_hf.sizes.student import student_config
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, NemotronConfig
 
 from minitron_hf.errors import PlanError
 from minitron_hf.models import count_parameters
-from minitron_hf.sizes.request import PrunerConfig, student_config
+from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.shapes import cache_bytes, different, enumerate_shapes, memory_bytes, within
+from minitron_hf.sizes.student import student_config
 from pocket import POCKETS, cuttable, pocket_config, pocket_model, pocket_tokens
 
 #: Nemotron-4 15B (P1).

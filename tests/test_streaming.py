@@ -19,14 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hub_server import hub_server_fixture  # noqa: F401 (a fixture)
 from minitron_hf.errors import HubError, MinitronError, MismatchError, OutputError, UnsupportedModelError
-from minitron_hf.models import load_config, load_model, model_digest
-from minitron_hf.pruning import stored_tensors as lazy
-from minitron_hf.pruning import streaming
-from minitron_hf.pruning.plan import PruningPlan, make_plan
+from minitron_hf.models import load_config, load_model
+from minitron_hf.pruning import stored_reading, streaming
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
 from minitron_hf.pruning.streaming import is_streamable, open_checkpoint, prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.weights import model_digest
 from pocket import POCKETS, cuttable, pocket_model, pocket_tokenizer, pocket_tokens
 from test_surgery import plan_for, requests
 
@@ -175,7 +176,7 @@ class Meter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.largest = self.total = self.points = 0
-        ranges, points = lazy._read_ranges, lazy._read_points
+        ranges, points = stored_reading.read_ranges, stored_reading.read_points
 
         def read_ranges(*args):
             for made in ranges(*args):
@@ -189,8 +190,8 @@ class Meter:
             self.largest, self.total = before
             return made
 
-        monkeypatch.setattr(lazy, "_read_ranges", read_ranges)
-        monkeypatch.setattr(lazy, "_read_points", read_points)
+        monkeypatch.setattr(stored_reading, "read_ranges", read_ranges)
+        monkeypatch.setattr(stored_reading, "read_points", read_points)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen2_moe"])
@@ -198,8 +199,8 @@ def test_only_a_few_rows_are_read_at_a_time(name: str, tmp_path: Path, monkeypat
     teacher = saved(name, tmp_path / "teacher", dtype=torch.float32)
     plan = plan_for(load_model(teacher), **requests(name)["everything"])
     expected = through_memory(teacher, tmp_path / "expected", plan)
-    monkeypatch.setattr(lazy, "BLOCK_BYTES", 512)
-    monkeypatch.setattr(lazy, "_GAP_BYTES", 0)
+    monkeypatch.setattr(stored_reading, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(stored_reading, "_GAP_BYTES", 0)
     meter = Meter(monkeypatch)
     prune_checkpoint(teacher, tmp_path / "student", plan, show_progress=False)
     assert_same_files(expected, tmp_path / "student")
@@ -356,8 +357,8 @@ def test_too_little_disk_is_refused_before_anything_is_written(teacher, plan, tm
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=repr)
 def test_an_interrupted_write_leaves_no_checkpoint(teacher, plan, tmp_path, monkeypatch, kind):
     old = prune_checkpoint(teacher, tmp_path / "old", plan, show_progress=False)
-    monkeypatch.setattr(lazy, "BLOCK_BYTES", 1024)
-    boxes, calls, halves = lazy._read_box, [], []
+    monkeypatch.setattr(stored_reading, "BLOCK_BYTES", 1024)
+    boxes, calls, halves = stored_reading.read_box, [], []
 
     def interrupted(*args):
         folders = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -367,7 +368,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(teacher, plan, tmp_path, monk
             raise kind
         return boxes(*args)
 
-    monkeypatch.setattr(lazy, "_read_box", interrupted)
+    monkeypatch.setattr(stored_reading, "read_box", interrupted)
     for target in (tmp_path / "student", old):
         calls.clear()
         shutil.rmtree(tmp_path / "half", ignore_errors=True)

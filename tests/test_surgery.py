@@ -12,12 +12,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from minitron_hf import models
+from minitron_hf import models, weights
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.pruning.surgery import apply_plan, prune_model
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import (
     POCKETS,
     Pocket,
@@ -267,7 +270,7 @@ def test_the_empty_plan_is_the_identity(name: str):
     student = apply_plan(teacher, make_plan(teacher, PrunerConfig()))
     assert student is not teacher
     assert torch.equal(logits(student, TOKENS), logits(teacher, TOKENS))
-    assert models.model_digest(student) == models.model_digest(teacher)
+    assert weights.model_digest(student) == weights.model_digest(teacher)
 
 
 DEPTHS = {
@@ -682,7 +685,7 @@ def test_prune_model_scores_plans_and_cuts():
         prune_model(teacher, config, scores=scores),
         prune_model(teacher, config, calibration_data=rows, max_length=16),
     ):
-        assert models.model_digest(student) == models.model_digest(expected)
+        assert weights.model_digest(student) == weights.model_digest(expected)
         assert student.pruning_plan.digest == expected.pruning_plan.digest
 
 
@@ -694,7 +697,7 @@ def test_prune_model_from_a_folder_finds_the_tokenizer_there(tmp_path: Path):
     texts = ["The quick brown fox jumps over the lazy dog. " * 5]
     student = prune_model(tmp_path, config, calibration_data=texts, max_length=32)
     by_hand = prune_model(teacher, config, calibration_data=texts, processing_class=pocket_tokenizer(), max_length=32)
-    assert models.model_digest(student) == models.model_digest(by_hand)
+    assert weights.model_digest(student) == weights.model_digest(by_hand)
     student.save_pretrained(tmp_path / "student")
     student.pruning_plan.save_pretrained(tmp_path / "student")
     for file in ("config.json", "pruning_plan.json"):  # a local path is nobody's business
@@ -708,7 +711,7 @@ def test_prune_model_refuses_before_it_loads_or_scores(tmp_path: Path, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("computed before the sizes were refused")
 
-    monkeypatch.setattr("minitron_hf.pruning.surgery.estimate_importance", never)
+    monkeypatch.setattr("minitron_hf.pruning.iterations.estimate_importance", never)
     for teacher in (tmp_path, pocket_model("llama")):
         with pytest.raises(PlanError, match="larger than the teacher's 36"):
             prune_model(teacher, PrunerConfig(hidden_size=99), calibration_data=["text"])

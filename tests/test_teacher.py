@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from minitron_hf.distillation.correction import correct_teacher, cross_entropy_sum, train_norms_only
 from minitron_hf.errors import MismatchError, UnsupportedModelError
 from minitron_hf.files import read_json
-from minitron_hf.losses.fused import OutputHead
+from minitron_hf.losses.heads import OutputHead
 from pocket import POCKETS, pocket_model, pocket_tokenizer
 from test_trainer import Gradients, float64, make_trainer, models, naive_sums, text_dataset, token_dataset  # noqa: F401
 

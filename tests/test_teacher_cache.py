@@ -12,12 +12,14 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from minitron_hf.distillation import teacher_cache as cache_module
+from minitron_hf.distillation import cache_writer as cache_module
+from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
-from minitron_hf.distillation.teacher_cache import cache_teacher_logits, load_teacher_cache
+from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.losses import fused as losses_module
-from minitron_hf.losses.fused import DenseSignal, OutputHead, head_logits, top_k_signal
+from minitron_hf.losses import signals
+from minitron_hf.losses.heads import OutputHead, head_logits
+from minitron_hf.losses.signals import DenseSignal, top_k_signal
 from pocket import VOCAB, pocket_model, pocket_tokenizer
 from test_trainer import (  # noqa: F401
     Gradients,
@@ -267,9 +269,9 @@ def test_what_makes_no_sense_is_refused(tmp_path, wrong):
 
 def test_the_head_is_applied_to_chunks(tmp_path, monkeypatch):
     sizes = []
-    stock = losses_module.head_logits
-    monkeypatch.setattr(losses_module, "default_chunk_size", lambda *_: 16)
-    monkeypatch.setattr(losses_module, "head_logits", lambda h, head: (sizes.append(len(h)), stock(h, head))[1])
+    stock = signals.head_logits
+    monkeypatch.setattr(signals, "default_chunk_size", lambda *_: 16)
+    monkeypatch.setattr(signals, "head_logits", lambda h, head: (sizes.append(len(h)), stock(h, head))[1])
     _, teacher = models(dtype=torch.float32)
     write_cache(tmp_path, teacher, token_dataset())
     assert max(size for size in sizes if size != 1) <= 16

@@ -10,7 +10,7 @@ from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.parallel import offload_layers
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import UnsupportedModelError
-from minitron_hf.losses.fused import output_head
+from minitron_hf.losses.heads import output_head
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 

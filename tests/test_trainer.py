@@ -13,12 +13,13 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from minitron_hf.distillation import trainer as trainer_module
+from minitron_hf.distillation import saving
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan
-from minitron_hf.pruning.surgery import prune_model
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens
 
 pytestmark = pytest.mark.filterwarnings(
@@ -623,7 +624,7 @@ def test_card_and_push_use_the_student_and_are_private(tmp_path, monkeypatch):
     teacher.save_pretrained(tmp_path / "teacher")
     calls = []
     monkeypatch.setattr(
-        trainer_module, "push_student_to_hub", lambda folder, repo_id, **options: calls.append((repo_id, options))
+        saving, "push_student_to_hub", lambda folder, repo_id, **options: calls.append((repo_id, options))
     )
     trainer = make_trainer(tmp_path / "run", student, str(tmp_path / "teacher"), token_dataset(), max_steps=1)
     trainer.train()

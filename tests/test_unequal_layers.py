@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minitron_hf import models
 from minitron_hf.errors import PlanError
 from minitron_hf.families import spec_for
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import assert_same_function, pocket_model, pocket_tokens
 from pockets.base import kinds
 from test_surgery import plan_for, zero_input_except

@@ -12,11 +12,15 @@ from minitron_hf.errors import PlanError, UnsupportedModelError, VerificationErr
 from minitron_hf.families import families
 from minitron_hf.families.axes import dimension_index, parse_dimensions
 from minitron_hf.families.base import linear
-from minitron_hf.models import model_digest
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
-from minitron_hf.pruning.surgery import apply_plan, prune_model
-from minitron_hf.pruning.verification import _mask, verify_student
+from minitron_hf.pruning.masking import _mask
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.pruning.verification import verify_student
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.weights import model_digest
 from pocket import POCKETS, pocket_config, pocket_model, pocket_tokens
 from test_surgery import requests
 

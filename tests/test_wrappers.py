@@ -19,11 +19,14 @@ from transformers import (
 from minitron_hf import models
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import PRUNER_FIELDS, spec_for
-from minitron_hf.pruning.plan import PrunerConfig, PruningPlan, make_plan
+from minitron_hf.pruning.masking import masked_units
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.streaming import prune_checkpoint
-from minitron_hf.pruning.surgery import apply_plan, prune_model
-from minitron_hf.pruning.verification import masked_units
+from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import float64_throughout, pocket_config, pocket_tokens
 
 IMAGE_TOKEN = 95

@@ -19,24 +19,24 @@ _MODULE_OF = {
     "load_model": "models",
     "load_tokenizer": "models",
     "count_parameters": "models",
-    "ImportanceScores": "scoring.importance",
+    "ImportanceScores": "scoring.scores",
     "estimate_importance": "scoring.importance",
     "PrunerConfig": "sizes.request",
     "PruningPlan": "pruning.plan",
-    "make_plan": "pruning.plan",
-    "student_config": "sizes.request",
+    "make_plan": "pruning.planning",
+    "student_config": "sizes.student",
     "verify_student": "pruning.verification",
     "apply_plan": "pruning.surgery",
-    "carry_out": "pruning.surgery",
-    "iterate_importance": "pruning.surgery",
-    "plan_for_target": "pruning.surgery",
-    "prune_model": "pruning.surgery",
+    "carry_out": "pruning.prune",
+    "iterate_importance": "pruning.iterations",
+    "plan_for_target": "pruning.prune",
+    "prune_model": "pruning.prune",
     "repaired_weights": "pruning.repair",
     "prune_checkpoint": "pruning.streaming",
     "DistillationConfig": "distillation.config",
     "estimate_capacity": "distillation.capacity",
     "correct_teacher": "distillation.correction",
-    "cache_teacher_logits": "distillation.teacher_cache",
+    "cache_teacher_logits": "distillation.cache_writer",
     "load_teacher_cache": "distillation.teacher_cache",
     "TeacherCache": "distillation.teacher_cache",
     "DistillationTrainer": "distillation.trainer",
@@ -55,11 +55,11 @@ __all__ = ["__version__", *_MODULE_OF]
 if TYPE_CHECKING:
     from .data import load_text_dataset as load_text_dataset
     from .data import token_rows as token_rows
+    from .distillation.cache_writer import cache_teacher_logits as cache_teacher_logits
     from .distillation.capacity import estimate_capacity as estimate_capacity
     from .distillation.config import DistillationConfig as DistillationConfig
     from .distillation.correction import correct_teacher as correct_teacher
     from .distillation.teacher_cache import TeacherCache as TeacherCache
-    from .distillation.teacher_cache import cache_teacher_logits as cache_teacher_logits
     from .distillation.teacher_cache import load_teacher_cache as load_teacher_cache
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .errors import MinitronError as MinitronError
@@ -68,26 +68,26 @@ if TYPE_CHECKING:
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
+    from .pruning.iterations import iterate_importance as iterate_importance
     from .pruning.plan import PruningPlan as PruningPlan
-    from .pruning.plan import make_plan as make_plan
+    from .pruning.planning import make_plan as make_plan
+    from .pruning.prune import carry_out as carry_out
+    from .pruning.prune import plan_for_target as plan_for_target
+    from .pruning.prune import prune_model as prune_model
     from .pruning.repair import repaired_weights as repaired_weights
     from .pruning.streaming import prune_checkpoint as prune_checkpoint
     from .pruning.surgery import apply_plan as apply_plan
-    from .pruning.surgery import carry_out as carry_out
-    from .pruning.surgery import iterate_importance as iterate_importance
-    from .pruning.surgery import plan_for_target as plan_for_target
-    from .pruning.surgery import prune_model as prune_model
     from .pruning.verification import verify_student as verify_student
     from .publishing.card import render_model_card as render_model_card
     from .publishing.hub import push_student_to_hub as push_student_to_hub
     from .recipe.recommendations import recommend as recommend
     from .recipe.runner import run_recipe as run_recipe
     from .recipe.schema import Recipe as Recipe
-    from .scoring.importance import ImportanceScores as ImportanceScores
     from .scoring.importance import estimate_importance as estimate_importance
+    from .scoring.scores import ImportanceScores as ImportanceScores
     from .search.architectures import search_architectures as search_architectures
     from .sizes.request import PrunerConfig as PrunerConfig
-    from .sizes.request import student_config as student_config
+    from .sizes.student import student_config as student_config
 
 
 def __getattr__(name: str) -> object:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .errors import DataError, HubError, MinitronError, UnsupportedModelError
-from .families.base import own_parameters, text_config
+from .families.tensors import own_parameters, text_config
 from .files import digest
-
-#: Values of a parameter that `model_digest` reads, at most.
-DIGEST_SAMPLES = 1024
 
 #: Config fields that say nothing about the network: who wrote it, how it is run, stored or decoded.
 BOOKKEEPING_FIELDS = frozenset(
@@ -226,29 +222,6 @@ def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, emb
     return sum(parameter.numel() for _, parameter in own_parameters(model) if id(parameter) not in excluded)
 
 
-def model_digest(model: PreTrainedModel) -> str:
-    """Fingerprint of a model's weights: SHA-256 over name, shape and a sample of every parameter, sorted by name.
-
-    At most `DIGEST_SAMPLES` values per parameter are read, so that an 8-billion-parameter model takes a moment. They
-    are compared in float32: a float16 or bfloat16 checkpoint has the same digest after it is loaded in float32.
-    It detects other weights, not a change of single values.
-
-    Returns:
-        `"sha256:<hex>"`.
-
-    Raises:
-        UnsupportedModelError: if a parameter has no values (meta device).
-    """
-    sha = hashlib.sha256()
-    for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
-        # An odd stride, so that the sample does not stay in one column of a matrix whose width divides it.
-        stride = -(-parameter.numel() // DIGEST_SAMPLES) | 1
-        sample = tensor_values(model, name).detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
-        sha.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        sha.update(sample.contiguous().numpy().tobytes())
-    return f"sha256:{sha.hexdigest()}"
-
-
 def architecture_digest(config: PretrainedConfig) -> str:
     """Digest of the config fields that say which network it is, without `BOOKKEEPING_FIELDS`.
 
@@ -266,65 +239,6 @@ def architecture_digest(config: PretrainedConfig) -> str:
     return digest({**essential(config.to_diff_dict()), "model_type": config.model_type})
 
 
-def on_meta(model: PreTrainedModel) -> bool:
-    """Whether some of the weights have no values: they are on the meta device, and not because they are offloaded."""
-    parameters = model.named_parameters()
-    return any(parameter.is_meta and _offloaded(model, name) is None for name, parameter in parameters)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where to put a model's inputs; the CPU where its embeddings are offloaded, whence Accelerate moves them on."""
-    device = next(model.get_input_embeddings().parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def tensor_values(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A parameter or saved buffer with its values, wherever they are.
-
-    `device_map="auto"` leaves what does not fit on the meta device and fetches it from main memory or disk for every
-    forward pass (Accelerate's offloading). Here it is fetched by itself, onto the CPU, and not kept.
-
-    Raises:
-        UnsupportedModelError: if it has no values (meta device).
-    """
-    path, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    if not tensor.is_meta:
-        return tensor
-    weights = _offloaded(model, name)
-    if weights is None:
-        raise UnsupportedModelError(
-            f"The parameter {name!r} has no values (it is on the meta device). Load the weights onto a device."
-        )
-    return weights[0][weights[1]]
-
-
-def set_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter or saved buffer, whatever its shape."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor.contiguous()
-    else:
-        requires_grad = module.get_parameter(leaf).requires_grad
-        setattr(module, leaf, torch.nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
-
-
-def _offloaded(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str] | None:
-    """Where Accelerate keeps an offloaded tensor: a mapping, and the key in it."""
-    path, _, leaf = name.rpartition(".")
-    while True:
-        attached: Any = getattr(model.get_submodule(path), "_hf_hook", None)
-        for hook in getattr(attached, "hooks", (attached,)):
-            if getattr(hook, "weights_map", None) is not None:
-                return hook.weights_map, leaf
-        if not path:
-            return None
-        # A hook may hold the tensors of all modules below its own.
-        path, _, module = path.rpartition(".")
-        leaf = f"{module}.{leaf}"
-
-
 @contextlib.contextmanager
 def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Put models into evaluation mode, and afterwards every module back into the mode it had."""
@@ -336,34 +250,6 @@ def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """The dtype to compute in on a device: bfloat16 where its hardware has it, else float32.
-
-    On a CPU without AVX512-BF16, AMX or ARM's BF16 emulated bfloat16 is 50 to 100 times slower than float32.
-
-    Args:
-        device: None means a CUDA device where there is one, else the CPU.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind == "cuda":
-        # Since PyTorch 2.4 the plain call counts emulation as support.
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        supported = _cpu_has_bfloat16()
-    else:
-        supported = False
-    return torch.bfloat16 if supported else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _checked_name(name_or_path: str | os.PathLike[str]) -> str:

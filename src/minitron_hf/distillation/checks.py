@@ -9,7 +9,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..errors import DistributedError, MismatchError, UnsupportedModelError
-from ..losses.fused import base_model_of
+from ..losses.heads import base_model_of
 
 
 def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config: Any, peft_config: Any) -> None:
@@ -57,11 +57,12 @@ def refuse_split_model(model: Any, role: str) -> None:
         )
 
 
-def refuse_lone_processes(accelerator: Any) -> None:
-    """Refuse a launch that Accelerate has silently made something else of.
+def refuse_launch(accelerator: Any) -> None:
+    """Refuse a launch that Accelerate has silently made something else of, or whose parallelism is not supported.
 
     Raises:
         DistributedError: if every process would train alone, or no model would be split.
+        UnsupportedModelError: if context, sequence or tensor parallelism is on.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and accelerator.num_processes == 1:
@@ -76,6 +77,11 @@ def refuse_lone_processes(accelerator: Any) -> None:
                 f"{plugin} was asked for, but Accelerate splits models over accelerators only, and {processes} "
                 f"processes were launched on {accelerator.device.type}. Launch with the configuration ddp."
             )
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
+        raise UnsupportedModelError(
+            "Context, sequence and tensor parallelism are not supported in distillation; use DDP, FSDP2 or DeepSpeed."
+        )
 
 
 def _refuse_shared_model(model: Any, teacher: Any) -> None:

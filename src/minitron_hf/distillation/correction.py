@@ -26,7 +26,8 @@ from trl import SFTConfig, SFTTrainer
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
-from ..losses.fused import OutputHead, default_chunk_size, head_logits
+from ..losses.chunks import default_chunk_size
+from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from .batches import CountsRowsOnce
 from .config import checkpointing_field, has_fast_bf16, trains_on_cpu

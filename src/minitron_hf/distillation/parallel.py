@@ -15,7 +15,9 @@ from peft import get_peft_model
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..losses.fused import DenseSignal, OutputHead, TeacherSignal, base_model_of, distillation_loss, output_head
+from ..losses.fused import distillation_loss
+from ..losses.heads import OutputHead, base_model_of, output_head
+from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import empty_model
 from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
 

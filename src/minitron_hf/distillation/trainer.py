@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
-import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import SFTTrainer
 
-from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
-from ..files import public_name, require_writable, versions, write_json
-from ..losses.fused import (
-    DenseSignal,
-    TeacherSignal,
-    base_model_of,
-    check_output_head,
-    next_token_positions,
-    output_head,
-)
-from ..models import empty_model, load_config, load_model
-from ..publishing.card import write_model_card
-from ..publishing.hub import push_student_to_hub, write_teacher_metadata
+from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..files import require_writable
+from ..losses.fused import next_token_positions
+from ..losses.heads import base_model_of, check_output_head, output_head
+from ..losses.signals import DenseSignal, TeacherSignal
+from ..models import load_model
+from .arguments import as_dict, cast_student, config_of, described, eval_packing, name_of
 from .batches import (
     CACHED,
     LOG_PROBS,
@@ -43,29 +33,26 @@ from .batches import (
     WithCachedTeacher,
     WithRowLengths,
     model_inputs,
-    row_of_positions,
 )
-from .checks import refuse_lone_processes, refuse_pair, refuse_split_model, refuse_wrapped_head
-from .config import DistillationConfig, has_fast_bf16, is_fast, trains_on_cpu
+from .checks import refuse_launch, refuse_pair, refuse_split_model, refuse_wrapped_head
+from .config import DistillationConfig, is_fast
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .intermediate import PROJECTION, IntermediateLosses, state_pairs, wanted_states
 from .parallel import (
     LossRequest,
     distilling_forward,
     forward_of_backbone,
-    gathered_model,
     keep_losses_whole,
     offload_layers,
     shard_teacher,
     whole_head,
-    whole_projection,
 )
-from .record import RECORD_NAME, RECORDED_ARGUMENTS, describe_data
+from .saving import TRAINING_FIELDS, SavesStudent, own_output_dir
 from .teacher_cache import TeacherCache, cached_signal, opened
+from .token_means import COLUMNS, MeansOverTokens
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from huggingface_hub import CommitInfo
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -73,17 +60,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How a student came to be; kept beside it wherever it is saved.
-ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "scores.safetensors")
 
-#: What is summed over tokens and logged, beside the intermediate losses.
-_COLUMNS = ("divergence", "kl", "ce", "agreement")
-
-#: Config fields that the libraries change for training, and that a saved student gets back.
-TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
-
-
-class DistillationTrainer(CountsRowsOnce, SFTTrainer):
+class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrainer):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
     The student learns the teacher's distribution at every token of `train_dataset` that counts (all of them, or those
@@ -168,15 +146,15 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
                 f"One process sees {args.n_gpu} GPUs, for which the Trainer would use nn.DataParallel; its replicas "
                 "do not run this loss. Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
             )
-        student_kwargs = _as_dict(args.model_init_kwargs)
-        teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.teacher_model_init_kwargs)}
-        student_config = _config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
-        self._datasets = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+        student_kwargs = as_dict(args.model_init_kwargs)
+        teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **as_dict(args.teacher_model_init_kwargs)}
+        student_config = config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
+        self._datasets = {"train": described(train_dataset), "eval": described(eval_dataset)}
         train_dataset, train_caches = opened(train_dataset, "train_dataset")
         eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
         self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
         if teacher_model is not None:
-            teacher_config = _config_of(teacher_model, teacher_kwargs)
+            teacher_config = config_of(teacher_model, teacher_kwargs)
         elif not train_caches:
             raise MismatchError(
                 "There is no teacher: teacher_model is None, and train_dataset is no teacher cache. Pass a teacher, "
@@ -186,7 +164,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             teacher_config = self._caches[0].teacher_config
         refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
         if isinstance(model, nn.Module):
-            _cast_student(model, args, trains_all=peft_config is None and not is_peft_model(model))
+            cast_student(model, args, trains_all=peft_config is None and not is_peft_model(model))
 
         self._stock_fields = {
             name: getattr(student_config.get_text_config(), name)
@@ -194,7 +172,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             if hasattr(student_config.get_text_config(), name)
         }
         self._student_name: str | None = student_config._name_or_path or None
-        for caches, packing in ((train_caches, args.packing), (eval_caches, _eval_packing(args))):
+        for caches, packing in ((train_caches, args.packing), (eval_caches, eval_packing(args))):
             for cache in caches:
                 cache.require_arguments(args, packing=packing)
         self.teacher_model: Any = None
@@ -204,7 +182,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
         if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
             pruning_plan = [pruning_plan]
         self._plans = pruning_plan or ()
-        require_writable(_output_dir(args))
+        require_writable(own_output_dir(args))
 
         super().__init__(
             model=model,
@@ -222,15 +200,9 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        refuse_lone_processes(self.accelerator)
+        refuse_launch(self.accelerator)
         if self.is_fsdp_enabled:
             keep_losses_whole(self.accelerator.state.fsdp_plugin)
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
-            raise UnsupportedModelError(
-                "Context, sequence and tensor parallelism are not supported in distillation; use DDP, FSDP2 or "
-                "DeepSpeed."
-            )
 
         student = base_model_of(self.model)
         refuse_split_model(student, "student")
@@ -244,7 +216,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             self.data_collator = WithRowLengths(self.data_collator)
         self.data_collator = WithCachedTeacher(self.data_collator)
 
-        self._teacher_name = _name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
+        self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
         if self._has_teacher:
             self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
@@ -257,7 +229,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
         for cache in self._caches:
             cache.require_tokenizer(self.processing_class)
             cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
-        self._columns = (*_COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
+        self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
 
     # ---- Teacher ----
@@ -353,7 +325,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             return dataset
         rows, caches = opened(dataset, "The dataset")
         for cache in caches:  # given to `evaluate`
-            cache.require_arguments(self.args, packing=_eval_packing(self.args))
+            cache.require_arguments(self.args, packing=eval_packing(self.args))
             cache.require_tokenizer(self.processing_class)
             cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
             if self.teacher_model is not None:
@@ -410,9 +382,6 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
             self._intermediate.begin_step(self._sum_over_processes)
         return batches, num_items
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(_sum_dtype(values.device)), "sum")
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._intermediate:
@@ -443,7 +412,7 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
         request = LossRequest(signal, positions, targets, options, self._intermediate.pairs, states)
         losses = model(**model_inputs(inputs), distillation=request)
         if self._intermediate:
-            extra = torch.stack([losses[term].sum() for term in self._columns[len(_COLUMNS) :]]).sum()
+            extra = torch.stack([losses[term].sum() for term in self._columns[len(COLUMNS) :]]).sum()
             if model.training:
                 scale = self.args.kd_weight * self.args.temperature**2
                 self._intermediate.add(scale * losses["divergence"].sum(), extra)
@@ -479,336 +448,3 @@ class DistillationTrainer(CountsRowsOnce, SFTTrainer):
         if self.model.training:
             self._token_sums["train"] += self._sums(losses).sum(0)
         return (loss, losses) if return_outputs else loss
-
-    def _no_sums(self) -> Tensor:
-        shape = (len(self._columns) + 1,)
-        return torch.zeros(shape, dtype=_sum_dtype(self.accelerator.device), device=self.accelerator.device)
-
-    def _sums(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Every logged loss, and 1, per token: [N, columns + 1], ready to be summed."""
-        columns = [losses[name].detach() for name in self._columns]
-        columns.append(torch.ones_like(columns[0]))
-        return torch.stack([column.to(_sum_dtype(column.device)) for column in columns], 1)
-
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        """Logged values from sums over tokens, on the CPU."""
-        *values, count = sums.double().cpu().tolist()
-        if not count:
-            return {}
-        means = {name: value / count for name, value in zip(self._columns, values, strict=True)}
-        loss = self.args.kd_weight * self.args.temperature**2 * means["divergence"] + self.args.ce_weight * means["ce"]
-        if self._intermediate:
-            means["alpha"] = self._intermediate.weight or 0.0
-            loss += means["alpha"] * sum(means[term] for term in self._columns[len(_COLUMNS) :])
-        if self.args.divergence == "forward_kl":
-            del means["divergence"]  # the same as `kl`
-        return {"loss": loss, **means}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the divergence, cross-entropy and agreement since the last log to the training loss."""
-        if "loss" in logs:  # the training loop logs its loss on all processes
-            means = self._means(self.accelerator.reduce(self._token_sums["train"], "sum"))
-            self._token_sums["train"] = self._no_sums()
-            logs.update((key, value) for key, value in means.items() if key != "loss")
-        super().log(logs, start_time)
-
-    # ---- Evaluation ----
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """One evaluation batch: token sums per row, and logits only where something asks for them."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses, positions = self._token_losses(model, inputs)
-            loss = losses["total"] / max(len(positions), 1)
-            # Rows, because the processes get equally many: the last batch repeats rows, which the gathering drops.
-            row_of_position, num_rows = row_of_positions(inputs)
-            sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=_sum_dtype(loss.device), device=loss.device)
-            sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))
-            self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
-            if prediction_loss_only:
-                return loss.detach(), None, None
-            return loss.detach(), model(**model_inputs(inputs), use_cache=False).logits.detach(), inputs["labels"]
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Means over the tokens of the evaluation set, instead of means of batch means."""
-        self._token_sums["eval"] = self._no_sums()
-        with self._attached():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        means = self._means(self._token_sums["eval"])
-        metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
-        return output._replace(metrics=metrics)
-
-    # ---- What is saved ----
-
-    @contextlib.contextmanager
-    def _stock_config(self) -> Iterator[None]:
-        """The student's config as it was before the libraries set it up for training."""
-        config = base_model_of(self.accelerator.unwrap_model(self.model)).config.get_text_config()
-        changed = {name: getattr(config, name) for name in self._stock_fields}
-        try:
-            for name, value in self._stock_fields.items():
-                setattr(config, name, value)
-            yield
-        finally:
-            for name, value in changed.items():
-                setattr(config, name, value)
-
-    def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
-        """Save the student (or its adapter) in its training dtype, with its plan and `distillation.json`.
-
-        `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
-        """
-        output_dir = os.fspath(output_dir or _output_dir(self.args))
-        with self._stock_config(), _writing(output_dir):
-            super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            self._save_origin(Path(output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def save_student(
-        self, output_dir: str | os.PathLike[str] | None = None, *, dtype: torch.dtype | str | None = None
-    ) -> None:
-        """Save the stock student: plain weights that `AutoModelForCausalLM.from_pretrained` loads, adapters merged.
-
-        To be called on all processes.
-
-        Args:
-            output_dir: default: the output folder of the run.
-            dtype: of the saved weights, for example that of the teacher's checkpoint. None: the training dtype.
-
-        Raises:
-            OutputError: if the folder cannot be written.
-        """
-        output_dir = Path(output_dir or _output_dir(self.args))
-        base = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            base = gathered_model(self)
-        elif is_peft_model(base) and self.args.should_save:
-            base = copy.deepcopy(base).merge_and_unload()
-        if not self.args.should_save:
-            return
-        state_dict = base.state_dict()
-        state_dict.pop(f"{PROJECTION}.weight", None)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        with self._stock_config():
-            config = copy.deepcopy(base.config)
-            for name, value in self._stock_fields.items():
-                setattr(config.get_text_config(), name, value)
-            student: Any = empty_model(config)
-        student.load_state_dict(state_dict, assign=True)
-        student.tie_weights()
-        student.generation_config = base.generation_config
-        require_writable(output_dir)
-        with _writing(output_dir):
-            student.to(dtype=dtype or student.dtype).save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (output_dir / name).unlink(missing_ok=True)  # loaders would put the adapter on top of the merged weights
-        self._save_origin(output_dir)
-
-    def _save_origin(self, folder: Path) -> None:
-        """Write the plan and the training record into `folder`."""
-        if self._plans:
-            self._plans[-1].save_pretrained(folder)
-        source = Path(self._student_name) if self._student_name else None
-        if source is not None and source.is_dir() and source.resolve() != folder.resolve():
-            for name in ORIGIN_FILES:
-                if (source / name).is_file() and not (folder / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-        write_json(folder / RECORD_NAME, self.distillation_record())
-
-    def distillation_record(self) -> dict[str, Any]:
-        """What `distillation.json` holds: teacher, arguments, data and everything that was logged."""
-        arguments = self.args.to_dict()
-        model = self.accelerator.unwrap_model(self.model)
-        peft = None
-        if is_peft_model(model):
-            peft = {
-                key: sorted(value) if isinstance(value, set) else value
-                for key, value in model.peft_config[model.active_adapter].to_dict().items()
-                if isinstance(value, bool | int | float | str | set | list)
-            }
-        history = self.state.log_history
-        return {
-            "format": 1,
-            "versions": versions(),
-            "teacher": {"name_or_path": public_name(self._teacher_name), "revision": self._teacher_revision},
-            "student": {"name_or_path": public_name(self._student_name)},
-            "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
-            "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
-            "data": self._datasets,
-            "num_processes": self.accelerator.num_processes,
-            "peft": peft,
-            "global_step": self.state.global_step,
-            "num_input_tokens_seen": int(self.state.num_input_tokens_seen),
-            "train_runtime": next(
-                (entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None
-            ),
-            "log_history": history,
-        }
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
-        super(SFTTrainer, self)._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self._correction is not None and self.args.should_save:
-            self._correction.save(folder)
-        if self._intermediate:
-            weight = self._intermediate.next_weight(self._sum_over_processes)
-            map_ = whole_projection(self._intermediate.projection)
-            if self.args.should_save:
-                self._intermediate.save(folder, weight, map_)
-
-    # ---- Card and Hub ----
-
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-    ) -> None:
-        """Write the model card from the files of the output folder; the arguments of TRL's method are not needed."""
-        if self.is_world_process_zero():
-            self._save_teacher_metadata()
-            write_model_card(_output_dir(self.args))
-
-    def _save_teacher_metadata(self) -> None:
-        folder = Path(_output_dir(self.args))
-        if self._teacher_name and not (folder / "teacher.json").is_file():
-            write_teacher_metadata(folder, self._teacher_name, revision=self._teacher_revision)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Any:
-        """Save the stock student into the output folder and publish it with everything that is known of it.
-
-        Args:
-            commit_message: of the one commit.
-            blocking: False uploads in the background and returns a `Future`.
-            token: default: `args.hub_token`, or the stored one.
-            revision: branch; default `args.hub_revision`.
-            private: whether a new repository is private; default `args.hub_private_repo`, or True.
-            **kwargs: accepted for compatibility with `Trainer.push_to_hub`.
-
-        Raises:
-            HubError: if the Hub refuses, or cannot be reached.
-            OutputError: if the output folder cannot be written.
-        """
-        from huggingface_hub import HfApi
-
-        self.save_student()
-        if not self.is_world_process_zero():
-            return None
-        self._save_teacher_metadata()
-        options: dict[str, Any] = {
-            "private": self._private(private),
-            "token": token or self.args.hub_token,
-            "commit_message": commit_message,
-            "revision": revision or self.args.hub_revision,
-        }
-        folder = _output_dir(self.args)
-        repo_id = self.args.hub_model_id or Path(folder).resolve().name
-        if blocking:
-            return push_student_to_hub(folder, repo_id, **options)
-        return HfApi().run_as_future(push_student_to_hub, folder, repo_id, **options)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, private unless said otherwise."""
-        super().init_hf_repo(token=token, private=self._private(private))
-
-    def _private(self, private: bool | None) -> bool:
-        return next(value for value in (private, self.args.hub_private_repo, True) if value is not None)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` would upload the whole output folder, working files included.
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            if is_peft_model(self.accelerator.unwrap_model(self.model)):
-                return  # an adapter alone is no student; the merged one is pushed at the end
-            push_student_to_hub(
-                checkpoint_folder,
-                self.hub_model_id,
-                private=self._private(None),
-                token=self.args.hub_token,
-                commit_message=f"Training in progress, step {self.state.global_step}",
-                revision=self.args.hub_revision,
-            )
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@contextlib.contextmanager
-def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a full disk or a forbidden folder raises into one clear error."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
-
-
-def _cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> None:
-    """Give a half-precision student float32 weights, where training needs them or the hardware is slow without."""
-    if getattr(base_model_of(model), "is_quantized", False):
-        return
-    on_cpu = trains_on_cpu(args.use_cpu)
-    slow = {torch.float16} if on_cpu else set()
-    if not has_fast_bf16(on_cpu):
-        slow.add(torch.bfloat16)
-    if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
-        logger.info("The student's %s weights are trained in float32.", model.dtype)
-        model.float()
-
-
-def _eval_packing(args: DistillationConfig) -> bool:
-    return args.packing if args.eval_packing is None else args.eval_packing
-
-
-def _described(data: Any) -> dict[str, Any] | None:
-    """What the record says of data: of a cache, what it was made from."""
-    if isinstance(data, TeacherCache):
-        return data.manifest["data"]["given"]
-    if isinstance(data, Mapping) and any(isinstance(part, TeacherCache) for part in data.values()):
-        data = {name: part.dataset if isinstance(part, TeacherCache) else part for name, part in data.items()}
-    return describe_data(data)
-
-
-def _config_of(model: Any, kwargs: dict[str, Any]) -> Any:
-    if isinstance(model, nn.Module):
-        return model.config
-    named = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
-    return load_config(model, **named)
-
-
-def _name_of(model: Any) -> str | None:
-    config = getattr(model, "config", None)
-    return os.fspath(model) if config is None else config._name_or_path or None
-
-
-def _as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A dict-valued argument; strings of JSON are parsed by the base class already."""
-    if isinstance(kwargs, str):
-        raise MismatchError(f"Expected a dict of keyword arguments, got the string {kwargs!r}.")
-    return dict(kwargs or {})
-
-
-def _output_dir(args: DistillationConfig) -> str:
-    assert args.output_dir is not None  # the base class fills it in
-    return args.output_dir

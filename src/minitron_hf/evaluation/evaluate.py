@@ -13,7 +13,8 @@ import torch
 from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import public_name, require_writable, versions, write_json
-from ..models import count_parameters, evaluating, load_config, load_tokenizer, model_digest
+from ..models import count_parameters, evaluating, load_config, load_tokenizer
+from ..weights import model_digest
 from .loading import common_device, load_for_inference
 from .quality import measure_quality, num_predicted
 from .speed import checkpoint_bytes, device_description, measure_cost

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MismatchError
-from ..models import compute_dtype, load_model
+from ..hardware import compute_dtype
+from ..models import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from .base import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, text_config
+from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec
+from .tensors import named_tensors, text_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,12 +28,16 @@ __all__ = [
 ]
 
 
+#: Modules of this folder that hold no table.
+NOT_TABLES = frozenset({"axes", "base", "spec", "state_space", "tensors"})
+
+
 @cache
 def families() -> Mapping[str, ArchSpec]:
     """All family tables by `model_type`, sorted."""
     specs = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name != "base":
+        if module.name not in NOT_TABLES:
             spec = importlib.import_module(f"{__name__}.{module.name}").SPEC
             specs[spec.model_type] = spec
     return dict(sorted(specs.items()))

@@ -3,6 +3,7 @@
 The norms that attention and experts read are gated too, through a low rank.
 """
 
+from .axes import Axis
 from .base import (
     EXPERTS_MLP,
     GATED_MLP,
@@ -14,7 +15,6 @@ from .base import (
     PRE_NORMS,
     ROUTER_BIAS,
     SHARED_EXPERTS_MLP,
-    Axis,
     decoder,
     layer_tables,
     linear,

@@ -1,18 +1,12 @@
 """Bamba: attention in listed layers, a state space in the others, and a gated MLP in all of them."""
 
-from .base import (
-    EMBEDDINGS,
-    FFN,
-    GROUPED_ATTENTION,
+from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .state_space import (
     SSM_AXES,
     SSM_DIM_FOLLOWS,
     SSM_EXPAND,
     SSM_GROUPS,
     SSM_WIDTH,
-    decoder,
-    layer_tables,
-    linear,
-    norm,
     ssm_taps,
     state_space,
 )

@@ -1,6 +1,7 @@
 """CodeGen: GPT-J with q, v and k fused in four parts, each of them for a quarter of the heads."""
 
-from .base import GPT_AXES, Axis, gpt, layer_tables, linear
+from .axes import Axis
+from .base import GPT_AXES, gpt, layer_tables, linear
 
 SPEC = gpt(
     "codegen",

@@ -1,18 +1,7 @@
 """Falcon-H1: attention and a state space side by side in every layer, then a gated MLP; constant multipliers."""
 
-from .base import (
-    EMBEDDINGS,
-    FFN,
-    GROUPED_ATTENTION,
-    SSM_AXES,
-    SSM_GROUPS,
-    decoder,
-    layer_tables,
-    linear,
-    norm,
-    ssm_taps,
-    state_space,
-)
+from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .state_space import SSM_AXES, SSM_GROUPS, ssm_taps, state_space
 
 SPEC = decoder(
     "falcon_h1",

@@ -1,5 +1,5 @@
 """Falcon-Mamba: Mamba with norms, which have no weights, over dt, B and C."""
 
-from .base import mamba
+from .state_space import mamba
 
 SPEC = mamba("falcon_mamba")

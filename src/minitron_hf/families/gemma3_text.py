@@ -1,6 +1,7 @@
 """Gemma 3, text only: Gemma 2 with RMSNorm on every query and key head."""
 
-from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, Wrapper, decoder, layer_tables
+from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, decoder, layer_tables
+from .spec import Wrapper
 
 SPEC = decoder(
     "gemma3_text",

@@ -1,5 +1,6 @@
 """Gemma 3n, text only: AltUp's four residual streams, LAuReL, embeddings for every layer, shared keys and values."""
 
+from .axes import Axis
 from .base import (
     EMBEDDINGS,
     FFN,
@@ -12,7 +13,6 @@ from .base import (
     KV,
     LAYERS,
     VOCAB,
-    Axis,
     decoder,
     layer_tables,
     linear,

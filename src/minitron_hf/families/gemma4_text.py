@@ -4,6 +4,7 @@ one variant experts beside the MLP.
 
 from dataclasses import replace
 
+from .axes import Axis
 from .base import (
     EMBEDDINGS,
     EXPERTS,
@@ -12,13 +13,12 @@ from .base import (
     GROUPED_ATTENTION,
     HEAD_NORMS,
     MOE_FFN,
-    Axis,
-    Wrapper,
     decoder,
     layer_tables,
     linear,
     norm,
 )
+from .spec import Wrapper
 
 NORMS = ("input_layernorm", "pre_feedforward_layernorm")
 DENSE = decoder(

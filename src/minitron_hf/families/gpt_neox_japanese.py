@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, Axis, decoder, layer_tables, linear, norm
+from .axes import Axis
+from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, decoder, layer_tables, linear, norm
 
 MULTIPLE = "the stock config counts neurons as a multiple of hidden_size, so neither can be cut without the other"
 

@@ -1,16 +1,13 @@
 """Granite 4: attention or a state space, then experts beside a shared one, which is alone in the dense models."""
 
-from .base import (
-    GROUPED_ATTENTION,
-    NEEDS_FULL_ATTENTION,
+from .axes import Axis
+from .base import GROUPED_ATTENTION, NEEDS_FULL_ATTENTION, decoder, layer_tables
+from .state_space import (
     SSM_AXES,
     SSM_DIM_FOLLOWS,
     SSM_EXPAND,
     SSM_GROUPS,
     SSM_WIDTH,
-    Axis,
-    decoder,
-    layer_tables,
     ssm_taps,
     state_space,
 )

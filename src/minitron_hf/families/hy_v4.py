@@ -1,5 +1,6 @@
 """HY-V4: GLM-MoE-DSA with gated heads and sinks, whose residual stream is several streams that are mixed and fed."""
 
+from .axes import Axis
 from .base import (
     COMPRESSED_ATTENTION,
     EMBEDDINGS,
@@ -11,7 +12,6 @@ from .base import (
     LISTED_LATENT_EXPERTS,
     ROUTER_BIAS,
     SHARED_EXPERTS_MLP,
-    Axis,
     decoder,
     layer_tables,
     linear,

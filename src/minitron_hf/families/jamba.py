@@ -3,19 +3,9 @@
 Every channel of a state space is a head of its own. Experts are as wide as the MLPs of the other layers.
 """
 
-from .base import (
-    EMBEDDINGS,
-    EXPERTS,
-    FFN,
-    GROUPED_ATTENTION,
-    SSM_EXPAND,
-    Axis,
-    channel_state_space,
-    decoder,
-    layer_tables,
-    linear,
-    norm,
-)
+from .axes import Axis
+from .base import EMBEDDINGS, EXPERTS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .state_space import SSM_EXPAND, channel_state_space
 
 SPEC = decoder(
     "jamba",

@@ -1,6 +1,7 @@
 """Llama 4, text only: layers that rotate see a chunk, others all; each holds an MLP, or experts and a shared one."""
 
-from .base import GROUPED_ATTENTION, Axis, decoder, layer_tables, linear
+from .axes import Axis
+from .base import GROUPED_ATTENTION, decoder, layer_tables, linear
 
 SPEC = decoder(
     "llama4_text",

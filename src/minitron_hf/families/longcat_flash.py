@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from .axes import Axis
 from .base import (
     COMPRESSED_ATTENTION,
     EXPERT_TAPS,
@@ -13,7 +14,6 @@ from .base import (
     MOE_FFN,
     ROUTED_EXPERTS,
     VOCAB,
-    Axis,
     decoder,
     layer_tables,
     linear,

@@ -2,18 +2,14 @@
 
 from dataclasses import replace
 
-from .base import (
-    HIDDEN,
-    LAYERS,
+from .base import HIDDEN, LAYERS, VOCAB, layer_tables, norm
+from .spec import ArchSpec
+from .state_space import (
     RECURRENT_OUTER,
     SSM_DIM_FOLLOWS,
     SSM_EXPAND,
     SSM_GROUPS,
     SSM_WIDTH,
-    VOCAB,
-    ArchSpec,
-    layer_tables,
-    norm,
     ssm_axes,
     ssm_taps,
     state_space,

@@ -2,19 +2,8 @@
 
 from dataclasses import replace
 
-from .base import (
-    EXPERT_TAPS,
-    EXPERTS_MLP,
-    GROUPED_ATTENTION,
-    HEAD_DIM,
-    HEADS,
-    KV,
-    Axis,
-    decoder,
-    layer_tables,
-    linear,
-    norm,
-)
+from .axes import Axis
+from .base import EXPERT_TAPS, EXPERTS_MLP, GROUPED_ATTENTION, HEAD_DIM, HEADS, KV, decoder, layer_tables, linear, norm
 
 LIGHTNING = (
     "layers of lightning attention normalise all their heads together and do not group them, "

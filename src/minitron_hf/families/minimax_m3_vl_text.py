@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from .axes import Axis
 from .base import (
     EXPERT_TAPS,
     EXPERTS_MLP,
@@ -15,7 +16,6 @@ from .base import (
     MOE_FFN,
     ROUTER_BIAS,
     SHARED_FFN,
-    Axis,
     decoder,
     layer_tables,
     linear,

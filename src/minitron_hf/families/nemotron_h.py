@@ -6,6 +6,7 @@ of several tokens are no part of the stock model, and do not come along.
 
 from dataclasses import replace
 
+from .axes import Axis
 from .base import (
     FFN,
     GROUPED_EXPERTS_LEAST,
@@ -17,17 +18,13 @@ from .base import (
     MOE_FFN,
     ROUTED_EXPERTS,
     ROUTER_GROUPS,
-    SSM_GROUPS,
     VOCAB,
-    ArchSpec,
-    Axis,
     layer_tables,
     linear,
     norm,
-    ssm_axes,
-    ssm_taps,
-    state_space,
 )
+from .spec import ArchSpec
+from .state_space import SSM_GROUPS, ssm_axes, ssm_taps, state_space
 
 DIRECT = ArchSpec(
     model_type="nemotron_h",

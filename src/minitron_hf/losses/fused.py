@@ -11,7 +11,6 @@ linear losses, arXiv 2410.10989 §3.2, for two heads).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,109 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import MismatchError
+from .chunks import _even_slices, default_chunk_size
 from .divergences import DIVERGENCES, OF_LOGITS, Divergence, Rows
-
-#: How a model type scales its logits: config field, and whether the logits are multiplied or divided by it.
-#: The same field name means different things in different families, so each is listed by name.
-LOGIT_SCALES: dict[str, tuple[str, str]] = {
-    "cohere": ("logit_scale", "multiply"),
-    "cohere2": ("logit_scale", "multiply"),
-    "cohere2_moe": ("logit_scale", "multiply"),
-    "falcon_h1": ("lm_head_multiplier", "multiply"),
-    "granite": ("logits_scaling", "divide"),
-    "granite_swa": ("logits_scaling", "divide"),
-    "granitemoe": ("logits_scaling", "divide"),
-    "granitemoe_swa": ("logits_scaling", "divide"),
-    "granitemoehybrid": ("logits_scaling", "divide"),
-    "granitemoeshared": ("logits_scaling", "divide"),
-    "hyperclovax": ("logits_scaling", "multiply"),
-    "minicpm3": ("logits_scaling", "divide"),
-}
-
-#: Model types that bound their logits with `cap * tanh(logits / cap)`, and the config field that holds the cap.
-LOGIT_SOFTCAPS: dict[str, str] = {
-    "gemma2": "final_logit_softcapping",
-    "gemma3": "final_logit_softcapping",
-    "gemma3_text": "final_logit_softcapping",
-    "gemma3n": "final_logit_softcapping",
-    "gemma3n_text": "final_logit_softcapping",
-    "gemma4": "final_logit_softcapping",
-    "gemma4_text": "final_logit_softcapping",
-    "mistral_large4": "final_logit_softcapping",
-    "nanochat": "final_logit_softcapping",
-    "vaultgemma": "final_logit_softcapping",
-}
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """What turns hidden states after the final norm into logits: `softcap(scale * (hidden @ weightᵀ + bias))`.
-
-    Attributes:
-        weight: [V, H].
-        bias: [V] or None.
-        scale: factor on the logits.
-        softcap: `c` of `c * tanh(logits / c)`, applied last; None for none.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the weight."""
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class DenseSignal:
-    """The teacher's whole distribution, as the hidden states and the head that make it.
-
-    Attributes:
-        hidden: [N, H_t], hidden states after the final norm.
-        head: the teacher's output head.
-    """
-
-    hidden: Tensor
-    head: OutputHead
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the teacher."""
-        return self.head.vocab_size
-
-
-@dataclass(frozen=True)
-class TopKSignal:
-    """The teacher's most likely tokens, and how likely all others are together.
-
-    What is compared are k + 1 outcomes: the k tokens, and "another one". By the data-processing inequality no
-    divergence of them exceeds that of the whole distributions; it does not fall as k grows, and is the same at k = V.
-
-    Attributes:
-        tokens: int64 [N, k], distinct in every row, the most likely one first.
-        log_probs: [N, k], their log-probabilities at the temperature of the loss.
-        log_tail: [N], log-probability of all other tokens together.
-        vocab_size: V of the teacher.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
-    log_tail: Tensor
-    vocab_size: int
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-
-#: What the student learns from. Everything that looks inside a signal is in `top_k_signal` and `_Rows`.
-TeacherSignal = DenseSignal | TopKSignal
+from .heads import OutputHead
+from .signals import DenseSignal, TeacherSignal, TopKSignal
 
 
 @dataclass(frozen=True)
@@ -143,122 +44,6 @@ class TokenLosses:
     agreement: Tensor
 
 
-def base_model_of(model: Any) -> Any:
-    """The Transformers model itself, out of the PEFT model around it, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def output_head(model: torch.nn.Module) -> OutputHead:
-    """Describe the output head of a causal language model, logit scale and softcap included.
-
-    Args:
-        model: a Transformers causal language model, or a PEFT model around one.
-
-    Raises:
-        UnsupportedModelError: if the model has no linear output head.
-    """
-    base = base_model_of(model)
-    layer = base.get_output_embeddings()
-    weight = getattr(layer, "weight", None)
-    # DeepSpeed ZeRO-3 leaves an empty tensor between uses, and its shape in `ds_shape`.
-    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} has no linear output head (get_output_embeddings() returned "
-            f"{type(layer).__name__}); distillation needs a causal language model with one."
-        )
-    if not weight.is_floating_point() or "torchao" in type(weight.data).__module__:
-        raise UnsupportedModelError(
-            f"The output head of {type(base).__name__} is quantised ({type(weight).__name__}, {weight.dtype}), and "
-            "the loss multiplies by its weight. Leave it out of the quantisation: modules_to_not_convert=['lm_head'], "
-            "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
-        )
-    config = base.config.get_text_config()
-    scale = 1.0
-    if config.model_type in LOGIT_SCALES:
-        field, operation = LOGIT_SCALES[config.model_type]
-        value = getattr(config, field, None)
-        if value is not None:
-            scale = float(value) if operation == "multiply" else 1.0 / float(value)
-    softcap = None
-    if config.model_type in LOGIT_SOFTCAPS:
-        softcap = getattr(config, LOGIT_SOFTCAPS[config.model_type], None)
-    return OutputHead(weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
-
-
-def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Logits [..., V] of hidden states [..., H]: what the fused loss repeats chunk by chunk."""
-    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-@torch.no_grad()
-def top_k_signal(
-    signal: DenseSignal, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> TopKSignal:
-    """What `signal` says of its most likely tokens, with the head applied to a chunk of tokens at a time.
-
-    Args:
-        signal: N hidden states of the teacher, and its head.
-        top_k: tokens to keep, V at most.
-        temperature: T of the log-probabilities.
-        chunk_size: tokens whose logits exist at one time.
-
-    Returns:
-        Log-probabilities in float32, or float64 for float64 states.
-    """
-    hidden, head = signal.hidden, signal.head
-    size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device) if chunk_size is None else chunk_size
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    tokens = torch.empty((len(signal), top_k), dtype=torch.long, device=hidden.device)
-    log_probs = torch.empty((len(signal), top_k), dtype=dtype, device=hidden.device)
-    log_tail = torch.empty(len(signal), dtype=dtype, device=hidden.device)
-    for chunk in _even_slices(len(signal), size):
-        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        values, tokens[chunk] = logits.topk(top_k)
-        log_probs[chunk] = values - normaliser
-        # Of the others themselves: one minus the sum of the k would be rounding where the k are nearly all.
-        log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
-    return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
-
-
-@torch.no_grad()
-def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
-    """Prove on a few tokens that `head_logits(backbone(tokens), output_head(model))` are the model's own logits.
-
-    A family that does something else between the final norm and its logits would be distilled wrongly without any
-    other sign, so it is refused.
-
-    Args:
-        model: the causal language model, before it is wrapped for distributed training.
-        role: what to call it in the message.
-
-    Raises:
-        UnsupportedModelError: if they differ.
-    """
-    base = base_model_of(model)
-    head = output_head(model)
-    was_training = base.training
-    base.eval()
-    try:
-        num_rows = base.get_input_embeddings().weight.shape[0]
-        device = base.get_input_embeddings().weight.device
-        tokens = (torch.arange(1, 5, device=device) % num_rows)[None]
-        expected = base(input_ids=tokens, use_cache=False).logits
-        hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        found = head_logits(hidden.to(head.weight.device), head)
-    finally:
-        base.train(was_training)
-    # Half precision keeps 8 (bfloat16) to 11 bits, and the models round between the steps that we merge.
-    tolerance = 16 * torch.finfo(found.dtype).eps * float(expected.float().abs().max().clamp(min=1))
-    if found.shape != expected.shape or not torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance):
-        raise UnsupportedModelError(
-            f"The {role} ({type(base).__name__}, model_type {base.config.get_text_config().model_type!r}) computes "
-            "its logits from its last hidden states in a way this package does not know: its head, logit scale and "
-            "softcap give other logits than the model itself. Distillation would learn from wrong probabilities."
-        )
-
-
 def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where a next token is to be predicted, and which.
 
@@ -273,21 +58,6 @@ def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     following = following.reshape(-1)
     positions = (following != -100).nonzero().squeeze(-1)
     return positions, following[positions]
-
-
-def default_chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logits exist at one time.
-
-    On a CPU, matrix products gain little beyond 200 tokens. A sixth of the tokens, 224 at most, keeps the logits of
-    both models under 0.4 copies of one float32 [N, V] at 1,024 tokens and under 0.06 at 8,192, at any vocabulary;
-    where the vocabulary is so small that 16 MB hold more, overhead decides. On an accelerator [chunk, V] is about
-    half a GB in bfloat16 however few the tokens: every chunk reads and writes the head's float32 gradient once, which
-    takes as long there as the four products of some 250 tokens (by arithmetic, for an H100), so that smaller chunks
-    would cost more time.
-    """
-    if device.type == "cpu":
-        return max(128, min(224, -(-num_tokens // 6)), (1 << 22) // vocab_size)
-    return max(128, (1 << 28) // vocab_size // 128 * 128)
 
 
 def distillation_loss(
@@ -595,13 +365,3 @@ def _compute_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device.type)
     return weight.dtype
-
-
-def _even_slices(length: int, largest: int) -> Iterator[slice]:
-    """Cut `range(length)` into the fewest slices of at most `largest`, longest first, as equal as possible."""
-    count = -(-length // largest)
-    start = 0
-    for index in range(count):
-        stop = start + (length - start + count - index - 1) // (count - index)
-        yield slice(start, stop)
-        start = stop

@@ -18,10 +18,13 @@ from torch import Tensor
 from ..data import TokenRows, padded_batches
 from ..evaluation.quality import mean_and_error
 from ..files import read_json
-from ..losses.fused import DenseSignal, OutputHead, distillation_loss, output_head
-from ..models import evaluating, input_device
+from ..losses.fused import distillation_loss
+from ..losses.heads import OutputHead, output_head
+from ..losses.signals import DenseSignal
+from ..models import evaluating
 from ..sizes.request import PrunerConfig
 from ..sizes.shapes import Shape
+from ..weights import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,13 @@ from torch import Tensor
 from ..data import DataSource
 from ..families import named_tensors, spec_for
 from ..families.axes import dimension_index
-from ..models import evaluating, input_device, tensor_values
-from ..scoring.importance import calibrate, require_weights
-from ..scoring.observers import Batches, Tap, first_input
-from ..sizes.request import repaired_axes
+from ..models import evaluating
+from ..scoring.batches import Batches
+from ..scoring.calibration import calibrate
+from ..scoring.observers import Tap, first_input
+from ..scoring.scores import require_weights
+from ..sizes.resolve import repaired_axes
+from ..weights import input_device, tensor_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

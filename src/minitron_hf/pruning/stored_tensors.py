@@ -8,7 +8,6 @@ numbers are read when they are written somewhere else, and only those that are l
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map
 
 from ..errors import UnsupportedModelError
+from . import stored_reading
+from .stored_reading import Index, Stored, take, take_box
 
 #: Names of dtypes in a safetensors header, in the order in which the format sorts tensors (the last come first).
 DTYPES: dict[str, torch.dtype] = {
@@ -37,25 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
-
-#: Bytes to read and write at a time; a row of a tensor is never split.
-BLOCK_BYTES = 32 << 20
-#: A gap between kept rows is read over rather than skipped up to this many bytes: a disk reads as many in the time
-#: that it takes to find a place.
-_GAP_BYTES = 128 << 10
-#: Single values are read in one piece if they span no more than this many bytes.
-_SPAN_BYTES = 1 << 20
-
-#: Positions wanted in each dimension: int64 arrays.
-Index = list[np.ndarray]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor of a checkpoint lies: row-major from byte `offset` of the file `path`."""
-
-    path: Path
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -131,11 +113,11 @@ class LazyTensor(torch.Tensor):
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """The numbers in row-major order, a block of rows at a time; in one piece where parts of it cost the whole."""
-        if not self.by_rows or self.ndim == 0 or self.nbytes <= BLOCK_BYTES:
+        if not self.by_rows or self.ndim == 0 or self.nbytes <= stored_reading.BLOCK_BYTES:
             yield self.read()
             return
         rest = [np.arange(size) for size in self.shape[1:]]
-        rows = max(1, BLOCK_BYTES // (self.nbytes // len(self)))
+        rows = max(1, stored_reading.BLOCK_BYTES // (self.nbytes // len(self)))
         for start in range(0, len(self), rows):
             yield _read(self, [np.arange(start, min(start + rows, len(self))), *rest], points=False)
 
@@ -215,7 +197,7 @@ def _read(tensor: LazyTensor, index: Index, points: bool) -> torch.Tensor:
     if not all(map(len, index)):
         return torch.empty([0] if points else [len(positions) for positions in index], dtype=tensor.dtype)
     if isinstance(recipe, Stored):
-        read = _read_points if points else _read_box
+        read = stored_reading.read_points if points else stored_reading.read_box
         return read(recipe, tuple(tensor.shape), tensor.dtype, index)
     if (rule := _RULES.get(recipe.operation)) is not None and (
         found := rule(recipe, tensor, index, points)
@@ -229,84 +211,7 @@ def _read(tensor: LazyTensor, index: Index, points: bool) -> torch.Tensor:
     made = made[recipe.output] if isinstance(made, tuple | list) else made
     if points:
         return made[tuple(torch.from_numpy(positions) for positions in index)]
-    return _take_box(made, index)
-
-
-def _take_box(tensor: torch.Tensor, index: Index) -> torch.Tensor:
-    """All combinations of positions."""
-    for dim, positions in enumerate(index):
-        tensor = _take(tensor, dim, positions)
-    return tensor
-
-
-def _take(tensor: torch.Tensor, dim: int, positions: np.ndarray) -> torch.Tensor:
-    """`index_select`; NumPy's is five times as fast within rows."""
-    if _is_run(positions):
-        return tensor.narrow(dim, int(positions[0]) if len(positions) else 0, len(positions))
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    taken = np.take(tensor.view(bits).numpy(), positions, axis=dim, mode="clip")
-    return torch.from_numpy(taken).view(tensor.dtype)
-
-
-def _is_run(positions: np.ndarray) -> bool:
-    """Whether positions follow each other without a gap."""
-    return bool((np.diff(positions) == 1).all())
-
-
-def _read_box(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> torch.Tensor:
-    """Rows from the file, then positions within them."""
-    if not shape:
-        return next(_read_ranges(stored, dtype, [(0, 1)])).reshape(())
-    rows, within = index[0], index[1:]
-    if (np.diff(rows) <= 0).any():
-        ascending, back = np.unique(rows, return_inverse=True)
-        return _take(_read_box(stored, shape, dtype, [ascending, *within]), 0, back)
-    width = math.prod(shape[1:])
-    row_bytes = dtype.itemsize * width
-    gaps = (np.diff(rows) - 1) * row_bytes > _GAP_BYTES
-    pieces = np.diff((rows - rows[0]) // max(1, BLOCK_BYTES // row_bytes)) > 0
-    runs = np.split(rows, np.flatnonzero(gaps | pieces) + 1)
-    parts = _read_ranges(stored, dtype, [(int(run[0]) * width, int(run[-1] - run[0] + 1) * width) for run in runs])
-    boxes = (_take_box(part.view(-1, *shape[1:]), [run - run[0], *within]) for run, part in zip(runs, parts))
-    if len(runs) == 1:
-        return next(boxes)
-    made = torch.empty([len(positions) for positions in index], dtype=dtype)
-    done = 0
-    for box in boxes:
-        made[done : done + len(box)] = box
-        done += len(box)
-    return made
-
-
-def _read_points(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> torch.Tensor:
-    """Single values; in one piece where they lie near each other."""
-    positions = np.ravel_multi_index(tuple(index), shape) if shape else np.zeros(1, dtype=np.int64)
-    low, span = int(positions.min()), int(np.ptp(positions)) + 1
-    if span * dtype.itemsize <= _SPAN_BYTES:
-        [values] = _read_ranges(stored, dtype, [(low, span)])
-        return _take(values, 0, positions - low)
-    return torch.cat(list(_read_ranges(stored, dtype, [(position, 1) for position in positions.tolist()])))
-
-
-def _read_ranges(stored: Stored, dtype: torch.dtype, ranges: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """Values of a stored tensor: for each pair, as many as the second says, from number the first on."""
-    size = dtype.itemsize
-    with stored.path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            # A disk answers many requests at once sooner than one after another.
-            for start, count in ranges:
-                where = stored.offset + start * size
-                os.posix_fadvise(file.fileno(), where, count * size, os.POSIX_FADV_WILLNEED)
-        for start, count in ranges:
-            made = torch.empty(count, dtype=dtype)
-            buffer = made.view(torch.uint8).numpy().data
-            file.seek(stored.offset + start * size)
-            while len(buffer):
-                got = file.readinto(buffer)
-                if not got:
-                    raise UnsupportedModelError(f"{stored.path} has become shorter while it was read. Copy it again.")
-                buffer = buffer[got:]
-            yield made
+    return take_box(made, index)
 
 
 def _arguments(recipe: Computed, *defaults: Any) -> list[Any]:
@@ -371,7 +276,7 @@ def _unsqueeze(recipe: Computed, made: LazyTensor, index: Index, points: bool) -
     inner = [*index[:dim], *index[dim + 1 :]]
     if points:
         return _read(source, inner, points) if inner else None
-    return _take(_read(source, inner, points).unsqueeze(dim), dim, index[dim])
+    return take(_read(source, inner, points).unsqueeze(dim), dim, index[dim])
 
 
 def _permute(source: LazyTensor, order: list[int], index: Index, points: bool) -> torch.Tensor:
@@ -413,7 +318,7 @@ def _view(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> tor
     """Another shape: single values keep their place in row-major order. A box need not stay one."""
     source = recipe.args[0]
     if not points and (made.ndim != 1 or source.numel() < 2 * len(index[0])):
-        return _take_box(source.read().reshape(made.shape), index)
+        return take_box(source.read().reshape(made.shape), index)
     place = np.ravel_multi_index(tuple(index), tuple(made.shape)) if made.ndim else np.zeros(1, dtype=np.int64)
     return _read(source, list(np.unravel_index(place, tuple(source.shape))) if source.ndim else [], True)
 
@@ -443,13 +348,13 @@ def _join(parts: list[LazyTensor], sizes: list[int], new: bool, dim: int, index:
             if points:
                 answer = _read(parts[owner], inner, points) if inner else parts[owner].read().expand(len(repeats))
             else:
-                answer = _take(_read(parts[owner], inner, points).unsqueeze(dim), dim, repeats)
+                answer = take(_read(parts[owner], inner, points).unsqueeze(dim), dim, repeats)
         answers.append(answer)
         places.append(place)
     if len(answers) == 1:
         return answers[0]
     dim = 0 if points else dim
-    return _take(torch.cat(answers, dim), dim, np.argsort(np.concatenate(places)))
+    return take(torch.cat(answers, dim), dim, np.argsort(np.concatenate(places)))
 
 
 def _stack(recipe: Computed, made: LazyTensor, index: Index, points: bool) -> torch.Tensor:

@@ -11,14 +11,23 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
 from . import markdown as md
-from .card_metadata import METRICS, benchmark_values, dataset_name, is_repo_id, metadata
+from .card_metadata import dataset_name, is_repo_id, metadata
+from .card_tables import (
+    _architecture_table,
+    _benchmark_table,
+    _depth_table,
+    _measurement_table,
+    _model_title,
+    _round_table,
+    _search_table,
+)
 from .plots import PLOTS, write_plots
 
 #: Legal texts that go with the teacher's weights.
@@ -30,20 +39,6 @@ LICENCE_DUTIES = {
     "llama4": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
     "gemma": "The Gemma terms ask that modified files say so (this card does) and that the terms and their use "
     "restrictions are passed on to everyone who gets the model.",
-}
-
-#: What is shown of every round of several.
-ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
-
-#: Titles of the axes in tables; an axis that is not named here stands under its own name.
-AXIS_TITLES = {
-    "layers": "Layers",
-    "hidden": "Hidden size",
-    "ffn": "MLP width",
-    "heads": "Attention heads",
-    "kv": "Key-value heads",
-    "head_dim": "Head dimension",
-    "vocab": "Vocabulary",
 }
 
 
@@ -210,34 +205,6 @@ def _plan_of_all(run: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _round_table(run: Mapping[str, Any]) -> list[list[str]] | None:
-    """What each of several rounds has cut, on how many tokens it was recovered, and what was measured then."""
-    if not run["rounds"]:
-        return None
-    models = (run["evaluation"] or {}).get("models") or {}
-    rounds = [*run["rounds"], {"pruning_plan": run["pruning_plan"], "distillation": run["distillation"] or {}}]
-    rows = [["Round", "Cut", "Parameters", "Tokens", *(METRICS[key][0] for key in ROUND_METRICS)]]
-
-    def measured(name: str) -> list[str]:
-        found = (models.get(name) or {}).get("metrics") or {}
-        return [md.measured(found.get(key), *METRICS[key][2:]) for key in ROUND_METRICS]
-
-    first = rounds[0]["pruning_plan"]["teacher"]
-    rows.append(["Teacher", "", md.count(first["num_parameters"]), "", *measured("teacher")])
-    for number, one in enumerate(rounds, 1):
-        plan = one["pruning_plan"]
-        cut = [
-            f"{AXIS_TITLES.get(axis, axis)} {_size(both['teacher'])} → {_size(both['student'])}"
-            for axis, both in plan["sizes"].items()
-            if both["student"] < both["teacher"]
-        ]
-        tokens = one["distillation"].get("num_input_tokens_seen")
-        name = "student" if number == len(rounds) else f"round_{number}"
-        parameters = md.count(plan["student"]["num_parameters"])
-        rows.append([str(number), ", ".join(cut), parameters, md.count(tokens) if tokens else "–", *measured(name)])
-    return rows
-
-
 def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Settings of the scores, without the teacher (it has its own place) and what was left at nothing."""
     settings = (plan.get("scores") or {}).get("settings") or {}
@@ -246,123 +213,6 @@ def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for key, value in settings.items()
         if key not in ("model", "metric") and isinstance(value, str | int | float)
     ]
-
-
-def _depth_table(plan: Mapping[str, Any], most: int = 12) -> list[list[str]] | None:
-    """Layers that could have gone in the place of those that went, and what the model is worth without them."""
-    scores = plan.get("scores") or {}
-    gone = list(plan.get("layers_dropped") or [])
-    rivals = [tried for tried in scores.get("layers") or [] if len(tried["dropped"]) == len(gone)]
-    if not gone or not rivals:
-        return None
-    settings = scores["settings"]
-    rows = [["none", f"{settings['depth_baseline']:.4g}"]]
-    for tried in rivals[:most]:
-        mark = "**" if sorted(tried["dropped"]) == gone else ""
-        rows.append([f"{mark}{', '.join(map(str, tried['dropped']))}{mark}", f"{tried['score']:.4g}"])
-    return [["layers dropped", str(settings["depth_metric"]).replace("_", " ")], *rows]
-
-
-def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> list[list[str]] | None:
-    """The shapes that were compared, best first."""
-    if not candidates:
-        return None
-    retrained = any(one.get("rounds") for one in candidates)
-    header = [
-        "shape",
-        "parameters",
-        "KL, pruned",
-        *(["KL, distilled", "tokens"] if retrained else []),
-        "behind the best",
-    ]
-    rows = [header]
-    for one in candidates[:most]:
-        last = (one.get("rounds") or [None])[-1]
-        distilled = [_uncertain(last["kl"], last["stderr"]), md.count(last["num_tokens"])] if last else ["–", "–"]
-        rows.append(
-            [
-                one["name"],
-                md.count(one["num_parameters"]),
-                _uncertain(**one["proxy"]) if one["proxy"] else "–",
-                *(distilled if retrained else []),
-                # Before retraining it says little of one after, and next to others' it would be read so.
-                _uncertain(**one["behind"]) if one["behind"] and (last or not retrained) else "–",
-            ]
-        )
-    return rows
-
-
-def _uncertain(value: float, stderr: float) -> str:
-    return f"{value:.3f} ± {stderr:.3f}"
-
-
-def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
-    teacher, student = plan["teacher"], plan["student"]
-
-    def row(title: str, before: Any, after: Any) -> list[str]:
-        ratio = (
-            f"{100 * after / before:.1f} %" if isinstance(before, int) and isinstance(after, int) and before else ""
-        )
-        return [title, _size(before), _size(after), ratio]
-
-    rows = [row(AXIS_TITLES.get(axis, axis), size["teacher"], size["student"]) for axis, size in plan["sizes"].items()]
-    for axis, key in (("head_dim", "head_dim"), ("vocab", "vocab_size")):
-        before, after = teacher["config"].get(key), student["config"].get(key)
-        if axis not in plan["sizes"] and (before is not None or after is not None):
-            rows.append(row(AXIS_TITLES[axis], before, after))
-    for title, key in (
-        ("Parameters", "num_parameters"),
-        ("Parameters without embeddings", "num_parameters_without_embeddings"),
-    ):
-        rows.append(row(title, teacher[key], student[key]))
-    return [["", "Teacher", "Student", "Kept"], *rows]
-
-
-def _size(value: Any) -> str:
-    """One size, or the sizes of all layers: `768`, `512–768`."""
-    if value is None:
-        return "–"
-    if isinstance(value, list):
-        low, high = min(value), max(value)
-        return md.count(low) if low == high else f"{md.count(low)}–{md.count(high)}"
-    return md.count(value)
-
-
-def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of every number that at least one model has; the teacher's and the student's columns come first."""
-    models = evaluation["models"]
-    names = _model_order(models)
-    reference = models.get(evaluation.get("reference")) or {}
-    rows: list[list[str]] = [["", *map(_model_title, names)]]
-
-    def add(title: str, cells: list[str]) -> None:
-        if any(cell != "–" for cell in cells):
-            rows.append([title, *cells])
-
-    for key, (title, _, factor, unit) in METRICS.items():
-        add(title, [md.measured(models[name]["metrics"].get(key), factor, unit) for name in names])
-    for title, key, shown in (
-        ("Parameters", "num_parameters", md.count),
-        ("Parameters without embeddings", "num_parameters_without_embeddings", md.count),
-        ("Checkpoint size", "checkpoint_bytes", md.binary_size),
-        ("KV cache per token", "kv_cache_bytes_per_token", md.binary_size),
-    ):
-        add(title, [_with_ratio(models[name].get(key), reference.get(key), shown) for name in names])
-    for title, key in (
-        ("Prefill, tokens/s", "prefill_tokens_per_second"),
-        ("Decode, tokens/s", "decode_tokens_per_second"),
-    ):
-        medians = [(models[name].get(key) or {}).get("median") for name in names]
-        base = (reference.get(key) or {}).get("median")
-        add(title, [_with_ratio(median, base, md.rate) for median in medians])
-    return rows
-
-
-def _with_ratio(value: float | None, reference: float | None, shown: Callable[[Any], str]) -> str:
-    if value is None:
-        return "–"
-    ratio = f" ({value / reference:.2f}×)" if reference and value != reference else ""
-    return shown(value) + ratio
 
 
 def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
@@ -375,26 +225,6 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
             return None
         losses.append(measured["value"])
     return losses[0] - losses[1]
-
-
-def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for model, task, metric, measured in benchmark_values(benchmarks):
-        cells.setdefault((task, metric), {})[model] = md.measured(measured)
-    names = _model_order({name for row in cells.values() for name in row})
-    rows = [[task, metric, *(row.get(name, "–") for name in names)] for (task, metric), row in cells.items()]
-    return [["Task", "Metric", *map(_model_title, names)], *rows]
-
-
-def _model_order(names: Iterable[str]) -> list[str]:
-    """The teacher and the student first, then the others as they come (a set: by name)."""
-    names = sorted(names) if isinstance(names, set | frozenset) else list(names)
-    return sorted(names, key=lambda name: {"teacher": 0, "student": 1}.get(name, 2))
-
-
-def _model_title(name: str) -> str:
-    """`random_init` → `Random init`."""
-    return name.replace("_", " ").capitalize()
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -120,7 +120,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
     with tempfile.TemporaryDirectory(prefix="minitron-hf-") as messages:
         environment[_MESSAGES] = messages
         command = [sys.executable, "-m", __name__, "--config_file", str(accelerate_config(config))]
-        command += ["--num_processes", str(number), "--module", "minitron_hf.cli.app", *arguments]
+        command += ["--num_processes", str(number), "--module", "minitron_hf.cli", *arguments]
         process = subprocess.Popen(command, env=environment)
         try:
             code = process.wait()

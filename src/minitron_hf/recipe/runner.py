@@ -17,22 +17,16 @@ from ..families import FIELD_OF_AXIS, spec_for, text_config
 from ..files import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
 from ..models import count_parameters, empty_model
 from ..scoring.importance import estimate_importance
-from ..sizes.request import resolve_sizes, student_config
+from ..sizes.resolve import resolve_sizes
 from ..sizes.shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
+from ..sizes.student import student_config
+from .actions import cached_arguments, search_arguments
+from .identity import dataset_identity
 from .launching import require_launchable
+from .run import RECIPE_NAME, STAGES_DIR, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
-from .stages import (
-    RECIPE_NAME,
-    STAGES_DIR,
-    UNFINISHED_DIR,
-    Run,
-    Stage,
-    cached_arguments,
-    dataset_identity,
-    lora_config,
-    search_arguments,
-    stages_of,
-)
+from .stages import Stage, stages_of
+from .training import lora_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -23,9 +23,10 @@ from transformers.initialization import no_init_weights
 
 from ..families import ArchSpec, named_tensors
 from ..families.axes import dimension_index
-from ..models import input_device, set_tensor, tensor_values
-from ..sizes.request import build_student_config
-from .observers import Batches, first_input, token_losses
+from ..sizes.student import build_student_config
+from ..weights import input_device, set_tensor, tensor_values
+from .batches import Batches, token_losses
+from .observers import first_input
 
 DepthMetric = Literal["perplexity", "logit_nmse"]
 #: Any function of a model; the lower, the better the model is.

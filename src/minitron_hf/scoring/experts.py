@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes
-from ..models import tensor_values
+from ..weights import tensor_values
 
 
 class Routed(NamedTuple):

@@ -5,168 +5,35 @@ One forward pass without the output head gives all of them (P1 §2.2, arXiv 2407
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
-from accelerate import PartialState
-from accelerate.data_loader import DataLoaderStateMixin
-from accelerate.utils import parse_flag_from_env
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig
 
-from ..data import DataSource, TokenRows, padded_batches, token_rows
-from ..errors import DataError, MismatchError
-from ..families import ArchSpec, spec_for, text_config
-from ..families.base import named_tensors
-from ..files import digest, public_name, replacing_file, versions
-from ..models import architecture_digest, evaluating, input_device, model_digest, on_meta
-from ..sizes.request import PrunerConfig, lacking_kinds, protected_layers
+from ..data import DataSource, TokenRows
+from ..errors import DataError
+from ..families import ArchSpec, spec_for
+from ..families.tensors import named_tensors
+from ..files import public_name
+from ..models import architecture_digest, evaluating
+from ..sizes.layers import lacking_kinds, protected_layers
+from ..sizes.request import PrunerConfig
+from ..weights import input_device, model_digest
+from .calibration import Calibration, _processes, calibrate, tokenizer_digest
 from .depth import DepthFunction, DepthMetric, DepthPass, without_layers
-from .observers import ActivationMetric, ScoringPass, require_vocabulary
+from .observers import ActivationMetric, ScoringPass
 from .reductions import Reduction
+from .scores import ImportanceScores, Metric, _smallest
 from .taylor import TaylorPass
 from .weights import weight_magnitudes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Metric = Literal["activation", "pre_activation", "contribution", "taylor", "magnitude", "random"]
-SCORES_NAME = "scores.safetensors"
-
-
-@dataclass(frozen=True)
-class ImportanceScores:
-    """Scores of one model: the higher, the more a unit or layer matters.
-
-    Attributes:
-        axes: axis → float32 scores: `[units]` for axes chosen once for the whole model (hidden), `[layers, units]`
-            for axes chosen in every layer (ffn, heads, kv), `[layers, outer, units]` for axes chosen inside every
-            unit of another (the neurons of every expert). NaN in the rows of layers that have no such units.
-        blocks: float32 [L, L]; entry (i, j ≥ i) is the importance of layers i..j together. By default it is their
-            block importance, 1 − E[cos(input of layer i, output of layer j)] (P1 §2.2); otherwise what
-            `settings["depth_metric"]` says. NaN below the diagonal, and where it was not measured.
-        settings: how the scores were made.
-        digests: of `model` (weights), `architecture`, `tokenizer` and `data`.
-        versions: of the libraries that made them.
-        removals: float32 [N, L], where layers were removed one after another: row n holds what the model is worth
-            without the n layers removed before and each other layer; NaN where it may not go, or is gone. The smallest
-            of a row goes.
-    """
-
-    axes: Mapping[str, Tensor]
-    blocks: Tensor
-    settings: Mapping[str, Any]
-    digests: Mapping[str, str | None]
-    versions: Mapping[str, str] = field(default_factory=versions)
-    removals: Tensor | None = None
-
-    @property
-    def layers(self) -> Tensor:
-        """Importance of every single layer, float32 [L]."""
-        return self.blocks.diagonal()
-
-    @property
-    def removed_layers(self) -> list[int]:
-        """The layers that were removed one after another, in that order."""
-        return [] if self.removals is None else [_smallest(row) for row in self.removals.tolist()]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a file of scores holds, by name."""
-        depth = {"blocks": self.blocks, **({} if self.removals is None else {"removals": self.removals})}
-        return {**self.axes, **depth}
-
-    @property
-    def digest(self) -> str:
-        """Digest of the scores themselves."""
-        tensors = self.tensors
-        return digest(*(part for name in sorted(tensors) for part in (name, tensors[name].numpy().tobytes())))
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write `scores.safetensors` (settings, digests and versions in its header)."""
-        header = {
-            "format": 1,
-            "settings": self.settings,
-            "digests": self.digests,
-            "versions": self.versions,
-            "content": self.digest,
-        }
-        path = Path(save_directory) / SCORES_NAME
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        with replacing_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"minitron_hf": json.dumps(header, sort_keys=True)})
-        return path
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> ImportanceScores:
-        """Read scores from a file, or from the folder that holds `scores.safetensors`.
-
-        Raises:
-            MismatchError: if there is no such file, or it was not written by this package.
-        """
-        path = Path(path)
-        file = path / SCORES_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise MismatchError(f"No importance scores at {file}. Make them with estimate_importance(…) first.")
-        try:
-            with safe_open(file, "pt") as stored:
-                header = json.loads((stored.metadata() or {})["minitron_hf"])
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-            if header["format"] != 1:
-                raise ValueError(f"format {header['format']!r}, expected 1")
-            blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
-            scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
-            if header.get("content", scores.digest) != scores.digest:
-                raise ValueError("its tensors are not those that were written")
-            return scores
-        except Exception as error:
-            raise MismatchError(
-                f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "
-                "estimate_importance(…)."
-            ) from error
-
-    def require_model(self, model_or_config: PreTrainedModel | PretrainedConfig) -> None:
-        """Refuse to be used with another model than the one that was scored.
-
-        A config, or a model on the meta device, can only be compared by architecture; `apply_plan` compares weights.
-
-        Raises:
-            MismatchError: if the architecture or the weights differ.
-        """
-        if isinstance(model_or_config, PretrainedConfig):
-            model, config = None, model_or_config
-        else:
-            model, config = model_or_config, model_or_config.config
-        if architecture_digest(config) != self.digests["architecture"]:
-            raise MismatchError(
-                "These importance scores were made for a model of another architecture "
-                f"({self.settings.get('model')}). Score this model with estimate_importance(…)."
-            )
-        if model is not None and not on_meta(model):
-            require_weights(model, self.digests["model"], "These importance scores")
-
-
-def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> None:
-    """Refuse a model whose weights are not the ones an artefact was made from.
-
-    Raises:
-        MismatchError: if the digests differ.
-    """
-    if expected is not None and model_digest(model) != expected:
-        raise MismatchError(
-            f"{what} were made for other weights than those of this {type(model).__name__} "
-            f"({model.config._name_or_path or 'in memory'}). Make them again for this model."
-        )
 
 
 @overload
@@ -418,25 +285,6 @@ def _one_after_another(
     return removals[0].diag().masked_fill(~torch.eye(depth, dtype=torch.bool), torch.nan), removals, baseline
 
 
-def _smallest(values: Sequence[float]) -> int:
-    """Index of the smallest value; NaN is none, ties go to the lower index."""
-    return min((index for index, value in enumerate(values) if not math.isnan(value)), key=lambda i: values[i])
-
-
-class Calibration(NamedTuple):
-    """Calibration data that can be gone through more than once.
-
-    Attributes:
-        batches: starts again.
-        num_batches: how many there are, where it is known.
-        packing: whether texts were packed here; None where they came as rows.
-    """
-
-    batches: Callable[[], Iterable[Mapping[str, Tensor]]]
-    num_batches: int | None
-    packing: bool | None
-
-
 def _run_pass(
     pass_: ScoringPass | TaylorPass | DepthPass,
     model: PreTrainedModel,
@@ -474,68 +322,6 @@ def _run_pass(
         "max_length": max(map(len, rows)),
         "packing": calibration.packing,
     }
-
-
-def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer's vocabulary."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return digest(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of processes; joins those of `accelerate launch` where nothing has done so yet."""
-    if not torch.distributed.is_available():
-        return 0, 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
-    """Row length for calibration and measurement: `limit`, or the model's positions where they are fewer."""
-    return min(limit, getattr(text_config(config), "max_position_embeddings", None) or limit)
-
-
-def calibrate(
-    model: PreTrainedModel,
-    data: DataSource | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    num_samples: int,
-    max_length: int | None,
-    packing: bool,
-    batch_size: int,
-) -> Calibration:
-    """Calibration data in batches; the arguments are those of `estimate_importance`."""
-    if data is None:
-        raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
-    if isinstance(data, torch.utils.data.DataLoader):
-        if isinstance(data, DataLoaderStateMixin) and _processes()[1] > 1:
-            raise DataError(
-                "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that "
-                "was given to prepare(); its batches are dealt out here."
-            )
-        endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
-        return Calibration(lambda: data, None if endless else len(data), None)
-    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
-        if name == "max_length" and number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise DataError(f"{name}={number!r}: expected a number of at least 1.")
-    max_length = default_max_length(model.config) if max_length is None else max_length
-    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
-    if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
-        raise DataError(
-            f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "
-            f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
-        )
-    require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    return Calibration(
-        lambda: padded_batches(rows, batch_size),
-        -(-len(rows) // batch_size),
-        None if isinstance(data, TokenRows) else packing,
-    )
 
 
 def _random_scores(spec: ArchSpec, model: PreTrainedModel, seed: int) -> tuple[dict[str, Tensor], Tensor]:

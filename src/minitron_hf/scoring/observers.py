@@ -7,24 +7,22 @@ N tokens of a batch, n those routed to one expert.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..data import position_ids
-from ..errors import DataError, UnsupportedModelError
-from ..families import ArchSpec, text_config
+from ..errors import UnsupportedModelError
+from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes, dimension_size, product_shape
-from ..families.base import named_tensors
-from ..models import input_device, tensor_values
+from ..families.tensors import named_tensors
+from ..weights import tensor_values
+from .batches import Batches, state_of
 from .experts import Observer, Routed, expert_inputs, expert_writer, observed_experts, stored_transposed
 from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
 from .weights import channel_norms
@@ -33,116 +31,6 @@ ActivationMetric = Literal["activation", "pre_activation", "contribution"]
 #: Where an axis is observed: at the input of a projection, at the outputs of those that make it, or at the input of a
 #: projection weighted with what it does to it.
 Kind = Literal["input", "made", "weighted"]
-
-
-def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
-    """Refuse token ids that the model does not have.
-
-    Raises:
-        DataError: if there are some.
-    """
-    config = text_config(config)
-    if largest >= config.vocab_size:
-        raise DataError(
-            f"The calibration rows hold token id {largest}, but the model's vocabulary has {config.vocab_size} "
-            "entries. Use the tokenizer that belongs to this model."
-        )
-
-
-def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every predicted token in float32 (float64 stays), 0 elsewhere, and where there are any.
-
-    Returns:
-        Losses [B, T − 1], and a mask of the same shape.
-    """
-    predicted_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
-    targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
-    losses = [  # row by row: a copy of all logits in float32 would be the largest tensor of all
-        nn.functional.cross_entropy(
-            logits_TV[:-1].to(wide(logits_TV)), targets_T.to(logits_TV.device), reduction="none"
-        )
-        for logits_TV, targets_T in zip(logits_BTV, targets_BT)
-    ]
-    predicted_BT = predicted_BT.to(logits_BTV.device)
-    return torch.stack(losses).masked_fill(~predicted_BT, 0), predicted_BT
-
-
-class Batches:
-    """The calibration rows that a pass has seen.
-
-    Attributes:
-        rows: the rows of every batch, without padding; rows without tokens are left out.
-        shape_BT: shape of the batch at work.
-        mask_BT: its tokens, without padding.
-    """
-
-    def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
-        self.spec = spec
-        self.model = model
-        self.sizes = spec.sizes(model.config)
-        self.rows: list[list[tuple[int, ...]]] = []
-        self.shape_BT: tuple[int, ...] = ()
-        self.mask_BT = torch.zeros(0, 0, dtype=torch.bool)
-        # The signature, not __code__: Transformers wraps `forward` in decorators.
-        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-
-    def begin(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take note of a batch of `input_ids` and, where it is padded, `attention_mask` [B, T]; both, checked."""
-        ids_BT = batch["input_ids"]
-        mask_BT = batch.get("attention_mask")
-        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
-        require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
-        self.shape_BT, self.mask_BT = mask_BT.shape, mask_BT.bool()
-        self.rows.append([row for row in rows if row])
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a causal model is called with: no mask where it cannot see the padding anyway.
-
-        Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a
-        sliding window leaves with nothing to see turn NaN and spoil the keys of the others.
-        """
-        mask_BT = batch["attention_mask"]
-        # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
-        inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
-        if bool((mask_BT.diff(dim=1) > 0).any()):
-            inputs["attention_mask"] = mask_BT
-            if self.takes_positions:
-                inputs["position_ids"] = position_ids(mask_BT)
-        return inputs
-
-    @property
-    def num_rows(self) -> int:
-        """Rows with at least one token."""
-        return sum(map(len, self.rows))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens seen, without padding."""
-        return sum(len(row) for rows in self.rows for row in rows)
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Observe what has to be observed, for the duration of the context."""
-        yield
-
-    def gather(self) -> None:
-        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
-        everyones: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, self.rows)
-        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
-
-    def _add_up(self, sums: Tensor) -> Tensor:
-        """The same sums of all processes together."""
-        sums = sums.to(input_device(self.model))
-        torch.distributed.all_reduce(sums)
-        return sums
-
-
-def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
-    """What is handed from layer to layer as [B, T, H]: several residual streams side by side."""
-    return x.movedim(0, 2).flatten(2) if spec.stacked_states else x
 
 
 class Tap:

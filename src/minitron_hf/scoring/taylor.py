@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec
-from ..families.base import named_tensors
+from ..families.tensors import named_tensors
+from .batches import Batches, state_of, token_losses
 from .experts import Observer, Routed, observed_experts, stored_transposed
-from .observers import Batches, Tap, first_input, state_of, token_losses
+from .observers import Tap, first_input
 from .reductions import Reduction, reduce_rows, row_terms, wide
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes, product_shape
-from ..families.base import named_tensors
-from ..models import tensor_values
+from ..families.tensors import named_tensors
+from ..weights import tensor_values
 
 
 def unit_squares(tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes: Mapping[str, int]) -> Tensor | None:

@@ -31,13 +31,17 @@ from ..distillation.trainer import DistillationTrainer
 from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
 from ..files import digest, read_json, require_writable, write_json
-from ..models import input_device, load_model, model_digest
+from ..models import load_model
 from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
-from ..pruning.plan import PruningPlan, make_plan
+from ..pruning.plan import PruningPlan
+from ..pruning.planning import make_plan
 from ..pruning.surgery import apply_plan
-from ..scoring.importance import ImportanceScores, default_max_length
-from ..sizes.request import PrunerConfig, student_config
+from ..scoring.calibration import default_max_length
+from ..scoring.scores import ImportanceScores
+from ..sizes.request import PrunerConfig
 from ..sizes.shapes import TOLERANCE, Shape, Space, affordable, different, enumerate_shapes, memory_bytes
+from ..sizes.student import student_config
+from ..weights import input_device, model_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

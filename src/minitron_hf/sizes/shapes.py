@@ -18,9 +18,13 @@ import torch
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from ..families.axes import dimension_axes, parse_dimensions
-from ..families.base import own_parameters
+from ..families.tensors import own_parameters
 from ..models import count_parameters, empty_model
-from .request import PrunerConfig, protected_layers, require_cuttable, resolve_sizes, student_config
+from .layers import protected_layers
+from .legality import require_cuttable
+from .request import PrunerConfig
+from .resolve import resolve_sizes
+from .student import student_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

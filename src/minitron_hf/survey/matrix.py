@@ -178,7 +178,7 @@ def described(model_type: str) -> list[tuple[str, ArchSpec]]:
 
 
 def _about(model_type: str) -> str:
-    return (importlib.import_module(f".families.{model_type.replace('-', '_')}", __package__).__doc__ or "").strip()
+    return (importlib.import_module(f"minitron_hf.families.{model_type.replace('-', '_')}").__doc__ or "").strip()
 
 
 def with_matrix(text: str) -> str:

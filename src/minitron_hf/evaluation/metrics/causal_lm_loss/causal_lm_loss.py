@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 import torch
-from minitron_hf.quality import mean_and_error, token_log_probabilities
+
+from minitron_hf.evaluation.quality import mean_and_error, token_log_probabilities
 
 _DESCRIPTION = "Mean negative log-likelihood per token, with perplexity, bits per byte and standard errors."
 

@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 import torch
-from minitron_hf.quality import mean_and_error, token_divergences
+
+from minitron_hf.evaluation.quality import mean_and_error, token_divergences
 
 _DESCRIPTION = "KL(references ‖ predictions) of the next-token distributions, in nats per token."
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import datasets
 import evaluate
-from minitron_hf.quality import mean_and_error
+
+from minitron_hf.evaluation.quality import mean_and_error
 
 _DESCRIPTION = "Share of positions at which two models find the same token most probable (top-1 agreement)."
 

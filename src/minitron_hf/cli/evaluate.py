@@ -1,0 +1,61 @@
+"""`minitron-hf evaluate`, `card` and `publish`: from a finished student to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import DataError
+from .options import Output, Settings, _with_arguments
+from .printing import _print_results, _say
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="For example teacher=… student=…")],
+    data: Annotated[str, typer.Option(help="Held-out text: file, saved dataset or Hub id.")],
+    output: Output,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    set_: Settings = None,
+) -> None:
+    """Measure models side by side on the same text (evaluate_models)."""
+    from ..data import load_text_dataset
+    from ..evaluation.evaluate import evaluate_models
+    from ..models import load_tokenizer
+    from ..recipe.schema import apply_overrides
+
+    named = dict(model.partition("=")[::2] for model in models)
+    if not all(named.values()):
+        raise DataError(f"Expected NAME=MODEL for every model, got {' '.join(models)}.")
+    tokenizer = load_tokenizer(next(iter(named.values())))
+    _with_arguments(
+        "evaluate_models",
+        lambda: evaluate_models(
+            named,
+            load_text_dataset(data, split=split),
+            processing_class=tokenizer,
+            output_path=output,
+            **apply_overrides({}, set_ or []),
+        ),
+    )
+    _print_results(output)
+
+
+def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Draw the plots and write the model card from the files of a run folder."""
+    from ..publishing.card import write_model_card
+
+    _say(f"Wrote {write_model_card(folder)}")
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to.")] = None,  # noqa: UP045
+) -> None:
+    """Upload a student with plan, plots, evaluation and card to the Hub, in one commit."""
+    from ..publishing.hub import push_student_to_hub
+
+    _say(f"Published {push_student_to_hub(folder, repo_id, private=not public, revision=revision).commit_url}")

@@ -1,0 +1,63 @@
+"""`minitron-hf families`: what is supported, and drafts of new tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import DataError
+from .printing import _print_family, _print_matrix, _say
+
+
+def families(
+    model_type: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL_TYPE | draft MODEL]", help="Show this family alone; or draft a new one."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="", help="With draft: a model type of Transformers, a folder or a Hub id."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="With draft: the file to write, instead of printing it."),
+    ] = None,
+) -> None:
+    """Print what can be cut in which model family, and why not where it cannot.
+
+    `families draft MODEL` writes the first draft of a family's table, from the shapes of models that are built without
+    memory.
+    """
+    from ..survey.matrix import described, support_matrix, to_markdown
+
+    if model_type == "draft":
+        if model is None:
+            raise DataError("families draft: name a model type, a folder or a Hub id.")
+        _write_draft(model, output)
+    elif model_type is not None:
+        for about, spec in described(model_type):
+            _print_family(about, spec)
+    elif markdown:
+        typer.echo(to_markdown(support_matrix()))
+    else:
+        _print_matrix()
+
+
+def _write_draft(model: str, output: Path | None) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from ..files import replacing_file
+    from ..models import load_config
+    from ..survey.draft import draft_family
+
+    text = draft_family(AutoConfig.for_model(model) if model in CONFIG_MAPPING else load_config(model))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        with replacing_file(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        _say(f"Wrote {output}")

@@ -1,0 +1,188 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from ..distillation.capacity import Capacity
+    from ..distillation.fake_runs import Setup
+    from ..families import ArchSpec
+    from ..recipe.recommendations import Recommendation
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _print_shapes(shapes: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    from ..families import FIELD_OF_AXIS
+
+    if "candidates" in shapes:
+        total, found = shapes["num_parameters"]["teacher"], shapes["candidates"]
+        table = Table("shape", title=f"{len(found)} shapes to compare ({shapes['model_type']})", title_justify="left")
+        for column in ("parameters", "kept"):
+            table.add_column(column, justify="right")
+        for one in found:
+            table.add_row(one["name"], f"{one['num_parameters']:,}", f"{one['num_parameters'] / total:.0%}")
+        _console().print(table)
+        return
+    table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
+    for column in ("", "teacher", "student", "kept"):
+        table.add_column(column, justify="left" if not column else "right")
+    sizes = {FIELD_OF_AXIS.get(axis, axis): both for axis, both in shapes["sizes"].items()}
+    rows = {**sizes, "parameters": shapes["num_parameters"]}
+    rows["without embeddings"] = shapes["num_parameters_without_embeddings"]
+    for name, both in rows.items():
+        share = both["student"] / both["teacher"]
+        table.add_row(name, f"{both['teacher']:,}", f"{both['student']:,}", f"{share:.0%}")
+    console = _console()
+    console.print(table)
+    for note in shapes["notes"]:
+        console.print(f"Note: {note}")
+
+
+def _print_recommendation(teacher: str, made: Recommendation) -> None:
+    from rich.table import Table
+
+    from ..recipe.decisions import SOURCES
+
+    table = Table("", "recommended", "why", "source", title=f"How to prune {teacher}", show_lines=True)
+    for decision in made.decisions:
+        table.add_row(decision.name, decision.value, decision.reason, decision.source)
+    console = _console()
+    console.print(table, markup=False, highlight=False)
+    console.print("; ".join(f"{name}: {where}" for name, where in SOURCES.items()), markup=False, highlight=False)
+
+
+def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
+    from rich.table import Table
+
+    number = "" if setup.devices == 1 else f"each of {setup.devices} × "
+    what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {setup.max_length:,} tokens"
+    table = Table("distilling takes")
+    table.add_column("GB", justify="right")
+    for name, size in found.parts.items():
+        table.add_row(name, f"{size / 1e9:,.1f}")
+    table.add_section()
+    table.add_row(f"at the worst moment ({found.worst_moment})", f"{found.peak / 1e9:,.1f}")
+    table.add_row("there is", f"{found.memory / 1e9:,.1f}")
+    console = _console()
+    console.print(f"On {what}:", markup=False, highlight=False)
+    console.print(table)
+    fits = f"It fits; the largest batch per device is {found.largest_batch}."
+    smaller = f"It does not fit; a batch of {found.largest_batch} per device would."
+    none = "It does not fit, whatever the batch."
+    console.print(fits if found.fits else smaller if found.largest_batch else none, highlight=False)
+    if found.tokens_per_second is not None:
+        speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {found.limited_by}."
+        console.print(speed, highlight=False)
+    console.print(f"Assumed: {'; '.join(found.assumptions)}.", markup=False, highlight=False)
+
+
+def _print_matrix() -> None:
+    from rich.table import Table
+
+    from ..survey.matrix import support_matrix
+
+    matrix = support_matrix()
+    console = _console()
+    table = Table(title="What can be cut", title_justify="left", show_lines=True)
+    table.add_column("family", min_width=32)
+    if console.width >= 40 + sum(len(axis) + 3 for axis in matrix.axes):
+        for axis in matrix.axes:
+            table.add_column(axis, justify="center", no_wrap=True)
+        for names, cells in matrix.rows:
+            table.add_row(", ".join(names), *(cells.get(axis, "") for axis in matrix.axes))
+    else:  # a column for every size would leave no room for the names
+        table.add_column("sizes: ✓ can be cut, ✗ cannot")
+        for names, cells in matrix.rows:
+            table.add_row(
+                ", ".join(names), "  ".join(f"{axis} {cells[axis]}" for axis in matrix.axes if cells.get(axis))
+            )
+    console.print(table)
+    console.print(matrix.legend, markup=False, highlight=False)
+    for number, remark in enumerate(matrix.remarks, 1):
+        console.print(f"{number}. {remark}", markup=False, highlight=False)
+
+
+def _print_family(about: str, spec: ArchSpec) -> None:
+    from rich.table import Table
+
+    from ..families import FIELD_OF_AXIS
+    from ..survey.matrix import conditions, cuts
+
+    console = _console()
+    console.print(about, markup=False, highlight=False)
+    allowed = cuts(spec)
+    table = Table("size", "in config.json", "can be cut", "remarks", title=spec.model_type, title_justify="left")
+    for axis in spec.axes:
+        fields = ", ".join(axis.fields) or "–"
+        stored = fields if axis.implied is None else f"{fields} (else {axis.implied})"
+        cut = allowed.get(axis.name)
+        mark, remarks = ("–", "") if cut is None else ("yes" if cut.allowed else "no", "; ".join(cut.remarks))
+        table.add_row(FIELD_OF_AXIS.get(axis.name, axis.name), stored, mark, remarks)
+    console.print(table)
+    for condition in conditions(spec):
+        console.print(f"Models {condition}", markup=False, highlight=False)
+    rewritten = (*spec.layer_lists, *spec.leading_layers, *spec.trailing_layers, *spec.layer_indices)
+    rewritten += tuple(name for rule in (*spec.sparse_layers, *spec.sparse_ranges) for name in rule)
+    if rewritten:
+        console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
+
+
+def _print_results(folder: Path) -> None:
+    """What a run found: the table, the card and the samples, as far as they exist."""
+    import json
+
+    from rich.table import Table
+
+    console = _console()
+    if (folder / "evaluation.json").is_file():
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
+        for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for name, values in evaluation["models"].items():
+            cells = [
+                _with_error(values["metrics"].get(metric), digits)
+                for metric, digits in (
+                    ("perplexity", 2),
+                    ("bits_per_byte", 3),
+                    ("kl_divergence", 3),
+                    ("top1_agreement", 3),
+                )
+            ]
+            table.add_row(name, f"{values['num_parameters']:,}", *cells)
+        console.print(table)
+    if (folder / "samples.json").is_file():
+        for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:2]:
+            for name, text in sample["completions"].items():
+                console.print(f"\n[bold]{name}[/bold] | {sample['prompt']!r} →", highlight=False)
+                console.print(text.strip(), markup=False, highlight=False)
+    if (folder / "README.md").is_file():
+        console.print(f"\nModel card: {folder / 'README.md'}")
+
+
+def _console() -> Console:
+    """A console that does not fold tables where there is no terminal to fit."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:
+    if not metric:
+        return "–"
+    value = f"{metric['value']:.{digits}f}"
+    return value if metric["stderr"] is None else f"{value} ± {metric['stderr']:.{digits}f}"

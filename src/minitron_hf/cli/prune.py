@@ -1,0 +1,65 @@
+"""`minitron-hf prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import DataError
+from .options import Output, Settings, _load, _texts, _with_arguments
+from .printing import _say
+
+
+def prune(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    plan: Annotated[Path, typer.Option(help="Folder with the plan.")],
+    output: Output,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the student with the masked teacher; loads both into memory.")
+    ] = False,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Calibration text for a plan with repair: file, saved dataset or Hub id."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    set_: Settings = None,
+) -> None:
+    """Cut the student out of the teacher's checkpoint (prune_checkpoint), a few rows at a time.
+
+    Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
+    (carry_out). --set takes num_samples, max_length, packing and batch_size of a repair.
+    """
+    from ..files import replacing_folder, require_empty
+    from ..pruning.plan import PruningPlan
+    from ..pruning.prune import carry_out
+    from ..pruning.streaming import is_streamable, prune_checkpoint
+    from ..recipe.schema import apply_overrides
+
+    made = PruningPlan.from_pretrained(plan)
+    if made.repair and data is None:
+        raise DataError(f"The plan in {plan} has repair={made.repair!r}: --data names calibration text for it.")
+    if (data or set_) and not made.repair:
+        raise DataError(f"The plan in {plan} has no repair, so --data and --set say nothing. Plan with --set repair=…")
+    require_empty(output)
+    if is_streamable(teacher) and not verify and not made.repair:
+        prune_checkpoint(teacher, output, made)
+    else:
+        if not verify and not made.repair:
+            _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
+        texts = None if data is None else _texts(data, split, text_field)
+        model, tokenizer = _load(teacher)
+        arguments = apply_overrides({}, set_ or [])
+        student = _with_arguments(
+            "repaired_weights",
+            lambda: carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **arguments),
+        )
+        if verify:
+            _say(student.pruning_plan.notes[-1])
+        with replacing_folder(output) as folder:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            student.pruning_plan.save_pretrained(folder)
+    _say(f"Wrote {output}")

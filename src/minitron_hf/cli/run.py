@@ -1,0 +1,84 @@
+"""`minitron-hf run`, and the commands that it starts in other processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import DataError
+from .options import Accelerate, Processes, Settings, _distributed
+from .printing import _print_results, _print_shapes, _say
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    until: Annotated[Optional[str], typer.Option(help="Last stage to run.")] = None,  # noqa: UP045
+    set_: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
+    ] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do stages again whose inputs have changed.")] = False,
+    accelerate: Accelerate = None,
+    num_processes: Processes = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Run a recipe: score, plan, prune, distill, controls, evaluate, card, publish.
+
+    Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
+    so in several processes (`distributed` in the recipe).
+    """
+    from ..recipe.launching import is_launched
+    from ..recipe.runner import check_recipe, run_recipe
+    from ..recipe.schema import Recipe
+
+    if is_launched():
+        raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
+    loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
+    if dry_run:
+        _print_shapes(check_recipe(loaded))
+        return
+    try:
+        folder = run_recipe(
+            loaded, until=until, redo=redo, show_progress=not quiet, report=_say, report_shapes=_print_shapes
+        )
+    except KeyboardInterrupt:
+        _say("Interrupted. The same command resumes where this one stopped.")
+        raise typer.Exit(130) from None
+    _print_results(folder)
+
+
+def accelerate_config(
+    name: Annotated[Optional[str], typer.Argument(help="ddp, fsdp2, zero2 or zero3.")] = None,  # noqa: UP045
+) -> None:
+    """Print the path of a packaged Accelerate configuration, for `accelerate launch --config_file`; or all names."""
+    from ..recipe.launching import CONFIG_NAMES
+    from ..recipe.launching import accelerate_config as path_of
+
+    typer.echo("\n".join(CONFIG_NAMES) if name is None else path_of(name))
+
+
+def stage(
+    name: Annotated[str, typer.Argument()],
+    recipe: Annotated[Path, typer.Argument()],
+    student: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Argument()] = None,  # noqa: UP045
+    set_: Settings = None,
+    round_: Annotated[Optional[int], typer.Option("--round")] = None,  # noqa: UP045
+    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
+) -> None:
+    """What a run does in several processes: `correct`, or `distill` the student in one folder into another."""
+    from ..recipe.actions import correct
+    from ..recipe.run import Run
+    from ..recipe.schema import Recipe, apply_overrides
+    from ..recipe.training import train
+
+    at_work = Run(Recipe.from_yaml(recipe), show_progress=not quiet)
+    at_work = at_work if round_ is None else at_work.in_round(round_)
+    if name == "correct":
+        correct(at_work)
+    else:
+        assert student is not None
+        assert output is not None
+        train(at_work, student, output, apply_overrides({}, set_ or []))

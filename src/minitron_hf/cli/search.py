@@ -1,0 +1,85 @@
+"""`minitron-hf search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .options import Output, Settings, _load, _number, _texts, _with_arguments
+from .printing import _console, _say
+
+
+def search(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    scores: Annotated[Path, typer.Option(help="Folder or file with scores.")],
+    space: Annotated[
+        list[str],
+        typer.Option(metavar="SIZE=LIST", help="Sizes to try, as hidden_size=[0.5,0.75,1.0]. Repeatable."),
+    ],
+    data: Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")],
+    output: Output,
+    max_parameters: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B; or another budget."),
+    ] = None,
+    max_memory_bytes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16B."),
+    ] = None,
+    max_seconds_per_token: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Budget of time to decode a token on this machine."),
+    ] = None,
+    train_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Corpus to distil on; without it, shapes are ranked by what pruning alone loses."),
+    ] = None,
+    eval_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Held-out text that decides (default: the calibration text)."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the datasets.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    set_: Settings = None,
+) -> None:
+    """Compare shapes within a budget: prune, distil a little, keep the better half (search_architectures).
+
+    --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
+    Resumes what was interrupted.
+    """
+    from ..data import load_text_dataset
+    from ..publishing.plots import write_plots
+    from ..recipe.schema import apply_overrides, read_yaml
+    from ..scoring.scores import ImportanceScores
+    from ..search.architectures import search_architectures, table
+
+    sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
+    settings = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
+    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
+    calibration = _texts(data, split, text_field)
+    held_out = None if eval_data is None else _texts(eval_data, split, text_field)
+    read = ImportanceScores.from_pretrained(scores)
+    model, tokenizer = _load(teacher)
+    found = _with_arguments(
+        "search_architectures",
+        lambda: search_architectures(
+            model,
+            read,
+            space=sizes,
+            calibration_data=calibration,
+            max_seconds_per_token=max_seconds_per_token,
+            train_dataset=None if train_data is None else load_text_dataset(train_data, split=split),
+            eval_data=held_out,
+            processing_class=tokenizer,
+            output_dir=output,
+            **limits,
+            **settings,
+        ),
+    )
+    _console().print(table(found.candidates))
+    found.best.save_pretrained(output)
+    write_plots(output)
+    _say(f"Best: {found.candidates[0].name}. Wrote {found.path}")

@@ -1,0 +1,68 @@
+"""What the arguments of the trainer mean: models or names of models, dtypes, descriptions of data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import MismatchError
+from ..losses.heads import base_model_of
+from ..models import load_config
+from .config import DistillationConfig, has_fast_bf16, trains_on_cpu
+from .record import describe_data
+from .teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+def cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> None:
+    """Give a half-precision student float32 weights, where training needs them or the hardware is slow without."""
+    if getattr(base_model_of(model), "is_quantized", False):
+        return
+    on_cpu = trains_on_cpu(args.use_cpu)
+    slow = {torch.float16} if on_cpu else set()
+    if not has_fast_bf16(on_cpu):
+        slow.add(torch.bfloat16)
+    if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
+        logger.info("The student's %s weights are trained in float32.", model.dtype)
+        model.float()
+
+
+def eval_packing(args: DistillationConfig) -> bool:
+    return args.packing if args.eval_packing is None else args.eval_packing
+
+
+def described(data: Any) -> dict[str, Any] | None:
+    """What the record says of data: of a cache, what it was made from."""
+    if isinstance(data, TeacherCache):
+        return data.manifest["data"]["given"]
+    if isinstance(data, Mapping) and any(isinstance(part, TeacherCache) for part in data.values()):
+        data = {name: part.dataset if isinstance(part, TeacherCache) else part for name, part in data.items()}
+    return describe_data(data)
+
+
+def config_of(model: Any, kwargs: dict[str, Any]) -> Any:
+    if isinstance(model, nn.Module):
+        return model.config
+    named = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
+    return load_config(model, **named)
+
+
+def name_of(model: Any) -> str | None:
+    config = getattr(model, "config", None)
+    return os.fspath(model) if config is None else config._name_or_path or None
+
+
+def as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A dict-valued argument; strings of JSON are parsed by the base class already."""
+    if isinstance(kwargs, str):
+        raise MismatchError(f"Expected a dict of keyword arguments, got the string {kwargs!r}.")
+    return dict(kwargs or {})

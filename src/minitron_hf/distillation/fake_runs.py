@@ -1,0 +1,299 @@
+"""Runs a training step on tensors without values, to count its operations and saved activations."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import masking_utils
+from transformers.integrations import moe
+
+from ..errors import MinitronError, PlanError
+from ..losses.heads import base_model_of
+from ..models import auto_class, empty_model, first_line
+from .devices import DEVICES, Device
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Bytes of the optimizer's states per trained parameter.
+OPTIMIZERS: Mapping[str, int] = {"adamw": 8, "adamw_8bit": 2}
+#: Accelerate configuration → what it splits over the devices.
+SHARDINGS: Mapping[str, tuple[str, ...]] = {
+    "ddp": (),
+    "fsdp2": ("student", "gradients", "optimizer", "teacher"),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("student", "gradients", "optimizer", "teacher"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a student is to be distilled.
+
+    Attributes:
+        devices: how many.
+        device: what each of them is.
+        sharding: one of `SHARDINGS`.
+        batch_size: B on each device, per pass.
+        max_length: T.
+        activation_checkpointing: whether activations within layers are computed anew in the backward pass.
+        optimizer: one of `OPTIMIZERS`.
+        lora_rank: of an adapter on all linear layers, trained instead of the weights; None trains all.
+        cached_top_k: tokens of a cache that stands for the teacher; None: the teacher is there.
+    """
+
+    devices: int = 1
+    device: Device = DEVICES["h100"]
+    sharding: str = "ddp"
+    batch_size: int = 1
+    max_length: int = 1024
+    activation_checkpointing: bool = True
+    optimizer: str = "adamw"
+    lora_rank: int | None = None
+    cached_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "batch_size", "max_length", "lora_rank", "cached_top_k"):
+            value, least = getattr(self, name), 2 if name == "max_length" else 1
+            if value is not None and value < least:
+                raise PlanError(f"{name}={value!r}: expected at least {least}.")
+        for name, known in (("sharding", SHARDINGS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise PlanError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
+        if self.device.memory <= 0:
+            raise PlanError(f"A device with {self.device.memory:g} bytes of memory holds nothing.")
+        if self.device.type == "cpu" and (self.devices > 1 or self.sharding != "ddp"):
+            raise PlanError("On a CPU, one process with sharding='ddp' is estimated.")
+        if self.sharding.startswith("zero") and self.lora_rank is not None:
+            raise PlanError("lora_rank: an adapter is estimated with ddp and fsdp2, not with DeepSpeed.")
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number that is multiplied: bfloat16 on accelerators."""
+        return 4 if self.device.type == "cpu" else 2
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of a student's weight when a pass uses it: float32 where whole weights are trained, under autocast."""
+        return 4 if self.device.type == "cpu" or (self.sharding == "ddp" and self.lora_rank is None) else 2
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The models' passes on one device, as functions of the rows.
+
+    Attributes:
+        bytes_of: phase → bytes at each of its moments, beside weights and whole gradients: those at no rows, and
+            those for every row.
+        flops_per_row: of all products outside the loss, the recomputed ones included.
+        student_bytes: of the student's weights, as a pass uses them, with the adapter.
+        trained: parameters that are trained.
+        teacher_bytes: of the teacher's weights.
+    """
+
+    bytes_of: Mapping[str, list[tuple[int, int]]]
+    flops_per_row: float
+    student_bytes: int
+    trained: int
+    teacher_bytes: int
+
+    def peaks(self, batch_size: int) -> dict[str, int]:
+        """The most bytes in each phase, and, as `waiting`, what the student's forward pass leaves for the backward."""
+        at = {
+            name: [fixed + batch_size * per_row for fixed, per_row in moments]
+            for name, moments in self.bytes_of.items()
+        }
+        return {"waiting": at[_FORWARD][-1], **{name: max(moments) for name, moments in at.items()}}
+
+
+# ---- Passes on fake tensors ----
+
+_TEACHER, _FORWARD, _LOSS, _BACKWARD = "teacher's forward pass", "student's forward pass", "loss", "backward pass"
+
+
+class _Counted(TorchDispatchMode):
+    """Bytes of the storages that operations make, while they live, whenever there is a new one; and FLOPs."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.flops = 0
+        self.moments: list[int] = []
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in existing)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if (flops := _FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=output)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+                self.moments.append(self.live)
+        return output
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+def _grouped_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return 2 * rows.numel() * weights.shape[-1]
+
+
+def _grouped_backward_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return 2 * _grouped_flops(rows, weights)
+
+
+#: FLOPs of operations; PyTorch's table lacks attention that does not store its weights, as it is called on a CPU.
+_FLOPS: Mapping[Any, Any] = {
+    **flop_registry,
+    torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
+    torch.ops.transformers.grouped_mm_fallback_backward: _grouped_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
+    """Run the models' passes over rows without values, as the trainer does, and count what they need.
+
+    Raises:
+        PlanError: if a model asks for values.
+        UnsupportedModelError: if Transformers cannot build it.
+    """
+    for config in (teacher, student):
+        empty_model(config)  # says why, if it cannot be built
+    try:
+        with _assumed(), FakeTensorMode(allow_non_fake_inputs=True):
+            return _run(teacher, student, setup)
+    except MinitronError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"A step of {student.model_type} cannot be run without values, so its memory cannot be told "
+            f"({first_line(error)}). Measure one step on a device instead."
+        ) from error
+
+
+@contextlib.contextmanager
+def _assumed() -> Iterator[None]:
+    """Answer what Transformers asks of values, or of the kind of tensor, as it is answered for rows on a device."""
+
+    def no(*_: Any) -> None:  # a mock of its own would keep the tensors that it is called with
+        return None
+
+    # PyTorch's own product of groups has shapes in bfloat16 alone; Transformers' replacement has the same in all.
+    grouped = mock.patch.object(moe, "_can_use_grouped_mm", no)
+    packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", no)
+    with packed, grouped:
+        yield
+
+
+def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
+    dtype_of = {2: torch.bfloat16, 4: torch.float32}
+    model = _built(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
+    if setup.activation_checkpointing:
+        base = base_model_of(model)
+        # Transformers 5 renamed it on the way.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+        if setup.lora_rank:
+            model.enable_input_require_grads()
+    frozen = None
+    if setup.cached_top_k is None:
+        frozen = _built(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    # Of one row, some operations make no copies.
+    (two, flops_of_two), (three, flops_of_three) = (_counted(model, frozen, setup, rows) for rows in (2, 3))
+    if any(len(two[name]) != len(three[name]) for name in two):
+        raise PlanError(f"The operations of {student.model_type} depend on the batch, so its memory cannot be told.")
+    return Passes(
+        {name: [(3 * a - 2 * b, b - a) for a, b in zip(two[name], three[name], strict=True)] for name in two},
+        flops_of_three - flops_of_two,
+        _weight_bytes(model),
+        sum(parameter.numel() for parameter in trained),
+        0 if frozen is None else _weight_bytes(frozen),
+    )
+
+
+def _counted(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[dict[str, list[int]], int]:
+    """Bytes whenever there is a new storage, by phase, and FLOPs of a pass over so many rows. The loss is left out."""
+    tokens = torch.zeros(batch_size, setup.max_length, dtype=torch.long)
+    positions = torch.arange(tokens.numel()).reshape(tokens.shape)[:, :-1].reshape(-1)
+    tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+    if frozen is not None:
+        tensors += [*frozen.parameters(), *frozen.buffers()]
+
+    def states(network: Any) -> Tensor:
+        output = base_model_of(network).base_model(input_ids=tokens, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
+
+    moments: dict[str, list[int]] = {}
+    with _Counted(tensor for tensor in tensors if tensor is not None) as counted:
+
+        def end_of(phase: str) -> None:
+            moments[phase], counted.moments = [*counted.moments, counted.live], []
+
+        # As on an accelerator, though these tensors seem to be on a CPU.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setup.device.type != "cpu"):
+            if frozen is not None:
+                with torch.no_grad():
+                    said = states(frozen)
+                end_of(_TEACHER)
+            h_NH = states(model)
+            end_of(_FORWARD)
+        if frozen is not None:
+            del said
+        gradient = torch.empty_like(h_NH)
+        h_NH.backward(gradient)
+        end_of(_BACKWARD)
+    return moments, counted.flops
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _built(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> Any:
+    """A model, in an adapter if it has a rank, whose tensors seem to be on the CPU."""
+    with torch.device("meta"):
+        # A copy, because building a model may write its attention implementation into the config.
+        model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        if lora_rank is not None:
+            from peft import LoraConfig, get_peft_model
+
+            adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    seeming: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seeming:
+                    new = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    seeming[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                if tensor is not None:
+                    tensors[name] = seeming[id(tensor)]
+    return model

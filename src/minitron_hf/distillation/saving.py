@@ -1,0 +1,284 @@
+"""What a distillation saves: checkpoints, the stock student, its record, card and push."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.trainer_utils import HubStrategy
+from trl import SFTTrainer
+
+from ..errors import OutputError
+from ..files import public_name, require_writable, versions, write_json
+from ..losses.heads import base_model_of
+from ..models import empty_model
+from ..publishing.card import write_model_card
+from ..publishing.hub import push_student_to_hub, write_teacher_metadata
+from .config import DistillationConfig
+from .correction import ConcurrentCorrection
+from .intermediate import PROJECTION, IntermediateLosses
+from .parallel import (
+    gathered_model,
+    whole_projection,
+)
+from .record import RECORD_NAME, RECORDED_ARGUMENTS
+from .teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from ..pruning.plan import PruningPlan
+
+logger = logging.getLogger(__name__)
+
+#: How a student came to be; kept beside it wherever it is saved.
+ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "scores.safetensors")
+
+#: Config fields that the libraries change for training, and that a saved student gets back.
+TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+class SavesStudent(SFTTrainer):
+    """The part of `DistillationTrainer` that writes files and pushes them."""
+
+    args: DistillationConfig
+    model: Any
+    hub_model_id: Any
+    _stock_fields: dict[str, Any]
+    _plans: Sequence[PruningPlan]
+    _student_name: str | None
+    _teacher_name: str | None
+    _teacher_revision: str | None
+    _caches: list[TeacherCache]
+    _datasets: dict[str, Any]
+    _correction: ConcurrentCorrection | None
+    _intermediate: IntermediateLosses
+
+    # ---- What is saved ----
+
+    @contextlib.contextmanager
+    def _stock_config(self) -> Iterator[None]:
+        """The student's config as it was before the libraries set it up for training."""
+        config = base_model_of(self.accelerator.unwrap_model(self.model)).config.get_text_config()
+        changed = {name: getattr(config, name) for name in self._stock_fields}
+        try:
+            for name, value in self._stock_fields.items():
+                setattr(config, name, value)
+            yield
+        finally:
+            for name, value in changed.items():
+                setattr(config, name, value)
+
+    if TYPE_CHECKING:
+
+        def _sum_over_processes(self, values: Tensor) -> Tensor: ...
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
+        """Save the student (or its adapter) in its training dtype, with its plan and `distillation.json`.
+
+        `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
+        """
+        output_dir = os.fspath(output_dir or own_output_dir(self.args))
+        with self._stock_config(), _writing(output_dir):
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self._save_origin(Path(output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_student(
+        self, output_dir: str | os.PathLike[str] | None = None, *, dtype: torch.dtype | str | None = None
+    ) -> None:
+        """Save the stock student: plain weights that `AutoModelForCausalLM.from_pretrained` loads, adapters merged.
+
+        To be called on all processes.
+
+        Args:
+            output_dir: default: the output folder of the run.
+            dtype: of the saved weights, for example that of the teacher's checkpoint. None: the training dtype.
+
+        Raises:
+            OutputError: if the folder cannot be written.
+        """
+        output_dir = Path(output_dir or own_output_dir(self.args))
+        base = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            base = gathered_model(self)
+        elif is_peft_model(base) and self.args.should_save:
+            base = copy.deepcopy(base).merge_and_unload()
+        if not self.args.should_save:
+            return
+        state_dict = base.state_dict()
+        state_dict.pop(f"{PROJECTION}.weight", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        with self._stock_config():
+            config = copy.deepcopy(base.config)
+            for name, value in self._stock_fields.items():
+                setattr(config.get_text_config(), name, value)
+            student: Any = empty_model(config)
+        student.load_state_dict(state_dict, assign=True)
+        student.tie_weights()
+        student.generation_config = base.generation_config
+        require_writable(output_dir)
+        with _writing(output_dir):
+            student.to(dtype=dtype or student.dtype).save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (output_dir / name).unlink(missing_ok=True)  # loaders would put the adapter on top of the merged weights
+        self._save_origin(output_dir)
+
+    def _save_origin(self, folder: Path) -> None:
+        """Write the plan and the training record into `folder`."""
+        if self._plans:
+            self._plans[-1].save_pretrained(folder)
+        source = Path(self._student_name) if self._student_name else None
+        if source is not None and source.is_dir() and source.resolve() != folder.resolve():
+            for name in ORIGIN_FILES:
+                if (source / name).is_file() and not (folder / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+        write_json(folder / RECORD_NAME, self.distillation_record())
+
+    def distillation_record(self) -> dict[str, Any]:
+        """What `distillation.json` holds: teacher, arguments, data and everything that was logged."""
+        arguments = self.args.to_dict()
+        model = self.accelerator.unwrap_model(self.model)
+        peft = None
+        if is_peft_model(model):
+            peft = {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in model.peft_config[model.active_adapter].to_dict().items()
+                if isinstance(value, bool | int | float | str | set | list)
+            }
+        history = self.state.log_history
+        return {
+            "format": 1,
+            "versions": versions(),
+            "teacher": {"name_or_path": public_name(self._teacher_name), "revision": self._teacher_revision},
+            "student": {"name_or_path": public_name(self._student_name)},
+            "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
+            "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
+            "data": self._datasets,
+            "num_processes": self.accelerator.num_processes,
+            "peft": peft,
+            "global_step": self.state.global_step,
+            "num_input_tokens_seen": int(self.state.num_input_tokens_seen),
+            "train_runtime": next(
+                (entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None
+            ),
+            "log_history": history,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self._correction is not None and self.args.should_save:
+            self._correction.save(folder)
+        if self._intermediate:
+            weight = self._intermediate.next_weight(self._sum_over_processes)
+            map_ = whole_projection(self._intermediate.projection)
+            if self.args.should_save:
+                self._intermediate.save(folder, weight, map_)
+
+    # ---- Card and Hub ----
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the model card from the files of the output folder; the arguments of TRL's method are not needed."""
+        if self.is_world_process_zero():
+            self._save_teacher_metadata()
+            write_model_card(own_output_dir(self.args))
+
+    def _save_teacher_metadata(self) -> None:
+        folder = Path(own_output_dir(self.args))
+        if self._teacher_name and not (folder / "teacher.json").is_file():
+            write_teacher_metadata(folder, self._teacher_name, revision=self._teacher_revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Any:
+        """Save the stock student into the output folder and publish it with everything that is known of it.
+
+        Args:
+            commit_message: of the one commit.
+            blocking: False uploads in the background and returns a `Future`.
+            token: default: `args.hub_token`, or the stored one.
+            revision: branch; default `args.hub_revision`.
+            private: whether a new repository is private; default `args.hub_private_repo`, or True.
+            **kwargs: accepted for compatibility with `Trainer.push_to_hub`.
+
+        Raises:
+            HubError: if the Hub refuses, or cannot be reached.
+            OutputError: if the output folder cannot be written.
+        """
+        from huggingface_hub import HfApi
+
+        self.save_student()
+        if not self.is_world_process_zero():
+            return None
+        self._save_teacher_metadata()
+        options: dict[str, Any] = {
+            "private": self._private(private),
+            "token": token or self.args.hub_token,
+            "commit_message": commit_message,
+            "revision": revision or self.args.hub_revision,
+        }
+        folder = own_output_dir(self.args)
+        repo_id = self.args.hub_model_id or Path(folder).resolve().name
+        if blocking:
+            return push_student_to_hub(folder, repo_id, **options)
+        return HfApi().run_as_future(push_student_to_hub, folder, repo_id, **options)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, private unless said otherwise."""
+        super().init_hf_repo(token=token, private=self._private(private))
+
+    def _private(self, private: bool | None) -> bool:
+        return next(value for value in (private, self.args.hub_private_repo, True) if value is not None)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer` would upload the whole output folder, working files included.
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            if is_peft_model(self.accelerator.unwrap_model(self.model)):
+                return  # an adapter alone is no student; the merged one is pushed at the end
+            push_student_to_hub(
+                checkpoint_folder,
+                self.hub_model_id,
+                private=self._private(None),
+                token=self.args.hub_token,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                revision=self.args.hub_revision,
+            )
+
+
+@contextlib.contextmanager
+def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full disk or a forbidden folder raises into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
+
+
+def own_output_dir(args: DistillationConfig) -> str:
+    assert args.output_dir is not None  # the base class fills it in
+    return args.output_dir

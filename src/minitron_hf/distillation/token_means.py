@@ -1,0 +1,118 @@
+"""Logged losses as exact means over tokens, in training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from .batches import (
+    model_inputs,
+    row_of_positions,
+)
+from .config import DistillationConfig
+from .intermediate import IntermediateLosses
+
+if TYPE_CHECKING:
+    pass
+
+#: What is summed over tokens and logged, beside the intermediate losses.
+COLUMNS = ("divergence", "kl", "ce", "agreement")
+
+
+class MeansOverTokens(SFTTrainer):
+    """The part of `DistillationTrainer` that sums losses over tokens, and logs their means."""
+
+    args: DistillationConfig
+    model: Any
+    hub_model_id: Any
+    _columns: tuple[str, ...]
+    _token_sums: dict[str, Tensor]
+    _intermediate: IntermediateLosses
+
+    if TYPE_CHECKING:
+
+        def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]: ...
+
+        def _attached(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(sum_dtype(values.device)), "sum")
+
+    def _no_sums(self) -> Tensor:
+        shape = (len(self._columns) + 1,)
+        return torch.zeros(shape, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
+
+    def _sums(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Every logged loss, and 1, per token: [N, columns + 1], ready to be summed."""
+        columns = [losses[name].detach() for name in self._columns]
+        columns.append(torch.ones_like(columns[0]))
+        return torch.stack([column.to(sum_dtype(column.device)) for column in columns], 1)
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        """Logged values from sums over tokens, on the CPU."""
+        *values, count = sums.double().cpu().tolist()
+        if not count:
+            return {}
+        means = {name: value / count for name, value in zip(self._columns, values, strict=True)}
+        loss = self.args.kd_weight * self.args.temperature**2 * means["divergence"] + self.args.ce_weight * means["ce"]
+        if self._intermediate:
+            means["alpha"] = self._intermediate.weight or 0.0
+            loss += means["alpha"] * sum(means[term] for term in self._columns[len(COLUMNS) :])
+        if self.args.divergence == "forward_kl":
+            del means["divergence"]  # the same as `kl`
+        return {"loss": loss, **means}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the divergence, cross-entropy and agreement since the last log to the training loss."""
+        if "loss" in logs:  # the training loop logs its loss on all processes
+            means = self._means(self.accelerator.reduce(self._token_sums["train"], "sum"))
+            self._token_sums["train"] = self._no_sums()
+            logs.update((key, value) for key, value in means.items() if key != "loss")
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """One evaluation batch: token sums per row, and logits only where something asks for them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, positions = self._token_losses(model, inputs)
+            loss = losses["total"] / max(len(positions), 1)
+            # Rows, because the processes get equally many: the last batch repeats rows, which the gathering drops.
+            row_of_position, num_rows = row_of_positions(inputs)
+            sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=sum_dtype(loss.device), device=loss.device)
+            sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))
+            self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
+            if prediction_loss_only:
+                return loss.detach(), None, None
+            return loss.detach(), model(**model_inputs(inputs), use_cache=False).logits.detach(), inputs["labels"]
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over the tokens of the evaluation set, instead of means of batch means."""
+        self._token_sums["eval"] = self._no_sums()
+        with self._attached():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        means = self._means(self._token_sums["eval"])
+        metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
+        return output._replace(metrics=metrics)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

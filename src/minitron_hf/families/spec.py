@@ -1,0 +1,432 @@
+"""`ArchSpec`: what one model family looks like, and the generic questions that can be asked of any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError
+from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
+from .tensors import named_tensors, text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Standard config name → axis: the vocabulary of `PrunerConfig`, and of every message about sizes.
+PRUNER_FIELDS: Mapping[str, str] = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv",
+    "num_experts": "experts",
+    "moe_intermediate_size": "moe_ffn",
+    "shared_expert_intermediate_size": "shared_ffn",
+    "conv_dim": "conv_dim",
+    "mamba_num_heads": "ssm_heads",
+    "mamba_head_dim": "ssm_dim",
+}
+#: The reverse: axis → the name users know it by.
+FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.items()}
+
+
+#: A dimension that no axis of the language model is part of.
+ANY: Dimension = (("any",),)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model that holds a family's language model beside others: images and sound become inputs of it.
+
+    Attributes:
+        model_type: the wrapper's.
+        prefix: what its names have instead of `model.`.
+        tensors: tensor name → dimensions, for tensors outside the language model that know its sizes (projectors);
+            `any` is a dimension of the wrapper's own.
+        writers: those of them that write to the residual stream, where the embeddings are scaled.
+        opaque: beginnings of the names of all other tensors, which are kept as they are.
+        refused: axis → why it cannot be cut inside this wrapper.
+    """
+
+    model_type: str
+    prefix: str
+    opaque: tuple[str, ...]
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    writers: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """A model family as a table. Families hold data only; every rule about them is a generic loop over it.
+
+    Attributes:
+        model_type: the config's `model_type`.
+        axes: the family's axes. Order matters only for `implied` sizes, which read the axes before them.
+        layers_path: path of the module list of decoder layers.
+        outer: tensor name → dimensions, for tensors outside the layers. A tensor is a parameter or a saved buffer;
+            one without dimensions (`""`) is a single number.
+        layer: tensor name inside one layer → dimensions: the union of all kinds of layers that the family has.
+            Biases that a config flag switches off, or experts of a dense layer, are simply not found there.
+        taps: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
+            projection that writes them back to the residual stream. For `experts` and `moe_ffn` the module that holds
+            the stacked experts. A layer without any tensor of an axis has no such units, and needs no tap.
+        layer_norms: modules inside a layer whose output scores the hidden axis: the norms of what its sublayers read,
+            or of what they write where nothing is normalised before. Every layer has at least one of them.
+        final_norm: the last norm, which scores it too.
+        groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
+        equal: pairs of dimensions that the stock class cannot hold at different sizes; one axis of each can be cut.
+        gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
+            each of which it takes by itself.
+        readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
+        absent_parts: config fields with a number of layers that checkpoints may hold beside those of the stock model:
+            0 in the student, whose checkpoint has none.
+        derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
+            with the axes.
+        multiples: pairs (axis, divisor axis) that the stock config insists on.
+        layer_lists: config fields with one entry per layer, sliced with the layers. Sizes may be among them.
+        layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
+            [[kind, …], repetitions], to the list; after a depth cut it holds the list, not repeated.
+        leading_layers: config fields that count layers from the first one, recounted with the layers.
+        trailing_layers: config fields that count layers from the last one, likewise.
+        layer_indices: config fields that list layer indices, renumbered with the layers.
+        needed_kinds: (config field with one entry per layer, kinds): at least one layer of these kinds has to stay,
+            because the stock cache counts tokens there, or the stock config insists.
+        sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
+            if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
+            period is 1 and the list says it all.
+        reusing_layers: (config field with one entry per layer, kind): a layer of this kind uses again what the nearest
+            layer before it of another kind computed, and can only stay together with that one.
+        sparse_ranges: triples (field with the first layer that may have experts, field with the last, field with the
+            period of sparse ones), where a layer has experts if it lies between them and its number, counted from 1,
+            is a multiple of the period. A depth cut that no numbers describe is refused.
+        scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
+            multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
+        fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
+            later ones read what it stores.
+        fixed_ends: layers, counted from the last one where negative, that are never dropped, because the stock classes
+            build them unlike the others or insist on their kind there.
+        derived_kinds: (config property with one entry per layer, fields from which it derives): what kind each layer
+            is, where no field lists it; a depth cut that leaves another order is refused, naming the fields.
+        norm_offset: what the norms add to their weights: 1 in families that store them minus one.
+        bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
+        scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
+            shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
+            alike; the norms that read it do not see the difference.
+        writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
+            where those are scaled: output projections with their biases, or the norms after them; learned positions.
+        stream_readers: the tensors that read the residual stream without a norm, needed likewise.
+        hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
+            power. A vector over the hidden size among them scales what a norm without a weight gives.
+        widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
+            with that value hold so many times the units that the config says.
+        stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
+        wrappers: models that hold this language model beside other parts.
+        opaque: beginnings of names of tensors that are no part of the language model, and kept as they are.
+        least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
+        refused: axis → why it cannot be cut in this family.
+        refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
+        sisters: (model type, fields, changes): other stock classes that hold exactly the same model, if the teacher's
+            config has these fields and once the changes are made, without a limit on sizes that its own config has.
+        variants: (config field, value, table): other layouts under the same `model_type`; the first whose field has
+            that value describes the model instead.
+    """
+
+    model_type: str
+    axes: tuple[Axis, ...]
+    layers_path: str
+    outer: Mapping[str, str]
+    layer: Mapping[str, str]
+    taps: Mapping[str, str]
+    layer_norms: tuple[str, ...]
+    final_norm: str
+    groups: tuple[tuple[str, str], ...] = ()
+    equal: tuple[tuple[str, str], ...] = ()
+    gated_norms: Mapping[str, str] = field(default_factory=dict)
+    readers: tuple[tuple[str, str], ...] = ()
+    absent_parts: tuple[str, ...] = ()
+    derived_fields: tuple[tuple[str, str], ...] = ()
+    multiples: tuple[tuple[str, str], ...] = ()
+    layer_lists: tuple[str, ...] = ()
+    layer_patterns: tuple[tuple[str, str], ...] = ()
+    leading_layers: tuple[str, ...] = ()
+    trailing_layers: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    needed_kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    sparse_layers: tuple[tuple[str, str], ...] = ()
+    reusing_layers: tuple[tuple[str, str], ...] = ()
+    sparse_ranges: tuple[tuple[str, str, str], ...] = ()
+    scaled_fields: tuple[tuple[str, str, float], ...] = ()
+    fixed_layers: tuple[tuple[str, Any], ...] = ()
+    fixed_ends: tuple[int, ...] = ()
+    derived_kinds: tuple[tuple[str, str], ...] = ()
+    norm_offset: float = 0.0
+    bare_norms: bool = False
+    scaled_embeddings: bool = False
+    writers: tuple[str, ...] = ()
+    stream_readers: tuple[str, ...] = ()
+    hidden_powers: tuple[tuple[str, float], ...] = ()
+    widened: tuple[tuple[str, str, str, Any, int], ...] = ()
+    stacked_states: bool = False
+    wrappers: tuple[Wrapper, ...] = ()
+    opaque: tuple[str, ...] = ()
+    least: tuple[tuple[str, str], ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    refused_if: tuple[tuple[str, Any, str, str], ...] = ()
+    sisters: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = ()
+    variants: tuple[tuple[str, Any, ArchSpec], ...] = ()
+
+    def variant(self, config: PretrainedConfig) -> ArchSpec:
+        """The layout that a config has: this one, or one of its variants."""
+        for name, value, spec in self.variants:
+            if getattr(config, name, None) == value:
+                return spec.variant(config)
+        return self
+
+    def inside(self, wrapper: Wrapper) -> ArchSpec:
+        """This layout as it is named inside a wrapper, with the wrapper's own tensors."""
+
+        def renamed(name: str) -> str:
+            return wrapper.prefix + name.removeprefix("model.") if name.startswith("model.") else name
+
+        return replace(
+            self,
+            model_type=wrapper.model_type,
+            layers_path=renamed(self.layers_path),
+            final_norm=renamed(self.final_norm),
+            outer={**{renamed(name): text for name, text in self.outer.items()}, **wrapper.tensors},
+            writers=(*map(renamed, self.writers), *wrapper.writers),
+            stream_readers=tuple(map(renamed, self.stream_readers)),
+            hidden_powers=tuple((renamed(name), power) for name, power in self.hidden_powers),
+            refused={**self.refused, **wrapper.refused},
+            opaque=wrapper.opaque,
+            sisters=(),  # of the language model alone
+            variants=tuple((name, value, spec.inside(wrapper)) for name, value, spec in self.variants),
+        )
+
+    def layouts(self) -> Iterator[ArchSpec]:
+        """This layout and all its variants."""
+        yield self
+        for *_, spec in self.variants:
+            yield from spec.layouts()
+
+    @cached_property
+    def axis(self) -> Mapping[str, Axis]:
+        """Axes by name."""
+        return {axis.name: axis for axis in self.axes}
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, tuple[Dimension, ...]]:
+        """Parsed dimensions of every pattern in `outer` and (relative names) `layer`."""
+        return {name: parse_dimensions(text) for name, text in {**self.outer, **self.layer}.items()}
+
+    def sizes(self, config: PretrainedConfig, layer: int | None = None) -> dict[str, int]:
+        """Size of every axis, read from a config.
+
+        Args:
+            config: the config.
+            layer: as this layer sees them, where they differ from layer to layer (list-valued fields,
+                `per_layer_config`); None for what the config says of all: the largest entry of a list.
+
+        Raises:
+            UnsupportedModelError: if the config lacks a size that has no implied value, or is of a refused variant.
+        """
+        config = text_config(config)
+        self._require_supported(config)
+        sizes: dict[str, int] = {}
+        for axis in self.axes:
+            value = self._value(config, axis.fields[0], layer) if axis.fields else None
+            for name in axis.fields[1:]:
+                listed = getattr(config, name, None)
+                if isinstance(listed, list) and set(listed) != {value}:
+                    raise UnsupportedModelError(
+                        f"The layers of this {self.model_type} model differ in {name}={listed}. Only models with the "
+                        f"same number in every layer can be pruned."
+                    )
+            if value is None and axis.implied is not None:
+                value = implied_size(axis.implied, sizes)
+            if axis.rounding is not None and isinstance(value, int):
+                value = axis.rounding.size(value, vars(config))
+            if not isinstance(value, int):
+                raise UnsupportedModelError(
+                    f"The config of this {self.model_type} model has {axis.fields[0]}={value!r}; expected an integer."
+                )
+            sizes[axis.name] = value
+        for name, flag, kinds, kind, factor in self.widened:
+            if layer is not None and getattr(config, flag) and getattr(config, kinds)[layer] == kind:
+                sizes[name] *= factor
+        return sizes
+
+    def _value(self, config: PretrainedConfig, name: str, layer: int | None) -> Any:
+        """What a config field says of one layer, or of all."""
+        if name in (getattr(config, "per_layer_attributes", None) or ()):
+            if layer is not None:
+                return getattr(config.per_layer_config[layer], name)
+            # Reading it as an attribute is an error there.
+            return vars(config)[config.attribute_map.get(name, name)]
+        value = getattr(config, name, None)
+        if name in self.layer_lists and isinstance(value, list):
+            return max(value) if layer is None else value[layer]
+        return value
+
+    def layer_sizes(self, config: PretrainedConfig) -> list[dict[str, int]]:
+        """Sizes of all axes as each layer sees them."""
+        return [self.sizes(config, layer) for layer in range(self.sizes(config)["layers"])]
+
+    def holds_lists(self, axis: str, config: PretrainedConfig) -> bool:
+        """Whether the stock config has one size of an axis for every layer."""
+        config = text_config(config)
+        fields = self.axis[axis].fields if axis in self.axis else ()
+        return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
+
+    @cached_property
+    def residual_norms(self) -> tuple[str, ...]:
+        """Weights of the norms over the hidden size, the only vectors of that width that are called weights."""
+        hidden = ((("hidden",),),)
+        return tuple(name for name, dims in self.dimensions.items() if dims == hidden and name.endswith("weight"))
+
+    def _require_supported(self, config: PretrainedConfig) -> None:
+        for name, value, axis, why in self.refused_if:
+            if axis == "*" and getattr(config, name, None) == value:
+                raise UnsupportedModelError(
+                    f"'{self.model_type}' models with {name}={value!r} cannot be pruned: {why}. Choose another one."
+                )
+
+    def own_units(self, axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of one value per unit, in one layer if it has its own: `[units]`, or `[outer, units]` within another.
+
+        Args:
+            axis: the axis.
+            sizes: sizes of all axes, as the layer sees them.
+        """
+        within = self.axis[axis].within
+        return (sizes[axis],) if within is None else (sizes[within], sizes[axis])
+
+    def units(self, axis: str, config: PretrainedConfig) -> tuple[int, ...]:
+        """Shape of one value per unit of the model: `[layers, …]` where every layer has its own.
+
+        Where layers hold unequal numbers of them, there is room for the most.
+        """
+        if not self.axis[axis].per_layer:
+            return self.own_units(axis, self.sizes(config))
+        units = [self.own_units(axis, sizes) for sizes in self.layer_sizes(config)]
+        return (len(units), *map(max, zip(*units, strict=True)))
+
+    def layers_with(self, axis: str, names: Iterable[str]) -> list[int]:
+        """Layers that hold units of an axis: some of their tensors have it.
+
+        Args:
+            axis: the axis.
+            names: names of all tensors of the model.
+        """
+        located = [found for name in names if (found := self.locate(name)) is not None]
+        having = {pattern for pattern, dims in self.dimensions.items() if any(axis in dimension_axes(d) for d in dims)}
+        return sorted({layer for pattern, layer in located if layer is not None and pattern in having})
+
+    def locate(self, parameter: str) -> tuple[str, int | None] | None:
+        """Pattern and layer index of a parameter name, or None when the table does not claim it."""
+        if parameter in self.outer:
+            return parameter, None
+        prefix = f"{self.layers_path}."
+        if parameter.startswith(prefix):
+            index, _, relative = parameter[len(prefix) :].partition(".")
+            if index.isdigit() and relative in self.layer:
+                return relative, int(index)
+        return None
+
+    def layer_parameter(self, layer: int, relative: str) -> str:
+        """Full name of a parameter or module inside a layer."""
+        return f"{self.layers_path}.{layer}.{relative}"
+
+    def shape(self, pattern: str, sizes: Mapping[str, int], found: Sequence[int] = ()) -> tuple[int, ...]:
+        """Shape that the table gives to the parameters of a pattern; `found` says how long a dimension `any` is."""
+        dimensions = self.dimensions[pattern]
+        if len(found) != len(dimensions):
+            found = (0,) * len(dimensions)
+        return tuple(
+            own if dimension == ANY else dimension_size(dimension, sizes) for dimension, own in zip(dimensions, found)
+        )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Prove that the table describes this model: every tensor claimed, with exactly the declared shape.
+
+        Works on the meta device too.
+
+        Raises:
+            UnsupportedModelError: naming every parameter that is unclaimed or has another shape.
+        """
+        sizes = self.sizes(model.config)
+        layer_sizes = self.layer_sizes(model.config)
+        tensors = named_tensors(model, tied=True)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        problems = []
+        layers = set()
+        for name, tensor in tensors.items():
+            located = self.locate(name)
+            if located is not None and located[1] is not None:
+                layers.add(located[1])
+            if located is None and name.startswith(self.opaque):
+                continue
+            if located is None:
+                kind = "" if name in parameters else " (a saved buffer)"
+                problems.append(f"{name} {tuple(tensor.shape)}{kind} is not in the table")
+                continue
+            pattern, layer = located
+            own = sizes if layer is None or layer >= len(layer_sizes) else layer_sizes[layer]
+            if tuple(tensor.shape) != (expected := self.shape(pattern, own, tensor.shape)):
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        if layers != set(range(sizes["layers"])):
+            problems.insert(0, f"{self.layers_path} holds {len(layers)} layers, expected {sizes['layers']}")
+        problems += [f"{path} is missing" for path in self._missing_modules(model, tensors, layers)]
+        if problems:
+            shown = "\n  ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []))
+            raise UnsupportedModelError(
+                f"This {type(model).__name__} is not what the family table '{self.model_type}' describes:\n  {shown}\n"
+                "Load the plain model (adapters merged, not quantised, no patched modules) and try again; if it is "
+                "plain already, the table and the installed Transformers disagree: please report it."
+            )
+
+    def _missing_modules(self, model: PreTrainedModel, names: Iterable[str], layers: set[int]) -> list[str]:
+        """Paths that are to be observed and do not exist."""
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        missing = [
+            path
+            for axis, module in self.taps.items()
+            for layer in self.layers_with(axis, names)
+            if (path := self.layer_parameter(layer, module)) not in modules
+        ]
+        norms = {layer: {self.layer_parameter(layer, name) for name in self.layer_norms} for layer in sorted(layers)}
+        if layers:
+            last = max(layers)
+            for name in self.layer_norms:
+                if not any(self.layer_parameter(layer, name) in modules for layer in layers):
+                    missing.append(self.layer_parameter(last, name))
+        missing += [f"every norm of {self.layers_path}.{n}" for n, paths in norms.items() if paths.isdisjoint(modules)]
+        return missing + ([] if self.final_norm in modules else [self.final_norm])
+
+    def student_tensors(
+        self, tensors: Mapping[str, Any], config: PretrainedConfig, layers_kept: tuple[int, ...]
+    ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Every tensor of the student: (student name, teacher name, shape in the student).
+
+        Args:
+            tensors: the teacher's `named_tensors`, tied ones once (only names and shapes are read).
+            config: the student's.
+            layers_kept: teacher indices of the layers that stay, in order.
+        """
+        position = {layer: index for index, layer in enumerate(layers_kept)}
+        sizes, layer_sizes = self.sizes(config), self.layer_sizes(config)
+        for name in tensors:
+            located = self.locate(name)
+            if located is None:
+                assert name.startswith(self.opaque), f"{name}: check() comes first"
+                yield name, name, tuple(tensors[name].shape)
+                continue
+            pattern, layer = located
+            if layer is None:
+                yield name, name, self.shape(pattern, sizes, tensors[name].shape)
+            elif layer in position:
+                new = position[layer]
+                yield self.layer_parameter(new, pattern), name, self.shape(pattern, layer_sizes[new])

@@ -1,0 +1,38 @@
+"""The parameters and saved buffers of a model, by name, and the config of its language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model inside a wrapper; a language model's own config as it is."""
+    return getattr(config, "text_config", None) or config
+
+
+def named_tensors(model: PreTrainedModel, *, tied: bool = False) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds: parameters and saved buffers by name.
+
+    Args:
+        model: the model.
+        tied: list tied parameters under each of their names, instead of once.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
+    return {**(parameters if tied else dict(own_parameters(model))), **buffers}
+
+
+def own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters`, tied ones once, although offloading gives each of them a placeholder of its own."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    seen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        stored = tied.get(name, name)
+        if not parameter.is_meta or stored not in seen:
+            yield name, parameter
+        seen.add(stored)

@@ -1,0 +1,149 @@
+"""Output heads: the weight, bias, scale and soft cap that turn hidden states into logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+
+#: How a model type scales its logits: config field, and whether the logits are multiplied or divided by it.
+#: The same field name means different things in different families, so each is listed by name.
+LOGIT_SCALES: dict[str, tuple[str, str]] = {
+    "cohere": ("logit_scale", "multiply"),
+    "cohere2": ("logit_scale", "multiply"),
+    "cohere2_moe": ("logit_scale", "multiply"),
+    "falcon_h1": ("lm_head_multiplier", "multiply"),
+    "granite": ("logits_scaling", "divide"),
+    "granite_swa": ("logits_scaling", "divide"),
+    "granitemoe": ("logits_scaling", "divide"),
+    "granitemoe_swa": ("logits_scaling", "divide"),
+    "granitemoehybrid": ("logits_scaling", "divide"),
+    "granitemoeshared": ("logits_scaling", "divide"),
+    "hyperclovax": ("logits_scaling", "multiply"),
+    "minicpm3": ("logits_scaling", "divide"),
+}
+
+#: Model types that bound their logits with `cap * tanh(logits / cap)`, and the config field that holds the cap.
+LOGIT_SOFTCAPS: dict[str, str] = {
+    "gemma2": "final_logit_softcapping",
+    "gemma3": "final_logit_softcapping",
+    "gemma3_text": "final_logit_softcapping",
+    "gemma3n": "final_logit_softcapping",
+    "gemma3n_text": "final_logit_softcapping",
+    "gemma4": "final_logit_softcapping",
+    "gemma4_text": "final_logit_softcapping",
+    "mistral_large4": "final_logit_softcapping",
+    "nanochat": "final_logit_softcapping",
+    "vaultgemma": "final_logit_softcapping",
+}
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns hidden states after the final norm into logits: `softcap(scale * (hidden @ weightᵀ + bias))`.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: factor on the logits.
+        softcap: `c` of `c * tanh(logits / c)`, applied last; None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+
+def base_model_of(model: Any) -> Any:
+    """The Transformers model itself, out of the PEFT model around it, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """Describe the output head of a causal language model, logit scale and softcap included.
+
+    Args:
+        model: a Transformers causal language model, or a PEFT model around one.
+
+    Raises:
+        UnsupportedModelError: if the model has no linear output head.
+    """
+    base = base_model_of(model)
+    layer = base.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    # DeepSpeed ZeRO-3 leaves an empty tensor between uses, and its shape in `ds_shape`.
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no linear output head (get_output_embeddings() returned "
+            f"{type(layer).__name__}); distillation needs a causal language model with one."
+        )
+    if not weight.is_floating_point() or "torchao" in type(weight.data).__module__:
+        raise UnsupportedModelError(
+            f"The output head of {type(base).__name__} is quantised ({type(weight).__name__}, {weight.dtype}), and "
+            "the loss multiplies by its weight. Leave it out of the quantisation: modules_to_not_convert=['lm_head'], "
+            "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
+        )
+    config = base.config.get_text_config()
+    scale = 1.0
+    if config.model_type in LOGIT_SCALES:
+        field, operation = LOGIT_SCALES[config.model_type]
+        value = getattr(config, field, None)
+        if value is not None:
+            scale = float(value) if operation == "multiply" else 1.0 / float(value)
+    softcap = None
+    if config.model_type in LOGIT_SOFTCAPS:
+        softcap = getattr(config, LOGIT_SOFTCAPS[config.model_type], None)
+    return OutputHead(weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
+
+
+def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
+    """Logits [..., V] of hidden states [..., H]: what the fused loss repeats chunk by chunk."""
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@torch.no_grad()
+def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
+    """Prove on a few tokens that `head_logits(backbone(tokens), output_head(model))` are the model's own logits.
+
+    A family that does something else between the final norm and its logits would be distilled wrongly without any
+    other sign, so it is refused.
+
+    Args:
+        model: the causal language model, before it is wrapped for distributed training.
+        role: what to call it in the message.
+
+    Raises:
+        UnsupportedModelError: if they differ.
+    """
+    base = base_model_of(model)
+    head = output_head(model)
+    was_training = base.training
+    base.eval()
+    try:
+        num_rows = base.get_input_embeddings().weight.shape[0]
+        device = base.get_input_embeddings().weight.device
+        tokens = (torch.arange(1, 5, device=device) % num_rows)[None]
+        expected = base(input_ids=tokens, use_cache=False).logits
+        hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        found = head_logits(hidden.to(head.weight.device), head)
+    finally:
+        base.train(was_training)
+    # Half precision keeps 8 (bfloat16) to 11 bits, and the models round between the steps that we merge.
+    tolerance = 16 * torch.finfo(found.dtype).eps * float(expected.float().abs().max().clamp(min=1))
+    if found.shape != expected.shape or not torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance):
+        raise UnsupportedModelError(
+            f"The {role} ({type(base).__name__}, model_type {base.config.get_text_config().model_type!r}) computes "
+            "its logits from its last hidden states in a way this package does not know: its head, logit scale and "
+            "softcap give other logits than the model itself. Distillation would learn from wrong probabilities."
+        )

@@ -1,0 +1,159 @@
+"""Importance estimated again after every partial cut (P1 §2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import DataSource
+from ..errors import PlanError
+from ..families import FIELD_OF_AXIS, ArchSpec, spec_for
+from ..scoring.importance import estimate_importance
+from ..scoring.scores import ImportanceScores
+from ..sizes.request import PrunerConfig
+from ..sizes.resolve import resolve_sizes, scoring_arguments
+from ..sizes.student import with_classes
+from .plan import PruningPlan
+from .planning import make_plan
+from .surgery import apply_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Arguments of `estimate_importance` that say which rows of the data are read, and how.
+CALIBRATION_ARGUMENTS = ("num_samples", "max_length", "packing", "batch_size")
+
+
+def iterate_importance(
+    model: PreTrainedModel,
+    config: PrunerConfig,
+    data: DataSource | None = None,
+    *,
+    iterations: int = 1,
+    **importance_kwargs: Any,
+) -> ImportanceScores:
+    """Score, cut a part, score what is left, and so on (P1 §2.2): round i of T cuts i/T of what is to go in the end.
+
+    P1 found 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and 1.92 for all of them after it.
+
+    Args:
+        model: the teacher; not changed.
+        config: the student's sizes. Those of the rounds before the last are rounded as fractions are, and their
+            students may be of other stock classes that hold the same model.
+        data: see `estimate_importance`; gone through once per round, so no generator.
+        iterations: T; 1 is `estimate_importance`.
+        **importance_kwargs: passed on to `estimate_importance`. What a `depth_metric` has to measure follows from
+            `config`.
+
+    Returns:
+        Scores of the teacher's units by the last round, NaN where a unit was cut before, for `make_plan` with the same
+        `config`. Blocks without all layers that were cut before are infinite.
+
+    Raises:
+        PlanError: if the rounds cannot be followed for this request.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise PlanError(f"iterations={iterations!r}: expected a number of rounds.")
+    if iterations > 1 and (config.uneven or config.layers_to_drop is not None):
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
+            "follows from sizes. Leave them out, or score once."
+        )
+    if iterations > 1 and config.head_add_back:
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
+            "round of scoring. Leave it out, or score once."
+        )
+    if config.target_parameters is not None:
+        if iterations > 1:
+            raise PlanError(
+                f"iterations={iterations} cannot be combined with target_parameters: what goes in each round follows "
+                "from sizes. Give sizes, or score once."
+            )
+        once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))
+        assert isinstance(once, ImportanceScores)
+        return once
+    spec = spec_for(model.config)
+    before = spec.sizes(model.config)
+    after = resolve_sizes(spec, model.config, config)[0]
+    student, plan, first = model, None, None
+    for number in range(1, iterations + 1):
+        request = config
+        if number < iterations:
+            part: dict[str, Any] = {
+                FIELD_OF_AXIS[axis]: (before[axis] - number * (before[axis] - after[axis]) / iterations) / before[axis]
+                for axis in after
+                if axis in FIELD_OF_AXIS and after[axis] < before[axis]
+            }
+            try:
+                request = with_classes(model.config, replace(config, repair=None, **part))
+            except PlanError as error:
+                raise PlanError(
+                    f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
+                    "Give other sizes to end with, or another number of rounds."
+                ) from error
+        left = resolve_sizes(spec, model.config, request)[0]["layers"]
+        arguments = scoring_arguments(
+            student.config,
+            PrunerConfig(
+                num_hidden_layers=left,
+                contiguous=config.contiguous,
+                keep_first_layers=config.keep_first_layers,
+                keep_last_layers=config.keep_last_layers,
+            ),
+            importance_kwargs,
+        )
+        if iterations > 1 and arguments.get("one_by_one"):
+            raise PlanError(
+                "contiguous=False with a depth_metric removes layers one after another already. Leave out iterations."
+            )
+        own = estimate_importance(student, data, **arguments)
+        assert isinstance(own, ImportanceScores)
+        if plan is None or first is None:
+            first = scores = own
+        else:
+            scores = _in_teacher(own, plan, first, spec, iterations)
+        if number < iterations:
+            plan = make_plan(model, request, scores)
+            student = apply_plan(model, plan)
+    return scores
+
+
+def _in_teacher(
+    own: ImportanceScores, plan: PruningPlan, first: ImportanceScores, spec: ArchSpec, iterations: int
+) -> ImportanceScores:
+    """Scores of a student as scores of its teacher: NaN for units that are gone, so that they come last."""
+    axes: dict[str, torch.Tensor] = {}
+    for axis, values in own.axes.items():
+        table = axes[axis] = torch.full_like(first.axes[axis], torch.nan)
+        within = spec.axis[axis].within
+        if not spec.axis[axis].per_layer:
+            table[torch.from_numpy(plan.kept[axis]) if axis in plan.kept else slice(None)] = values
+            continue
+        for new, old in enumerate(plan.layers_kept):
+            kept = plan.kept_in(old)
+            units = torch.from_numpy(kept[axis]) if axis in kept else torch.arange(table.shape[-1])
+            if within is None:
+                table[old, units] = values[new, : len(units)]
+                continue
+            outer = kept[within].tolist() if within in kept else range(table.shape[1])
+            for row, unit in enumerate(outer):
+                chosen = units if units.ndim == 1 else units[row]
+                table[old, unit, chosen] = values[new, row, : len(chosen)]
+    blocks = torch.full_like(first.blocks, torch.nan)
+    kept_layers = list(plan.layers_kept)
+    for start in range(len(blocks)):
+        for end in range(start, len(blocks)):
+            inside = [new for new, old in enumerate(kept_layers) if start <= old <= end]
+            gone = set(plan.layers_dropped) <= set(range(start, end + 1))
+            blocks[start, end] = own.blocks[inside[0], inside[-1]] if inside and gone else torch.inf
+    if not plan.pruner_config["contiguous"]:
+        # Single layers: those that are gone already go first.
+        for layer in range(len(blocks)):
+            position = kept_layers.index(layer) if layer in kept_layers else None
+            blocks[layer, layer] = -torch.inf if position is None else own.blocks[position, position]
+    settings = {**own.settings, "model": first.settings["model"], "iterations": iterations}
+    digests = {**own.digests, "model": first.digests["model"], "architecture": first.digests["architecture"]}
+    return replace(own, axes=axes, blocks=blocks, settings=settings, digests=digests)

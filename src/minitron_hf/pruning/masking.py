@@ -1,0 +1,370 @@
+"""Masks the dropped units of a teacher, so that it computes what its student computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PlanError, UnsupportedModelError
+from ..families import ArchSpec, named_tensors, spec_for
+from ..families.axes import Dimension, Product, dimension_axes, product_shape
+from ..sizes.student import NORM_EPSILONS
+from .plan import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+HIDDEN: Dimension = (("hidden",),)
+EXPERTS: Dimension = (("experts",),)
+
+
+@contextmanager
+def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+    """Switch off in a teacher what a plan drops, for the duration of the context.
+
+    Args:
+        model: the teacher.
+        plan: made for it.
+
+    Raises:
+        UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
+    """
+    spec = spec_for(model.config)
+    sizes_of = {layer: spec.sizes(model.config, layer) for layer in (None, *plan.layers_kept)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = named_tensors(model, tied=True)
+    located = {name: found for name in tensors if (found := spec.locate(name)) is not None}
+    kept = {layer: plan.kept_in(layer) for layer in (None, *plan.layers_kept)}
+    # The student multiplies by powers of its own hidden size, the teacher by those of its.
+    ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
+    scales = dict(plan.scales)
+    scales |= {name: scales.get(name, 1.0) * ratio**power for name, power in spec.hidden_powers}
+    swapped: dict[int, dict[str, Tensor]] = {layer: {} for layer in plan.layers_kept}
+    routers: list[tuple[Tensor, Tensor]] = []
+    with ExitStack() as stack:
+        for dropped_layer in plan.layers_dropped:
+            handle = modules[f"{spec.layers_path}.{dropped_layer}"].register_forward_hook(
+                _pass_through, with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        _mask_embeddings(model, plan, stack)
+        for name, (pattern, layer) in located.items():
+            module, dimensions = pattern.rpartition(".")[0], spec.dimensions[pattern]
+            path = name.rpartition(".")[0]
+            tapped = {axis for axis, tap in (*spec.taps.items(), *spec.readers) if tap == module}
+            if pattern.endswith(".weight"):
+                of_weight, of_bias = (scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
+                _scale_output(modules[path], of_weight, of_bias, stack)
+            if layer is None or layer in plan.layers_dropped:
+                continue
+            sizes = sizes_of[layer]
+            if pattern.endswith(".weight"):
+                units = tapped | {inner for inner, outer in spec.groups if outer in tapped}
+                for dimension in dimensions:
+                    mask = _mask(dimension, spec, sizes, kept[layer])
+                    if mask is not None and dimension_axes(dimension) & units:
+                        stack.callback(modules[path].register_forward_pre_hook(_mask_input(mask)).remove)
+            if "experts" in kept[layer] and "experts" not in tapped and dimensions[0] == EXPERTS:
+                dropped = ~_units("experts", spec, sizes, kept[layer])
+                if len(dimensions) == 1:
+                    swapped[layer][name] = _replace(tensors[name], dropped)
+                else:
+                    routers.append((tensors[name], dropped))
+            elif not pattern.endswith((".weight", ".bias")):
+                changed = _masked_experts(tensors[name], dimensions, spec, sizes, kept[layer])
+                if pattern in scales:
+                    changed = (tensors[name] if changed is None else changed) * scales[pattern]
+                if changed is not None:
+                    swapped[layer][name] = changed
+        for path, dimension, layer in _norms(spec, located, modules, plan):
+            mask = _mask(dimension, spec, sizes_of[layer], kept[layer])
+            gated = spec.gated_norms.get((spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight"))
+            if mask is not None and gated is not None:
+                _gated_norm_on_kept(modules[path], mask, sizes_of[layer][gated], stack)
+            elif mask is not None:
+                _norm_on_kept(modules[path], mask, _input_scale(plan, dimension), stack)
+        for at, replacements in swapped.items():
+            _swap_in(f"{spec.layers_path}.{at}", modules, replacements, stack)
+        with _NeverChosen(routers) as mode:
+            yield
+        if mode.unseen:
+            raise UnsupportedModelError(
+                f"The routers of this {type(model).__name__} compute scores in a way that cannot be masked "
+                f"({len(mode.unseen)} of them were never seen to). Prune without verify."
+            )
+
+
+def _norms(
+    spec: ArchSpec,
+    located: Mapping[str, tuple[str, int | None]],
+    modules: Mapping[str, nn.Module],
+    plan: PruningPlan,
+) -> Iterator[tuple[str, Dimension, int | None]]:
+    """(path, dimension, layer) of every norm: modules with one vector that is called a weight, or with none at all."""
+    found = {
+        name.removesuffix(".weight"): (spec.dimensions[pattern][0], layer)
+        for name, (pattern, layer) in located.items()
+        if pattern.endswith(".weight") and len(spec.dimensions[pattern]) == 1
+    }
+    for kept in plan.layers_kept:
+        for norm in spec.layer_norms:
+            path = spec.layer_parameter(kept, norm)
+            if not isinstance(modules.get(path), nn.Identity):  # in place of a norm that a layer lacks
+                found.setdefault(path, (HIDDEN, kept))
+    found.setdefault(spec.final_norm, (HIDDEN, None))
+    for path, (dimension, layer) in found.items():
+        if path in modules and dimension != EXPERTS and layer in (None, *plan.layers_kept):
+            yield path, dimension, layer
+
+
+def _mask(
+    dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
+) -> Tensor | None:
+    """True where a dimension holds kept units, bool [length]; None where it is not cut."""
+    return None if dimension_axes(dimension).isdisjoint(kept) else _sum_mask(dimension, spec, sizes, kept)
+
+
+def _sum_mask(
+    dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
+) -> Tensor:
+    """True at kept positions: bool [length], or [outer, length] where they depend on the unit before."""
+    pieces = [_product_mask(product, spec, sizes, kept) for product in dimension]
+    outer = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+    return torch.cat([piece.expand(*outer, -1) for piece in pieces], dim=-1)
+
+
+def _product_mask(
+    product: Product, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
+) -> Tensor:
+    mask: Tensor | None = None
+    for factor, size in zip(product, product_shape(product, sizes)):
+        if isinstance(factor, tuple):
+            own = _sum_mask(factor, spec, sizes, kept)
+        elif isinstance(factor, str) and (axis := factor.partition("/")[0]) in kept:
+            own = _units(axis, spec, sizes, kept)
+            own = own.unflatten(0, (-1, size)) if "/" in factor else own
+        else:
+            own = torch.ones(size, dtype=torch.bool)
+        if mask is None:
+            mask = own
+        else:
+            # A row belongs to a unit of the factor before, which varies fastest so far.
+            own = own if own.ndim == 1 else own.repeat(mask.shape[-1] // len(own), 1)
+            mask = (mask[..., None] & own).flatten(-2)
+    assert mask is not None
+    return mask
+
+
+def _units(axis: str, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> Tensor:
+    """True at kept units of an axis: bool [units], or [outer, units] for units inside another axis."""
+    units = kept[axis]
+    if units.ndim == 1:
+        mask = torch.zeros(sizes[axis], dtype=torch.bool)
+        mask[torch.from_numpy(units)] = True
+        return mask
+    outer = spec.axis[axis].within
+    assert outer is not None
+    mask = torch.zeros(sizes[outer], sizes[axis], dtype=torch.bool)
+    for row, unit in enumerate(kept.get(outer, range(sizes[outer]))):
+        mask[int(unit), torch.from_numpy(units[row])] = True
+    return mask
+
+
+def _pass_through(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A layer's output replaced by its input."""
+    given = args[0] if args else kwargs["hidden_states"]
+    return (given, *output[1:]) if isinstance(output, tuple) else given
+
+
+def _mask_input(mask: Tensor) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * mask.to(args[0].device), *args[1:])
+
+    return hook
+
+
+def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack) -> None:
+    """Dropped channels are dead from the start; scaled embeddings have the student's scale."""
+    if "hidden" not in plan.kept:
+        return
+    spec, hidden = spec_for(model.config), plan.sizes["hidden"]
+    scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.scaled_embeddings else 1.0
+    mask = _mask(HIDDEN, spec, spec.sizes(model.config), plan.kept)
+    assert mask is not None
+    stack.callback(model.get_input_embeddings().register_forward_hook(_mask_output(mask, scale)).remove)
+
+
+def _mask_output(mask: Tensor, scale: float = 1.0) -> Callable[..., Tensor]:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output * (mask.to(output) * scale)
+
+    return hook
+
+
+def _scale_output(module: nn.Module, of_weight: float, of_bias: float, stack: ExitStack) -> None:
+    """Multiply what a module's weight and its bias contribute to its output."""
+    if of_weight == of_bias == 1:
+        return
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
+        return output * of_weight if bias is None else (output - bias) * of_weight + bias * of_bias
+
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
+    """What makes a norm's eps that of the student's config: x/√(a²·mean x² + eps) ∝ x/√(mean x² + eps/a²)."""
+    teacher, student = (dict(one).get("text_config", one) for one in (plan.teacher["config"], plan.student["config"]))
+    for name in NORM_EPSILONS:
+        before, after = teacher.get(name), student.get(name)
+        if dimension == HIDDEN and before and after and before != after:
+            return float((before / after) ** 0.5)
+    return 1.0
+
+
+def _norm_on_kept(module: nn.Module, mask: Tensor, scale: float, stack: ExitStack) -> None:
+    """Let a norm see the kept units alone.
+
+    Dropped positions are filled with values of the same mean and mean square, so that whatever the norm divides by or
+    subtracts, computed over all positions, is that of the kept ones, be its kind, eps or offset what they may.
+    """
+    dropped = int((~mask).sum())
+    spread = torch.zeros(len(mask), dtype=torch.float64)
+    if dropped > 1:
+        values = torch.linspace(-1, 1, dropped, dtype=torch.float64)
+        spread[~mask] = values / values.pow(2).mean().sqrt()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+        weight = mask.to(x)
+        mean = (x * weight).sum(-1, keepdim=True) / weight.sum()
+        square = (x.square() * weight).sum(-1, keepdim=True) / weight.sum()
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        fill = mean + deviation * spread.to(x) if dropped > 1 else square.sqrt()
+        return ((torch.where(mask.to(x.device), x, fill) * scale).to(args[0].dtype), *args[1:])
+
+    if dropped == 1 and _subtracts_mean(module, len(mask)):
+        raise PlanError("A single dropped channel of a LayerNorm cannot be verified. Drop two, or none.")
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
+
+
+def _gated_norm_on_kept(module: nn.Module, mask: Tensor, groups: int, stack: ExitStack) -> None:
+    """Let a root mean square norm with a gate, in every group of its channels, see the kept ones alone."""
+    one = 1.2784645427610738  # x · sigmoid(x) is 1 there: such a gate lets pass what it is given
+
+    def normed(gate: float) -> Tensor:
+        ones = torch.ones(1, 1, len(mask)).to(module.get_parameter("weight"))
+        output: Tensor = module(ones, ones * gate)
+        return output
+
+    gate_first = torch.allclose(normed(one), normed(2 * one), rtol=1e-2)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, gate = (arg.to(torch.promote_types(arg.dtype, torch.float32)) for arg in args)
+        seen = (x * nn.functional.silu(gate) if gate_first else x) * mask.to(x)
+        squares = seen.square().unflatten(-1, (groups, -1)).sum(-1)
+        fill = (squares / mask.to(x).unflatten(-1, (groups, -1)).sum(-1)).sqrt()
+        fill = fill.repeat_interleave(len(mask) // groups, -1)
+        kept = mask.to(x.device)
+        return torch.where(kept, x, fill).to(args[0].dtype), gate.masked_fill(~kept, one).to(args[1].dtype)
+
+    stack.callback(module.register_forward_pre_hook(before).remove)
+    stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
+
+
+def _subtracts_mean(module: nn.Module, length: int) -> bool:
+    """Whether a norm's output for a constant is its output for zero."""
+    parameter = next(module.parameters(), torch.zeros(0))
+    constant = torch.ones(1, 1, length, dtype=parameter.dtype, device=parameter.device)
+    return bool(torch.allclose(module(constant), module(0 * constant), atol=1e-3))
+
+
+def _masked_experts(
+    tensor: Tensor,
+    dimensions: tuple[Dimension, ...],
+    spec: ArchSpec,
+    sizes: Mapping[str, int],
+    kept: Mapping[str, np.ndarray],
+) -> Tensor | None:
+    """Stacked weights with dropped neurons at zero in every expert, where they are a dimension of their own.
+
+    A fused gate and up projection stays as it is: what is not read needs no mask, and its order is what is judged.
+    """
+    for position, dimension in enumerate(dimensions):
+        for axis in dimension_axes(dimension) & kept.keys():
+            outer = ((spec.axis[axis].within,),)
+            if dimension == ((axis,),) and outer in dimensions:
+                units = _units(axis, spec, sizes, kept)
+                shape = [length if part in (outer, dimension) else 1 for part, length in zip(dimensions, tensor.shape)]
+                return tensor * (units if dimensions.index(outer) < position else units.T).reshape(shape).to(tensor)
+    return None
+
+
+def _replace(bias: Tensor, dropped: Tensor) -> Tensor:
+    """What is added to scores only to choose, so low at dropped experts that nothing makes up for it."""
+    return bias.masked_fill(dropped.to(bias.device), torch.finfo(bias.dtype).min / 2)
+
+
+def _swap_in(
+    layer: str, modules: Mapping[str, nn.Module], replacements: Mapping[str, Tensor], stack: ExitStack
+) -> None:
+    """Let a layer compute with other tensors: they are in their places only while it runs."""
+    if not replacements:
+        return
+    kept: dict[str, Tensor] = {}
+
+    def places(name: str) -> tuple[dict[str, Any], str]:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        return (module._buffers if leaf in module._buffers else module._parameters), leaf
+
+    def before(_: nn.Module, __: Any) -> None:
+        for name, tensor in replacements.items():
+            place, leaf = places(name)
+            kept[name] = place[leaf]
+            place[leaf] = tensor if place is modules[name.rpartition(".")[0]]._buffers else nn.Parameter(tensor, False)
+
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
+        for name, tensor in kept.items():
+            place, leaf = places(name)
+            place[leaf] = tensor
+        kept.clear()
+
+    stack.callback(modules[layer].register_forward_pre_hook(before).remove)
+    stack.callback(modules[layer].register_forward_hook(after, always_call=True).remove)
+
+
+class _NeverChosen(TorchFunctionMode):
+    """Give dropped experts the score −∞: whatever is computed from a router's weight with one value per expert.
+
+    Casts and transposes of the weight are followed, so that the order of its rows is the only thing relied on.
+    """
+
+    def __init__(self, routers: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.dropped = {id(weight): (weight, dropped) for weight, dropped in routers}
+        self.unseen = set(self.dropped)
+        self.origin = {key: key for key in self.dropped}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        tensors = [given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Tensor)]
+        for argument in tensors if isinstance(output, Tensor) else ():
+            if id(argument) in self.dropped:
+                dropped = self.dropped[id(argument)][1]
+                if len(tensors) == 1:  # a cast or a transpose; with another tensor, the scores of tokens
+                    self.dropped[id(output)] = (output, dropped)
+                    self.origin[id(output)] = self.origin[id(argument)]
+                elif output.shape[-1:] == dropped.shape:
+                    self.unseen.discard(self.origin[id(argument)])
+                    output = output.masked_fill(dropped.to(output.device), -torch.inf)
+        return output

@@ -1,0 +1,252 @@
+"""`prune_model`: scores, plan, surgery and repair of a model in one call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..data import DataSource, token_rows
+from ..errors import PlanError
+from ..models import (
+    count_parameters,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from ..scoring.batches import require_vocabulary
+from ..scoring.calibration import default_max_length
+from ..scoring.scores import ImportanceScores
+from ..sizes.request import PrunerConfig
+from ..sizes.shapes import TOLERANCE, different, shapes_near_target
+from ..sizes.student import student_config
+from .candidates import Candidate, Divergence, behind
+from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
+from .plan import PruningPlan
+from .planning import make_plan
+from .repair import repaired_weights
+from .surgery import apply_plan
+from .verification import verified_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def prune_model(
+    model_or_path: PreTrainedModel | str | os.PathLike[str],
+    config: PrunerConfig,
+    *,
+    calibration_data: DataSource | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    scores: ImportanceScores | None = None,
+    verify: bool = False,
+    iterations: int = 1,
+    **importance_kwargs: Any,
+) -> PreTrainedModel:
+    """Score, plan and cut in one call. The plan's notes are logged as warnings.
+
+    Args:
+        model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
+        config: the student's sizes, or a target for them (`plan_for_target`).
+        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. A repair
+            goes through it once more, so no generator then.
+        processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
+        scores: scores made before by `estimate_importance`.
+        verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
+            (`verify_student`), and note the gap in the plan.
+        iterations: score and cut in so many rounds (`iterate_importance`).
+        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
+            `depth_metric` has to measure follows from `config`.
+
+    Returns:
+        The student: a new stock model that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` know, with
+        the plan as `student.pruning_plan`.
+
+    Raises:
+        MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
+            refused before any compute.
+
+    Example:
+        >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
+        ...                       calibration_data=texts)  # doctest: +SKIP
+    """
+    scored = calibration_data is not None or importance_kwargs.get("metric") == "random"
+    if scores is not None and scored:
+        raise PlanError("Pass either scores or calibration_data, not both.")
+    if config.repair and calibration_data is None:
+        raise PlanError(
+            f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
+            "carry_out(model, plan, data)."
+        )
+    if config.target_parameters is not None and (calibration_data is None or isinstance(calibration_data, Iterator)):
+        raise PlanError(
+            "target_parameters needs calibration_data that can be gone through more than once (a list, a dataset): "
+            "shapes are measured on it after it was scored. With scores made before, call plan_for_target(model, "
+            "config, scores, data) and apply_plan(model, plan)."
+        )
+    if importance_kwargs and not scored:
+        raise PlanError(
+            f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
+        )
+    # Every refusal of sizes comes before the weights are loaded, and before the scoring.
+    teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
+    if config.target_parameters is None:
+        student_config(teacher_config, config)
+    else:
+        shapes_near_target(teacher_config, config)
+    model = load_model(model_or_path)
+    if scored:
+        if processing_class is None and not isinstance(model_or_path, nn.Module):
+            processing_class = load_tokenizer(model_or_path)
+        scores = iterate_importance(
+            model,
+            config,
+            calibration_data,
+            iterations=iterations,
+            processing_class=processing_class,
+            **importance_kwargs,
+        )
+    if config.target_parameters is not None and scores is not None and calibration_data is not None:
+        arguments = {name: importance_kwargs[name] for name in ("max_length",) if name in importance_kwargs}
+        plan = plan_for_target(model, config, scores, calibration_data, processing_class=processing_class, **arguments)
+    else:
+        plan = make_plan(model, config, scores)
+    for note in plan.notes:
+        logger.warning(note)
+    arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
+    return carry_out(model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments)
+
+
+def plan_for_target(
+    model: PreTrainedModel,
+    request: PrunerConfig,
+    scores: ImportanceScores,
+    data: DataSource,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    tolerance: float = TOLERANCE,
+    num_shapes: int = 16,
+    num_rows: int = 32,
+    max_length: int | None = None,
+) -> PruningPlan:
+    """Choose the sizes for `request.target_parameters`, by the proxy alone, and plan them.
+
+    Shapes that meet the target (`shapes_near_target`) are cut one after another and compared with the teacher before
+    any retraining, on the same tokens, without a repair. The lowest KL wins. Ranks before retraining can deceive:
+    `search_architectures` retrains the best.
+
+    Args:
+        model: the teacher; not changed.
+        request: with a target. Sizes that it gives are kept.
+        scores: importance of the teacher's units.
+        data: texts or token rows to measure on.
+        processing_class: tokenizer of texts.
+        tolerance: by how much of the target the student may be smaller; it is never larger.
+        num_shapes: shapes to measure; of more, some that differ are taken.
+        num_rows: rows to measure on.
+        max_length: tokens of a row.
+
+    Returns:
+        The plan of the best shape; all that were measured are its `candidates`, KL ± standard error in its notes.
+
+    Raises:
+        PlanError: if the target is out of reach, no size is left to choose, or none of the shapes can be planned.
+        MismatchError: if the scores belong to another model.
+    """
+    if request.target_parameters is None:
+        raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
+    shapes = different(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
+    max_length = max_length or default_max_length(model.config)
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
+    require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    total = count_parameters(model)
+    limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
+    measure = Divergence(model, rows)
+    candidates: list[Candidate] = []
+    refusals: list[str] = []
+    for shape in shapes:
+        try:
+            plan = make_plan(model, replace(shape.request, repair=None), scores)
+        except PlanError as error:
+            refusals.append(str(error))
+            continue
+        candidate = Candidate(shape.request, plan.student["num_parameters"])
+        if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
+            refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
+            continue
+        student = apply_plan(model, plan)
+        candidate.proxy = measure(student, candidate)
+        candidates.append(candidate)
+        del student
+    if not candidates:
+        raise PlanError(
+            f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
+        )
+    best, *others = sorted(candidates, key=lambda candidate: candidate.proxy_kl)
+    for other in others:
+        other.behind = behind(other, best, rows)
+    plan = make_plan(model, best.request, scores)
+    return replace(
+        plan,
+        candidates=tuple(candidate.proxy_dict() for candidate in (best, *others)),
+        notes=(*plan.notes, _choice_note(request.target_parameters, best, others)),
+    )
+
+
+def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) -> str:
+    assert best.proxy is not None
+    note = (
+        f"Sizes for target_parameters={target:,}: {best.name} ({best.num_parameters:,} parameters), KL "
+        f"{best.proxy['value']:.3f} ± {best.proxy['stderr']:.3f} before retraining, the lowest of "
+        f"{len(others) + 1} measured"
+    )
+    if not others or others[0].behind is None:
+        return f"{note}."
+    gap = others[0].behind
+    return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
+
+
+def carry_out(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    data: DataSource | None = None,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    verify: bool = False,
+    **row_arguments: Any,
+) -> PreTrainedModel:
+    """`apply_plan`, with the repair that the plan may have, and verified on demand.
+
+    Args:
+        model: the teacher; not changed.
+        plan: made for it.
+        data: calibration data for a repair (`repaired_weights`).
+        processing_class: tokenizer for texts.
+        verify: compare the student, before any repair, with the masked teacher (`verify_student`), and note it.
+        **row_arguments: which rows of the data a repair sees: `num_samples`, `max_length`, `packing`, `batch_size`.
+
+    Returns:
+        The student, with the plan and its notes as `student.pruning_plan`.
+
+    Raises:
+        MinitronError: see `apply_plan`, `repaired_weights` and `verify_student`.
+    """
+    student: Any = None
+    if verify:
+        student = apply_plan(model, replace(plan, repair=None))
+        plan = verified_plan(model, student, plan)
+    if plan.repair:
+        repaired = None
+        if data is not None:
+            repaired = repaired_weights(model, plan, data, processing_class=processing_class, **row_arguments)
+        student = apply_plan(model, plan, repaired=repaired)
+    elif student is None:
+        student = apply_plan(model, plan)
+    student.pruning_plan = plan
+    return student

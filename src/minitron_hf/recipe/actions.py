@@ -1,0 +1,281 @@
+"""What each stage does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..files import (
+    write_json,
+)
+from ..models import load_model
+from ..pruning.candidates import best_shape
+from ..pruning.iterations import iterate_importance
+from ..pruning.planning import make_plan
+from ..pruning.prune import plan_for_target
+from ..pruning.streaming import is_streamable, prune_checkpoint
+from ..scoring.importance import estimate_importance
+from ..scoring.scores import ImportanceScores
+from ..sizes.request import PrunerConfig
+from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, RECIPE_NAME, Run
+from .schema import CONTROLS, ROUNDS_DIR, Recipe
+from .training import _checkpoint_dtype, _save_student, _train, _training_settings
+
+
+def _score(run: Run) -> None:
+    texts = run.calibration_texts()
+    if run.recipe.scores.get("iterations", 1) != 1:
+        texts = list(texts)
+    scores = iterate_importance(
+        run.teacher,
+        run.recipe.pruner_config,
+        texts,
+        processing_class=run.tokenizer,
+        show_progress=run.show_progress,
+        **run.recipe.scores,
+    )
+    scores.save_pretrained(run.folder)
+
+
+def _search(run: Run) -> None:
+    from ..search.architectures import search_architectures
+
+    column, held_out = run.dataset_section("eval").text_field, run.dataset("eval")
+    arguments = search_arguments(run.recipe)
+    distillation = {"dataset_text_field": run.recipe.data.train.text_field, **arguments.pop("distillation")}
+    search_architectures(
+        run.teacher,
+        ImportanceScores.from_pretrained(run.folder),
+        calibration_data=run.calibration_texts(),
+        train_dataset=run.dataset("train"),
+        eval_data=(row[column] for row in held_out) if column in held_out.column_names else held_out,
+        processing_class=run.tokenizer,
+        output_dir=run.folder,
+        base=run.recipe.pruner_config,
+        show_progress=run.show_progress,
+        distillation=distillation,
+        **arguments,
+    )
+
+
+def search_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `search_architectures`: it distils as the run will, but for how long and by which schedule."""
+    # The teacher is cut anew for every shape, and so stays loaded and whole.
+    of_teacher = ("teacher_correction", "teacher_offload", "teacher_model_init_kwargs")
+    own = ("max_steps", "num_train_epochs", "max_length", *of_teacher)
+    schedules = ("lr_scheduler", "warmup", "eval_", "save_", "logging", "load_best", "metric_for_best", "greater_is")
+    shared = {
+        name: value for name, value in recipe.distill.items() if name not in own and not name.startswith(schedules)
+    }
+    arguments = dict(recipe.search or {})
+    return {
+        "max_length": recipe.distill.get("max_length"),
+        **arguments,
+        "distillation": {**shared, **arguments.get("distillation", {})},
+    }
+
+
+def _plan(run: Run) -> None:
+    request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
+    scores = ImportanceScores.from_pretrained(run.folder)
+    if request.target_parameters is None:
+        plan = make_plan(run.teacher_config, request, scores)
+    else:
+        plan = plan_for_target(
+            run.teacher,
+            request,
+            scores,
+            run.calibration_texts(),
+            processing_class=run.tokenizer,
+            max_length=run.recipe.scores.get("max_length"),
+        )
+    PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
+    plan.save_pretrained(run.folder)
+
+
+def _prune(run: Run) -> None:
+    import torch
+
+    section = run.recipe.teacher
+    stored = _checkpoint_dtype(run.teacher_config)
+    # What was scored are the weights as they were loaded; those on disk are others where loading has rounded them.
+    rounded = stored is None or torch.promote_types(stored, run.dtype) != run.dtype
+    if (
+        not rounded
+        and not run.recipe.verify
+        and not run.plan.repair
+        and is_streamable(section.model, revision=section.revision)
+    ):
+        prune_checkpoint(
+            section.model,
+            run.folder / PRUNED_DIR,
+            run.plan,
+            revision=section.revision,
+            overwrite=True,
+            show_progress=run.show_progress,
+        )
+    else:
+        student = run.carry_out(run.plan, verify=run.recipe.verify)
+        if run.recipe.verify:
+            student.pruning_plan.save_pretrained(run.folder)
+        _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
+    if run.number > 1:
+        run.forget("teacher")  # whoever needs it still loads it again
+
+
+def _correct(run: Run) -> None:
+    if run.starts_processes:
+        run.start_processes("stage", "correct", run.folder / RECIPE_NAME)
+    else:
+        correct(run)
+
+
+def correct(run: Run) -> None:
+    """Let the teacher learn the corpus, in all the processes that call this."""
+    from ..distillation.correction import correct_teacher
+
+    section = run.recipe.teacher_correction
+    assert section is not None
+    run.forget("teacher")
+    correct_teacher(
+        load_model(run.recipe.teacher.model, revision=run.recipe.teacher.revision),
+        run.dataset("train"),
+        run.folder / CORRECTED_DIR,
+        original_learning_rate=section.original_learning_rate,
+        num_tokens=section.num_tokens,
+        method=section.method,  # type: ignore[arg-type]
+        processing_class=run.tokenizer,
+        eval_dataset=run.dataset("eval"),
+        **{
+            "dataset_text_field": run.recipe.data.train.text_field,
+            "disable_tqdm": not run.show_progress,
+            **section.arguments,
+        },
+    )
+
+
+def _cache(run: Run) -> None:
+    from ..distillation.cache_writer import cache_teacher_logits
+    from ..distillation.config import DistillationConfig
+
+    section = run.recipe.teacher_cache
+    assert section is not None
+    for which in ("train", "eval"):
+        args = DistillationConfig(str(run.folder), **_training_settings(run))
+        if which == "eval" and args.eval_packing is not None:
+            args.packing = args.eval_packing
+        cache_teacher_logits(
+            run.learned_teacher,
+            run.dataset(which),
+            run.folder / CACHE_DIR / which,
+            top_k=section.top_k,
+            dtype=section.dtype,
+            args=args,
+            processing_class=run.tokenizer,
+        )
+    run.forget("teacher")
+    run.forget("corrected_teacher")
+
+
+def cached_arguments() -> tuple[str, ...]:
+    """Fields of `DistillationConfig` that shape what the teacher is asked, and so its cache."""
+    from ..distillation.teacher_cache import ROW_ARGUMENTS
+
+    names = ("temperature", "hidden_loss", "hidden_layers", "embedding_loss", "bf16", "fp16", "eval_packing")
+    return (*names, "shuffle_dataset", "seed", *ROW_ARGUMENTS)
+
+
+def _distill(run: Run) -> None:
+    _train(run, run.folder / PRUNED_DIR, run.folder)
+
+
+def _controls(run: Run) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    if run.recipe.rounds:
+        run = run.in_round(len(run.recipe.rounds))
+    seed = int(run.recipe.distill.get("seed", 42))
+    for name in run.recipe.controls:
+        folder = run.folder / CONTROLS_DIR / name
+        if (folder / "config.json").is_file():
+            continue  # finished before an interruption
+        if name == "random_pruning":
+            scores = estimate_importance(run.teacher, metric="random", seed=seed)
+            student = run.carry_out(make_plan(run.teacher, PrunerConfig.from_dict(run.plan.pruner_config), scores))
+        elif name == "random_init":
+            set_seed(seed)
+            config = run.plan.build_student_config()
+            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            _train(run, run.folder / PRUNED_DIR, folder, kd_weight=0.0, ce_weight=1.0)
+            continue
+        _save_student(student, run.tokenizer, folder / PRUNED_DIR, run.teacher_config)
+        _train(run, folder / PRUNED_DIR, folder)
+
+
+def _evaluate(run: Run) -> None:
+    from ..evaluation.evaluate import evaluate_models
+    from ..evaluation.samples import generate_samples
+    from ..evaluation.tasks import evaluate_tasks
+
+    section, last = run.recipe.evaluate, len(run.recipe.rounds)
+    last_round = " in the last round" if last > 1 else ""
+    models: dict[str, Any] = {
+        # By path where possible, so that the size of a checkpoint is that of its files.
+        "teacher": run.recipe.teacher.model if run.recipe.teacher.revision is None else run.teacher,
+        "pruned": run.folder / PRUNED_DIR,
+        **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
+        **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
+        "student": run.folder,
+        **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
+    }
+    run.forget("teacher")
+    run.forget("corrected_teacher")
+    evaluate_models(
+        models,
+        run.dataset("eval"),
+        processing_class=run.tokenizer,
+        max_length=section.max_length,
+        num_rows=section.num_rows,
+        batch_size=section.batch_size,
+        text_field=run.dataset_section("eval").text_field,
+        dataset_name=run.dataset_section("eval").source,
+        descriptions={
+            "pruned": f"the student before distillation{last_round}",
+            "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
+            **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
+            **{
+                name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}"
+                for name in run.recipe.controls
+            },
+        },
+        dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
+        speed=section.speed,
+        output_path=run.folder,
+        show_progress=run.show_progress,
+    )
+    compared = {"teacher": run.teacher, "student": run.load(run.folder)} if section.prompts or section.tasks else {}
+    if section.prompts:
+        write_json(run.folder / "samples.json", generate_samples(compared, run.tokenizer, section.prompts))
+    if section.tasks:
+        results = {
+            name: evaluate_tasks(model, section.tasks, processing_class=run.tokenizer, limit=section.task_limit)
+            for name, model in compared.items()
+        }
+        write_json(run.folder / "benchmarks.json", results)
+
+
+def _card(run: Run) -> None:
+    from ..publishing.card import write_model_card
+    from ..publishing.hub import write_teacher_metadata
+
+    write_teacher_metadata(run.folder, run.recipe.teacher.model, revision=run.recipe.teacher.revision)
+    write_model_card(run.folder)
+
+
+def _publish(run: Run) -> None:
+    from ..publishing.hub import push_student_to_hub
+
+    section = run.recipe.publish
+    assert section is not None
+    push_student_to_hub(run.folder, section.repo_id, private=section.private, revision=section.revision)

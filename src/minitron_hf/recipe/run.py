@@ -1,0 +1,206 @@
+"""`Run`: a recipe, its folder, and the models and datasets that its stages share."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import load_text_dataset
+from ..errors import DataError
+from ..hardware import compute_dtype
+from ..models import load_config, load_model, load_tokenizer
+from ..pruning.iterations import CALIBRATION_ARGUMENTS
+from ..pruning.plan import PruningPlan
+from ..pruning.prune import carry_out
+from .launching import is_launched, launch
+from .schema import DatasetSection, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+RECIPE_NAME = "recipe.yaml"
+#: Working folders of a run, beside the published files.
+STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
+CORRECTED_DIR, CACHE_DIR = "corrected_teacher", "teacher_cache"
+
+
+@dataclass
+class Run:
+    """A recipe at work: models and datasets loaded once, when first needed.
+
+    Attributes:
+        recipe: what to do. In a round: what that round does (`Recipe.in_round`), whose teacher is what it cuts.
+        show_progress: show progress bars.
+        whole: the run that this is a round of; itself where there are no rounds.
+        number: which round, from 1.
+    """
+
+    recipe: Recipe
+    show_progress: bool = True
+    whole: Run = None  # type: ignore[assignment] # set below
+    number: int = 1
+    _cache: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self
+
+    def in_round(self, number: int) -> Run:
+        """The run of one round. That of another, and the models that it holds, is let go."""
+        current = self._cache.get("round")
+        if current is None or current.number != number:
+            self._cache["round"] = Run(self.recipe.in_round(number), self.show_progress, self, number)
+        return self._cache["round"]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    def _cached(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def forget(self, key: str) -> None:
+        """Free something that was loaded; it is loaded again when needed."""
+        self._cache.pop(key, None)
+
+    def forget_teachers(self) -> None:
+        """Free every model that was loaded, of this round and of the whole run."""
+        for key in ("teacher", "corrected_teacher"):
+            self.forget(key)
+            self.whole.forget(key)
+
+    @property
+    def teacher_config(self) -> PretrainedConfig:
+        """The teacher's config, as in its checkpoint."""
+        section = self.recipe.teacher
+        return self._cached("config", lambda: load_config(section.model, revision=section.revision))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer."""
+        section = self.whole.recipe.teacher
+        return self._cached("tokenizer", lambda: load_tokenizer(section.model, revision=section.revision))
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, on the device and in the dtype that compute best here; of a later round: what it cuts."""
+        section = self.recipe.teacher
+        if self is not self.whole and self.number == 1:
+            return self.whole.teacher
+        return self._cached("teacher", lambda: self.load(section.model, revision=section.revision))
+
+    @property
+    def learned_teacher(self) -> PreTrainedModel:
+        """What the student learns from: the teacher, corrected where the recipe says so; or what it was cut from."""
+        if self is not self.whole:
+            return self.teacher if self.learns_from_previous else self.whole.learned_teacher
+        if self.recipe.teacher_correction is None:
+            return self.teacher
+        return self._cached("corrected_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+
+    @property
+    def learns_from_previous(self) -> bool:
+        """Whether this is a later round whose student learns from the student of the round before."""
+        return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
+
+    def unloaded_teacher(self, settings: dict[str, Any]) -> str:
+        """Where the trainer finds what the student learns from, to load it as the settings say."""
+        self.forget_teachers()
+        if self is not self.whole and not self.learns_from_previous:
+            return self.whole.unloaded_teacher(settings)
+        section = self.recipe.teacher
+        corrected = self is self.whole and self.recipe.teacher_correction is not None
+        where = {} if corrected or section.revision is None else {"revision": section.revision}
+        given = settings.get("teacher_model_init_kwargs") or {}
+        settings["teacher_model_init_kwargs"] = {"dtype": str(self.dtype).removeprefix("torch."), **where, **given}
+        return str(self.folder / CORRECTED_DIR) if corrected else section.model
+
+    def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+        """Load a model for computing; of several processes, each has the trainer place or split it."""
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() and not is_launched() else "cpu"
+        return load_model(path, dtype=self.dtype, device=device, **kwargs)
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether what is trained is trained in other processes than this one."""
+        return self.recipe.distributed is not None and not is_launched()
+
+    def start_processes(self, *arguments: str | os.PathLike[str]) -> None:
+        """Run a command of the command line in the recipe's processes, with this one's models out of their way."""
+        import torch
+
+        section = self.recipe.distributed
+        assert section is not None
+        self.forget_teachers()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        quiet = [] if self.show_progress else ["--quiet"]
+        given = [*arguments, *quiet, *([] if self is self.whole else [f"--round={self.number}"])]
+        launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        import torch
+
+        dtype = self.recipe.teacher.dtype
+        return compute_dtype() if dtype == "auto" else getattr(torch, dtype)
+
+    def dataset(self, which: str) -> Dataset:
+        """One of the recipe's corpora, reduced to its text (or whatever TRL understands)."""
+        if self is not self.whole:
+            return self.whole.dataset(which)
+        section = self.dataset_section(which)
+
+        def load() -> Dataset:
+            data = load_text_dataset(section.source, name=section.name, split=section.split, revision=section.revision)
+            columns = data.column_names or []
+            if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
+                raise DataError(
+                    f"data.{which}: {section.source} has the columns {', '.join(columns)}, and no "
+                    f"{section.text_field!r}. Name the text column with text_field."
+                )
+            return data if section.num_rows is None else data.select(range(min(section.num_rows, len(data))))
+
+        return self._cached(f"data.{which}", load)
+
+    def dataset_section(self, which: str) -> DatasetSection:
+        """The section of one of the corpora; calibration falls back to train."""
+        return getattr(self.recipe.data, which) or self.recipe.data.train
+
+    def calibration_texts(self) -> Any:
+        """The calibration corpus one by one: only the first rows are needed, and it may be larger than memory."""
+        column, rows = self.dataset_section("calibration").text_field, self.dataset("calibration")
+        return (row[column] for row in rows) if column in rows.column_names else rows
+
+    def carry_out(self, plan: PruningPlan, *, verify: bool = False) -> Any:
+        """The student of a plan, refitted on the rows that were scored where the plan says so."""
+        rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
+        texts = self.calibration_texts() if plan.repair else None
+        return carry_out(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The plan that the stage `plan` left."""
+        return PruningPlan.from_pretrained(self.folder)
+
+    @property
+    def plans(self) -> list[PruningPlan]:
+        """The plans from what the student learns from to the student: of this round, and of those before."""
+        if self is self.whole:
+            return [self.plan]
+        first = self.number if self.learns_from_previous else 1
+        folders = [Path(self.whole.recipe.in_round(number).output_dir) for number in range(first, self.number + 1)]
+        return [PruningPlan.from_pretrained(folder) for folder in folders]

@@ -1,0 +1,146 @@
+"""Trains a student in a run folder, in this process or in several."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..files import (
+    move_into,
+    replacing_folder,
+    require_writable,
+)
+from ..pruning.plan import PruningPlan
+from .run import CACHE_DIR, RECIPE_NAME, UNFINISHED_DIR, Run
+from .schema import DISTILL_DEFAULTS, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | str | None,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    *,
+    plans: Sequence[PruningPlan] = (),
+    peft_config: Any = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Distil into `folder`, resuming from its last checkpoint; the student appears there whole or not at all.
+
+    Args:
+        student: the pruned model; trained in float32 weights.
+        teacher: what it learns from; None where both corpora are caches of it.
+        folder: where checkpoints and the final student go.
+        tokenizer: of both.
+        settings: fields of `DistillationConfig`.
+        train_dataset: corpus.
+        eval_dataset: held-out corpus.
+        plans: how the student was cut, saved beside it; of several rounds, those of all of them from the teacher on.
+        peft_config: a `peft` config; the adapter is merged into the student.
+        dtype: dtype of the saved student; None: float32.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..distillation.config import DistillationConfig
+    from ..distillation.trainer import DistillationTrainer
+
+    folder = require_writable(folder)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(str(folder), **settings),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        pruning_plan=plans or None,
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    if trainer.is_world_process_zero():
+        with replacing_folder(folder / UNFINISHED_DIR) as temporary:
+            trainer.save_student(temporary, dtype=dtype)
+        move_into(folder / UNFINISHED_DIR, folder)
+    else:
+        trainer.save_student(folder)  # takes part in gathering what is split, and writes nothing
+
+
+def _training_settings(run: Run) -> dict[str, Any]:
+    """Fields of `DistillationConfig`."""
+    return {
+        "dataset_text_field": run.recipe.data.train.text_field,
+        **DISTILL_DEFAULTS,
+        **run.recipe.distill,
+        "disable_tqdm": not run.show_progress,
+    }
+
+
+def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
+    """Distil with the recipe's settings, and `changes` to them."""
+    if run.starts_processes:
+        settings = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
+        run.start_processes("stage", "distill", run.whole.folder / RECIPE_NAME, student, folder, *settings)
+    else:
+        train(run, student, folder, changes)
+
+
+def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Distil the student in one folder into another, in all the processes that call this."""
+    settings = {**_training_settings(run), **changes}
+    teacher: PreTrainedModel | str | None
+    if run.recipe.teacher_cache is None:
+        corpora = [run.dataset("train"), run.dataset("eval")]
+        if settings.get("teacher_offload") or settings.get("teacher_model_init_kwargs"):
+            teacher = run.unloaded_teacher(settings)
+        else:
+            teacher = run.learned_teacher
+    else:
+        from ..distillation.teacher_cache import load_teacher_cache
+
+        caches = run.whole.folder / CACHE_DIR
+        teacher, corpora = None, [load_teacher_cache(caches / which) for which in ("train", "eval")]
+    distill(
+        run.load(student),
+        teacher,
+        folder,
+        run.tokenizer,
+        settings,
+        *corpora,
+        plans=run.plans if folder == run.folder else (),
+        peft_config=lora_config(run.recipe),
+        dtype=_checkpoint_dtype(run.teacher_config),
+    )
+
+
+def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype in which a checkpoint is stored, which its student's follows."""
+    import torch
+
+    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+
+
+def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
+    with replacing_folder(folder) as temporary:
+        student.to(dtype=_checkpoint_dtype(teacher) or student.dtype).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def lora_config(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"lora: {error}. Expected fields of peft.LoraConfig.") from error

@@ -1,0 +1,99 @@
+"""Calibration data: token rows for scoring, and how several processes share them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..data import DataSource, TokenRows, padded_batches, token_rows
+from ..errors import DataError
+from ..families import text_config
+from ..files import digest
+from .batches import require_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Calibration(NamedTuple):
+    """Calibration data that can be gone through more than once.
+
+    Attributes:
+        batches: starts again.
+        num_batches: how many there are, where it is known.
+        packing: whether texts were packed here; None where they came as rows.
+    """
+
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    num_batches: int | None
+    packing: bool | None
+
+
+def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
+    """Digest of a tokenizer's vocabulary."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return digest(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of processes; joins those of `accelerate launch` where nothing has done so yet."""
+    if not torch.distributed.is_available():
+        return 0, 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
+    """Row length for calibration and measurement: `limit`, or the model's positions where they are fewer."""
+    return min(limit, getattr(text_config(config), "max_position_embeddings", None) or limit)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    data: DataSource | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    num_samples: int,
+    max_length: int | None,
+    packing: bool,
+    batch_size: int,
+) -> Calibration:
+    """Calibration data in batches; the arguments are those of `estimate_importance`."""
+    if data is None:
+        raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
+    if isinstance(data, torch.utils.data.DataLoader):
+        if isinstance(data, DataLoaderStateMixin) and _processes()[1] > 1:
+            raise DataError(
+                "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that "
+                "was given to prepare(); its batches are dealt out here."
+            )
+        endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
+        return Calibration(lambda: data, None if endless else len(data), None)
+    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
+        if name == "max_length" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise DataError(f"{name}={number!r}: expected a number of at least 1.")
+    max_length = default_max_length(model.config) if max_length is None else max_length
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
+    if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
+        raise DataError(
+            f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "
+            f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
+        )
+    require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    return Calibration(
+        lambda: padded_batches(rows, batch_size),
+        -(-len(rows) // batch_size),
+        None if isinstance(data, TokenRows) else packing,
+    )

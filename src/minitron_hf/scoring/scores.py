@@ -1,0 +1,158 @@
+"""`ImportanceScores`: scores of units, channels and layers, as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..errors import MismatchError
+from ..files import digest, replacing_file, versions
+from ..models import architecture_digest
+from ..weights import model_digest, on_meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Metric = Literal["activation", "pre_activation", "contribution", "taylor", "magnitude", "random"]
+SCORES_NAME = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class ImportanceScores:
+    """Scores of one model: the higher, the more a unit or layer matters.
+
+    Attributes:
+        axes: axis → float32 scores: `[units]` for axes chosen once for the whole model (hidden), `[layers, units]`
+            for axes chosen in every layer (ffn, heads, kv), `[layers, outer, units]` for axes chosen inside every
+            unit of another (the neurons of every expert). NaN in the rows of layers that have no such units.
+        blocks: float32 [L, L]; entry (i, j ≥ i) is the importance of layers i..j together. By default it is their
+            block importance, 1 − E[cos(input of layer i, output of layer j)] (P1 §2.2); otherwise what
+            `settings["depth_metric"]` says. NaN below the diagonal, and where it was not measured.
+        settings: how the scores were made.
+        digests: of `model` (weights), `architecture`, `tokenizer` and `data`.
+        versions: of the libraries that made them.
+        removals: float32 [N, L], where layers were removed one after another: row n holds what the model is worth
+            without the n layers removed before and each other layer; NaN where it may not go, or is gone. The smallest
+            of a row goes.
+    """
+
+    axes: Mapping[str, Tensor]
+    blocks: Tensor
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str | None]
+    versions: Mapping[str, str] = field(default_factory=versions)
+    removals: Tensor | None = None
+
+    @property
+    def layers(self) -> Tensor:
+        """Importance of every single layer, float32 [L]."""
+        return self.blocks.diagonal()
+
+    @property
+    def removed_layers(self) -> list[int]:
+        """The layers that were removed one after another, in that order."""
+        return [] if self.removals is None else [_smallest(row) for row in self.removals.tolist()]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file of scores holds, by name."""
+        depth = {"blocks": self.blocks, **({} if self.removals is None else {"removals": self.removals})}
+        return {**self.axes, **depth}
+
+    @property
+    def digest(self) -> str:
+        """Digest of the scores themselves."""
+        tensors = self.tensors
+        return digest(*(part for name in sorted(tensors) for part in (name, tensors[name].numpy().tobytes())))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """Write `scores.safetensors` (settings, digests and versions in its header)."""
+        header = {
+            "format": 1,
+            "settings": self.settings,
+            "digests": self.digests,
+            "versions": self.versions,
+            "content": self.digest,
+        }
+        path = Path(save_directory) / SCORES_NAME
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        with replacing_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"minitron_hf": json.dumps(header, sort_keys=True)})
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> ImportanceScores:
+        """Read scores from a file, or from the folder that holds `scores.safetensors`.
+
+        Raises:
+            MismatchError: if there is no such file, or it was not written by this package.
+        """
+        path = Path(path)
+        file = path / SCORES_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise MismatchError(f"No importance scores at {file}. Make them with estimate_importance(…) first.")
+        try:
+            with safe_open(file, "pt") as stored:
+                header = json.loads((stored.metadata() or {})["minitron_hf"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+            if header["format"] != 1:
+                raise ValueError(f"format {header['format']!r}, expected 1")
+            blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
+            scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
+            if header.get("content", scores.digest) != scores.digest:
+                raise ValueError("its tensors are not those that were written")
+            return scores
+        except Exception as error:
+            raise MismatchError(
+                f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "
+                "estimate_importance(…)."
+            ) from error
+
+    def require_model(self, model_or_config: PreTrainedModel | PretrainedConfig) -> None:
+        """Refuse to be used with another model than the one that was scored.
+
+        A config, or a model on the meta device, can only be compared by architecture; `apply_plan` compares weights.
+
+        Raises:
+            MismatchError: if the architecture or the weights differ.
+        """
+        if isinstance(model_or_config, PretrainedConfig):
+            model, config = None, model_or_config
+        else:
+            model, config = model_or_config, model_or_config.config
+        if architecture_digest(config) != self.digests["architecture"]:
+            raise MismatchError(
+                "These importance scores were made for a model of another architecture "
+                f"({self.settings.get('model')}). Score this model with estimate_importance(…)."
+            )
+        if model is not None and not on_meta(model):
+            require_weights(model, self.digests["model"], "These importance scores")
+
+
+def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> None:
+    """Refuse a model whose weights are not the ones an artefact was made from.
+
+    Raises:
+        MismatchError: if the digests differ.
+    """
+    if expected is not None and model_digest(model) != expected:
+        raise MismatchError(
+            f"{what} were made for other weights than those of this {type(model).__name__} "
+            f"({model.config._name_or_path or 'in memory'}). Make them again for this model."
+        )
+
+
+def _smallest(values: Sequence[float]) -> int:
+    """Index of the smallest value; NaN is none, ties go to the lower index."""
+    return min((index for index, value in enumerate(values) if not math.isnan(value)), key=lambda i: values[i])

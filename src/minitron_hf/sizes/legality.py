@@ -1,0 +1,166 @@
+"""Which sizes of an axis are legal, and what a refusal offers instead."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError
+from ..families import FIELD_OF_AXIS, ArchSpec, families
+from ..families.axes import dimension_axes, dimension_size, implied_size, parse_dimensions
+from .classes import _sisters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _step(
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    axis: str,
+    before: Mapping[str, int],
+    sizes: Mapping[str, int],
+    multiple_of: int,
+) -> int:
+    """What a fraction of an axis is rounded to a multiple of."""
+    step = multiple_of if axis in ("hidden", "ffn", "moe_ffn", "shared_ffn") else 1
+    for inner, outer in spec.groups:
+        if axis == inner:
+            step = math.lcm(step, sizes[outer])
+    for one, other in [*spec.equal, *((right, left) for left, right in spec.equal)]:
+        moving, each = _moving(spec, one, sizes)
+        follower, each_follower = _moving(spec, other, sizes)
+        if axis == moving:
+            # hidden = heads * head_dim, and the heads follow in whole groups: any such multiple is legal.
+            each_follower *= math.prod(sizes[outer] for inner, outer in spec.groups if inner == follower)
+            step = math.lcm(step, each_follower // math.gcd(each_follower, each))
+    return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
+
+
+def _divisors(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int]
+) -> Iterator[tuple[str, int, str]]:
+    """(Axis, what its size must be a multiple of, why)."""
+    for multiple, divisor in spec.multiples:
+        why = f"the stock '{spec.model_type}' config only holds multiples of {_name(spec, divisor)}={sizes[divisor]}"
+        yield multiple, sizes[divisor], why
+    for name, axis, power in spec.scaled_fields:
+        value = getattr(config, name)
+        if power == 1 and isinstance(value, int):
+            step = before[axis] // math.gcd(before[axis], value)
+            yield axis, step, f"{name}={value} is scaled with it, and only stays whole for multiples of {step}"
+
+
+def _most(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
+    """Most units of an axis that the groups kept so far have."""
+    return min(
+        [before[axis], *(before[axis] // before[outer] * after[outer] for i, outer in spec.groups if i == axis)]
+    )
+
+
+def _round_fraction(fraction: float, size: int, step: int) -> int:
+    """Nearest multiple of `step` to `fraction * size`, at least one step and at most `size`.
+
+    >>> _round_fraction(0.75, 4096, 32), _round_fraction(0.5, 172, 8), _round_fraction(0.01, 64, 8)
+    (3072, 88, 8)
+    """
+    return min(max(round(fraction * size / step), 1) * step, size)
+
+
+def _moving(spec: ArchSpec, dimension: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """The one axis of a dimension that can be cut, and how much the dimension holds of each of its units."""
+    [parsed] = parse_dimensions(dimension)
+    [axis] = [name for name in dimension_axes(parsed) if spec.axis[name].prunable and name not in spec.refused]
+    return axis, dimension_size(parsed, {**sizes, axis: 1})
+
+
+def _require_groups(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    for inner, outer in spec.groups:
+        names = {axis: _name(spec, axis) for axis in (inner, outer)}
+        largest = before[inner] // before[outer]
+        if after[inner] % after[outer] or after[inner] // after[outer] > largest:
+            least, _ = _least(spec, config, inner)
+            legal = [size for each in range(1, largest + 1) if (size := after[outer] * each) >= least]
+            raise PlanError(
+                f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept group keeps equally "
+                f"many of its {largest}, so {names[inner]} must be one of {legal}. "
+                f"Nearest: {_nearest(after[inner], legal)}."
+                + (f" Or change {names[outer]}." if spec.axis[outer].prunable else "")
+            )
+
+
+def _require_multiples(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    divisors = list(_divisors(spec, config, before, after))
+    for axis, divisor, why in divisors:
+        if after[axis] % divisor:
+            step = math.lcm(*(each for divided, each, _ in divisors if divided == axis))
+            raise PlanError(
+                f"{_name(spec, axis)}={after[axis]}: {why}. "
+                f"Nearest: {_nearest(after[axis], range(step, before[axis] + 1, step))}." + _offer(spec, config, axis)
+            )
+
+
+def _offer(spec: ArchSpec, config: PretrainedConfig, axis: str) -> str:
+    """Stock classes that hold the same model without a limit on an axis."""
+    free = [name for name in _sisters(spec, config) if axis not in dict(families()[name].multiples)]
+    return "".join(f" Or set model_type='{name}', whose classes hold the same model at any size." for name in free)
+
+
+def _require_least(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
+) -> None:
+    """Routing picks a fixed number of experts, which must be there."""
+    for axis in dict(spec.least):
+        least, expression = _least(spec, config, axis)
+        if after[axis] < min(least, before[axis]):
+            step = math.lcm(*(after[outer] for inner, outer in spec.groups if inner == axis))
+            raise PlanError(
+                f"{_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
+                f"Keep {-(-least // step) * step} or more."
+            )
+
+
+def _least(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, str]:
+    """Fewest units that an axis must keep, and the expression that says so; those of missing fields say nothing."""
+    found = [(1, "")]
+    for limited, expression in spec.least:
+        names = re.findall(r"[a-z_]\w*", expression)
+        values = {name: getattr(config, name, None) for name in names}
+        values = {name: max(value) if isinstance(value, list) else value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int)}
+        if limited == axis and len(numbers) == len(set(names)):
+            found.append((implied_size(expression, numbers), expression))
+    return max(found)
+
+
+def _name(spec: ArchSpec, axis: str) -> str:
+    """The name under which a user knows an axis."""
+    return FIELD_OF_AXIS.get(axis) or next(iter(spec.axis[axis].fields), axis)
+
+
+def require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> None:
+    """Refuse an axis that cannot be cut in this model.
+
+    Raises:
+        PlanError: with the reason.
+    """
+    reason = spec.refused.get(axis)
+    if set(spec.axis[axis].fields) & set(getattr(config, "per_layer_attributes", None) or ()):
+        reason = reason or "its layers hold unequal numbers of them, each its own"
+    for name, value, refused_axis, why in spec.refused_if:
+        if refused_axis == axis and getattr(config, name, None) == value:
+            reason = f"{name}={value}: {why}"
+    if reason is not None:
+        raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
+
+
+def _nearest(size: int, legal: Sequence[int]) -> str:
+    """The legal sizes around a size, of an ascending sequence of them."""
+    below, above = [one for one in legal if one <= size], [one for one in legal if one >= size]
+    return " or ".join(str(one) for one in dict.fromkeys((*below[-1:], *above[:1])))

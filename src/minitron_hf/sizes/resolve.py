@@ -1,0 +1,333 @@
+"""A request and a teacher's config → the sizes of every axis, with notes; refuses what cannot be cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import PlanError
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
+from ..families.axes import dimension_axes
+from .classes import _carrier, config_class
+from .layers import fixed_layers, protected_layers
+from .legality import (
+    _most,
+    _moving,
+    _name,
+    _nearest,
+    _require_groups,
+    _require_least,
+    _require_multiples,
+    _round_fraction,
+    _step,
+    require_cuttable,
+)
+from .request import PrunerConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Stacked experts are multiplied by kernels that want rows of 16 bytes: so many 16-bit numbers.
+EXPERT_ALIGNMENT = 8
+REPAIRED_AXES = ("ffn", "heads", "kv")
+
+
+def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> dict[str, Any] | None:
+    """The arguments of `estimate_importance` that say which layers a `depth_metric` has to judge.
+
+    Returns:
+        None where no layers are chosen by scores.
+    """
+    spec = spec_for(config)
+    given = replace(pruner_config, target_parameters=None)  # which leaves the layers as they are given
+    num_drop = spec.sizes(config)["layers"] - resolve_sizes(spec, config, given)[0]["layers"]
+    if num_drop == 0 or pruner_config.layers_to_drop is not None:
+        return None
+    return {
+        "block_length": num_drop,
+        "one_by_one": not pruner_config.contiguous,
+        "keep_first_layers": pruner_config.keep_first_layers,
+        "keep_last_layers": pruner_config.keep_last_layers,
+    }
+
+
+def scoring_arguments(
+    config: PretrainedConfig, pruner_config: PrunerConfig, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `estimate_importance`, completed where a `depth_metric` has to know what is to be cut."""
+    if arguments.get("depth_metric") is None:
+        return dict(arguments)
+    depth_given = pruner_config.num_hidden_layers is not None or pruner_config.layers_to_drop is not None
+    if pruner_config.target_parameters is not None and not depth_given:
+        raise PlanError(
+            f"depth_metric={arguments['depth_metric']!r} has to know how many layers go, and target_parameters does "
+            "not say. Give num_hidden_layers too, or leave out depth_metric."
+        )
+    wanted = depth_to_measure(config, pruner_config)
+    if wanted is None:
+        return {name: value for name, value in arguments.items() if name != "depth_metric"}
+    return {**wanted, **arguments}
+
+
+def resolve_sizes(
+    spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig
+) -> tuple[dict[str, int], list[str]]:
+    """Sizes of all axes in the student, and notes on sizes that followed from others.
+
+    Raises:
+        PlanError: for every request that cannot be met; the message names what could.
+    """
+    if request.target_parameters is not None:
+        raise PlanError(
+            f"target_parameters={request.target_parameters:,} names no sizes: they are chosen by measuring shapes on "
+            "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
+            "calibration_data, or give sizes instead."
+        )
+    teacher_config = text_config(teacher_config)
+    teachers, spec = spec, _carrier(spec, teacher_config, request.model_type)
+    before = spec.sizes(teacher_config)
+    after = dict(before)
+    given: set[str] = set()
+    for name, axis in PRUNER_FIELDS.items():
+        value = getattr(request, name)
+        if value is None:
+            continue
+        if axis not in before:
+            raise PlanError(
+                f"{name}={value}: models of type '{spec.model_type}' have no such size. "
+                f"They have {', '.join(FIELD_OF_AXIS[a.name] for a in spec.axes if a.name in FIELD_OF_AXIS)}."
+            )
+        given.add(axis)
+        if isinstance(value, int):
+            if value > before[axis]:
+                raise PlanError(f"{name}={value} is larger than the teacher's {before[axis]}. Pruning only removes.")
+            after[axis] = value
+
+    if request.layers_to_drop is not None:
+        after["layers"] = _depth_after(request, before["layers"])
+        fixed = fixed_layers(spec, teacher_config)
+        if needed := sorted(fixed & set(request.layers_to_drop)):
+            raise PlanError(
+                f"layers_to_drop names layer {needed[0]}. Layers {sorted(fixed)} of this '{spec.model_type}' model "
+                "have to stay: later layers read what they store, or the stock classes insist on them."
+            )
+    notes = []
+    # Coarse axes first: the legal sizes of the finer ones depend on them.
+    for axis in sorted(FIELD_OF_AXIS, key=lambda axis: (axis == "hidden", axis in dict(spec.groups))):
+        value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
+        if isinstance(value, float):
+            # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
+            step = 1 if value == 1 else _step(spec, teacher_config, axis, before, after, request.multiple_of)
+            after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
+    least = len(protected_layers(spec, teacher_config, request))
+    if request.layers_to_drop is None and after["layers"] < least and (fixed := fixed_layers(spec, teacher_config)):
+        raise PlanError(
+            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
+            f"{request.keep_last_layers} last layers that are protected, and layers {sorted(fixed)}, which have to "
+            "stay: later layers read what they store, or the stock classes insist on them. "
+            f"Keep {least} layers or more."
+        )
+    if request.layers_to_drop is None and after["layers"] < least:
+        raise PlanError(
+            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
+            f"{request.keep_last_layers} last layers that are protected. Keep more layers, or lower "
+            "keep_first_layers or keep_last_layers."
+        )
+    for inner, outer in spec.groups:
+        most = _most(spec, inner, before, after)
+        if inner not in given and after[inner] > most:
+            after[inner] = most
+            notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
+    notes += _follow_equal(spec, before, after, given)
+    for own in _unequal_sizes(spec, teacher_config):
+        _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
+    _require_multiples(spec, teacher_config, before, after)
+    _require_least(spec, teacher_config, before, after)
+    for axis in after:
+        if after[axis] < before[axis]:
+            require_cuttable(spec, teacher_config, axis)
+    if request.head_add_back and not add_back_axes(teachers, before, after):
+        raise PlanError(
+            "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "
+            "keys and values no other group has. Give num_attention_heads fewer in each group, or leave it out."
+        )
+    if request.repair and request.head_add_back:
+        raise PlanError(
+            "repair cannot be combined with head_add_back: it refits projections of kept heads as they are, which "
+            "add-back changes. Leave out one of them."
+        )
+    if request.repair and not repaired_axes(teachers, before, after):
+        notes.append("repair changes nothing: neither neurons nor heads are cut.")
+    for name in request.uneven:
+        if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
+            raise PlanError(
+                f"uneven names {name}, but the stock '{spec.model_type}' config holds one for all layers, not a list. "
+                "Leave it out: every layer keeps equally many."
+            )
+        if after[PRUNER_FIELDS[name]] >= before[PRUNER_FIELDS[name]]:
+            raise PlanError(
+                f"uneven names {name}, which is not cut. Give it a smaller size, the average of all layers."
+            )
+        if any(PRUNER_FIELDS[name] in pair for pair in spec.groups):
+            raise PlanError(f"uneven names {name}, which is cut in whole groups, equal in every layer. Leave it out.")
+    if spec is not teachers:
+        notes.append(f"The student is of type '{spec.model_type}', whose classes hold the same model.")
+    notes += _serving_notes(
+        spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
+    )
+    return after, notes
+
+
+def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
+    """The cut axes that a repair makes up for, given the sizes before and after a cut.
+
+    Raises:
+        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+    """
+    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.taps)
+    for axis in axes:
+        if axis not in REPAIRED_AXES or f"{spec.taps[axis]}.weight" not in spec.dimensions:
+            raise PlanError(
+                f"repair='least_squares' refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
+                f"models is cut here, which {spec.taps[axis]} reads in another way. Leave out repair."
+            )
+    return axes
+
+
+def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which heads can be added to each other, given the sizes before and after a cut.
+
+    They are KV heads and query heads alike where each has its own, else query heads within their group; none where no
+    head is dropped beside a kept one.
+
+    Raises:
+        PlanError: if the family holds something of its heads that is no linear map into or out of them, and so means
+            nothing as a sum (sinks, decays, norms over all heads).
+    """
+    if not {"heads", "kv"} <= before.keys():
+        axes: tuple[str, ...] = ("heads",) if after.get("heads", 0) < before.get("heads", 0) else ()
+    elif before["heads"] == before["kv"]:
+        axes = ("heads", "kv") if after["kv"] < before["kv"] else ()
+    else:
+        axes = ("heads",) if after["heads"] // after["kv"] < before["heads"] // before["kv"] else ()
+    of_heads = {
+        name: dimensions
+        for name, dimensions in spec.dimensions.items()
+        if any(not dimension_axes(dimension).isdisjoint(axes) for dimension in dimensions)
+    }
+    widths = {
+        axis
+        for dimensions in of_heads.values()
+        for dimension in dimensions
+        if not dimension_axes(dimension).isdisjoint(axes)
+        for axis in dimension_axes(dimension)
+    }
+    projections = {
+        name
+        for name, dimensions in of_heads.items()
+        if len(dimensions) == 2 and any(dimension_axes(dimension).isdisjoint(widths) for dimension in dimensions)
+    }
+    biases = {name.removesuffix("weight") + "bias" for name in projections if name.endswith(".weight")}
+    if others := sorted(of_heads.keys() - projections - biases):
+        raise PlanError(
+            f"head_add_back: heads of '{spec.model_type}' models hold {', '.join(others)}, which is no linear map "
+            "into or out of a head and cannot be added. Leave it out."
+        )
+    return axes
+
+
+def _serving_notes(
+    spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int], after: Mapping[str, int]
+) -> list[str]:
+    """Sizes that Transformers takes, and other programs or fast kernels may not."""
+    notes: list[str] = []
+    if after == before:
+        return notes
+    head_dim = spec.axis.get("head_dim")
+    declared = {declared.name for declared in fields(cast(Any, config_type))}
+    if head_dim is not None and head_dim.fields == ("head_dim",) and "head_dim" not in declared:
+        shared = after["hidden"] // after["heads"]
+        if after["heads"] * after["head_dim"] != after["hidden"]:
+            notes.append(
+                f"head_dim={after['head_dim']} is honoured by Transformers, but is no declared field of "
+                f"{config_type.__name__}: other runtimes are known to take hidden_size // num_attention_heads "
+                f"= {shared} instead. Try yours before you rely on it, or keep "
+                "hidden_size = num_attention_heads × head_dim."
+            )
+    if "moe_ffn" in after:
+        for axis in ("hidden", "moe_ffn"):
+            if after[axis] % EXPERT_ALIGNMENT and not before[axis] % EXPERT_ALIGNMENT:
+                nearest = _nearest(after[axis], range(EXPERT_ALIGNMENT, before[axis] + 1, EXPERT_ALIGNMENT))
+                notes.append(
+                    f"{_name(spec, axis)}={after[axis]}: fast kernels for stacked experts need rows of 16 bytes, that "
+                    f"is, multiples of {EXPERT_ALIGNMENT} in 16 bits (nearest: {nearest}). Load the student "
+                    "with experts_implementation='eager', or choose one of them."
+                )
+    return notes
+
+
+def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
+    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
+    outer = [axis for _, axis in spec.groups]
+    sizes = spec.sizes(config)
+    kinds: list[dict[str, int]] = [{}]
+    for layer in spec.layer_sizes(config):
+        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
+        kinds += [] if own in kinds else [own]
+    return kinds
+
+
+def _depth_after(request: PrunerConfig, depth: int) -> int:
+    drop = request.layers_to_drop or []
+    if outside := [layer for layer in drop if layer >= depth]:
+        raise PlanError(f"layers_to_drop names layer {outside[0]}, but the teacher has layers 0 to {depth - 1}.")
+    if len(drop) == depth:
+        raise PlanError("layers_to_drop names every layer; at least one must stay.")
+    left = depth - len(drop)
+    wanted = request.num_hidden_layers
+    wanted = _round_fraction(wanted, depth, 1) if isinstance(wanted, float) else wanted
+    if wanted is not None and wanted != left:
+        raise PlanError(
+            f"num_hidden_layers={request.num_hidden_layers} and layers_to_drop disagree: dropping {len(drop)} of "
+            f"{depth} layers leaves {left}. Give one of them."
+        )
+    return left
+
+
+def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str]) -> list[str]:
+    """Where the stock class holds two dimensions only at one size, let the one that was not asked for follow."""
+    notes = []
+    fixed = set(given)
+    for left_text, right_text in spec.equal:
+        left, each_left = _moving(spec, left_text, after)
+        right, each_right = _moving(spec, right_text, after)
+        if each_left * after[left] == each_right * after[right]:
+            continue
+        names = {axis: _name(spec, axis) for axis in (left, right)}
+        why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
+        times = f"{each_right} × " if each_right > 1 else ""
+        legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
+        moves, follows, each, each_following = left, right, each_left, each_right
+        if right in fixed:
+            moves, follows, each, each_following = right, left, each_right, each_left
+        followed, rest = divmod(each * after[moves], each_following)
+        if left in fixed and right in fixed:
+            step = each_right // math.gcd(each_right, each_left)
+            heads = max(after[left] // step, 1) * step
+            raise PlanError(
+                f"{names[right]}={after[right]} and {names[left]}={after[left]} do not fit together: the stock "
+                f"'{spec.model_type}' classes only hold {legal}. "
+                f"Nearest: {names[right]}={each_left * heads // each_right} with {names[left]}={heads}."
+            )
+        if rest:
+            step = each_following // math.gcd(each_following, each)
+            raise PlanError(
+                f"{names[moves]}={after[moves]}: the stock '{spec.model_type}' classes only hold {legal}. "
+                f"Nearest: {_nearest(after[moves], range(step, before[moves] + 1, step))}."
+            )
+        after[follows] = followed
+        fixed.add(follows)
+        notes.append(f"{names[follows]} follows {names[moves]} to {followed}: {legal}.")
+    return notes

@@ -1,0 +1,215 @@
+"""The student's config: a stock config that holds the chosen sizes and layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PlanError
+from ..families import FIELD_OF_AXIS, ArchSpec, spec_for, text_config
+from ..families.axes import implied_size
+from ..models import first_line
+from .classes import _sisters, config_class
+from .layers import _layer_fields, fixed_layers, lacking_kinds
+from .legality import _name
+from .request import PrunerConfig
+from .resolve import resolve_sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Names of the config field that norms add to the mean square.
+NORM_EPSILONS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layernorm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
+)
+
+
+def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> PretrainedConfig:
+    """The student's config, from the teacher's config alone.
+
+    Which layers go is decided by scores, and matters here only to lists with one entry per layer; without
+    `layers_to_drop`, the block just before the last layer is taken (P2's choice for Llama-3.1-8B).
+
+    Raises:
+        UnsupportedModelError: if the family is unknown.
+        PlanError: if the sizes are impossible.
+    """
+    spec = spec_for(config)
+    sizes, _ = resolve_sizes(spec, config, pruner_config)
+    depth = spec.sizes(config)["layers"]
+    if pruner_config.layers_to_drop is None:
+        blocks = [
+            (*range(start), *range(start + depth - sizes["layers"], depth))
+            for start in (sizes["layers"] - 1, *range(sizes["layers"] - 2, -1, -1), sizes["layers"])
+        ]
+        if fixed := fixed_layers(spec, config):
+            droppable = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in fixed]
+            drop = droppable[len(droppable) - (depth - sizes["layers"]) :]
+            blocks = [tuple(layer for layer in range(depth) if layer not in drop)]
+        kept = next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
+    else:
+        kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
+    return build_student_config(
+        spec,
+        config,
+        sizes,
+        kept,
+        norm_compensation=pruner_config.norm_compensation,
+        model_type=pruner_config.model_type,
+    )
+
+
+def with_classes(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
+    """The request itself, or with the `model_type` of other stock classes where only these can hold its sizes.
+
+    Raises:
+        PlanError: if no stock classes can.
+    """
+    spec = spec_for(config)
+    others = () if pruner_config.model_type else _sisters(spec, config)
+    try:
+        resolve_sizes(spec, config, pruner_config)
+        return pruner_config
+    except PlanError:
+        for model_type in others:
+            request = replace(pruner_config, model_type=model_type)
+            with contextlib.suppress(PlanError):
+                resolve_sizes(spec, config, request)
+                return request
+        raise
+
+
+def build_student_config(
+    spec: ArchSpec,
+    teacher: PretrainedConfig,
+    sizes: Mapping[str, int],
+    layers_kept: tuple[int, ...],
+    *,
+    norm_compensation: bool = False,
+    uneven: Mapping[str, Sequence[int]] | None = None,
+    model_type: str | None = None,
+) -> PretrainedConfig:
+    """The teacher's config with the student's sizes, validated by the stock class.
+
+    `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal; `model_type` names other
+    stock classes than the teacher's.
+    """
+    if (inner := text_config(teacher)) is not teacher:
+        text = build_student_config(
+            spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, uneven=uneven
+        )
+        whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
+        whole.pop("transformers_version", None)
+        wrapped = type(teacher)(**whole)
+        wrapped._attn_implementation = teacher._attn_implementation
+        return wrapped
+    config_type = type(teacher)
+    values = copy.deepcopy(teacher.to_dict())
+    # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
+    # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
+    for axis in spec.axes:
+        if spec.holds_lists(axis.name, teacher):
+            [name] = axis.fields
+            values[name] = [min(own, sizes[axis.name]) for own in values[name]]
+            for layer, own in zip(layers_kept, (uneven or {}).get(axis.name, ())):
+                values[name][layer] = own
+        elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
+            for name in axis.fields:
+                listed = isinstance(values.get(name), list)
+                values[name] = [sizes[axis.name]] * sizes["layers"] if listed else sizes[axis.name]
+        if axis.rounding is not None:
+            values[axis.rounding.flag] = False
+    values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
+    values.update(dict.fromkeys(spec.absent_parts, 0))
+    before = spec.sizes(teacher)
+    for name, size, power in spec.scaled_fields:
+        if power == 1 and isinstance(values[name], int):
+            values[name] = values[name] * sizes[size] // before[size]
+        elif sizes[size] < before[size]:
+            values[name] *= (sizes[size] / before[size]) ** power
+    hidden = before["hidden"]
+    if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
+        values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if values.get(name)})
+    changed: dict[str, Any] = {}
+    if len(layers_kept) < before["layers"]:
+        if lacking := lacking_kinds(spec, teacher, layers_kept):
+            raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
+        changed = _layer_fields(spec, values, before["layers"], layers_kept)
+        values.update(changed)
+    values.pop("transformers_version", None)
+    if model_type not in (None, spec.model_type):
+        config_type = config_class(str(model_type))
+        known = config_type().to_dict().keys() - {"architectures"}
+        values = {name: value for name, value in values.items() if name in known and name != "model_type"}
+        values.update(_sisters(spec, teacher)[str(model_type)])
+    try:
+        config = config_type(**values)
+        # Layers that predict further tokens are no part of the stock model, and so of no student either.
+        if getattr(config, "num_mtp_layers", None):
+            config.num_mtp_layers = 0
+        config.validate()
+    except Exception as error:
+        nearest = _nearest_accepted(spec, config_type, values, before, sizes)
+        raise PlanError(
+            f"The stock {config_type.__name__} refuses these sizes: {first_line(error)} {nearest}"
+        ) from error
+    built = {axis: size for axis, size in spec.sizes(config).items() if not spec.holds_lists(axis, teacher)}
+    expected = {axis: sizes[axis] for axis in built}
+    if built != expected:
+        raise PlanError(
+            f"The stock {config_type.__name__} changes the sizes it is given: {built} instead of "
+            f"{expected}. Choose other sizes."
+        )
+    for name in set(spec.layer_lists) & changed.keys():
+        if (made := getattr(config, name)) != changed[name]:
+            raise PlanError(
+                f"The stock {type(teacher).__name__} cannot hold layers {list(layers_kept)} in this order: it changes "
+                f"{name} from {changed[name]} to {made}. Choose other layers_to_drop."
+            )
+    config._attn_implementation = teacher._attn_implementation
+    return config
+
+
+def _nearest_accepted(
+    spec: ArchSpec,
+    config_type: type[PretrainedConfig],
+    values: Mapping[str, Any],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+) -> str:
+    """Which sizes the stock config takes instead, one axis changed at a time, found by asking it."""
+
+    def accepted(axis: str, size: int) -> bool:
+        try:
+            config_type(**{**values, **dict.fromkeys(spec.axis[axis].fields, size)}).validate()
+        except Exception:  # whatever the stock class raises
+            return False
+        return True
+
+    found = []
+    for axis in FIELD_OF_AXIS:
+        if axis != "layers" and axis in after and after[axis] < before[axis] and spec.axis[axis].fields:
+            below, above = range(after[axis] - 1, 0, -1), range(after[axis] + 1, before[axis] + 1)
+            sides = [
+                next((size for size in side if accepted(axis, size)), None) for side in (below[:256], above[:256])
+            ]
+            if legal := " or ".join(str(size) for size in sides if size is not None):
+                found.append(f"{_name(spec, axis)}={legal}")
+    return f"Nearest: {', or '.join(found)}." if found else "Choose other sizes."
+
+
+def _norms_are_alike(spec: ArchSpec) -> bool:
+    """Whether all norms are over the hidden size, and read a residual stream of the teacher's scale.
+
+    Otherwise the one eps of the config must stay what the others need; it hardly matters.
+    """
+    vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
+    return vectors == set(spec.residual_norms) and not spec.bare_norms and not spec.scaled_embeddings
