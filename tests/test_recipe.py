@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from minitron_hf.errors import DataError, PlanError
-from minitron_hf.recipe.schema import Recipe, apply_overrides
+from minitron_hf.recipe.reading import apply_overrides
+from minitron_hf.recipe.schema import Recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MINIMAL = {

@@ -44,7 +44,8 @@ def distill(
         return
     if num_processes is not None:
         raise DataError("--num-processes needs --accelerate NAME, such as ddp.")
-    from ..recipe.schema import DISTILL_DEFAULTS, apply_overrides
+    from ..recipe.reading import apply_overrides
+    from ..recipe.schema import DISTILL_DEFAULTS
     from ..recipe.training import distill as run_distillation
 
     model, tokenizer = _load(student, dtype="float32")

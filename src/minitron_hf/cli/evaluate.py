@@ -23,7 +23,7 @@ def evaluate(
     from ..data import load_text_dataset
     from ..evaluation.evaluate import evaluate_models
     from ..models import load_tokenizer
-    from ..recipe.schema import apply_overrides
+    from ..recipe.reading import apply_overrides
 
     named = dict(model.partition("=")[::2] for model in models)
     if not all(named.values()):

@@ -158,7 +158,7 @@ def plan(
     if checked is not None:
         from ..distillation.capacity import estimate_capacity
         from ..models import load_config
-        from ..recipe.schema import apply_overrides
+        from ..recipe.reading import apply_overrides
         from ..sizes.request import PrunerConfig
         from ..sizes.student import student_config
 
@@ -192,7 +192,7 @@ def _plan(
 ) -> PruningPlan:
     from ..models import load_config
     from ..pruning.planning import make_plan
-    from ..recipe.schema import apply_overrides
+    from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
     from ..sizes.request import PrunerConfig
 

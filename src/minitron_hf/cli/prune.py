@@ -36,7 +36,7 @@ def prune(
     from ..pruning.plan import PruningPlan
     from ..pruning.prune import carry_out
     from ..pruning.streaming import is_streamable, prune_checkpoint
-    from ..recipe.schema import apply_overrides
+    from ..recipe.reading import apply_overrides
 
     made = PruningPlan.from_pretrained(plan)
     if made.repair and data is None:

@@ -29,8 +29,9 @@ def run(
     Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
     so in several processes (`distributed` in the recipe).
     """
+    from ..recipe.checking import check_recipe
     from ..recipe.launching import is_launched
-    from ..recipe.runner import check_recipe, run_recipe
+    from ..recipe.runner import run_recipe
     from ..recipe.schema import Recipe
 
     if is_launched():
@@ -70,8 +71,9 @@ def stage(
 ) -> None:
     """What a run does in several processes: `correct`, or `distill` the student in one folder into another."""
     from ..recipe.actions import correct
+    from ..recipe.reading import apply_overrides
     from ..recipe.run import Run
-    from ..recipe.schema import Recipe, apply_overrides
+    from ..recipe.schema import Recipe
     from ..recipe.training import train
 
     at_work = Run(Recipe.from_yaml(recipe), show_progress=not quiet)

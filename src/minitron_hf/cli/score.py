@@ -19,7 +19,7 @@ def score(
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
-    from ..recipe.schema import apply_overrides
+    from ..recipe.reading import apply_overrides
     from ..scoring.importance import estimate_importance
 
     texts = _texts(data, split, text_field)
@@ -46,7 +46,8 @@ def cache(
     from ..data import load_text_dataset
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.config import DistillationConfig
-    from ..recipe.schema import DISTILL_DEFAULTS, apply_overrides
+    from ..recipe.reading import apply_overrides
+    from ..recipe.schema import DISTILL_DEFAULTS
 
     model, tokenizer = _load(teacher)
     settings = {**apply_overrides(dict(DISTILL_DEFAULTS), set_ or []), "eval_strategy": "no"}

@@ -51,7 +51,7 @@ def search(
     """
     from ..data import load_text_dataset
     from ..publishing.plots import write_plots
-    from ..recipe.schema import apply_overrides, read_yaml
+    from ..recipe.reading import apply_overrides, read_yaml
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures, table
 

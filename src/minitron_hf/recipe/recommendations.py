@@ -32,7 +32,8 @@ from .decisions import (
     _search,
     _short,
 )
-from .schema import Recipe, apply_overrides
+from .reading import apply_overrides
+from .schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
