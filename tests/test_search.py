@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def find(teacher, scores):
         return search_architectures(teacher, scores, **{**defaults, **changes})
 
     return search_for
+
+
+def test_a_student_is_within_the_budget_whichever_layers_the_scores_keep():
+    """A layer of experts is larger than one without: the count of the shape alone would let it pass."""
+    model = pocket_model("deepseek_v3", dtype=torch.float32)
+    scores = estimate_importance(model, ROWS, max_length=16, show_progress=False)
+    blocks = scores.blocks.clone()
+    blocks[1, 1] = -1.0  # without experts
+    scores = replace(scores, blocks=blocks)
+    request = PrunerConfig(num_hidden_layers=4)
+    smaller = count_parameters(student_config(model.config, request))
+    larger = make_plan(model, request, scores).student["num_parameters"]
+    assert smaller < larger
+
+    def found(limit):
+        arguments = {"calibration_data": ROWS, "max_length": 16, "show_progress": False, "tolerance": 0.9}
+        space = {"num_hidden_layers": [4]}
+        return search_architectures(model, scores, space=space, max_parameters=limit, **arguments)
+
+    assert [candidate.num_parameters for candidate in found(larger).candidates] == [larger]
+    with pytest.raises(PlanError, match="layers that the scores keep"):
+        found(smaller)
 
 
 @pytest.fixture

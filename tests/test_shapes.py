@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -83,6 +84,18 @@ def test_counts_are_those_of_the_stock_model(name: str):
     for shape in shapes:
         assert shape.num_parameters == count_parameters(student_config(config, shape.request))
     assert [shape.num_parameters for shape in shapes] == sorted((s.num_parameters for s in shapes), reverse=True)
+
+
+@pytest.mark.parametrize("name", POCKETS)
+def test_counts_are_those_of_the_student_in_every_family(name: str):
+    """All widths at once, then depth: layers may hold unequal sizes, and lack what others have."""
+    config = pocket_config(name)
+    widths = {size: [0.5] for size in sorted(cuttable(name)) if size != "num_hidden_layers"}
+    coupled = {"hidden_size"} if {"num_attention_heads", "mamba_num_heads", "conv_dim"} & widths.keys() else set()
+    for space in ({size: widths[size] for size in widths.keys() - coupled}, {"num_hidden_layers": [3]}):
+        with contextlib.suppress(PlanError):  # depths that leave no possible model
+            for shape in enumerate_shapes(config, space, PrunerConfig(multiple_of=1)).shapes:
+                assert shape.num_parameters == count_parameters(student_config(config, shape.request))
 
 
 def test_what_cannot_be_cut_is_counted_with_the_reason():

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from minitron_hf import models
+from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import PRUNER_FIELDS, spec_for
 from minitron_hf.pruning.masking import masked_units
@@ -25,8 +26,12 @@ from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.recipe.recommendations import recommend
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.shapes import shapes_near_target
+from minitron_hf.sizes.student import student_config
 from pocket import float64_throughout, pocket_config, pocket_tokens
 
 IMAGE_TOKEN = 95
@@ -250,3 +255,37 @@ def test_sizes_are_those_of_the_language_model():
 def test_wrappers_without_a_table_are_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"'mistral3' around 'qwen2'. Supported: gemma3 \(gemma3_text\), "):
         spec_for(Mistral3Config(text_config={"model_type": "qwen2"}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_targets_and_recommendations_count_the_whole_model(name: str):
+    """The parts beside the language model are parameters of the student too."""
+    config = CONFIGS[name]
+    limit = 0.9 * models.count_parameters(config)
+    for shape in shapes_near_target(config, PrunerConfig(target_parameters=0.9, multiple_of=1), tolerance=0.2):
+        count = models.count_parameters(student_config(config, shape.request))
+        assert shape.num_parameters == count <= limit
+    [*_, last] = recommend(config, 0.9).rounds
+    assert last.num_parameters == models.count_parameters(student_config(config, last.request))
+
+
+def test_a_target_and_a_search_prune_the_language_model():
+    model = wrapped("gemma3", torch.float32)
+    rows = TokenRows(tuple(tuple(row) for row in TOKENS.tolist()), None)
+    request = PrunerConfig(target_parameters=0.9, multiple_of=1)
+    student = prune_model(model, request, calibration_data=rows, max_length=22, show_progress=False)
+    assert student.pruning_plan.student["num_parameters"] <= 0.9 * models.count_parameters(model)
+    scores = estimate_importance(model, rows, max_length=22, show_progress=False)
+    found = search_architectures(
+        model,
+        scores,
+        space={"intermediate_size": [0.5, 0.75, 1.0]},
+        calibration_data=rows,
+        max_parameters=0.99 * models.count_parameters(model),
+        tolerance=0.5,
+        max_length=22,
+        show_progress=False,
+    )
+    assert [candidate.num_parameters for candidate in found.candidates] == [
+        models.count_parameters(student_config(model.config, candidate.request)) for candidate in found.candidates
+    ]

@@ -168,11 +168,21 @@ def search_architectures(
         for shape in different(shapes, num_proxied):
             candidate = record.candidate(shape)
             if candidate.proxy is None:
-                student = apply_plan(model, _plan_of(model, candidate, scores))
+                plan = _plan_of(model, candidate, scores)
+                # Where layers are not alike, it depends on which of them the scores keep.
+                candidate.num_parameters = plan.student["num_parameters"]
+                if candidate.num_parameters > given.get("max_parameters", math.inf):
+                    record.candidates.remove(candidate)
+                    why = "The layers that the scores keep hold more parameters than the budget."
+                    found.refused[why] = found.refused.get(why, 0) + 1
+                    continue
+                student = apply_plan(model, plan)
                 candidate.proxy = measure(student, candidate)
                 del student
                 gc.collect()
                 record.save()
+        if not record.candidates:
+            raise PlanError(f"max_parameters: {why} Choose a larger budget, or layers_to_drop.")
         ranked = sorted(record.candidates, key=lambda candidate: candidate.proxy_kl)
         if train_dataset is not None:
             by_name = {candidate.name: candidate for candidate in ranked}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,10 @@ from .layers import protected_layers
 from .legality import require_cuttable
 from .request import PrunerConfig
 from .resolve import resolve_sizes
-from .student import student_config
+from .student import build_student_config, layers_without_scores
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 #: Sizes to try, by their names in `PrunerConfig`: numbers of units, fractions of the teacher's, or multiples of
 #: another size, `"2.5*hidden_size"`.
@@ -51,7 +50,8 @@ class Shape:
     Attributes:
         request: its sizes, all given as numbers of units.
         sizes: size of every axis.
-        num_parameters: exact, tied ones once.
+        num_parameters: exact, tied ones once, other parts of a wrapper included. Where layers are not alike and some
+            go, it is that of `student_config`, and a plan by scores may keep others.
     """
 
     request: PrunerConfig
@@ -257,17 +257,19 @@ def _cutter(
     """Sizes → the shape they give, counted; `PlanError` where it cannot be cut."""
     teacher = empty_model(config)
     spec.check(teacher)
-    count = _counter(spec, teacher)
+    parameters = dict(own_parameters(teacher))
 
     def cut(values: Mapping[str, int | float | str]) -> Shape:
         given = {**values, **{other: values[name] for name, others in alike.items() for other in others}}
         request = _resolved(config, given, base)
         sizes, _ = resolve_sizes(spec, config, request)
-        student_config(config, request)
+        layers_kept = layers_without_scores(spec, config, request, sizes["layers"])
+        student = build_student_config(spec, config, sizes, layers_kept, model_type=request.model_type)
+        count = sum(math.prod(shape) for *_, shape in spec.student_tensors(parameters, student, layers_kept))
         named: dict[str, Any] = {
             name: sizes[axis] if getattr(request, name) is not None else None for name, axis in PRUNER_FIELDS.items()
         }
-        return Shape(replace(request, **named), sizes, count(sizes))
+        return Shape(replace(request, **named), sizes, count)
 
     return cut
 
@@ -412,16 +414,3 @@ def _resolved(config: PretrainedConfig, values: Mapping[str, int | float | str],
             changes: dict[str, Any] = {name: round(float(match[1]) * sizes[PRUNER_FIELDS[match[2]]])}
             request = replace(request, **changes)
     return request
-
-
-def _counter(spec: ArchSpec, teacher: PreTrainedModel) -> Callable[[Mapping[str, int]], int]:
-    """Parameters of a shape by the family's table; which layers stay does not matter where all are alike."""
-    located = [spec.locate(name) or (name, None) for name, _ in own_parameters(teacher)]
-    depth = spec.sizes(teacher.config)["layers"]
-
-    def count(sizes: Mapping[str, int]) -> int:
-        kept = {*range(sizes["layers"] - 1), depth - 1}
-        times = Counter(pattern for pattern, layer in located if layer is None or layer in kept)
-        return sum(number * math.prod(spec.shape(pattern, sizes)) for pattern, number in times.items())
-
-    return count

@@ -44,27 +44,38 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     """
     spec = spec_for(config)
     sizes, _ = resolve_sizes(spec, config, pruner_config)
-    depth = spec.sizes(config)["layers"]
-    if pruner_config.layers_to_drop is None:
-        blocks = [
-            (*range(start), *range(start + depth - sizes["layers"], depth))
-            for start in (sizes["layers"] - 1, *range(sizes["layers"] - 2, -1, -1), sizes["layers"])
-        ]
-        if fixed := fixed_layers(spec, config):
-            droppable = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in fixed]
-            drop = droppable[len(droppable) - (depth - sizes["layers"]) :]
-            blocks = [tuple(layer for layer in range(depth) if layer not in drop)]
-        kept = next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
-    else:
-        kept = tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
     return build_student_config(
         spec,
         config,
         sizes,
-        kept,
+        layers_without_scores(spec, config, pruner_config, sizes["layers"]),
         norm_compensation=pruner_config.norm_compensation,
         model_type=pruner_config.model_type,
     )
+
+
+def layers_without_scores(
+    spec: ArchSpec, config: PretrainedConfig, pruner_config: PrunerConfig, left: int
+) -> tuple[int, ...]:
+    """Teacher indices of the layers that stay where no scores choose them: see `student_config`.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        pruner_config: the request; its `layers_to_drop` decide if there are any.
+        left: number of layers that stay.
+    """
+    depth = spec.sizes(config)["layers"]
+    if pruner_config.layers_to_drop is not None:
+        return tuple(layer for layer in range(depth) if layer not in pruner_config.layers_to_drop)
+    blocks = [
+        (*range(start), *range(start + depth - left, depth)) for start in (left - 1, *range(left - 2, -1, -1), left)
+    ]
+    if fixed := fixed_layers(spec, config):
+        droppable = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in fixed]
+        drop = droppable[len(droppable) - (depth - left) :]
+        blocks = [tuple(layer for layer in range(depth) if layer not in drop)]
+    return next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
 
 
 def with_classes(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
