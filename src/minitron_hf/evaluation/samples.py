@@ -40,7 +40,7 @@ def generate_samples(
         device: device of models that are loaded here.
 
     Returns:
-        `[{"prompt": …, "completions": {name: text}}]`, completions without the prompt.
+        One mapping per prompt: `{"prompt": …, "completions": {name: text}}`, completions without the prompt.
     """
     from transformers import GenerationConfig
 

@@ -85,9 +85,9 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     - `"contribution"`: weight × activation: ‖what the unit adds to the output of the projection that reads it‖₂, for
       heads, groups and neurons alike; for a channel, its value times the norm of what the matrices of the layer (after
       the last norm: the head) hold for it.
-    - `"taylor"`: |Σ x·∂L/∂x| over the tokens of a row, which is the |Σ w·∂L/∂w| of P1 §2.2 over the weights that read
-      the unit; blocks of layers likewise. A backward pass, without gradients of weights. `sequence_reduction` has no
-      say in it.
+    - `"taylor"`: `|Σ x·∂L/∂x|` over the tokens of a row, which is the `|Σ w·∂L/∂w|` of P1 §2.2 over the weights that
+      read the unit; blocks of layers likewise. It needs a backward pass, without gradients of weights, and ignores
+      `sequence_reduction`.
     - `"magnitude"`: ‖all weights of the unit‖₂. A control, without data.
     - `"random"`: the control that every result should be shown beside.
 

@@ -1,0 +1,108 @@
+"""Writes the reference pages that come from the code: the recipe's keys and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+from typer.main import get_command
+
+from minitron_hf.cli.app import app
+from minitron_hf.recipe import schema
+
+
+def write_generated(folder: Path) -> None:
+    """Write `recipe.md` and `cli.md` into `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.md").write_text(recipe_reference(), encoding="utf-8")
+    (folder / "cli.md").write_text(cli_reference(), encoding="utf-8")
+
+
+def recipe_reference() -> str:
+    """One table per section of a recipe, from the dataclasses and their docstrings."""
+    sections = [schema.Recipe]
+    parts = []
+    for section in sections:
+        described = _attributes(section)
+        rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for field in dataclasses.fields(section):
+            hint = get_type_hints(section)[field.name]
+            sections += [inner for inner in _sections_in(hint) if inner not in sections]
+            rows.append(f"| `{field.name}` | {_type(hint)} | {_default(field)} | {described.get(field.name, '')} |")
+        name = section.__name__
+        about = _first_paragraph(section)
+        parts.append(f"({name.lower()})=\n## {name}\n\n{about}\n\n" + "\n".join(rows) + "\n")
+    return "# The keys of a recipe\n\n" + "\n".join(parts)
+
+
+def cli_reference() -> str:
+    """One section per command: its help, arguments and options."""
+    command: Any = get_command(app)
+    parts = ["# The command line\n"]
+    for name, one in command.commands.items():
+        if one.hidden:
+            continue
+        context = click.Context(one, info_name=f"minitron-hf {name}")
+        usage = " ".join(one.collect_usage_pieces(context))
+        parts.append(
+            f"## minitron-hf {name}\n\n{_plain(one.help or '')}\n\n```text\nminitron-hf {name} {usage}\n```\n"
+        )
+        rows = ["| option | meaning |", "|---|---|"]
+        for parameter in one.params:
+            record = parameter.get_help_record(context)
+            if record is None:
+                record = (parameter.human_readable_name, getattr(parameter, "help", "") or "")
+            rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
+        if len(rows) > 2:
+            parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _attributes(section: type) -> dict[str, str]:
+    """The entries of a docstring's `Attributes:` block, one line each."""
+    _, _, block = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in block.splitlines():
+        if entry := re.match(r" {4}(\w+): (.*)", line):
+            name, found[entry[1]] = entry[1], entry[2]
+        elif name:
+            found[name] += " " + line.strip()
+    return {name: _cell(text) for name, text in found.items()}
+
+
+def _first_paragraph(section: type) -> str:
+    return inspect.cleandoc(section.__doc__ or "").split("\n\nAttributes:")[0]
+
+
+def _sections_in(hint: Any) -> list[type]:
+    inner = getattr(hint, "__args__", ())
+    return [one for one in (hint, *inner) if dataclasses.is_dataclass(one) and isinstance(one, type)]
+
+
+def _type(hint: Any) -> str:
+    if sections := _sections_in(hint):
+        return ", ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in sections)
+    text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", ()) else str(hint)
+    return f"`{_cell(text.replace('typing.', ''))}`"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    if field.default_factory is not dataclasses.MISSING:
+        made = field.default_factory()
+        return "" if dataclasses.is_dataclass(made) else f"`{made!r}`"
+    return "required"
+
+
+def _plain(text: str) -> str:
+    return inspect.cleandoc(text).replace("\f", "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
