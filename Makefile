@@ -8,13 +8,14 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-slow lint format families clean
+.PHONY: help demo test test-slow lint format families docs clean
 help:
 	@echo "make demo       the whole path, offline, on a small model and the standard library's own documentation"
 	@echo "make test       linters, types and the default test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make format     format the code"
-	@echo "make families   write the README's matrix of families anew"
+	@echo "make families   write the matrix of families in docs/families.md anew"
+	@echo "make docs       build the documentation, warnings as errors, into docs/_build/html"
 
 # torch first and pinned: an open range would bring the registry's newest CUDA build.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
@@ -43,7 +44,14 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 families: $(VENV)/installed
-	$(BIN)/python -m minitron_hf.survey.matrix README.md
+	$(BIN)/python -m minitron_hf.survey.matrix docs/families.md
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) $(RUN) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(RUN) build docs/_build docs/_generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
 exclude_patterns = ["_build"]
+smartquotes = False  # it would turn the -- of options into a dash
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

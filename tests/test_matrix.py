@@ -1,4 +1,4 @@
-"""The matrix family × axis says what the tables say, and the README shows the current one."""
+"""The matrix family × axis says what the tables say, and the documentation shows the current one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from minitron_hf.errors import DataError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, families, wrapped_families
 from minitron_hf.survey.matrix import BEGIN, END, Cut, cuts, described, support_matrix, to_markdown, with_matrix
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_the_current_matrix():
-    assert with_matrix(README) == README, "make families writes it"
+def test_the_page_shows_the_current_matrix():
+    assert with_matrix(PAGE) == PAGE, "make families writes it"
 
 
 def test_every_family_is_in_one_row():
     listed = [name.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹ ") for names, _ in support_matrix().rows for name in names]
     assert sorted(listed) == sorted([*families(), *(f"{outer} ({text})" for outer, text in wrapped_families())])
-    rows = [line for line in README.splitlines() if "`mistral3` (`mistral`)" in line]
+    rows = [line for line in PAGE.splitlines() if "`mistral3` (`mistral`)" in line]
     [(layers, hidden)] = [row.split("|")[2:4] for row in rows]
     assert ("✓" in layers, "✗" in hidden) == (True, True)
 

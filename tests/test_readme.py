@@ -20,15 +20,21 @@ from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if not {"_build", "_generated"} & set(path.parts)
+}
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """Code blocks of a language, but for those behind a comment that says why they are not run."""
+    return re.findall(rf"(?<!-->\n)```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pushed = []
     monkeypatch.setattr(
@@ -42,32 +48,67 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
         "train": rows,
         "val": rows,
     }
-    code = blocks("python")
-    assert len(code) == 3
+    code = blocks(page, "python")
     for block in code:
-        exec(compile(block, "README.md", "exec"), names)
-    assert pushed == ["out"]
-    assert names["student"].config.num_hidden_layers == 4  # the last plan: 0.75 of 5 layers
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["student"]
+        exec(compile(block, page, "exec"), names)
+    if page == "README.md":
+        assert len(code) == 1
+        assert pushed == ["out"]
+        assert names["student"].config.hidden_size < names["teacher"].config.hidden_size
+    else:
+        assert len(code) == 3
+        assert names["student"].config.num_hidden_layers == 4  # 0.75 of 5 layers
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["student"]
+
+
+def test_every_python_block_is_run_or_says_why_not():
+    shown = {page for page in PAGES if blocks(page, "python")}
+    assert shown == {"README.md", "docs/tutorial.md", "docs/guides/add-a-family.md"}  # the last in test_contributing
 
 
 def test_the_recipe_blocks_are_recipes():
-    block, rounds = map(yaml.safe_load, blocks("yaml"))
-    recipe = Recipe.from_dict(block)
+    """Whole recipes, or sections that a recipe of the README takes."""
+    base = yaml.safe_load(blocks("README.md", "yaml")[0])
+    recipe = Recipe.from_dict(base)
     assert recipe.pruner_config.hidden_size == 3072
     assert recipe.publish is not None
-    twice = Recipe.from_dict({**block, **rounds})
-    assert [twice.in_round(number).pruner_config.hidden_size for number in (1, 2)] == [3584, 3072]
+    shown = [(page, yaml.safe_load(block)) for page in PAGES for block in blocks(page, "yaml")]
+    assert len(shown) > 4
+    for page, block in shown:
+        Recipe.from_dict(block if "teacher" in block else {**base, **block})
+        if "rounds" in block:
+            twice = Recipe.from_dict({**base, **block})
+            assert [twice.in_round(number).pruner_config.hidden_size for number in (1, 2)] == [3584, 3072], page
 
 
-def test_commands_exist():
-    known = set(get_command(app).commands)
-    lines = " ".join(blocks("bash")) + README
-    named = set(re.findall(r"minitron-hf ([a-z][a-z-]*)\b", lines)) - {"run"}
-    assert named
-    assert named <= known
-    for recipe in re.findall(r"examples/[\w./-]+\.yaml", lines):
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_options_exist(page):
+    known = get_command(app).commands
+    for line in " ".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        for name, rest in re.findall(r"minitron-hf ([a-z][a-z-]*)([^#;|)]*)", line):
+            assert name in known, line
+            options = {option for one in known[name].params for option in (*one.opts, *one.secondary_opts)}
+            assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= options, line
+    named = set(re.findall(r"`minitron-hf ([a-z][a-z-]*)", PAGES[page]))
+    assert named <= set(known)
+    for recipe in re.findall(r"examples/[\w./-]+\.(?:yaml|py)", PAGES[page]):
         assert (ROOT / recipe).is_file(), recipe
+    targets = set(re.findall(r"`make ([a-z-]+)", PAGES[page]))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]):
+        if not re.match(r"https?://", link):
+            target = (ROOT / page).parent / link
+            assert target.exists() or "_generated" in link, f"{page} links to {link}"
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 12_000
 
 
 def test_quickstart_leaves_a_student_with_its_card(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """What can be cut in which family: the matrix family × axis, read off the tables, for the terminal and the README.
 
-`python -m minitron_hf.survey.matrix README.md` rewrites the README's matrix.
+`python -m minitron_hf.survey.matrix docs/families.md` rewrites the matrix of that page.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
 
 
 def to_markdown(matrix: Matrix) -> str:
-    """The matrix as it stands in the README: a table, its legend, and the remarks as a numbered list."""
+    """The matrix as it stands in the documentation: a table, its legend, and the remarks as a numbered list."""
     head = ["families", *matrix.axes]
     lines = [f"| {' | '.join(head)} |", f"|---|{':-:|' * len(matrix.axes)}"]
     for names, cells in matrix.rows:
