@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import random
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -585,6 +586,85 @@ def test_lora_checkpoint_resumes_and_merges_by_peft(tmp_path):
     merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").merge_and_unload()
     tokens = pocket_tokens(2, 9)
     torch.testing.assert_close(merged.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def adapted_student(tmp_path, **options):
+    """A student that was pruned in memory from a stored teacher, and trains an adapter."""
+    pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    student = prune_model(teacher, PrunerConfig(layers_to_drop=[1]))
+    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return make_trainer(tmp_path / "run", student, teacher, token_dataset(), peft_config=config, **options)
+
+
+def test_adapter_of_a_student_in_memory_names_the_pruned_base(tmp_path):
+    trainer = adapted_student(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, bf16=False)
+    trainer.train()
+    trainer.save_model()
+    tokens = pocket_tokens(2, 9)
+    expected = trainer.model.eval()(input_ids=tokens).logits
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        for loader in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+            loaded = loader.from_pretrained(folder, attn_implementation="eager")
+            torch.testing.assert_close(loaded.eval()(input_ids=tokens).logits, expected)
+    assert not (tmp_path / "run" / "README.md").exists()  # PEFT's card names paths
+    record = trainer.distillation_record()
+    assert record["student"]["name_or_path"] is record["peft"]["base_model_name_or_path"] is None
+
+
+def test_a_folder_holds_the_adapter_or_the_merged_student(tmp_path):
+    trainer = adapted_student(tmp_path)
+    tokens = pocket_tokens(2, 9)
+    expected = trainer.model.eval()(input_ids=tokens).logits
+    for save in (trainer.save_student, trainer.save_model, trainer.save_student):
+        save()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run", attn_implementation="eager")
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, expected)
+
+
+def test_an_adapter_on_a_model_that_is_stored_nowhere_is_refused(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    adapted = get_peft_model(student, LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(UnsupportedModelError, match="stored nowhere"):
+        make_trainer(tmp_path, adapted, teacher, token_dataset())
+
+
+def test_the_tokenizer_of_a_student_in_memory_is_the_teachers(tmp_path):
+    _, teacher = models(dtype=torch.float32)
+    for part in (teacher, pocket_tokenizer()):
+        part.save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    student = prune_model(teacher, PrunerConfig(layers_to_drop=[1]))
+    args = DistillationConfig(str(tmp_path / "run"), report_to="none")
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=token_dataset())
+    assert trainer.processing_class.get_vocab() == pocket_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "v_proj"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_adapters_that_part_tied_weights_are_refused(tmp_path, options):
+    student, teacher = models("qwen2-tied", dtype=torch.float32)
+    warnings.simplefilter("ignore")  # PEFT warns of it, too; pytest restores the filters
+    with pytest.raises(UnsupportedModelError, match="tie_word_embeddings"):
+        make_trainer(tmp_path, student, teacher, token_dataset(), peft_config=LoraConfig(**options))
+
+
+def test_tied_weights_trained_as_one_merge(tmp_path):
+    student, teacher = models("qwen2-tied", dtype=torch.float32)
+    config = LoraConfig(target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    options = {"max_steps": 2, "learning_rate": 0.1, "peft_config": config, "bf16": False}
+    trainer = make_trainer(tmp_path / "run", student, teacher, token_dataset(), **options)
+    trainer.train()
+    trainer.save_student(tmp_path / "student")
+    tokens = pocket_tokens(2, 9)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
 def test_logits_are_returned_only_where_metrics_need_them(tmp_path):

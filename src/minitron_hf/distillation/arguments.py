@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import AutoProcessor
 
-from ..errors import MismatchError
+from ..errors import DataError, MismatchError
 from ..losses.heads import base_model_of
-from ..models import load_config
+from ..models import load_config, load_tokenizer
 from .config import DistillationConfig, has_fast_bf16, trains_on_cpu
 from .record import describe_data
 from .teacher_cache import TeacherCache
@@ -59,6 +60,17 @@ def config_of(model: Any, kwargs: dict[str, Any]) -> Any:
 def name_of(model: Any) -> str | None:
     config = getattr(model, "config", None)
     return os.fspath(model) if config is None else config._name_or_path or None
+
+
+def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
+    """The tokenizer or processor beside the teacher, for a student that is stored nowhere."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    name = teacher_config._name_or_path or None
+    if name is None:
+        raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")
+    if teacher_config.get_text_config() is teacher_config:
+        return load_tokenizer(name, **options)
+    return AutoProcessor.from_pretrained(name, **options)
 
 
 def as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..losses.heads import base_model_of
 from ..models import empty_model
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
+from .adapters import keep_one_model
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
 from .intermediate import PROJECTION, IntermediateLosses
@@ -90,6 +91,8 @@ class SavesStudent(SFTTrainer):
         """
         output_dir = os.fspath(output_dir or own_output_dir(self.args))
         with self._stock_config(), _writing(output_dir):
+            if self.args.should_save:
+                keep_one_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
             super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             self._save_origin(Path(output_dir))
@@ -135,8 +138,7 @@ class SavesStudent(SFTTrainer):
             student.to(dtype=dtype or student.dtype).save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (output_dir / name).unlink(missing_ok=True)  # loaders would put the adapter on top of the merged weights
+            keep_one_model(output_dir, adapter=False)
         self._save_origin(output_dir)
 
     def _save_origin(self, folder: Path) -> None:
@@ -154,13 +156,14 @@ class SavesStudent(SFTTrainer):
         """What `distillation.json` holds: teacher, arguments, data and everything that was logged."""
         arguments = self.args.to_dict()
         model = self.accelerator.unwrap_model(self.model)
-        peft = None
+        peft: dict[str, Any] | None = None
         if is_peft_model(model):
             peft = {
                 key: sorted(value) if isinstance(value, set) else value
                 for key, value in model.peft_config[model.active_adapter].to_dict().items()
                 if isinstance(value, bool | int | float | str | set | list)
             }
+            peft["base_model_name_or_path"] = public_name(self._student_name)
         history = self.state.log_history
         return {
             "format": 1,

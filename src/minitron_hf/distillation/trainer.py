@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,8 @@ from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import load_model
-from .arguments import as_dict, cast_student, config_of, described, eval_packing, name_of
+from .adapters import refuse_split_tie, store_base, stored_name, without_card
+from .arguments import as_dict, cast_student, config_of, described, eval_packing, name_of, processing_class_of
 from .batches import (
     CACHED,
     LOG_PROBS,
@@ -37,7 +37,8 @@ from .batches import (
 from .checks import refuse_launch, refuse_pair, refuse_split_model, refuse_wrapped_head
 from .config import DistillationConfig, is_fast
 from .correction import ConcurrentCorrection, cross_entropy_sum
-from .intermediate import PROJECTION, IntermediateLosses, state_pairs, wanted_states
+from .intermediate import wanted_states
+from .intermediate_steps import WeighsIntermediateLosses
 from .parallel import (
     LossRequest,
     distilling_forward,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrainer):
+class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverTokens, CountsRowsOnce, SFTTrainer):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
     The student learns the teacher's distribution at every token of `train_dataset` that counts (all of them, or those
@@ -171,7 +172,7 @@ class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrai
             for name in TRAINING_FIELDS
             if hasattr(student_config.get_text_config(), name)
         }
-        self._student_name: str | None = student_config._name_or_path or None
+        self._student_name = stored_name(model)
         for caches, packing in ((train_caches, args.packing), (eval_caches, eval_packing(args))):
             for cache in caches:
                 cache.require_arguments(args, packing=packing)
@@ -183,6 +184,10 @@ class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrai
             pruning_plan = [pruning_plan]
         self._plans = pruning_plan or ()
         require_writable(own_output_dir(args))
+        if self._student_name is None and (peft_config is not None or is_peft_model(model)):
+            store_base(model, own_output_dir(args), writes=args.should_save)
+        if processing_class is None and self._student_name is None:
+            processing_class = processing_class_of(teacher_config, args.trust_remote_code)
 
         super().__init__(
             model=model,
@@ -207,6 +212,8 @@ class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrai
         student = base_model_of(self.model)
         refuse_split_model(student, "student")
         refuse_wrapped_head(student)
+        refuse_split_tie(student)
+        without_card(self.model)
         # In place of TRL's own fused forward, which computes a cross-entropy alone.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
@@ -338,49 +345,7 @@ class DistillationTrainer(SavesStudent, MeansOverTokens, CountsRowsOnce, SFTTrai
             )
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
-    # ---- Intermediate losses ----
-
-    def _intermediate_losses(self, student_config: Any, teacher_config: Any) -> IntermediateLosses:
-        configs = [config.get_text_config() for config in (student_config, teacher_config)]
-        pairs = state_pairs(
-            self.args.hidden_loss,
-            self.args.embedding_loss,
-            self.args.hidden_layers,
-            depth=configs[0].num_hidden_layers,
-            teacher_depth=configs[1].num_hidden_layers,
-        )
-        width, teacher_width = (config.hidden_size for config in configs)
-        return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plans)
-
-    @contextlib.contextmanager
-    def _attached(self) -> Iterator[None]:
-        """The map to the teacher's width as a module of the student, unless it is one already."""
-        student = base_model_of(self.accelerator.unwrap_model(self.model))
-        if hasattr(student, PROJECTION):
-            yield
-            return
-        self._intermediate.attach(student)
-        try:
-            yield
-        finally:
-            self._intermediate.detach(student)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`."""
-        with self._attached():
-            return super().train(*args, **kwargs)
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of an optimiser step, before which the weight of the intermediate losses is set."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._intermediate:
-            if self._intermediate.weight is None and self._intermediate.step_sums is None:
-                self.model.train()
-                with torch.no_grad():  # before the first step there is none to take it from
-                    for batch in batches:
-                        self._token_losses(self.model_wrapped, self._prepare_inputs(batch))
-            self._intermediate.begin_step(self._sum_over_processes)
-        return batches, num_items
+    # ---- Checkpoints ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

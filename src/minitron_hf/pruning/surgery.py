@@ -75,7 +75,7 @@ def apply_plan(
     config = plan.build_student_config()
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
-    config._name_or_path = model.config._name_or_path
+    config._name_or_path = ""  # stored nowhere: an adapter's checkpoint would name the teacher as its base model
     with no_init_weights(), input_device(model):
         student = _student_class(model, config)._from_config(config, dtype=model.dtype)
     tensors = named_tensors(model)

@@ -1,0 +1,121 @@
+"""Adapters (PEFT) on a student: the base model they are stored with, and what a folder with one may hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from ..errors import MinitronError, UnsupportedModelError
+from ..files import replacing_folder
+from ..losses.heads import base_model_of
+from ..models import architecture_digest, load_config
+
+#: Folder beside the checkpoints that holds the base model of their adapters.
+BASE_NAME = "base_model"
+
+#: Files of an adapter, and of a whole model. A loader that finds both puts the adapter on top of the model.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+def stored_name(model: Any) -> str | None:
+    """Folder or Hub id that holds the weights of a model; None for a model that exists in memory only.
+
+    A model that was cut in this process, or whose config is not that of the folder it names, is stored nowhere: an
+    adapter that names that folder would be loaded on top of another model.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return os.fspath(model)
+    base = base_model_of(model)
+    name = config._name_or_path or None
+    if name is None or getattr(base, "pruning_plan", None) is not None:
+        return None
+    with contextlib.suppress(MinitronError):
+        stored = load_config(name, revision=getattr(config, "_commit_hash", None))
+        return name if architecture_digest(stored) == architecture_digest(base.config) else None
+    return None
+
+
+def store_base(student: Any, output_dir: str | os.PathLike[str], *, writes: bool) -> None:
+    """Save the base of an adapter to come, so that the adapter's checkpoints can name it.
+
+    PEFT records where a base model was loaded from (`base_model_name_or_path`). A pruned model in memory was loaded
+    from nowhere.
+
+    Args:
+        student: the model, before the adapter is put on it.
+        output_dir: the output folder of the run; the base goes into `base_model/` there.
+        writes: whether this process writes files.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+        UnsupportedModelError: if the adapter is on the model already, which may have changed its weights.
+    """
+    if is_peft_model(student):
+        raise UnsupportedModelError(
+            "The student is an adapter (a PeftModel) on a model that is stored nowhere, so its checkpoints could not "
+            "be loaded. Pass the model itself and peft_config= to the trainer, which stores it; or call "
+            "save_pretrained(folder) before the adapter is added, and put it on from_pretrained(folder)."
+        )
+    folder = Path(output_dir).resolve() / BASE_NAME
+    if writes:
+        with replacing_folder(folder) as temporary:
+            student.save_pretrained(temporary)
+    student.config._name_or_path = student.name_or_path = str(folder)
+
+
+def without_card(model: Any) -> None:
+    """Keep PEFT from writing its card, with the base model's path on this machine, over the run's own."""
+    if is_peft_model(model):
+        model.create_or_update_model_card = _no_card
+
+
+def _no_card(output_dir: str) -> None:
+    return None
+
+
+def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
+    """Remove what a save into `folder` is going to replace: a whole model before an adapter, and the reverse."""
+    for path in Path(folder).glob("*"):
+        if any(fnmatch(path.name, pattern) for pattern in (MODEL_FILES if adapter else ADAPTER_FILES)):
+            path.unlink()
+
+
+def refuse_split_tie(student: Any) -> None:
+    """Refuse an adapter that trains the token embedding apart from the output head, where the model ties them.
+
+    A stock model with `tie_word_embeddings` has one matrix for both: merged, the adapter would change the head, too.
+
+    Raises:
+        UnsupportedModelError: naming what to do.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if not student.config.get_text_config().tie_word_embeddings:
+        return
+    head = student.get_output_embeddings()
+    wrapped = [module for module in student.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    ends = [module for module in wrapped if module is head or isinstance(_inside(module), nn.Embedding)]
+    trained_as_one = len(ends) == 2 and all(
+        isinstance(module, ModulesToSaveWrapper) and module.weight is head.weight for module in ends
+    )
+    if ends and not trained_as_one:
+        raise UnsupportedModelError(
+            "The adapter trains the token embedding or the output head, which are one matrix in this model "
+            "(tie_word_embeddings): merged, it would change the other one, too. Take both out of target_modules, "
+            "modules_to_save and trainable_token_indices, or train the whole matrix: "
+            "LoraConfig(modules_to_save=[the embedding], ensure_weight_tying=True)."
+        )
+
+
+def _inside(module: Any) -> Any:
+    """What an adapter's layer is around."""
+    return getattr(module, "base_layer", None) or getattr(module, "original_module", None)

@@ -1,0 +1,76 @@
+"""Intermediate losses in training: the map to the teacher's width on the student, and their weight of each step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import SFTTrainer
+
+from ..losses.heads import base_model_of
+from .config import DistillationConfig
+from .intermediate import PROJECTION, IntermediateLosses, state_pairs
+
+if TYPE_CHECKING:
+    from ..pruning.plan import PruningPlan
+
+
+class WeighsIntermediateLosses(SFTTrainer):
+    """The part of `DistillationTrainer` that makes intermediate losses, and sets their weight before each step."""
+
+    args: DistillationConfig
+    model: Any
+    hub_model_id: Any
+    _plans: Sequence[PruningPlan]
+    _intermediate: IntermediateLosses
+
+    if TYPE_CHECKING:
+
+        def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]: ...
+
+        def _sum_over_processes(self, values: Tensor) -> Tensor: ...
+
+    def _intermediate_losses(self, student_config: Any, teacher_config: Any) -> IntermediateLosses:
+        configs = [config.get_text_config() for config in (student_config, teacher_config)]
+        pairs = state_pairs(
+            self.args.hidden_loss,
+            self.args.embedding_loss,
+            self.args.hidden_layers,
+            depth=configs[0].num_hidden_layers,
+            teacher_depth=configs[1].num_hidden_layers,
+        )
+        width, teacher_width = (config.hidden_size for config in configs)
+        return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plans)
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """The map to the teacher's width as a module of the student, unless it is one already."""
+        student = base_model_of(self.accelerator.unwrap_model(self.model))
+        if hasattr(student, PROJECTION):
+            yield
+            return
+        self._intermediate.attach(student)
+        try:
+            yield
+        finally:
+            self._intermediate.detach(student)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        with self._attached():
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, before which the weight of the intermediate losses is set."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._intermediate:
+            if self._intermediate.weight is None and self._intermediate.step_sums is None:
+                self.model.train()
+                with torch.no_grad():  # before the first step there is none to take it from
+                    for batch in batches:
+                        self._token_losses(self.model_wrapped, self._prepare_inputs(batch))
+            self._intermediate.begin_step(self._sum_over_processes)
+        return batches, num_items
