@@ -19,6 +19,7 @@ _MODULE_OF = {
     "load_model": "models",
     "load_tokenizer": "models",
     "count_parameters": "models",
+    "register_family": "families",
     "ImportanceScores": "scoring.scores",
     "estimate_importance": "scoring.importance",
     "PrunerConfig": "sizes.request",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .errors import MinitronError as MinitronError
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples
+    from .families import register_family as register_family
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer

@@ -171,7 +171,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), _not_partitioned():
             # A copy, because building a model may write its attention implementation into the config.
-            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
+            # A config class of remote code exists only where its code was trusted when it was loaded.
+            trusted = type(config).__module__.startswith("transformers_modules.")
+            model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=trusted)
             return model
     except Exception as error:
         if "Unrecognized configuration class" in str(error):

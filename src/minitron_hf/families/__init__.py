@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
@@ -22,6 +23,7 @@ __all__ = [
     "ArchSpec",
     "families",
     "named_tensors",
+    "register_family",
     "spec_for",
     "text_config",
     "wrapped_families",
@@ -31,11 +33,41 @@ __all__ = [
 #: Modules of this folder that hold no table.
 NOT_TABLES = frozenset({"axes", "base", "spec", "state_space", "tensors"})
 
+#: Other packages offer tables under this group of entry points; each names an `ArchSpec`.
+ENTRY_POINTS = "minitron_hf.families"
+
+#: Tables that `register_family` was given in this process.
+_REGISTERED: dict[str, ArchSpec] = {}
+
+
+def register_family(spec: ArchSpec) -> None:
+    """Make a family table known without changing this package.
+
+    The table is known in this process. A package that offers it as an entry point of the group `minitron_hf.families`
+    makes it known everywhere, also to the command line.
+
+    Args:
+        spec: the table, made of the parts in `minitron_hf.families.base`.
+
+    Raises:
+        UnsupportedModelError: if its `model_type` has another table already.
+    """
+    if families().get(spec.model_type, spec) != spec:
+        raise UnsupportedModelError(
+            f"There is a family table for model_type {spec.model_type!r} already. Give the model type another name."
+        )
+    _REGISTERED[spec.model_type] = spec
+    families.cache_clear()
+    wrapped_families.cache_clear()
+
 
 @cache
 def families() -> Mapping[str, ArchSpec]:
-    """All family tables by `model_type`, sorted."""
-    specs = {}
+    """All family tables by `model_type`, sorted: those of this package, of entry points, and registered ones."""
+    specs = dict(_REGISTERED)
+    for entry in entry_points(group=ENTRY_POINTS):
+        spec = entry.load()
+        specs[spec.model_type] = spec
     for module in pkgutil.iter_modules(__path__):
         if module.name not in NOT_TABLES:
             spec = importlib.import_module(f"{__name__}.{module.name}").SPEC
@@ -74,5 +106,5 @@ def spec_for(config: PretrainedConfig) -> ArchSpec:
             ) from None
         raise UnsupportedModelError(
             f"No family table for model_type '{model_type}'. Supported: {', '.join(families())}. "
-            "CONTRIBUTING.md shows how to add a family (one file with its table)."
+            "docs/guides/add-a-family.md shows how to add a table, in this package or from outside (register_family)."
         ) from None

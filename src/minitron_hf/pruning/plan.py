@@ -96,12 +96,19 @@ class PruningPlan:
             kept[axis] = np.where(partners < 0, kept[axis], partners)
         return kept
 
-    def build_student_config(self) -> PretrainedConfig:
-        """The student's config as an object of the stock class."""
+    def build_student_config(self, teacher: PretrainedConfig | None = None) -> PretrainedConfig:
+        """The student's config as an object of the stock class.
+
+        Args:
+            teacher: the teacher's config, for a model type that only remote code knows: its class is the student's.
+        """
         from transformers import AutoConfig
 
         values = config_values(self.student["config"])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        model_type = values.pop("model_type")
+        if teacher is not None and teacher.model_type == model_type:
+            return type(teacher)(**values)
+        return AutoConfig.for_model(model_type, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the indices of units, JSON-ready."""

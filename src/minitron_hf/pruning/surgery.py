@@ -72,7 +72,7 @@ def apply_plan(
     _require_architecture(model, plan)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
 
-    config = plan.build_student_config()
+    config = plan.build_student_config(model.config)
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
     config._name_or_path = ""  # stored nowhere: an adapter's checkpoint would name the teacher as its base model

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -178,7 +178,10 @@ def described(model_type: str) -> list[tuple[str, ArchSpec]]:
 
 
 def _about(model_type: str) -> str:
-    return (importlib.import_module(f"minitron_hf.families.{model_type.replace('-', '_')}").__doc__ or "").strip()
+    name = f"minitron_hf.families.{model_type.replace('-', '_')}"
+    if importlib.util.find_spec(name) is None:
+        return "A table from outside this package."
+    return (importlib.import_module(name).__doc__ or "").strip()
 
 
 def with_matrix(text: str) -> str:

@@ -1,0 +1,89 @@
+"""Tables that are registered from outside the package, for own classes and for models with remote code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minitron_hf import PrunerConfig, load_model, make_plan, prune_model, register_family, verify_student
+from minitron_hf import families as rooms
+from minitron_hf.errors import UnsupportedModelError
+from minitron_hf.families import families
+from minitron_hf.survey.matrix import described
+from pocket import logits, pocket_model, pocket_tokens
+
+CONFIGURATION = """
+from transformers import LlamaConfig
+
+class OutsideConfig(LlamaConfig):
+    model_type = "outside"
+"""
+MODELING = """
+from transformers import LlamaForCausalLM
+from .configuration_outside import OutsideConfig
+
+class OutsideForCausalLM(LlamaForCausalLM):
+    config_class = OutsideConfig
+"""
+
+
+@pytest.fixture
+def table():
+    """Llama's table under another model type, forgotten after the test."""
+    yield replace(families()["llama"], model_type="outside", sisters=())
+    rooms._REGISTERED.clear()
+    families.cache_clear()
+    rooms.wrapped_families.cache_clear()
+
+
+def remote_model(folder: Path) -> Path:
+    """A model whose classes are files beside its weights."""
+    model = pocket_model("llama", dtype=torch.float64)
+    model.save_pretrained(folder)
+    (folder / "configuration_outside.py").write_text(CONFIGURATION)
+    (folder / "modeling_outside.py").write_text(MODELING)
+    text = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "outside"')
+    classes = '{"AutoConfig": "configuration_outside.OutsideConfig", ' + (
+        '"AutoModelForCausalLM": "modeling_outside.OutsideForCausalLM"}'
+    )
+    (folder / "config.json").write_text(text.replace("{", f'{{"auto_map": {classes},', 1))
+    return folder
+
+
+def test_a_model_with_remote_code_is_pruned_by_a_registered_table(tmp_path, table):
+    teacher = load_model(remote_model(tmp_path / "teacher"), trust_remote_code=True)
+    assert type(teacher).__module__.startswith("transformers_modules.")
+    with pytest.raises(UnsupportedModelError, match="register_family"):
+        make_plan(teacher, PrunerConfig(layers_to_drop=[1]))
+    register_family(table)
+    plan = make_plan(teacher, PrunerConfig(layers_to_drop=[1]))
+    student = prune_model(teacher, PrunerConfig(layers_to_drop=[1]))
+    verify_student(teacher, student, plan)
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", trust_remote_code=True, dtype=torch.float64)
+    tokens = pocket_tokens(2, 7)
+    assert torch.equal(logits(loaded, tokens), logits(student, tokens))
+    assert loaded.config.num_hidden_layers == teacher.config.num_hidden_layers - 1
+
+
+def test_registering_twice_is_harmless_and_another_table_is_refused(table):
+    register_family(table)
+    register_family(table)
+    assert families()["outside"] == table
+    assert described("outside")[0][0] == "A table from outside this package."
+    with pytest.raises(UnsupportedModelError, match="already"):
+        register_family(replace(families()["mistral"], model_type="llama"))
+
+
+def test_entry_points_of_other_packages_are_found(table, monkeypatch):
+    class Entry:
+        def load(self):
+            return table
+
+    monkeypatch.setattr(rooms, "entry_points", lambda group: [Entry()] if group == "minitron_hf.families" else [])
+    families.cache_clear()
+    assert families()["outside"] == table
