@@ -148,7 +148,7 @@ def test_public_names_are_defined_where_they_are_said_to_be():
     for name, module in for_checkers.items():
         defined = {
             target
-            for node in parsed(MODULES[module]).body
+            for node in parsed(MODULES.get(module) or MODULES[f"{module}.__init__"]).body
             for target in (
                 [node.name]
                 if isinstance(node, ast.FunctionDef | ast.ClassDef)
