@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-slow lint format families docs clean
+.PHONY: help demo test test-slow lint format families docs dist clean
 help:
 	@echo "make demo       the whole path, offline, on a small model and the standard library's own documentation"
 	@echo "make test       linters, types and the default test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make format     format the code"
 	@echo "make families   write the matrix of families in docs/families.md anew"
 	@echo "make docs       build the documentation, warnings as errors, into docs/_build/html"
+	@echo "make dist       build wheel and source archive, check them, try the wheel in a clean environment"
 
 # torch first and pinned: an open range would bring the registry's newest CUDA build.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
@@ -53,5 +54,15 @@ $(VENV)/docs: $(VENV)/installed
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
+dist: $(VENV)/installed
+	rm -rf dist build/dist-check
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/dist-check
+	build/dist-check/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/dist-check/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && dist-check/bin/python ../tools/smoke_test.py
+
 clean:
-	rm -rf $(VENV) $(RUN) build docs/_build docs/_generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(RUN) build dist docs/_build docs/_generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
