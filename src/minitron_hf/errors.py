@@ -43,5 +43,9 @@ class DistributedError(MinitronError, ValueError):
     """Several processes cannot be started, or one of them has died."""
 
 
+class DivergedError(MinitronError, ValueError):
+    """A loss or a weight is not a number any more."""
+
+
 class VerificationError(MinitronError, ValueError):
     """A student does not compute what its teacher does with the same units masked."""

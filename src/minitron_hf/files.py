@@ -7,11 +7,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file (two-space indent, final newline) under a temporary name, then rename it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file (two-space indent, final newline) under a temporary name, then rename it.
+
+    JSON has no NaN and no infinity: they become null.
+    """
+    write_text(path, json.dumps(_json_values(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _json_values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_values(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

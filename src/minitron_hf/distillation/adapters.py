@@ -71,6 +71,13 @@ def store_base(student: Any, output_dir: str | os.PathLike[str], *, writes: bool
     student.config._name_or_path = student.name_or_path = str(folder)
 
 
+def adapter_type(teacher: Any) -> dict[str, str]:
+    """What a record adds to a teacher's name where the teacher is a model with an adapter."""
+    if teacher is None or not is_peft_model(teacher):
+        return {}
+    return {"adapter": str(teacher.peft_config[teacher.active_adapter].peft_type.value)}
+
+
 def without_card(model: Any) -> None:
     """Keep PEFT from writing its card, with the base model's path on this machine, over the run's own."""
     if is_peft_model(model):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainingArguments
 
 from ..errors import DataError, MismatchError
 from ..losses.heads import base_model_of
@@ -35,6 +35,24 @@ def cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> N
     if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
         logger.info("The student's %s weights are trained in float32.", model.dtype)
         model.float()
+
+
+def as_distillation_config(args: Any) -> DistillationConfig:
+    """Arguments of TRL or of Transformers as those of distillation; what only these have is at its default.
+
+    Raises:
+        MismatchError: if they are none.
+        ValueError: if they ask for what distillation does not do (`DistillationConfig`).
+    """
+    if isinstance(args, DistillationConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise MismatchError(f"args is a {type(args).__name__}, expected a DistillationConfig.")
+    values = args.to_dict()
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}  # `to_dict` hides them
+    if values.get("router_aux_loss_coef") is None:  # of `SFTConfig`: what the model says, which is no part of our loss
+        values.pop("router_aux_loss_coef", None)
+    return DistillationConfig(**values)
 
 
 def eval_packing(args: DistillationConfig) -> bool:

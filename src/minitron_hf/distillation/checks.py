@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..errors import DistributedError, MismatchError, UnsupportedModelError
+from ..errors import DistributedError, DivergedError, MismatchError, OutputError, UnsupportedModelError
 from ..losses.heads import base_model_of
 
 
@@ -34,6 +37,54 @@ def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config:
         _refuse_unseen_adapters(student, peft_config)
     elif peft_config is not None:
         _refuse_prompt_learning(peft_config)
+
+
+def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None:
+    """Refuse to write a model over one that is read: a student into its own folder, or its teacher's.
+
+    Args:
+        output_dir: the folder to be written.
+        **models: role → a model, or a path or Hub id.
+
+    Raises:
+        OutputError: if it is the folder of one of them.
+    """
+    for role, model in models.items():
+        config = getattr(model, "config", None)
+        name = model if config is None else config._name_or_path
+        if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+            raise OutputError(
+                f"The output folder {output_dir} is the {role}'s own, whose files would be overwritten. "
+                "Choose another folder."
+            )
+
+
+def refuse_not_finite(values: Iterable[float], step: int) -> None:
+    """Refuse to go on once a loss has become NaN or infinite: the weights are lost, and are not to be saved.
+
+    Raises:
+        DivergedError: if one of the values is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise DivergedError(
+            f"The loss is not finite at step {step}, or in a step since the last log: training has diverged, or a "
+            "model gives logits that are not finite. Go on from the last checkpoint with a lower learning_rate, with "
+            "warmup_steps or a lower max_grad_norm, or check both models in float32 (bf16=False)."
+        )
+
+
+def refuse_nan_weights(model: nn.Module) -> None:
+    """Refuse to publish weights that are not numbers.
+
+    Raises:
+        DivergedError: naming the first of them.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise DivergedError(
+                f"The student's weight {name!r} holds NaN: training has diverged. Go on from a checkpoint before "
+                "that with a lower learning_rate."
+            )
 
 
 def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:

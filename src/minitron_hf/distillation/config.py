@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -13,6 +14,9 @@ from trl import SFTConfig
 
 from ..losses.divergences import require_divergence
 from .intermediate import Distance
+
+#: Logged values of which less is better: what `metric_for_best_model` names, with or without `eval_` or a dataset.
+SMALLER_IS_BETTER = frozenset({"loss", "divergence", "kl", "ce", "hidden", "embedding"})
 
 
 @dataclass
@@ -56,11 +60,11 @@ class DistillationConfig(SFTConfig):
             "'mse'. If not set, they are not compared."
         },
     )
-    hidden_layers: list[list[int]] | None = field(
+    hidden_layers: list[list[int]] | str | None = field(
         default=None,
         metadata={
             "help": "Pairs [layer of the teacher, layer of the student] whose outputs are compared, counted from 0, "
-            "or from the end if negative. If not set, [[-3, -3]]: two before the last."
+            "or from the end if negative. On a command line as JSON. If not set, [[-3, -3]]: two before the last."
         },
     )
     embedding_loss: str | None = field(
@@ -143,6 +147,12 @@ class DistillationConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.hidden_layers, str):
+            self.hidden_layers = _parsed_layers(self.hidden_layers)
+        # The base class takes every metric for the better the greater, unless its name ends with "loss".
+        best = (self.metric_for_best_model or "").rpartition("_")[2]
+        if self.greater_is_better is None and best in SMALLER_IS_BETTER:
+            self.greater_is_better = False
         on_cpu = trains_on_cpu(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_fast_bf16(on_cpu)
@@ -206,7 +216,7 @@ class DistillationConfig(SFTConfig):
                 )
         if self.hidden_layers is not None:
             pairs = self.hidden_layers
-            if not pairs or not all(len(pair) == 2 and all(isinstance(i, int) for i in pair) for pair in pairs):
+            if not _are_pairs(pairs):
                 raise ValueError(
                     f"hidden_layers={pairs}: expected a list of pairs [layer of the teacher, layer of the student]."
                 )
@@ -224,6 +234,20 @@ class DistillationConfig(SFTConfig):
                 "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
                 "Give a number."
             )
+
+
+def _are_pairs(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(pair, list | tuple) and [type(layer) for layer in pair] == [int, int] for pair in value)
+
+
+def _parsed_layers(text: str) -> Any:
+    """`hidden_layers` as a command line gives it; what is not JSON is refused with everything else that is no list."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def checkpointing_field() -> str:

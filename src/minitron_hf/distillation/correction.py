@@ -30,6 +30,7 @@ from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from .batches import CountsRowsOnce
+from .checks import refuse_own_folder
 from .config import checkpointing_field, has_fast_bf16, trains_on_cpu
 from .parallel import gathered_model
 from .record import describe_data
@@ -93,6 +94,7 @@ def correct_teacher(
     for name, value in (("original_learning_rate", original_learning_rate), ("num_tokens", num_tokens)):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: expected a number above 0.")
+    refuse_own_folder(output_dir, teacher=teacher)
     output_dir = require_writable(output_dir)
     if processing_class is None and not isinstance(teacher, nn.Module):
         processing_class = load_tokenizer(teacher)

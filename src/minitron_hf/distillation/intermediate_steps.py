@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
+from ..errors import MismatchError
 from ..losses.heads import base_model_of
+from .checks import refuse_not_finite
 from .config import DistillationConfig
 from .intermediate import PROJECTION, IntermediateLosses, state_pairs
 
@@ -26,6 +28,7 @@ class WeighsIntermediateLosses(SFTTrainer):
     hub_model_id: Any
     _plans: Sequence[PruningPlan]
     _intermediate: IntermediateLosses
+    _token_sums: dict[str, Tensor]
 
     if TYPE_CHECKING:
 
@@ -61,7 +64,25 @@ class WeighsIntermediateLosses(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
         with self._attached():
-            return super().train(*args, **kwargs)
+            self._teach_map_to_own_optimizer()
+            result = super().train(*args, **kwargs)
+        refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)
+        return result
+
+    def _teach_map_to_own_optimizer(self) -> None:
+        """Have an optimizer that was passed in train the map to the teacher's width, too."""
+        projection = self._intermediate.projection
+        if projection is None or self.optimizer is None:
+            return
+        known = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        if any(parameter is projection.weight for parameter in known):
+            return
+        if self.lr_scheduler is not None:
+            raise MismatchError(
+                "optimizers=(optimizer, scheduler): the scheduler does not know the map to the teacher's width that "
+                "hidden_loss and embedding_loss train. Pass (optimizer, None), or optimizer_cls_and_kwargs."
+            )
+        self.optimizer.add_param_group({"params": [projection.weight]})
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of an optimiser step, before which the weight of the intermediate losses is set."""

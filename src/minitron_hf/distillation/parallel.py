@@ -49,7 +49,9 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
             return stock(self, *args, **kwargs)
         wanted = wanted_states(distillation.pairs, "student")
         extra = {"output_hidden_states": wanted} if wanted else {}
-        output = self.base_model(*args, **kwargs, **extra, use_cache=False)
+        # PEFT hands on every argument of its own forward pass, most of them as None.
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        output = self.base_model(*args, **{**given, **extra, "use_cache": False})
         head = output_head(self)
         h_ND = output.last_hidden_state.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
         teacher = distillation.teacher
@@ -108,9 +110,14 @@ def _gathered(*parameters: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def forward_of_backbone(model: Any) -> Iterator[None]:
-    """Let calls of `model`, or of what wraps it, return the output of its backbone, without logits."""
+    """Let calls of `model`, or of what wraps it (PEFT too), return the output of its backbone, without logits."""
+    model = base_model_of(model)
     kept = model.__dict__.get("forward")
-    model.forward = lambda *args, **kwargs: model.base_model(*args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model.base_model(*args, **{name: value for name, value in kwargs.items() if value is not None})
+
+    model.forward = forward
     try:
         yield
     finally:

@@ -24,7 +24,8 @@ from ..losses.heads import base_model_of
 from ..models import empty_model
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
-from .adapters import keep_one_model
+from .adapters import adapter_type, keep_one_model
+from .checks import refuse_nan_weights, refuse_not_finite
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
 from .intermediate import PROJECTION, IntermediateLosses
@@ -64,6 +65,8 @@ class SavesStudent(SFTTrainer):
     _datasets: dict[str, Any]
     _correction: ConcurrentCorrection | None
     _intermediate: IntermediateLosses
+    teacher_model: Any
+    _token_sums: dict[str, Tensor]
 
     # ---- What is saved ----
 
@@ -132,6 +135,7 @@ class SavesStudent(SFTTrainer):
             student: Any = empty_model(config)
         student.load_state_dict(state_dict, assign=True)
         student.tie_weights()
+        refuse_nan_weights(student)
         student.generation_config = base.generation_config
         require_writable(output_dir)
         with _writing(output_dir):
@@ -168,7 +172,11 @@ class SavesStudent(SFTTrainer):
         return {
             "format": 1,
             "versions": versions(),
-            "teacher": {"name_or_path": public_name(self._teacher_name), "revision": self._teacher_revision},
+            "teacher": {
+                "name_or_path": public_name(self._teacher_name),
+                "revision": self._teacher_revision,
+                **adapter_type(self.teacher_model),
+            },
             "student": {"name_or_path": public_name(self._student_name)},
             "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
             "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
@@ -184,6 +192,7 @@ class SavesStudent(SFTTrainer):
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)
         # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

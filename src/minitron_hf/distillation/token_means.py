@@ -15,6 +15,7 @@ from .batches import (
     model_inputs,
     row_of_positions,
 )
+from .checks import refuse_not_finite
 from .config import DistillationConfig
 from .intermediate import IntermediateLosses
 
@@ -54,16 +55,27 @@ class MeansOverTokens(SFTTrainer):
         columns.append(torch.ones_like(columns[0]))
         return torch.stack([column.to(sum_dtype(column.device)) for column in columns], 1)
 
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        """Logged values from sums over tokens, on the CPU."""
+    def _means(self, sums: Tensor, *, own_weight: bool = False) -> dict[str, float]:
+        """Logged values from sums over tokens, on the CPU.
+
+        Args:
+            sums: [columns + 1], the last of which counts the tokens.
+            own_weight: take a dynamic weight of the intermediate losses from these very tokens, so that evaluations
+                before, during and after training compare; otherwise it is the one of the training step.
+        """
         *values, count = sums.double().cpu().tolist()
         if not count:
             return {}
         means = {name: value / count for name, value in zip(self._columns, values, strict=True)}
-        loss = self.args.kd_weight * self.args.temperature**2 * means["divergence"] + self.args.ce_weight * means["ce"]
+        logit_loss = self.args.kd_weight * self.args.temperature**2 * means["divergence"]
+        loss = logit_loss + self.args.ce_weight * means["ce"]
         if self._intermediate:
-            means["alpha"] = self._intermediate.weight or 0.0
-            loss += means["alpha"] * sum(means[term] for term in self._columns[len(COLUMNS) :])
+            extra = sum(means[term] for term in self._columns[len(COLUMNS) :])
+            weight = self._intermediate.weight or 0.0
+            if own_weight and self._intermediate.dynamic:
+                weight = logit_loss / extra if extra > 0 else 0.0
+            means["alpha"] = weight
+            loss += weight * extra
         if self.args.divergence == "forward_kl":
             del means["divergence"]  # the same as `kl`
         return {"loss": loss, **means}
@@ -72,6 +84,7 @@ class MeansOverTokens(SFTTrainer):
         """Add the divergence, cross-entropy and agreement since the last log to the training loss."""
         if "loss" in logs:  # the training loop logs its loss on all processes
             means = self._means(self.accelerator.reduce(self._token_sums["train"], "sum"))
+            refuse_not_finite(means.values(), self.state.global_step)
             self._token_sums["train"] = self._no_sums()
             logs.update((key, value) for key, value in means.items() if key != "loss")
         super().log(logs, start_time)
@@ -109,7 +122,7 @@ class MeansOverTokens(SFTTrainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        means = self._means(self._token_sums["eval"])
+        means = self._means(self._token_sums["eval"], own_weight=True)
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
         return output._replace(metrics=metrics)
 

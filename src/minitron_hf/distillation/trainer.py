@@ -22,7 +22,16 @@ from ..losses.heads import base_model_of, check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import load_model
 from .adapters import refuse_split_tie, store_base, stored_name, without_card
-from .arguments import as_dict, cast_student, config_of, described, eval_packing, name_of, processing_class_of
+from .arguments import (
+    as_dict,
+    as_distillation_config,
+    cast_student,
+    config_of,
+    described,
+    eval_packing,
+    name_of,
+    processing_class_of,
+)
 from .batches import (
     CACHED,
     LOG_PROBS,
@@ -34,7 +43,7 @@ from .batches import (
     WithRowLengths,
     model_inputs,
 )
-from .checks import refuse_launch, refuse_pair, refuse_split_model, refuse_wrapped_head
+from .checks import refuse_launch, refuse_own_folder, refuse_pair, refuse_split_model, refuse_wrapped_head
 from .config import DistillationConfig, is_fast
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .intermediate import wanted_states
@@ -139,8 +148,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DistillationConfig(f"{Path(name or 'student').name}-distilled")
-        if not isinstance(args, DistillationConfig):
-            raise MismatchError(f"args is a {type(args).__name__}, expected a DistillationConfig.")
+        args = as_distillation_config(args)
 
         if args.n_gpu > 1 and isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
             raise UnsupportedModelError(
@@ -154,6 +162,11 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         train_dataset, train_caches = opened(train_dataset, "train_dataset")
         eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
         self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
+        if args.teacher_model_init_kwargs and (teacher_model is None or isinstance(teacher_model, nn.Module)):
+            raise MismatchError(
+                "teacher_model_init_kwargs say how a teacher is loaded, and this one is a model or a cache already. "
+                "Leave them out, or pass the teacher's path or Hub id."
+            )
         if teacher_model is not None:
             teacher_config = config_of(teacher_model, teacher_kwargs)
         elif not train_caches:
@@ -183,6 +196,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
             pruning_plan = [pruning_plan]
         self._plans = pruning_plan or ()
+        refuse_own_folder(own_output_dir(args), student=model, teacher=teacher_model)
         require_writable(own_output_dir(args))
         if self._student_name is None and (peft_config is not None or is_peft_model(model)):
             store_base(model, own_output_dir(args), writes=args.should_save)
@@ -246,8 +260,6 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not isinstance(teacher_model, nn.Module):
             teacher_model = load_model(teacher_model, **{"dtype": "auto", **init_kwargs})
-        elif self.args.teacher_model_init_kwargs:
-            logger.warning("teacher_model_init_kwargs are ignored: the teacher is a model already.")
         for cache in self._caches:
             cache.require_teacher(teacher_model)
         teacher_model.requires_grad_(False)

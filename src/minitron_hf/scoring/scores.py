@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..errors import MismatchError
+from ..errors import MismatchError, UnsupportedModelError
 from ..files import digest, replacing_file, versions
 from ..models import architecture_digest
 from ..weights import model_digest, on_meta
@@ -53,6 +53,20 @@ class ImportanceScores:
     digests: Mapping[str, str | None]
     versions: Mapping[str, str] = field(default_factory=versions)
     removals: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse scores that are not numbers, of which a plan would keep arbitrary units.
+
+        Raises:
+            UnsupportedModelError: naming the axis.
+        """
+        for axis, values in self.axes.items():
+            scored = values[~values.isnan().all(-1)] if values.dim() > 1 else values
+            if not len(scored) or not scored.isfinite().all():
+                raise UnsupportedModelError(
+                    f"Importance scores of {axis!r} are not finite: the model computes NaN or infinities. Check its "
+                    "weights, or score it in a wider dtype (dtype='float32')."
+                )
 
     @property
     def layers(self) -> Tensor:

@@ -21,6 +21,10 @@ from .resolve import resolve_sizes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+#: Config fields that a student does not take over: the version that wrote the teacher, the code that it brings along,
+#: and how its weights were stored (a model read from GGUF is dequantised).
+LEFT_OUT = ("transformers_version", "auto_map", "quantization_config")
+
 #: Names of the config field that norms add to the mean square.
 NORM_EPSILONS = (
     "rms_norm_eps",
@@ -118,7 +122,8 @@ def build_student_config(
             spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, uneven=uneven
         )
         whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
-        whole.pop("transformers_version", None)
+        for name in LEFT_OUT:
+            whole.pop(name, None)
         wrapped = type(teacher)(**whole)
         wrapped._attn_implementation = teacher._attn_implementation
         return wrapped
@@ -155,7 +160,8 @@ def build_student_config(
             raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
         changed = _layer_fields(spec, values, before["layers"], layers_kept)
         values.update(changed)
-    values.pop("transformers_version", None)
+    for name in LEFT_OUT:
+        values.pop(name, None)
     if model_type not in (None, spec.model_type):
         config_type = config_class(str(model_type))
         known = config_type().to_dict().keys() - {"architectures"}
