@@ -105,7 +105,8 @@ def cache_teacher_logits(
         raise ValueError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
     text_config = model.config.get_text_config()
     depth = text_config.num_hidden_layers
-    pairs = state_pairs(args.hidden_loss, args.embedding_loss, args.hidden_layers, depth, depth)
+    layers: Any = args.hidden_layers  # a string was parsed by the arguments
+    pairs = state_pairs(args.hidden_loss, args.embedding_loss, layers, depth, depth)
 
     args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(output_dir), False, 1, "no"
     # TRL prepares the rows, the very way it does for training. It changes the model that it is given: here, a copy

@@ -38,10 +38,11 @@ class WeighsIntermediateLosses(SFTTrainer):
 
     def _intermediate_losses(self, student_config: Any, teacher_config: Any) -> IntermediateLosses:
         configs = [config.get_text_config() for config in (student_config, teacher_config)]
+        layers: Any = self.args.hidden_layers  # a string was parsed by the arguments
         pairs = state_pairs(
             self.args.hidden_loss,
             self.args.embedding_loss,
-            self.args.hidden_layers,
+            layers,
             depth=configs[0].num_hidden_layers,
             teacher_depth=configs[1].num_hidden_layers,
         )
