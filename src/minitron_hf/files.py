@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import MismatchError, OutputError
+from .errors import MinitronError, MismatchError, OutputError
 
 #: Distributions whose versions are recorded in every artefact.
 RECORDED_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
@@ -58,6 +60,39 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return f"sha256:{sha.hexdigest()}"
+
+
+#: Digests of files from this size on are remembered on disk; smaller ones take no time.
+REMEMBERED_BYTES = 64 << 20
+
+
+def known_digest(path: str | os.PathLike[str]) -> str:
+    """`file_digest`, computed once as long as a file stays as it is: large ones once on this machine.
+
+    A file counts as unchanged while its size, inode and times are the same; the time of the last change of the inode
+    cannot be set back by copying tools.
+    """
+    path = Path(path).resolve()
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _digest_in_state(path, state)
+
+
+@functools.cache
+def _digest_in_state(path: Path, state: tuple[int, ...]) -> str:
+    if state[2] < REMEMBERED_BYTES:
+        return file_digest(path)
+    from huggingface_hub.constants import HF_HOME
+
+    memory = Path(HF_HOME) / "minitron_hf" / "digests" / f"{digest(str(path)).removeprefix('sha256:')}.json"
+    with contextlib.suppress(MinitronError):
+        remembered = read_json(memory)
+        if remembered.get("state") == list(state):
+            return str(remembered["digest"])
+    value = file_digest(path)
+    with contextlib.suppress(MinitronError):  # a cache that cannot be written is none
+        write_json(memory, {"path": str(path), "state": list(state), "digest": value})
+    return value
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -106,16 +141,21 @@ def _json_values(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    What a killed process left of the same write is removed first.
+    """
     path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        clear_remains(path.parent, path.name)
+        temporary = _temporary_beside(path)
+        # The kernel applies the umask; reading it would change it for all threads.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)  # some writers make the file anew, for its owner alone
         os.replace(temporary, path)
     except Exception as error:
         if not is_storage_error(error):
@@ -124,23 +164,25 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            _WRITING.discard(temporary.name)
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any error it is removed.
 
-    A loader that looks at `path` sees the old folder, no folder, or the whole new one, never a part.
+    A loader that looks at `path` sees the old folder, no folder, or the whole new one, never a part. What a killed
+    process left of the same write is removed first.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        clear_remains(path.parent, path.name)
+        temporary = _temporary_beside(path)
+        temporary.mkdir()
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
+        remove(path, missing_ok=True)
         os.replace(temporary, path)
     except Exception as error:
         if not is_storage_error(error):
@@ -149,6 +191,80 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            _WRITING.discard(temporary.name)
+
+
+#: How the names of working files end, that only a killed process leaves behind.
+PARTIAL = ".partial"
+#: Those that this process is writing.
+_WRITING: set[str] = set()
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A name that says which process is writing what: `.<name>.<host>-<process>-<random>.partial`."""
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    _WRITING.add(temporary.name)
+    return temporary
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def is_working_file(path: Path) -> bool:
+    """Whether a name is that of a file which this package makes while it works, and removes."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, ".lock"))
+
+
+def clear_remains(folder: str | os.PathLike[str], name: str | None = None, *, alone: bool = False) -> None:
+    """Remove what killed processes left of unfinished writes.
+
+    Args:
+        folder: where.
+        name: of the file or folder that was being written; None: of all, in `folder` and below.
+        alone: nobody else writes there, so that everything unfinished is a remain; otherwise only what processes of
+            this machine left that have ended.
+    """
+    pattern = f"**/.*{PARTIAL}" if name is None else f".{glob.escape(name)}.*{PARTIAL}"
+    for path in sorted(Path(folder).glob(pattern)):
+        if alone or _left_behind(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether the process that was writing has ended."""
+    host, _, rest = path.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")
+    process = rest.partition("-")[0]
+    if host != _host() or not process.isdigit() or os.name == "nt":
+        return False
+    if int(process) == os.getpid():  # of another process that had the same number, as in containers
+        return path.name not in _WRITING
+    try:
+        os.kill(int(process), 0)  # sends nothing; asks whether it is there
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def remove(path: str | os.PathLike[str], *, missing_ok: bool = False) -> None:
+    """Remove a file, or a folder: under another name first, so that nobody ever sees a part of it.
+
+    Raises:
+        FileNotFoundError: if there is none, unless `missing_ok`.
+    """
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        aside = _temporary_beside(path)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+        _WRITING.discard(aside.name)
+    else:
+        path.unlink(missing_ok=missing_ok)
 
 
 def move_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -191,8 +307,10 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe."):
-            pass
+        probe = _temporary_beside(folder / "probe")
+        probe.touch()
+        probe.unlink()
+        _WRITING.discard(probe.name)
     except OSError as error:
         raise OutputError(
             f"The output folder {folder} cannot be written: {error.strerror or error}. Choose another folder."
@@ -208,15 +326,9 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     existed = folder.is_dir()
-    if existed and any(folder.iterdir()):
+    if existed and any(not is_working_file(path) for path in folder.iterdir()):
         raise OutputError(f"The output folder {folder} already holds files. Choose another one, or empty it.")
     require_writable(folder)
     if not existed:
         folder.rmdir()
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

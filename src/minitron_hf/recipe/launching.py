@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, DistributedError, MinitronError, MissingDependencyError
+from ..locks import held_descriptors
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 #: Names of the packaged configurations.
@@ -121,7 +122,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
         environment[_MESSAGES] = messages
         command = [sys.executable, "-m", __name__, "--config_file", str(accelerate_config(config))]
         command += ["--num_processes", str(number), "--module", "minitron_hf.cli", *arguments]
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(command, env=environment, pass_fds=held_descriptors())
         try:
             code = process.wait()
         except BaseException:

@@ -1,0 +1,106 @@
+"""One run at a time in a folder: a lock of the operating system, which ends with the processes that hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+from .files import clear_remains
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+#: Name of the lock file; it is gone when the run has ended.
+LOCK_NAME = ".minitron_hf.lock"
+#: Environment variable that tells processes started by this one which folders it holds for them.
+_HELD_FOR_CHILDREN = "MINITRON_HF_LOCKED"
+#: Folder → descriptor of its lock file, of this process.
+_held: dict[Path, int] = {}
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder for one run, and first clear what killed runs left of unfinished writes in it.
+
+    A folder within one that is held already, by this process or by the one that started it, is held with it. Of
+    several processes of one launcher, the first one locks for all.
+
+    Raises:
+        OutputError: if another run holds the folder.
+    """
+    folder = Path(folder).resolve()
+    if os.environ.get("RANK", "0") != "0" or _is_held(folder):
+        yield
+        return
+    descriptor = _acquire(folder)
+    if descriptor is None:
+        yield
+        return
+    _held[folder] = descriptor
+    before = os.environ.get(_HELD_FOR_CHILDREN)
+    os.environ[_HELD_FOR_CHILDREN] = os.pathsep.join([*([before] if before else []), str(folder)])
+    try:
+        clear_remains(folder, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+        yield
+    finally:
+        del _held[folder]
+        if before is None:
+            del os.environ[_HELD_FOR_CHILDREN]
+        else:
+            os.environ[_HELD_FOR_CHILDREN] = before
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def held_descriptors() -> tuple[int, ...]:
+    """The locks of this process, to be passed on to one that it starts: they last until both have ended."""
+    return tuple(_held.values())
+
+
+def _is_held(folder: Path) -> bool:
+    of_parent = os.environ.get(_HELD_FOR_CHILDREN, "")
+    held = {*_held, *(Path(path) for path in of_parent.split(os.pathsep) if path)}
+    return not held.isdisjoint((folder, *folder.parents))
+
+
+def _acquire(folder: Path) -> int | None:
+    """The descriptor of the locked file; None where the system has no such locks."""
+    if fcntl is None:
+        return None
+    path = folder / LOCK_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                raise OutputError(
+                    f"{folder} is in use by {owner}. Wait until it ends, stop it, or choose another output folder."
+                ) from error
+            except OSError:  # a file system without locks
+                os.close(descriptor)
+                return None
+            if _is_same(descriptor, path):
+                break
+            os.close(descriptor)  # removed by the one that held it before
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return descriptor
+    except OSError as error:
+        raise OutputError(f"The output folder {folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,219 @@
+"""Writes that are whole or not at all, what killed ones leave, digests of large files, and one run in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minitron_hf import files
+from minitron_hf.errors import OutputError
+from minitron_hf.files import clear_remains, known_digest, remove, replacing_file, replacing_folder, require_empty
+from minitron_hf.locks import LOCK_NAME, locked_folder
+
+
+def killed(code: str, *arguments: object) -> None:
+    """Run code in a process that kills itself."""
+    script = f"import os, signal, sys\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n{code}\n"
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_what_a_killed_write_leaves_is_cleared_by_the_next(tmp_path):
+    killed(
+        f"""
+from minitron_hf.files import replacing_file, replacing_folder
+with replacing_file(folder / "a.txt") as file, replacing_folder(folder / "b") as inner:
+    (inner / "half").write_text("x")
+    file.write_text("half")
+    {KILL}
+""",
+        tmp_path,
+    )
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2
+    assert all(name.startswith(".") for name in left)
+    assert require_empty(tmp_path) == tmp_path, "working files of a killed process are nobody's files"
+    with replacing_file(tmp_path / "a.txt") as file:
+        file.write_text("whole")
+    with replacing_folder(tmp_path / "b") as inner:
+        (inner / "whole").write_text("x")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a.txt", "b", "b/whole"]
+
+
+def test_a_write_of_a_living_process_is_left_alone(tmp_path):
+    with replacing_file(tmp_path / "a") as first, replacing_file(tmp_path / "a") as second:
+        clear_remains(tmp_path)
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def test_a_folder_is_replaced_by_renaming(tmp_path, monkeypatch):
+    """Nobody sees a part of the old folder or of the new one."""
+    for name in "abcdef":
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("old")
+    seen = []
+    delete = files.shutil.rmtree
+
+    def watched(path, **kwargs):
+        seen.append(sorted(file.read_text() for file in (tmp_path / "model").glob("*")))
+        delete(path, **kwargs)
+
+    monkeypatch.setattr(files.shutil, "rmtree", watched)
+    with replacing_folder(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("new")
+    assert seen == [[], ["new"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_and_folders_get_the_users_permissions_without_touching_the_umask(tmp_path, monkeypatch, umask):
+    """The umask is of the whole process: a thread that reads it by setting it opens the files of all others."""
+    before = os.umask(umask)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+        with replacing_file(tmp_path / "file") as temporary:
+            temporary.unlink()  # as safetensors does: a new file, for the owner alone
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        with replacing_folder(tmp_path / "folder"):
+            pass
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask]
+
+
+def test_a_digest_is_computed_anew_when_any_byte_changes(tmp_path, monkeypatch):
+    """Also in the middle of the file, with the size and the time of modification as they were."""
+    monkeypatch.setattr(files, "REMEMBERED_BYTES", 1 << 20)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(5 << 20))
+    before, times = known_digest(path), path.stat()
+    assert before == files.file_digest(path)
+    with path.open("r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"\x01")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert known_digest(path) == files.file_digest(path) != before
+
+
+def test_the_digest_of_a_large_file_is_remembered_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REMEMBERED_BYTES", 1 << 10)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 12))
+    first = known_digest(path)
+    files._digest_in_state.cache_clear()
+    hashed = []
+    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path))
+    assert known_digest(path) == first
+    assert not hashed
+
+
+def test_removing_a_folder_leaves_no_part_under_its_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("x")
+    remove(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        remove(tmp_path / "a")
+    remove(tmp_path / "a", missing_ok=True)
+
+
+# ---- Locks ----
+
+HOLD = """
+import sys, time
+from minitron_hf.locks import locked_folder
+with locked_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(tmp_path, holder):
+    with (
+        pytest.raises(OutputError, match=rf"in use by process {holder.pid} on .*choose another"),
+        locked_folder(tmp_path / "run"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "run" / LOCK_NAME).exists(), "what a killed run leaves"
+    with locked_folder(tmp_path / "run"):
+        pass
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_lock_covers_folders_within_and_processes_that_were_started(tmp_path):
+    """Processes that outlive the one that started them still hold the folder."""
+    killed(
+        f"""
+import subprocess
+from minitron_hf.locks import held_descriptors, locked_folder
+with locked_folder(folder), locked_folder(folder / "inner"):
+    command = [sys.executable, "-c", {HOLD!r}, str(folder / "inner")]
+    pipes = {{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}}
+    child = subprocess.Popen(command, text=True, pass_fds=held_descriptors(), **pipes)
+    assert child.stdout.readline() == "held\\n", "the parent's lock is the child's"
+    (folder.parent / "child").write_text(str(child.pid))
+    {KILL}
+""",
+        tmp_path / "run",
+    )
+    with pytest.raises(OutputError, match="in use by"), locked_folder(tmp_path / "run"):
+        pass
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    for _ in range(100):
+        with contextlib.suppress(OutputError), locked_folder(tmp_path / "run"):
+            return
+        time.sleep(0.05)
+    pytest.fail("the folder stays locked")
+
+
+def test_a_lock_clears_what_killed_runs_left(tmp_path):
+    remains = tmp_path / "inner" / ".model.0badc0de-1-00000000.partial"
+    remains.mkdir(parents=True)
+    with locked_folder(tmp_path):
+        assert not remains.exists()
+
+
+def test_of_many_that_begin_at_once_one_runs_at_a_time(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from minitron_hf.errors import OutputError
+from minitron_hf.locks import locked_folder
+for _ in range(200):
+    try:
+        with locked_folder(sys.argv[1]):
+            (Path(sys.argv[1]) / "mark").touch(exist_ok=False)
+            (Path(sys.argv[1]) / "mark").unlink()
+    except OutputError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
