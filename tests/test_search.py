@@ -42,7 +42,6 @@ DISTILLATION = {
     "packing": False,
     "logging_steps": 1,
     "use_cpu": True,
-    "bf16": False,
 }
 
 

@@ -6,6 +6,8 @@ prints any `MinitronError` as one message with exit code 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MinitronError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -49,3 +51,20 @@ class DivergedError(MinitronError, ValueError):
 
 class VerificationError(MinitronError, ValueError):
     """A student does not compute what its teacher does with the same units masked."""
+
+
+def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
+    """A sentence, behind a space, with the known names that are spelt most like the wrong ones; or nothing.
+
+    >>> did_you_mean("learning_rat", ["learning_rate", "seed"]), did_you_mean("colour", ["seed"])
+    (" Did you mean 'learning_rate'?", '')
+    """
+    import difflib
+
+    known = [str(name) for name in known]
+    lower = {name.lower(): name for name in known}
+    close: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else map(str, names):
+        found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
+        close |= dict.fromkeys(repr(lower[one]) for one in found)
+    return f" Did you mean {', '.join(close)}?" if close else ""

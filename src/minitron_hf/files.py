@@ -318,6 +318,20 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def require_creatable(folder: str | os.PathLike[str]) -> Path:
+    """Prove that `folder` can be written, or made, and leave nothing behind.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    folder = Path(folder)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise OutputError(f"The output folder {folder} cannot be made: {above} is a file. Choose another folder.")
+    require_writable(above)
+    return folder
+
+
 def require_empty(folder: str | os.PathLike[str]) -> Path:
     """Prove that `folder` can be written and holds nothing yet.
 

@@ -150,8 +150,16 @@ def _refuse_unseen_adapters(model: Any, peft_config: Any) -> None:
     if is_peft_model(model):
         _refuse_prompt_learning(model.peft_config[model.active_adapter])
         refuse_wrapped_head(base_model_of(model))
-    if peft_config is None:
-        return
+    if peft_config is not None:
+        refuse_adapter(model, peft_config)
+
+
+def refuse_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse an adapter that could not be merged, or that the loss would not see.
+
+    Raises:
+        UnsupportedModelError: saying what to use instead.
+    """
     _refuse_prompt_learning(peft_config)
     if getattr(peft_config, "target_modules", None):
         from peft.tuners.tuners_utils import check_target_module_exists

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import DataError, MissingDependencyError
+from ..errors import DataError, MissingDependencyError, did_you_mean
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
 
@@ -53,31 +53,11 @@ def evaluate_tasks(
         MissingDependencyError: without lm-evaluation-harness.
         DataError: if a task is unknown, or there is no tokenizer.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install minitron-hf[eval]"
-        ) from error
-
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    folders = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
-    paths = [str(folder) for folder in folders]
-    # The harness needs ten seconds to index its own 15,000 tasks: not where the given folders hold all that is asked.
-    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=paths or None)
-    known = set(manager.all_tasks)
-    if unknown := [name for name in names if name not in known and not os.path.exists(name)]:
-        raise DataError(
-            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}. "
-            "`lm-eval ls tasks` lists its tasks; name folders of your own with include_path."
-        )
+    manager = require_tasks(names, include_path)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     if processing_class is None:
         if not isinstance(model, str | os.PathLike):
             raise DataError("A model object needs its tokenizer. Pass processing_class=tokenizer.")
@@ -95,6 +75,45 @@ def evaluate_tasks(
             **{"log_samples": False, "bootstrap_iters": 1000, **kwargs},
         )
     return {task: _task_metrics(values) for task, values in results["results"].items()}
+
+
+def require_tasks(
+    names: Sequence[str], include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+) -> Any:
+    """The harness's index of tasks, in which all the names are.
+
+    Args:
+        names: names of tasks or groups, or paths of task files.
+        include_path: folders with further task files.
+
+    Raises:
+        MissingDependencyError: without lm-evaluation-harness.
+        DataError: if a task or a folder is unknown.
+    """
+    try:
+        from lm_eval.models import huggingface  # noqa: F401 (what it needs is looked for here, too)
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install minitron-hf[eval]"
+        ) from error
+
+    folders = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
+    paths = [str(folder) for folder in folders]
+    # The harness needs ten seconds to index its own 15,000 tasks: not where the given folders hold all that is asked.
+    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths or None)
+    known = set(manager.all_tasks)
+    if unknown := [name for name in names if name not in known and not os.path.exists(name)]:
+        raise DataError(
+            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}.{did_you_mean(unknown, known)} "
+            "`lm-eval ls tasks` lists its tasks; name folders of your own with include_path."
+        )
+    return manager
 
 
 def _task_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

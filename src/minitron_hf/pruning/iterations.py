@@ -54,24 +54,8 @@ def iterate_importance(
     Raises:
         PlanError: if the rounds cannot be followed for this request.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise PlanError(f"iterations={iterations!r}: expected a number of rounds.")
-    if iterations > 1 and (config.uneven or config.layers_to_drop is not None):
-        raise PlanError(
-            f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
-            "follows from sizes. Leave them out, or score once."
-        )
-    if iterations > 1 and config.head_add_back:
-        raise PlanError(
-            f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
-            "round of scoring. Leave it out, or score once."
-        )
+    require_iterations(config, iterations)
     if config.target_parameters is not None:
-        if iterations > 1:
-            raise PlanError(
-                f"iterations={iterations} cannot be combined with target_parameters: what goes in each round follows "
-                "from sizes. Give sizes, or score once."
-            )
         once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))
         assert isinstance(once, ImportanceScores)
         return once
@@ -119,6 +103,31 @@ def iterate_importance(
             plan = make_plan(model, request, scores)
             student = apply_plan(model, plan)
     return scores
+
+
+def require_iterations(config: PrunerConfig, iterations: int) -> None:
+    """Refuse rounds of scoring that cannot be followed for a request.
+
+    Raises:
+        PlanError: naming what stands in the way.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise PlanError(f"iterations={iterations!r}: expected a number of rounds.")
+    if iterations > 1 and (config.uneven or config.layers_to_drop is not None):
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
+            "follows from sizes. Leave them out, or score once."
+        )
+    if iterations > 1 and config.head_add_back:
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
+            "round of scoring. Leave it out, or score once."
+        )
+    if config.target_parameters is not None and iterations > 1:
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with target_parameters: what goes in each round follows "
+            "from sizes. Give sizes, or score once."
+        )
 
 
 def _in_teacher(

@@ -99,8 +99,7 @@ def repaired_weights(
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
         device = input_device(model)
         for batch in calibration.batches():
-            kept = ("input_ids", "attention_mask", "scored_mask")
-            batch = {name: batch[name].to(device) for name in kept if name in batch}
+            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
             model.base_model(**watch.inputs(watch.begin(batch)), use_cache=False)
 
     repaired = {}

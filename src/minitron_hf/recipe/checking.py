@@ -3,49 +3,85 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError
 from ..families import FIELD_OF_AXIS, spec_for, text_config
-from ..files import require_writable
-from ..models import count_parameters, empty_model
-from ..scoring.importance import estimate_importance
-from ..sizes.resolve import resolve_sizes
+from ..models import count_parameters, empty_model, first_line
+from ..scoring.importance import require_depth
+from ..sizes.resolve import resolve_sizes, scoring_arguments
 from ..sizes.shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
 from ..sizes.student import student_config
-from .actions import cached_arguments, search_arguments
+from .actions import search_arguments
+from .environment import check_environment
 from .identity import dataset_identity
-from .launching import require_launchable
 from .run import Run
-from .schema import DISTILL_DEFAULTS, Recipe
+from .schema import Recipe
+from .settings import check_settings
+from .stages import stages_until
 from .training import lora_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from ..distillation.config import DistillationConfig
 
 
-def check_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Make every refusal that needs no weights and no data, in seconds; what `--dry-run` prints.
+def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
+    """Make every refusal that needs no weights, before anything is computed; what `--dry-run` prints.
+
+    Settings come first, then the sizes, then what this machine and the Hub have to offer: corpora, packages, tasks,
+    access, disk space. Nothing is written.
+
+    Args:
+        recipe: what is to be run.
+        until: last stage to run; what only later ones need is not asked for.
 
     Returns:
         Sizes and parameter counts of teacher and student; of the shapes among which it is chosen, where the recipe
-        has a search or a target.
+        has a search or a target. `notes` say what could not be checked.
 
     Raises:
         MinitronError: naming what is wrong.
     """
+    names = [stage.name for stage in stages_until(recipe, until)]
+    arguments = check_settings(recipe)
     run = Run(recipe)
     config = run.teacher_config
     spec = spec_for(config)
     spec.check(empty_model(config))
     candidates = _shapes_to_compare(recipe, config)
     chosen = _check_sizes(recipe, config) if candidates is None else None
+    students = [config] if chosen is None else chosen[0]
+    _check_against_model(recipe, config, students, arguments)
     for which in ("train", "eval", "calibration"):
         dataset_identity(run.dataset_section(which))
-    tokenizer = run.tokenizer
-    vocab_size = text_config(config).vocab_size
+    _check_tokenizer(run.tokenizer, recipe, text_config(config).vocab_size)
+    skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
+    notes = [f"Not checked: {one}." for one in skipped]
+    if chosen is None:
+        return {
+            "model_type": spec.model_type,
+            "num_parameters": {"teacher": count_parameters(config)},
+            "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates or ()],
+            "notes": notes,
+        }
+    before, (students, sizes, found) = spec.sizes(config), chosen
+    return {
+        "model_type": spec.model_type,
+        "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
+        "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(students[-1])},
+        "num_parameters_without_embeddings": {
+            "teacher": count_parameters(config, embeddings=False),
+            "student": count_parameters(students[-1], embeddings=False),
+        },
+        "notes": [*found, *notes],
+    }
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, vocab_size: int) -> None:
     if len(tokenizer) > vocab_size:
         raise DataError(
             f"The tokenizer of {recipe.teacher.model} has {len(tokenizer)} tokens, the model {vocab_size}. "
@@ -59,26 +95,55 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
             else f"The tokenizer of {recipe.teacher.model} has no end-of-text token to close documents with. "
             "Set tokenizer.eos_token and save it beside the model."
         )
-    _check_arguments(recipe)
-    require_writable(run.folder.parent if not run.folder.exists() else run.folder)
-    if chosen is None:
-        return {
-            "model_type": spec.model_type,
-            "num_parameters": {"teacher": count_parameters(config)},
-            "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates or ()],
-            "notes": [],
-        }
-    before, (student, sizes, notes) = spec.sizes(config), chosen
-    return {
-        "model_type": spec.model_type,
-        "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
-        "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(student)},
-        "num_parameters_without_embeddings": {
-            "teacher": count_parameters(config, embeddings=False),
-            "student": count_parameters(student, embeddings=False),
-        },
-        "notes": notes,
-    }
+
+
+def _check_against_model(
+    recipe: Recipe,
+    teacher: PretrainedConfig,
+    students: Sequence[PretrainedConfig],
+    arguments: Sequence[DistillationConfig],
+) -> None:
+    """Refuse settings that do not fit the models: lengths, layers, adapters, numbers of tokens."""
+    context = getattr(text_config(teacher), "max_position_embeddings", None)
+    lengths = {"scores.max_length": recipe.scores.get("max_length"), "evaluate.max_length": recipe.evaluate.max_length}
+    for name, length in lengths.items():
+        if context is not None and length is not None and length > context:
+            raise DataError(f"{name}={length}: the teacher's context has {context} tokens. Lower it.")
+    vocab_size = text_config(teacher).vocab_size
+    if recipe.teacher_cache is not None and recipe.teacher_cache.top_k > vocab_size:
+        raise DataError(
+            f"teacher_cache.top_k={recipe.teacher_cache.top_k}: the vocabulary has {vocab_size} tokens. Lower it."
+        )
+    config, prunes = teacher, [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    for one, student, args in zip(prunes, students, arguments):
+        depths = [text_config(each).num_hidden_layers for each in (student, teacher)]
+        layers: Any = args.hidden_layers  # a string was parsed by the arguments
+        state_pairs(args.hidden_loss, args.embedding_loss, layers, *depths)
+        once = {name: value for name, value in one.scores.items() if name != "iterations"}
+        measured = scoring_arguments(config, one.pruner_config, once)
+        require_depth(
+            spec_for(config).sizes(config)["layers"],
+            measured.get("depth_metric"),
+            measured.get("block_length"),
+            measured.get("one_by_one", False),
+        )
+        config = student
+    adapter = lora_config(recipe)
+    if adapter is not None:
+        _check_adapter(adapter, empty_model(students[-1]))
+
+
+def _check_adapter(adapter: Any, model: Any) -> None:
+    """Refuse an adapter that PEFT cannot put onto the student, or that the loss would not see."""
+    from peft import get_peft_model
+
+    from ..distillation.checks import refuse_adapter
+
+    refuse_adapter(model, adapter)
+    try:
+        get_peft_model(model, adapter)
+    except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
+        raise DataError(f"lora: {first_line(error)}") from error
 
 
 def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:
@@ -86,17 +151,9 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     request = recipe.pruner_config
     if recipe.search is None:
         return None if request.target_parameters is None else shapes_near_target(config, request)
-    from ..search.architectures import only_budget, search_architectures
+    from ..search.architectures import only_budget
 
     arguments = search_arguments(recipe)
-    own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
-    data = ("calibration_data", "train_dataset", "eval_data")
-    known = {*inspect.signature(search_architectures).parameters} - {*own, *data}
-    if unknown := sorted(set(arguments) - known):
-        raise DataError(
-            f"search: {', '.join(unknown)} is unknown. Expected arguments of search_architectures: "
-            f"{', '.join(sorted(known))}."
-        )
     budgets = inspect.signature(only_budget).parameters
     [(name, limit)] = only_budget(**{one: arguments[one] for one in budgets if one in arguments}).items()
     shapes = enumerate_shapes(config, arguments["space"], request).shapes
@@ -106,13 +163,13 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     return shapes
 
 
-def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[PretrainedConfig, dict[str, int], list[str]]:
-    """Config and sizes of the student, and notes, after all rounds; what one of them cannot cut is refused here."""
+def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:
+    """Configs of every round's student, the last one's sizes, and notes; what cannot be cut is refused here."""
     if not recipe.rounds:
         spec = spec_for(config)
         sizes, notes = resolve_sizes(spec, config, recipe.pruner_config)
-        return student_config(config, recipe.pruner_config), sizes, notes
-    notes = []
+        return [student_config(config, recipe.pruner_config)], sizes, notes
+    notes, students = [], []
     for number in range(1, len(recipe.rounds) + 1):
         try:
             spec, request = spec_for(config), recipe.in_round(number).pruner_config
@@ -128,38 +185,5 @@ def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[PretrainedCo
         notes += [f"Round {number}: {' → '.join(counts)} parameters, {cut}."]
         notes += [f"Round {number}: {note}" for note in own]
         config = student
-    return student, sizes, notes
-
-
-def _check_arguments(recipe: Recipe) -> None:
-    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours."""
-    from ..distillation.config import DistillationConfig
-
-    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
-    known = {name for name in inspect.signature(estimate_importance).parameters if name not in ("model", "data")}
-    for number, one in enumerate(rounds, 1):
-        where = f"rounds.{number}." if recipe.rounds else ""
-        if unknown := sorted(set(one.scores) - known):
-            raise DataError(
-                f"{where}scores: {', '.join(unknown)} is unknown. Expected arguments of estimate_importance: "
-                f"{', '.join(sorted(known))}."
-            )
-        if unknown := sorted(set(one.distill) - {field.name for field in fields(DistillationConfig)}):
-            raise DataError(f"{where}distill: {', '.join(unknown)} is unknown. Expected fields of DistillationConfig.")
-        try:
-            DistillationConfig(str(Path(recipe.output_dir)), **{**DISTILL_DEFAULTS, **one.distill})
-        except MinitronError:
-            raise
-        except (TypeError, ValueError, ImportError) as error:
-            raise DataError(f"{where}distill: {error}") from error
-        if recipe.teacher_cache is None:
-            continue
-        whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
-        if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:
-            raise DataError(
-                f"{where}distill: {', '.join(other)} cannot differ between rounds that read one teacher_cache. Set it "
-                "for all of them, or leave out teacher_cache."
-            )
-    lora_config(recipe)
-    if recipe.distributed is not None:
-        require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
+        students.append(student)
+    return students, sizes, notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -13,21 +13,68 @@ from ..errors import DataError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads `1e-4` as the number everyone means (YAML 1.1, PyYAML's, wants `1.0e-4`)."""
+    """YAML 1.2's plain words: only `true` and `false` are booleans, and no key appears twice.
+
+    PyYAML follows YAML 1.1, where `eval_strategy: no` is False, `1:30` is 90, `2024-01-31` is a date and `1e-4`
+    is text.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as in the base class)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A dict, refused where a key is there twice: PyYAML silently takes the last."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag.endswith(":merge"):
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    where = key_node.start_mark
+                    raise DataError(
+                        f"Line {where.line + 1}: the key {key!r} is there twice. Leave out one of them, or join them."
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"^<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def read_yaml(text: str) -> Any:
-    """Parse YAML.
+    """Parse YAML 1.2.
 
-    >>> read_yaml("[1e-4, 2.5e3, 3, 0.5, text]")
-    [0.0001, 2500.0, 3, 0.5, 'text']
+    Raises:
+        DataError: if it is not valid, or holds a key twice.
+
+    >>> read_yaml("[1e-4, 2.5e3, 3, 0.5, text, no, 1:30, 1_000, null]")
+    [0.0001, 2500.0, 3, 0.5, 'text', 'no', '1:30', 1000, None]
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except DataError:
+        raise
+    # A word behind an explicit tag (`!!bool maybe`) fails in whatever its constructor tries.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise DataError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    """A YAML error in one line: where, and what."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    what = (problem or str(error).partition("\n")[0]).rstrip(".")
+    return f"{f'Line {mark.line + 1}: ' if mark else ''}not valid YAML: {what}."
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -49,10 +96,15 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
                 section[parent] = {}
             elif isinstance(section[parent], str) and parent in ("train", "eval", "calibration"):
                 section[parent] = {"source": section[parent]}
+            elif isinstance(section[parent], str) and parent == "teacher":
+                section[parent] = {"model": section[parent]}
             section = section[parent]
             if not isinstance(section, dict | list):
                 raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
-        section[_key(section, leaf, override)] = read_yaml(text)
+        try:
+            section[_key(section, leaf, override)] = read_yaml(text)
+        except DataError as error:
+            raise DataError(f"--set {override!r}: {error}") from error
     return result
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, MinitronError, MismatchError, OutputError
+from ..errors import MinitronError, MismatchError, OutputError
 from ..files import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
 from .checking import check_recipe
 from .run import RECIPE_NAME, STAGES_DIR, UNFINISHED_DIR, Run
@@ -54,10 +54,7 @@ def run_recipe(
         OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
         MinitronError: whatever a stage refuses.
     """
-    names = [stage.name for stage in stages_of(recipe)]
-    if until is not None and until not in names:
-        raise DataError(f"There is no stage {until!r}. Expected one of {', '.join(names)}.")
-    shapes = check_recipe(recipe)
+    shapes = check_recipe(recipe, until=until)
     if report_shapes is not None:
         report_shapes(shapes)
     run = Run(recipe, show_progress=show_progress)

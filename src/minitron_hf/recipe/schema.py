@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 from ..sizes.request import PrunerConfig
 from .reading import apply_overrides, read_yaml
+from .rules import require_choice, require_value
 
 #: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
 CONTROLS: Mapping[str, str] = {
@@ -29,13 +30,12 @@ class TeacherSection:
     Attributes:
         model: Hub id or folder.
         revision: branch, tag or commit.
-        dtype: dtype to compute in; "auto": the checkpoint's where the hardware is fast in it, else float32. A narrower
-            one than the checkpoint's is for distillation and evaluation: what is scored and cut is never rounded.
+        dtype: dtype to compute in; "auto": bfloat16 where the hardware has it, else float32.
     """
 
     model: str
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class CorrectionSection:
     Attributes:
         original_learning_rate: the peak learning rate that the teacher was trained with; a fifth is used.
         num_tokens: budget.
-        method: "full", "lora" or "norms".
+        method: `"full"`, `"lora"` or `"norms"`.
         arguments: fields of `trl.SFTConfig`.
     """
 
     original_learning_rate: float
     num_tokens: int
-    method: str = "full"
+    method: Literal["full", "lora", "norms"] = "full"
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +105,7 @@ class CacheSection:
     """
 
     top_k: int = 64
-    dtype: str = "float16"
+    dtype: Literal["float16", "float32"] = "float16"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ class EvaluateSection:
         batch_size: rows at a time.
         speed: measure prefill and decode speed.
         tasks: lm-evaluation-harness tasks (needs the extra `eval`).
-        task_limit: examples per task.
+        task_limit: examples per task, or their share, below 1.
+        num_fewshot: worked examples in the prompts of tasks; None: as each task says.
+        include_path: folder with further task files.
+        apply_chat_template: put the tasks' prompts into the tokenizer's chat template.
         prompts: prompts to complete for the model card.
     """
 
@@ -140,7 +143,10 @@ class EvaluateSection:
     batch_size: int = 8
     speed: bool = True
     tasks: list[str] = field(default_factory=list)
-    task_limit: int | None = None
+    task_limit: float | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    apply_chat_template: bool = False
     prompts: list[str] = field(default_factory=list)
 
 
@@ -234,13 +240,10 @@ class Recipe:
         """
         recipe = _section(cls, values, "")
         _require_one_choice(recipe)
-        if unknown := sorted(set(recipe.controls) - set(CONTROLS)):
-            raise DataError(f"controls: {', '.join(unknown)} is unknown. Expected some of {', '.join(CONTROLS)}.")
+        for name in recipe.controls:
+            require_choice(name, CONTROLS, "controls")
         for number, one in enumerate(recipe.rounds, 1):
-            if one.teacher not in ROUND_TEACHERS:
-                raise DataError(
-                    f"rounds.{number}.teacher={one.teacher!r}: expected {' or '.join(map(repr, ROUND_TEACHERS))}."
-                )
+            require_choice(one.teacher, ROUND_TEACHERS, f"rounds.{number}.teacher")
             if one.teacher == "previous" and recipe.teacher_cache is not None:
                 raise DataError(
                     f"rounds.{number}.teacher='previous': teacher_cache holds what the original teacher says. Leave "
@@ -260,11 +263,13 @@ class Recipe:
             DataError: if the file is missing or no valid recipe.
         """
         try:
-            values = read_yaml(Path(path).read_text(encoding="utf-8"))
+            values = read_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
-            raise DataError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise DataError(f"The recipe {path} is not valid YAML: {error}") from error
+            raise DataError(f"Cannot read the recipe {path}: {error.strerror}. Check the path.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"The recipe {path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+        except DataError as error:
+            raise DataError(f"The recipe {path}: {error}") from error
         if not isinstance(values, dict):
             raise DataError(f"The recipe {path} holds no sections. Expected teacher, data, output_dir, prune, …")
         return cls.from_dict(apply_overrides(values, overrides or []))
@@ -343,6 +348,10 @@ DISTILL_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+#: Entries that may be paths of this machine, where `~` is the user's home.
+_PATHS = ("model", "source", "output_dir", "config", "include_path")
+
+
 def _section(cls: Any, values: Any, where: str) -> Any:
     """Build a (nested) dataclass from mappings, refusing unknown and missing names."""
     if cls is DatasetSection and isinstance(values, str):
@@ -353,11 +362,12 @@ def _section(cls: Any, values: Any, where: str) -> Any:
         raise DataError(f"{where or 'The recipe'}: expected a section with entries, got {values!r}.")
     hints = get_type_hints(cls)
     names = {field.name: field for field in fields(cls)}
-    if unknown := sorted(set(values) - set(names)):
+    if unknown := sorted(map(str, set(values) - set(names))):
         raise DataError(
-            f"{where or 'The recipe'} has no entry {', '.join(map(str, unknown))}. Expected: {', '.join(names)}."
+            f"{where or 'The recipe'} has no entry {', '.join(unknown)}.{did_you_mean(unknown, names)} "
+            f"Expected: {', '.join(names)}."
         )
-    built = {}
+    built: dict[str, Any] = {}
     for name, value in values.items():
         options = getattr(hints[name], "__args__", (hints[name],))
         nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
@@ -367,8 +377,8 @@ def _section(cls: Any, values: Any, where: str) -> Any:
         elif nested is not None and value is not None and getattr(hints[name], "__origin__", None) is not list:
             built[name] = _section(nested, value, at)
         else:
-            _require_type(value, hints[name], at)
-            built[name] = value
+            require_value(value, hints[name], at)
+            built[name] = _text(value, name, at) if isinstance(value, str) else value
     try:
         return cls(**built)
     except TypeError as error:
@@ -376,9 +386,8 @@ def _section(cls: Any, values: Any, where: str) -> Any:
         raise DataError(f"{where or 'The recipe'} lacks {missing}. Expected: {', '.join(names)}.") from error
 
 
-def _require_type(value: Any, hint: Any, where: str) -> None:
-    options = getattr(hint, "__args__", ()) if not hasattr(hint, "__origin__") else ()
-    allowed = tuple(getattr(option, "__origin__", option) for option in (options or (hint,)))
-    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
-        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise DataError(f"{where}={value!r}: expected {names}.")
+def _text(value: str, name: str, where: str) -> str:
+    """A text that says something; of a path, its full form."""
+    if not value.strip():
+        raise DataError(f"{where}={value!r}: expected text. Leave the entry out for its default.")
+    return os.path.expanduser(value) if name in _PATHS else value

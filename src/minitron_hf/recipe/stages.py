@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..errors import DataError, did_you_mean
 from ..pruning.candidates import SEARCH_NAME
 from ..pruning.plan import INDICES_NAME, PLAN_NAME
 from ..scoring.scores import SCORES_NAME
@@ -215,6 +216,27 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
         elif number == (1 if stage.name in TEACHER_STAGES else last):
             stages.append(stage)
     return tuple(stages)
+
+
+def stages_until(recipe: Recipe, until: str | None = None) -> list[Stage]:
+    """The stages that a recipe asks for, as far as the last one to run.
+
+    Raises:
+        DataError: if there is no such stage, or the recipe does not ask for it.
+    """
+    names = [stage.name for stage in stages_of(recipe)]
+    wanted = [stage for stage in stages_of(recipe) if stage.wanted(recipe)]
+    if until is None:
+        return wanted
+    if until not in names:
+        raise DataError(
+            f"There is no stage {until!r}.{did_you_mean(until, names)} Expected one of {', '.join(names)}."
+        )
+    if until not in [stage.name for stage in wanted]:
+        raise DataError(
+            f"The recipe does not ask for the stage {until!r}. It has {', '.join(stage.name for stage in wanted)}."
+        )
+    return wanted[: [stage.name for stage in wanted].index(until) + 1]
 
 
 def _in_round(stage: Stage, number: int, last: int) -> Stage:

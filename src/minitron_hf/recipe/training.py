@@ -14,8 +14,8 @@ from ..files import (
     replacing_folder,
     require_writable,
 )
-from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
+from .rules import hints_of, require_settings
 from .run import CACHE_DIR, RECIPE_NAME, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, Recipe
 
@@ -111,7 +111,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         caches = run.whole.folder / CACHE_DIR
         teacher, corpora = None, [load_teacher_cache(caches / which) for which in ("train", "eval")]
     distill(
-        load_for_compute(student),
+        run.load(student),
         teacher,
         folder,
         run.tokenizer,
@@ -119,22 +119,36 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         *corpora,
         plans=run.plans if folder == run.folder else (),
         peft_config=lora_config(run.recipe),
-        dtype=stored_dtype(run.teacher_config),
+        dtype=_checkpoint_dtype(run.teacher_config),
     )
+
+
+def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype in which a checkpoint is stored, which its student's follows."""
+    import torch
+
+    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
 
 
 def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
-        student.to(dtype=stored_dtype(teacher) or student.dtype).save_pretrained(temporary)
+        student.to(dtype=_checkpoint_dtype(teacher) or student.dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
 def lora_config(recipe: Recipe) -> Any:
+    """The adapter's configuration, or None.
+
+    Raises:
+        DataError: if it makes no sense.
+    """
     if recipe.lora is None:
         return None
     from peft import LoraConfig
 
+    own = ("task_type", "peft_type", "runtime_config", "base_model_name_or_path", "inference_mode")
+    require_settings(recipe.lora, hints_of(LoraConfig, without=own), "lora.", "fields of peft.LoraConfig")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"lora: {error}. Expected fields of peft.LoraConfig.") from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise DataError(f"lora: {error} Expected fields of peft.LoraConfig.") from error

@@ -144,7 +144,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
             raise DataError(f"{name}={unknown[0]!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
     spec = spec_for(model.config)
     spec.check(model)
-    _require_depth(spec.sizes(model.config)["layers"], depth_metric, block_length, one_by_one)
+    require_depth(spec.sizes(model.config)["layers"], depth_metric, block_length, one_by_one)
     named = public_name(model.config._name_or_path)
     digests: dict[str, str | None] = {
         "model": model_digest(model),
@@ -216,9 +216,14 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     return found[metrics[0]] if isinstance(metric, str) else {name: found[name] for name in metrics}
 
 
-def _require_depth(
+def require_depth(
     depth: int, depth_metric: DepthMetric | DepthFunction | None, block_length: int | None, one_by_one: bool
 ) -> None:
+    """Refuse a way to score layers that says nothing, or more than there are; see `estimate_importance`.
+
+    Raises:
+        DataError: naming the argument.
+    """
     if depth_metric is not None and not callable(depth_metric) and depth_metric not in get_args(DepthMetric):
         known = ", ".join(get_args(DepthMetric))
         raise DataError(f"depth_metric={depth_metric!r} is unknown. Expected {known}, or a function of a model.")
@@ -306,8 +311,7 @@ def _run_pass(
         ) as bar,
     ):
         for batch in islice(calibration.batches(), rank, None, num_processes):
-            names = ("input_ids", "attention_mask", "scored_mask")
-            pass_.run({name: batch[name].to(device) for name in names if name in batch})
+            pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
             bar.update()
     if num_processes > 1:
         pass_.gather()

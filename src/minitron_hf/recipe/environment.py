@@ -1,0 +1,236 @@
+"""Checks what a recipe needs of this machine and of the Hub: corpora, packages, tasks, access, disk space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence, Set
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import token_rows
+from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
+from ..files import require_creatable
+from ..models import count_parameters, first_line
+from ..publishing.card_metadata import is_repo_id
+from .launching import require_launchable
+from .schema import DatasetSection, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from ..distillation.config import DistillationConfig
+    from .run import Run
+
+#: Local files up to this size are read by a check; of larger ones, and of the Hub's, the first rows are.
+SMALL = 256 * 2**20
+#: Bytes of a parameter in a checkpoint of the trainer: float32 weights and the two moments of AdamW.
+CHECKPOINT_BYTES = 12
+
+
+def check_environment(
+    run: Run, stages: Set[str], arguments: Sequence[DistillationConfig], students: Sequence[PretrainedConfig]
+) -> list[str]:
+    """Refuse what the stages of a run would look for in vain.
+
+    Args:
+        run: the run.
+        stages: names of its stages, without their round.
+        arguments: of distillation, of every round.
+        students: the student's config, of every round; of a search, the teacher's.
+
+    Returns:
+        What could not be checked.
+    """
+    recipe = run.recipe
+    require_creatable(run.folder)
+    skipped = check_corpora(run, run.tokenizer)
+    if stages & {"distill", "controls"}:
+        check_reporters(arguments)
+    if recipe.distributed is not None:
+        require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
+    if "evaluate" in stages:
+        check_benchmarks(recipe, run.tokenizer)
+    if "publish" in stages:
+        skipped += check_publishing(recipe)
+    if "search" not in stages:
+        check_disk(recipe, stages, arguments, run.teacher_config, students)
+    return skipped
+
+
+def check_corpora(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Refuse corpora that cannot be read, have no such column or hold no text.
+
+    Returns:
+        What could not be checked.
+    """
+    skipped = []
+    sections = {which: run.dataset_section(which) for which in ("train", "eval")}
+    if run.recipe.data.calibration is not None:
+        sections["calibration"] = run.recipe.data.calibration
+    for which, section in sections.items():
+        rows = _first_rows(run, which, section)
+        if isinstance(rows, str):
+            skipped.append(f"data.{which}: {rows}")
+        else:
+            _require_text(rows, section, f"data.{which}", tokenizer)
+    return skipped
+
+
+def _first_rows(run: Run, which: str, section: DatasetSection) -> Sequence[Any] | str:
+    """The first rows of a corpus, or why they are not looked at."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+
+    path = Path(section.source)
+    if path.is_dir() or path.suffix:
+        if path.is_file() and path.stat().st_size > SMALL:
+            return f"{section.source} is large, and is read when the run begins"
+        return list(islice(run.dataset(which), 64))
+    if constants.is_offline_mode():
+        return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
+    whole = section.split.partition("[")[0]
+    try:
+        stream = load_dataset(section.source, section.name, split=whole, revision=section.revision, streaming=True)
+        return list(islice(stream, 64))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"data.{which}: {section.source!r} is neither a file here nor a dataset that can be read from the Hub: "
+            f"{first_line(error)} Check the path, or the name, split and revision."
+        ) from error
+
+
+def _require_text(rows: Sequence[Any], section: DatasetSection, where: str, tokenizer: Any) -> None:
+    if not rows:
+        raise DataError(
+            f"{where}: {section.source} (split {section.split!r}) has no rows. Name another split or file."
+        )
+    columns = list(rows[0])
+    if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
+        raise DataError(
+            f"{where}: {section.source} has the columns {', '.join(columns)}, and no {section.text_field!r}."
+            f"{did_you_mean(section.text_field, columns)} Name the text column with text_field."
+        )
+    if section.text_field not in columns:
+        return
+    if wrong := [row[section.text_field] for row in rows if not isinstance(row[section.text_field], str)]:
+        raise DataError(
+            f"{where}: the column {section.text_field!r} of {section.source} holds {wrong[0]!r}, expected text. Name "
+            "another column with text_field, or leave out such rows."
+        )
+    try:
+        token_rows([row[section.text_field] for row in rows], tokenizer, max_length=2, num_rows=1)
+    except DataError as error:
+        raise DataError(f"{where}: {section.source}: {error}") from error
+
+
+def check_reporters(arguments: Collection[DistillationConfig]) -> None:
+    """Refuse trackers that are unknown or not installed.
+
+    Raises:
+        DataError: naming those that there are.
+        MissingDependencyError: naming the package.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in dict.fromkeys(name for args in arguments for name in args.report_to or ()):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise DataError(
+                f"distill.report_to={name!r} is unknown.{did_you_mean(name, INTEGRATION_TO_CALLBACK)} Expected none, "
+                f"all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
+        # Those that Transformers does not probe are tried by their callbacks.
+        probed = name not in ("flyte",)
+        if probed and name not in get_available_reporting_integrations():
+            raise MissingDependencyError(
+                f"distill.report_to={name!r}: the package is not installed. Run pip install {name}, or leave "
+                "report_to out."
+            )
+
+
+def check_benchmarks(recipe: Recipe, tokenizer: Any) -> None:
+    """Refuse tasks that the harness does not have, or cannot run here."""
+    from ..evaluation.tasks import require_tasks
+
+    section = recipe.evaluate
+    if section.apply_chat_template and section.tasks and getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            "evaluate.apply_chat_template: the teacher's tokenizer has no chat template. Leave the entry out."
+        )
+    if section.tasks:
+        try:
+            require_tasks(section.tasks, section.include_path)
+        except DataError as error:
+            raise DataError(f"evaluate.tasks: {error}") from error
+
+
+def check_publishing(recipe: Recipe) -> list[str]:
+    """Refuse a repository that this account cannot write to.
+
+    Returns:
+        What could not be checked.
+    """
+    assert recipe.publish is not None
+    name = recipe.publish.repo_id
+    if not is_repo_id(name) or "/" not in name:
+        raise HubError(
+            f"publish.repo_id={name!r}: expected 'owner/name' (letters, digits, '-', '_' and '.', each part once)."
+        )
+    return []
+
+
+def check_disk(
+    recipe: Recipe,
+    stages: Set[str],
+    arguments: Sequence[DistillationConfig],
+    teacher: PretrainedConfig,
+    students: Sequence[PretrainedConfig],
+) -> None:
+    """Refuse a run whose checkpoints have no room, as far as that is certain beforehand.
+
+    Args:
+        recipe: the recipe.
+        stages: names of the stages that will run, without their round.
+        arguments: of distillation, of every round.
+        teacher: the teacher's config.
+        students: the student's config, of every round.
+
+    Raises:
+        OutputError: saying how much is needed for what.
+    """
+    import torch
+
+    stored = teacher.dtype if isinstance(teacher.dtype, torch.dtype) else torch.float32
+    parts: dict[str, int] = {}
+    for student, args in zip(students, arguments):
+        size = count_parameters(student)
+        copies = 1 + (1 + len(recipe.controls) if "controls" in stages else 0) if recipe.controls else 1
+        if "prune" in stages:
+            parts["pruned students"] = parts.get("pruned students", 0) + size * stored.itemsize
+        if "distill" in stages:
+            kept = 0 if str(args.save_strategy) == "no" or recipe.lora is not None else 1
+            each = size * stored.itemsize + kept * size * (4 if args.save_only_model else CHECKPOINT_BYTES)
+            name = "trained students and one checkpoint of each"
+            parts[name] = parts.get(name, 0) + each * copies
+    if "correct" in stages and recipe.teacher_correction is not None:
+        size = count_parameters(teacher)
+        full = recipe.teacher_correction.method == "full"
+        parts["the corrected teacher"] = size * (stored.itemsize + (CHECKPOINT_BYTES if full else 0))
+    folder = Path(recipe.output_dir)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    needed, free = sum(parts.values()) - there, shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
+        raise OutputError(
+            f"The disk of {folder} has {free / 1e9:,.1f} GB free, and the run needs at least {needed / 1e9:,.1f} GB "
+            f"({listed}). Free space, or choose another output_dir."
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,0 +1,149 @@
+"""Checks the free sections of a recipe, and `--set`, against what takes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, MinitronError
+from ..pruning.iterations import require_iterations
+from ..scoring.importance import estimate_importance
+from ..scoring.scores import Metric
+from .actions import cached_arguments, search_arguments
+from .rules import hints_of, require_settings
+from .schema import DISTILL_DEFAULTS, Recipe
+from .training import lora_config
+
+if TYPE_CHECKING:
+    from ..distillation.config import DistillationConfig
+
+
+def scoring_hints() -> dict[str, Any]:
+    """Arguments of `estimate_importance` that can be written down, and of a recipe's repetition of it."""
+    given = ("model", "data", "processing_class", "show_progress")
+    return {**hints_of(estimate_importance, without=given), "metric": Metric, "iterations": int}
+
+
+def distillation_hints() -> dict[str, Any]:
+    """Fields of `DistillationConfig`; the folder is given elsewhere."""
+    from ..distillation.config import DistillationConfig
+
+    return hints_of(DistillationConfig, without=("output_dir",))
+
+
+def search_hints() -> dict[str, Any]:
+    """Arguments of `search_architectures` that can be written down."""
+    from ..search.architectures import search_architectures
+
+    own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
+    return hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
+
+
+def require_search(values: Mapping[str, Any], prefix: str) -> None:
+    """Refuse arguments of `search_architectures` that cannot be meant."""
+    require_settings(values, search_hints(), prefix, "arguments of search_architectures")
+    distillation = values.get("distillation") or {}
+    require_settings(distillation, distillation_hints(), f"{prefix}distillation.", "fields of DistillationConfig")
+
+
+def distillation_config(folder: Path, values: Mapping[str, Any], prefix: str) -> DistillationConfig:
+    """The checked arguments of distillation.
+
+    Raises:
+        DataError: naming what is wrong.
+        MissingDependencyError: if a package that they ask for is not installed.
+    """
+    from ..distillation.config import DistillationConfig
+
+    require_settings(values, distillation_hints(), prefix, "fields of DistillationConfig")
+    return _built(DistillationConfig, folder, {**DISTILL_DEFAULTS, **values}, prefix)
+
+
+def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) -> Any:
+    """A configuration of TRL's, with a scheduler and an optimizer that exist."""
+    from ..errors import MissingDependencyError
+
+    try:
+        made = config(str(folder), **values)
+        _require_schedule(made)
+    except MinitronError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(f"{prefix.rstrip('. ')}: {error}") from error
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{prefix.rstrip('. ')}: {error}") from error
+    return made
+
+
+def _require_schedule(args: Any) -> None:
+    """Build the learning rate's schedule and look up the optimizer, with nothing to train."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    get_scheduler(
+        args.lr_scheduler_type,
+        nothing,
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+    )
+    # Those of whole layers want the model; what they need is found when it is there.
+    if not any(word in str(args.optim) for word in ("galore", "apollo", "lomo")):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def check_settings(recipe: Recipe) -> list[DistillationConfig]:
+    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours.
+
+    Returns:
+        The arguments of distillation, of every round.
+    """
+    folder = Path(recipe.output_dir)
+    if recipe.search is not None:
+        require_search(recipe.search, "search.")
+        search_arguments(recipe)
+    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    found = []
+    for number, one in enumerate(rounds, 1):
+        where = f"rounds.{number}." if recipe.rounds else ""
+        require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
+        require_iterations(one.pruner_config, one.scores.get("iterations", 1))
+        found.append(distillation_config(folder, one.distill, f"{where}distill."))
+        if recipe.teacher_cache is not None:
+            _require_one_cache(recipe, one, found[-1], where)
+    lora_config(recipe)
+    if recipe.teacher_correction is not None:
+        _check_correction(recipe)
+    return found
+
+
+def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, where: str) -> None:
+    from ..distillation.teacher_cache import refuse_uncacheable
+
+    refuse_uncacheable(args)
+    whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
+    if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:
+        raise DataError(
+            f"{where}distill: {', '.join(other)} cannot differ between rounds that read one teacher_cache. Set it "
+            "for all of them, or leave out teacher_cache."
+        )
+
+
+def _check_correction(recipe: Recipe) -> None:
+    from trl import SFTConfig
+
+    from ..distillation.correction import correct_teacher
+
+    section = recipe.teacher_correction
+    assert section is not None
+    own = {one for one in inspect.signature(correct_teacher).parameters if one not in ("max_length", "arguments")}
+    hints = hints_of(SFTConfig, without=(*own, "output_dir", "max_steps"))
+    prefix = "teacher_correction.arguments."
+    if "max_steps" in section.arguments:
+        raise DataError(f"{prefix}max_steps: teacher_correction.num_tokens says how long. Leave it out.")
+    require_settings(section.arguments, hints, prefix, "fields of trl.SFTConfig")
+    on_any = {"bf16": False, "use_cpu": False, "report_to": "none"}
+    _built(SFTConfig, Path(recipe.output_dir), {**on_any, **section.arguments}, prefix)
