@@ -345,8 +345,8 @@ def test_other_vocabularies_are_refused():
 def test_the_command_line_says_whether_it_fits(tmp_path, monkeypatch, capsys):
     PAIRS["dense"][0].save_pretrained(tmp_path)
 
-    def minitron(*arguments) -> int:
-        monkeypatch.setattr(sys, "argv", ["minitron-hf", "plan", str(tmp_path), "--hidden-size", "192", *arguments])
+    def minitron(*arguments, command="fit", sizes=("--hidden-size", "192")) -> int:
+        monkeypatch.setattr(sys, "argv", ["minitron-hf", command, str(tmp_path), *sizes, *arguments])
         try:
             main()
         except SystemExit as stop:
@@ -371,7 +371,17 @@ def test_the_command_line_says_whether_it_fits(tmp_path, monkeypatch, capsys):
         assert minitron("--device", "h100", wrong) == 2
         assert words in capsys.readouterr().err
     assert minitron("--devices", "2") == 2
-    assert "on a --device" in capsys.readouterr().err
+    assert "--device" in capsys.readouterr().err
+    assert minitron("--student", str(tmp_path), *fsdp2, sizes=()) == 0
+    assert minitron("--student", str(tmp_path), "--device", "24GB") == 2
+    assert "exclude each other" in capsys.readouterr().err
+    # The options of `plan` that this command replaces are taken for one release.
+    assert minitron(*fsdp2, command="plan") == 0
+    said_before = capsys.readouterr()
+    assert said_before.out == said
+    assert "plan --device is deprecated" in said_before.err
+    assert minitron("--devices", "2", command="plan") == 2
+    assert "minitron-hf fit" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

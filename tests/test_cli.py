@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from minitron_hf import PrunerConfig, count_parameters, student_config
 from minitron_hf.cli.app import main
+from minitron_hf.models import load_config
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -185,7 +187,7 @@ def test_a_plan_with_repair_is_carried_out_on_data(workshop, tmp_path):
 
 def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path):
     recipe, text = tmp_path / "recipe.yaml", workshop / "text.jsonl"
-    wish = ["plan", workshop / "teacher", "--recommend", "--target", "0.8", "--tokens", "10k"]
+    wish = ["recommend", workshop / "teacher", "--target", "0.8", "--tokens", "10k"]
     corpora = ["--train-data", text, "--eval-data", text]
     result = minitron(*wish, *corpora, "-o", recipe, "--set", f"output_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
@@ -196,9 +198,20 @@ def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path)
     assert "hidden_size" in dry.stdout
     refused(minitron(*wish, "-o", recipe), "--train-data")
     refused(minitron(*wish, *corpora), "--output")
-    refused(minitron(*wish, "--hidden-size", "24"), "takes no sizes")
-    refused(minitron("plan", workshop / "teacher", "--recommend", "--target", "half"), "--target half")
-    refused(minitron("plan", workshop / "teacher", "--hidden-size", "24"), "--output")
+    refused(minitron("recommend", workshop / "teacher", "--target", "half"), "--target half")
+    before = minitron("plan", "--recommend", *wish[1:])  # for one release
+    assert (before.returncode, before.stdout) == (0, minitron(*wish).stdout)
+    assert "plan --recommend is deprecated" in before.stderr
+    refused(minitron("plan", "--recommend", *wish[1:], "--hidden-size", "24"), "takes no sizes")
+
+
+def test_shapes_are_printed_without_writing(workshop):
+    before = sorted(workshop.rglob("*"))
+    result = minitron("plan", workshop / "teacher", "--hidden-size", "24")
+    assert result.returncode == 0, result.stderr
+    config = student_config(load_config(workshop / "teacher"), PrunerConfig(hidden_size=24))
+    assert f"{count_parameters(config):,}" in result.stdout
+    assert sorted(workshop.rglob("*")) == before
 
 
 def test_families_are_shown_together_and_alone():

@@ -12,8 +12,10 @@ from ..errors import MinitronError
 from .distill import distill
 from .evaluate import card, evaluate, publish
 from .families import families
+from .fit import fit
 from .plan import plan
 from .prune import prune
+from .recommend import recommend
 from .run import accelerate_config, run, stage
 from .score import cache, score
 from .search import search
@@ -56,7 +58,22 @@ def _root(
 
 
 #: In the order of the path from a model to a published student, which `--help` shows.
-COMMANDS = (run, score, plan, search, prune, cache, distill, accelerate_config, evaluate, card, publish, families)
+COMMANDS = (
+    run,
+    recommend,
+    score,
+    plan,
+    fit,
+    search,
+    prune,
+    cache,
+    distill,
+    accelerate_config,
+    evaluate,
+    card,
+    publish,
+    families,
+)
 
 for command in COMMANDS:
     app.command()(command)

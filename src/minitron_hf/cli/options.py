@@ -61,6 +61,24 @@ def _size(name: str, text: str) -> int | float:
         raise DataError(f"--{name.replace('_', '-')} {text}: expected an integer or a fraction.") from None
 
 
+def _sizes(
+    hidden_size: str | None,
+    intermediate_size: str | None,
+    num_attention_heads: str | None,
+    num_key_value_heads: str | None,
+    num_hidden_layers: str | None,
+) -> dict[str, int | float]:
+    """The sizes that were given, by their names in `PrunerConfig`."""
+    texts = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_hidden_layers": num_hidden_layers,
+    }
+    return {name: _size(name, text) for name, text in texts.items() if text is not None}
+
+
 def _number(name: str, text: str) -> float:
     """A number that may end in k, M, B or T."""
     scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1)

@@ -93,7 +93,7 @@ class Recommendation:
 
     def to_yaml(self, recipe: Mapping[str, Any]) -> str:
         """A recipe of `recipe()` as YAML, with the decisions as comments."""
-        lines = ["Written by minitron-hf plan --recommend."]
+        lines = ["Written by minitron-hf recommend."]
         lines += [f"{one.name}: {one.value}. {one.reason} [{one.source}]" for one in self.decisions]
         comment = "\n".join(
             textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)

@@ -1,0 +1,85 @@
+"""`minitron-hf fit`: memory and speed of distilling a student on some devices, from configs alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import DataError
+from .options import Settings, SizeOption, _sizes
+from .printing import _print_capacity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..distillation.fake_runs import Setup
+
+
+def fit(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
+    device: Annotated[
+        str, typer.Option(metavar="NAME|SIZE", help="A device: h100, a100, l4, …, or its memory: 24GB.")
+    ],
+    student: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Hub id or folder of the student, instead of sizes."),
+    ] = None,
+    hidden_size: SizeOption = None,
+    intermediate_size: SizeOption = None,
+    num_attention_heads: SizeOption = None,
+    num_key_value_heads: SizeOption = None,
+    num_hidden_layers: SizeOption = None,
+    set_: Settings = None,
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    sharding: Annotated[str, typer.Option(help="ddp, fsdp2, zero2 or zero3.")] = "ddp",
+    batch_size: Annotated[int, typer.Option(help="Rows on each device, per pass.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
+    lora_rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Train an adapter of that rank (default: all weights)."),
+    ] = None,
+) -> None:
+    """Print what distilling a student takes on each device, and how fast it may be.
+
+    The student is a model (--student), or the sizes that would be cut to, as in `minitron-hf plan`.
+    """
+    from ..distillation.capacity import estimate_capacity
+    from ..models import load_config
+    from ..recipe.reading import apply_overrides
+    from ..sizes.request import PrunerConfig
+    from ..sizes.student import student_config
+
+    given = _sizes(hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
+    if student is not None and (given or set_):
+        raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")
+    checked = _setup(
+        device,
+        {
+            "devices": devices,
+            "sharding": sharding,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "optimizer": optimizer,
+            "lora_rank": lora_rank,
+        },
+    )
+    config = load_config(teacher)
+    request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
+    made = student_config(config, request) if student is None else load_config(student)
+    _print_capacity(estimate_capacity(config, made, checked), device, checked)
+
+
+def _setup(device: str, setup: Mapping[str, Any]) -> Setup:
+    """What a device's name, or the size of its memory, and the other options come to."""
+    from ..distillation.devices import DEVICES, Device
+    from ..distillation.fake_runs import Setup
+
+    known = DEVICES.get(device.lower())
+    if known is None:
+        size = device.upper().removesuffix("GB")
+        if size == device.upper() or not size.isdigit():
+            raise DataError(f"--device {device}: expected a size such as 24GB, or one of {', '.join(DEVICES)}.")
+        known = Device(int(size) * 1e9)
+    return Setup(device=known, **setup)
