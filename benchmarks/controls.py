@@ -30,14 +30,12 @@ from minitron_hf import (
     estimate_importance,
     evaluate_models,
     iterate_importance,
-    load_model,
     load_text_dataset,
     load_tokenizer,
     make_plan,
 )
 from minitron_hf.files import versions, write_json
-from minitron_hf.hardware import compute_dtype
-from minitron_hf.models import count_parameters
+from minitron_hf.models import count_parameters, load_for_compute
 from minitron_hf.scoring.reductions import Reduction
 from minitron_hf.scoring.scores import Metric
 from reporting import command, spread
@@ -48,8 +46,7 @@ ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
 def main() -> None:
     """Run all arms and print the table."""
     arguments = parse_arguments()
-    dtype = compute_dtype()
-    teacher = load_model(arguments.teacher, dtype=dtype)
+    teacher = load_for_compute(arguments.teacher)
     tokenizer = load_tokenizer(arguments.teacher)
     train = load_text_dataset(arguments.train)
     held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))

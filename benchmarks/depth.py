@@ -16,13 +16,12 @@ from minitron_hf import (
     apply_plan,
     estimate_importance,
     evaluate_models,
-    load_model,
     load_text_dataset,
     load_tokenizer,
     make_plan,
 )
 from minitron_hf.files import public_name, versions, write_json
-from minitron_hf.hardware import compute_dtype
+from minitron_hf.models import load_for_compute
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict = {"versions": versions(), "teachers": {}}
     for name in arguments.teacher:
-        teacher, tokenizer = load_model(name, dtype=compute_dtype()), load_tokenizer(name)
+        teacher, tokenizer = load_for_compute(name), load_tokenizer(name)
         texts = [row["text"] for row in load_text_dataset(arguments.train, split="train[:500]")]
         scores = estimate_importance(teacher, texts, processing_class=tokenizer, num_samples=256, max_length=128)
         depth = teacher.config.num_hidden_layers

@@ -24,14 +24,13 @@ from minitron_hf import (
     estimate_importance,
     evaluate_models,
     iterate_importance,
-    load_model,
     load_text_dataset,
     load_tokenizer,
     make_plan,
 )
 from minitron_hf.data import token_rows
 from minitron_hf.files import public_name, versions, write_json
-from minitron_hf.hardware import compute_dtype
+from minitron_hf.models import load_for_compute
 from minitron_hf.scoring.reductions import Reduction
 from minitron_hf.scoring.scores import Metric
 from reporting import command
@@ -75,7 +74,7 @@ def main() -> None:
         "teachers": {},
     }
     for name in arguments.teacher:
-        teacher, tokenizer = load_model(name, dtype=compute_dtype()), load_tokenizer(name)
+        teacher, tokenizer = load_for_compute(name), load_tokenizer(name)
         texts = (row["text"] for row in load_text_dataset(arguments.train))
         rows = token_rows(texts, tokenizer, max_length=arguments.max_length, num_rows=arguments.rows)
         held_out = load_text_dataset(arguments.eval)

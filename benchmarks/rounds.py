@@ -34,14 +34,12 @@ from minitron_hf import (
     apply_plan,
     estimate_importance,
     evaluate_models,
-    load_model,
     load_text_dataset,
     load_tokenizer,
     make_plan,
 )
 from minitron_hf.files import versions, write_json
-from minitron_hf.hardware import compute_dtype
-from minitron_hf.models import count_parameters
+from minitron_hf.models import count_parameters, load_for_compute
 from reporting import command, spread
 
 ARMS = ("one round", "one round, distilled twice", "two rounds", "two rounds, from the previous", "two rounds, random")
@@ -50,7 +48,7 @@ ARMS = ("one round", "one round, distilled twice", "two rounds", "two rounds, fr
 def main() -> None:
     """Run all arms and print the table."""
     arguments = parse_arguments()
-    teacher = load_model(arguments.teacher, dtype=compute_dtype())
+    teacher = load_for_compute(arguments.teacher)
     tokenizer = load_tokenizer(arguments.teacher)
     train = load_text_dataset(arguments.train)
     held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))

@@ -30,15 +30,13 @@ from minitron_hf import (
     cache_teacher_logits,
     estimate_importance,
     evaluate_models,
-    load_model,
     load_teacher_cache,
     load_text_dataset,
     load_tokenizer,
     make_plan,
 )
 from minitron_hf.files import versions, write_json
-from minitron_hf.hardware import compute_dtype
-from minitron_hf.models import count_parameters
+from minitron_hf.models import count_parameters, load_for_compute
 from reporting import command, spread
 
 METRICS = ("kl_divergence", "bits_per_byte", "top1_agreement")
@@ -47,7 +45,7 @@ METRICS = ("kl_divergence", "bits_per_byte", "top1_agreement")
 def main() -> None:
     """Write the caches, run all arms, print the table."""
     arguments = parse_arguments()
-    teacher, tokenizer = load_model(arguments.teacher, dtype=compute_dtype()), load_tokenizer(arguments.teacher)
+    teacher, tokenizer = load_for_compute(arguments.teacher), load_tokenizer(arguments.teacher)
     train = load_text_dataset(arguments.train).select(range(arguments.documents))
     held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))
     length = arguments.max_length

@@ -11,7 +11,7 @@ import string
 from collections.abc import Iterator
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -107,6 +107,16 @@ def pocket_tokenizer(**changes) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes})
+
+
+def starting_tokenizer(start: str = "<s>", end: str = "", **changes) -> PreTrainedTokenizerFast:
+    """The pocket tokenizer, which adds special tokens in front of every text, and behind it."""
+    tokenizer = pocket_tokenizer(**changes)
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {*start.split(), *end.split()}]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}".strip(), special_tokens=added
+    )
+    return tokenizer
 
 
 @contextlib.contextmanager

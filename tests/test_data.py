@@ -14,7 +14,7 @@ import torch
 
 from minitron_hf.data import TokenRows, load_text_dataset, padded_batches, position_ids, token_rows, tokenize
 from minitron_hf.errors import DataError
-from pocket import pocket_tokenizer
+from pocket import pocket_tokenizer, starting_tokenizer
 
 BOS = 1
 TEXTS = ["Once upon a time", "a", "", "  \n", "The end of the story.", "x" * 23]
@@ -96,7 +96,9 @@ def test_bytes_are_of_the_measured_text(tokenizer):
     bare = pocket_tokenizer(bos_token=None, eos_token=None)
     rows = token_rows(["a", "bcd"], bare, max_length=64, packing=False, overlap=1)
     assert len(rows) == 1  # "a" is one token without a separator: there is nothing to predict
-    assert rows.num_bytes == 3
+    assert rows.num_bytes == 2  # nor is there for the first token of "bcd"
+    rows = token_rows(["a", "bcd"], bare, max_length=3, packing=True, overlap=1)
+    assert rows.num_bytes == 3  # only the first token of the stream is predicted by nothing
     assert token_rows(streams(5), max_length=64).num_bytes is None
     assert token_rows(["abc", [4, 5]], tokenizer, max_length=64).num_bytes is None
 
@@ -172,6 +174,170 @@ def test_many_documents_keep_their_order(tokenizer):
     assert [list(row) for row in rows.rows] == expected
 
 
+# Rows that begin in the middle of a document
+
+
+STARTS = [("<s>",), ("<s>", "<unk>"), ("</s>",)]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("max_length", [4, 7, 100])
+@pytest.mark.parametrize(("packing", "overlap"), [(True, 0), (True, 1), (False, 0), (False, 1)])
+def test_every_row_begins_with_what_the_tokenizer_adds(start: tuple, max_length: int, packing: bool, overlap: int):
+    """The added tokens are context alone: without them, every token of the texts is predicted exactly once."""
+    tokenizer = starting_tokenizer(" ".join(start))
+    added = tuple(tokenizer.convert_tokens_to_ids(list(start)))
+    texts = ["Once upon a time", "ab", "", "The end of the story.", "x" * 23]
+    rows = token_rows(texts, tokenizer, max_length=max_length, packing=packing, overlap=overlap)
+    assert all(len(row) <= max_length for row in rows.rows)
+    assert all(row[: len(added)] == added for row in rows.rows)
+    found = [row[place] for index, row in enumerate(rows.rows) for place in rows.predicted(index)]
+    assert found == tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
+    assert rows.num_predicted == len(found)
+    if overlap:
+        assert rows.num_bytes == len("".join(texts).encode())
+        for index, row in enumerate(rows.rows):  # the repeated token gives the first new one its context
+            if rows.continues[index] and packing is False:
+                assert row[len(added)] == rows.rows[index - 1][-1]
+    else:
+        assert rows.num_tokens == len(found)
+    if not packing:
+        assert [not later for later in rows.continues].count(True) == sum(map(bool, texts))
+
+
+def test_rows_of_tokenizers_that_add_nothing_are_the_stream_as_it_is(tokenizer):
+    texts = ["Once upon a time", "The end of the story."]
+    rows = token_rows(texts, tokenizer, max_length=6)
+    stream = [token for text in texts for token in [BOS, *tokenizer(text)["input_ids"]]]
+    assert [token for row in rows.rows for token in row] == stream
+    assert rows.context == ()
+    assert rows.digest == TokenRows(rows.rows, None).digest
+
+
+def test_token_ids_get_the_start_where_it_is_missing():
+    tokenizer = starting_tokenizer()
+    rows = token_rows([[5, 6, 7, 8, 9], [BOS, 5, 6]], tokenizer, max_length=4, packing=False)
+    assert rows.rows == ((BOS, 5, 6, 7), (BOS, 8, 9), (BOS, 5, 6))
+    assert rows.context == ((0,), (0,), (0,))
+    assert token_rows([[5, 6, 7]], max_length=4).rows == ((5, 6, 7),)  # without a tokenizer nothing is known
+
+
+def test_context_is_part_of_the_digest_and_of_the_batches():
+    rows = token_rows(["abcdefg", "hi"], starting_tokenizer(), max_length=5, packing=False)
+    assert rows.digest != TokenRows(rows.rows, None).digest
+    for side in ("left", "right"):
+        [batch] = padded_batches(rows, 8, padding_side=side)
+        kept = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["scored_mask"])]
+        assert kept == [[token for token in row if token != BOS] for row in rows.rows]
+        assert batch["attention_mask"].sum() == sum(map(len, rows.rows))
+
+
+def test_rows_that_only_hold_what_is_added_are_left_out():
+    rows = token_rows(["abc", "d"], starting_tokenizer(), max_length=4)
+    assert [len(row) for row in rows.rows] == [4, 2]  # the second begins where "d" does
+    assert not [row for row in token_rows(["abc", " "], starting_tokenizer(), max_length=4).rows if len(row) < 2]
+    with pytest.raises(DataError, match=r"max_length=2.*2 token\(s\)"):
+        token_rows(["abc"], starting_tokenizer("<s> <unk>"), max_length=2)
+
+
+# Conversations and completions
+
+
+CHAT = "{% for m in messages %}{{ '<s>' if loop.first }}{{ m['role'][0] }}: {{ m['content'] }}</s>{% endfor %}"
+CHAT += "{% if add_generation_prompt %}a: {% endif %}"
+
+
+def test_conversations_and_completions_are_read_as_trl_reads_them():
+    """The oracle is the trainer's own rows: token ids, and labels where they count."""
+    from trl import SFTConfig, SFTTrainer
+
+    from pocket import pocket_model
+
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    kinds = {
+        "messages": [{"messages": talk}, {"messages": talk * 2}],
+        "sharegpt": [{"conversations": [{"from": m["role"], "value": m["content"]} for m in talk]}] * 2,
+        "texts": [{"prompt": "One and", "completion": " two."}, {"prompt": "Three", "completion": " four.</s>"}],
+        "turns": [{"prompt": talk[:1], "completion": talk[1:]}] * 2,
+    }
+    for tokenizer in (pocket_tokenizer(), starting_tokenizer()):
+        tokenizer.chat_template = CHAT
+        for kind, data in kinds.items():
+            args = SFTConfig("unused", report_to="none", bf16=False, max_length=64)
+            data = datasets.Dataset.from_list(data)
+            trainer = SFTTrainer(pocket_model("llama"), args, train_dataset=data, processing_class=tokenizer)
+            rows = token_rows(data, tokenizer, max_length=64, packing=False)
+            assert [list(row) for row in rows.rows] == list(trainer.train_dataset["input_ids"]), kind
+            counted = [
+                [place for place, label in enumerate(labels) if label != -100 and place > 0]
+                for labels in trainer.train_dataset["labels"]
+            ]
+            assert [rows.predicted(index) for index in range(len(rows))] == counted, kind
+
+
+def test_conversations_that_cannot_be_rendered_are_refused(tokenizer):
+    talk = [{"messages": [{"role": "user", "content": "Hello"}]}]
+    with pytest.raises(DataError, match="no chat template"):
+        token_rows(talk, tokenizer, max_length=16)
+    with pytest.raises(DataError, match="tokenizer is needed"):
+        token_rows(talk, max_length=16)
+    strict = pocket_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        token_rows(talk, strict, max_length=16)
+    with pytest.raises(DataError, match="expected two texts"):
+        token_rows([{"prompt": "a", "completion": 3}], tokenizer, max_length=16)
+
+
+def test_a_processor_is_taken_for_its_tokenizer():
+    class Processor:
+        tokenizer = starting_tokenizer()
+        chat_template = CHAT
+
+    talk = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "plain"}]
+    Processor.tokenizer.chat_template = CHAT
+    expected = token_rows(talk, Processor.tokenizer, max_length=16)
+    assert token_rows(talk, Processor(), max_length=16) == expected
+
+
+# Long documents
+
+
+@pytest.mark.parametrize("adds", [pocket_tokenizer, starting_tokenizer, lambda: starting_tokenizer("<s>", "</s>")])
+def test_long_documents_are_read_in_pieces_with_the_same_tokens(adds, monkeypatch: pytest.MonkeyPatch):
+    from minitron_hf.data import documents
+
+    texts = ["One short text.", "A long text of many words. " * 40, "x" * 500, "The last one."]
+    whole = token_rows(texts, adds(), max_length=16, packing=False, overlap=1)
+    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 100)
+    assert token_rows(texts, adds(), max_length=16, packing=False, overlap=1) == whole
+
+
+def test_no_more_of_a_long_document_is_read_than_is_needed(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    from minitron_hf.data import documents
+
+    monkeypatch.setattr(documents, "BATCH_CHARACTERS", 1000)
+    read = []
+
+    class Watched:
+        def __init__(self, tokenizer):
+            self.tokenizer = self
+            self.inner = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, text, **kwargs):
+            read.append(len(text) if isinstance(text, str) else sum(map(len, text)))
+            return self.inner(text, **kwargs)
+
+    rows = token_rows(["word " * 100_000], Watched(tokenizer), max_length=100, num_rows=10)
+    assert len(rows) == 10
+    assert sum(read) < 6000
+    measured = token_rows(["word " * 100_000], tokenizer, max_length=100, num_rows=10, packing=False, overlap=1)
+    assert measured.num_predicted == measured.num_bytes < 3000
+
+
 # Refusals
 
 
@@ -189,6 +355,7 @@ def test_many_documents_keep_their_order(tokenizer):
         ({"train": ["text"], "test": ["text"]}, "keys train, test"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "keys train"),
         (UserDict(input_ids=[[1, 2]]), "keys input_ids"),
+        (["fine", "\ud800 is no text"], r"Document 1 .*surrogates"),
     ],
 )
 def test_unusable_data(tokenizer, source, message: str):

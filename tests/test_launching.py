@@ -115,12 +115,14 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
             "logging_steps": 1,
             "save_steps": 2,
             "learning_rate": 1e-2,
+            "bf16": False,
         },
         "lora": {"r": 2, "target_modules": "all-linear"},
         "controls": ["random_init", "random_pruning", "cross_entropy"],
         "evaluate": {"num_rows": 4, "speed": False},
     }
-    values["teacher_correction"]["arguments"] = {"per_device_train_batch_size": 4, "max_length": 512}
+    arguments = {"per_device_train_batch_size": 4, "max_length": 512, "bf16": False}
+    values["teacher_correction"]["arguments"] = arguments
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     code, output, errors = finish(minitron("run", recipe, "--quiet"))

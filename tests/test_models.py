@@ -376,13 +376,16 @@ def test_architecture_digest_tells_families_apart():
 
 
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "bf16"])
-def test_compute_dtype_on_cpu_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, feature: str):
+def test_what_is_fast_on_a_cpu_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, feature: str):
     found: dict[str, bool] = {"avx2": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert hardware.compute_dtype("cpu") == torch.float32
+    assert not hardware.is_fast(torch.bfloat16, "cpu")
     found[feature] = True
-    assert hardware.compute_dtype("cpu") == torch.bfloat16
+    assert hardware.is_fast(torch.bfloat16, "cpu")
+    assert not hardware.is_fast(torch.float16, "cpu")
+    assert hardware.is_fast(torch.float32, "cpu")
 
 
-def test_compute_dtype_of_other_devices():
-    assert hardware.compute_dtype("meta") == torch.float32
+def test_what_is_fast_elsewhere():
+    assert not hardware.is_fast(torch.bfloat16, "meta")
+    assert hardware.is_fast(torch.float16, "cuda")

@@ -219,7 +219,7 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
 def test_rounds_in_two_processes_equal_rounds_in_one(values):
     """With layers of the teacher in main memory, which in the second round is the first one's student."""
     values["rounds"][1]["teacher"] = "previous"
-    values["distill"] |= {"teacher_offload": True, "logging_steps": 1, "learning_rate": 1e-2}
+    values["distill"] |= {"teacher_offload": True, "logging_steps": 1, "learning_rate": 1e-2, "bf16": False}
     folders = [run(values, until="distill")[0]]
     values |= {"output_dir": values["output_dir"] + "-two", "distributed": {"config": "ddp", "num_processes": 2}}
     values["distill"] |= {"per_device_train_batch_size": 1}

@@ -113,21 +113,22 @@ def test_until_stops_and_the_rest_follows_later(values):
 
 def test_the_student_is_cut_without_loading_the_teacher(values, monkeypatch):
     folder, _ = run(values, until="plan")
-    monkeypatch.delattr(run_module, "load_model")
+    monkeypatch.delattr(run_module, "load_for_compute")
     run(values, until="prune")
     expected = apply_plan(load_model(values["teacher"]), PruningPlan.from_pretrained(folder))
     pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
 
 
-def test_a_teacher_that_is_scored_in_less_precision_than_it_is_stored_in(values):
-    """Scores and plan are of the rounded weights, so these are cut."""
+def test_a_narrower_dtype_is_for_computing_alone(values):
+    """A recipe that computes in bfloat16 cuts the float32 weights that are stored, whole and in the plan's name."""
     values["teacher"] = {"model": values["teacher"], "dtype": "bfloat16"}
     folder, _ = run(values, until="prune")
-    teacher = load_model(values["teacher"]["model"], dtype=torch.bfloat16)
-    expected = apply_plan(teacher, PruningPlan.from_pretrained(folder)).float()
+    teacher, plan = load_model(values["teacher"]["model"]), PruningPlan.from_pretrained(folder)
+    expected = apply_plan(teacher, plan)  # refused where the plan is of other weights
     pruned = AutoModelForCausalLM.from_pretrained(folder / "pruned")
-    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
+    for (name, found), wanted in zip(pruned.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
 
 
 def test_a_repair_is_part_of_the_run(values):

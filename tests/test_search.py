@@ -42,6 +42,7 @@ DISTILLATION = {
     "packing": False,
     "logging_steps": 1,
     "use_cpu": True,
+    "bf16": False,
 }
 
 

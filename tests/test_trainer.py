@@ -457,7 +457,7 @@ def test_checkpoint_is_the_stock_student_with_its_plan(tmp_path):
     assert student.config.use_cache
     data = text_dataset()
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "activation_checkpointing": True}
-    trainer = make_trainer(tmp_path, student, teacher, data, **options)
+    trainer = make_trainer(tmp_path, student, teacher, data, **options, bf16=False)
     trainer.train()
     trainer.save_model()
     tokens = pocket_tokens(2, 9)
@@ -574,7 +574,7 @@ def test_lora_checkpoint_resumes_and_merges_by_peft(tmp_path):
     student, teacher = models(dtype=torch.float32)
     student.save_pretrained(tmp_path / "base")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "bf16": False}
     config = LoraConfig(r=2, target_modules=["v_proj"])
     trainer = make_trainer(tmp_path / "run", student, teacher, token_dataset(), peft_config=config, **options)
     trainer.train()

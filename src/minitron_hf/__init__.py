@@ -14,8 +14,8 @@ from ._version import __version__
 #: Public name → module that defines it.
 _MODULE_OF = {
     "MinitronError": "errors",
-    "load_text_dataset": "data",
-    "token_rows": "data",
+    "load_text_dataset": "data.loading",
+    "token_rows": "data.rows",
     "load_model": "models",
     "load_tokenizer": "models",
     "count_parameters": "models",
@@ -54,8 +54,8 @@ _MODULE_OF = {
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
-    from .data import load_text_dataset as load_text_dataset
-    from .data import token_rows as token_rows
+    from .data.loading import load_text_dataset as load_text_dataset
+    from .data.rows import token_rows as token_rows
     from .distillation.cache_writer import cache_teacher_logits as cache_teacher_logits
     from .distillation.capacity import estimate_capacity as estimate_capacity
     from .distillation.config import DistillationConfig as DistillationConfig

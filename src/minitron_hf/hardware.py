@@ -1,33 +1,82 @@
-"""The one probe of devices and of the dtypes that they compute fast."""
+"""Chooses the device and the dtype of models: the one policy, which every part of the package follows.
+
+Device: an accelerator where there is one, else the CPU. Dtype: the one that the weights are stored in, so that loading
+rounds nothing; float32, which holds every half-precision number, where the hardware is slow in that.
+"""
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from .errors import DataError
 
-def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """The dtype to compute in on a device: bfloat16 where its hardware has it, else float32.
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name in torch.
+
+    Raises:
+        DataError: if torch has no floating-point dtype of that name.
+
+    >>> as_dtype("bfloat16")
+    torch.bfloat16
+    """
+    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise DataError(f"dtype={name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def training_device(use_cpu: bool = False) -> torch.device:
+    """The device that a trainer uses: the CPU where that was asked for, or there is nothing else."""
+    asked = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    accelerator = None if asked else torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
+
+
+def default_device() -> torch.device:
+    """The device that models are put on where none is given.
+
+    In one of several processes that is the CPU, whence the trainer places or splits the model.
+    """
+    return torch.device("cpu") if is_launched() else training_device()
+
+
+def has_fast_bf16(device: str | torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it.
 
     On a CPU without AVX512-BF16, AMX or ARM's BF16 emulated bfloat16 is 50 to 100 times slower than float32.
-
-    Args:
-        device: None means a CUDA device where there is one, else the CPU.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type
+    if kind == "cpu":
+        return _cpu_has_bf16()
     if kind == "cuda":
         # Since PyTorch 2.4 the plain call counts emulation as support.
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        supported = _cpu_has_bfloat16()
-    else:
-        supported = False
-    return torch.bfloat16 if supported else torch.float32
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind in ("meta", "mps"):
+        return False
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    return is_torch_bf16_gpu_available()
 
 
-def _cpu_has_bfloat16() -> bool:
+def is_fast(dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether the hardware computes in a dtype itself."""
+    if dtype == torch.bfloat16:
+        return has_fast_bf16(device)
+    return dtype != torch.float16 or torch.device(device).type not in ("cpu", "meta")
+
+
+def _cpu_has_bf16() -> bool:
+    """Probe the CPU; the one place that tests replace to see the package on another processor."""
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in PyTorch before 2.9
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
+import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .errors import DataError, HubError, MinitronError, UnsupportedModelError
+from .errors import DataError, HubError, MinitronError, MismatchError, UnsupportedModelError
 from .families.tensors import own_parameters, text_config
 from .files import digest
+from .hardware import as_dtype, default_device, is_fast
+
+logger = logging.getLogger(__name__)
 
 #: Config fields that say nothing about the network: who wrote it, how it is run, stored or decoded.
 BOOKKEEPING_FIELDS = frozenset(
@@ -47,7 +53,7 @@ BOOKKEEPING_FIELDS = frozenset(
 def load_model(
     model_or_path: PreTrainedModel | str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     **kwargs: Any,
@@ -58,8 +64,8 @@ def load_model(
     here that is an error.
 
     Args:
-        model_or_path: a folder or a Hub id; a model object is returned as it is.
-        dtype: `"auto"` keeps the checkpoint's.
+        model_or_path: a folder or a Hub id; a model object is returned without a trainer's wrappers (`plain_model`).
+        dtype: None or `"auto"` keeps the checkpoint's.
         device: where to move the model; None leaves it where `from_pretrained` puts it.
         revision: branch, tag or commit on the Hub.
         **kwargs: passed on to `from_pretrained` (`token`, `quantization_config`, …).
@@ -70,9 +76,12 @@ def load_model(
     Raises:
         HubError: if the folder or repository cannot be found or read.
         UnsupportedModelError: if it holds no complete causal language model that Transformers knows.
+        DataError: if there is no such dtype.
+        MismatchError: if `torch_dtype`, the old name of `dtype`, is given and says something else.
     """
     if isinstance(model_or_path, torch.nn.Module):
-        return model_or_path
+        return plain_model(model_or_path)
+    dtype = one_dtype(dtype, kwargs)
     name = _checked_name(model_or_path)
     shared = {
         key: kwargs[key] for key in ("token", "trust_remote_code", "local_files_only", "cache_dir") if key in kwargs
@@ -82,7 +91,7 @@ def load_model(
         loaded: Any = auto_class(config).from_pretrained(
             name,
             config=config,
-            dtype=dtype,
+            dtype=dtype or "auto",
             **_given(revision=revision),
             **{"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True},
         )
@@ -102,6 +111,88 @@ def load_model(
             "Save model and config together with save_pretrained."
         )
     return model if device is None else model.to(device)
+
+
+def load_for_compute(
+    model_or_path: PreTrainedModel | str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a model as `hardware` says: on an accelerator where there is one, in the stored dtype where that is fast.
+
+    No weight is rounded unless a narrower dtype is asked for. A model object keeps its device and dtype.
+
+    Args:
+        model_or_path: a folder, a Hub id or a model object.
+        dtype: None or `"auto"`: the checkpoint's, or float32 where the device is slow in that.
+        device: None: `hardware.default_device`.
+        **kwargs: as for `load_model`. With `device_map` the weights stay where it puts them.
+
+    Raises:
+        MinitronError: see `load_model`.
+    """
+    dtype = one_dtype(dtype, kwargs)
+    model = load_model(model_or_path, dtype=dtype, **kwargs)
+    if isinstance(model_or_path, torch.nn.Module):
+        return model
+    device = default_device() if device is None else torch.device(device)
+    if dtype in (None, "auto"):
+        make_fast(model, device)
+    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return model if placed else model.to(device)  # type: ignore[arg-type] # transformers hides torch's signature
+
+
+def make_fast(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Give a model float32 weights where a device is slow in the dtype that they have; quantised ones stay."""
+    if not getattr(model, "is_quantized", False) and not is_fast(model.dtype, device):
+        logger.info("%s is computed in float32: this hardware is slow in %s.", type(model).__name__, model.dtype)
+        model.float()
+
+
+def one_dtype(dtype: str | torch.dtype | None, kwargs: dict[str, Any]) -> Any:
+    """The dtype that arguments of `from_pretrained` ask for; takes its old name `torch_dtype` out of them.
+
+    Returns:
+        A dtype, `"auto"` (the checkpoint's), or None where neither name is given.
+
+    Raises:
+        DataError: if there is no such dtype.
+        MismatchError: if the two names say different things.
+    """
+    given = [
+        name if name == "auto" else as_dtype(name)
+        for name in (dtype, kwargs.pop("torch_dtype", None))
+        if name is not None
+    ]
+    if len(set(given)) > 1:
+        raise MismatchError(
+            f"dtype={given[0]} and torch_dtype={given[1]} name the same argument. Pass dtype alone, with one value."
+        )
+    return given[0] if given else None
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype in which a checkpoint is stored, as its config says; None where it does not."""
+    return None if config.dtype is None else as_dtype(config.dtype)
+
+
+def plain_model(model: Any) -> Any:
+    """The model as it computes by itself, without what a trainer of this process put around its forward pass.
+
+    Accelerate leaves a trained model under autocast, so that float32 weights would be computed in half precision, and
+    a wrapper for several processes around it. The given object is not changed: trained on, it behaves as before.
+    """
+    model = extract_model_from_parallel(model)
+    # Accelerate 1.15 keeps the forward before autocast under this private name (`Accelerator.prepare_model`).
+    original = getattr(model, "__dict__", {}).get("_original_forward")
+    if original is None:
+        return model
+    plain = copy.copy(model)  # shares the weights
+    del plain.__dict__["_original_forward"]
+    plain.forward = types.MethodType(original.__func__, plain) if hasattr(original, "__func__") else original
+    return plain
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -29,8 +29,8 @@ def run(
     Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
     so in several processes (`distributed` in the recipe).
     """
+    from ..hardware import is_launched
     from ..recipe.checking import check_recipe
-    from ..recipe.launching import is_launched
     from ..recipe.runner import run_recipe
     from ..recipe.schema import Recipe
 

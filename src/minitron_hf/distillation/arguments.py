@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoProcessor, TrainingArguments
 
 from ..errors import DataError, MismatchError
+from ..hardware import is_fast, training_device
 from ..losses.heads import base_model_of
-from ..models import load_config, load_tokenizer
-from .config import DistillationConfig, has_fast_bf16, trains_on_cpu
+from ..models import load_config, load_tokenizer, one_dtype, plain_model, stored_dtype
+from .config import DistillationConfig
 from .record import describe_data
 from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
 
-def cast_student(model: Any, args: DistillationConfig, *, trains_all: bool) -> None:
-    """Give a half-precision student float32 weights, where training needs them or the hardware is slow without."""
-    if getattr(base_model_of(model), "is_quantized", False):
-        return
-    on_cpu = trains_on_cpu(args.use_cpu)
-    slow = {torch.float16} if on_cpu else set()
-    if not has_fast_bf16(on_cpu):
-        slow.add(torch.bfloat16)
-    if model.dtype in slow or (trains_all and args.upcast_student and model.dtype in (torch.float16, torch.bfloat16)):
-        logger.info("The student's %s weights are trained in float32.", model.dtype)
-        model.float()
+def in_training_dtype(
+    model: Any, args: DistillationConfig, config: PretrainedConfig, peft_config: Any, quantization_config: Any
+) -> tuple[Any, DistillationConfig]:
+    """Give a half-precision student float32 weights, where training needs them or the hardware is slow without.
+
+    Returns:
+        The model without another trainer's wrappers, or its path; and the arguments, where it is one with the dtype
+        that TRL will load it in.
+    """
+    if isinstance(model, nn.Module):
+        model = plain_model(model)
+        trains_all = peft_config is None and not is_peft_model(model)
+        if not getattr(base_model_of(model), "is_quantized", False) and _needs_float32(model.dtype, args, trains_all):
+            logger.info("The student's %s weights are trained in float32.", model.dtype)
+            model.float()
+        return model, args
+    kwargs = as_dict(args.model_init_kwargs)
+    dtype = one_dtype(kwargs.pop("dtype", None), kwargs) or torch.float32  # TRL's default
+    loaded = stored_dtype(config) if dtype == "auto" else dtype
+    quantized = quantization_config or kwargs.get("quantization_config") or hasattr(config, "quantization_config")
+    if loaded is not None and not quantized and _needs_float32(loaded, args, peft_config is None):
+        logger.info("The student's %s weights are trained in float32.", loaded)
+        dtype = torch.float32
+    args = copy.copy(args)
+    args.model_init_kwargs = {**kwargs, "dtype": dtype}
+    return model, args
+
+
+def _needs_float32(dtype: torch.dtype, args: DistillationConfig, trains_all: bool) -> bool:
+    upcast = trains_all and args.upcast_student and dtype in (torch.float16, torch.bfloat16)
+    return upcast or not is_fast(dtype, training_device(args.use_cpu))
 
 
 def as_distillation_config(args: Any) -> DistillationConfig:

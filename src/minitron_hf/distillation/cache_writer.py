@@ -24,7 +24,7 @@ from ..files import digest, replacing_file, require_writable, versions, write_js
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, top_k_signal
-from ..models import evaluating, load_model, load_tokenizer
+from ..models import evaluating, load_model, load_tokenizer, make_fast
 from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
 from .batches import (
@@ -37,7 +37,7 @@ from .batches import (
     model_inputs,
     row_of_positions,
 )
-from .config import DistillationConfig, is_fast
+from .config import DistillationConfig
 from .intermediate import state_pairs, wanted_states
 from .parallel import forward_of_backbone
 from .record import describe_data
@@ -119,11 +119,7 @@ def cache_teacher_logits(
             "A teacher that is sharded by FSDP or DeepSpeed cannot be cached. Launch without, one whole teacher on "
             "every device, or load it with device_map='auto' in one process."
         )
-    if not is_fast(model.dtype, trainer.accelerator.device.type == "cpu") and not getattr(
-        model, "is_quantized", False
-    ):
-        logger.info("The teacher is computed in float32: this hardware is slow in %s.", model.dtype)
-        model.float()
+    make_fast(model, trainer.accelerator.device)
     check_output_head(model, role="teacher")
     settings = {
         "teacher": model_digest(model),

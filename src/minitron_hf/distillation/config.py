@@ -8,10 +8,10 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-import torch
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from ..hardware import has_fast_bf16, training_device
 from ..losses.divergences import require_divergence
 from .intermediate import Distance
 
@@ -153,9 +153,10 @@ class DistillationConfig(SFTConfig):
         best = (self.metric_for_best_model or "").rpartition("_")[2]
         if self.greater_is_better is None and best in SMALLER_IS_BETTER:
             self.greater_is_better = False
-        on_cpu = trains_on_cpu(self.use_cpu)
+        device = training_device(self.use_cpu)
+        on_cpu = device.type == "cpu"
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and has_fast_bf16(on_cpu)
+            self.bf16 = not self.fp16 and has_fast_bf16(device)
         if self.bf16 and on_cpu:
             self.use_cpu = True  # the base class refuses bf16 on a machine without accelerator unless told so
         if self.dataloader_pin_memory is None:
@@ -254,29 +255,3 @@ def checkpointing_field() -> str:
     """The field's name: some release of Transformers 5 renamed it; the old name still works but warns."""
     renamed = "activation_checkpointing" in {field.name for field in fields(SFTConfig)}
     return "activation_checkpointing" if renamed else "gradient_checkpointing"
-
-
-def trains_on_cpu(use_cpu: bool) -> bool:
-    """Whether training runs on the CPU: because it was asked for, or because there is nothing else."""
-    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
-        return True
-    return not torch.accelerator.is_available()
-
-
-def has_fast_bf16(on_cpu: bool) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it."""
-    if on_cpu:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    return is_torch_bf16_gpu_available() and not torch.backends.mps.is_available()
-
-
-def is_fast(dtype: torch.dtype, on_cpu: bool) -> bool:
-    """Whether the hardware computes in a dtype itself."""
-    if dtype == torch.bfloat16:
-        return has_fast_bf16(on_cpu)
-    return dtype != torch.float16 or not on_cpu

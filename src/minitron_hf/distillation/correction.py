@@ -26,12 +26,13 @@ from trl import SFTConfig, SFTTrainer
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
+from ..hardware import has_fast_bf16, training_device
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from .batches import CountsRowsOnce
 from .checks import refuse_own_folder
-from .config import checkpointing_field, has_fast_bf16, trains_on_cpu
+from .config import checkpointing_field
 from .parallel import gathered_model
 from .record import describe_data
 
@@ -108,14 +109,15 @@ def correct_teacher(
 
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    on_cpu = trains_on_cpu(bool(arguments.get("use_cpu", False)))
+    device = training_device(bool(arguments.get("use_cpu", False)))
+    on_cpu = device.type == "cpu"
     defaults = {
         "learning_rate": LEARNING_RATE_FACTOR * original_learning_rate,
         "lr_scheduler_type": "cosine",
         "packing": True,
         "packing_strategy": "wrapped",
         "max_length": max_length,
-        "bf16": has_fast_bf16(on_cpu),
+        "bf16": has_fast_bf16(device),
         "use_cpu": on_cpu,
         checkpointing_field(): not on_cpu,
         "dataloader_pin_memory": not on_cpu,

@@ -20,15 +20,15 @@ from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
-from ..models import load_model
+from ..models import load_model, make_fast, one_dtype
 from .adapters import refuse_split_tie, store_base, stored_name, without_card
 from .arguments import (
     as_dict,
     as_distillation_config,
-    cast_student,
     config_of,
     described,
     eval_packing,
+    in_training_dtype,
     name_of,
     processing_class_of,
 )
@@ -44,7 +44,7 @@ from .batches import (
     model_inputs,
 )
 from .checks import refuse_launch, refuse_own_folder, refuse_pair, refuse_split_model, refuse_wrapped_head
-from .config import DistillationConfig, is_fast
+from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .intermediate import wanted_states
 from .intermediate_steps import WeighsIntermediateLosses
@@ -177,8 +177,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         else:
             teacher_config = self._caches[0].teacher_config
         refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
-        if isinstance(model, nn.Module):
-            cast_student(model, args, trains_all=peft_config is None and not is_peft_model(model))
+        model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
 
         self._stock_fields = {
             name: getattr(student_config.get_text_config(), name)
@@ -258,16 +257,16 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
     def _prepare_teacher(self, teacher_model: Any, init_kwargs: dict[str, Any]) -> Any:
         """Load, freeze and place the teacher with the same Accelerate plugin as the student."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        dtype = None
         if not isinstance(teacher_model, nn.Module):
-            teacher_model = load_model(teacher_model, **{"dtype": "auto", **init_kwargs})
+            dtype = one_dtype(init_kwargs.pop("dtype", None), init_kwargs)
+        teacher_model = load_model(teacher_model, dtype=dtype, **init_kwargs)
         for cache in self._caches:
             cache.require_teacher(teacher_model)
         teacher_model.requires_grad_(False)
         teacher_model.eval()
-        slow = not is_fast(teacher_model.dtype, self.accelerator.device.type == "cpu") and "dtype" not in init_kwargs
-        if slow and not getattr(teacher_model, "is_quantized", False):
-            logger.info("The teacher is computed in float32: this hardware is slow in %s.", teacher_model.dtype)
-            teacher_model.float()
+        if dtype in (None, "auto"):
+            make_fast(teacher_model, self.accelerator.device)
         if sharded and self.args.teacher_offload:
             raise UnsupportedModelError(
                 "teacher_offload: FSDP and DeepSpeed split the teacher over the devices. Leave it out, or have the "

@@ -14,9 +14,10 @@ from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import public_name, require_writable, versions, write_json
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
+from ..scoring.row_starts import warn_of_later_rows
 from ..weights import model_digest
 from .loading import common_device, load_for_inference
-from .quality import measure_quality, num_predicted
+from .quality import measure_quality
 from .speed import checkpoint_bytes, device_description, measure_cost
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def evaluate_models(
     device = common_device(models, device)
     loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
     with evaluating(loaded.values()):
+        judged = reference or next(iter(loaded))
+        warn_of_later_rows(loaded[judged], rows, judged)
         quality = measure_quality(loaded, rows, reference, batch_size, show_progress)
         cost = measure_cost(
             loaded,
@@ -165,7 +168,7 @@ def evaluate_models(
             "name": public_name(dataset_name),
             "digest": rows.digest,
             "num_rows": len(rows),
-            "num_tokens": num_predicted(rows),
+            "num_tokens": rows.num_predicted,
             "num_bytes": rows.num_bytes,
             "max_length": max_length,
         },

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MismatchError
-from ..hardware import compute_dtype
-from ..models import load_model
+from ..models import load_for_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 def load_for_inference(
     model_or_path: PreTrainedModel | str | os.PathLike[str], dtype: str | torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    """Load a model onto a device, by default in bfloat16 where the hardware has it, else in float32.
+    """Load a model onto a device, by default in its stored dtype where the hardware is fast in that, else in float32.
 
     A model object is returned as it is.
     """
-    return load_model(model_or_path, dtype=compute_dtype(device) if dtype is None else dtype, device=device)
+    return load_for_compute(model_or_path, dtype=dtype, device=device)
 
 
 def common_device(models: Mapping[str, Any], device: str | torch.device | None) -> torch.device:

@@ -148,17 +148,18 @@ def measure_quality(
     divergences = {name: load_metric("kl_divergence") for name in compared}
     agreements = {name: load_metric("token_agreement") for name in compared}
 
-    ordered = TokenRows(tuple(sorted(rows.rows, key=len, reverse=True)), rows.num_bytes, rows.overlap)
-    with tqdm(total=num_predicted(rows), desc="Evaluating", unit="token", disable=not show_progress) as bar:
+    ordered = rows.select(sorted(range(len(rows)), key=lambda index: len(rows.rows[index]), reverse=True))
+    with tqdm(total=rows.num_predicted, desc="Evaluating", unit="token", disable=not show_progress) as bar:
         for index, batch in enumerate(padded_batches(ordered, batch_size)):
-            chunk = ordered.rows[index * batch_size : (index + 1) * batch_size]
-            targets = [torch.tensor(row[1:]) for row in chunk]
+            first = index * batch_size
+            places = [torch.tensor(ordered.predicted(first + i)) for i in range(len(batch["input_ids"]))]
+            targets = [ids[place] for ids, place in zip(batch["input_ids"], places)]
             reference_rows: list[torch.Tensor] = []
             reference_tokens: list[list[int]] = []
             for name in names:
                 logits_BTV = _logits(models[name], batch)
-                # Padding is on the right: the first len(row) − 1 positions predict the tokens after the first.
-                predictions = [logits_BTV[i, : len(row) - 1] for i, row in enumerate(chunk)]
+                # Padding is on the right: each position predicts the token after it.
+                predictions = [logits[place.to(logits.device) - 1] for logits, place in zip(logits_BTV, places)]
                 losses[name].add_batch(predictions=predictions, references=targets)
                 if len(names) == 1:
                     continue
@@ -168,7 +169,7 @@ def measure_quality(
                 else:
                     divergences[name].add_batch(predictions=predictions, references=reference_rows)
                     agreements[name].add_batch(predictions=tokens, references=reference_tokens)
-            bar.update(sum(len(row) - 1 for row in chunk))
+            bar.update(sum(map(len, places)))
 
     def entry(result: Mapping[str, Any], key: str) -> dict[str, Any] | None:
         return None if result[key] is None else {"value": result[key], "stderr": result[f"{key}_stderr"]}
@@ -194,7 +195,3 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.
     # Causal attention never looks right, where the padding is, so neither a mask nor positions are needed. A mask
     # could harm: with a sliding window, padding far enough right sees nothing at all, and becomes NaN in some dtypes.
     return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
-
-
-def num_predicted(rows: TokenRows) -> int:
-    return sum(len(row) - 1 for row in rows.rows)

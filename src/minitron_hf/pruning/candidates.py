@@ -119,16 +119,17 @@ class Divergence:
 
     @torch.no_grad()
     def _hidden(self, model: PreTrainedModel) -> list[Tensor]:
-        """Hidden states of all tokens but the last of each row: [N, H] of every batch."""
+        """Hidden states that predict the measured tokens of each row: [N, H] of every batch."""
         states = []
         with evaluating([model]):
             for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
-                chunk = self.rows.rows[index * self.batch_size : (index + 1) * self.batch_size]
                 # Padding is on the right, where causal attention never looks.
                 h_BTH = model.base_model(
                     input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
                 ).last_hidden_state
-                states.append(torch.cat([h_BTH[i, : len(row) - 1] for i, row in enumerate(chunk)]))
+                first = index * self.batch_size
+                places = [torch.tensor(self.rows.predicted(first + i)) - 1 for i in range(len(h_BTH))]
+                states.append(torch.cat([h_TH[place.to(h_TH.device)] for h_TH, place in zip(h_BTH, places)]))
         return states
 
     @torch.no_grad()
@@ -141,11 +142,15 @@ class Divergence:
             teacher = DenseSignal(t_NH.to(device), _on(self.head, device))
             labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
             losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
-        counts = [len(row) - 1 for row in self.rows.rows]
+        counts = _counts(self.rows)
         sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
         candidate.row_sums.append(sums)
         value, error = mean_and_error(sums, counts)
         return {"value": value, "stderr": math.nan if error is None else error}
+
+
+def _counts(rows: TokenRows) -> list[int]:
+    return [len(rows.predicted(index)) for index in range(len(rows))]
 
 
 def _on(head: OutputHead, device: torch.device) -> OutputHead:
@@ -157,5 +162,5 @@ def behind(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, 
     """How much larger its KL is, row by row on the same tokens, where it was measured last."""
     turn = len(candidate.rounds)
     differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]
-    value, error = mean_and_error(differences, [len(row) - 1 for row in rows.rows])
+    value, error = mean_and_error(differences, _counts(rows))
     return {"value": value, "stderr": math.nan if error is None else error}

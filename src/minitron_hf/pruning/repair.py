@@ -99,7 +99,8 @@ def repaired_weights(
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
         device = input_device(model)
         for batch in calibration.batches():
-            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+            kept = ("input_ids", "attention_mask", "scored_mask")
+            batch = {name: batch[name].to(device) for name in kept if name in batch}
             model.base_model(**watch.inputs(watch.begin(batch)), use_cache=False)
 
     repaired = {}

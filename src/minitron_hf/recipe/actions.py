@@ -18,7 +18,7 @@ from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, RECIPE_NAME, Run
 from .schema import CONTROLS, ROUNDS_DIR, Recipe
-from .training import _checkpoint_dtype, _save_student, _train, _training_settings
+from .training import _save_student, _train, _training_settings
 
 
 def _score(run: Run) -> None:
@@ -93,18 +93,9 @@ def _plan(run: Run) -> None:
 
 
 def _prune(run: Run) -> None:
-    import torch
-
     section = run.recipe.teacher
-    stored = _checkpoint_dtype(run.teacher_config)
-    # What was scored are the weights as they were loaded; those on disk are others where loading has rounded them.
-    rounded = stored is None or torch.promote_types(stored, run.dtype) != run.dtype
-    if (
-        not rounded
-        and not run.recipe.verify
-        and not run.plan.repair
-        and is_streamable(section.model, revision=section.revision)
-    ):
+    in_memory = run.recipe.verify or run.plan.repair
+    if not in_memory and is_streamable(section.model, revision=section.revision):
         prune_checkpoint(
             section.model,
             run.folder / PRUNED_DIR,
@@ -173,7 +164,7 @@ def _cache(run: Run) -> None:
             processing_class=run.tokenizer,
         )
     run.forget("teacher")
-    run.forget("corrected_teacher")
+    run.forget("learned_teacher")
 
 
 def cached_arguments() -> tuple[str, ...]:
@@ -218,11 +209,11 @@ def _evaluate(run: Run) -> None:
     from ..evaluation.samples import generate_samples
     from ..evaluation.tasks import evaluate_tasks
 
-    section, last = run.recipe.evaluate, len(run.recipe.rounds)
+    section, source, last = run.recipe.evaluate, run.recipe.teacher, len(run.recipe.rounds)
     last_round = " in the last round" if last > 1 else ""
     models: dict[str, Any] = {
         # By path where possible, so that the size of a checkpoint is that of its files.
-        "teacher": run.recipe.teacher.model if run.recipe.teacher.revision is None else run.teacher,
+        "teacher": source.model if source.revision is None else run.load(source.model, revision=source.revision),
         "pruned": run.folder / PRUNED_DIR,
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
         **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
@@ -230,7 +221,7 @@ def _evaluate(run: Run) -> None:
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
     run.forget("teacher")
-    run.forget("corrected_teacher")
+    run.forget("learned_teacher")
     evaluate_models(
         models,
         run.dataset("eval"),
@@ -254,7 +245,9 @@ def _evaluate(run: Run) -> None:
         output_path=run.folder,
         show_progress=run.show_progress,
     )
-    compared = {"teacher": run.teacher, "student": run.load(run.folder)} if section.prompts or section.tasks else {}
+    compared = {}
+    if section.prompts or section.tasks:
+        compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
     if section.prompts:
         write_json(run.folder / "samples.json", generate_samples(compared, run.tokenizer, section.prompts))
     if section.tasks:

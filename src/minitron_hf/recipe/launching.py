@@ -90,11 +90,6 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
     return devices if num_processes is None else num_processes
 
 
-def is_launched() -> bool:
-    """Whether this process is one of several that a launcher has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def is_main_process() -> bool:
     """Whether this process is the one that speaks and writes."""
     return os.environ.get("RANK", "0") == "0"

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import load_text_dataset
 from ..errors import DataError
-from ..hardware import compute_dtype
-from ..models import load_config, load_model, load_tokenizer
+from ..hardware import as_dtype, is_launched
+from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import carry_out
-from .launching import is_launched, launch
+from .launching import launch
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,7 +73,7 @@ class Run:
 
     def forget_teachers(self) -> None:
         """Free every model that was loaded, of this round and of the whole run."""
-        for key in ("teacher", "corrected_teacher"):
+        for key in ("teacher", "learned_teacher"):
             self.forget(key)
             self.whole.forget(key)
 
@@ -92,20 +91,25 @@ class Run:
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The teacher, on the device and in the dtype that compute best here; of a later round: what it cuts."""
+        """The teacher that is scored and cut, its weights as they are stored; of a later round: what it cuts."""
         section = self.recipe.teacher
         if self is not self.whole and self.number == 1:
             return self.whole.teacher
-        return self._cached("teacher", lambda: self.load(section.model, revision=section.revision))
+        dtype = None if self.rounds_weights else section.dtype
+        return self._cached("teacher", lambda: load_for_compute(section.model, dtype=dtype, revision=section.revision))
 
     @property
     def learned_teacher(self) -> PreTrainedModel:
         """What the student learns from: the teacher, corrected where the recipe says so; or what it was cut from."""
-        if self is not self.whole:
-            return self.teacher if self.learns_from_previous else self.whole.learned_teacher
-        if self.recipe.teacher_correction is None:
+        if self is not self.whole and not self.learns_from_previous:
+            return self.whole.learned_teacher
+        corrected = self is self.whole and self.recipe.teacher_correction is not None
+        if not corrected and not self.rounds_weights:
             return self.teacher
-        return self._cached("corrected_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+        section = self.recipe.teacher
+        if corrected:
+            return self._cached("learned_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+        return self._cached("learned_teacher", lambda: self.load(section.model, revision=section.revision))
 
     @property
     def learns_from_previous(self) -> bool:
@@ -121,15 +125,23 @@ class Run:
         corrected = self is self.whole and self.recipe.teacher_correction is not None
         where = {} if corrected or section.revision is None else {"revision": section.revision}
         given = settings.get("teacher_model_init_kwargs") or {}
-        settings["teacher_model_init_kwargs"] = {"dtype": str(self.dtype).removeprefix("torch."), **where, **given}
+        dtype = {} if section.dtype == "auto" else {"dtype": section.dtype}
+        settings["teacher_model_init_kwargs"] = {**dtype, **where, **given}
         return str(self.folder / CORRECTED_DIR) if corrected else section.model
 
     def load(self, path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-        """Load a model for computing; of several processes, each has the trainer place or split it."""
+        """Load a model for computing, in the dtype that the recipe names."""
+        return load_for_compute(path, dtype=self.recipe.teacher.dtype, **kwargs)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the recipe's dtype is narrower than the stored one, and so for computing alone, not for cutting."""
         import torch
 
-        device = "cuda" if torch.cuda.is_available() and not is_launched() else "cpu"
-        return load_model(path, dtype=self.dtype, device=device, **kwargs)
+        wanted, stored = self.recipe.teacher.dtype, stored_dtype(self.teacher_config)
+        if wanted == "auto":
+            return False
+        return stored is None or torch.promote_types(stored, as_dtype(wanted)) != as_dtype(wanted)
 
     @property
     def starts_processes(self) -> bool:
@@ -149,14 +161,6 @@ class Run:
         quiet = [] if self.show_progress else ["--quiet"]
         given = [*arguments, *quiet, *([] if self is self.whole else [f"--round={self.number}"])]
         launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
-        import torch
-
-        dtype = self.recipe.teacher.dtype
-        return compute_dtype() if dtype == "auto" else getattr(torch, dtype)
 
     def dataset(self, which: str) -> Dataset:
         """One of the recipe's corpora, reduced to its text (or whatever TRL understands)."""

@@ -30,7 +30,8 @@ class TeacherSection:
     Attributes:
         model: Hub id or folder.
         revision: branch, tag or commit.
-        dtype: dtype to compute in; "auto": bfloat16 where the hardware has it, else float32.
+        dtype: dtype to compute in; "auto": the checkpoint's where the hardware is fast in it, else float32. A narrower
+            one than the checkpoint's is for distillation and evaluation: what is scored and cut is never rounded.
     """
 
     model: str

@@ -14,6 +14,7 @@ from ..files import (
     replacing_folder,
     require_writable,
 )
+from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from .rules import hints_of, require_settings
 from .run import CACHE_DIR, RECIPE_NAME, UNFINISHED_DIR, Run
@@ -111,7 +112,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         caches = run.whole.folder / CACHE_DIR
         teacher, corpora = None, [load_teacher_cache(caches / which) for which in ("train", "eval")]
     distill(
-        run.load(student),
+        load_for_compute(student),
         teacher,
         folder,
         run.tokenizer,
@@ -119,20 +120,13 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         *corpora,
         plans=run.plans if folder == run.folder else (),
         peft_config=lora_config(run.recipe),
-        dtype=_checkpoint_dtype(run.teacher_config),
+        dtype=stored_dtype(run.teacher_config),
     )
-
-
-def _checkpoint_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype in which a checkpoint is stored, which its student's follows."""
-    import torch
-
-    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
 
 
 def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
-        student.to(dtype=_checkpoint_dtype(teacher) or student.dtype).save_pretrained(temporary)
+        student.to(dtype=stored_dtype(teacher) or student.dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 

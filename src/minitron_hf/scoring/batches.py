@@ -33,13 +33,19 @@ def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
         )
 
 
-def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor, scored_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every predicted token in float32 (float64 stays), 0 elsewhere, and where there are any.
+
+    Args:
+        logits_BTV: of the model.
+        ids_BT: token ids.
+        mask_BT: the tokens, without padding.
+        scored_BT: of these, the tokens that are not context alone.
 
     Returns:
         Losses [B, T − 1], and a mask of the same shape.
     """
-    predicted_BT = mask_BT[:, 1:] & mask_BT[:, :-1]
+    predicted_BT = scored_BT[:, 1:] & mask_BT[:, :-1]
     targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
     losses = [  # row by row: a copy of all logits in float32 would be the largest tensor of all
         nn.functional.cross_entropy(
@@ -56,8 +62,10 @@ class Batches:
 
     Attributes:
         rows: the rows of every batch, without padding; rows without tokens are left out.
+        num_tokens: tokens seen, without padding and without those that are context alone (see `TokenRows`).
         shape_BT: shape of the batch at work.
-        mask_BT: its tokens, without padding.
+        attended_BT: its tokens, without padding.
+        mask_BT: of these, the tokens that are scored: all but those that are context alone.
     """
 
     def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
@@ -65,19 +73,23 @@ class Batches:
         self.model = model
         self.sizes = spec.sizes(model.config)
         self.rows: list[list[tuple[int, ...]]] = []
+        self.num_tokens = 0
         self.shape_BT: tuple[int, ...] = ()
+        self.attended_BT = torch.zeros(0, 0, dtype=torch.bool)
         self.mask_BT = torch.zeros(0, 0, dtype=torch.bool)
         # The signature, not __code__: Transformers wraps `forward` in decorators.
         self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
     def begin(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take note of a batch of `input_ids` and, where it is padded, `attention_mask` [B, T]; both, checked."""
+        """Take note of a batch of `input_ids` and, where there are any, the masks of `padded_batches` [B, T]."""
         ids_BT = batch["input_ids"]
         mask_BT = batch.get("attention_mask")
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
         require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
-        self.shape_BT, self.mask_BT = mask_BT.shape, mask_BT.bool()
+        self.shape_BT, self.attended_BT = mask_BT.shape, mask_BT.bool()
+        self.mask_BT = self.attended_BT & batch.get("scored_mask", mask_BT).bool()
+        self.num_tokens += int(self.mask_BT.sum())
         self.rows.append([row for row in rows if row])
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
@@ -101,11 +113,6 @@ class Batches:
         """Rows with at least one token."""
         return sum(map(len, self.rows))
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens seen, without padding."""
-        return sum(len(row) for rows in self.rows for row in rows)
-
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Observe what has to be observed, for the duration of the context."""
@@ -114,8 +121,11 @@ class Batches:
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
         everyones: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, self.rows)
-        self.rows = [rows for turn in zip_longest(*everyones) for rows in turn if rows is not None]
+        torch.distributed.all_gather_object(everyones, (self.rows, self.num_tokens))
+        self.num_tokens = sum(num_tokens for _, num_tokens in everyones)
+        self.rows = [
+            rows for turn in zip_longest(*(rows for rows, _ in everyones)) for rows in turn if rows is not None
+        ]
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """The same sums of all processes together."""

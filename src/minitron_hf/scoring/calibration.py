@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..data import DataSource, TokenRows, padded_batches, token_rows
+from ..data.tokens import separator_tokens
 from ..errors import DataError
 from ..families import text_config
 from ..files import digest
 from .batches import require_vocabulary
+from .row_starts import warn_of_missing_separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +94,8 @@ def calibrate(
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    if processing_class is not None:
+        warn_of_missing_separator(model, rows, separator_tokens(processing_class))
     return Calibration(
         lambda: padded_batches(rows, batch_size),
         -(-len(rows) // batch_size),

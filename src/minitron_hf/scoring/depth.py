@@ -148,7 +148,7 @@ class DepthPass(Batches):
 
     def _add(self, number: int, ids_BT: Tensor, logits_BTV: Tensor, full_BTV: Tensor) -> None:
         if self.metric == "perplexity":
-            losses_BT, predicted_BT = token_losses(logits_BTV, ids_BT, self.mask_BT)
+            losses_BT, predicted_BT = token_losses(logits_BTV, ids_BT, self.attended_BT, self.mask_BT)
             terms = [losses_BT.sum(dtype=torch.float64), predicted_BT.sum()]
         else:
             terms = [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]

@@ -311,7 +311,8 @@ def _run_pass(
         ) as bar,
     ):
         for batch in islice(calibration.batches(), rank, None, num_processes):
-            pass_.run({name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch})
+            names = ("input_ids", "attention_mask", "scored_mask")
+            pass_.run({name: batch[name].to(device) for name in names if name in batch})
             bar.update()
     if num_processes > 1:
         pass_.gather()

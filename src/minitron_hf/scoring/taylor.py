@@ -55,7 +55,7 @@ class TaylorPass(Batches):
         depth = self.sizes["layers"]
         self.block_terms = torch.zeros(len(self.mask_BT), depth, depth, dtype=torch.float64)
         logits_BTV = self.model(**self.inputs(batch), use_cache=False).logits
-        losses_BT, predicted_BT = token_losses(logits_BTV, batch["input_ids"], self.mask_BT)
+        losses_BT, predicted_BT = token_losses(logits_BTV, batch["input_ids"], self.attended_BT, self.mask_BT)
         (losses_BT.sum(1) / predicted_BT.sum(1).clamp(min=1)).sum().backward()
         if missing := sorted({f"{axis} of layer {layer}" for axis, layer in self.sums.keys() - self.terms.keys()}):
             raise UnsupportedModelError(

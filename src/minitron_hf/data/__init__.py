@@ -1,0 +1,16 @@
+"""Texts, conversations, token ids and datasets → token rows, for calibration and measurement alike.
+
+`loading` opens files and Hub datasets, `tokens` knows what a tokenizer adds, `documents` reads one document at a time,
+`rows` cuts them into rows. Training data goes through TRL instead (`distillation/rows.py`).
+
+May import errors, files, families, weights and models.
+"""
+
+from .documents import DataSource as DataSource
+from .loading import load_text_dataset as load_text_dataset
+from .rows import TokenRows as TokenRows
+from .rows import padded_batches as padded_batches
+from .rows import position_ids as position_ids
+from .rows import token_rows as token_rows
+from .tokens import start_tokens as start_tokens
+from .tokens import tokenize as tokenize

@@ -1,0 +1,276 @@
+"""Documents of any source, one after another, as token ids: texts, conversations, prompts with completions, token ids.
+
+Long texts are read in pieces, so memory does not grow with the longest document.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError
+from .tokens import added_tokens, missing_start, require_tokenizer, separator_tokens, start_tokens, tokenize
+
+#: Anything `token_rows` reads: texts, conversations, token ids, or a dataset (or rows of one) with such columns.
+DataSource = Any
+
+#: Documents, and characters of all of them, that are tokenised at a time.
+BATCH_SIZE, BATCH_CHARACTERS = 256, 1 << 18
+#: Characters before a cut that are tokenised again, to have the tokens after it as they are in the whole text.
+OVERLAP_CHARACTERS = 64
+
+_CONVERSATION = ("messages", "conversations")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one.
+
+    Attributes:
+        ids: token ids.
+        num_context: leading tokens that are context alone: what the tokenizer adds, or a prompt.
+        begins_with_start: whether the document begins with what the tokenizer adds in front of a text, as later rows
+            of it then do too.
+        num_bytes: UTF-8 bytes of the text; None where it was token ids or messages.
+        num_first_bytes: of these, those of the first token, where nothing stands in front of it.
+        is_first: whether the document begins here.
+        is_last: whether the document ends here.
+    """
+
+    ids: list[int]
+    num_context: int = 0
+    begins_with_start: bool = False
+    num_bytes: int | None = None
+    num_first_bytes: int = 0
+    is_first: bool = True
+    is_last: bool = True
+
+
+def documents(data: DataSource, processing_class: Any, text_field: str) -> Iterator[Piece]:
+    """Yield all documents that are not empty. Texts are tokenised in batches, which is much faster.
+
+    Raises:
+        DataError: if a document is nothing that can be read, or a tokenizer is needed and missing.
+    """
+    start = [] if processing_class is None else start_tokens(processing_class)
+    batch: list[str | Piece] = []
+    num_characters = 0
+    for number, document in enumerate(data):
+        value = _content(document, text_field, processing_class, start)
+        if isinstance(value, str):
+            _require_encodable(value, number)
+            if len(value) > BATCH_CHARACTERS:
+                yield from _encoded(batch, processing_class, start)
+                batch, num_characters = [], 0
+                yield from _pieces_of(value, processing_class, start)
+                continue
+            num_characters += len(value)
+        batch.append(value)
+        if len(batch) == BATCH_SIZE or num_characters > BATCH_CHARACTERS:
+            yield from _encoded(batch, processing_class, start)
+            batch, num_characters = [], 0
+    yield from _encoded(batch, processing_class, start)
+
+
+def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int]) -> Iterator[Piece]:
+    texts = [value for value in batch if isinstance(value, str)]
+    if texts:
+        require_tokenizer(processing_class)
+    encoded = iter(tokenize(texts, processing_class) if texts else [])
+    for value in batch:
+        if not isinstance(value, str):
+            if value.ids:
+                yield value
+            continue
+        ids = next(encoded)
+        if value.strip():
+            yield Piece(
+                ids,
+                num_context=len(start),
+                begins_with_start=bool(start),
+                num_bytes=len(value.encode()),
+                num_first_bytes=_first_bytes(value, processing_class),
+            )
+
+
+def _pieces_of(text: str, processing_class: Any, start: list[int]) -> Iterator[Piece]:
+    """A long text in pieces, whose tokens together are those of the whole text."""
+    tokenizer = require_tokenizer(processing_class)
+
+    def bare(part: str) -> list[int]:
+        ids: list[int] = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    place = 0
+    while place < len(text):
+        end = _cut(text, place)
+        part, before = text[place:end], text[max(0, place - OVERLAP_CHARACTERS) : place]
+        ids, known = bare(before + part), bare(before) if before else []
+        # Where the cut itself changes tokens, the part is tokenised alone.
+        ids = ids[len(known) :] if ids[: len(known)] == known else bare(part)
+        is_first, is_last = place == 0, end == len(text)
+        front = separator_tokens(tokenizer) if is_first else []
+        behind = added_tokens(tokenizer)[1] if is_last else []
+        yield Piece(
+            [*front, *ids, *behind],
+            num_context=len(start) if is_first else 0,
+            begins_with_start=bool(start),
+            num_bytes=len(part.encode()),
+            num_first_bytes=_first_bytes(part, tokenizer) if is_first else 0,
+            is_first=is_first,
+            is_last=is_last,
+        )
+        place = end
+
+
+def _cut(text: str, place: int) -> int:
+    """Where a piece that begins at `place` ends: in front of a single space or line break, if there is one."""
+    end = place + BATCH_CHARACTERS
+    if end >= len(text):
+        return len(text)
+    for match in re.finditer(r"\S(?=\s\S)", text[end:place:-1]):
+        return end - match.end()
+    return end
+
+
+def _first_bytes(text: str, processing_class: Any) -> int:
+    """Bytes of the first token, which nothing predicts where nothing stands in front of a text."""
+    if separator_tokens(processing_class):
+        return 0
+    tokenizer = require_tokenizer(processing_class)
+    text = text[:1024]
+    if tokenizer.is_fast:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return len(text[: offsets[1][0] if len(offsets) > 1 else len(text)].encode())
+    first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    return len(str(tokenizer.decode(first)).strip().encode())
+
+
+def _content(document: Any, text_field: str, processing_class: Any, start: list[int]) -> str | Piece:
+    if isinstance(document, Mapping):
+        if "input_ids" in document:
+            ids, mask = document["input_ids"], document.get("attention_mask")
+            document = ids if mask is None else [token for token, kept in zip(_listed(ids), _listed(mask)) if kept]
+        elif "prompt" in document and "completion" in document:
+            return _completion(document, processing_class, start)
+        elif name := next((name for name in _CONVERSATION if _is_conversation(document.get(name))), None):
+            ids = _rendered(document[name], document, processing_class)
+            return _piece_of_ids(ids, start, add=False)
+        elif text_field in document:
+            document = document[text_field]
+        else:
+            raise DataError(
+                f"A row of the dataset has the columns {sorted(document)}; expected 'input_ids', 'messages', 'prompt' "
+                f"and 'completion', or {text_field!r}. Name the text column with text_field=…"
+            )
+    if isinstance(document, str):
+        return document
+    document = _listed(document)
+    if isinstance(document, Iterable):
+        ids = list(document)
+        if all(isinstance(token, int) for token in ids):
+            return _piece_of_ids(ids, start, add=True)
+        if _is_conversation(ids):
+            return _piece_of_ids(_rendered(ids, {}, processing_class), start, add=False)
+    raise DataError(
+        f"Expected a text, a conversation or a sequence of token ids, got {type(document).__name__}: "
+        f"{str(document)[:60]!r}."
+    )
+
+
+def _piece_of_ids(ids: list[int], start: list[int], *, add: bool, num_context: int = 0) -> Piece:
+    """Token ids as a document.
+
+    Args:
+        ids: token ids.
+        start: what the tokenizer adds in front of a text.
+        add: whether to put it there where it is missing. A conversation begins as its template renders it.
+        num_context: leading tokens that are context alone.
+    """
+    if not ids:
+        return Piece([])
+    lacking = missing_start(ids, start)
+    if add and lacking:
+        ids, lacking = [*lacking, *ids], []
+    begins = bool(start) and not lacking
+    return Piece(ids, num_context=max(num_context, len(start) if begins else 0), begins_with_start=begins)
+
+
+# Conversations and completions, as TRL's SFTTrainer reads them
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages: `{"role": …, "content": …}`, or ShareGPT's `{"from": …, "value": …}`."""
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
+        return False
+    return "role" in value[0] or {"from", "value"} <= set(value[0])
+
+
+def _rendered(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
+    """Token ids of a conversation under the chat template, with the tools and template arguments of its row."""
+    if processing_class is None:
+        raise DataError("The data is conversations, so a tokenizer is needed. Pass processing_class=tokenizer.")
+    template = getattr(processing_class, "chat_template", None)
+    tokenizer = require_tokenizer(processing_class)
+    if template is None and tokenizer.chat_template is None:
+        raise DataError(
+            "The data is conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or pass "
+            "texts."
+        )
+    names = {"from": "role", "value": "content"}
+    messages = [{names.get(key, key): value for key, value in message.items()} for message in messages]
+    tools = row.get("tools")
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            chat_template=template,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            **settings,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+    except Exception as error:  # templates raise errors of Jinja, of their own, and of Python
+        raise DataError(
+            f"The chat template cannot render the conversation {str(messages)[:120]}: {error}. Check its roles and "
+            "their order, or pass texts."
+        ) from error
+    return list(rendered["input_ids"])
+
+
+def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int]) -> Piece:
+    """A prompt, which is context alone, and its completion."""
+    prompt, completion = row["prompt"], row["completion"]
+    if _is_conversation(prompt):
+        before = _rendered(prompt, row, processing_class, add_generation_prompt=True)
+        ids = _rendered([*prompt, *completion], row, processing_class)
+    elif isinstance(prompt, str) and isinstance(completion, str):
+        tokenizer = require_tokenizer(processing_class)
+        end = str(tokenizer.eos_token or "")
+        completion = completion if completion.endswith(end) else completion + end
+        before = tokenizer(prompt, verbose=False)["input_ids"]
+        ids = tokenizer(prompt + completion, verbose=False)["input_ids"]
+    else:
+        raise DataError(
+            f"A row has the prompt {str(prompt)[:60]!r} and the completion {str(completion)[:60]!r}; expected two "
+            "texts or two lists of messages."
+        )
+    shared = next((i for i, (one, other) in enumerate(zip(before, ids)) if one != other), min(len(before), len(ids)))
+    return _piece_of_ids(ids, start, add=False, num_context=shared)
+
+
+def _require_encodable(text: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"Document {number} (counted from 0) is no valid text: {error}. Clean it, for example with "
+            "text.encode('utf-8', 'replace').decode()."
+        ) from error
+
+
+def _listed(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values

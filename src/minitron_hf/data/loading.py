@@ -1,0 +1,49 @@
+"""Files, saved datasets and Hub datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+def load_text_dataset(
+    source: str, *, name: str | None = None, split: str = "train", revision: str | None = None
+) -> Dataset | IterableDataset:
+    """Load a dataset by path or Hub id with the `datasets` library.
+
+    Args:
+        source: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, a folder written by
+            `Dataset.save_to_disk`, or a Hub dataset id.
+        name: configuration name on the Hub (`"wikitext-2-raw-v1"`).
+        split: split, slices allowed (`"train[:1%]"`).
+        revision: Hub revision.
+
+    Raises:
+        DataError: if nothing can be loaded from `source`.
+    """
+    import datasets
+
+    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+    path = Path(source)
+    try:
+        if path.is_file() or path.suffix in readers:
+            if path.suffix not in readers:
+                raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(readers)}.")
+            if not path.is_file():  # a Hub id does not end like this
+                raise DataError(f"The file {source} does not exist. Check the path.")
+            return datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)}, split=split)
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(source, name, split=split, revision=revision)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"Cannot load the dataset {source!r} (split {split!r}): {error}. "
+            f"Expected a local file ({', '.join(readers)}), a saved dataset folder or a Hub dataset id."
+        ) from error

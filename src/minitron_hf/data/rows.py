@@ -1,0 +1,259 @@
+"""Token rows: documents cut into rows of at most so many tokens, and batches of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..files import digest
+from .documents import DataSource, Piece, documents
+from .tokens import missing_start, start_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Token ids in rows of at most `max_length`, ragged, without padding.
+
+    Attributes:
+        rows: token ids, one list per row, each of length ≥ 2.
+        num_bytes: UTF-8 bytes of the text whose tokens the rows predict; None when the source was token ids or
+            messages, or tokens are left out.
+        overlap: how many tokens of every row repeat the end of the row before it (0 or 1). With 1, each token after
+            the first is predicted exactly once, whatever `max_length` is.
+        context: positions of the tokens of every row that are context alone: what the tokenizer adds in front of a
+            text, and prompts. They are neither scored nor counted, and no prediction of them is measured. Empty where
+            there are none in any row.
+        continues: whether a row begins in the middle of a document. Empty where it is not known.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    num_bytes: int | None
+    overlap: int = 0
+    context: tuple[tuple[int, ...], ...] = ()
+    continues: tuple[bool, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all rows, overlaps included, without those that are context alone."""
+        return sum(map(len, self.rows)) - sum(map(len, self.context))
+
+    @property
+    def digest(self) -> str:
+        """Digest of the token ids, of how they are split into rows, and of which are context alone."""
+        return digest(self.rows, self.context) if any(self.context) else digest(self.rows)
+
+    def predicted(self, index: int) -> list[int]:
+        """Positions of a row's tokens whose predictions are measured."""
+        context = set(self.context[index]) if self.context else set()
+        return [position for position in range(1, len(self.rows[index])) if position not in context]
+
+    @property
+    def num_predicted(self) -> int:
+        """Predictions that all rows together measure."""
+        return sum(len(self.predicted(index)) for index in range(len(self)))
+
+    def select(self, indices: list[int]) -> TokenRows:
+        """Some of the rows, in the order of `indices`."""
+        return TokenRows(
+            tuple(self.rows[index] for index in indices),
+            self.num_bytes if sorted(indices) == list(range(len(self))) else None,
+            self.overlap,
+            tuple(self.context[index] for index in indices) if self.context else (),
+            tuple(self.continues[index] for index in indices) if self.continues else (),
+        )
+
+
+def token_rows(
+    data: DataSource,
+    processing_class: Any = None,
+    *,
+    max_length: int,
+    num_rows: int | None = None,
+    packing: bool = True,
+    overlap: int = 0,
+    text_field: str = "text",
+) -> TokenRows:
+    """Turn texts, token ids or a dataset into token rows.
+
+    Args:
+        data: an iterable of `str`, of conversations, of token-id sequences, or of mappings (a `datasets.Dataset`, for
+            example) with the columns `input_ids` (without its padding, where an `attention_mask` says so), `prompt`
+            and `completion`, `messages`, or `text_field`; or a single `TokenRows`, returned as it is. Chat templates
+            are applied as by TRL's `SFTTrainer`, and a prompt is context alone.
+        processing_class: tokenizer, or a processor with one; needed for text. Every row begins with what it adds in
+            front of a text (mostly the beginning-of-text token), also one that begins in the middle of a document:
+            many teachers are far worse without. These tokens are context alone, see `TokenRows`.
+        max_length: longest row, in tokens, those included.
+        num_rows: stop after this many rows (None: all).
+        packing: join documents (each behind a separator, see `separator_tokens`) and cut them into full rows. Padding
+            then hardly occurs; NVIDIA/Megatron-LM#4807 measured packing at +5.8 MMLU on a pruned Qwen3-8B. Without it
+            every document starts its own row, and longer documents continue on further rows.
+        overlap: 1 repeats the last token of a row at the start of the next row of the same stream, so that every
+            token is predicted exactly once (perplexity); 0 for calibration.
+        text_field: column that holds the text.
+
+    Returns:
+        The rows. With `overlap=1`, `num_rows` stops after the document that reaches it, whose last rows are kept, so
+        that bits per byte are exact; with `overlap=0` there are at most `num_rows` rows.
+
+    Raises:
+        DataError: if there is no text, no tokenizer for it, or less text than one row of two tokens; or if a setting
+            makes no sense.
+    """
+    if isinstance(data, TokenRows):
+        return data
+    if isinstance(data, str | os.PathLike):
+        raise DataError(
+            f"Expected texts, token rows or a dataset, got the string {str(data)[:80]!r}. "
+            "Pass a list of texts, or load a file with minitron_hf.load_text_dataset(path)."
+        )
+    if isinstance(data, Mapping):
+        # Iterating over it would read its keys as texts.
+        raise DataError(
+            f"Expected texts, token rows or a dataset, got a {type(data).__name__} with the keys "
+            f"{', '.join(map(str, data))}. Pass one of its values: a split, or its rows."
+        )
+    if max_length < 2:
+        raise DataError(f"max_length={max_length} is too short: a row needs two tokens to predict one.")
+    if overlap not in (0, 1):
+        raise DataError(f"overlap={overlap}, expected 0 or 1.")
+    if num_rows is not None and num_rows < 1:
+        raise DataError(f"num_rows={num_rows}, expected at least 1, or None for all.")
+
+    start = [] if processing_class is None else start_tokens(processing_class)
+    if max_length < len(start) + overlap + 1:
+        raise DataError(
+            f"max_length={max_length} is too short: every row begins with the {len(start)} token(s) that the "
+            f"tokenizer adds. Expected at least {len(start) + overlap + 1}."
+        )
+
+    cutter = _Cutter(start, max_length, overlap)
+    num_bytes: int | None = 0
+    num_documents = 0
+    for piece in documents(data, processing_class, text_field):
+        num_documents += piece.is_first
+        if num_bytes is not None and piece.num_bytes is not None:
+            # The first token of a stream is predicted by nothing.
+            num_bytes += piece.num_bytes - (0 if packing and cutter.begun else piece.num_first_bytes)
+        else:
+            num_bytes = None
+        cutter.add(piece)
+        cutter.cut(flush=piece.is_last and not packing)
+        if num_rows is not None and len(cutter.rows) >= num_rows:
+            break
+    cutter.cut(flush=True)
+    rows = cutter.result(num_bytes if overlap else None)
+    if not rows.rows:
+        found = "no documents" if num_documents == 0 else f"{num_documents} document(s) without a token to predict"
+        raise DataError(f"The data holds {found}; expected at least one text of two tokens. Pass more text.")
+    if num_rows is not None and overlap == 0 and len(rows) > num_rows:
+        rows = rows.select(list(range(num_rows)))
+    return rows
+
+
+#: Marks of the tokens of a stream.
+_CONTEXT, _BEGINS_WITH_START, _FIRST = 1, 2, 4
+
+
+class _Cutter:
+    """Cuts a stream of documents into rows, each of which begins as its document does."""
+
+    def __init__(self, start: list[int], max_length: int, overlap: int) -> None:
+        self.start, self.max_length, self.overlap = start, max_length, overlap
+        self.stream: list[int] = []
+        self.marks = bytearray()
+        self.rows: list[tuple[int, ...]] = []
+        self.context: list[tuple[int, ...]] = []
+        self.continues: list[bool] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether the stream holds tokens of earlier documents."""
+        return bool(self.stream or self.rows)
+
+    def add(self, piece: Piece) -> None:
+        begins = _BEGINS_WITH_START if piece.begins_with_start else 0
+        marks = bytearray([begins]) * len(piece.ids)
+        for position in range(min(piece.num_context, len(marks))):
+            marks[position] |= _CONTEXT
+        if piece.is_first and marks:
+            marks[0] |= _FIRST
+        self.stream += piece.ids
+        self.marks += marks
+
+    def cut(self, *, flush: bool) -> None:
+        """Take full rows from the stream, and with `flush` what is left."""
+        place = 0
+        while len(self.stream) - place > self.overlap:
+            front = self.stream[place : place + len(self.start)]
+            added = missing_start(front, self.start) if self.marks[place] & _BEGINS_WITH_START else []
+            room = self.max_length - len(added)
+            if len(self.stream) - place < room and not flush:
+                break
+            self._take(added, place, place + room)
+            place += room - self.overlap
+        self.stream = [] if flush else self.stream[place:]
+        self.marks = bytearray() if flush else self.marks[place:]
+
+    def _take(self, added: list[int], place: int, end: int) -> None:
+        row = (*added, *self.stream[place:end])
+        marks = self.marks[place:end]
+        repeated = self.overlap if added and not marks[0] & _FIRST else 0
+        context = [
+            *range(len(added) + repeated),
+            *(len(added) + i for i, mark in enumerate(marks) if mark & _CONTEXT and i >= repeated),
+        ]
+        if set(range(1, len(row))) - set(context):  # a row that predicts nothing is left out
+            self.rows.append(row)
+            self.context.append(tuple(context))
+            self.continues.append(not marks[0] & _FIRST)
+
+    def result(self, num_bytes: int | None) -> TokenRows:
+        context = tuple(self.context) if any(self.context) else ()
+        return TokenRows(tuple(self.rows), num_bytes, self.overlap, context, tuple(self.continues))
+
+
+def padded_batches(
+    rows: TokenRows, batch_size: int, *, pad_token_id: int = 0, padding_side: str = "right"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of `input_ids`, `attention_mask` and `position_ids`, each int64 [batch, longest row in the batch].
+
+    Position ids count the unmasked tokens, so absolute position embeddings do not depend on the padding side. Where
+    some tokens are context alone, `scored_mask` is the attention mask without them.
+    """
+    import torch
+
+    for start in range(0, len(rows), batch_size):
+        chunk = rows.rows[start : start + batch_size]
+        length = max(map(len, chunk))
+        input_ids = torch.full((len(chunk), length), pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros((len(chunk), length), dtype=torch.long)
+        for index, row in enumerate(chunk):
+            where = slice(0, len(row)) if padding_side == "right" else slice(length - len(row), length)
+            input_ids[index, where] = torch.tensor(row)
+            attention_mask[index, where] = 1
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids(attention_mask),
+        }
+        if any(rows.context):
+            batch["scored_mask"] = attention_mask.clone()
+            for index, row in enumerate(chunk):
+                first = 0 if padding_side == "right" else length - len(row)
+                batch["scored_mask"][index, [first + position for position in rows.context[start + index]]] = 0
+        yield batch
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token among the unmasked ones, int64 [batch, length]; padding gets 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,78 @@
+"""What a tokenizer adds to a text, and texts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself: of a processor (of texts and images), the one inside."""
+    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer
+
+
+def added_tokens(processing_class: Any) -> tuple[list[int], list[int]]:
+    """Token ids that the tokenizer adds in front of a text and behind it."""
+    tokenizer = text_tokenizer(processing_class)
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    for place in range(len(whole) - len(bare) + 1):
+        if whole[place : place + len(bare)] == bare:
+            return whole[:place], whole[place + len(bare) :]
+    return [], []
+
+
+def start_tokens(processing_class: Any) -> list[int]:
+    """Token ids that the tokenizer adds in front of every text: mostly the beginning-of-text token, or none.
+
+    A teacher that was trained with them expects them at the first positions of every row. Without them many teachers
+    are far worse, because their attention rests on that token.
+    """
+    return added_tokens(processing_class)[0]
+
+
+def separator_tokens(processing_class: Any) -> list[int]:
+    """Token ids in front of every document: what the tokenizer adds, or else one separator, where it has one.
+
+    The separator is the beginning-of-text token, or the end-of-text token of tokenizers without one, as in
+    lm-evaluation-harness: it gives the first real token a context, and in a packed stream it parts the documents.
+    """
+    if start := start_tokens(processing_class):
+        return start
+    tokenizer = text_tokenizer(processing_class)
+    separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if separator is None else [separator]
+
+
+def tokenize(texts: Sequence[str], processing_class: Any) -> list[list[int]]:
+    """Token ids of whole documents, each behind its `separator_tokens`."""
+    front = separator_tokens(processing_class)
+    encoded: list[list[int]] = text_tokenizer(processing_class)(list(texts), add_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+    return [ids if ids[: len(front)] == front else [*front, *ids] for ids in encoded]
+
+
+def missing_start(ids: Sequence[int], start: Sequence[int]) -> list[int]:
+    """The part of `start` that a row of token ids lacks at its beginning: nothing where it begins with all of it."""
+    for kept in range(len(start), 0, -1):
+        if list(ids[:kept]) == list(start[len(start) - kept :]):
+            return list(start[: len(start) - kept])
+    return list(start)
+
+
+def require_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer for text.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if processing_class is None:
+        raise DataError("The data is text, so a tokenizer is needed. Pass processing_class=tokenizer.")
+    return text_tokenizer(processing_class)
