@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message says what was wrong, where, what was expected, and what to do next.
+"""The exceptions of this package. Every message says what was wrong, where, what was expected, and what to do next.
 
 All of them are also `ValueError`, so code that knows nothing of this package can still catch them; the command line
 prints any `MinitronError` as one message with exit code 2.

@@ -1,4 +1,4 @@
-"""Files between the stages: digests of what went in, and writes that are all or nothing."""
+"""Files of a run: digests of inputs, and writes that are all or nothing."""
 
 from __future__ import annotations
 

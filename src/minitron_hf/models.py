@@ -1,4 +1,4 @@
-"""Loading models, configs and tokenizers with clear errors; counting and fingerprinting them."""
+"""Loads models, configs and tokenizers with clear errors, and counts and fingerprints them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def families(
         typer.Option("--output", "-o", help="With draft: the file to write, instead of printing it."),
     ] = None,
 ) -> None:
-    """Print what can be cut in which model family, and why not where it cannot.
+    """Print which sizes can be cut in which model family, and why not where they cannot.
 
     `families draft MODEL` writes the first draft of a family's table, from the shapes of models that are built without
     memory.

@@ -72,7 +72,7 @@ def fit(
 
 
 def _setup(device: str, setup: Mapping[str, Any]) -> Setup:
-    """What a device's name, or the size of its memory, and the other options come to."""
+    """The setup of a device, given by its name or the size of its memory."""
     from ..distillation.devices import DEVICES, Device
     from ..distillation.fake_runs import Setup
 

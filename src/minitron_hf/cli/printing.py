@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Prints the results of the commands."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
 
 
 def _print_results(folder: Path) -> None:
-    """What a run found: the table, the card and the samples, as far as they exist."""
+    """Print the results of a run: the table, the card and the samples, as far as they exist."""
     import json
 
     from rich.table import Table
@@ -175,7 +175,7 @@ def _print_results(folder: Path) -> None:
 
 
 def _console() -> Console:
-    """A console that does not fold tables where there is no terminal to fit."""
+    """A console that does not fold tables where the output is not a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120)

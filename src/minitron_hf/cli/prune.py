@@ -27,7 +27,7 @@ def prune(
     text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     set_: Settings = None,
 ) -> None:
-    """Cut the student out of the teacher's checkpoint (prune_checkpoint), a few rows at a time.
+    """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
     Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
     (carry_out). --set takes num_samples, max_length, packing and batch_size of a repair.

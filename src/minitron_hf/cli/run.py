@@ -19,7 +19,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
     ] = False,
-    redo: Annotated[bool, typer.Option("--redo", help="Do stages again whose inputs have changed.")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Run stages again whose inputs have changed.")] = False,
     accelerate: Accelerate = None,
     num_processes: Processes = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
@@ -69,7 +69,7 @@ def stage(
     round_: Annotated[Optional[int], typer.Option("--round")] = None,  # noqa: UP045
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
-    """What a run does in several processes: `correct`, or `distill` the student in one folder into another."""
+    """Run one stage in several processes: `correct`, or `distill` the student in one folder into another."""
     from ..recipe.actions import correct
     from ..recipe.reading import apply_overrides
     from ..recipe.run import Run

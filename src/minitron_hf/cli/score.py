@@ -36,10 +36,10 @@ def cache(
     data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
     output: Output,
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
-    top_k: Annotated[int, typer.Option(help="Tokens to keep of every distribution.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Number of tokens to store per position.")] = 64,
     set_: Settings = None,
 ) -> None:
-    """Write down what the teacher says of a corpus (cache_teacher_logits); --set takes the arguments of distill.
+    """Store the teacher's top-k logits for a corpus (cache_teacher_logits); --set takes the arguments of distill.
 
     Resumes what was interrupted.
     """

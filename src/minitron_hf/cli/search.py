@@ -34,7 +34,7 @@ def search(
     ] = None,
     train_data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Corpus to distil on; without it, shapes are ranked by what pruning alone loses."),
+        typer.Option(help="Corpus to distil on; without it, shapes are ranked before retraining."),
     ] = None,
     eval_data: Annotated[
         Optional[str],  # noqa: UP045

@@ -1,4 +1,4 @@
-"""What the arguments of the trainer mean: models or names of models, dtypes, descriptions of data."""
+"""Resolves the trainer's arguments: models or their names, dtypes, descriptions of data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches between the collator and the loss: whose row a position is, and what a cache of the teacher says there.
+"""Batches between the collator and the loss: the row of each position, and the cached teacher logits there.
 
 Shapes: N tokens that count, k most likely tokens, H_t hidden width of the teacher.
 """

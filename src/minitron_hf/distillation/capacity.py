@@ -1,4 +1,4 @@
-"""Will it fit, and how fast is it: memory per device and tokens per second of distillation, from two configs.
+"""Memory per device and tokens per second of distillation, estimated from two configs.
 
 The models' passes are run on fake tensors, which have shapes and no values: every allocation and every product is
 counted, whatever the architecture. At a given length each moment's bytes are a constant plus so many per row, so that

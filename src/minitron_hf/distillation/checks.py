@@ -1,4 +1,4 @@
-"""Pairs of models, and adapters, that distillation would train wrongly without any other sign."""
+"""Checks for unsupported combinations of teacher, student and adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher and student inside whatever wraps them: autocast, DDP, FSDP2, DeepSpeed, PEFT."""
+"""Runs teacher and student through autocast, DDP, FSDP2, DeepSpeed and PEFT wrappers."""
 
 from __future__ import annotations
 

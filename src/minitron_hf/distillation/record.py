@@ -1,4 +1,4 @@
-"""What `distillation.json` says of arguments and data."""
+"""Arguments and data as `distillation.json` records them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a distillation saves: checkpoints, the stock student, its record, card and push."""
+"""Saves and publishes a distilled student: checkpoints, the stock model, its record and its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring models side by side, on the same tokens: quality, size, speed and memory."""
+"""Measures models side by side on the same tokens: quality, size, speed and memory."""
 
 from __future__ import annotations
 

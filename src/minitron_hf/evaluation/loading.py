@@ -1,4 +1,4 @@
-"""Models that are only run: on one device, in a dtype that is fast there, in evaluation mode."""
+"""Loads models for inference: on one device, in a dtype that is fast there, in evaluation mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models write: continuations of the same prompts, side by side."""
+"""Continuations of the same prompts by several models."""
 
 from __future__ import annotations
 

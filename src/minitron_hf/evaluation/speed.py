@@ -1,4 +1,4 @@
-"""What models cost: bytes of checkpoint and cache, and speed in interleaved rounds."""
+"""Size and speed of models: checkpoint bytes, KV-cache bytes, prefill and decode speed in interleaved rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the student is to lose: divergences of two distributions over the vocabulary, with their gradients.
+"""Divergences between teacher and student, and their gradients.
 
 Each works on a few rows at a time, in buffers that are there already: `losses` forms the logits. Their gradients are
 written by hand because autograd would keep several copies of every row.

@@ -1,4 +1,4 @@
-"""What a teacher says of a token: dense logits, or the largest ones and the rest."""
+"""Teacher signals: dense logits, or the top-k log-probabilities and the probability of all other tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proxy: what a pruned student has lost before any retraining, its divergence from the teacher on a few rows.
+"""Compares pruned students before retraining: their divergence from the teacher on a few rows.
 
 All candidates are measured on the same tokens, so that they are compared in pairs.
 """

@@ -1,4 +1,4 @@
-"""Refit what is left: output projections that reproduce the teacher's layers from the kept units, by least squares.
+"""Refits output projections by least squares, so that the kept units reproduce the teacher's layers.
 
 Legend of shape suffixes: N tokens, D inputs of a projection, K those that stay, C those that are cut, H its outputs.
 """

@@ -1,4 +1,4 @@
-"""Tensors that stay on disk: each knows how to read any part of itself from a safetensors checkpoint.
+"""Tensors that stay on disk and read any part of themselves from a safetensors checkpoint.
 
 Code that was written for tensors in memory (that of Transformers, which renames, stacks and casts what a checkpoint
 holds, and ours, which cuts it) runs on them unchanged and only takes notes: shapes and dtypes are known at once,

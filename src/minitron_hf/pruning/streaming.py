@@ -1,4 +1,4 @@
-"""Cut a checkpoint without loading it: from the shards of the teacher into those of the student, a few rows at a time.
+"""Prunes a checkpoint without loading it: reads the teacher's shards and writes the student's, a few rows at a time.
 
 The teacher is loaded by Transformers as usual, names converted and experts stacked, but of tensors that stay on disk
 (`LazyTensor`); `apply_plan` cuts those; and what Transformers would save is written as `save_pretrained` does, each

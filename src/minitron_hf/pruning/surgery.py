@@ -1,4 +1,4 @@
-"""Do what the plan says: index the teacher's tensors into a new stock model. The teacher is never touched."""
+"""Builds the student from a plan: indexes the teacher's tensors into a new stock model. The teacher is not changed."""
 
 from __future__ import annotations
 

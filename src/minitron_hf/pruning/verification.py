@@ -1,4 +1,4 @@
-"""The student against the teacher with masked units: the same function, found without indexing a single weight.
+"""Verifies a student: its logits must equal those of the teacher with the dropped units masked.
 
 What a plan drops is switched off inside the teacher while it runs: the inputs of output projections are multiplied by
 zero, norms see dropped channels as more of the kept ones, dropped layers hand on what they are given, dropped experts

@@ -1,4 +1,4 @@
-"""The model card: what a run folder says about itself.
+"""Renders the model card from the files of a run folder.
 
 `render_model_card` reads nothing but the files of the folder, so the card of a published student can be rendered again
 from its repository, byte for byte.

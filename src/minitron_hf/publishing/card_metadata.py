@@ -1,4 +1,4 @@
-"""The YAML block of a model card: what the Hub reads of it, with the student's results as a model-index.
+"""The YAML block of a model card, with the student's results as a model-index.
 
 Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. Those files need the id of a
 registered benchmark dataset, which `benchmarks.json` does not carry, and perplexity, KL or speed are no registered

@@ -1,4 +1,4 @@
-"""The Hub: what is known there of the teacher, and how a run folder is published.
+"""Reads the teacher's metadata from the Hub, and publishes run folders.
 
 A run folder is laid out like the repository that it becomes.
 """

@@ -1,4 +1,4 @@
-"""Numbers and text as they stand in the Markdown of a model card."""
+"""Formats numbers and text for the Markdown of a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curve, importance of units, of layers and blocks of layers, shapes of a search.
+"""Figures of a run: training curve, importance of units and layers, shapes of a search.
 
 Each function reads the files of one run folder and returns a `matplotlib.figure.Figure` that belongs to nobody else:
 no pyplot, no global state, and the user's matplotlib style is not applied. The same files give the same bytes.

@@ -1,4 +1,4 @@
-"""What each stage does."""
+"""Runs each stage of a recipe."""
 
 from __future__ import annotations
 

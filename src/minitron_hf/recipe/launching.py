@@ -1,4 +1,4 @@
-"""Several processes, by `accelerate launch`: the packaged configurations, and commands that run themselves in them.
+"""Starts several processes with `accelerate launch`, by packaged or own configurations.
 
 Run as a module it is `accelerate launch` itself, with two differences: a process that fails is one message and no
 traceback of the launcher's, and an interrupt is left to whoever started it.

@@ -1,4 +1,4 @@
-"""The papers' practices as code: a teacher's config, a target and a budget → decisions with reasons → a recipe.
+"""Recommendations: a teacher's config, a target and a budget → decisions with reasons → a recipe.
 
 - P1: *Compact Language Models via Pruning and Knowledge Distillation*, arXiv 2407.14679; its ten practices by number.
 - P2: *LLM Pruning and Distillation in Practice: The Minitron Approach*, arXiv 2408.11796.

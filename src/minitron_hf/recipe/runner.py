@@ -1,4 +1,4 @@
-"""A recipe at work: check it, run its stages, skip what is done for the same inputs, refuse what differs, resume."""
+"""Runs the stages of a recipe: skips finished ones, refuses changed inputs, resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as a file: the sections of a recipe, read from YAML, every unknown or mistyped entry refused by name."""
+"""The sections of a recipe. Unknown and mistyped entries are refused by name."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ class CorrectionSection:
 
 @dataclass(frozen=True)
 class CacheSection:
-    """What the teacher says of the corpora, written to files before distillation (`cache_teacher_logits`).
+    """Top-k teacher logits, stored on disk before distillation (`cache_teacher_logits`).
 
     Distillation, and every control, then needs no teacher in memory.
 
     Attributes:
-        top_k: tokens to keep of every distribution.
-        dtype: of what is kept, "float16" or "float32".
+        top_k: number of tokens to store per position.
+        dtype: of the stored log-probabilities, `"float16"` or `"float32"`.
     """
 
     top_k: int = 64
@@ -153,7 +153,7 @@ class EvaluateSection:
 
 @dataclass(frozen=True)
 class PublishSection:
-    """Where the student goes on the Hub.
+    """The Hub repository of the student.
 
     Attributes:
         repo_id: "owner/name".
@@ -166,21 +166,21 @@ class PublishSection:
     revision: str | None = None
 
 
-#: Where the students of the rounds before the last live, in the run folder.
+#: Folder of the students of all rounds but the last, in the run folder.
 ROUNDS_DIR = "rounds"
-#: Whom a round learns from.
+#: The teachers that a round can have.
 ROUND_TEACHERS = ("original", "previous")
 
 
 @dataclass(frozen=True)
 class RoundSection:
-    """One of several rounds: what is cut from the student of the round before, and how the result then learns.
+    """One of several rounds: the sizes to cut to, and how the result is distilled.
 
     Attributes:
         prune: fields of `PrunerConfig`, on top of the recipe's. Fractions are of the student of the round before.
         scores: arguments of `estimate_importance`, likewise.
         distill: fields of `DistillationConfig`, likewise. By default each round reads the corpus in another order.
-        teacher: whom the student learns from: `"original"`, the recipe's teacher (corrected where the recipe says so),
+        teacher: the teacher of the round: `"original"`, the recipe's teacher (corrected where the recipe says so),
             or `"previous"`, the student of the round before.
     """
 
@@ -201,16 +201,16 @@ class Recipe:
         prune: fields of `PrunerConfig`.
         search: arguments of `search_architectures`: `space`, a budget, …; the sizes that it finds join `prune`'s. It
             distils as `distill` says, but briefly and at a constant learning rate. None: no search.
-        rounds: cut and distil so often, from large to small; empty: once.
+        rounds: prune and distil in several rounds, from large to small; empty: one round.
         verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
             loaded into memory.
         scores: arguments of `estimate_importance`.
-        teacher_correction: fine-tuning of the teacher before distillation; None: none.
-        teacher_cache: what the teacher says, written to files before distillation; None: the teacher itself is asked.
+        teacher_correction: fine-tune the teacher on the corpus before distillation; None: do not.
+        teacher_cache: precomputed top-k teacher logits on disk; None: the teacher runs during distillation.
         distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
         controls: names from `CONTROLS`, trained like the student.
-        distributed: several processes for what is trained; None: this one. It does not decide what is computed.
+        distributed: several processes for the stages that train; None: this one. The results do not depend on it.
         evaluate: the final measurement.
         publish: the Hub repository; None: nothing is uploaded.
     """
@@ -247,8 +247,8 @@ class Recipe:
             require_choice(one.teacher, ROUND_TEACHERS, f"rounds.{number}.teacher")
             if one.teacher == "previous" and recipe.teacher_cache is not None:
                 raise DataError(
-                    f"rounds.{number}.teacher='previous': teacher_cache holds what the original teacher says. Leave "
-                    "out one of them."
+                    f"rounds.{number}.teacher='previous': teacher_cache holds the logits of the original teacher. "
+                    "Leave out one of them."
                 )
         return recipe
 

@@ -1,4 +1,4 @@
-"""The table of stages: what each depends on, writes and does."""
+"""The table of stages: inputs, outputs and action of each."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "plan",
-        "decide what stays",
+        "choose the units and layers to keep",
         ("score", "search"),
         lambda recipe: {"prune": recipe.pruner_config.to_dict()},
         (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
@@ -131,7 +131,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "prune",
-        "cut the student out of the teacher",
+        "build the student from the plan",
         ("plan",),
         lambda recipe: {"verify": True} if recipe.verify else {},
         (PRUNED_DIR,),
@@ -139,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "correct",
-        "let the teacher learn the corpus",
+        "fine-tune the teacher on the corpus",
         (),
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
@@ -152,7 +152,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "cache",
-        "write down what the teacher says of the corpora",
+        "store the teacher's top-k logits for the corpora",
         ("correct",),
         _cache_settings,
         (CACHE_DIR,),
@@ -174,7 +174,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "controls",
-        "train the controls in the same way",
+        "train the controls with the same settings",
         ("distill",),
         lambda recipe: {"controls": recipe.controls},
         (CONTROLS_DIR,),

@@ -1,4 +1,4 @@
-"""Depth by what it costs: perplexity, change of the logits, or any function of the model, without some of its layers.
+"""Ranks layers by the perplexity, the change of the logits, or any function of the model without them.
 
 Without layers i..j a model computes the same up to layer i. So what the layers were given is kept for one batch at a
 time, and without a block only the layers after it run: all single layers together cost half of what as many passes

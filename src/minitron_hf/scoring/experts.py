@@ -1,4 +1,4 @@
-"""Watching stacked experts: what every expert computes for the tokens that are routed to it.
+"""Observes stacked experts: the activations of every expert for the tokens that are routed to it.
 
 Transformers keeps the experts of a layer in 3-D tensors of one module, so there is no module per expert to hook. It
 does let anyone supply the function that computes them (`ALL_EXPERTS_FUNCTIONS`): here one that reports as it goes.

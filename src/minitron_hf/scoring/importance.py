@@ -1,4 +1,4 @@
-"""What matters: activations of a few calibration rows → `ImportanceScores` for every width axis and every layer.
+"""`estimate_importance`: calibration data → `ImportanceScores` for every width axis and every layer.
 
 One forward pass without the output head gives all of them (P1 §2.2, arXiv 2407.14679).
 """

@@ -1,4 +1,4 @@
-"""One forward pass over calibration batches, watched: the sums from which importance scores are made.
+"""Observes one forward pass over calibration batches: the sums from which importance scores are made.
 
 Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, R dimensions of one unit,
 H hidden, L layers, D the units and inner dimensions that a projection reads or writes, F neurons of an expert,

@@ -1,4 +1,4 @@
-"""From activations to one number per unit: reduced over the tokens of a row, then over rows.
+"""Reductions of activations to one number per unit: over the tokens of a row, then over rows.
 
 Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, n some of the tokens of a batch.
 """

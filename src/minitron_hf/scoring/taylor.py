@@ -1,4 +1,4 @@
-"""A forward and a backward pass over calibration batches: how much the loss would change to first order.
+"""First-order Taylor scores: the change of the loss without a unit, from a forward and a backward pass.
 
 Removing what a unit writes changes the loss by −Σ x·∂L/∂x over its activations x, to first order. Where x is the input
 of a projection that is Σ w·∂L/∂w over the weights that read it, the Taylor importance of P1 (arXiv 2407.14679 §2.2 and

@@ -1,4 +1,4 @@
-"""Weights per unit: which elements of which tensors belong to a unit, and what they add up to.
+"""Sums over the weights of each unit.
 
 Legend of shape suffixes: U units of an axis, O units of the axis that they are within, G groups, L layers.
 """

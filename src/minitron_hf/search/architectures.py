@@ -1,4 +1,4 @@
-"""Architecture search: many shapes within a budget, few of them retrained, the best one kept (P1 §2.3).
+"""Architecture search: counts shapes within a budget, retrains a few briefly, keeps the best (P1 §2.3).
 
 enumerate → count → choose some that differ → prune each and measure it on calibration text (the proxy) → choose again
 → distil the survivors briefly, drop the worse half, distil longer → rank. One student is in memory at a time, every

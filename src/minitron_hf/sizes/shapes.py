@@ -1,4 +1,4 @@
-"""Shapes a student could have: enumerate a space of sizes, count each exactly, keep those within a budget.
+"""Candidate shapes of a student: enumerates a space of sizes, counts each exactly, keeps those within a budget.
 
 Needs a config alone: no weights, no data. P1 §2.3 (arXiv 2407.14679).
 """

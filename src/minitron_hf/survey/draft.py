@@ -1,4 +1,4 @@
-"""The first draft of a family table: build the model without memory, change one config field at a time, and look.
+"""Drafts a family table: builds the model without memory and changes one config field at a time.
 
 How every dimension of every tensor moves with every field is read off, and with it the sum of products that it is.
 What shapes cannot tell is marked TODO: the order inside fused dimensions, what is scaled by a size, what a layer's

@@ -1,4 +1,4 @@
-"""What can be cut in which family: the matrix family × axis, read off the tables, for the terminal and the README.
+"""The matrix family × axis, made from the family tables, for the terminal and the documentation.
 
 `python -m minitron_hf.survey.matrix docs/families.md` rewrites the matrix of that page.
 """
