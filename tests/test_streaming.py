@@ -26,6 +26,7 @@ from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
 from minitron_hf.pruning.streaming import is_streamable, open_checkpoint, prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.saving import add_older_keys, save_model
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.weights import model_digest
 from pocket import POCKETS, cuttable, pocket_model, pocket_tokenizer, pocket_tokens
@@ -42,7 +43,7 @@ def saved(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, size:
 
 def through_memory(source: Path, target: Path, plan: PruningPlan, **kwargs) -> Path:
     """The oracle: load all of it, cut, save."""
-    apply_plan(load_model(source), plan).save_pretrained(target, **kwargs)
+    save_model(apply_plan(load_model(source), plan), target, **kwargs)
     plan.save_pretrained(target)
     return target
 
@@ -154,6 +155,7 @@ def test_digest_of_the_weights_is_that_of_the_loaded_model(name: str, tmp_path: 
 def test_files_beside_the_weights(tmp_path: Path):
     teacher = saved("llama", tmp_path / "teacher")
     pocket_tokenizer(chat_template="{{ messages }}").save_pretrained(teacher)
+    add_older_keys(teacher)
     GenerationConfig(max_new_tokens=7, do_sample=True, top_k=3).save_pretrained(teacher)
     for name in ("LICENSE.txt", "NOTICE", "README.md", "evaluation.json", "optimizer.pt"):
         (teacher / name).write_text(name)

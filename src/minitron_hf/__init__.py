@@ -18,6 +18,7 @@ _MODULE_OF = {
     "token_rows": "data.rows",
     "load_model": "models",
     "load_tokenizer": "models",
+    "save_model": "saving",
     "count_parameters": "models",
     "register_family": "families",
     "ImportanceScores": "scoring.scores",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .recipe.recommendations import recommend as recommend
     from .recipe.runner import run_recipe as run_recipe
     from .recipe.schema import Recipe as Recipe
+    from .saving import save_model as save_model
     from .scoring.importance import estimate_importance as estimate_importance
     from .scoring.scores import ImportanceScores as ImportanceScores
     from .search.architectures import search_architectures as search_architectures

@@ -248,9 +248,11 @@ def load_tokenizer(
         return name_or_path
     name = _checked_name(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name, **_given(revision=revision), **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_given(revision=revision), **kwargs)
     except Exception as error:
         raise _loading_error("tokenizer", name, error) from error
+    tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
+    return tokenizer
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

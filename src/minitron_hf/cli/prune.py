@@ -37,6 +37,7 @@ def prune(
     from ..pruning.prune import carry_out
     from ..pruning.streaming import is_streamable, prune_checkpoint
     from ..recipe.reading import apply_overrides
+    from ..saving import save_model
 
     made = PruningPlan.from_pretrained(plan)
     if made.repair and data is None:
@@ -59,7 +60,6 @@ def prune(
         if verify:
             _say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:
-            student.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_model(student, folder, tokenizer)
             student.pruning_plan.save_pretrained(folder)
     _say(f"Wrote {output}")

@@ -30,6 +30,7 @@ from ..hardware import has_fast_bf16, training_device
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
+from ..saving import save_model
 from .batches import CountsRowsOnce
 from .checks import refuse_own_folder
 from .config import checkpointing_field
@@ -149,9 +150,7 @@ def correct_teacher(
     trained.requires_grad_(True)
     trained.config.use_cache = True
     with replacing_folder(output_dir / "unfinished") as temporary:
-        trained.to(stored).save_pretrained(temporary)
-        if processing_class is not None:
-            processing_class.save_pretrained(temporary)
+        save_model(trained.to(stored), temporary, processing_class)
         record = {
             "format": 1,
             "versions": versions(),

@@ -24,6 +24,7 @@ from ..losses.heads import base_model_of
 from ..models import empty_model
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
+from ..saving import add_older_keys, save_model
 from .adapters import adapter_type, keep_one_model
 from .checks import refuse_nan_weights, refuse_not_finite
 from .config import DistillationConfig
@@ -97,6 +98,8 @@ class SavesStudent(SFTTrainer):
             if self.args.should_save:
                 keep_one_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
             super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                add_older_keys(output_dir)
         if self.args.should_save:
             self._save_origin(Path(output_dir))
         if self.args.push_to_hub and not _internal_call:
@@ -139,9 +142,7 @@ class SavesStudent(SFTTrainer):
         student.generation_config = base.generation_config
         require_writable(output_dir)
         with _writing(output_dir):
-            student.to(dtype=dtype or student.dtype).save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+            save_model(student.to(dtype=dtype or student.dtype), output_dir, self.processing_class)
             keep_one_model(output_dir, adapter=False)
         self._save_origin(output_dir)
 

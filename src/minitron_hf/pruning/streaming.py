@@ -28,6 +28,7 @@ from ..families import spec_for
 from ..files import read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
 from ..publishing.card import LEGAL_FILES
+from ..saving import PROCESSOR_FILES, save_config
 from .stored_tensors import DTYPES, LazyTensor, lazy_tensors
 from .surgery import apply_plan
 
@@ -38,20 +39,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 #: Files beside the weights that the student takes over: tokenizer, chat templates, legal texts.
-COPIED_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "*processor_config.json",
-    *LEGAL_FILES,
-)
+COPIED_FILES = (*PROCESSOR_FILES, *LEGAL_FILES)
 
 
 def prune_checkpoint(
@@ -64,7 +52,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Path:
-    """Do what `apply_plan` and `save_pretrained` do, from folder to folder, in memory for a few rows of one tensor.
+    """Do what `apply_plan` and `save_model` do, from folder to folder, in memory for a few rows of one tensor.
 
     The student's files are those of the path through memory, byte for byte. The folder appears when it is complete.
 
@@ -123,7 +111,7 @@ def prune_checkpoint(
             student.generation_config.save_pretrained(temporary)
         student.config.architectures = [type(student).__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")
-        student.config.save_pretrained(temporary)
+        save_config(student.config, temporary)
     return target
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
+from ..saving import least_transformers
 from . import markdown as md
 from .card_metadata import dataset_name, is_repo_id, metadata
 from .card_tables import (
@@ -156,6 +157,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "legal_files": run["legal_files"],
         "duties": _licence_duties(teacher),
         "evaluation_data": dataset_name(evaluation["data"]) if evaluation else None,
+        "least_transformers": least_transformers(run["config"]) if run["config"] else None,
         "library_version": next((v["minitron_hf"] for v in _stage_versions(run).values() if "minitron_hf" in v), None),
         "versions": _versions(run),
         "digests": _digests(run),

@@ -16,6 +16,7 @@ from ..files import (
 )
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
+from ..saving import save_model
 from .rules import hints_of, require_settings
 from .run import CACHE_DIR, RECIPE_NAME, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, Recipe
@@ -126,8 +127,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
 
 def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
-        student.to(dtype=stored_dtype(teacher) or student.dtype).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(student.to(dtype=stored_dtype(teacher) or student.dtype), temporary, tokenizer)
 
 
 def lora_config(recipe: Recipe) -> Any:
