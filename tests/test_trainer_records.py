@@ -17,9 +17,9 @@ from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.distillation.trainer import DistillationTrainer
-from minitron_hf.errors import DivergedError, MismatchError, OutputError, UnsupportedModelError
+from minitron_hf.errors import DataError, DivergedError, MismatchError, OutputError, UnsupportedModelError
 from minitron_hf.files import write_json
-from minitron_hf.models import load_model
+from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -270,3 +270,73 @@ def test_a_teacher_with_an_adapter_teaches_as_merged(tmp_path, task_type):
     assert trainer.evaluate(cache)["eval_kl"] == pytest.approx(kl.item() / count, rel=1e-3)
     trainer.train()
     assert trainer.distillation_record()["teacher"]["adapter"] == "LORA"
+
+
+# ---- Tokenizers with more tokens than the models ----
+
+
+def larger_tokenizer():
+    tokenizer = pocket_tokenizer()
+    tokenizer.add_tokens([f"<{index}>" for index in range(len(tokenizer), 97)])
+    tokenizer.add_tokens(["<new>"])
+    assert len(tokenizer) == 98
+    return tokenizer
+
+
+def trainer_with(folder, tokenizer, data, student=None, teacher=None, **args):
+    pair = models(dtype=torch.float32) if student is None else (student, teacher)
+    config = DistillationConfig(str(folder), report_to="none", disable_tqdm=True, max_steps=1, bf16=False, **args)
+    return DistillationTrainer(*pair, config, train_dataset=data, processing_class=tokenizer)
+
+
+def test_tokens_without_an_embedding_are_refused_with_the_remedy(tmp_path):
+    tokenizer = larger_tokenizer()
+    size = len(tokenizer)
+    data = Dataset.from_dict({"text": ["abc<new>def"] * 4})
+    with pytest.raises(MismatchError, match=rf"'<new>'.*Resize both: student.resize_token_embeddings\({size}\)"):
+        trainer_with(tmp_path, tokenizer, data)
+    trainer_with(tmp_path, tokenizer, Dataset.from_dict({"text": ["abcdef"] * 4})).train()  # no text has it
+    student, teacher = models(dtype=torch.float32)
+    for model in (student, teacher):
+        model.resize_token_embeddings(size)
+    trainer_with(tmp_path, tokenizer, data, student, teacher).train()
+    foreign = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 97, 2]]})
+    with pytest.raises(DataError, match="token 97"):
+        trainer_with(tmp_path, pocket_tokenizer(), foreign).train()
+
+
+def test_a_chat_template_that_resizes_the_student_is_refused_with_the_remedy(tmp_path):
+    tokenizer = larger_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    data = Dataset.from_dict({"messages": [[{"role": "user", "content": "abc"}]] * 4})
+    path = str(tmp_path / "chat")
+    student, teacher = models(dtype=torch.float32)
+    with pytest.raises(MismatchError, match=r"chat_template_path brings a tokenizer.+Resize both") as refused:
+        trainer_with(tmp_path / "run", pocket_tokenizer(), data, student, teacher, chat_template_path=path)
+    size = student.config.vocab_size
+    assert f"teacher.resize_token_embeddings({size})" in str(refused.value)
+    for model in (student, teacher):
+        model.resize_token_embeddings(size)
+    trainer_with(tmp_path / "run", pocket_tokenizer(), data, student, teacher, chat_template_path=path).train()
+
+
+def test_processors_stand_for_their_tokenizers():
+    class Processor:
+        tokenizer = pocket_tokenizer()
+
+    assert load_tokenizer(Processor()) is Processor.tokenizer
+
+
+# ---- Dtypes by name ----
+
+
+def test_a_student_is_saved_in_a_dtype_by_its_usual_name(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    trainer = make_trainer(tmp_path / "run", student, teacher, token_dataset())
+    for name in ("bf16", "bfloat16", "torch.bfloat16"):
+        trainer.save_student(tmp_path / name, dtype=name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(DataError, match="dtype='int8': expected"):
+        trainer.save_student(tmp_path / "x", dtype="int8")
+    assert not (tmp_path / "x").exists()

@@ -12,9 +12,12 @@ import torch
 
 from .errors import DataError
 
+#: How `TrainingArguments` and command lines call dtypes.
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name in torch.
+    """A dtype by its name in torch, or by one of `SHORT_NAMES`.
 
     Raises:
         DataError: if torch has no floating-point dtype of that name.
@@ -22,7 +25,8 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     >>> as_dtype("bfloat16")
     torch.bfloat16
     """
-    found = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+    plain = str(name).removeprefix("torch.")
+    found = getattr(torch, SHORT_NAMES.get(plain, plain), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise DataError(f"dtype={name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found

@@ -236,7 +236,7 @@ def load_tokenizer(
     """Load a tokenizer.
 
     Args:
-        name_or_path: a folder or a Hub id; a tokenizer object is returned as it is.
+        name_or_path: a folder or a Hub id; a tokenizer object is returned as it is, and of a processor its tokenizer.
         revision: branch, tag or commit on the Hub.
         **kwargs: passed on to `AutoTokenizer.from_pretrained`.
 
@@ -244,8 +244,9 @@ def load_tokenizer(
         HubError: if the folder or repository cannot be found or read.
         DataError: if it holds no tokenizer.
     """
-    if isinstance(name_or_path, PreTrainedTokenizerBase):
-        return name_or_path
+    tokenizer = getattr(name_or_path, "tokenizer", name_or_path)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
     name = _checked_name(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_given(revision=revision), **kwargs)

@@ -33,10 +33,25 @@ def model_digest(model: PreTrainedModel) -> str:
     for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
         # An odd stride, so that the sample does not stay in one column of a matrix whose width divides it.
         stride = -(-parameter.numel() // DIGEST_SAMPLES) | 1
-        sample = tensor_values(model, name).detach().reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
+        values = plain_tensor(tensor_values(model, name).detach())
+        sample = values.reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
         sha.update(f"{name} {tuple(parameter.shape)}\n".encode())
         sha.update(sample.contiguous().numpy().tobytes())
     return f"sha256:{sha.hexdigest()}"
+
+
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that torchao has quantised, which few operations know; any other tensor itself."""
+    quantised: Any = tensor
+    return quantised.dequantize() if type(tensor).__module__.startswith("torchao.") else tensor
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor as it is kept: of one that torchao has quantised, of its parts."""
+    if not type(tensor).__module__.startswith("torchao."):
+        return tensor.numel() * tensor.element_size()
+    quantised: Any = tensor
+    return sum(stored_bytes(getattr(tensor, name)) for name in quantised.__tensor_flatten__()[0])
 
 
 def on_meta(model: PreTrainedModel) -> bool:

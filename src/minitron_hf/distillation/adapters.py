@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from torch import nn
+from peft import get_peft_model
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from ..errors import MinitronError, UnsupportedModelError
 from ..files import replacing_folder
 from ..losses.heads import base_model_of
-from ..models import architecture_digest, load_config
+from ..models import architecture_digest, empty_model, load_config
 
 #: Folder beside the checkpoints that holds the base model of their adapters.
 BASE_NAME = "base_model"
@@ -69,6 +73,48 @@ def store_base(student: Any, output_dir: str | os.PathLike[str], *, writes: bool
         with replacing_folder(folder) as temporary:
             student.save_pretrained(temporary)
     student.config._name_or_path = student.name_or_path = str(folder)
+
+
+def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> Any:
+    """The base model of a `PeftModel` with its adapters once more, from weights that were gathered or dequantised.
+
+    Args:
+        model: the trained model, whose weights are not read.
+        state_dict: all of its weights, by the names that it gives them.
+        config: of the base model.
+
+    Returns:
+        A `PeftModel` of plain weights.
+    """
+    whole: Any = empty_model(config)
+    names = [model.active_adapter, *(name for name in model.peft_config if name != model.active_adapter)]
+    whole = get_peft_model(whole, copy.deepcopy(model.peft_config[names[0]]), adapter_name=names[0])
+    for name in names[1:]:
+        whole.add_adapter(name, copy.deepcopy(model.peft_config[name]))
+    whole.load_state_dict(state_dict, assign=True)
+    return whole
+
+
+def merged(model: Any) -> Any:
+    """A copy of a `PeftModel` with its adapter merged; the base model is dequantised first, if it is quantised.
+
+    What the adapter has learned to correct are the quantised weights, so these are what it is merged into, and the
+    student computes what it computed in training. It is as large as a model that never was quantised.
+    """
+    base = base_model_of(model)
+    if not getattr(base, "is_quantized", False):
+        return copy.deepcopy(model).merge_and_unload()
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    whole = empty_model(config)
+    names = get_peft_model(whole, copy.deepcopy(model.peft_config[model.active_adapter])).state_dict().keys()
+    state_dict = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf)
+        state_dict[name] = tensor.detach().clone()
+    return with_adapters(model, state_dict, config).merge_and_unload()
 
 
 def adapter_type(teacher: Any) -> dict[str, str]:

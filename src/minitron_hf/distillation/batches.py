@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..losses.fused import next_token_positions
 
 #: Columns of a cached row: tokens and log-probabilities, N * k each, position by position; and N tails.
@@ -76,6 +77,25 @@ class WithCachedTeacher:
                 if name.startswith(STATES)
             },
         )
+        return batch
+
+
+@dataclass
+class WithKnownTokens:
+    """A collator that refuses tokens that the models have no embedding for."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    vocab_size: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        tokens = batch.get("input_ids")
+        if isinstance(tokens, Tensor) and tokens.numel() and int(tokens.max()) >= self.vocab_size:
+            raise DataError(
+                f"A batch holds the token {int(tokens.max())}, and the models have embeddings of {self.vocab_size} "
+                "tokens. Use the tokenizer that belongs to them, a padding token included; or resize both models "
+                "to it with resize_token_embeddings."
+            )
         return batch
 
 

@@ -111,7 +111,8 @@ def cache_teacher_logits(
     args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(output_dir), False, 1, "no"
     # TRL prepares the rows, the very way it does for training. It changes the model that it is given: here, a copy
     # that shares the weights and nothing else.
-    stand_in = copy.copy(model)
+    stand_in: Any = copy.copy(model)
+    stand_in.is_quantized = False  # nothing is trained
     stand_in.config, stand_in.generation_config = copy.deepcopy((model.config, model.generation_config))
     trainer: Any = SFTTrainer(stand_in, args, train_dataset=dataset, processing_class=processing_class)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import nn
 
 from ..errors import DistributedError, DivergedError, MismatchError, OutputError, UnsupportedModelError
@@ -59,6 +60,23 @@ def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None
             )
 
 
+def refuse_uncorrectable(teacher: Any) -> None:
+    """Refuse a teacher that is quantised or has an adapter: what is corrected are plain weights, which are saved.
+
+    Raises:
+        UnsupportedModelError: naming what to do.
+    """
+    if is_peft_model(teacher):
+        raise UnsupportedModelError(
+            "The teacher to be corrected has an adapter. Merge it first: teacher = teacher.merge_and_unload()."
+        )
+    if getattr(teacher, "is_quantized", False):
+        raise UnsupportedModelError(
+            "The teacher to be corrected is quantised, and what is saved are plain weights. Load it without "
+            "quantization_config; method='lora' or 'norms' needs little memory beside the weights."
+        )
+
+
 def refuse_not_finite(values: Iterable[float], step: int) -> None:
     """Refuse to go on once a loss has become NaN or infinite: the weights are lost, and are not to be saved.
 
@@ -96,6 +114,51 @@ def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
             "of the same family, or, where the tokenizer is the same and one embedding is only padded, "
             f"student.resize_token_embeddings({sizes['t']})."
         )
+
+
+def refuse_resized(student_config: Any, teacher_config: Any) -> None:
+    """Refuse a student whose vocabulary TRL has changed while it set up training.
+
+    Raises:
+        MismatchError: naming the remedy.
+    """
+    size, other = (config.get_text_config().vocab_size for config in (student_config, teacher_config))
+    if size != other:
+        raise MismatchError(
+            f"chat_template_path brings a tokenizer, to which the student's vocabulary was resized: {size} tokens, "
+            f"and the teacher's has {other}. {RESIZE_BOTH.format(size=size)} Or pass a template without tokens of "
+            "its own (a .jinja file)."
+        )
+
+
+def refuse_unknown_tokens(rows: Any, vocab_size: int, processing_class: Any) -> None:
+    """Refuse rows with tokens that the models have no embedding for, before training comes upon them.
+
+    They are read only where the tokenizer knows such tokens: a few models have tokenizers with more tokens than
+    embeddings, which no text contains.
+
+    Args:
+        rows: a dataset of token rows; a stream is left to `WithKnownTokens`.
+        vocab_size: rows of both embeddings.
+        processing_class: tokenizer or processor.
+
+    Raises:
+        MismatchError: naming the token and the remedy.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size <= vocab_size or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return
+    batches = rows.select_columns(["input_ids"]).with_format("numpy").iter(1024)
+    largest = max((int(max(row)) for batch in batches for row in batch["input_ids"] if len(row)), default=-1)
+    if largest >= vocab_size:
+        raise MismatchError(
+            f"The data holds the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the models have "
+            f"embeddings of {vocab_size} tokens; the tokenizer has {size}. {RESIZE_BOTH.format(size=size)}"
+        )
+
+
+RESIZE_BOTH = "Resize both: student.resize_token_embeddings({size}) and teacher.resize_token_embeddings({size})."
 
 
 def refuse_split_model(model: Any, role: str) -> None:

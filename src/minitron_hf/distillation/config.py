@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -209,6 +210,18 @@ class DistillationConfig(SFTConfig):
                 "or 'every_save'."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as JSON values. The base class knows one dict of them, and writes into it."""
+        kept = {name: getattr(self, name) for name in self._VALID_DICT_FIELDS}
+        for name, value in kept.items():
+            if isinstance(value, dict):
+                setattr(self, name, {key: _json_value(part) for key, part in value.items()})
+        try:
+            return super().to_dict()
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
     def _require_intermediate_losses(self) -> None:
         for name in ("hidden_loss", "embedding_loss"):
             if getattr(self, name) not in (None, *get_args(Distance)):
@@ -235,6 +248,17 @@ class DistillationConfig(SFTConfig):
                 "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
                 "Give a number."
             )
+
+
+def _json_value(value: Any) -> Any:
+    """A keyword argument of `from_pretrained` for a record: configs of quantisation as dicts, dtypes by name."""
+    if hasattr(value, "to_dict"):
+        return {name: _json_value(part) for name, part in value.to_dict().items()}
+    if isinstance(value, Mapping):
+        return {name: _json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else str(value).removeprefix("torch.")
 
 
 def _are_pairs(value: Any) -> bool:

@@ -32,7 +32,7 @@ from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from ..saving import save_model
 from .batches import CountsRowsOnce
-from .checks import refuse_own_folder
+from .checks import refuse_own_folder, refuse_uncorrectable
 from .config import checkpointing_field
 from .parallel import gathered_model
 from .record import describe_data
@@ -89,7 +89,8 @@ def correct_teacher(
 
     Raises:
         ValueError: if the method or a number makes no sense.
-        OutputError: if the folder cannot be written.
+        OutputError: if the folder cannot be written, or is the teacher's own.
+        UnsupportedModelError: if the teacher is quantised, or has an adapter.
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: expected one of {', '.join(get_args(Method))}.")
@@ -101,6 +102,7 @@ def correct_teacher(
     if processing_class is None and not isinstance(teacher, nn.Module):
         processing_class = load_tokenizer(teacher)
     model = load_model(teacher)
+    refuse_uncorrectable(model)
     stored = model.dtype
     model.float()  # small updates are lost in half precision
     if method == "norms":

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from accelerate.utils import is_peft_model
-from peft import get_peft_model
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
@@ -19,6 +18,7 @@ from ..losses.fused import distillation_loss
 from ..losses.heads import OutputHead, base_model_of, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import empty_model
+from .adapters import with_adapters
 from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
 
 
@@ -142,15 +142,11 @@ def gathered_model(trainer: Any) -> Any | None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = base_model_of(model)
     state_dict = {name: value for name, value in state_dict.items() if PROJECTION not in name.split(".")}
-    whole: Any = empty_model(base.config)
+    whole: Any
     if is_peft_model(model):
-        names = [model.active_adapter, *(name for name in model.peft_config if name != model.active_adapter)]
-        whole = get_peft_model(whole, model.peft_config[names[0]], adapter_name=names[0])
-        for name in names[1:]:
-            whole.add_adapter(name, model.peft_config[name])
-        whole.load_state_dict(state_dict, assign=True)
-        whole = whole.merge_and_unload()
+        whole = with_adapters(model, state_dict, base.config).merge_and_unload()
     else:
+        whole = empty_model(base.config)
         whole.load_state_dict(state_dict, assign=True)
     whole.tie_weights()
     whole.generation_config = base.generation_config

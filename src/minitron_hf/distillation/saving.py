@@ -20,12 +20,13 @@ from trl import SFTTrainer
 
 from ..errors import OutputError
 from ..files import public_name, require_writable, versions, write_json
+from ..hardware import as_dtype
 from ..losses.heads import base_model_of
 from ..models import empty_model
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import add_older_keys, save_model
-from .adapters import adapter_type, keep_one_model
+from .adapters import adapter_type, keep_one_model, merged
 from .checks import refuse_nan_weights, refuse_not_finite
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
@@ -117,20 +118,21 @@ class SavesStudent(SFTTrainer):
             dtype: of the saved weights, for example that of the teacher's checkpoint. None: the training dtype.
 
         Raises:
+            DataError: if there is no such dtype.
+            DivergedError: if a weight is NaN.
             OutputError: if the folder cannot be written.
         """
         output_dir = Path(output_dir or own_output_dir(self.args))
+        dtype = None if dtype is None else as_dtype(dtype)
         base = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
-            base = copy.deepcopy(base).merge_and_unload()
+            base = merged(base)
         if not self.args.should_save:
             return
         state_dict = base.state_dict()
         state_dict.pop(f"{PROJECTION}.weight", None)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
         with self._stock_config():
             config = copy.deepcopy(base.config)
             for name, value in self._stock_fields.items():

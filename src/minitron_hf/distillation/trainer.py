@@ -40,10 +40,19 @@ from .batches import (
     TOKENS,
     CountsRowsOnce,
     WithCachedTeacher,
+    WithKnownTokens,
     WithRowLengths,
     model_inputs,
 )
-from .checks import refuse_launch, refuse_own_folder, refuse_pair, refuse_split_model, refuse_wrapped_head
+from .checks import (
+    refuse_launch,
+    refuse_own_folder,
+    refuse_pair,
+    refuse_resized,
+    refuse_split_model,
+    refuse_unknown_tokens,
+    refuse_wrapped_head,
+)
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .intermediate import wanted_states
@@ -179,6 +188,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
 
+        self._vocab_size = teacher_config.get_text_config().vocab_size
         self._stock_fields = {
             name: getattr(student_config.get_text_config(), name)
             for name in TRAINING_FIELDS
@@ -223,6 +233,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
             keep_losses_whole(self.accelerator.state.fsdp_plugin)
 
         student = base_model_of(self.model)
+        refuse_resized(student.config, teacher_config)
         refuse_split_model(student, "student")
         refuse_wrapped_head(student)
         refuse_split_tie(student)
@@ -235,6 +246,8 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         if self.padding_free:
             self.data_collator = WithRowLengths(self.data_collator)
         self.data_collator = WithCachedTeacher(self.data_collator)
+        if not self._is_vision_dataset:  # some models look tokens of images up elsewhere
+            self.data_collator = WithKnownTokens(self.data_collator, self._vocab_size)
 
         self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
@@ -245,7 +258,6 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
         self._intermediate = self._intermediate_losses(student.config, teacher_config)
-        self._teacher_vocab_size = teacher_config.get_text_config().vocab_size
         for cache in self._caches:
             cache.require_tokenizer(self.processing_class)
             cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
@@ -299,7 +311,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         if getattr(teacher, "is_quantized", False):
             raise UnsupportedModelError(
                 "teacher_correction='concurrent' cannot train a quantised teacher. Load it without "
-                "quantization_config, or correct it beforehand with correct_teacher(…, method='lora')."
+                "quantization_config."
             )
         assert self.args.teacher_original_learning_rate is not None  # checked by the arguments
         correction = ConcurrentCorrection(teacher, self.args.teacher_original_learning_rate)
@@ -337,7 +349,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         kept = (TOKENS, LOG_PROBS, LOG_TAIL, *states)
         self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         """Rows of a dataset; those of a cache are ready."""
         if any(dataset is cache.dataset for cache in self._caches):
             return dataset
@@ -354,7 +366,9 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
                 "Rows without a teacher: teacher_model is None, and this dataset is no teacher cache. Pass a teacher, "
                 "or load_teacher_cache(folder) for evaluation too."
             )
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+        prepared = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        refuse_unknown_tokens(prepared, self._vocab_size, processing_class)
+        return prepared
 
     # ---- Checkpoints ----
 
@@ -380,7 +394,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         positions, targets = next_token_positions(labels)
         if CACHED in inputs:
             wanted = [pair.teacher for pair in self._intermediate.pairs]
-            signal, states = cached_signal(inputs, positions, self._teacher_vocab_size, wanted)
+            signal, states = cached_signal(inputs, positions, self._vocab_size, wanted)
         else:
             signal, states = self._teacher_signal(model_inputs(inputs), positions, targets)
         names = ("divergence", "jsd_beta", "temperature", "kd_weight", "ce_weight")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
 from ..files import read_json
+from ..weights import stored_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def checkpoint_bytes(
         if loaded is None or folder == local:
             raise HubError(f"{str(model_or_path)!r} holds no weights. Expected the folder or Hub id of a saved model.")
         model_or_path = loaded
-    return sum(parameter.numel() * parameter.element_size() for parameter in model_or_path.parameters())
+    return sum(stored_bytes(parameter) for parameter in model_or_path.parameters())
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:

@@ -355,8 +355,15 @@ class ArchSpec:
         Works on the meta device too.
 
         Raises:
-            UnsupportedModelError: naming every parameter that is unclaimed or has another shape.
+            UnsupportedModelError: naming every parameter that is unclaimed or has another shape; or if the model is
+                quantised, whose stored tensors are not the ones the table describes.
         """
+        if getattr(model, "is_quantized", False):
+            raise UnsupportedModelError(
+                f"This {type(model).__name__} is quantised, and scores, plans and students are made of plain weights. "
+                "Load it without quantization_config (dequantise a checkpoint that is stored quantised first), and "
+                "quantise the student."
+            )
         sizes = self.sizes(model.config)
         layer_sizes = self.layer_sizes(model.config)
         tensors = named_tensors(model, tied=True)
