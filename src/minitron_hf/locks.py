@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from .errors import OutputError
 from .files import clear_remains
@@ -15,6 +18,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Name of the lock file; it is gone when the run has ended.
 LOCK_NAME = ".minitron_hf.lock"
@@ -38,6 +44,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0" or _is_held(folder):
         yield
         return
+    is_new = not folder.exists()
     descriptor = _acquire(folder)
     if descriptor is None:
         yield
@@ -56,6 +63,26 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
             os.environ[_HELD_FOR_CHILDREN] = before
         (folder / LOCK_NAME).unlink(missing_ok=True)
         os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something by now, or is gone
+                folder.rmdir()
+
+
+def holding(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator: the function holds the folder that one of its arguments names (`locked_folder`); None holds none."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def held(*args: P.args, **kwargs: P.kwargs) -> T:
+            folder = signature.bind(*args, **kwargs).arguments.get(argument)
+            with contextlib.nullcontext() if folder is None else locked_folder(folder):
+                return function(*args, **kwargs)
+
+        return held
+
+    return decorate
 
 
 def held_descriptors() -> tuple[int, ...]:

@@ -19,19 +19,20 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback, get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
 from ..hardware import has_fast_bf16, training_device
+from ..locks import holding
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from ..saving import save_model
 from .batches import CountsRowsOnce
+from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
 from .checks import refuse_own_folder, refuse_uncorrectable
 from .config import checkpointing_field
 from .parallel import gathered_model
@@ -50,10 +51,11 @@ RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
 
 
-class CorrectionTrainer(CountsRowsOnce, SFTTrainer):
+class CorrectionTrainer(WholeCheckpoints, CountsRowsOnce, SFTTrainer):
     """TRL's supervised trainer, whose losses are the same in any number of processes."""
 
 
+@holding("output_dir")
 def correct_teacher(
     teacher: PreTrainedModel | str | os.PathLike[str],
     train_dataset: Any,
@@ -89,8 +91,9 @@ def correct_teacher(
 
     Raises:
         ValueError: if the method or a number makes no sense.
-        OutputError: if the folder cannot be written, or is the teacher's own.
+        OutputError: if the folder cannot be written, is the teacher's own, or another run uses it.
         UnsupportedModelError: if the teacher is quantised, or has an adapter.
+        MismatchError: if it holds a checkpoint of another training.
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: expected one of {', '.join(get_args(Method))}.")
@@ -134,6 +137,7 @@ def correct_teacher(
     args.max_steps = math.ceil(num_tokens / (rows * max_length))
     args.warmup_steps = arguments.get("warmup_steps", min(WARMUP_STEPS, args.max_steps // 10))
     described = describe_data(train_dataset)
+    set_seed(args.seed)  # for an adapter, which is made before the trainer seeds itself
     trainer: Any = CorrectionTrainer(
         model=model,
         args=args,
@@ -142,7 +146,8 @@ def correct_teacher(
         processing_class=processing_class,
         peft_config=peft_config if method == "lora" else None,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    trainer._remember_start(teacher=fingerprint(trainer.model), data=sampled_data(train_dataset), method=method)
+    trainer.go_on()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trained = gathered_model(trainer)

@@ -44,6 +44,7 @@ from .batches import (
     WithRowLengths,
     model_inputs,
 )
+from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
 from .checks import (
     refuse_launch,
     refuse_own_folder,
@@ -80,7 +81,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverTokens, CountsRowsOnce, SFTTrainer):
+class DistillationTrainer(
+    WholeCheckpoints, SavesStudent, WeighsIntermediateLosses, MeansOverTokens, CountsRowsOnce, SFTTrainer
+):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
     The student learns the teacher's distribution at every token of `train_dataset` that counts (all of them, or those
@@ -199,6 +202,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
             for cache in caches:
                 cache.require_arguments(args, packing=packing)
         self.teacher_model: Any = None
+        self._teacher_fingerprint: str | None = None
         self._has_teacher = teacher_model is not None
         if pruning_plan is None:
             pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
@@ -263,6 +267,12 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
             cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
         self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
+        cached = [cache.manifest["data"]["digest"] for cache in train_caches]
+        self._remember_start(
+            student=fingerprint(self.model),
+            teacher=self._teacher_fingerprint or [cache.manifest["settings"]["teacher"] for cache in train_caches],
+            data=cached or sampled_data(train_dataset),
+        )
 
     # ---- Teacher ----
 
@@ -275,6 +285,7 @@ class DistillationTrainer(SavesStudent, WeighsIntermediateLosses, MeansOverToken
         teacher_model = load_model(teacher_model, dtype=dtype, **init_kwargs)
         for cache in self._caches:
             cache.require_teacher(teacher_model)
+        self._teacher_fingerprint = fingerprint(teacher_model)
         teacher_model.requires_grad_(False)
         teacher_model.eval()
         if dtype in (None, "auto"):

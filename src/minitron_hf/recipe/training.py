@@ -14,6 +14,7 @@ from ..files import (
     replacing_folder,
     require_writable,
 )
+from ..locks import holding
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from ..saving import save_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+@holding("folder")
 def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel | str | None,
@@ -52,24 +54,30 @@ def distill(
         plans: how the student was cut, saved beside it; of several rounds, those of all of them from the teacher on.
         peft_config: a `peft` config; the adapter is merged into the student.
         dtype: dtype of the saved student; None: float32.
+
+    Raises:
+        OutputError: if the folder cannot be written, or another run uses it.
+        MismatchError: if it holds a checkpoint of another training.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import set_seed
 
     from ..distillation.config import DistillationConfig
     from ..distillation.trainer import DistillationTrainer
 
     folder = require_writable(folder)
+    args = DistillationConfig(str(folder), **settings)
+    set_seed(args.seed)  # for an adapter, which is made before the trainer seeds itself
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
-        args=DistillationConfig(str(folder), **settings),
+        args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         pruning_plan=plans or None,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.go_on()
     if trainer.is_world_process_zero():
         with replacing_folder(folder / UNFINISHED_DIR) as temporary:
             trainer.save_student(temporary, dtype=dtype)

@@ -26,12 +26,12 @@ from rich.live import Live
 from rich.table import Table
 
 from ..data import DataSource, TokenRows, token_rows
+from ..distillation.checkpoints import last_checkpoint
 from ..distillation.config import DistillationConfig
 from ..distillation.trainer import DistillationTrainer
 from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
 from ..files import digest, read_json, require_writable, write_json
-from ..models import load_model
 from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
@@ -309,7 +309,6 @@ def _distil(
 ) -> PreTrainedModel:
     """The candidate's student after so many tokens, going on from its last checkpoint."""
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     assert record.folder is not None
     folder = record.folder / CANDIDATES_DIR / digest(candidate.name)[:16]
@@ -333,11 +332,6 @@ def _distil(
     rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     steps = math.ceil(num_tokens / (rows * values["max_length"]))
     saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= steps:
-        # Trained before an interruption, and the stock trainer would take another step.
-        student.float().load_state_dict(load_model(checkpoint, dtype=torch.float32).state_dict())
-        return student
     trainer = DistillationTrainer(
         model=student,
         teacher_model=model,
@@ -347,7 +341,7 @@ def _distil(
         pruning_plan=plan,
     )
     trainer.remove_callback(PrinterCallback)  # the table says it
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 

@@ -1,0 +1,243 @@
+"""Checkpoints: whole ones alone are resumed, no step too many is taken, and none is taken for another training's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from minitron_hf.distillation import checkpoints as checkpoints_module
+from minitron_hf.distillation.checkpoints import MANIFEST_NAME, checkpoints, is_whole, last_checkpoint
+from minitron_hf.distillation.correction import correct_teacher
+from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.recipe.training import distill
+from pocket import pocket_model, pocket_tokenizer
+from test_trainer import make_trainer, models, text_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+SETTINGS = {
+    "max_steps": 4,
+    "max_length": 16,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 3,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+}
+
+
+def distilled(folder: Path, *, student_seed: int = 1, **changes):
+    teacher = pocket_model("llama", dtype=torch.float32)
+    student = pocket_model("llama", dtype=torch.float32, seed=student_seed, num_hidden_layers=2)
+    distill(student, teacher, folder, pocket_tokenizer(), {**SETTINGS, **changes}, text_dataset())
+    return weights_of(folder)
+
+
+def weights_of(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished distillation: its folder, and the student."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, distilled(folder)
+
+
+def copy_of(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def test_a_checkpoint_lists_its_files_and_what_it_was_trained_with(finished):
+    [two, four] = checkpoints(finished[0])
+    assert (two.name, four.name) == ("checkpoint-2", "checkpoint-4")
+    manifest = json.loads((four / MANIFEST_NAME).read_text())
+    present = {path.name for path in four.iterdir()} - {MANIFEST_NAME}
+    assert manifest["files"] == {name: (four / name).stat().st_size for name in present}
+    assert manifest["files"].keys() >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+    assert manifest["trained_with"]["learning_rate"] == 1e-3
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
+
+
+@pytest.mark.parametrize("damage", [*FILES, "no optimizer", "no manifest", "half manifest", "no file at all"])
+def test_a_torn_checkpoint_is_passed_over_and_removed(finished, tmp_path, damage):
+    """Once for each kind of file, by the check; and as a whole, below, by what comes out."""
+    folder = copy_of(finished, tmp_path)
+    torn = folder / "checkpoint-4"
+    if damage in FILES:
+        (torn / damage).write_bytes((torn / damage).read_bytes()[:-7])
+    elif damage == "half manifest":
+        (torn / MANIFEST_NAME).write_bytes((torn / MANIFEST_NAME).read_bytes()[:50])
+    elif damage == "no file at all":
+        shutil.rmtree(torn)
+        torn.mkdir()
+    else:
+        (torn / {"no optimizer": "optimizer.pt", "no manifest": MANIFEST_NAME}[damage]).unlink()
+    assert not is_whole(torn)
+    assert last_checkpoint(folder) == os.fspath(folder / "checkpoint-2")
+    checkpoints_module.clear_torn_checkpoints(folder)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+
+
+def test_a_run_behind_a_torn_checkpoint_ends_where_it_would_have(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    (folder / "checkpoint-900").mkdir()  # as `mkdir`
+    assert same(distilled(folder), finished[1])
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_named_checkpoint_that_is_torn_is_refused(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    (folder / "checkpoint-4" / "scheduler.pt").unlink()
+    trainer = make_trainer(folder, *models(dtype=torch.float32), text_dataset(), max_steps=4)
+    with pytest.raises(OutputError, match="lacks files"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    shutil.rmtree(folder / "checkpoint-2")
+    with pytest.raises(OutputError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def without_times(folder: Path):
+    values = json.loads((folder / "distillation.json").read_text())
+    del values["train_runtime"]
+    for entry in values["log_history"]:
+        for name in [name for name in entry if name.endswith(("_runtime", "_per_second"))]:
+            del entry[name]
+    return values
+
+
+def test_a_finished_run_takes_no_further_step(finished, tmp_path):
+    """Constant rates would show one: the weights would be others."""
+    folder = copy_of(finished, tmp_path)
+    assert same(distilled(folder), finished[1])
+    assert without_times(folder) == without_times(finished[0])
+    assert json.loads((folder / "distillation.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 2e-3}, r"learning_rate: 0.001 → 0.002"),
+        ({"temperature": 2.0}, "temperature: 1.0 → 2.0"),
+        ({"student_seed": 5}, "other weights of the student"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: constant → cosine"),
+        ({"per_device_train_batch_size": 4}, "rows_in_a_step: 2 → 4"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(finished, changes, words):
+    before = (finished[0] / "distillation.json").read_bytes()
+    with pytest.raises(MismatchError, match=rf"checkpoint-4 is of another training: {words}.*another output folder"):
+        distilled(finished[0], **changes)
+    assert (finished[0] / "distillation.json").read_bytes() == before
+
+
+def test_other_data_or_another_teacher_are_another_training(finished):
+    [checkpoint] = [path for path in checkpoints(finished[0]) if path.name == "checkpoint-4"]
+    student = pocket_model("llama", dtype=torch.float32, seed=1, num_hidden_layers=2)
+    teacher = pocket_model("llama", dtype=torch.float32)
+    rows = {**SETTINGS, "save_strategy": "no"}
+    trainer = make_trainer(finished[0], student, teacher, text_dataset(), **rows)
+    assert trainer.differences(checkpoint) == []
+    trainer = make_trainer(finished[0], student, teacher, text_dataset(seed=3), **rows)
+    assert trainer.differences(checkpoint) == ["other data"]
+    teacher = pocket_model("llama", dtype=torch.float32, seed=9)
+    trainer = make_trainer(finished[0], student, teacher, text_dataset(), **rows)
+    assert trainer.differences(checkpoint) == ["other weights of the teacher"]
+
+
+def test_a_constant_schedule_goes_on_for_longer(finished, tmp_path):
+    """As a search does, whose rounds double the steps."""
+    folder = copy_of(finished, tmp_path)
+    longer = distilled(folder, max_steps=6)
+    assert same(longer, distilled(tmp_path / "at once", max_steps=6))
+
+
+def test_rotation_goes_by_steps_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    """The stock trainer sorts by the time of modification, and would delete the newer one."""
+
+    class SetBack(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for path in checkpoints(args.output_dir):
+                os.utime(path, (2e9 - 1e6 * state.global_step,) * 2)
+
+    trainer = make_trainer(
+        tmp_path,
+        *models(dtype=torch.float32),
+        text_dataset(),
+        callbacks=[SetBack()],
+        **{**SETTINGS, "max_steps": 6, "save_total_limit": 2},
+    )
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_an_older_checkpoint_is_deleted_only_once_the_new_one_is_whole(tmp_path, monkeypatch):
+    seen = []
+    finish = checkpoints_module.WholeCheckpoints._finish
+
+    def watched(self, folder, progress):
+        seen.append([path.name for path in checkpoints(tmp_path) if is_whole(path)])
+        finish(self, folder, progress)
+
+    monkeypatch.setattr(checkpoints_module.WholeCheckpoints, "_finish", watched)
+    options = {**SETTINGS, "save_total_limit": 1}
+    make_trainer(tmp_path, *models(dtype=torch.float32), text_dataset(), **options).train()
+    assert seen == [[], ["checkpoint-2"]]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on_once_it_is_freed(finished, tmp_path, monkeypatch):
+    save, count = torch.save, 0
+
+    def full(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 5:  # within the second checkpoint
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match="Free space; the same command then resumes"):
+        distilled(tmp_path / "run")
+    monkeypatch.undo()
+    assert last_checkpoint(tmp_path / "run") is not None
+    assert same(distilled(tmp_path / "run"), finished[1])
+
+
+def test_a_corrected_teacher_takes_no_further_step_and_refuses_other_settings(tmp_path):
+    def corrected(**changes):
+        arguments = {"original_learning_rate": 1e-2, "num_tokens": 4 * 32, "per_device_train_batch_size": 2}
+        teacher = pocket_model("llama", dtype=torch.float32)
+        fixed = {"max_length": 16, "lr_scheduler_type": "constant", "disable_tqdm": True, "bf16": False}
+        correct_teacher(
+            teacher,
+            text_dataset(),
+            tmp_path / "teacher",
+            processing_class=pocket_tokenizer(),
+            **{**arguments, **fixed, **changes},
+        )
+        return weights_of(tmp_path / "teacher")
+
+    first = corrected()
+    assert [path.name for path in checkpoints(tmp_path / "teacher")] == ["checkpoint-4"]
+    assert same(corrected(), first)
+    assert json.loads((tmp_path / "teacher" / "teacher_correction.json").read_text())["log_history"][-1]["step"] == 4
+    with pytest.raises(MismatchError, match=r"learning_rate: 0.002 → 0.004"):
+        corrected(original_learning_rate=2e-2)
