@@ -532,7 +532,8 @@ def random_request(name: str, chance: random.Random) -> dict:
             most = sizes[axis]
             step = sizes.get("router_groups", 1) if axis == "experts" else 1
             whole = step * chance.randint(least // step, most // step)
-            request[field] = chance.choice([whole, chance.uniform(least / most, 1)])
+            rounded = step if axis in ("experts", "ssm_dim") else request["multiple_of"]
+            request[field] = chance.choice([whole, chance.uniform(least / most, 1 - 0.51 * rounded / most)])
     if "mamba_num_heads" in cuttable(name) and not POCKETS[name].ssm_coupled:
         groups = sizes["ssm_groups"]
         request["mamba_num_heads"] = groups * chance.randint(1, sizes["ssm_heads"] // groups)
@@ -545,7 +546,7 @@ def random_request(name: str, chance: random.Random) -> dict:
         request |= {"contiguous": True, "keep_first_layers": 1, "keep_last_layers": 1}
         request |= chance.choice([{}, *POCKETS[name].depths.values()])
     elif depth < 0.4:
-        fraction = chance.uniform((least - 0.5) / sizes["layers"], 1)
+        fraction = chance.uniform((least - 0.5) / sizes["layers"], 1 - 0.51 / sizes["layers"])
         request["num_hidden_layers"] = chance.choice([chance.randint(least, sizes["layers"]), fraction])
     elif depth < 0.7:
         needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
@@ -576,7 +577,8 @@ def random_request(name: str, chance: random.Random) -> dict:
         whole = sizes[dict(spec.groups)["heads"]] if spec.groups else 1
         heads = whole * chance.randint(1, sizes["heads"] // whole)
         field, size = chance.choice([("hidden_size", 8 * heads), ("num_attention_heads", heads)])
-        request[field] = chance.choice([size, chance.uniform(0.05, 1)])
+        rounded = max(whole, 2)  # heads, or channels of as many heads and of multiples of 8
+        request[field] = chance.choice([size, chance.uniform(0.05, 1 - 0.51 * rounded / sizes["heads"])])
     return request
 
 

@@ -14,7 +14,7 @@ from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import resolve_sizes, scoring_arguments
-from ..sizes.student import with_classes
+from ..sizes.student import with_units
 from .plan import PruningPlan
 from .planning import make_plan
 from .surgery import apply_plan
@@ -72,7 +72,7 @@ def iterate_importance(
                 if axis in FIELD_OF_AXIS and after[axis] < before[axis]
             }
             try:
-                request = with_classes(model.config, replace(config, repair=None, **part))
+                request = with_units(model.config, replace(config, repair=None, **part))
             except PlanError as error:
                 raise PlanError(
                     f"iterations={iterations}: the student of round {number} has no stock classes. {error} "

@@ -15,6 +15,7 @@ from ..files import public_name
 from ..models import count_parameters, empty_model
 from ..scoring.scores import ImportanceScores
 from ..sizes.layers import lacking_kinds, protected_layers
+from ..sizes.legality import require_units, rounding_step
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
@@ -55,6 +56,7 @@ def make_plan(
     before = spec.sizes(teacher_config)
     after, notes = resolve_sizes(spec, teacher_config, config)
     cut = [axis for axis in after if axis != "layers" and after[axis] < before[axis]]
+    require_units(spec, named_tensors(teacher), config, cut)
     ranked = bool(cut) or (after["layers"] < before["layers"] and config.layers_to_drop is None)
     if ranked and scores is None:
         wanted = [FIELD_OF_AXIS[axis] for axis in cut] or ["num_hidden_layers"]
@@ -72,7 +74,9 @@ def make_plan(
     layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
     uneven = {
         axis: _uneven_counts(
-            [scores.axes[axis][layer].numpy() for layer in layers_kept], after[axis], config.multiple_of
+            [scores.axes[axis][layer].numpy() for layer in layers_kept],
+            after[axis],
+            rounding_step(before[axis], 1, config.multiple_of),
         )
         for axis in (PRUNER_FIELDS[name] for name in config.uneven)
         if scores is not None

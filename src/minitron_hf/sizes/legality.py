@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, ArchSpec, families
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families
 from ..families.axes import dimension_axes, dimension_size, implied_size, parse_dimensions
 from .classes import _sisters
+from .request import PrunerConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+#: Multiples that kernels and quantisers like, largest first. A fraction of a number of channels or neurons is rounded
+#: to the first of which the teacher has at least `FEWEST_STEPS`, else to a multiple of `SMALL_STEP`.
+LARGE_STEPS = (256, 128, 64)
+SMALL_STEP = 8
+FEWEST_STEPS = 32
+
+
+def rounding_step(size: int, each: int = 1, multiple_of: int | None = None, fraction: float = 1.0) -> int:
+    """What a fraction of a number of channels or neurons is rounded to a multiple of.
+
+    Args:
+        size: the teacher's size.
+        each: what the student's size has to be a multiple of in any case.
+        multiple_of: the user's choice; None for one that follows from the size.
+        fraction: what is asked for. Where it comes out at a multiple of a smaller step by itself, that step suffices.
+
+    >>> rounding_step(576), rounding_step(2048), rounding_step(4096), rounding_step(14336)
+    (8, 64, 128, 256)
+    >>> rounding_step(2560, each=80), rounding_step(14336, multiple_of=32)
+    (80, 32)
+    >>> rounding_step(11008, fraction=0.5)  # 5,504 is 43 times 128
+    128
+    """
+    if multiple_of is not None:
+        return math.lcm(each, multiple_of)
+    steps = [math.lcm(each, step) for step in LARGE_STEPS if math.lcm(each, step) * FEWEST_STEPS <= size]
+    wanted = round(fraction * size)
+    if steps and fraction < 1 and math.isclose(wanted, fraction * size):
+        return next((step for step in steps if wanted % step == 0), steps[0])
+    return steps[0] if steps else math.lcm(each, SMALL_STEP)
 
 
 def _step(
@@ -22,11 +55,21 @@ def _step(
     axis: str,
     before: Mapping[str, int],
     sizes: Mapping[str, int],
-    multiple_of: int,
+    following: Collection[tuple[str, str]],
 ) -> int:
-    """What a fraction of an axis is rounded to a multiple of."""
-    step = multiple_of if axis in ("hidden", "ffn", "moe_ffn", "shared_ffn") else 1
-    for inner, outer in spec.groups:
+    """What any size of an axis has to be a multiple of, given the sizes decided so far.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        axis: the axis.
+        before: the teacher's sizes.
+        sizes: the student's so far.
+        following: groups (inner, outer) whose outer size follows the inner one: see `_pairs_cut_together`.
+    """
+    step = 1
+    deciding = [group for group in spec.groups if group not in following]
+    for inner, outer in deciding:
         if axis == inner:
             step = math.lcm(step, sizes[outer])
     for one, other in [*spec.equal, *((right, left) for left, right in spec.equal)]:
@@ -34,9 +77,21 @@ def _step(
         follower, each_follower = _moving(spec, other, sizes)
         if axis == moving:
             # hidden = heads * head_dim, and the heads follow in whole groups: any such multiple is legal.
-            each_follower *= math.prod(sizes[outer] for inner, outer in spec.groups if inner == follower)
+            each_follower *= math.prod(sizes[outer] for inner, outer in deciding if inner == follower)
             step = math.lcm(step, each_follower // math.gcd(each_follower, each))
     return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
+
+
+def _pairs_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
+    """Groups (inner, outer) with one inner unit each, of which the outer size is not given: it follows the inner one.
+
+    Multi-head attention, whose heads have keys and values of their own, is the example.
+    """
+    return [
+        (inner, outer)
+        for inner, outer in spec.groups
+        if before[inner] == before[outer] and outer not in given and spec.axis[outer].prunable
+    ]
 
 
 def _divisors(
@@ -158,6 +213,74 @@ def require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> Non
             reason = f"{name}={value}: {why}"
     if reason is not None:
         raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
+
+
+def _require_change(
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    axis: str,
+    value: float,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    step: int,
+) -> None:
+    """Refuse a fraction below 1 that leaves the teacher's size, and say what would change it."""
+    if after[axis] < before[axis]:
+        return
+    size, name = before[axis], _name(spec, axis)
+    smaller = (size - 1) // step * step
+    least, expression = _least(spec, config, axis)
+    if size == 0:
+        why = "this model has none. Leave it out."
+    elif smaller >= least:
+        steps = f", to a multiple of {step}" if step > 1 else ""
+        why = f"it is rounded to all {size}{steps}. Give {smaller} or fewer, or leave it out."
+    elif size == 1:
+        inside = [f"Give {_name(spec, inner)} instead, or leave" for inner, outer in spec.groups if outer == axis]
+        why = f"there is only one. {inside[0] if inside else 'Leave'} it out."
+    elif expression:
+        why = f"this model needs at least {least} ({expression}). Leave it out."
+    else:
+        outer = [_name(spec, outer) for inner, outer in spec.groups if inner == axis and spec.axis[outer].prunable]
+        also = f"Give a smaller {outer[0]}, too, or leave" if outer else "Leave"
+        why = f"with the other sizes it has to be a multiple of {step}. {also} it out."
+    raise PlanError(f"{name}={value} of {size} comes to no change: {why}")
+
+
+def units_held(spec: ArchSpec, names: Iterable[str]) -> set[str]:
+    """Axes that some tensor of a model has.
+
+    Args:
+        spec: the family.
+        names: names of all tensors of the model.
+    """
+    patterns = {found[0] for name in names if (found := spec.locate(name)) is not None}
+    return {axis for pattern in patterns for each in spec.dimensions[pattern] for axis in dimension_axes(each)}
+
+
+def require_units(spec: ArchSpec, names: Iterable[str], request: PrunerConfig, cut: Collection[str]) -> None:
+    """Refuse sizes that a config holds, but no tensor of the model has.
+
+    The neurons of MLPs are an example, in a model whose layers all have experts.
+
+    Args:
+        spec: the family.
+        names: names of all tensors of the teacher.
+        request: the sizes that are asked for.
+        cut: axes that are cut.
+
+    Raises:
+        PlanError: naming the size.
+    """
+    held = units_held(spec, names)
+    for name, axis in PRUNER_FIELDS.items():
+        value = getattr(request, name)
+        if value is not None and axis != "layers" and axis in cut and axis not in held:
+            others = [FIELD_OF_AXIS[one.name] for one in spec.axes if one.name in held and one.name in FIELD_OF_AXIS]
+            raise PlanError(
+                f"{name}={value}: the config of this '{spec.model_type}' model holds such a size, but no layer has "
+                f"these units, so nothing would change. Leave it out. It has {', '.join(others)}."
+            )
 
 
 def _nearest(size: int, legal: Sequence[int]) -> str:

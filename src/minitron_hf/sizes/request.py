@@ -61,7 +61,9 @@ class PrunerConfig:
         model_type: stock classes for the student, where those of another family hold exactly the same model without a
             limit on sizes that the teacher's config has (a Llama without biases is a Mistral without a window). The
             refusal of such a size names them.
-        multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple.
+        multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple. None: 8,
+            and where the teacher's size is large, what kernels and quantisers like: 64 from 2,048 on, 128 from 4,096,
+            256 from 8,192. Numbers of units are never rounded.
         target_parameters: parameters of the student at most, or a fraction (< 1) of the teacher's. The sizes that are
             not given are chosen by `prune_model` and `plan_for_target`, which measure shapes that meet it.
     """
@@ -86,7 +88,7 @@ class PrunerConfig:
     repair: str | None = None
     uneven: list[str] = field(default_factory=list)
     model_type: str | None = None
-    multiple_of: int = 8
+    multiple_of: int | None = None
     target_parameters: Size = None
 
     def __post_init__(self) -> None:
@@ -125,8 +127,9 @@ class PrunerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise PlanError(f"{name}={value!r}: expected a number of layers.")
-        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
-            raise PlanError(f"multiple_of={self.multiple_of!r}: expected a positive integer.")
+        multiple = self.multiple_of
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+            raise PlanError(f"multiple_of={multiple!r}: expected a positive integer, or None.")
         target = self.target_parameters
         if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or not target > 0):
             raise PlanError(f"target_parameters={target!r}: expected a number of parameters, or a fraction below 1.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,16 +13,20 @@ from ..families.axes import dimension_axes
 from .classes import _carrier, config_class
 from .layers import fixed_layers, protected_layers
 from .legality import (
+    SMALL_STEP,
     _most,
     _moving,
     _name,
     _nearest,
+    _pairs_cut_together,
+    _require_change,
     _require_groups,
     _require_least,
     _require_multiples,
     _round_fraction,
     _step,
     require_cuttable,
+    rounding_step,
 )
 from .request import PrunerConfig
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Stacked experts are multiplied by kernels that want rows of 16 bytes: so many 16-bit numbers.
 EXPERT_ALIGNMENT = 8
+#: Axes whose fractions are rounded to a multiple that is more than legal: channels and neurons.
+ROUNDED_AXES = ("hidden", "ffn", "moe_ffn", "shared_ffn")
 REPAIRED_AXES = ("ffn", "heads", "kv")
 
 
@@ -72,9 +78,15 @@ def scoring_arguments(
 
 
 def resolve_sizes(
-    spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig
+    spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig, *, may_stay: bool = False
 ) -> tuple[dict[str, int], list[str]]:
-    """Sizes of all axes in the student, and notes on sizes that followed from others.
+    """Sizes of all axes in the student, and notes on sizes that were rounded or followed from others.
+
+    Args:
+        spec: the teacher's family.
+        teacher_config: the teacher's.
+        request: the sizes that are asked for.
+        may_stay: take fractions below 1 that come to no change, instead of refusing them.
 
     Raises:
         PlanError: for every request that cannot be met; the message names what could.
@@ -88,8 +100,44 @@ def resolve_sizes(
     teacher_config = text_config(teacher_config)
     teachers, spec = spec, _carrier(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
-    after = dict(before)
-    given: set[str] = set()
+    given = _given_sizes(spec, before, request)
+    after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
+    if request.layers_to_drop is not None:
+        after["layers"] = _depth_after(spec, teacher_config, request)
+    following = _pairs_cut_together(spec, before, given)
+    notes = _round_fractions(spec, teacher_config, request, given, after, following, may_stay)
+    _require_depth(spec, teacher_config, request, after["layers"])
+    for inner, outer in spec.groups:
+        most = _most(spec, inner, before, after)
+        if inner not in given and after[inner] > most:
+            after[inner] = most
+            notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
+    notes += _follow_equal(spec, before, after, set(given))
+    for inner, outer in following:
+        if after[inner] < after[outer]:
+            after[outer] = after[inner]
+            notes.append(
+                f"{FIELD_OF_AXIS[outer]} follows {FIELD_OF_AXIS[inner]} to {after[inner]}: there is one for each."
+            )
+    for own in _unequal_sizes(spec, teacher_config):
+        _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
+    _require_multiples(spec, teacher_config, before, after)
+    _require_least(spec, teacher_config, before, after)
+    for axis in after:
+        if after[axis] < before[axis]:
+            require_cuttable(spec, teacher_config, axis)
+    notes += _check_options(teachers, spec, teacher_config, request, before, after)
+    if spec is not teachers:
+        notes.append(f"The student is of type '{spec.model_type}', whose classes hold the same model.")
+    notes += _serving_notes(
+        spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
+    )
+    return after, notes
+
+
+def _given_sizes(spec: ArchSpec, before: Mapping[str, int], request: PrunerConfig) -> dict[str, int | float]:
+    """Axis → the size that the request gives it."""
+    given: dict[str, int | float] = {}
     for name, axis in PRUNER_FIELDS.items():
         value = getattr(request, name)
         if value is None:
@@ -99,55 +147,72 @@ def resolve_sizes(
                 f"{name}={value}: models of type '{spec.model_type}' have no such size. "
                 f"They have {', '.join(FIELD_OF_AXIS[a.name] for a in spec.axes if a.name in FIELD_OF_AXIS)}."
             )
-        given.add(axis)
-        if isinstance(value, int):
-            if value > before[axis]:
-                raise PlanError(f"{name}={value} is larger than the teacher's {before[axis]}. Pruning only removes.")
-            after[axis] = value
+        if isinstance(value, int) and value > before[axis]:
+            raise PlanError(f"{name}={value} is larger than the teacher's {before[axis]}. Pruning only removes.")
+        given[axis] = value
+    return given
 
-    if request.layers_to_drop is not None:
-        after["layers"] = _depth_after(request, before["layers"])
-        fixed = fixed_layers(spec, teacher_config)
-        if needed := sorted(fixed & set(request.layers_to_drop)):
-            raise PlanError(
-                f"layers_to_drop names layer {needed[0]}. Layers {sorted(fixed)} of this '{spec.model_type}' model "
-                "have to stay: later layers read what they store, or the stock classes insist on them."
-            )
-    notes = []
+
+def _round_fractions(
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    request: PrunerConfig,
+    given: Mapping[str, int | float],
+    after: dict[str, int],
+    following: Collection[tuple[str, str]],
+    may_stay: bool,
+) -> list[str]:
+    """Put the sizes that are given as fractions among those of the student; notes on those that are rounded far."""
+    before, notes = spec.sizes(config), []
     # Coarse axes first: the legal sizes of the finer ones depend on them.
     for axis in sorted(FIELD_OF_AXIS, key=lambda axis: (axis == "hidden", axis in dict(spec.groups))):
-        value = getattr(request, FIELD_OF_AXIS[axis]) if axis in before else None
-        if isinstance(value, float):
-            # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
-            step = 1 if value == 1 else _step(spec, teacher_config, axis, before, after, request.multiple_of)
-            after[axis] = min(_round_fraction(value, before[axis], step), _most(spec, axis, before, after))
-    least = len(protected_layers(spec, teacher_config, request))
-    if request.layers_to_drop is None and after["layers"] < least and (fixed := fixed_layers(spec, teacher_config)):
+        value = given.get(axis)
+        # 1.0 keeps everything, whether or not the teacher's size is such a multiple.
+        if not isinstance(value, float) or value == 1:
+            continue
+        step = each = _step(spec, config, axis, before, after, following)
+        if axis in ROUNDED_AXES:
+            step = rounding_step(before[axis], each, request.multiple_of, value)
+        most = _most(spec, axis, before, after)
+        after[axis] = min(_round_fraction(value, before[axis], step), most)
+        nearest = _round_fraction(value, before[axis], math.lcm(each, SMALL_STEP))
+        if axis in ROUNDED_AXES and request.multiple_of is None and after[axis] != min(nearest, most):
+            notes.append(
+                f"{_name(spec, axis)}={value} of {before[axis]} is rounded to {after[axis]}, a multiple of {step}, "
+                "which kernels and quantisers like. Give a number of units, or multiple_of, for another size."
+            )
+        if not may_stay:
+            _require_change(spec, config, axis, value, before, after, step)
+    return notes
+
+
+def _require_depth(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig, left: int) -> None:
+    """Refuse fewer layers than are protected."""
+    least = len(protected_layers(spec, config, request))
+    if request.layers_to_drop is not None or left >= least:
+        return
+    start = (
+        f"num_hidden_layers={left} cannot hold the {request.keep_first_layers} first and "
+        f"{request.keep_last_layers} last layers that are protected"
+    )
+    if fixed := fixed_layers(spec, config):
         raise PlanError(
-            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
-            f"{request.keep_last_layers} last layers that are protected, and layers {sorted(fixed)}, which have to "
+            f"{start}, and layers {sorted(fixed)}, which have to "
             "stay: later layers read what they store, or the stock classes insist on them. "
             f"Keep {least} layers or more."
         )
-    if request.layers_to_drop is None and after["layers"] < least:
-        raise PlanError(
-            f"num_hidden_layers={after['layers']} cannot hold the {request.keep_first_layers} first and "
-            f"{request.keep_last_layers} last layers that are protected. Keep more layers, or lower "
-            "keep_first_layers or keep_last_layers."
-        )
-    for inner, outer in spec.groups:
-        most = _most(spec, inner, before, after)
-        if inner not in given and after[inner] > most:
-            after[inner] = most
-            notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
-    notes += _follow_equal(spec, before, after, given)
-    for own in _unequal_sizes(spec, teacher_config):
-        _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
-    _require_multiples(spec, teacher_config, before, after)
-    _require_least(spec, teacher_config, before, after)
-    for axis in after:
-        if after[axis] < before[axis]:
-            require_cuttable(spec, teacher_config, axis)
+    raise PlanError(f"{start}. Keep more layers, or lower keep_first_layers or keep_last_layers.")
+
+
+def _check_options(
+    teachers: ArchSpec,
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    request: PrunerConfig,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+) -> list[str]:
+    """Refuse what a request says beside sizes where these leave it no meaning; notes where it changes nothing."""
     if request.head_add_back and not add_back_axes(teachers, before, after):
         raise PlanError(
             "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "
@@ -158,10 +223,8 @@ def resolve_sizes(
             "repair cannot be combined with head_add_back: it refits projections of kept heads as they are, which "
             "add-back changes. Leave out one of them."
         )
-    if request.repair and not repaired_axes(teachers, before, after):
-        notes.append("repair changes nothing: neither neurons nor heads are cut.")
     for name in request.uneven:
-        if not spec.holds_lists(PRUNER_FIELDS[name], teacher_config):
+        if not spec.holds_lists(PRUNER_FIELDS[name], config):
             raise PlanError(
                 f"uneven names {name}, but the stock '{spec.model_type}' config holds one for all layers, not a list. "
                 "Leave it out: every layer keeps equally many."
@@ -172,12 +235,9 @@ def resolve_sizes(
             )
         if any(PRUNER_FIELDS[name] in pair for pair in spec.groups):
             raise PlanError(f"uneven names {name}, which is cut in whole groups, equal in every layer. Leave it out.")
-    if spec is not teachers:
-        notes.append(f"The student is of type '{spec.model_type}', whose classes hold the same model.")
-    notes += _serving_notes(
-        spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
-    )
-    return after, notes
+    if request.repair and not repaired_axes(teachers, before, after):
+        return ["repair changes nothing: neither neurons nor heads are cut."]
+    return []
 
 
 def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
@@ -279,8 +339,9 @@ def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, i
     return kinds
 
 
-def _depth_after(request: PrunerConfig, depth: int) -> int:
-    drop = request.layers_to_drop or []
+def _depth_after(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig) -> int:
+    """Number of layers that `layers_to_drop` leaves."""
+    depth, drop = spec.sizes(config)["layers"], request.layers_to_drop or []
     if outside := [layer for layer in drop if layer >= depth]:
         raise PlanError(f"layers_to_drop names layer {outside[0]}, but the teacher has layers 0 to {depth - 1}.")
     if len(drop) == depth:
@@ -292,6 +353,12 @@ def _depth_after(request: PrunerConfig, depth: int) -> int:
         raise PlanError(
             f"num_hidden_layers={request.num_hidden_layers} and layers_to_drop disagree: dropping {len(drop)} of "
             f"{depth} layers leaves {left}. Give one of them."
+        )
+    fixed = fixed_layers(spec, config)
+    if needed := sorted(fixed & set(drop)):
+        raise PlanError(
+            f"layers_to_drop names layer {needed[0]}. Layers {sorted(fixed)} of this '{spec.model_type}' model "
+            "have to stay: later layers read what they store, or the stock classes insist on them."
         )
     return left
 

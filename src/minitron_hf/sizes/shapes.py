@@ -20,7 +20,7 @@ from ..families.axes import dimension_axes, parse_dimensions
 from ..families.tensors import own_parameters
 from ..models import count_parameters, empty_model
 from .layers import protected_layers
-from .legality import require_cuttable
+from .legality import require_cuttable, require_units, rounding_step, units_held
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 from .student import build_student_config, layers_without_scores
@@ -100,7 +100,7 @@ def enumerate_shapes(
         UnsupportedModelError: if the family is unknown.
     """
     spec = spec_for(config)
-    cut = _cutter(spec, config, base or PrunerConfig(), alike or {})
+    cut = _cutter(spec, config, base or PrunerConfig(), alike or {}, may_stay=bool(alike))
     _require_space(spec, space)
     found: dict[tuple[int, ...], Shape] = {}
     refused: dict[str, int] = {}
@@ -149,10 +149,10 @@ def shapes_near_target(
     base = replace(request, target_parameters=None)
     finest, others, coarse = _choice(spec, config, base)
     size = spec.sizes(config)[PRUNER_FIELDS[finest]]
-    step = 1 if finest in ("num_attention_heads", "num_hidden_layers") else base.multiple_of
+    step = 1 if finest in ("num_attention_heads", "num_hidden_layers") else rounding_step(size, 1, base.multiple_of)
     least = len(protected_layers(spec, config, base)) if finest == "num_hidden_layers" else 1
     steps = [*(count * step / size for count in range(max(least, 1), -(-size // step))), 1.0]
-    cut = _cutter(spec, config, base, {finest: others})
+    cut = _cutter(spec, config, base, {finest: others}, may_stay=True)
     reasons: dict[str, None] = {}
 
     def largest(given: Mapping[str, float]) -> Shape | None:
@@ -212,7 +212,7 @@ def _choice(
 def free_widths(
     spec: ArchSpec, config: PretrainedConfig, names: Iterable[str], given: Sequence[str] = ()
 ) -> list[str]:
-    """Those of some sizes that can be cut and do not follow from others by themselves.
+    """Those of some sizes that can be cut, whose units the model has, and that do not follow from others.
 
     Args:
         spec: the family.
@@ -225,10 +225,11 @@ def free_widths(
         for pair in spec.equal
     ]
     free: list[str] = []
+    held = units_held(spec, dict(own_parameters(empty_model(config))))
     for name in names:
         others = {PRUNER_FIELDS[other] for other in (*given, *free)}
         follows = any(PRUNER_FIELDS[name] in axes and axes & others for axes in ties)
-        if name not in given and not follows and not why_uncut(spec, config, name):
+        if name not in given and not follows and not why_uncut(spec, config, name) and PRUNER_FIELDS[name] in held:
             free.append(name)
     return free
 
@@ -252,17 +253,23 @@ def why_uncut(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None
 
 
 def _cutter(
-    spec: ArchSpec, config: PretrainedConfig, base: PrunerConfig, alike: Mapping[str, Sequence[str]]
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    base: PrunerConfig,
+    alike: Mapping[str, Sequence[str]],
+    *,
+    may_stay: bool = False,
 ) -> Callable[[Mapping[str, int | float | str]], Shape]:
-    """Sizes → the shape they give, counted; `PlanError` where it cannot be cut."""
+    """Sizes → the shape they give, counted; `PlanError` where it cannot be cut. `may_stay`: see `resolve_sizes`."""
     teacher = empty_model(config)
     spec.check(teacher)
-    parameters = dict(own_parameters(teacher))
+    parameters, before = dict(own_parameters(teacher)), spec.sizes(config)
 
     def cut(values: Mapping[str, int | float | str]) -> Shape:
         given = {**values, **{other: values[name] for name, others in alike.items() for other in others}}
         request = _resolved(config, given, base)
-        sizes, _ = resolve_sizes(spec, config, request)
+        sizes, _ = resolve_sizes(spec, config, request, may_stay=may_stay)
+        require_units(spec, parameters, request, [axis for axis in sizes if sizes[axis] < before[axis]])
         layers_kept = layers_without_scores(spec, config, request, sizes["layers"])
         student = build_student_config(spec, config, sizes, layers_kept, model_type=request.model_type)
         count = sum(math.prod(shape) for *_, shape in spec.student_tensors(parameters, student, layers_kept))

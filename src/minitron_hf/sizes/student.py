@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, ArchSpec, spec_for, text_config
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from ..families.axes import implied_size
 from ..models import first_line
 from .classes import _sisters, config_class
@@ -82,23 +82,30 @@ def layers_without_scores(
     return next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
 
 
-def with_classes(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
-    """The request itself, or with the `model_type` of other stock classes where only these can hold its sizes.
+def with_units(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
+    """The request with numbers of units for fractions, of which some may come to no change.
+
+    It names the `model_type` of other stock classes where only these can hold its sizes.
 
     Raises:
         PlanError: if no stock classes can.
     """
     spec = spec_for(config)
     others = () if pruner_config.model_type else _sisters(spec, config)
+
+    def resolved(request: PrunerConfig) -> PrunerConfig:
+        sizes, _ = resolve_sizes(spec, config, request, may_stay=True)
+        units: dict[str, Any] = {
+            name: sizes[axis] for name, axis in PRUNER_FIELDS.items() if getattr(request, name) is not None
+        }
+        return replace(request, **units)
+
     try:
-        resolve_sizes(spec, config, pruner_config)
-        return pruner_config
+        return resolved(pruner_config)
     except PlanError:
         for model_type in others:
-            request = replace(pruner_config, model_type=model_type)
             with contextlib.suppress(PlanError):
-                resolve_sizes(spec, config, request)
-                return request
+                return resolved(replace(pruner_config, model_type=model_type))
         raise
 
 
