@@ -28,7 +28,7 @@ from .calibration import Calibration, _processes, calibrate, tokenizer_digest
 from .depth import DepthFunction, DepthMetric, DepthPass, without_layers
 from .observers import ActivationMetric, ScoringPass
 from .reductions import Reduction
-from .scores import ImportanceScores, Metric, _smallest
+from .scores import ImportanceScores, Metric, _smallest, require_finite
 from .taylor import TaylorPass
 from .weights import weight_magnitudes
 
@@ -155,6 +155,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     found: dict[Metric, ImportanceScores] = {}
 
     def note(name: Metric, axes: Mapping[str, Tensor], blocks: Tensor, settings: Mapping[str, Any]) -> None:
+        require_finite(spec, model, axes)
         known = {"model": named, "metric": name}
         found[name] = ImportanceScores(axes, blocks, {**known, **settings}, dict(digests))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import MismatchError, UnsupportedModelError
+from ..families import ArchSpec, named_tensors
 from ..files import digest, replacing_file, versions
 from ..models import architecture_digest
 from ..weights import model_digest, on_meta
@@ -26,6 +27,33 @@ if TYPE_CHECKING:
 
 Metric = Literal["activation", "pre_activation", "contribution", "taylor", "magnitude", "random"]
 SCORES_NAME = "scores.safetensors"
+
+
+def require_finite(spec: ArchSpec, model: PreTrainedModel, axes: Mapping[str, Tensor]) -> None:
+    """Refuse fresh scores that are not numbers, of which a plan would keep arbitrary units.
+
+    Args:
+        spec: the family.
+        model: the model that was scored.
+        axes: as of `ImportanceScores`; NaN where a layer has no such unit.
+
+    Raises:
+        UnsupportedModelError: naming the axis.
+    """
+    names, sizes = named_tensors(model), spec.layer_sizes(model.config)
+    for axis, values in axes.items():
+        if spec.axis[axis].per_layer:
+            own = [
+                values[layer][tuple(map(slice, spec.own_units(axis, sizes[layer])))]
+                for layer in spec.layers_with(axis, names)
+            ]
+        else:
+            own = [values]
+        if not all(each.isfinite().all() for each in own):
+            raise UnsupportedModelError(
+                f"Importance scores of {axis!r} are not finite: the model computes NaN or infinities. Check its "
+                "weights, or score it in a wider dtype (dtype='float32')."
+            )
 
 
 @dataclass(frozen=True)
@@ -53,20 +81,6 @@ class ImportanceScores:
     digests: Mapping[str, str | None]
     versions: Mapping[str, str] = field(default_factory=versions)
     removals: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse scores that are not numbers, of which a plan would keep arbitrary units.
-
-        Raises:
-            UnsupportedModelError: naming the axis.
-        """
-        for axis, values in self.axes.items():
-            scored = values[~values.isnan().all(-1)] if values.dim() > 1 else values
-            if not len(scored) or not scored.isfinite().all():
-                raise UnsupportedModelError(
-                    f"Importance scores of {axis!r} are not finite: the model computes NaN or infinities. Check its "
-                    "weights, or score it in a wider dtype (dtype='float32')."
-                )
 
     @property
     def layers(self) -> Tensor:
