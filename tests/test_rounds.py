@@ -71,6 +71,7 @@ def test_the_shipped_example_runs_at_pocket_size(workshop, tmp_path, monkeypatch
         f"output_dir={tmp_path / 'run'}",
         "scores={num_samples: 8, max_length: 16}",
         "distill={max_steps: 2, max_length: 16, per_device_train_batch_size: 2, eval_strategy: 'no'}",
+        "rounds.1.prune={hidden_size: 0.7, intermediate_size: 0.75}",  # multiples of the 12 heads
         "rounds.2.distill={max_steps: 3}",
         "prune.multiple_of=1",
         "evaluate={num_rows: 4, speed: false}",
