@@ -307,8 +307,12 @@ def sampled_data(data: Any) -> dict[str, Any] | None:
     """Number of rows, and a digest of some of them; None for streams."""
     if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, Mapping):
         return None
-    step = max(1, len(data) // SAMPLED_ROWS)
-    rows = [json.dumps(data[i], sort_keys=True, default=_plain) for i in range(0, len(data), step)]
+    rows = []
+    for index in range(0, len(data), max(1, len(data) // SAMPLED_ROWS)):
+        row = data[index]
+        if isinstance(row, Mapping) and "input_ids" in row:  # a teacher cache has much beside
+            row = {name: row[name] for name in ("input_ids", "labels") if name in row}
+        rows.append(json.dumps(row, sort_keys=True, default=_plain))
     return {"num_rows": len(data), "rows": digest(rows)}
 
 

@@ -267,12 +267,9 @@ class DistillationTrainer(
             cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
         self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
-        cached = [cache.manifest["data"]["digest"] for cache in train_caches]
-        self._remember_start(
-            student=fingerprint(self.model),
-            teacher=self._teacher_fingerprint or [cache.manifest["settings"]["teacher"] for cache in train_caches],
-            data=cached or sampled_data(train_dataset),
-        )
+        said = [cache.manifest["settings"]["teacher"] for cache in train_caches]
+        weights = {"student": fingerprint(self.model), "teacher": self._teacher_fingerprint or said}
+        self._remember_start(**weights, data=sampled_data(train_dataset))
 
     # ---- Teacher ----
 
