@@ -106,6 +106,27 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_accuracy_and_entropy_are_those_of_the_student_at_temperature_1(
+    case, divergence, temperature, top_k, with_gradient
+):
+    hidden, head, teacher, labels = problem(**case)
+    logits = head_logits(hidden, head).detach()
+    labels = torch.where(torch.arange(len(labels)) % 2 == 0, logits.argmax(-1), labels)
+    signal = teacher if top_k is None else top_k_signal(teacher, top_k, temperature)
+    options = {"divergence": divergence, "temperature": temperature, "chunk_size": 5}
+    with torch.set_grad_enabled(with_gradient):
+        found = distillation_loss(hidden, head, signal, labels, **options)
+    assert torch.equal(found.accuracy, logits.argmax(-1) == labels)
+    assert 0 < found.accuracy.sum() < len(labels)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(found.entropy, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize(("kd_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
 def test_values_and_gradients_equal_the_naive_reference(case, temperature, kd_weight, ce_weight):

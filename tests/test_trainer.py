@@ -445,6 +445,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
         trainer.train(resume_from_checkpoint=name == "resumed")
         speed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second")
         history = [{k: v for k, v in entry.items() if k not in speed} for entry in trainer.state.log_history]
+        assert all(entry["num_tokens"] == entry["num_input_tokens_seen"] for entry in history if "loss" in entry)
         results.append((student.state_dict(), history, trainer.state.num_input_tokens_seen))
     assert results[0][1] == results[1][1]
     assert results[0][2] == results[1][2] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
@@ -340,3 +341,28 @@ def test_a_student_is_saved_in_a_dtype_by_its_usual_name(tmp_path):
     with pytest.raises(DataError, match="dtype='int8': expected"):
         trainer.save_student(tmp_path / "x", dtype="int8")
     assert not (tmp_path / "x").exists()
+
+
+# ---- What TRL's trainer logs ----
+
+
+@pytest.mark.usefixtures("float64")
+def test_logs_hold_what_supervised_training_logs(tmp_path):
+    student, teacher = models()
+    data = token_dataset(labels=True)
+    args = SFTConfig(str(tmp_path), report_to="none", max_steps=1, logging_steps=1, bf16=False, disable_tqdm=True)
+    options = {"train_dataset": data, "eval_dataset": data, "processing_class": pocket_tokenizer()}
+    supervised = SFTTrainer(copy.deepcopy(student), args, **options)
+    supervised.train()
+    expected, evaluated = supervised.state.log_history[0], supervised.evaluate()
+    options = {"max_steps": 1, "ce_weight": 1.0, "kd_weight": 0.0, "bf16": False}
+    trainer = make_trainer(tmp_path, student, teacher, data, data, **options)
+    trainer.train()
+    found = trainer.state.log_history[0]
+    for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    trainer.model.load_state_dict(supervised.model.state_dict())
+    ours = trainer.evaluate()
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert ours[name] == pytest.approx(evaluated[name], rel=1e-5), name
+    assert "trl" in trainer.model.model_tags

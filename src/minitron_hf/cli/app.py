@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from .checked import CheckedCommand
+from ..errors import MinitronError
 from .distill import distill
 from .evaluate import card, evaluate, publish
-from .failures import explained
 from .families import families
 from .fit import fit
 from .plan import plan
@@ -32,16 +31,15 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: whatever goes wrong is one message; exit code 2, or 1 where it is not known what it means."""
+    """Entry point: errors of the user are one message and exit code 2, never a traceback."""
     try:
         app()
-    except Exception as error:
+    except (MinitronError, OSError) as error:
         from ..recipe.launching import leave_message
 
-        text, code = explained(error)
-        if not leave_message(text):
-            typer.echo(f"minitron-hf: {text}", err=True)
-        sys.exit(code)
+        if not leave_message(str(error)):
+            typer.echo(f"minitron-hf: {error}", err=True)
+        sys.exit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -78,5 +76,5 @@ COMMANDS = (
 )
 
 for command in COMMANDS:
-    app.command(cls=CheckedCommand)(command)
+    app.command()(command)
 app.command(hidden=True)(stage)  # what `run` starts in other processes

@@ -35,10 +35,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
             table.add_column(column, justify="right")
         for one in found:
             table.add_row(one["name"], f"{one['num_parameters']:,}", f"{one['num_parameters'] / total:.0%}")
-        console = _console()
-        console.print(table)
-        for note in shapes["notes"]:
-            console.print(f"Note: {note}", markup=False, highlight=False)
+        _console().print(table)
         return
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):

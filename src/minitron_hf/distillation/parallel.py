@@ -58,7 +58,8 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
         heads = [head, teacher.head] if isinstance(teacher, DenseSignal) else [head]
         with _gathered(*(tensor for each in heads for tensor in (each.weight, each.bias))):
             losses = distillation_loss(h_ND, whole_head(head), teacher, distillation.targets, **distillation.options)
-        found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement")}
+        found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement", "entropy")}
+        found["mean_token_accuracy"] = losses.accuracy
         if distillation.pairs:
             found |= student_distances(
                 distillation.pairs,

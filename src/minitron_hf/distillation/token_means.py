@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     pass
 
 #: What is summed over tokens and logged, beside the intermediate losses.
-COLUMNS = ("divergence", "kl", "ce", "agreement")
+COLUMNS = ("divergence", "kl", "ce", "agreement", "entropy", "mean_token_accuracy")
 
 
 class MeansOverTokens(SFTTrainer):
@@ -81,12 +81,14 @@ class MeansOverTokens(SFTTrainer):
         return {"loss": loss, **means}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the divergence, cross-entropy and agreement since the last log to the training loss."""
+        """Add the other means over the tokens since the last log to the training loss."""
         if "loss" in logs:  # the training loop logs its loss on all processes
             means = self._means(self.accelerator.reduce(self._token_sums["train"], "sum"))
             refuse_not_finite(means.values(), self.state.global_step)
             self._token_sums["train"] = self._no_sums()
             logs.update((key, value) for key, value in means.items() if key != "loss")
+            if self.args.include_num_input_tokens_seen != "no":  # TRL's own count begins anew when a run is resumed
+                logs["num_tokens"] = int(self.state.num_input_tokens_seen)
         super().log(logs, start_time)
 
     # ---- Evaluation ----

@@ -92,7 +92,8 @@ class DistillationTrainer(
     exist.
 
     Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher), where they are part of the loss
-    also `hidden`, `embedding` and their weight `alpha`, and `eval_…` of each as exact means over the tokens of the
+    also `hidden`, `embedding` and their weight `alpha`; as TRL does the student's `entropy`, `mean_token_accuracy`
+    (top-1, with the true tokens) and `num_tokens`; and `eval_…` of each as exact means over the tokens of the
     evaluation set. What it saves is the stock student, the plan it was pruned by, and `distillation.json`.
 
     Args:
@@ -124,7 +125,7 @@ class DistillationTrainer(
             learning, an unknown logit post-processing, `nn.DataParallel`.
     """
 
-    _tag_names = ["minitron", "knowledge-distillation"]  # noqa: RUF012 (as in the base class)
+    _tag_names = ["trl", "minitron", "knowledge-distillation"]  # noqa: RUF012 (as in the base class)
     _name = "Minitron distillation"
     _paper = {  # noqa: RUF012
         "title": "LLM Pruning and Distillation in Practice: The Minitron Approach",

@@ -35,6 +35,8 @@ class TokenLosses:
         kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence.
         ce: float32 [N], cross-entropy of the student with the true token in nats, at temperature 1.
         agreement: bool [N], whether student and teacher have the same most likely token.
+        accuracy: bool [N], whether the true token is the student's most likely one.
+        entropy: float32 [N], of the student's distribution in nats, at temperature 1.
     """
 
     total: Tensor
@@ -42,6 +44,8 @@ class TokenLosses:
     kl: Tensor
     ce: Tensor
     agreement: Tensor
+    accuracy: Tensor
+    entropy: Tensor
 
 
 def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +168,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         teacher: TeacherSignal,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_any = needs_hidden or needs_weight or needs_bias
         device, num_tokens = hidden.device, hidden.shape[0]
@@ -175,13 +179,15 @@ class _FusedLoss(torch.autograd.Function):
         h_NH, w_VH = hidden.detach().to(compute_dtype), weight.detach().to(compute_dtype)
         b_V = _finite_bias(bias, compute_dtype)
         kl = torch.empty(num_tokens, dtype=sum_dtype, device=device)
-        ce, agreement = torch.empty_like(kl), torch.empty_like(kl, dtype=torch.bool)
+        ce, entropy = torch.empty_like(kl), torch.empty_like(kl)
+        agreement, accuracy = (torch.empty_like(kl, dtype=torch.bool) for _ in range(2))
         divergence = kl if settings.divergence == "forward_kl" else torch.empty_like(kl)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(b_V, dtype=sum_dtype) if needs_bias and b_V is not None else None
 
-        rows = _Rows(teacher, settings, labels, divergence, kl, ce, agreement, sum_dtype, with_gradient=needs_any)
+        found = TokenLosses(kl.new_zeros(()), divergence, kl, ce, agreement, accuracy, entropy)
+        rows = _Rows(teacher, settings, labels, found, with_gradient=needs_any)
         with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
             z_s = torch.empty(0, dtype=compute_dtype, device=device)
             for chunk in _even_slices(num_tokens, settings.chunk_size):
@@ -207,8 +213,9 @@ class _FusedLoss(torch.autograd.Function):
         )
         ctx.factor = settings.gradient_factor
         divergence = divergence.clone() if divergence is kl else divergence  # an output may not be given twice
-        ctx.mark_non_differentiable(divergence, kl, ce, agreement)
-        return total, divergence, kl, ce, agreement
+        values = (divergence, kl, ce, agreement, accuracy, entropy)
+        ctx.mark_non_differentiable(*values)
+        return total, *values
 
     @staticmethod
     @once_differentiable
@@ -233,17 +240,13 @@ class _Rows:
         signal: TeacherSignal,
         settings: _Settings,
         labels: Tensor,
-        divergence: Tensor,
-        kl: Tensor,
-        ce: Tensor,
-        agreement: Tensor,
-        dtype: torch.dtype,
+        found: TokenLosses,
         *,
         with_gradient: bool,
     ) -> None:
-        self.signal, self.settings, self.labels = signal, settings, labels
-        self.divergence, self.kl, self.ce, self.agreement = divergence, kl, ce, agreement
+        self.signal, self.settings, self.labels, self.found = signal, settings, labels, found
         self.with_gradient = with_gradient
+        kl, dtype = found.kl, found.kl.dtype
         elements = torch.get_num_threads() << 17 if kl.device.type == "cpu" else 1 << 23
         self.block = max(1, elements // signal.vocab_size)
         num_buffers = 4 if settings.divergence == "forward_kl" else 5
@@ -282,7 +285,7 @@ class _Rows:
         return out.scatter_(-1, tokens, signal.log_probs[where].to(out.dtype))
 
     def _evaluate_block(self, block: slice, where: slice, z_s: Tensor) -> None:
-        s = self.settings
+        s, found = self.settings, self.found
         num_rows = z_s.shape[0]
         scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, :num_rows]
         labels = self.labels[where, None]
@@ -291,14 +294,17 @@ class _Rows:
         student = _temper(z_s, s.scale, s.softcap, s.temperature, scratch_b)
         teacher = self._teacher_over_t(block, where, student, scratch_a)
         max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
-        if isinstance(self.signal, TopKSignal):
-            self.agreement[where] = self.signal.tokens[where, 0] == student.argmax(-1)
-        elif self.z_t.dtype == z_s.dtype == work.dtype:
+        label = student.gather(-1, labels)
+        if isinstance(self.signal, DenseSignal) and self.z_t.dtype == z_s.dtype == work.dtype:
             # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
             largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
-            self.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
+            found.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
+            found.accuracy[where] = (label == max_s)[:, 0]
         else:  # half-precision logits have ties, and a tie is not an agreement
-            self.agreement[where] = teacher.argmax(-1) == student.argmax(-1)
+            best = student.argmax(-1)
+            of_teacher = self.signal.tokens[where, 0] if isinstance(self.signal, TopKSignal) else teacher.argmax(-1)
+            found.agreement[where] = of_teacher == best
+            found.accuracy[where] = best == labels[:, 0]
 
         # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
         torch.sub(teacher, student, out=work)
@@ -308,9 +314,10 @@ class _Rows:
         # In place of the teacher's logits, where they are not needed any more.
         probabilities_s = torch.softmax(student, -1, out=spare[0] if spare else scratch_a)
         lse_s = max_s - probabilities_s.amax(-1, keepdim=True).log()
-        self.kl[where] = (kl - lse_t + lse_s)[:, 0]
+        found.kl[where] = (kl - lse_t + lse_s)[:, 0]
         if s.temperature == 1:
-            self.ce[where] = (lse_s - student.gather(-1, labels))[:, 0]
+            found.ce[where] = (lse_s - label)[:, 0]
+            found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)
         ce_weight = s.ce_weight if s.temperature == 1 else 0.0
         if s.divergence == "forward_kl":  # its gradient is q - p
             gradient, free = probabilities_s, work
@@ -321,7 +328,7 @@ class _Rows:
         else:
             gradient, free = work, probabilities_s
             rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
-            self.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
+            found.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
             if self.with_gradient:
                 if s.kd_coefficient != 1:
                     gradient.mul_(s.kd_coefficient)
@@ -331,7 +338,8 @@ class _Rows:
             torch.mul(student, s.temperature, out=free)
             torch.softmax(free, -1, out=probabilities_t)
             lse_s = max_s * s.temperature - probabilities_t.amax(-1, keepdim=True).log()
-            self.ce[where] = (lse_s - free.gather(-1, labels))[:, 0]
+            found.ce[where] = (lse_s - free.gather(-1, labels))[:, 0]
+            found.entropy[where] = lse_s[:, 0] - _expected(probabilities_t, free)
             if self.with_gradient and s.ce_weight != 0:
                 gradient.add_(probabilities_t, alpha=s.ce_weight)
         if self.with_gradient:
@@ -341,6 +349,11 @@ class _Rows:
                 torch.mul(student, s.temperature / s.softcap, out=free)
                 gradient.addcmul_(gradient * free, free, value=-1)
             z_s.copy_(gradient)
+
+
+def _expected(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Σ over the vocabulary of probability times logit → [n]."""
+    return torch.linalg.vecdot(probabilities, logits.to(probabilities.dtype))
 
 
 def _temper(z: Tensor, scale: float, softcap: float | None, temperature: float, out: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> 
         datasets.insert(0, name)
     tags = ["minitron"]
     tags += ["pruned"] if run["pruning_plan"] else []
-    tags += ["knowledge-distillation"] if distillation else []
+    tags += ["knowledge-distillation", "trl"] if distillation else []
     results = _eval_results(run)
     data = ModelCardData(
         language=teacher["language"] or None,
