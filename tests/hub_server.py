@@ -33,8 +33,14 @@ import yaml
 
 #: token → account. An account may write to its own name and to its organisations.
 ACCOUNTS = {
-    "hf_writer": {"name": "writer", "orgs": ["lab"], "role": "write"},
-    "hf_reader": {"name": "reader", "orgs": [], "role": "read"},
+    "hf_writer": {"name": "writer", "orgs": {"lab": "write", "readers": "read"}, "role": "write"},
+    "hf_reader": {"name": "reader", "orgs": {}, "role": "read"},
+    "hf_fine": {
+        "name": "writer",
+        "orgs": {},
+        "role": "fineGrained",
+        "more": {"fineGrained": {"global": [], "scoped": [{"permissions": ["repo.content.read"]}]}},
+    },
 }
 
 #: Licences that the Hub's list knows, as far as tests use them.
@@ -92,7 +98,9 @@ class HubServer:
         requests: (method, path) of every request, in order.
         faults: what goes wrong next; each entry is used up by the first request that it fits:
             "drop-lfs" cuts the connection in the middle of an LFS upload, "stall-lfs" stops reading there,
-            "drop-commit" cuts it before a commit is made, "lose-commit-response" after.
+            "drop-commit" cuts it before a commit is made, "lose-commit-response" after. Of the endpoint with the
+            method NAME below, "503 NAME" answers with a status and does nothing; "html NAME" and "hollow NAME" do what
+            is asked for, and answer with a page or an empty object.
     """
 
     def __init__(self, root: str | os.PathLike[str], port: int = 0) -> None:
@@ -179,6 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request. Routes are tried in order; the first whose method and pattern fit answers."""
 
     state: HubServer
+    spoiled: bytes | None = None
     protocol_version = "HTTP/1.1"
 
     def route(self) -> None:
@@ -190,11 +199,12 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, answer in ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if match and self.command in method.split("|"):
+                    self.spoil_next(answer.__name__)
                     answer(self, **{name: unquote(value) for name, value in match.groupdict().items() if value})
                     return
             raise Refusal(404, f"no such endpoint: {self.command} {url.path}")
         except Refusal as refusal:
-            headers = {"X-Error-Message": refusal.message}
+            headers = {"X-Error-Message": refusal.message, "Retry-After": "0"}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
             self.answer(refusal.body, refusal.status, headers)
@@ -202,6 +212,23 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = route
+
+    def set_faults(self) -> None:
+        """Replace the faults; answers with those that no request has used up."""
+        left, self.state.faults[:] = list(self.state.faults), json.loads(self.body)
+        self.answer(left)
+
+    def spoil_next(self, name: str) -> None:
+        self.spoiled = None
+        with self.state.lock:
+            fault = next((fault for fault in self.state.faults if fault.endswith(f" {name}")), None)
+            if fault is not None:
+                self.state.faults.remove(fault)
+        if fault is not None and fault.split()[0].isdigit():
+            raise Refusal(int(fault.split()[0]), "not now")
+        self.spoiled = {"html": b"<html>Sign in to the network</html>", "hollow": b"{}"}.get(
+            (fault or "").split(" ")[0]
+        )
 
     def is_lfs_upload(self) -> bool:
         return self.command == "PUT" and self.path.startswith("/lfs/")
@@ -226,6 +253,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: Any = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = content if self.spoiled is None or status >= 400 else self.spoiled
         self.send_response(status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
         for name, value in headers.items():
@@ -259,7 +287,8 @@ class Handler(BaseHTTPRequestHandler):
     def may_write(self, owner: str) -> None:
         account = self.account(required=True)
         assert account is not None
-        if account["role"] != "write" or owner not in (account["name"], *account["orgs"]):
+        owners = (account["name"], *(name for name, role in account["orgs"].items() if role == "write"))
+        if account["role"] != "write" or owner not in owners:
             raise Refusal(403, f"You don't have the rights to write under the namespace {owner!r}")
 
     def repo(self, repo_id: str) -> Repo:
@@ -281,7 +310,14 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         account = self.account(required=True)
         assert account is not None
-        self.answer({"type": "user", "name": account["name"], "orgs": [{"name": name} for name in account["orgs"]]})
+        self.answer(
+            {
+                "type": "user",
+                "name": account["name"],
+                "orgs": [{"name": name, "roleInOrg": role} for name, role in account["orgs"].items()],
+                "auth": {"accessToken": {"displayName": "test", "role": account["role"], **account.get("more", {})}},
+            }
+        )
 
     def create_repo(self) -> None:
         wanted = json.loads(self.body)
@@ -296,6 +332,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(409, "You already created this model repo", url=url)
             self.state.create(repo_id, wanted.get("visibility") == "private")
         self.answer({"url": url, "name": repo_id, "id": hashlib.sha1(repo_id.encode()).hexdigest()[:24]})
+
+    def change_settings(self, repo_id: str) -> None:
+        self.may_write(repo_id.split("/")[0])
+        repo, wanted = self.repo(repo_id), json.loads(self.body)
+        repo.private = wanted["private"] if "private" in wanted else wanted["visibility"] == "private"
+        self.answer(wanted)
 
     def validate_yaml(self) -> None:
         errors, warnings = check_card(json.loads(self.body)["content"])
@@ -464,9 +506,11 @@ _REVISION = r"(?P<revision>refs(?:%2F|/)pr(?:%2F|/)\d+|[^/]+)"
 
 #: (methods, pattern of the path, handler)
 ROUTES = (
+    ("POST", r"/faults", Handler.set_faults),
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create_repo),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
+    ("PUT", rf"/api/models/{_ID}/settings", Handler.change_settings),
     ("POST", rf"/api/models/{_ID}/branch/(?P<branch>.+)", Handler.create_branch),
     ("POST", rf"/api/models/{_ID}/preupload/{_REVISION}", Handler.preupload),
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),

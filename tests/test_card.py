@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from hub_server import card_metadata, check_card
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.publishing.card import render_model_card, write_model_card
+from minitron_hf.publishing.card import END_OF_CARD, render_model_card, write_model_card
 from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, training_record, write_json, write_run
 
 
@@ -169,15 +169,16 @@ def test_any_optional_file_may_be_missing(run_dir, missing):
 
 def test_minimal_folder(tmp_path):
     write_json(tmp_path / "config.json", {"model_type": "llama"})
+    write_json(tmp_path / "distillation.json", training_record() | {"data": None})
     content = render_model_card(tmp_path)
     assert check_card(content) == ([], [])
     assert card_metadata(content) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["minitron"],
+        "tags": ["minitron", "knowledge-distillation"],
     }
     assert "None" not in content
-    made = ["Measurements", "How to use", "How it was made", "Limitations", "Licence", "Citation"]
+    made = ["Measurements", "Distillation", "How to use", "How it was made", "Limitations", "Licence", "Citation"]
     assert list(sections(content)) == ["", *made]
 
 
@@ -187,6 +188,44 @@ def test_nothing_to_describe(tmp_path):
     with pytest.raises(OutputError, match="no student to describe"):
         write_model_card(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_no_run_has_made_keeps_its_card(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    (tmp_path / "README.md").write_text("My own model.\n")
+    for describe in (render_model_card, write_model_card):
+        with pytest.raises(OutputError, match="neither pruned nor distilled here"):
+            describe(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["README.md", "config.json"]
+    assert (tmp_path / "README.md").read_text() == "My own model.\n"
+
+
+def test_the_owners_part_stays(run_dir):
+    write_model_card(run_dir)
+    path = run_dir / "README.md"
+    fresh = path.read_text(encoding="utf-8")
+    assert fresh.endswith(f"\n\n{END_OF_CARD}\n")
+    own = "\n## Who made it\n\nÉcole, with *care*.\n\n\n"
+    path.write_bytes((fresh.replace("# ", "# Changed ", 1) + own).encode())
+    write_model_card(run_dir)
+    assert path.read_text(encoding="utf-8") == fresh + own
+    assert render_model_card(run_dir) == fresh + own
+    path.write_bytes((fresh + own).replace("\n", "\r\n").encode())
+    write_model_card(run_dir)
+    assert path.read_text(encoding="utf-8") == fresh + own, "written on Windows"
+    assert not list(run_dir.glob("README.before*"))
+
+
+@pytest.mark.parametrize("text", [b"# My notes\n", "# Größe\n".encode("latin-1")], ids=["text", "latin-1"])
+def test_a_card_of_somebody_else_is_put_aside(run_dir, text):
+    (run_dir / "README.md").write_bytes(text)
+    write_model_card(run_dir)
+    assert (run_dir / "README.before.md").read_bytes() == text
+    (run_dir / "README.md").write_bytes(b"again")
+    write_model_card(run_dir)
+    assert (run_dir / "README.before.md").read_bytes() == text
+    assert (run_dir / "README.before-2.md").read_bytes() == b"again"
+    assert "My notes" not in render_model_card(run_dir)
 
 
 def test_files_of_another_version(run_dir):
@@ -339,10 +378,11 @@ def test_paragraphs_are_separated(run_dir, tmp_path):
     minimal = tmp_path / "minimal"
     minimal.mkdir()
     write_json(minimal / "config.json", {})
+    write_json(minimal / "distillation.json", training_record())
     for folder in (run_dir, minimal):
         content = render_model_card(folder)
         assert "\n\n\n" not in content
-        assert content.endswith("```\n")
+        assert content.endswith(f"```\n\n{END_OF_CARD}\n")
         lines = content.splitlines()
         for before, line, after in zip(lines, lines[1:], lines[2:]):
             if line.startswith(("#", "![", "<details>")):

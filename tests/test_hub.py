@@ -204,18 +204,80 @@ def test_pushing_again_makes_no_second_commit_and_uploads_nothing(run_dir, hub_s
     assert hub_server.count("PUT", "^/lfs/") == uploads
 
 
-@pytest.mark.parametrize("fault", ["drop-commit", "lose-commit-response"])
-def test_a_push_that_broke_at_the_commit_can_be_repeated(run_dir, hub_server, tmp_path, fault):
-    hub_server.faults.append(fault)
-    broken = push(run_dir, hub_server, tmp_path)
-    assert broken["error"] == "HubError"
-    assert "push again" in broken["message"]
-    uploads = hub_server.count("PUT", "^/lfs/")
-    done = push(run_dir, hub_server, tmp_path)
-    (commit,) = hub_server.repos["lab/tiny-stories"].history()
-    assert done["oid"] == commit.oid
-    assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
-    assert hub_server.count("PUT", "^/lfs/") == uploads, "what is there is not sent twice"
+#: Several pushes, each with faults of its own and without the waits between tries.
+FAULTY_PUSHES = """
+import json, os, sys, urllib.request
+from minitron_hf.errors import MinitronError
+from minitron_hf.publishing import hub_errors
+from minitron_hf.publishing.hub import push_student_to_hub
+hub_errors.WAITS = (0.0,) * 4
+
+def set_faults(faults):
+    request = urllib.request.Request(os.environ["HF_ENDPOINT"] + "/faults", json.dumps(faults).encode())
+    return json.load(urllib.request.urlopen(request))
+
+found = []
+for number, faults in enumerate(json.loads(sys.argv[2])):
+    set_faults(faults)
+    try:
+        answer = {"oid": push_student_to_hub(sys.argv[1], f"tiny-{number}", private=False).oid}
+    except MinitronError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    found.append(answer | {"left": set_faults([])})
+print(json.dumps({"found": found}))
+"""
+
+
+def faulty_pushes(run_dir, server, tmp_path, cases):
+    faults = json.dumps(cases)
+    return finish(client(FAULTY_PUSHES, run_dir, faults, server=server, home=tmp_path / "home"))["found"]
+
+
+def test_a_push_survives_faults_that_pass(run_dir, hub_server, tmp_path):
+    cases = [
+        ["drop-commit"],
+        ["lose-commit-response"],
+        ["html make_commit"],
+        ["hollow make_commit"],
+        ["429 make_commit", "503 create_repo", "500 model_info", "502 validate_yaml", "504 preupload"],
+        ["500 change_settings", "drop-commit", "drop-commit"],
+    ]
+    for number, answer in enumerate(faulty_pushes(run_dir, hub_server, tmp_path, cases)):
+        repo = hub_server.repos[f"writer/tiny-{number}"]
+        (commit,) = repo.history()
+        assert answer == {"oid": commit.oid, "left": []}
+        assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
+        assert not repo.private, "public once the commit is made"
+    assert hub_server.count("PUT", "^/lfs/") == 2, "what is there is not sent twice"
+
+
+def test_faults_that_stay_are_named_with_what_to_do(run_dir, hub_server, tmp_path):
+    """One message each; a new repository that was to be public stays private and empty."""
+    cases = [
+        (["429 make_commit"] * 40, "too many requests", "Wait", "Push again"),
+        (["500 make_commit"] * 40, "fault or is overloaded (500)", "status.huggingface.co", "Push again"),
+        (["503 create_repo"] * 40, "fault or is overloaded (503)", "Push again"),
+        (["drop-commit"] * 40, "the connection failed", "Push again"),
+        (["html whoami"], "cannot be understood", "HF_ENDPOINT"),
+        (["hollow whoami"], "cannot be understood", "HF_ENDPOINT"),
+        (["html model_info"] * 40, "cannot be understood", "HF_ENDPOINT"),
+    ]
+    answers = faulty_pushes(run_dir, hub_server, tmp_path, [faults for faults, *_ in cases])
+    for answer, (_, *words) in zip(answers, cases, strict=True):
+        assert answer.get("error") == "HubError", answer
+        assert all(word in answer["message"] for word in words), answer["message"]
+        assert "no commit was made" not in answer["message"].lower()
+    assert hub_server.repos
+    assert all(repo.private and repo.history() == [] for repo in hub_server.repos.values())
+
+
+def test_a_pull_request_is_not_opened_twice(run_dir, hub_server, tmp_path):
+    hub_server.create("lab/tiny-stories", private=True)
+    hub_server.faults.append("lose-commit-response")
+    answer = push(run_dir, hub_server, tmp_path, create_pr=True)
+    assert answer["error"] == "HubError"
+    assert "/lab/tiny-stories/discussions before you push again" in answer["message"]
+    assert [name for name in hub_server.repos["lab/tiny-stories"].branches if "pr" in name] == ["refs/pr/1"]
 
 
 def test_a_broken_upload_is_resent_by_the_same_push(run_dir, hub_server, tmp_path):
@@ -281,6 +343,7 @@ def test_an_existing_repository_keeps_its_visibility(run_dir, hub_server, tmp_pa
 
 
 def test_public_branch_and_pull_request(run_dir, hub_server, tmp_path):
+    hub_server.faults.append("503 change_settings")
     push(run_dir, hub_server, tmp_path, private=False, revision="v1")
     repo = hub_server.repos["lab/tiny-stories"]
     assert not repo.private
@@ -369,6 +432,7 @@ def test_teacher_metadata_from_the_hub(hub_server, tmp_path):
         "language": ["en"],
         "datasets": ["lab/text"],
         "tags": None,
+        "legal_files": ["LICENSE", "NOTICE.txt"],
     }
     assert {path.name for path in run.iterdir()} == {"teacher.json", "LICENSE", "NOTICE.txt"}
     missing = finish(client(TEACHER_METADATA, run, "lab/nobody", **options))

@@ -177,7 +177,14 @@ def test_several_processes_are_told_which_round_they_train(values, monkeypatch):
     whole = run_module.Run(Recipe.from_dict(values))
     for number, own in ((1, whole.folder / "rounds" / "1"), (2, whole.folder)):
         actions._distill(whole.in_round(number))
-        wanted = ["stage", "distill", whole.folder / "recipe.yaml", own / "pruned", own, f"--round={number}"]
+        wanted = [
+            "stage",
+            "distill",
+            whole.folder / run_module.PRIVATE_RECIPE_NAME,
+            own / "pruned",
+            own,
+            f"--round={number}",
+        ]
         assert started[-1] == [str(argument) for argument in wanted]
 
 

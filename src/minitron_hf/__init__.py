@@ -97,7 +97,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    except AttributeError as error:
+        # `from minitron_hf import …` would take it for a name that is not there.
+        raise RuntimeError(f"minitron_hf.{_MODULE_OF[name]} cannot be imported: {error}") from error
     globals()[name] = value
     return value
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: Environment variable: the folder in which launched processes leave their errors to the one that started them.
+MESSAGES = "MINITRON_HF_MESSAGES"
+
 
 class MinitronError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -47,6 +50,10 @@ class DistributedError(MinitronError, ValueError):
 
 class DivergedError(MinitronError, ValueError):
     """A loss or a weight is not a number any more."""
+
+
+class NotEnoughMemoryError(MinitronError, MemoryError):
+    """The memory of the machine or of a device does not suffice."""
 
 
 class VerificationError(MinitronError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import glob
 import hashlib
 import importlib.metadata
@@ -113,13 +114,18 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
     """Write a text file under a temporary name, then rename it, so that no reader ever sees half of it.
+
+    Args:
+        path: the file.
+        text: its new content.
+        private: let nobody but its owner read it.
 
     Raises:
         OutputError: if the folder cannot be written (permissions, full disk).
     """
-    with replacing_file(path) as temporary:
+    with replacing_file(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -140,10 +146,14 @@ def _json_values(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing_file(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
     What a killed process left of the same write is removed first.
+
+    Args:
+        path: the file to replace.
+        private: let nobody but its owner read it.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -152,7 +162,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         clear_remains(path.parent, path.name)
         temporary = _temporary_beside(path)
         # The kernel applies the umask; reading it would change it for all threads.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # some writers make the file anew, for its owner alone
@@ -288,14 +298,26 @@ def is_storage_error(error: BaseException) -> bool:
 def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
     """A name to publish: Hub ids as they are, local folders and files by their last part only.
 
+    A folder that is called like whoever runs this, such as a home folder, has no name to publish.
+
     >>> public_name("owner/model"), public_name(None)
     ('owner/model', None)
     """
     if not name_or_path:
         return None
-    path = Path(name_or_path).expanduser()
-    local = path.exists() or path.is_absolute() or str(name_or_path).startswith((".", "~"))
-    return path.resolve().name if local else str(name_or_path)
+    text = os.path.expanduser(name_or_path)
+    if not (os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~"))):
+        return os.fspath(name_or_path)
+    name = os.path.basename(os.path.realpath(text))
+    return None if name in ("", *_own_names()) else name
+
+
+def _own_names() -> set[str]:
+    """Names by which this machine knows who runs this."""
+    names = {os.path.basename(os.path.expanduser("~"))}
+    with contextlib.suppress(KeyError, OSError):  # containers may know nobody
+        names.add(getpass.getuser())
+    return names
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from .errors import DataError
+from .errors import MESSAGES, DataError
 
 #: How `TrainingArguments` and command lines call dtypes.
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -33,8 +33,13 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that a launcher has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process is one of those that a launcher has started.
+
+    A single process that some container or job manager calls rank 0 of 1 was not launched, unless by this package.
+    """
+    if "RANK" not in os.environ:
+        return False
+    return MESSAGES in os.environ or os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
 
 
 def training_device(use_cpu: bool = False) -> torch.device:

@@ -18,7 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .errors import DataError, HubError, MinitronError, MismatchError, UnsupportedModelError
+from .errors import DataError, HubError, MinitronError, MismatchError, NotEnoughMemoryError, UnsupportedModelError
 from .families.tensors import own_parameters, text_config
 from .files import digest
 from .hardware import as_dtype, default_device, is_fast
@@ -389,6 +389,8 @@ def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
 
     statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
     start = f"Cannot load the {what} {name!r}"
+    if raised(torch.OutOfMemoryError, MemoryError) or any("can't allocate memory" in str(link) for link in chain):
+        return NotEnoughMemoryError(f"{start}: {first_line(error)} Free memory, or take a smaller model or dtype.")
     if not os.path.isdir(name):
         host = constants.ENDPOINT
         if raised(errors.GatedRepoError):
@@ -421,8 +423,7 @@ def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
             )
     if what == "tokenizer":
         return DataError(
-            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
-            "save the tokenizer beside the model, or name another one."
+            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."
         )
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from ..errors import MinitronError
+from .checked import CheckedCommand
 from .distill import distill
 from .evaluate import card, evaluate, publish
+from .failures import explained
 from .families import families
 from .fit import fit
 from .plan import plan
@@ -31,15 +32,16 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: errors of the user are one message and exit code 2, never a traceback."""
+    """Entry point: whatever goes wrong is one message; exit code 2, or 1 where it is not known what it means."""
     try:
         app()
-    except (MinitronError, OSError) as error:
+    except Exception as error:
         from ..recipe.launching import leave_message
 
-        if not leave_message(str(error)):
-            typer.echo(f"minitron-hf: {error}", err=True)
-        sys.exit(2)
+        text, code = explained(error)
+        if not leave_message(text):
+            typer.echo(f"minitron-hf: {text}", err=True)
+        sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -76,5 +78,5 @@ COMMANDS = (
 )
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=CheckedCommand)(command)
 app.command(hidden=True)(stage)  # what `run` starts in other processes

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError
-from .options import Accelerate, Output, Processes, Settings, _corpus, _load
+from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _settings
 from .printing import _say
 
 
@@ -28,7 +28,14 @@ def distill(
     Resumes from the last checkpoint in the output folder.
     """
     from ..recipe.launching import is_main_process, launch
+    from ..recipe.settings import distillation_config, distillation_hints
 
+    if accelerate is None and num_processes is not None:
+        raise DataError("--num-processes needs --accelerate NAME, such as ddp.")
+    settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
+    if eval_data is None:
+        settings["eval_strategy"] = "no"
+    checked = distillation_config(output, settings, "--set ")
     if accelerate is not None:
         options = {
             "--train-data": train_data,
@@ -42,24 +49,20 @@ def distill(
         given += [f"--set={entry}" for entry in set_ or []]
         launch(["distill", *given, "--", student], accelerate, num_processes)
         return
-    if num_processes is not None:
-        raise DataError("--num-processes needs --accelerate NAME, such as ddp.")
-    from ..recipe.reading import apply_overrides
+    from ..distillation.checks import refuse_pair
+    from ..models import load_config
+    from ..recipe.environment import check_reporters
     from ..recipe.schema import DISTILL_DEFAULTS
     from ..recipe.training import distill as run_distillation
 
+    check_reporters([checked], "--set ")
+    column = checked.dataset_text_field
+    corpora = [_corpus(train_data, split, column, "--train-data"), None]
+    if eval_data is not None:
+        corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data")
+    if teacher is not None:
+        refuse_pair(student, teacher, load_config(student), load_config(teacher), None)
     model, tokenizer = _load(student, dtype="float32")
-    settings = apply_overrides(dict(DISTILL_DEFAULTS), set_ or [])
-    if eval_data is None:
-        settings["eval_strategy"] = "no"
-    run_distillation(
-        model,
-        teacher,
-        output,
-        tokenizer,
-        settings,
-        _corpus(train_data, split),
-        None if eval_data is None else _corpus(eval_data, eval_split),
-    )
+    run_distillation(model, teacher, output, tokenizer, {**DISTILL_DEFAULTS, **settings}, *corpora)
     if is_main_process():
         _say(f"Wrote {output}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ..errors import DataError
-from .options import Output, Settings, _with_arguments
+from .options import Output, Settings, _corpus, _settings
 from .printing import _print_results, _say
 
 
@@ -20,25 +21,18 @@ def evaluate(
     set_: Settings = None,
 ) -> None:
     """Measure models side by side on the same text (evaluate_models)."""
-    from ..data import load_text_dataset
     from ..evaluation.evaluate import evaluate_models
     from ..models import load_tokenizer
-    from ..recipe.reading import apply_overrides
+    from ..recipe.rules import hints_of
 
-    named = dict(model.partition("=")[::2] for model in models)
-    if not all(named.values()):
-        raise DataError(f"Expected NAME=MODEL for every model, got {' '.join(models)}.")
+    own = ("models", "dataset", "processing_class", "output_path", "descriptions", "checkpoints", "show_progress")
+    settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")
+    named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
+    if not all(named) or not all(named.values()) or len(named) < len(models):
+        raise DataError(f"Expected NAME=MODEL for every model, each name once, got {' '.join(models)}.")
+    rows = _corpus(data, split, settings.get("text_field", "text"), "--data", cached=False)
     tokenizer = load_tokenizer(next(iter(named.values())))
-    _with_arguments(
-        "evaluate_models",
-        lambda: evaluate_models(
-            named,
-            load_text_dataset(data, split=split),
-            processing_class=tokenizer,
-            output_path=output,
-            **apply_overrides({}, set_ or []),
-        ),
-    )
+    evaluate_models(named, rows, processing_class=tokenizer, output_path=output, **settings)
     _print_results(output)
 
 

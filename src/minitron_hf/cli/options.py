@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -34,29 +36,30 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
     return load_model(name, **kwargs), load_tokenizer(name)
 
 
-def _texts(data: str, split: str, text_field: str) -> Any:
+def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
     """Calibration texts one by one, or rows of tokens."""
-    from ..data import load_text_dataset
-
-    rows = load_text_dataset(data, split=split)
-    columns = rows.column_names or []
-    if not {text_field, "input_ids"} & {*columns}:
-        raise DataError(f"{data} has the columns {', '.join(columns)}, and no {text_field!r}. Pass --text-field.")
-    return (row[text_field] for row in rows) if text_field in columns else rows
+    rows = _corpus(data, split, text_field, option, cached=False)
+    return (row[text_field] for row in rows) if text_field in (rows.column_names or []) else rows
 
 
-def _corpus(source: str, split: str) -> Any:
+def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bool = True) -> Any:
+    """A corpus, refused where its first rows hold no text; or a teacher cache."""
+    from itertools import islice
+
     from ..data import load_text_dataset
     from ..distillation.teacher_cache import MANIFEST_NAME, load_teacher_cache
+    from ..recipe.environment import require_text
 
-    if (Path(source) / MANIFEST_NAME).is_file():
+    if cached and (Path(source) / MANIFEST_NAME).is_file():
         return load_teacher_cache(source)
-    return load_text_dataset(source, split=split)
+    rows = load_text_dataset(source, split=split)
+    require_text(list(islice(rows, 64)), source, text_field, option)
+    return rows
 
 
 def _size(name: str, text: str) -> int | float:
     try:
-        return int(text) if text.isdigit() else float(text)
+        return int(text) if text.isascii() and text.isdigit() else _finite(text)
     except ValueError:
         raise DataError(f"--{name.replace('_', '-')} {text}: expected an integer or a fraction.") from None
 
@@ -83,16 +86,36 @@ def _number(name: str, text: str) -> float:
     """A number that may end in k, M, B or T."""
     scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1)
     try:
-        return float(text[:-1] if scale > 1 else text) * scale
+        number = _finite(text[:-1] if scale > 1 else text) * scale
     except ValueError:
-        raise DataError(f"--{name} {text}: expected a number, such as 0.5, 4.5e9 or 4.5B.") from None
+        number = -1
+    if not number > 0:
+        option = name.replace("_", "-")
+        raise DataError(f"--{option} {text}: expected a number above 0, such as 0.5, 4.5e9 or 4.5B.")
+    return number
 
 
-def _with_arguments(function: str, call: Any) -> Any:
-    """Call with user-given keyword arguments; an unknown one is the user's mistake, not ours."""
-    try:
-        return call()
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise DataError(f"--set: {function} has no argument {str(error).split()[-1]}.") from error
-        raise
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def _settings(
+    entries: Sequence[str] | None, hints: Mapping[str, Any], takes: str, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The entries of --set, checked against what takes them.
+
+    Args:
+        entries: each `name=value`.
+        hints: name → annotation, see `recipe.rules.hints_of`.
+        takes: what the names are.
+        defaults: entries that these change.
+    """
+    from ..recipe.reading import apply_overrides
+    from ..recipe.rules import require_settings
+
+    found = apply_overrides(defaults or {}, list(entries or ()))
+    require_settings(found, hints, "--set ", takes)
+    return found

@@ -35,7 +35,10 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
             table.add_column(column, justify="right")
         for one in found:
             table.add_row(one["name"], f"{one['num_parameters']:,}", f"{one['num_parameters'] / total:.0%}")
-        _console().print(table)
+        console = _console()
+        console.print(table)
+        for note in shapes["notes"]:
+            console.print(f"Note: {note}", markup=False, highlight=False)
         return
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):

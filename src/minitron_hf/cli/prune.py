@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from ..errors import DataError
-from .options import Output, Settings, _load, _texts, _with_arguments
+from .options import Output, Settings, _load, _settings, _texts
 from .printing import _say
 
 
@@ -35,10 +35,13 @@ def prune(
     from ..files import replacing_folder, require_empty
     from ..pruning.plan import PruningPlan
     from ..pruning.prune import carry_out
+    from ..pruning.repair import repaired_weights
     from ..pruning.streaming import is_streamable, prune_checkpoint
-    from ..recipe.reading import apply_overrides
+    from ..recipe.rules import hints_of
     from ..saving import save_model
 
+    own = ("model", "plan", "data", "processing_class")
+    settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
     made = PruningPlan.from_pretrained(plan)
     if made.repair and data is None:
         raise DataError(f"The plan in {plan} has repair={made.repair!r}: --data names calibration text for it.")
@@ -52,11 +55,7 @@ def prune(
             _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher)
-        arguments = apply_overrides({}, set_ or [])
-        student = _with_arguments(
-            "repaired_weights",
-            lambda: carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **arguments),
-        )
+        student: Any = carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
         if verify:
             _say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:

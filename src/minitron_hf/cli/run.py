@@ -38,7 +38,7 @@ def run(
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
     loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
-        _print_shapes(check_recipe(loaded))
+        _print_shapes(check_recipe(loaded, until=until))
         return
     try:
         folder = run_recipe(

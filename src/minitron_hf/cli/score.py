@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Output, Settings, _load, _texts, _with_arguments
+from ..errors import DataError
+from .options import Output, Settings, _corpus, _load, _settings, _texts
 from .printing import _say
 
 
@@ -19,15 +20,15 @@ def score(
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
-    from ..recipe.reading import apply_overrides
+    from ..recipe.settings import scoring_hints
     from ..scoring.importance import estimate_importance
 
+    hints = scoring_hints()
+    del hints["iterations"]  # of a recipe, which says what will be cut
+    settings = _settings(set_, hints, "arguments of estimate_importance")
     texts = _texts(data, split, text_field)
     model, tokenizer = _load(teacher)
-    scores = _with_arguments(
-        "estimate_importance",
-        lambda: estimate_importance(model, texts, processing_class=tokenizer, **apply_overrides({}, set_ or [])),
-    )
+    scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
     _say(f"Wrote {scores.save_pretrained(output)}")
 
 
@@ -43,14 +44,17 @@ def cache(
 
     Resumes what was interrupted.
     """
-    from ..data import load_text_dataset
     from ..distillation.cache_writer import cache_teacher_logits
-    from ..distillation.config import DistillationConfig
-    from ..recipe.reading import apply_overrides
-    from ..recipe.schema import DISTILL_DEFAULTS
+    from ..distillation.teacher_cache import refuse_uncacheable
+    from ..models import load_config
+    from ..recipe.settings import distillation_config, distillation_hints
 
+    settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
+    args = distillation_config(output, {**settings, "eval_strategy": "no"}, "--set ")
+    refuse_uncacheable(args)
+    rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
+    vocab_size = load_config(teacher).get_text_config().vocab_size
+    if top_k > vocab_size:
+        raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     model, tokenizer = _load(teacher)
-    settings = {**apply_overrides(dict(DISTILL_DEFAULTS), set_ or []), "eval_strategy": "no"}
-    args = DistillationConfig(str(output), **settings)
-    rows = load_text_dataset(data, split=split)
     _say(f"Wrote {cache_teacher_logits(model, rows, output, top_k=top_k, args=args, processing_class=tokenizer)}")

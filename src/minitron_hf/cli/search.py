@@ -7,7 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .options import Output, Settings, _load, _number, _texts, _with_arguments
+from ..errors import DataError
+from .options import Output, Settings, _corpus, _load, _number, _texts
 from .printing import _console, _say
 
 
@@ -49,35 +50,36 @@ def search(
     --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
     Resumes what was interrupted.
     """
-    from ..data import load_text_dataset
     from ..publishing.plots import write_plots
     from ..recipe.reading import apply_overrides, read_yaml
+    from ..recipe.settings import require_search
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures, table
 
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
+    if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
+        raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
     settings = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    require_search(settings, "--set ")
     limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
     calibration = _texts(data, split, text_field)
-    held_out = None if eval_data is None else _texts(eval_data, split, text_field)
+    held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
+    corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
     read = ImportanceScores.from_pretrained(scores)
     model, tokenizer = _load(teacher)
-    found = _with_arguments(
-        "search_architectures",
-        lambda: search_architectures(
-            model,
-            read,
-            space=sizes,
-            calibration_data=calibration,
-            max_seconds_per_token=max_seconds_per_token,
-            train_dataset=None if train_data is None else load_text_dataset(train_data, split=split),
-            eval_data=held_out,
-            processing_class=tokenizer,
-            output_dir=output,
-            **limits,
-            **settings,
-        ),
+    found = search_architectures(
+        model,
+        read,
+        space=sizes,
+        calibration_data=calibration,
+        max_seconds_per_token=max_seconds_per_token,
+        train_dataset=corpus,
+        eval_data=held_out,
+        processing_class=tokenizer,
+        output_dir=output,
+        **limits,
+        **settings,
     )
     _console().print(table(found.candidates))
     found.best.save_pretrained(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,17 +30,23 @@ def load_text_dataset(
     import datasets
 
     readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-    path = Path(source)
+    path = Path(source).expanduser()
+    if not str(source).strip():
+        raise DataError("The dataset has no name. Expected a local file, a saved dataset folder or a Hub dataset id.")
     try:
         if path.is_file() or path.suffix in readers:
             if path.suffix not in readers:
                 raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(readers)}.")
             if not path.is_file():  # a Hub id does not end like this
                 raise DataError(f"The file {source} does not exist. Check the path.")
+            if path.suffix != ".parquet":
+                _require_utf8(path)
             return datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)}, split=split)
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(source, name, split=split, revision=revision)
+    except StopIteration as error:  # what `datasets` makes of a file without rows
+        raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataError):
             raise
@@ -47,3 +54,17 @@ def load_text_dataset(
             f"Cannot load the dataset {source!r} (split {split!r}): {error}. "
             f"Expected a local file ({', '.join(readers)}), a saved dataset folder or a Hub dataset id."
         ) from error
+
+
+def _require_utf8(path: Path) -> None:
+    """Refuse a text file in another encoding; `datasets` would fail only when it comes to the row."""
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+                lines += block.count(b"\n")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        lines += error.object[: error.start].count(b"\n")
+        raise DataError(f"{path} is not UTF-8 text: line {lines} ({error.reason}). Save it as UTF-8.") from error

@@ -23,6 +23,7 @@ from ..files import public_name, require_writable, versions, write_json
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
 from ..models import empty_model
+from ..privacy import public_settings
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import add_older_keys, save_model
@@ -165,11 +166,13 @@ class SavesStudent(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         peft: dict[str, Any] | None = None
         if is_peft_model(model):
-            peft = {
-                key: sorted(value) if isinstance(value, set) else value
-                for key, value in model.peft_config[model.active_adapter].to_dict().items()
-                if isinstance(value, bool | int | float | str | set | list)
-            }
+            peft = public_settings(
+                {
+                    key: value
+                    for key, value in model.peft_config[model.active_adapter].to_dict().items()
+                    if isinstance(value, bool | int | float | str | set | list)
+                }
+            )
             peft["base_model_name_or_path"] = public_name(self._student_name)
         history = self.state.log_history
         return {
@@ -182,7 +185,7 @@ class SavesStudent(SFTTrainer):
             },
             "student": {"name_or_path": public_name(self._student_name)},
             "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
-            "arguments": {name: arguments.get(name) for name in RECORDED_ARGUMENTS},
+            "arguments": public_settings({name: arguments.get(name) for name in RECORDED_ARGUMENTS}),
             "data": self._datasets,
             "num_processes": self.accelerator.num_processes,
             "peft": peft,

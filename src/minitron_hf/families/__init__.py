@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, did_you_mean
 from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec
 from .tensors import named_tensors, text_config
 
@@ -105,6 +105,7 @@ def spec_for(config: PretrainedConfig) -> ArchSpec:
                 f"{', '.join(known)}. Prune the language model by itself, or add a wrapper to its family's table."
             ) from None
         raise UnsupportedModelError(
-            f"No family table for model_type '{model_type}'. Supported: {', '.join(families())}. "
+            f"No family table for model_type '{model_type}'.{did_you_mean(model_type, families())} "
+            f"Supported: {', '.join(families())}. "
             "docs/guides/add-a-family.md shows how to add a table, in this package or from outside (register_family)."
         ) from None

@@ -7,7 +7,9 @@ from its repository, byte for byte.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
+from ..privacy import leaves_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
 from .card_metadata import dataset_name, is_repo_id, metadata
@@ -31,8 +34,20 @@ from .card_tables import (
 )
 from .plots import PLOTS, write_plots
 
-#: Legal texts that go with the teacher's weights.
+logger = logging.getLogger(__name__)
+
+#: Legal texts that go with the teacher's weights, as patterns of file names.
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+#: Names under which an owner adds a legal text; those that came from the teacher stand in `teacher.json`.
+_LEGAL_NAMES = {
+    f"{stem}{end}" for stem in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")
+}
+
+#: The last line of what is written into a `README.md`; what stands below it is the owner's, and stays.
+END_OF_CARD = "<!-- minitron-hf writes everything above this line anew; what you write below it stays. -->"
+
+#: Files that only a run, or one of its commands, leaves.
+_MADE_BY_A_RUN = ("pruning_plan", "distillation")
 
 #: What licences ask of a derived model beyond passing them on: start of the licence id or name → sentence.
 LICENCE_DUTIES = {
@@ -47,10 +62,11 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
     """The model card of a run folder: YAML metadata and Markdown.
 
     A pure function of the files in `run_dir` (and of this package's template): no clock, no network, no environment,
-    and not the name of the folder. A section whose file is missing is absent or says “not measured”.
+    and not the name of the folder. A section whose file is missing is absent or says “not measured”. What the owner
+    wrote into `README.md` below `END_OF_CARD` is part of it.
 
     Raises:
-        OutputError: if the folder holds neither a student nor a plan.
+        OutputError: if the folder holds no student, or one that was neither pruned nor distilled here.
         MismatchError: if one of the files cannot be understood.
     """
     import jinja2
@@ -68,26 +84,84 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
     environment.filters.update(FILTERS)
     try:
         card = _card_values(run)
-        return environment.get_template("model_card.md.j2").render(card)
+        rendered = environment.get_template("model_card.md.j2").render(card)
     except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise MismatchError(
             f"The files in {run_dir} do not have the expected fields ({type(error).__name__}: {error}). They were "
             "written by another version of this package: run their stages again."
         ) from error
+    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{_owners_part(run_dir / 'README.md') or ''}"
 
 
 def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
     """Draw the plots whose inputs are in the run folder, render the card, and write it to `README.md`.
 
+    What the owner wrote below `END_OF_CARD` stays; a `README.md` without that line is kept beside the new one.
+
     Raises:
-        OutputError: if the folder holds neither a student nor a plan, or cannot be written.
+        OutputError: if the folder holds no student, or one that was neither pruned nor distilled here; or if it cannot
+            be written.
     """
     run_dir = Path(run_dir)
-    _read_run(run_dir)  # refuses an empty folder before anything is drawn in it
+    _read_run(run_dir)  # refuses a folder before anything is drawn in it
     write_plots(run_dir)
+    _redact_recipe(run_dir / "recipe.yaml")
     path = run_dir / "README.md"
-    write_text(path, render_model_card(run_dir))
+    content = render_model_card(run_dir)
+    _put_aside(path)
+    write_text(path, content)
     return path
+
+
+def _owners_part(path: Path) -> str | None:
+    """What stands below `END_OF_CARD` in a card; None where there is no card that was written here."""
+    if not path.is_file() or leaves_folder(path, path.parent):
+        return None
+    try:
+        _, line, below = path.read_text(encoding="utf-8").partition(END_OF_CARD)
+    except UnicodeDecodeError:
+        return None
+    return below.removeprefix("\n") if line else None
+
+
+def _put_aside(path: Path) -> None:
+    """Rename a `README.md` that somebody else wrote, unless it is the form that PEFT leaves beside every adapter."""
+    if not os.path.lexists(path) or _owners_part(path) is not None:
+        return
+    text = path.read_bytes() if path.is_file() else b""
+    if b"library_name: peft" in text and b"[More Information Needed]" in text:
+        return
+    names = (f"README.before{f'-{number}' if number > 1 else ''}.md" for number in itertools.count(1))
+    free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+    path.rename(free)
+    logger.warning(
+        "%s was not written by minitron-hf. It is now %s; what the card should keep belongs below its last line.",
+        path,
+        free.name,
+    )
+
+
+def _redact_recipe(path: Path) -> None:
+    """Write a recipe as it is published, wherever it came from."""
+    import yaml
+
+    if not path.is_file():
+        return
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MismatchError(f"{path} is not valid YAML ({error}). Delete it; the next run writes it again.") from error
+    public = public_settings(recipe)
+    if public != recipe:
+        write_text(path, yaml.safe_dump(public, sort_keys=False, allow_unicode=True))
+
+
+def legal_files(run_dir: Path) -> list[str]:
+    """Names of the legal texts of a run folder: copied from the teacher, or added under their usual names."""
+    path = run_dir / "teacher.json"
+    copied = (read_json(path).get("legal_files") if path.is_file() else None) or []
+    names = _LEGAL_NAMES | {name for name in copied if matches(name, LEGAL_FILES) and name == os.path.basename(name)}
+    return sorted(name for name in names if (run_dir / name).is_file())
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
@@ -102,6 +176,11 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds neither config.json nor pruning_plan.json: there is no student to describe. "
             "Give the folder that the run wrote."
         )
+    if not any((run_dir / f"{name}.json").is_file() for name in _MADE_BY_A_RUN):
+        raise OutputError(
+            f"{run_dir} holds a model that was neither pruned nor distilled here: it has no "
+            f"{' and no '.join(f'{name}.json' for name in _MADE_BY_A_RUN)}. Give the folder that the run wrote."
+        )
     samples = run_dir / "samples.json"
     try:
         run["samples"] = json.loads(samples.read_text(encoding="utf-8")) if samples.is_file() else None
@@ -114,7 +193,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     ]
     run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     run["plots"] = [name for name in PLOTS if (run_dir / "plots" / name).is_file()]
-    run["legal_files"] = sorted(path.name for path in run_dir.glob("*") if matches(path.name, LEGAL_FILES))
+    run["legal_files"] = legal_files(run_dir)
     return run
 
 

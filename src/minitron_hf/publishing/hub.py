@@ -1,190 +1,32 @@
-"""Reads the teacher's metadata from the Hub, and publishes run folders.
+"""Publishes run folders on the Hub, and checks before any work whether it could.
 
 A run folder is laid out like the repository that it becomes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HubError, OutputError
-from ..files import read_json, replacing_file, write_json
-from .card import LEGAL_FILES, matches, write_model_card
+from ..errors import HubError
+from ..files import read_json, write_json
+from .card import write_model_card
 from .card_metadata import is_repo_id
-from .plots import PLOTS
+from .hub_errors import NO_TOKEN, hub_errors, is_passing, is_unclear, patiently
+from .teacher_metadata import write_teacher_metadata
+from .uploads import is_owned, require_no_secret, require_student, uploaded_files
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, HfApi
+
+__all__ = ["check_push", "push_student_to_hub", "uploaded_files", "write_teacher_metadata"]
 
 logger = logging.getLogger(__name__)
 
-#: What a push uploads, as patterns of paths in the run folder. Everything else is a working file and stays at home.
-UPLOADED = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "merges.txt",
-    "vocab.txt",
-    "recipe.yaml",
-    "README.md",
-    *LEGAL_FILES,
-    "plots/*.png",
-    *(f"rounds/*/{name}" for name in ("pruning_plan.*", "pruner_config.json", "distillation.json")),
-    "additional_chat_templates/*.jinja",
-)
-#: Exceptions to `UPLOADED`: state of a training run.
-NEVER_UPLOADED = ("trainer_state.json", "optimizer*", "scheduler*", "*.tmp", ".*")
-
-#: Files that a push owns in the repository: one that an earlier push left and this one has not is deleted, in the same
-#: commit. A stale shard would be loaded, and a stale artefact would change the card when it is rendered again.
-OWNED = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pruning_plan.json",
-    "pruning_plan.safetensors",
-    "pruner_config.json",
-    "scores.safetensors",
-    "teacher.json",
-    "distillation.json",
-    "evaluation.json",
-    "benchmarks.json",
-    "samples.json",
-    "search.json",
-    "recipe.yaml",
-    "hub.json",
-    *(f"plots/{name}" for name in PLOTS),
-    "rounds/*",
-)
-
-#: Any one of these is a tokenizer that Transformers can load.
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
-
-_NO_TOKEN = (
-    "Log in with `hf auth login`, or set HF_TOKEN or pass token= with a token that has write access "
-    "(https://huggingface.co/settings/tokens)."
-)
-_REPEAT = "No commit was made; push again: what was already uploaded is not sent twice."
-
-
-# What is known of the teacher
-
-
-def write_teacher_metadata(
-    run_dir: str | os.PathLike[str],
-    teacher_name_or_path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-) -> Path:
-    """Write `teacher.json` from the metadata of the teacher's card, and copy its licence files.
-
-    What the card does not say is null: nothing is guessed. `hub_id` is null for a local folder, whose name means
-    nothing to readers of the student's card.
-
-    Args:
-        run_dir: the run folder.
-        teacher_name_or_path: a local folder or a Hub id.
-        revision: Hub revision; the commit it stands for is recorded.
-        token: Hub token, for private or gated teachers.
-
-    Returns:
-        The path of `teacher.json`.
-
-    Raises:
-        HubError: if the name is neither a folder nor a model that can be found on the Hub.
-        OutputError: if the run folder cannot be written.
-    """
-    import yaml
-    from huggingface_hub import metadata_load
-
-    run_dir = Path(run_dir)
-    folder = Path(teacher_name_or_path).expanduser()
-    if folder.is_dir():
-        hub_id, files = None, {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-        # A path would tell the world about this machine, and nothing about the teacher.
-        name = folder.resolve().name
-    else:
-        hub_id = name = str(teacher_name_or_path)
-        revision, files = _fetch_card(hub_id, revision, token)
-
-    try:
-        data = metadata_load(files["README.md"]) if "README.md" in files else None
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        logger.warning("The card of %s cannot be read (%s); its licence is recorded as unknown.", name, error)
-        data = None
-    data = data or {}
-    teacher = {
-        "name_or_path": name,
-        "hub_id": hub_id,
-        "revision": revision,
-        "license": _text_or_none(data.get("license")),
-        "license_name": _text_or_none(data.get("license_name")),
-        "license_link": _text_or_none(data.get("license_link")),
-        "language": _strings(data.get("language")),
-        "datasets": _strings(data.get("datasets")),
-        "tags": _strings(data.get("tags")),
-    }
-    for file, source in files.items():
-        if matches(file, LEGAL_FILES):
-            with replacing_file(run_dir / file) as temporary:
-                shutil.copyfile(source, temporary)
-    path = run_dir / "teacher.json"
-    write_json(path, teacher)
-    return path
-
-
-def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[str | None, dict[str, Path]]:
-    """Commit of a Hub model, and its card and licence files in the local cache."""
-    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-
-    if constants.is_offline_mode():
-        cached = try_to_load_from_cache(repo_id, "README.md", revision=revision)
-        if not isinstance(cached, str):
-            logger.warning(
-                "The Hub is switched off (HF_HUB_OFFLINE) and the card of %s is not in the cache: "
-                "its licence is recorded as unknown.",
-                repo_id,
-            )
-            return revision, {}
-        snapshot = Path(cached).parent
-        return snapshot.name, {path.name: path for path in sorted(snapshot.iterdir()) if path.is_file()}
-    with _hub_errors(f"Cannot read the card of the teacher {repo_id}", repeat=""):
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = [name for name in names if name == "README.md" or ("/" not in name and matches(name, LEGAL_FILES))]
-        files = {name: Path(hf_hub_download(repo_id, name, revision=info.sha, token=token)) for name in wanted}
-    return info.sha, files
-
-
-def _strings(value: Any) -> list[str] | None:
-    """A list of strings from what a card's YAML holds in a field that takes one value or several.
-
-    YAML reads the language code `no` as False.
-
-    >>> _strings(["en", False]), _strings("en"), _strings(None)
-    (['en', 'no'], ['en'], None)
-    """
-    if value is None or value == []:
-        return None
-    values = value if isinstance(value, list) else [value]
-    return ["no" if item is False else str(item) for item in values if item is not None]
-
-
-def _text_or_none(value: Any) -> str | None:
-    """One string; a list of several licences is joined by nothing that the Hub knows, so its first stands for it."""
-    values = _strings(value)
-    return values[0] if values and len(values) == 1 else None
-
-
-# Publishing
+_REPEAT = "Push again: what was already uploaded is not sent twice, and the same files make no second commit."
 
 
 def push_student_to_hub(
@@ -199,14 +41,16 @@ def push_student_to_hub(
 ) -> CommitInfo:
     """Publish a run folder in one commit: weights, tokenizer, plan, scores, plots, evaluation, recipe and card.
 
-    The card is rendered again first, and its metadata is checked by the Hub before anything is uploaded. An
-    interrupted push can be repeated: what was uploaded is not sent twice, and when the repository already holds
-    exactly these files no commit is made.
+    Only files under names that this package writes are uploaded. The card is rendered again first, and its metadata is
+    checked by the Hub before anything is uploaded. An interrupted push can be repeated: what was uploaded is not
+    sent twice, and when the repository already holds exactly these files no commit is made. A push that the Hub does
+    not answer, or cannot serve at the moment, is repeated here for some seconds.
 
     Args:
         run_dir: the run folder. `hub.json` (the repository's name) and `README.md` are written into it.
         repo_id: `owner/name`, or `name` for the owner of the token.
-        private: whether a new repository is private. The visibility of an existing one is never changed.
+        private: whether a new repository is private. A public one is private until its commit is made. The visibility
+            of an existing one is never changed.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
         commit_message: first line of the commit.
         revision: branch to push to; created if it does not exist.
@@ -216,39 +60,154 @@ def push_student_to_hub(
         The commit.
 
     Raises:
-        OutputError: if the folder holds no complete student, or cannot be written.
+        OutputError: if the folder holds no complete student, was not made by a run, holds an access token in what
+            would be published, or cannot be read or written.
         HubError: if there is no token, the Hub refuses it or the metadata, or the connection breaks.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+    from huggingface_hub import HfApi, ModelCard
 
     run_dir = Path(run_dir)
-    _require_student(run_dir)
+    require_student(run_dir)
     what = f"Cannot push to {repo_id}"
-    if not is_repo_id(repo_id):
-        raise HubError(f"{what}: expected `owner/name` (letters, digits, '-', '_' and '.'), got {repo_id!r}.")
-    with _hub_errors(what):
-        token = token or get_token()
-        if not token:
-            raise HubError(f"{what}: there is no access token. {_NO_TOKEN}")
-        api = HfApi(token=token, library_name="minitron-hf")
-        if "/" not in repo_id:
-            repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
+    token = _require_token(repo_id, token, what)
+    api = HfApi(token=token, library_name="minitron-hf")
+    if "/" not in repo_id:
+        with hub_errors(what):
+            repo_id = f"{_patient_whoami(api)['name']}/{repo_id}"
 
     _require_teacher_metadata(run_dir, token)
     write_json(run_dir / "hub.json", {"repo_id": repo_id})
     content = write_model_card(run_dir).read_text(encoding="utf-8")
     files = uploaded_files(run_dir)
+    require_no_secret(files, (token, os.environ.get("HF_TOKEN")))
 
-    with _hub_errors(what):
-        ModelCard(content).validate(repo_type="model")
-        api.create_repo(repo_id, private=private, exist_ok=True)
+    with hub_errors(what, _REPEAT):
+        patiently(lambda: ModelCard(content).validate(repo_type="model"), again=is_passing)
+        is_new = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
+        commit = _commit(
+            api,
+            repo_id,
+            files,
+            commit_message=commit_message or "Upload student, plan, measurements and card",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    if is_new and not private:
+        still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
+        with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):
+            patiently(lambda: api.update_repo_settings(repo_id, private=False), again=_may_pass)
+    return commit
+
+
+def check_push(repo_id: str, *, token: str | None = None) -> str | None:
+    """Refuse a push that cannot succeed, before the work that it would publish.
+
+    Args:
+        repo_id: `owner/name`, or `name` for the owner of the token.
+        token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
+
+    Returns:
+        What could not be checked and why, as a sentence; None if everything was.
+
+    Raises:
+        HubError: if the Hub would not take the name, there is no token, or it has no write access to the owner.
+    """
+    from huggingface_hub import HfApi, constants
+
+    what = f"Cannot push to {repo_id}"
+    token = _require_token(repo_id, token, what)
+    unchecked = f"Whether the access token may write to {repo_id} was not checked: "
+    if constants.is_offline_mode():
+        return f"{unchecked}the Hub is switched off (HF_HUB_OFFLINE)."
+    try:
+        account = _patient_whoami(HfApi(token=token, library_name="minitron-hf"))
+    except Exception as error:
+        if is_passing(error) or is_unclear(error):
+            return f"{unchecked}the Hub does not answer ({type(error).__name__})."
+        with hub_errors(what):
+            raise
+    with hub_errors(what):
+        if problem := _missing_access(account, repo_id):
+            raise HubError(f"{what}: {problem} {NO_TOKEN}")
+    return None
+
+
+def _require_token(repo_id: str, token: str | None, what: str) -> str:
+    """The token to push with; refuses names that the Hub would not take."""
+    from huggingface_hub import get_token
+
+    if not is_repo_id(repo_id):
+        raise HubError(
+            f"{what}: expected `owner/name`, at most 96 letters, digits, '-', '_' and '.', without '--' and '..', got "
+            f"{repo_id!r}."
+        )
+    token = token or get_token()
+    if not token:
+        raise HubError(f"{what}: there is no access token. {NO_TOKEN}")
+    return token
+
+
+def _may_pass(error: BaseException) -> bool:
+    return is_passing(error) or is_unclear(error)
+
+
+def _patient_whoami(api: HfApi) -> dict[str, Any]:
+    return patiently(lambda: {**(answer := api.whoami()), "name": answer["name"]}, again=is_passing)
+
+
+def _missing_access(account: Mapping[str, Any], repo_id: str) -> str | None:
+    """Why an account, as the Hub describes it, may not write to a repository; None if nothing speaks against it."""
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    owner = repo_id.split("/")[0] if "/" in repo_id else account["name"]
+    if token.get("role") == "read":
+        return "the access token may only read."
+    permissions = token.get("fineGrained")
+    if token.get("role") == "fineGrained" and permissions and "repo.write" not in str(permissions):
+        return "the access token has no permission to write to repositories."
+    if owner == account["name"]:
+        return None
+    organisations = {one["name"]: one.get("roleInOrg") for one in account.get("orgs") or []}
+    if owner not in organisations:
+        own = ", ".join([account["name"], *organisations])
+        return f"the access token belongs to {account['name']}, which may write to {own}."
+    return f"{account['name']} may only read in {owner}." if organisations[owner] == "read" else None
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
+    """Create a private repository unless there is one.
+
+    Returns:
+        Whether it is new.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        return True
+    if info.private is not None and info.private != private:
+        visibility = "private" if info.private else "public"
+        logger.warning("%s already exists and is %s: it stays %s.", repo_id, visibility, visibility)
+    return False
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path], *, revision: str | None, create_pr: bool, **options: Any
+) -> CommitInfo:
+    """Upload files and delete stale ones, in one commit.
+
+    A commit whose answer was lost is asked for again: if it was made, the Hub has all files, and makes no second one.
+    A pull request would be opened twice.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    def attempt() -> CommitInfo:
         if revision and revision != "main" and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
-        if private and info.private is False:
-            logger.warning("%s already exists and is public: it stays public.", repo_id)
         present = [sibling.rfilename for sibling in info.siblings or []]
-        stale = [name for name in present if name not in files and matches(name, OWNED)]
+        stale = [name for name in present if name not in files and is_owned(name)]
         # One list of operations is one commit, also with Xet storage, where upload_folder may make several.
         return api.create_commit(
             repo_id,
@@ -256,10 +215,20 @@ def push_student_to_hub(
                 *(CommitOperationAdd(name, path) for name, path in files.items()),
                 *(CommitOperationDelete(name, is_folder=False) for name in stale),
             ],
-            commit_message=commit_message or "Upload student, plan, measurements and card",
             revision=revision,
             create_pr=create_pr,
+            **options,
         )
+
+    try:
+        return patiently(attempt, again=is_passing if create_pr else _may_pass)
+    except Exception as error:
+        if create_pr and is_unclear(error):
+            raise HubError(
+                f"The Hub did not answer whether it has opened a pull request on {repo_id}. Look at "
+                f"{api.endpoint}/{repo_id}/discussions before you push again."
+            ) from error
+        raise
 
 
 def _require_teacher_metadata(run_dir: Path, token: str) -> None:
@@ -274,86 +243,3 @@ def _require_teacher_metadata(run_dir: Path, token: str) -> None:
         write_teacher_metadata(run_dir, name, revision=teacher.get("revision"), token=token)
     except HubError as error:
         logger.warning("%s The card will name no licence; write teacher.json to name one.", error)
-
-
-def uploaded_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
-    """Files of a run folder that a push uploads: path in the repository → local path, sorted."""
-    run_dir = Path(run_dir)
-    found = {}
-    for pattern in UPLOADED:
-        for path in run_dir.glob(pattern):
-            if path.is_file() and not matches(path.name, NEVER_UPLOADED):
-                found[path.relative_to(run_dir).as_posix()] = path
-    return dict(sorted(found.items()))
-
-
-def _require_student(run_dir: Path) -> None:
-    """Refuse a folder without a student that stock Transformers can load, before anything is asked of the Hub."""
-    from safetensors import SafetensorError, safe_open
-
-    if not run_dir.is_dir():
-        raise OutputError(f"{run_dir} does not exist. Give the folder of a finished run.")
-    if not (run_dir / "config.json").is_file():
-        raise OutputError(f"{run_dir} holds no config.json, so no student. Give the folder of a finished run.")
-    index = run_dir / "model.safetensors.index.json"
-    single = run_dir / "model.safetensors"
-    if single.is_file() or not index.is_file():
-        weights = [single]
-    else:
-        weights = [run_dir / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    for path in weights:
-        if not path.is_file():
-            raise OutputError(f"{run_dir} holds no {path.name}: its student is not complete. Finish the run first.")
-        try:
-            with safe_open(path, "np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"{path} is damaged ({error}). Run the stage that writes it again.") from error
-    if not any(any(run_dir.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise OutputError(
-            f"{run_dir} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Save the teacher's there: "
-            "AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)."
-        )
-
-
-@contextlib.contextmanager
-def _hub_errors(what: str, repeat: str = _REPEAT) -> Iterator[None]:
-    """Turn what the Hub client raises into a `HubError` that says what to do; everything else passes."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    # The client's transport errors (refused or broken connections, time-outs) share the first base of its HTTP errors,
-    # whose module depends on the version of huggingface_hub (httpx, httpx2).
-    transport_error: Any = HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except HubError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise HubError(f"{what}: there is no access token. {_NO_TOKEN}") from error
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"{what}: the Hub is switched off. Unset HF_HUB_OFFLINE.") from error
-    except (OSError, RuntimeError, ValueError, transport_error) as error:
-        # Workers wrap the error of an upload: the reason is the first HTTP error down the chain, or else its end.
-        reason: BaseException = error
-        while not isinstance(reason, HfHubHTTPError) and reason.__cause__ is not None:
-            reason = reason.__cause__
-        if isinstance(reason, HfHubHTTPError):
-            raise HubError(f"{what}: {_http_advice(reason)}") from error
-        if isinstance(error, ValueError):
-            raise HubError(f"{what}: {error}") from error
-        text = f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__
-        raise HubError(f"{what}: the connection failed ({text}). {repeat}".rstrip()) from error
-
-
-def _http_advice(error: Any) -> str:
-    """What a refusal of the Hub means for the user; `error` is an `HfHubHTTPError`."""
-    status = error.response.status_code
-    message = (error.server_message or "").rstrip(".")
-    said = f" The Hub says: {message}." if message else ""
-    if status == 401:
-        return f"the Hub does not accept the access token (401).{said} {_NO_TOKEN}"
-    if status == 403:
-        return f"the access token may not do this (403).{said} Use a token with write access to this owner."
-    if status == 404:
-        return f"not found, or private and not visible with this token (404).{said} Check the name and the revision."
-    return f"the Hub answered {status}.{said or ' ' + str(error)}"

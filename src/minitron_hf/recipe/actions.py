@@ -16,7 +16,7 @@ from ..pruning.streaming import is_streamable, prune_checkpoint
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, RECIPE_NAME, Run
+from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRIVATE_RECIPE_NAME, PRUNED_DIR, Run
 from .schema import CONTROLS, ROUNDS_DIR, Recipe
 from .training import _save_student, _train, _training_settings
 
@@ -115,7 +115,7 @@ def _prune(run: Run) -> None:
 
 def _correct(run: Run) -> None:
     if run.starts_processes:
-        run.start_processes("stage", "correct", run.folder / RECIPE_NAME)
+        run.start_processes("stage", "correct", run.folder / PRIVATE_RECIPE_NAME)
     else:
         correct(run)
 

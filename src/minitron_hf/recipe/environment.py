@@ -73,7 +73,7 @@ def check_corpora(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if isinstance(rows, str):
             skipped.append(f"data.{which}: {rows}")
         else:
-            _require_text(rows, section, f"data.{which}", tokenizer)
+            require_text(rows, section.source, section.text_field, f"data.{which}", tokenizer)
     return skipped
 
 
@@ -101,32 +101,47 @@ def _first_rows(run: Run, which: str, section: DatasetSection) -> Sequence[Any] 
         ) from error
 
 
-def _require_text(rows: Sequence[Any], section: DatasetSection, where: str, tokenizer: Any) -> None:
+def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, tokenizer: Any = None) -> None:
+    """Refuse rows without text.
+
+    Args:
+        rows: the first rows of a corpus.
+        source: where they come from.
+        text_field: column that holds the text.
+        where: what a message calls the corpus.
+        tokenizer: None: texts are not tokenised.
+
+    Raises:
+        DataError: naming the columns that there are, or what a row holds.
+    """
     if not rows:
-        raise DataError(
-            f"{where}: {section.source} (split {section.split!r}) has no rows. Name another split or file."
-        )
+        raise DataError(f"{where}: {source} has no rows. Name another split or file.")
     columns = list(rows[0])
-    if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
+    if not {text_field, "input_ids", "messages", "prompt"} & set(columns):
         raise DataError(
-            f"{where}: {section.source} has the columns {', '.join(columns)}, and no {section.text_field!r}."
-            f"{did_you_mean(section.text_field, columns)} Name the text column with text_field."
+            f"{where}: {source} has the columns {', '.join(columns)}, and no {text_field!r}."
+            f"{did_you_mean(text_field, columns)} Name the text column."
         )
-    if section.text_field not in columns:
+    if text_field not in columns:
         return
-    if wrong := [row[section.text_field] for row in rows if not isinstance(row[section.text_field], str)]:
+    if wrong := [row[text_field] for row in rows if not isinstance(row[text_field], str)]:
         raise DataError(
-            f"{where}: the column {section.text_field!r} of {section.source} holds {wrong[0]!r}, expected text. Name "
-            "another column with text_field, or leave out such rows."
+            f"{where}: the column {text_field!r} of {source} holds {wrong[0]!r}, expected text. Name another column, "
+            "or leave out such rows."
         )
-    try:
-        token_rows([row[section.text_field] for row in rows], tokenizer, max_length=2, num_rows=1)
-    except DataError as error:
-        raise DataError(f"{where}: {section.source}: {error}") from error
+    if tokenizer is not None:
+        try:
+            token_rows([row[text_field] for row in rows], tokenizer, max_length=3, num_rows=1)
+        except DataError as error:
+            raise DataError(f"{where}: {source}: {error}") from error
 
 
-def check_reporters(arguments: Collection[DistillationConfig]) -> None:
+def check_reporters(arguments: Collection[DistillationConfig], prefix: str = "distill.") -> None:
     """Refuse trackers that are unknown or not installed.
+
+    Args:
+        arguments: of distillation.
+        prefix: what stands before a name in a message.
 
     Raises:
         DataError: naming those that there are.
@@ -140,14 +155,14 @@ def check_reporters(arguments: Collection[DistillationConfig]) -> None:
     for name in dict.fromkeys(name for args in arguments for name in args.report_to or ()):
         if name not in INTEGRATION_TO_CALLBACK:
             raise DataError(
-                f"distill.report_to={name!r} is unknown.{did_you_mean(name, INTEGRATION_TO_CALLBACK)} Expected none, "
+                f"{prefix}report_to={name!r} is unknown.{did_you_mean(name, INTEGRATION_TO_CALLBACK)} Expected none, "
                 f"all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
         # Those that Transformers does not probe are tried by their callbacks.
         probed = name not in ("flyte",)
         if probed and name not in get_available_reporting_integrations():
             raise MissingDependencyError(
-                f"distill.report_to={name!r}: the package is not installed. Run pip install {name}, or leave "
+                f"{prefix}report_to={name!r}: the package is not installed. Run pip install {name}, or leave "
                 "report_to out."
             )
 

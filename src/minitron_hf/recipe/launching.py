@@ -15,15 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DataError, DistributedError, MinitronError, MissingDependencyError
+from ..errors import MESSAGES, DataError, DistributedError, MinitronError, MissingDependencyError, did_you_mean
 from ..locks import held_descriptors
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 #: Names of the packaged configurations.
 CONFIG_NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 
-#: Folder in which processes leave what they have to say to the one that started them.
-_MESSAGES = "MINITRON_HF_MESSAGES"
 #: How long processes may take to end when asked to, in seconds.
 _PATIENCE = 60
 
@@ -39,11 +37,12 @@ def accelerate_config(name: str | os.PathLike[str]) -> Path:
     """
     if str(name) in CONFIG_NAMES:
         return CONFIGS / f"{name}.yaml"
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     raise DataError(
-        f"There is no Accelerate configuration {os.fspath(name)!r}. Expected {', '.join(CONFIG_NAMES)}, or a file "
+        f"There is no Accelerate configuration {os.fspath(name)!r}.{did_you_mean(os.fspath(name), CONFIG_NAMES)} "
+        f"Expected {', '.join(CONFIG_NAMES)}, or a file "
         "that `accelerate config` wrote."
     )
 
@@ -114,7 +113,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
     if not torch.accelerator.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory(prefix="minitron-hf-") as messages:
-        environment[_MESSAGES] = messages
+        environment[MESSAGES] = messages
         command = [sys.executable, "-m", __name__, "--config_file", str(accelerate_config(config))]
         command += ["--num_processes", str(number), "--module", "minitron_hf.cli", *arguments]
         process = subprocess.Popen(command, env=environment, pass_fds=held_descriptors())
@@ -145,7 +144,7 @@ def leave_message(text: str) -> bool:
     Returns:
         Whether there is one that waits for it.
     """
-    folder = os.environ.get(_MESSAGES)
+    folder = os.environ.get(MESSAGES)
     if folder is None or not Path(folder).is_dir():
         return False
     (Path(folder) / f"{os.environ.get('RANK', 'launcher')}.txt").write_text(text, encoding="utf-8")

@@ -148,8 +148,14 @@ def require_settings(values: Any, hints: Mapping[str, Any], prefix: str, takes: 
             _refuse_unclear_words(value, f"{prefix}{name}")
 
 
-def require_value(value: Any, hint: Any, where: str) -> None:
+def require_value(value: Any, hint: Any, where: str, name: str | None = None) -> None:
     """Refuse a value that its annotation does not allow, or that lies outside the range of its name.
+
+    Args:
+        value: what was given.
+        hint: the annotation.
+        where: what a message calls it; it ends with the name, unless that is given.
+        name: the setting's name.
 
     Raises:
         DataError: with the value, where it stands and what was expected.
@@ -162,7 +168,7 @@ def require_value(value: Any, hint: Any, where: str) -> None:
         raise DataError(f"{where}={value!r}: expected {_described(hint)}.{_advice(value, hint)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{where}={value!r}: expected a finite number.")
-    allowed = RANGES.get(where.rpartition(".")[2].rpartition(" ")[2])
+    allowed = RANGES.get(name or where.rpartition(".")[2].rpartition(" ")[2])
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if allowed is not None and number and not allowed.holds(value):
         raise DataError(f"{where}={value!r}: expected {allowed}.")

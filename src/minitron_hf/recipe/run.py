@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-RECIPE_NAME = "recipe.yaml"
+#: The recipe as it is published, and the whole of it: secrets and paths, for other processes of the run.
+RECIPE_NAME, PRIVATE_RECIPE_NAME = "recipe.yaml", "stages/recipe.private.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
 CORRECTED_DIR, CACHE_DIR = "corrected_teacher", "teacher_cache"

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import MinitronError, MismatchError, OutputError
 from ..files import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
+from ..privacy import recorded_settings
 from .checking import check_recipe
-from .run import RECIPE_NAME, STAGES_DIR, UNFINISHED_DIR, Run
+from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, UNFINISHED_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import Stage, stages_of
 
@@ -67,7 +68,8 @@ def run_recipe(
         if stage.name == until:
             break
     _drop_rounds(run.folder, recipe, redo)
-    write_text(run.folder / RECIPE_NAME, recipe.to_yaml())
+    write_text(run.folder / PRIVATE_RECIPE_NAME, recipe.to_yaml(), private=True)
+    write_text(run.folder / RECIPE_NAME, recipe.to_public_yaml())
     for stage in wanted:
         record = _record(run.folder, stage.name)
         done = record is not None and record["status"] == "done" and record["digest"] == digests[stage.name]
@@ -129,7 +131,7 @@ def _write_record(
             "status": status,
             "digest": stage_digest,
             "seconds": None if seconds is None else round(seconds, 2),
-            "settings": stage.settings(recipe),
+            "settings": recorded_settings(stage.settings(recipe)),
             "versions": versions(),
         },
     )
@@ -139,7 +141,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     record = _record(folder, stage.name)
     if record is None or record["digest"] == stage_digest:
         return
-    old, new = _flatten(record["settings"]), _flatten(stage.settings(recipe))
+    old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.settings(recipe)))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
     raise MismatchError(

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from ..errors import DataError, did_you_mean
+from ..privacy import public_settings
 from ..sizes.request import PrunerConfig
 from .reading import apply_overrides, read_yaml
 from .rules import require_choice, require_value
@@ -278,6 +279,10 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML, every default written out."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+    def to_public_yaml(self) -> str:
+        """The recipe as it is published: paths by their last part, and no text but that of `PUBLIC_TEXT`."""
+        return yaml.safe_dump(public_settings(asdict(self)), sort_keys=False, allow_unicode=True)
 
     def in_round(self, number: int) -> Recipe:
         """What one round does, as a recipe of its own: its teacher is what it cuts, the student of the round before.

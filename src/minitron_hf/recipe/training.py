@@ -19,7 +19,7 @@ from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from ..saving import save_model
 from .rules import hints_of, require_settings
-from .run import CACHE_DIR, RECIPE_NAME, UNFINISHED_DIR, Run
+from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, Recipe
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
     """Distil with the recipe's settings, and `changes` to them."""
     if run.starts_processes:
         settings = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
-        run.start_processes("stage", "distill", run.whole.folder / RECIPE_NAME, student, folder, *settings)
+        run.start_processes("stage", "distill", run.whole.folder / PRIVATE_RECIPE_NAME, student, folder, *settings)
     else:
         train(run, student, folder, changes)
 

@@ -32,6 +32,7 @@ from ..distillation.trainer import DistillationTrainer
 from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
 from ..files import digest, read_json, require_writable, write_json
+from ..privacy import public_settings
 from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
@@ -398,7 +399,7 @@ class _Record:
             values = {
                 "format": 1,
                 "inputs": self.inputs,
-                "settings": dict(self.settings),
+                "settings": public_settings(self.settings),
                 "costs": self.costs,
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
             }

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, PlanError
+from ..errors import HubError, PlanError, did_you_mean
 from ..families import PRUNER_FIELDS
 from ..files import read_json, write_json
 
@@ -146,8 +146,11 @@ class PrunerConfig:
             PlanError: if a name is unknown.
         """
         names = [one.name for one in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise PlanError(f"PrunerConfig has no field {', '.join(unknown)}. Expected: {', '.join(names)}.")
+        if unknown := sorted(map(str, set(values) - set(names))):
+            raise PlanError(
+                f"PrunerConfig has no field {', '.join(unknown)}.{did_you_mean(unknown, names)} "
+                f"Expected: {', '.join(names)}."
+            )
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:

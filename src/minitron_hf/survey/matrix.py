@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, did_you_mean
 from ..families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
 from ..families.axes import Axis, dimension_axes, parse_dimensions
 from ..files import replacing_file
@@ -173,7 +173,9 @@ def described(model_type: str) -> list[tuple[str, ArchSpec]]:
     inside = [(text, spec) for (outer, text), spec in wrapped_families().items() if outer == model_type]
     if not inside:
         known = dict.fromkeys((*families(), *sorted(outer for outer, _ in wrapped_families())))
-        raise UnsupportedModelError(f"No family table for '{model_type}'. There are {', '.join(known)}.")
+        raise UnsupportedModelError(
+            f"No family table for '{model_type}'.{did_you_mean(model_type, known)} There are {', '.join(known)}."
+        )
     return [(f"A model that holds a language model of type '{text}'. {_about(text)}", spec) for text, spec in inside]
 
 

@@ -1,0 +1,62 @@
+"""Checks the arguments of every command by their names, before the command runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
+
+from ..errors import DataError
+from ..files import require_creatable
+from ..recipe.rules import require_choice, require_value
+
+#: Words that an argument takes, by its name.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "goal": ("quality", "latency"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "sharding": ("ddp", "fsdp2", "zero2", "zero3"),
+}
+#: Commands whose --output is a file.
+WRITES_A_FILE = ("recommend", "families")
+
+
+class CheckedCommand(TyperCommand):
+    """A command whose arguments are checked by their names; `~` is the user's home in all of them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Check, then run."""
+        to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
+        for name, value in ctx.params.items():
+            ctx.params[name] = _checked(name, value, to_file)
+        return super().invoke(ctx)
+
+
+def _checked(name: str, value: Any, to_file: bool) -> Any:
+    option = f"--{name.rstrip('_').replace('_', '-')}"
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        require_value(value, type(value), option, name)
+        return value
+    if not isinstance(value, str | os.PathLike):
+        return value
+    text = os.path.expanduser(os.fspath(value))
+    if not text.strip():
+        raise DataError(f"{option} {text!r}: expected text. Leave the option out for its default.")
+    if name in CHOICES:
+        require_choice(text, CHOICES[name], option)
+    if name == "output":
+        _require_output(Path(text), to_file)
+    return Path(text) if isinstance(value, os.PathLike) else text
+
+
+def _require_output(path: Path, to_file: bool) -> None:
+    if not to_file:
+        require_creatable(path)
+    elif path.is_dir():
+        raise DataError(f"--output {path}: a folder, expected the name of a file to write.")
+    else:
+        require_creatable(path.parent)
