@@ -7,9 +7,18 @@ import types
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 
 from minitron_hf.data import TokenRows, token_rows
+from minitron_hf.distillation.cache_writer import RowMaker, cache_teacher_logits
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.correction import CorrectionTrainer
+from minitron_hf.distillation.rows import BeginsRows
+from minitron_hf.distillation.teacher_cache import load_teacher_cache
+from minitron_hf.distillation.trainer import DistillationTrainer
+from minitron_hf.errors import DataError
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.pruning.candidates import Candidate, Divergence
 from minitron_hf.pruning.planning import make_plan
@@ -17,7 +26,7 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.scoring.row_starts import warn_of_later_rows, warn_of_missing_separator
 from minitron_hf.sizes.request import PrunerConfig
-from pocket import float64_throughout, pocket_model, pocket_tokens, starting_tokenizer
+from pocket import float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens, starting_tokenizer
 
 BOS = 1
 LENGTHS = (9, 4, 12, 7, 3)
@@ -116,3 +125,167 @@ def test_a_teacher_that_reads_later_rows_as_well_is_not_warned_about(caplog: pyt
         warn_of_later_rows(model, token_rows(documents, max_length=12, packing=False, overlap=1))
         warn_of_missing_separator(model, token_rows(documents, max_length=12), [BOS])
     assert not caplog.messages
+
+
+# Training
+
+
+TALE = [
+    "Once upon a time there was a model.",
+    "It read.",
+    "One day it met a teacher, large and slow, who knew it all.",
+]
+
+
+def training_rows(folder, tokenizer, data, **settings):
+    """A trainer, for the rows that it makes."""
+    student, teacher = pocket_model("llama", seed=1, num_hidden_layers=2), pocket_model("llama")
+    defaults = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": False, "max_length": 16}
+    args = DistillationConfig(str(folder), **{**defaults, **settings})
+    return DistillationTrainer(student, teacher, args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
+@pytest.mark.parametrize("start", ["<s>", "<s> <unk>", "</s>"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd_split"},
+        {"packing": True, "packing_strategy": "bfd"},
+        {"packing": False},
+        {"packing": False, "truncation_mode": "keep_end"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_training_rows_begin_as_the_teacher_expects_and_hold_every_target_once(tmp_path, start: str, settings: dict):
+    tokenizer = starting_tokenizer(start)
+    added = tokenizer.convert_tokens_to_ids(start.split())
+    data = Dataset.from_dict({"text": TALE})
+    trainer = training_rows(tmp_path, tokenizer, data, **settings)
+    pieces = []
+    for row in trainer.train_dataset:
+        assert len(row["input_ids"]) <= 16
+        place = 0
+        for length in row.get("seq_lengths", [len(row["input_ids"])]):
+            pieces.append((row["input_ids"][place : place + length], row["labels"][place : place + length]))
+            place += length
+    for ids, labels in pieces:
+        assert ids[: len(added)] == added
+        assert all(label in (-100, token) for token, label in zip(ids, labels))
+    targets = [label for _, labels in pieces for label in labels[1:] if label != -100]
+    documents = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in TALE]
+    room = 16 - len(added)
+    if settings["packing"] and settings["packing_strategy"] != "bfd":
+        expected = [token for ids in documents for token in ids]
+    else:
+        expected = [
+            token for ids in documents for token in (ids[-room:] if "truncation_mode" in settings else ids[:room])
+        ]
+    assert sorted(targets) == sorted(expected)  # packing changes the order of documents
+
+
+def test_a_wrapped_row_counts_no_token_that_the_tokenizer_adds_where_documents_meet(tmp_path):
+    trainer = training_rows(
+        tmp_path,
+        starting_tokenizer(),
+        Dataset.from_dict({"text": ["abc", "defgh"]}),
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=32,
+    )
+    [row] = trainer.train_dataset
+    assert [place for place, token in enumerate(row["input_ids"]) if token == BOS] == [0, 5]
+    assert [place for place, label in enumerate(row["labels"]) if label == -100] == [0, 5]
+
+
+def test_tokenizers_that_add_nothing_keep_the_rows_of_trl(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"text": TALE * 3})
+    for settings in (
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True},
+        {"packing": False},
+    ):
+        ours = training_rows(tmp_path, pocket_tokenizer(), data, **settings).train_dataset
+        args = SFTConfig(str(tmp_path), report_to="none", bf16=False, max_length=16, **settings)
+        theirs = SFTTrainer(pocket_model("llama"), args, train_dataset=data, processing_class=pocket_tokenizer())
+        for name in ("input_ids", "labels"):
+            assert list(ours[name]) == list(theirs.train_dataset[name])
+
+
+def test_streams_and_token_ids_begin_so_too(tmp_path):
+    tokenizer = starting_tokenizer()
+    data = Dataset.from_dict({"text": TALE})
+    settings = {"packing": True, "packing_strategy": "wrapped", "max_steps": 1}
+    expected = training_rows(tmp_path, tokenizer, data, **settings).train_dataset
+    stream = training_rows(tmp_path, tokenizer, data.to_iterable_dataset(), **settings).train_dataset
+    assert [row["input_ids"] for row in stream] == list(expected["input_ids"])
+    ids = Dataset.from_dict({"input_ids": [[*tokenizer(t, add_special_tokens=False)["input_ids"], 2] for t in TALE]})
+    assert list(training_rows(tmp_path, tokenizer, ids, **settings).train_dataset["input_ids"]) == list(
+        expected["input_ids"]
+    )
+
+
+def test_a_conversation_begins_as_its_template_renders_it(tmp_path):
+    tokenizer = starting_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}</s>{% endfor %}"
+    data = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello, it is me."}]]})
+    rows = training_rows(tmp_path, tokenizer, data, packing=True, packing_strategy="wrapped", max_length=8)
+    joined = [token for row in rows.train_dataset["input_ids"] for token in row]
+    assert joined == tokenizer("u: Hello, it is me.</s>", add_special_tokens=False)["input_ids"]
+
+
+def test_the_cache_of_a_teacher_and_its_correction_have_the_same_rows(tmp_path):
+    tokenizer, data = starting_tokenizer(), Dataset.from_dict({"text": TALE})
+    settings = {"packing": True, "packing_strategy": "wrapped"}
+    expected = training_rows(tmp_path / "run", tokenizer, data, **settings).train_dataset
+    args = DistillationConfig(str(tmp_path), report_to="none", bf16=False, max_length=16, **settings)
+    folder = cache_teacher_logits(
+        pocket_model("llama"), data, tmp_path / "cache", args=args, processing_class=tokenizer, top_k=4
+    )
+    cached = load_teacher_cache(folder).dataset.with_format(None)
+    for name in ("input_ids", "labels"):
+        assert list(cached[name]) == list(expected[name])
+    assert CorrectionTrainer._prepare_dataset is RowMaker._prepare_dataset is BeginsRows._prepare_dataset
+
+
+def test_rows_without_a_target_are_left_out_or_refused(tmp_path, caplog: pytest.LogCaptureFixture):
+    mixed = Dataset.from_dict({"input_ids": [[5], [6, 7, 8], [9]]})
+    with caplog.at_level(logging.WARNING):
+        trainer = training_rows(tmp_path, pocket_tokenizer(), mixed)
+    assert list(trainer.train_dataset["input_ids"]) == [[6, 7, 8]]
+    assert "2 rows of the train dataset hold no target" in caplog.text
+    for rows in ([[5]] * 8, []):
+        with pytest.raises(DataError, match=r"No token counts|holds no rows"):
+            training_rows(tmp_path, pocket_tokenizer(), Dataset.from_dict({"input_ids": rows}))
+
+
+# Context
+
+
+def test_rows_are_cut_to_the_context_of_the_models(tmp_path, caplog: pytest.LogCaptureFixture):
+    """TRL's default of 1,024 tokens on models of 64."""
+    text = Dataset.from_dict({"text": ["word " * 60]})
+    with caplog.at_level(logging.WARNING):
+        trainer = training_rows(tmp_path, pocket_tokenizer(), text, max_length=1024)
+    context = pocket_model("llama").config.max_position_embeddings
+    assert context < 300
+    assert trainer.args.max_length == max(map(len, trainer.train_dataset["input_ids"])) == context
+    assert f"max_length=1024 exceeds the context of the student, {context} tokens" in caplog.text
+    longer = Dataset.from_dict({"input_ids": [list(range(3, 80)) * 5], "labels": [list(range(3, 80)) * 5]})
+    trainer = training_rows(tmp_path, pocket_tokenizer(), longer, dataset_kwargs={"skip_prepare_dataset": True})
+    with pytest.raises(DataError, match=rf"A row has 385 tokens, and the context of the models {context}"):
+        trainer.train()
+
+
+def test_scores_are_not_taken_beyond_the_context():
+    model = pocket_model("llama")
+    context = model.config.max_position_embeddings
+    with pytest.raises(DataError, match=f"max_length={context + 1} exceeds .* context of {context}"):
+        estimate_importance(model, ["word " * 200], processing_class=pocket_tokenizer(), max_length=context + 1)
+    longer = TokenRows((tuple(pocket_tokens(context + 1).tolist()),), None)
+    for data in (longer, DataLoader([{"input_ids": torch.tensor(longer.rows[0])}])):
+        with pytest.raises(DataError, match=f"{context + 1} tokens.* context of {context}"):
+            estimate_importance(model, data, show_progress=False)

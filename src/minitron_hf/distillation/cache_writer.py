@@ -19,6 +19,7 @@ from datasets import DatasetInfo, Features
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from ..data.context import context_length
 from ..errors import MismatchError, UnsupportedModelError
 from ..files import digest, replacing_file, require_writable, versions, write_json
 from ..losses.fused import next_token_positions
@@ -39,14 +40,20 @@ from .batches import (
 )
 from .config import DistillationConfig
 from .intermediate import state_pairs, wanted_states
+from .packing import require_documents_apart
 from .parallel import forward_of_backbone
 from .record import describe_data
+from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
 from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, refuse_uncacheable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+class RowMaker(BeginsRows, SFTTrainer):
+    """TRL's supervised trainer, for the rows and batches that it makes."""
 
 
 def cache_teacher_logits(
@@ -114,7 +121,9 @@ def cache_teacher_logits(
     stand_in: Any = copy.copy(model)
     stand_in.is_quantized = False  # nothing is trained
     stand_in.config, stand_in.generation_config = copy.deepcopy((model.config, model.generation_config))
-    trainer: Any = SFTTrainer(stand_in, args, train_dataset=dataset, processing_class=processing_class)
+    require_rows(dataset, "given")
+    keep_within_context(args, teacher=model.config)
+    trainer: Any = RowMaker(stand_in, args, train_dataset=dataset, processing_class=processing_class)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise UnsupportedModelError(
             "A teacher that is sharded by FSDP or DeepSpeed cannot be cached. Launch without, one whole teacher on "
@@ -122,6 +131,7 @@ def cache_teacher_logits(
         )
     make_fast(model, trainer.accelerator.device)
     check_output_head(model, role="teacher")
+    require_documents_apart(trainer, teacher=model)
     settings = {
         "teacher": model_digest(model),
         "tokenizer": tokenizer_digest(trainer.processing_class),
@@ -140,6 +150,7 @@ def cache_teacher_logits(
     }
 
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
+    collator = WithinContext(collator, context_length(model.config))
     files = []
     with evaluating([model]):
         for number, rows in enumerate(_groups(trainer.train_dataset, rows_per_file)):

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from ..data.context import context_length
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
@@ -35,8 +36,10 @@ from .batches import CountsRowsOnce
 from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
 from .checks import refuse_own_folder, refuse_uncorrectable
 from .config import checkpointing_field
+from .packing import require_documents_apart
 from .parallel import gathered_model
 from .record import describe_data
+from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +54,7 @@ RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
 
 
-class CorrectionTrainer(WholeCheckpoints, CountsRowsOnce, SFTTrainer):
+class CorrectionTrainer(WholeCheckpoints, CountsRowsOnce, BeginsRows, SFTTrainer):
     """TRL's supervised trainer, whose losses are the same in any number of processes."""
 
 
@@ -133,8 +136,10 @@ def correct_teacher(
         "report_to": "none",
     }
     args = SFTConfig(str(output_dir), **{**defaults, **arguments})
+    require_rows(train_dataset, "train")
+    keep_within_context(args, teacher=model.config)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
-    args.max_steps = math.ceil(num_tokens / (rows * max_length))
+    args.max_steps = math.ceil(num_tokens / (rows * args.max_length))
     args.warmup_steps = arguments.get("warmup_steps", min(WARMUP_STEPS, args.max_steps // 10))
     described = describe_data(train_dataset)
     set_seed(args.seed)  # for an adapter, which is made before the trainer seeds itself
@@ -146,6 +151,8 @@ def correct_teacher(
         processing_class=processing_class,
         peft_config=peft_config if method == "lora" else None,
     )
+    require_documents_apart(trainer, teacher=trainer.model)
+    trainer.data_collator = WithinContext(trainer.data_collator, context_length(model.config))
     trainer._remember_start(teacher=fingerprint(trainer.model), data=sampled_data(train_dataset), method=method)
     trainer.go_on()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -165,7 +172,7 @@ def correct_teacher(
             "method": method,
             "original_learning_rate": original_learning_rate,
             "learning_rate": args.learning_rate,
-            "num_tokens": args.max_steps * rows * max_length,
+            "num_tokens": args.max_steps * rows * args.max_length,
             "data": described,
             "log_history": trainer.state.log_history,
         }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from ..data.context import shortest_context
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import require_writable
 from ..losses.fused import next_token_positions
@@ -58,6 +59,7 @@ from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .intermediate import wanted_states
 from .intermediate_steps import WeighsIntermediateLosses
+from .packing import require_documents_apart
 from .parallel import (
     LossRequest,
     distilling_forward,
@@ -67,6 +69,7 @@ from .parallel import (
     shard_teacher,
     whole_head,
 )
+from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
 from .saving import TRAINING_FIELDS, SavesStudent, own_output_dir
 from .teacher_cache import TeacherCache, cached_signal, opened
 from .token_means import COLUMNS, MeansOverTokens
@@ -82,7 +85,7 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(
-    WholeCheckpoints, SavesStudent, WeighsIntermediateLosses, MeansOverTokens, CountsRowsOnce, SFTTrainer
+    WholeCheckpoints, SavesStudent, WeighsIntermediateLosses, MeansOverTokens, CountsRowsOnce, BeginsRows, SFTTrainer
 ):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
@@ -174,6 +177,7 @@ class DistillationTrainer(
         self._datasets = {"train": described(train_dataset), "eval": described(eval_dataset)}
         train_dataset, train_caches = opened(train_dataset, "train_dataset")
         eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
+        require_rows(train_dataset, "train")
         self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
         if args.teacher_model_init_kwargs and (teacher_model is None or isinstance(teacher_model, nn.Module)):
             raise MismatchError(
@@ -190,6 +194,7 @@ class DistillationTrainer(
         else:
             teacher_config = self._caches[0].teacher_config
         refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
+        keep_within_context(args, student=student_config, teacher=teacher_config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
 
         self._vocab_size = teacher_config.get_text_config().vocab_size
@@ -250,7 +255,8 @@ class DistillationTrainer(
         self._loss_shifts_labels = True
         if self.padding_free:
             self.data_collator = WithRowLengths(self.data_collator)
-        self.data_collator = WithCachedTeacher(self.data_collator)
+        context = shortest_context(student_config, teacher_config)
+        self.data_collator = WithinContext(WithCachedTeacher(self.data_collator), context)
         if not self._is_vision_dataset:  # some models look tokens of images up elsewhere
             self.data_collator = WithKnownTokens(self.data_collator, self._vocab_size)
 
@@ -260,6 +266,7 @@ class DistillationTrainer(
             self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
         else:
             check_output_head(self.model, role="student")
+        require_documents_apart(self, student=self.model, teacher=self.teacher_model)
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
         self._intermediate = self._intermediate_losses(student.config, teacher_config)

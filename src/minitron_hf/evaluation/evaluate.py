@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import DataSource, TokenRows, token_rows
+from ..data.context import context_length
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import public_name, require_writable, versions, write_json
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
@@ -255,9 +256,7 @@ def _check_tokens(rows: TokenRows, sizes: Mapping[str, int]) -> None:
 
 
 def _contexts(configs: Mapping[str, PretrainedConfig]) -> dict[str, int]:
-    found = {
-        name: getattr(config.get_text_config(), "max_position_embeddings", None) for name, config in configs.items()
-    }
+    found = {name: context_length(config) for name, config in configs.items()}
     return {name: context for name, context in found.items() if context}
 
 

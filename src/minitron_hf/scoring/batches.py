@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data import position_ids
+from ..data.context import context_length
 from ..errors import DataError
 from ..families import ArchSpec, text_config
 from ..weights import input_device
@@ -30,6 +31,19 @@ def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
         raise DataError(
             f"The calibration rows hold token id {largest}, but the model's vocabulary has {config.vocab_size} "
             "entries. Use the tokenizer that belongs to this model."
+        )
+
+
+def require_context(longest: int, config: PretrainedConfig) -> None:
+    """Refuse rows that are longer than the model's context.
+
+    Raises:
+        DataError: if there are some.
+    """
+    context = context_length(config)
+    if context is not None and longest > context:
+        raise DataError(
+            f"The calibration rows hold up to {longest} tokens, more than the model's context of {context}. Cut them."
         )
 
 
@@ -87,6 +101,7 @@ class Batches:
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
         require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
+        require_context(max(map(len, rows), default=0), self.model.config)
         self.shape_BT, self.attended_BT = mask_BT.shape, mask_BT.bool()
         self.mask_BT = self.attended_BT & batch.get("scored_mask", mask_BT).bool()
         self.num_tokens += int(self.mask_BT.sum())

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..data import DataSource, TokenRows, padded_batches, token_rows
+from ..data.context import context_length
 from ..data.tokens import separator_tokens
 from ..errors import DataError
-from ..families import text_config
 from ..files import digest
 from .batches import require_vocabulary
 from .row_starts import warn_of_missing_separator
@@ -58,7 +58,7 @@ def _processes() -> tuple[int, int]:
 
 def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     """Row length for calibration and measurement: `limit`, or the model's positions where they are fewer."""
-    return min(limit, getattr(text_config(config), "max_position_embeddings", None) or limit)
+    return min(limit, context_length(config) or limit)
 
 
 def calibrate(
@@ -86,6 +86,9 @@ def calibrate(
             continue
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise DataError(f"{name}={number!r}: expected a number of at least 1.")
+    context = context_length(model.config)
+    if max_length is not None and context is not None and max_length > context:
+        raise DataError(f"max_length={max_length} exceeds the model's context of {context} tokens. Lower it.")
     max_length = default_max_length(model.config) if max_length is None else max_length
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):

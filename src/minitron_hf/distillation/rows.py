@@ -1,0 +1,201 @@
+"""Training rows: TRL's, but every one begins as the teacher expects and fits into its context."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
+
+from ..data.context import context_length
+from ..data.tokens import missing_start, start_tokens
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+
+def keep_within_context(args: Any, **configs: PretrainedConfig) -> None:
+    """Lower `max_length` to the shortest context of the models, with a message.
+
+    Args:
+        args: of the trainer; changed.
+        **configs: role → config of the model.
+    """
+    contexts = {role: length for role, config in configs.items() if (length := context_length(config)) is not None}
+    if not contexts:
+        return
+    role = min(contexts, key=contexts.__getitem__)
+    if args.max_length is None and args.padding_free and not args.packing:
+        return  # TRL wants it so; the rows are checked one by one
+    if args.max_length is None or args.max_length > contexts[role]:
+        logger.warning(
+            "max_length=%s exceeds the context of the %s, %d tokens. Rows have at most %d tokens.",
+            args.max_length,
+            role,
+            contexts[role],
+            contexts[role],
+        )
+        args.max_length = contexts[role]
+
+
+@dataclass
+class WithinContext:
+    """A collator that refuses rows longer than the models' context, such as those that came tokenised and uncut."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    context: int | None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        lengths = [
+            max(example["seq_lengths"], default=0) if "seq_lengths" in example else len(example.get("input_ids", ()))
+            for example in examples
+        ]
+        longest = max(lengths) or batch["input_ids"].shape[1]
+        if self.context is not None and longest > self.context:
+            raise DataError(
+                f"A row has {longest} tokens, and the context of the models {self.context}. Cut the rows, or set "
+                f"max_length={self.context}."
+            )
+        return batch
+
+
+class BeginsRows:
+    """What makes an `SFTTrainer` begin every row with what the tokenizer adds in front of a text.
+
+    TRL cuts rows in the middle of documents (`packing_strategy="wrapped"` and `"bfd_split"`, and
+    `truncation_mode="keep_end"`), where that token is missing, without which many teachers are broken. It is no
+    target, neither there nor where documents meet inside a row. Rows without any target are left out.
+    """
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Any:
+        prepare = super()._prepare_dataset  # type: ignore[misc] # of SFTTrainer (trl 1.16)
+        if "seq_lengths" in get_dataset_column_names(dataset):  # packed before
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        require_rows(dataset, dataset_name)
+        first = next(iter(dataset))
+        is_rendered = formatting_func is None and (is_conversational(first) or is_conversational_from_value(first))
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        tokens = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        start = start_tokens(processing_class)
+        if is_rendered and missing_start(next(iter(tokens))["input_ids"], start):
+            start = []  # a conversation begins as its template renders it
+        wrapped = packing and args.packing_strategy == "wrapped"
+        maps = {"num_proc": args.dataset_num_proc} if isinstance(tokens, Dataset) else {}
+        cut = copy.copy(args)
+        if start:
+            if args.max_length is not None and args.max_length <= len(start):
+                raise DataError(
+                    f"max_length={args.max_length}: every row begins with the {len(start)} token(s) that the "
+                    "tokenizer adds. Set a larger max_length."
+                )
+            settings = {
+                "start": start,
+                "longest": None if wrapped else args.max_length,
+                "cuts": ("split" if args.packing_strategy == "bfd_split" else "keep_start")
+                if packing
+                else args.truncation_mode,
+            }
+            tokens = tokens.select_columns(["input_ids", "labels"])
+            tokens = tokens.map(_begun, batched=True, fn_kwargs=settings, **maps)
+            if wrapped:
+                cut.max_length = args.max_length - len(start)
+        if not wrapped:
+            tokens = with_targets(tokens, dataset_name)
+        rows = prepare(tokens, processing_class, cut, packing, None, dataset_name)
+        if wrapped:
+            if start:
+                settings = {"start": start, "longest": None, "cuts": "keep_start", "masks": False}
+                rows = rows.map(_begun, batched=True, fn_kwargs=settings, **maps)
+            rows = with_targets(rows, dataset_name)
+        return rows
+
+
+def require_rows(dataset: Any, name: str) -> None:
+    """Refuse a dataset without rows.
+
+    Raises:
+        DataError: if it has none.
+    """
+    if dataset is not None and next(iter(dataset), None) is None:
+        raise DataError(f"The {name} dataset holds no rows. Pass more data.")
+
+
+def with_targets(rows: Any, name: str) -> Any:
+    """The rows in which a token counts, with a message where others are left out.
+
+    Raises:
+        DataError: if there are none.
+    """
+    kept = rows.filter(_has_target)
+    if isinstance(rows, Dataset):
+        if not len(kept):
+            raise DataError(
+                f"No token counts in any of the {len(rows)} rows of the {name} dataset: they are shorter than two "
+                "tokens, or their labels are -100. Pass more data, or check max_length and completion_only_loss."
+            )
+        if len(kept) < len(rows):
+            logger.warning("%d rows of the %s dataset hold no target and are left out.", len(rows) - len(kept), name)
+        return kept if len(kept) < len(rows) else rows
+    if next(iter(kept), None) is None:
+        raise DataError(f"No token counts in any row of the {name} dataset. Pass more data.")
+    return kept
+
+
+def _has_target(row: Mapping[str, Any]) -> bool:
+    return any(label != -100 for label in islice(row["labels"], 1, None))
+
+
+def _begun(
+    rows: Mapping[str, list[list[int]]], start: Sequence[int], longest: int | None, cuts: str, masks: bool = True
+) -> dict[str, list[list[int]]]:
+    """Rows that begin with `start`.
+
+    Args:
+        rows: `input_ids` and `labels` of each.
+        start: what the tokenizer adds in front of a text.
+        longest: tokens of a row; longer documents are cut. None: they are left as they are.
+        cuts: `"keep_start"` leaves them to be cut at the end, `"keep_end"` keeps the end, `"split"` everything.
+        masks: whether the rows are documents, of which `start` is no target; else pieces of a stream.
+    """
+    found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+
+    def add(ids: list[int], labels: list[int]) -> None:
+        lacking = missing_start(ids, start)
+        found["input_ids"].append([*lacking, *ids])
+        found["labels"].append([*([-100] * len(lacking)), *labels])
+
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        ids, labels = list(ids), list(labels)
+        if masks and ids:
+            lacking = missing_start(ids, start)
+            own = len(start) - len(lacking)
+            ids, labels = [*lacking, *ids], [*([-100] * len(start)), *labels[own:]]
+        if longest is None or len(ids) <= longest or cuts == "keep_start":
+            add(ids, labels)
+        elif cuts == "keep_end":
+            kept = longest - len(start)
+            add(ids[-kept:], labels[-kept:])
+        else:
+            place, room = 0, longest
+            while place < len(ids):
+                add(ids[place : place + room], labels[place : place + room])
+                place, room = place + room, longest - len(start)
+    return found
