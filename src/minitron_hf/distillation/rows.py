@@ -15,6 +15,7 @@ from trl.data_utils import get_dataset_column_names, is_conversational, is_conve
 from ..data.context import context_length
 from ..data.tokens import missing_start, start_tokens
 from ..errors import DataError
+from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,6 +67,14 @@ class WithinContext:
                 f"max_length={self.context}."
             )
         return batch
+
+
+def whole_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
+    """The trainer's collator, which also tells rows apart, hands on cached teachers, and refuses what models lack."""
+    collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
+    collator = WithinContext(WithCachedTeacher(collator), context)
+    # Some models look tokens of images up elsewhere.
+    return collator if trainer._is_vision_dataset else WithKnownTokens(collator, vocab_size)
 
 
 class BeginsRows:

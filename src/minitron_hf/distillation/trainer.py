@@ -40,9 +40,6 @@ from .batches import (
     STATES,
     TOKENS,
     CountsRowsOnce,
-    WithCachedTeacher,
-    WithKnownTokens,
-    WithRowLengths,
     model_inputs,
 )
 from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
@@ -69,7 +66,7 @@ from .parallel import (
     shard_teacher,
     whole_head,
 )
-from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
+from .rows import BeginsRows, keep_within_context, require_rows, whole_collator
 from .saving import TRAINING_FIELDS, SavesStudent, own_output_dir
 from .teacher_cache import TeacherCache, cached_signal, opened
 from .token_means import COLUMNS, MeansOverTokens
@@ -253,12 +250,7 @@ class DistillationTrainer(
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        if self.padding_free:
-            self.data_collator = WithRowLengths(self.data_collator)
-        context = shortest_context(student_config, teacher_config)
-        self.data_collator = WithinContext(WithCachedTeacher(self.data_collator), context)
-        if not self._is_vision_dataset:  # some models look tokens of images up elsewhere
-            self.data_collator = WithKnownTokens(self.data_collator, self._vocab_size)
+        self.data_collator = whole_collator(self, shortest_context(student_config, teacher_config), self._vocab_size)
 
         self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
         self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
