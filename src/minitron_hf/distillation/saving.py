@@ -26,7 +26,7 @@ from ..models import empty_model
 from ..privacy import public_settings
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
-from ..saving import add_older_keys, save_model
+from ..saving import save_model
 from .adapters import adapter_type, keep_one_model, merged
 from .checks import refuse_nan_weights, refuse_not_finite
 from .config import DistillationConfig
@@ -100,8 +100,6 @@ class SavesStudent(SFTTrainer):
             if self.args.should_save:
                 keep_one_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
             super().save_model(output_dir, _internal_call=True)
-            if self.args.should_save:
-                add_older_keys(output_dir)
         if self.args.should_save:
             self._save_origin(Path(output_dir))
         if self.args.push_to_hub and not _internal_call:
