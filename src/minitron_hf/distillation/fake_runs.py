@@ -20,7 +20,7 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from ..errors import MinitronError, PlanError
-from ..losses.heads import base_model_of
+from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
 from .devices import DEVICES, Device
 
@@ -247,7 +247,7 @@ def _counted(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[di
         tensors += [*frozen.parameters(), *frozen.buffers()]
 
     def states(network: Any) -> Tensor:
-        output = base_model_of(network).base_model(input_ids=tokens, use_cache=False)
+        output = backbone_output(base_model_of(network), input_ids=tokens, use_cache=False)
         return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
     moments: dict[str, list[int]] = {}

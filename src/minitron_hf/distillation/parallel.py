@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..losses.fused import distillation_loss
-from ..losses.heads import OutputHead, base_model_of, output_head
+from ..losses.heads import OutputHead, backbone_output, base_model_of, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import empty_model
 from .adapters import with_adapters
@@ -51,7 +51,7 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
         extra = {"output_hidden_states": wanted} if wanted else {}
         # PEFT hands on every argument of its own forward pass, most of them as None.
         given = {name: value for name, value in kwargs.items() if value is not None}
-        output = self.base_model(*args, **{**given, **extra, "use_cache": False})
+        output = backbone_output(self, *args, **{**given, **extra, "use_cache": False})
         head = output_head(self)
         h_ND = output.last_hidden_state.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
         teacher = distillation.teacher
@@ -116,7 +116,7 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
     kept = model.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return model.base_model(*args, **{name: value for name, value in kwargs.items() if value is not None})
+        return backbone_output(model, *args, **{name: value for name, value in kwargs.items() if value is not None})
 
     model.forward = forward
     try:

@@ -16,9 +16,11 @@ from .base import (
     layer_tables,
     linear,
 )
+from .rules import CAPPED_LOGITS
 
 SPEC = decoder(
     "beam",
+    logits=CAPPED_LOGITS,
     layer=layer_tables(
         GROUPED_ATTENTION,
         HEAD_NORMS,

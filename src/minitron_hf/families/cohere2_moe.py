@@ -16,9 +16,11 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import COHERE_LOGITS
 
 SPEC = decoder(
     "cohere2_moe",
+    logits=COHERE_LOGITS,
     layer=layer_tables(GROUPED_ATTENTION, GATED_MLP, EXPERTS_MLP, SHARED_EXPERTS_MLP),
     norms=("input_layernorm",),
     mlp_axes=(

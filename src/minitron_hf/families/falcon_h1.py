@@ -1,10 +1,12 @@
 """Falcon-H1: attention and a state space side by side in every layer, then a gated MLP; constant multipliers."""
 
 from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .rules import LogitRules
 from .state_space import SSM_AXES, SSM_GROUPS, ssm_taps, state_space
 
 SPEC = decoder(
     "falcon_h1",
+    logits=LogitRules(multiplied_by="lm_head_multiplier"),
     layer=layer_tables(
         GROUPED_ATTENTION,
         state_space("mamba"),

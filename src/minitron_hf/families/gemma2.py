@@ -1,9 +1,11 @@
 """Gemma 2: Gemma with a second pair of norms on what attention and MLP write, and sliding attention by layer."""
 
 from .base import decoder
+from .rules import CAPPED_LOGITS
 
 SPEC = decoder(
     "gemma2",
+    logits=CAPPED_LOGITS,
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,

@@ -1,10 +1,12 @@
 """Gemma 3, text only: Gemma 2 with RMSNorm on every query and key head."""
 
 from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, decoder, layer_tables
+from .rules import CAPPED_LOGITS
 from .spec import Wrapper
 
 SPEC = decoder(
     "gemma3_text",
+    logits=CAPPED_LOGITS,
     layer=layer_tables(GROUPED_ATTENTION, GATED_MLP, HEAD_NORMS),
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),

@@ -18,9 +18,11 @@ from .base import (
     linear,
     norm,
 )
+from .rules import CAPPED_LOGITS
 
 SPEC = decoder(
     "gemma3n_text",
+    logits=CAPPED_LOGITS,
     axes=(
         LAYERS,
         HIDDEN,

@@ -18,11 +18,13 @@ from .base import (
     linear,
     norm,
 )
+from .rules import CAPPED_LOGITS
 from .spec import Wrapper
 
 NORMS = ("input_layernorm", "pre_feedforward_layernorm")
 DENSE = decoder(
     "gemma4_text",
+    logits=CAPPED_LOGITS,
     outer=layer_tables(
         EMBEDDINGS,
         norm("model.norm"),

@@ -8,9 +8,11 @@ from .base import (
     layer_tables,
     stacked_experts,
 )
+from .rules import GRANITE_LOGITS
 
 SPEC = decoder(
     "granitemoe",
+    logits=GRANITE_LOGITS,
     layer=layer_tables(
         GROUPED_ATTENTION,
         stacked_experts("block_sparse_moe", "router"),

@@ -2,6 +2,7 @@
 
 from .axes import Axis
 from .base import GROUPED_ATTENTION, NEEDS_FULL_ATTENTION, decoder, layer_tables
+from .rules import GRANITE_LOGITS
 from .state_space import (
     SSM_AXES,
     SSM_DIM_FOLLOWS,
@@ -14,6 +15,7 @@ from .state_space import (
 
 SPEC = decoder(
     "granitemoehybrid",
+    logits=GRANITE_LOGITS,
     layer=layer_tables(
         GROUPED_ATTENTION,
         state_space("mamba"),

@@ -12,9 +12,11 @@ from .base import (
     linear,
     stacked_experts,
 )
+from .rules import GRANITE_LOGITS
 
 SPEC = decoder(
     "granitemoeshared",
+    logits=GRANITE_LOGITS,
     layer=layer_tables(
         GROUPED_ATTENTION,
         stacked_experts("block_sparse_moe", "router"),

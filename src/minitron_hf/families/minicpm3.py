@@ -1,9 +1,11 @@
 """MiniCPM3: latent attention and a gated MLP; residual branches and logits are scaled by depth and width."""
 
 from .base import GATED_MLP, LATENT_ATTENTION, LATENT_AXES, decoder, layer_tables
+from .rules import GRANITE_LOGITS
 
 SPEC = decoder(
     "minicpm3",
+    logits=GRANITE_LOGITS,
     layer=layer_tables(LATENT_ATTENTION, GATED_MLP),
     attention_axes=LATENT_AXES,
     multiples=(("hidden", "heads"),),

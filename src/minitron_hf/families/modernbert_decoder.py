@@ -6,9 +6,11 @@ The embeddings have a norm, too, and the head is a projection with a norm before
 from dataclasses import replace
 
 from .base import HEAD_DIM, HEADS, SQUARE, decoder, layer_tables, linear, norm
+from .rules import LogitRules
 
 SPEC = decoder(
     "modernbert-decoder",
+    logits=LogitRules(transformed_by="lm_head"),
     outer=layer_tables(
         {"model.embeddings.tok_embeddings.weight": "vocab hidden"},
         linear("decoder", "vocab", "hidden"),

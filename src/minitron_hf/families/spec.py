@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
+from .rules import PLAIN_LOGITS, LogitRules
 from .tensors import named_tensors, text_config
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class ArchSpec:
         stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
         wrappers: models that hold this language model beside other parts.
         opaque: beginnings of names of tensors that are no part of the language model, and kept as they are.
+        logits: what the stock class does to its logits beside the output projection.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
@@ -172,6 +174,7 @@ class ArchSpec:
     stacked_states: bool = False
     wrappers: tuple[Wrapper, ...] = ()
     opaque: tuple[str, ...] = ()
+    logits: LogitRules = PLAIN_LOGITS
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()

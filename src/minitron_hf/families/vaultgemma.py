@@ -1,9 +1,11 @@
 """VaultGemma: Gemma 2 without the norms of what attention and MLP write."""
 
 from .base import decoder
+from .rules import CAPPED_LOGITS
 
 SPEC = decoder(
     "vaultgemma",
+    logits=CAPPED_LOGITS,
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     norm_offset=1.0,
     scaled_embeddings=True,

@@ -9,37 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-
-#: How a model type scales its logits: config field, and whether the logits are multiplied or divided by it.
-#: The same field name means different things in different families, so each is listed by name.
-LOGIT_SCALES: dict[str, tuple[str, str]] = {
-    "cohere": ("logit_scale", "multiply"),
-    "cohere2": ("logit_scale", "multiply"),
-    "cohere2_moe": ("logit_scale", "multiply"),
-    "falcon_h1": ("lm_head_multiplier", "multiply"),
-    "granite": ("logits_scaling", "divide"),
-    "granite_swa": ("logits_scaling", "divide"),
-    "granitemoe": ("logits_scaling", "divide"),
-    "granitemoe_swa": ("logits_scaling", "divide"),
-    "granitemoehybrid": ("logits_scaling", "divide"),
-    "granitemoeshared": ("logits_scaling", "divide"),
-    "hyperclovax": ("logits_scaling", "multiply"),
-    "minicpm3": ("logits_scaling", "divide"),
-}
-
-#: Model types that bound their logits with `cap * tanh(logits / cap)`, and the config field that holds the cap.
-LOGIT_SOFTCAPS: dict[str, str] = {
-    "gemma2": "final_logit_softcapping",
-    "gemma3": "final_logit_softcapping",
-    "gemma3_text": "final_logit_softcapping",
-    "gemma3n": "final_logit_softcapping",
-    "gemma3n_text": "final_logit_softcapping",
-    "gemma4": "final_logit_softcapping",
-    "gemma4_text": "final_logit_softcapping",
-    "mistral_large4": "final_logit_softcapping",
-    "nanochat": "final_logit_softcapping",
-    "vaultgemma": "final_logit_softcapping",
-}
+from ..families import ArchSpec, families
+from ..families.rules import PLAIN_LOGITS, LogitRules
 
 
 @dataclass(frozen=True)
@@ -69,6 +40,42 @@ def base_model_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _family(config: Any) -> ArchSpec | None:
+    """The family table of a language model's config, if there is one."""
+    family = families().get(config.model_type)
+    return None if family is None else family.variant(config)
+
+
+def _logit_rules(config: Any) -> LogitRules:
+    """What the stock class of a language model's config does to its logits.
+
+    Without a family table, nothing is known to be done to them, and `check_output_head` refuses what is.
+    """
+    family = _family(config)
+    return PLAIN_LOGITS if family is None else family.logits
+
+
+def backbone_output(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Output of a causal language model without its output head.
+
+    Args:
+        model: a Transformers model.
+        *args: arguments of its forward pass.
+        **kwargs: likewise.
+
+    Returns:
+        The backbone's output; its `last_hidden_state` is what the output head's weight multiplies.
+    """
+    backbone, config = model.base_model, model.config.get_text_config()
+    if backbone is model and (family := _family(config)) is not None:
+        # Llama 4's text model has another name for its base model than the attribute that holds it.
+        backbone = model.get_submodule(family.layers_path.rpartition(".")[0])
+    output = backbone(*args, **kwargs)
+    if module := _logit_rules(config).transformed_by:
+        output.last_hidden_state = model.get_submodule(module)(output.last_hidden_state)
+    return output
+
+
 def output_head(model: torch.nn.Module) -> OutputHead:
     """Describe the output head of a causal language model, logit scale and softcap included.
 
@@ -94,16 +101,8 @@ def output_head(model: torch.nn.Module) -> OutputHead:
             "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
         )
     config = base.config.get_text_config()
-    scale = 1.0
-    if config.model_type in LOGIT_SCALES:
-        field, operation = LOGIT_SCALES[config.model_type]
-        value = getattr(config, field, None)
-        if value is not None:
-            scale = float(value) if operation == "multiply" else 1.0 / float(value)
-    softcap = None
-    if config.model_type in LOGIT_SOFTCAPS:
-        softcap = getattr(config, LOGIT_SOFTCAPS[config.model_type], None)
-    return OutputHead(weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
+    rules = _logit_rules(config)
+    return OutputHead(weight, getattr(layer, "bias", None), rules.scale(config), rules.cap(config))
 
 
 def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
@@ -135,7 +134,7 @@ def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
         device = base.get_input_embeddings().weight.device
         tokens = (torch.arange(1, 5, device=device) % num_rows)[None]
         expected = base(input_ids=tokens, use_cache=False).logits
-        hidden = base.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = backbone_output(base, input_ids=tokens, use_cache=False).last_hidden_state
         found = head_logits(hidden.to(head.weight.device), head)
     finally:
         base.train(was_training)

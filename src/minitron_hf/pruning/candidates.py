@@ -19,7 +19,7 @@ from ..data import TokenRows, padded_batches
 from ..evaluation.quality import mean_and_error
 from ..files import read_json
 from ..losses.fused import distillation_loss
-from ..losses.heads import OutputHead, output_head
+from ..losses.heads import OutputHead, backbone_output, output_head
 from ..losses.signals import DenseSignal
 from ..models import evaluating
 from ..sizes.request import PrunerConfig
@@ -124,8 +124,8 @@ class Divergence:
         with evaluating([model]):
             for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
                 # Padding is on the right, where causal attention never looks.
-                h_BTH = model.base_model(
-                    input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
+                h_BTH = backbone_output(
+                    model, input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
                 ).last_hidden_state
                 first = index * self.batch_size
                 places = [torch.tensor(self.rows.predicted(first + i)) - 1 for i in range(len(h_BTH))]
