@@ -156,6 +156,13 @@ def _redact_recipe(path: Path) -> None:
         write_text(path, yaml.safe_dump(public, sort_keys=False, allow_unicode=True))
 
 
+def round_folders(run_dir: Path) -> list[Path]:
+    """Folders of the rounds before the last, in their order."""
+    return sorted(
+        (path for path in run_dir.glob("rounds/*") if path.name.isdecimal()), key=lambda path: int(path.name)
+    )
+
+
 def legal_files(run_dir: Path) -> list[str]:
     """Names of the legal texts of a run folder: copied from the teacher, or added under their usual names."""
     path = run_dir / "teacher.json"
@@ -187,9 +194,9 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise MismatchError(f"{samples} is not valid JSON ({error}). Delete it and run its stage again.") from error
     recipe = run_dir / "recipe.yaml"
-    folders = sorted(run_dir.glob("rounds/*"), key=lambda path: (len(path.name), path.name))
     run["rounds"] = [
-        {name: read_json(folder / f"{name}.json") for name in ("pruning_plan", "distillation")} for folder in folders
+        {name: read_json(folder / f"{name}.json") for name in ("pruning_plan", "distillation")}
+        for folder in round_folders(run_dir)
     ]
     run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     run["plots"] = [name for name in PLOTS if (run_dir / "plots" / name).is_file()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import MismatchError, OutputError
 from ..files import read_json
 from ..privacy import SECRET, leaves_folder
-from .card import legal_files
+from .card import legal_files, round_folders
 from .plots import PLOTS
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -109,9 +109,8 @@ def _names(run_dir: Path) -> Iterator[str]:
         yield INDEX_NAME
     for template in (run_dir / TEMPLATES).glob("*.jinja"):
         yield f"{TEMPLATES}/{template.name}"
-    for folder in run_dir.glob("rounds/*"):
-        if folder.name.isdigit():
-            yield from (f"rounds/{folder.name}/{name}" for name in ROUND_ARTEFACTS)
+    for folder in round_folders(run_dir):
+        yield from (f"rounds/{folder.name}/{name}" for name in ROUND_ARTEFACTS)
 
 
 def weight_names(run_dir: Path) -> list[str]:
