@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from ..data.context import context_length
+from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..files import digest, replacing_file, require_writable, versions, write_json
 from ..losses.fused import next_token_positions
@@ -106,6 +107,7 @@ def cache_teacher_logits(
     if processing_class is None:
         name = teacher.config._name_or_path if isinstance(teacher, nn.Module) else teacher
         processing_class = load_tokenizer(name)
+    refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
     vocab_size = output_head(model).vocab_size
     if not 1 <= top_k <= vocab_size:

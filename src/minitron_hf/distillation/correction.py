@@ -23,6 +23,7 @@ from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..data.context import context_length
+from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
@@ -107,6 +108,7 @@ def correct_teacher(
     output_dir = require_writable(output_dir)
     if processing_class is None and not isinstance(teacher, nn.Module):
         processing_class = load_tokenizer(teacher)
+    refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
     refuse_uncorrectable(model)
     stored = model.dtype

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from ..data.context import shortest_context
+from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import require_writable
 from ..losses.fused import next_token_positions
@@ -218,6 +219,7 @@ class DistillationTrainer(
             store_base(model, own_output_dir(args), writes=args.should_save)
         if processing_class is None and self._student_name is None:
             processing_class = processing_class_of(teacher_config, args.trust_remote_code)
+        refuse_other_tokenizers(processing_class, student=model, teacher=teacher_model)
 
         super().__init__(
             model=model,

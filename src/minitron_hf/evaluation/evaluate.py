@@ -12,6 +12,7 @@ import torch
 
 from ..data import DataSource, TokenRows, token_rows
 from ..data.context import context_length
+from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import public_name, require_writable, versions, write_json
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
@@ -76,7 +77,7 @@ def evaluate_models(
         models: name → model, or the path or Hub id of one. Model objects are measured in the dtype and on the device
             they have, and left unchanged.
         dataset: as in `token_rows`.
-        processing_class: tokenizer, or the path or Hub id of one; needed for text.
+        processing_class: tokenizer or processor, or the path or Hub id of one; needed for text.
         reference: name of the model that the others are compared with; by default `"teacher"` if there is one, else
             the first. A single model has no reference.
         max_length: longest row, in tokens; by default the shortest context of the models, at most 2,048.
@@ -101,7 +102,7 @@ def evaluate_models(
         have several), `data` (`num_tokens` counts predicted tokens), `settings`, `reference`, `models`.
 
     Raises:
-        MismatchError: if vocabularies differ, the models do not know all tokens, or a context is too short.
+        MismatchError: if vocabularies or tokenizers differ, the models lack some tokens, or a context is too short.
         DataError: if there is nothing to read (see `token_rows`), or a setting makes no sense.
         UnsupportedModelError: if a model cannot be loaded, or its logits are not finite.
         OutputError: if `output_path` cannot be written.
@@ -131,8 +132,10 @@ def evaluate_models(
     if speed:
         prefill_length, decode_tokens = _speed_lengths(prefill_length, decode_tokens, context, configs)
 
-    if processing_class is not None:
+    if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
+    if processing_class is not None:
+        refuse_other_tokenizers(processing_class, **{f"model {name!r}": model for name, model in models.items()})
     rows = token_rows(
         dataset,
         processing_class,

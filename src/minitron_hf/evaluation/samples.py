@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import tokenize
+from ..data.tokens import text_tokenizer
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
 
@@ -44,7 +45,9 @@ def generate_samples(
     """
     from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(processing_class)
+    if isinstance(processing_class, str | os.PathLike):
+        processing_class = load_tokenizer(processing_class)
+    tokenizer = text_tokenizer(processing_class)
     device = common_device(models, device)
     samples: list[dict[str, Any]] = [{"prompt": prompt, "completions": {}} for prompt in prompts]
     for name, model_or_path in models.items():

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from ..data import DataSource, TokenRows, padded_batches, token_rows
 from ..data.context import context_length
 from ..data.tokens import separator_tokens
+from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError
 from ..files import digest
 from .batches import require_vocabulary
@@ -71,6 +72,8 @@ def calibrate(
     batch_size: int,
 ) -> Calibration:
     """Calibration data in batches; the arguments are those of `estimate_importance`."""
+    if processing_class is not None:
+        refuse_other_tokenizers(processing_class, model=model)
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
     if isinstance(data, torch.utils.data.DataLoader):
