@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from datasets import load_from_disk
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.quantization_config import GgufConfig
 
 from minitron_hf.distillation.adapters import merged
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
@@ -105,6 +107,40 @@ def test_arguments_are_json_with_configs_of_quantisation(tmp_path, name):
     assert written["dtype"] == "bfloat16"
     assert written["quantization_config"]["load_in_8bit"] is True
     assert getattr(args, name) == {"quantization_config": config, "dtype": torch.bfloat16}  # and stay as they are
+
+
+# ---- GGUF ----
+
+
+def from_gguf(name="llama"):
+    """As `from_pretrained(folder, gguf_file=…)` returns a model that it has dequantised."""
+    model = pocket_model(name, dtype=torch.float32)
+    config = GgufConfig()
+    model.is_quantized, model.config.quantization_config = True, config
+    model.hf_quantizer = SimpleNamespace(quantization_config=config, is_serializable=lambda: False)
+    return model
+
+
+def test_a_dequantised_model_of_gguf_is_a_plain_one(tmp_path):
+    model = from_gguf()
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "teacher")
+    scores = estimate_importance(model, pocket_tokens(4, 9).tolist(), max_length=9, show_progress=False)
+    student = prune_model(model, PrunerConfig(layers_to_drop=[1]), scores=scores)
+    student.save_pretrained(tmp_path / "student")
+    assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())
+    trainer = make_trainer(tmp_path / "run", from_gguf(), from_gguf(), token_dataset(), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_student(tmp_path / "saved")
+    for folder in ("run", "saved"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    options = {"original_learning_rate": 1e-3, "num_tokens": 9, "max_length": 9}
+    options["processing_class"] = pocket_tokenizer()
+    corrected = correct_teacher(from_gguf(), text_dataset(), tmp_path / "corrected", bf16=False, **options)
+    AutoModelForCausalLM.from_pretrained(corrected)
+    assert model.is_quantized
+    assert model.config.quantization_config
 
 
 # ---- With torchao, where it is installed ----

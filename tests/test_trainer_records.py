@@ -19,7 +19,7 @@ from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, DivergedError, MismatchError, OutputError, UnsupportedModelError
-from minitron_hf.files import write_json
+from minitron_hf.files import read_json, write_json
 from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.scoring.importance import estimate_importance
@@ -160,6 +160,8 @@ def test_json_files_are_json(tmp_path):
     def refuse(constant):
         raise AssertionError(constant)
 
+    (tmp_path / "old.json").write_text('{"kl": [NaN, -Infinity, 1]}')
+    assert read_json(tmp_path / "old.json") == {"kl": [None, None, 1]}
     assert json.loads(text, parse_constant=refuse) == {"a": [None, [None, 1.5]], "b": {"c": None, "d": "NaN"}}
 
 

@@ -97,14 +97,14 @@ def _digest_in_state(path: Path, state: tuple[int, ...]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; NaN and infinities, which are not JSON but which Python writes, are null.
 
     Raises:
         OutputError: if the file is missing.
         MismatchError: if it is not a JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except FileNotFoundError as error:
         raise OutputError(f"{path} does not exist. Run the stage that writes it first.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

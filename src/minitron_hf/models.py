@@ -19,9 +19,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .errors import DataError, HubError, MinitronError, MismatchError, NotEnoughMemoryError, UnsupportedModelError
-from .families.tensors import own_parameters, text_config
+from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest
 from .hardware import as_dtype, default_device, is_fast
+from .weights import without_gguf_remains
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,8 @@ def load_model(
         return plain_model(model_or_path)
     dtype = one_dtype(dtype, kwargs)
     name = _checked_name(model_or_path)
-    shared = {
-        key: kwargs[key] for key in ("token", "trust_remote_code", "local_files_only", "cache_dir") if key in kwargs
-    }
+    names = ("token", "trust_remote_code", "local_files_only", "cache_dir", "gguf_file")
+    shared = {name: kwargs[name] for name in names if name in kwargs}
     config = kwargs.pop("config", None) or load_config(name, revision=revision, **shared)
     try:
         loaded: Any = auto_class(config).from_pretrained(
@@ -97,7 +97,7 @@ def load_model(
         )
     except Exception as error:
         raise _loading_error("model", name, error) from error
-    model, report = loaded
+    model, report = without_gguf_remains(loaded[0]), loaded[1]
     if absent := sorted(report["missing_keys"]):
         raise UnsupportedModelError(
             f"The checkpoint {name!r} lacks {len(absent)} of the parameters of {type(model).__name__}: "
@@ -140,13 +140,13 @@ def load_for_compute(
     device = default_device() if device is None else torch.device(device)
     if dtype in (None, "auto"):
         make_fast(model, device)
-    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    placed = getattr(model, "hf_device_map", None) is not None or is_quantised(model)
     return model if placed else model.to(device)  # type: ignore[arg-type] # transformers hides torch's signature
 
 
 def make_fast(model: PreTrainedModel, device: str | torch.device) -> None:
     """Give a model float32 weights where a device is slow in the dtype that they have; quantised ones stay."""
-    if not getattr(model, "is_quantized", False) and not is_fast(model.dtype, device):
+    if not is_quantised(model) and not is_fast(model.dtype, device):
         logger.info("%s is computed in float32: this hardware is slow in %s.", type(model).__name__, model.dtype)
         model.float()
 
@@ -179,12 +179,12 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 
 def plain_model(model: Any) -> Any:
-    """The model as it computes by itself, without what a trainer of this process put around its forward pass.
+    """The model as it computes by itself, without what a trainer of this process put around it, or GGUF left.
 
     Accelerate leaves a trained model under autocast, so that float32 weights would be computed in half precision, and
     a wrapper for several processes around it. The given object is not changed: trained on, it behaves as before.
     """
-    model = extract_model_from_parallel(model)
+    model = without_gguf_remains(extract_model_from_parallel(model))
     # Accelerate 1.15 keeps the forward before autocast under this private name (`Accelerator.prepare_model`).
     original = getattr(model, "__dict__", {}).get("_original_forward")
     if original is None:
@@ -219,9 +219,9 @@ def load_config(
     if isinstance(name_or_path, PretrainedConfig):
         return name_or_path
     name = _checked_name(name_or_path)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / (file := kwargs.get("gguf_file", "config.json"))).is_file():
         raise UnsupportedModelError(
-            f"The folder {name!r} has no config.json, so it is not a Transformers model. "
+            f"The folder {name!r} has no {file}, so it is not a Transformers model. "
             "Pass the folder that save_pretrained wrote."
         )
     try:
@@ -306,7 +306,7 @@ def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, emb
         UnsupportedModelError: see `empty_model`.
     """
     model = config_or_model
-    if getattr(model, "is_quantized", False):
+    if is_quantised(model):
         model = model.config
     if isinstance(model, PretrainedConfig):
         model = empty_model(model)

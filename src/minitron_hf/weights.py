@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from .errors import UnsupportedModelError
-from .families.tensors import own_parameters
+from .families.tensors import is_quantised, own_parameters
 
 #: Values of a parameter that `model_digest` reads, at most.
 DIGEST_SAMPLES = 1024
@@ -52,6 +53,21 @@ def stored_bytes(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
     quantised: Any = tensor
     return sum(stored_bytes(getattr(tensor, name)) for name in quantised.__tensor_flatten__()[0])
+
+
+def without_gguf_remains(model: Any) -> Any:
+    """A model that was read from a GGUF file and dequantised, without what is left of it.
+
+    Transformers 5.23 does not save models that are marked as read from GGUF. The given object is not changed; the
+    other one shares its weights.
+    """
+    if not getattr(model, "is_quantized", False) or is_quantised(model):
+        return model
+    plain = copy.copy(model)
+    plain.config = copy.deepcopy(model.config)
+    del plain.config.quantization_config
+    plain.is_quantized, plain.hf_quantizer = False, None
+    return plain
 
 
 def on_meta(model: PreTrainedModel) -> bool:

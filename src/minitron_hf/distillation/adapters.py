@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..errors import MinitronError, UnsupportedModelError
+from ..families.tensors import is_quantised
 from ..files import replacing_folder
 from ..losses.heads import base_model_of
 from ..models import architecture_digest, empty_model, load_config
@@ -102,7 +103,7 @@ def merged(model: Any) -> Any:
     student computes what it computed in training. It is as large as a model that never was quantised.
     """
     base = base_model_of(model)
-    if not getattr(base, "is_quantized", False):
+    if not is_quantised(base):
         return copy.deepcopy(model).merge_and_unload()
     config = copy.deepcopy(base.config)
     del config.quantization_config

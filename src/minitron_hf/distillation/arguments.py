@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoProcessor, TrainingArguments
 
 from ..errors import DataError, MismatchError
+from ..families.tensors import is_quantised
 from ..hardware import is_fast, training_device
 from ..losses.heads import base_model_of
 from ..models import load_config, load_tokenizer, one_dtype, plain_model, stored_dtype
@@ -39,7 +40,7 @@ def in_training_dtype(
     if isinstance(model, nn.Module):
         model = plain_model(model)
         trains_all = peft_config is None and not is_peft_model(model)
-        if not getattr(base_model_of(model), "is_quantized", False) and _needs_float32(model.dtype, args, trains_all):
+        if not is_quantised(base_model_of(model)) and _needs_float32(model.dtype, args, trains_all):
             logger.info("The student's %s weights are trained in float32.", model.dtype)
             model.float()
         return model, args

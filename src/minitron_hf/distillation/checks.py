@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..errors import DistributedError, DivergedError, MismatchError, OutputError, UnsupportedModelError
+from ..families.tensors import is_quantised
 from ..losses.heads import base_model_of
 
 
@@ -70,7 +71,7 @@ def refuse_uncorrectable(teacher: Any) -> None:
         raise UnsupportedModelError(
             "The teacher to be corrected has an adapter. Merge it first: teacher = teacher.merge_and_unload()."
         )
-    if getattr(teacher, "is_quantized", False):
+    if is_quantised(teacher):
         raise UnsupportedModelError(
             "The teacher to be corrected is quantised, and what is saved are plain weights. Load it without "
             "quantization_config; method='lora' or 'norms' needs little memory beside the weights."

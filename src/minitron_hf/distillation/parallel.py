@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..families.tensors import is_quantised
 from ..losses.fused import distillation_loss
 from ..losses.heads import OutputHead, backbone_output, base_model_of, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
@@ -169,7 +170,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
     Raises:
         UnsupportedModelError: if its layers cannot be told from the rest, or its weights are in other hands already.
     """
-    if getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False):
+    if getattr(teacher, "hf_device_map", None) or is_quantised(teacher):
         raise UnsupportedModelError(
             "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which decide where "
             "its weights are. Leave out the one or the other."

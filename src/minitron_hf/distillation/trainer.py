@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from ..data.context import shortest_context
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..families.tensors import is_quantised
 from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head, output_head
@@ -318,7 +319,7 @@ class DistillationTrainer(
                 "teacher_correction='concurrent' needs the whole teacher on every device. Use one device or DDP, or "
                 "correct the teacher beforehand with correct_teacher."
             )
-        if getattr(teacher, "is_quantized", False):
+        if is_quantised(teacher):
             raise UnsupportedModelError(
                 "teacher_correction='concurrent' cannot train a quantised teacher. Load it without "
                 "quantization_config."

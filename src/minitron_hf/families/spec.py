@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedModelError
 from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
 from .rules import PLAIN_LOGITS, LogitRules
-from .tensors import named_tensors, text_config
+from .tensors import is_quantised, named_tensors, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -361,7 +361,7 @@ class ArchSpec:
             UnsupportedModelError: naming every parameter that is unclaimed or has another shape; or if the model is
                 quantised, whose stored tensors are not the ones the table describes.
         """
-        if getattr(model, "is_quantized", False):
+        if is_quantised(model):
             raise UnsupportedModelError(
                 f"This {type(model).__name__} is quantised, and scores, plans and students are made of plain weights. "
                 "Load it without quantization_config (dequantise a checkpoint that is stored quantised first), and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,3 +36,15 @@ def own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if not parameter.is_meta or stored not in seen:
             yield name, parameter
         seen.add(stored)
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether the weights are stored in another form than that of their values.
+
+    A model that was read from a GGUF file and dequantised calls itself quantised, and is not: its weights are plain.
+    """
+    if not getattr(model, "is_quantized", False):
+        return False
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    packed = any(str(tensor.dtype) == "torch.uint8" for tensor in (*model.parameters(), *model.buffers()))
+    return packed or getattr(method, "value", method) != "gguf"
