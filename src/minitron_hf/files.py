@@ -134,14 +134,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     JSON has no NaN and no infinity: they become null.
     """
-    write_text(path, json.dumps(_json_values(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(json_values(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _json_values(value: Any) -> Any:
+def json_values(value: Any) -> Any:
+    """A value as `write_json` writes it: numbers that JSON does not have (NaN, infinities) are null."""
     if isinstance(value, Mapping):
-        return {key: _json_values(part) for key, part in value.items()}
+        return {key: json_values(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_values(part) for part in value]
+        return [json_values(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

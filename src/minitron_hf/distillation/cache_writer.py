@@ -22,7 +22,8 @@ from trl import SFTTrainer
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
-from ..files import digest, replacing_file, require_writable, versions, write_json
+from ..files import digest, known_digest, replacing_file, require_writable, versions, write_json
+from ..locks import holding
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, top_k_signal
@@ -57,6 +58,7 @@ class RowMaker(BeginsRows, SFTTrainer):
     """TRL's supervised trainer, for the rows and batches that it makes."""
 
 
+@holding("output_dir")
 def cache_teacher_logits(
     teacher: PreTrainedModel | str | os.PathLike[str],
     dataset: Any,
@@ -283,6 +285,7 @@ def _finish(
     for file in files:
         path = folder / file["file"]
         file["num_bytes"] = path.stat().st_size
+        file["sha256"] = known_digest(path)
         with pa.memory_map(os.fspath(path)) as source:
             reader = pa.ipc.open_stream(source)
             schema = reader.schema

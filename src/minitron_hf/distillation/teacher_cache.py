@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..errors import MismatchError, OutputError
-from ..files import read_json
+from ..files import known_digest, read_json
 from ..losses.divergences import OF_LOGITS
 from ..losses.signals import TopKSignal
 from ..pruning.plan import config_values
@@ -185,6 +185,12 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
             raise MismatchError(
                 f"{path} has {size} bytes, the manifest says {file['num_bytes']}. Copy the whole folder again, or "
                 "delete that file and the manifest and run cache_teacher_logits."
+            )
+        # One process of a machine reads all of it, once: the digest is remembered.
+        if os.environ.get("LOCAL_RANK", "0") == "0" and file.get("sha256", known_digest(path)) != known_digest(path):
+            raise MismatchError(
+                f"{path} has changed since it was written: its SHA-256 is not that of the manifest. Copy the file "
+                "again, or delete it and the manifest and run cache_teacher_logits."
             )
     return TeacherCache(load_from_disk(os.fspath(folder)), manifest)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
 from ..errors import MismatchError
-from ..files import digest, read_json, replacing_file, versions, write_json
+from ..files import digest, json_values, read_json, replacing_file, versions, write_json
 
 PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
@@ -153,7 +153,7 @@ class PruningPlan:
                     **{PARTNERS + axis: np.ascontiguousarray(units) for axis, units in self.partners.items()},
                 },
                 temporary,
-                metadata={"minitron_hf": self.digest},
+                metadata={"minitron_hf": self.digest, "plan": digest(json_values(self.to_dict()))},
             )
         write_json(folder / PLAN_NAME, self.to_dict())
         return folder / PLAN_NAME
@@ -175,7 +175,7 @@ class PruningPlan:
         try:
             with safe_open(folder / INDICES_NAME, "np") as stored:
                 indices = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-                written_with = (stored.metadata() or {})["minitron_hf"]
+                metadata = stored.metadata() or {}
             plan = cls(
                 model_type=values["model_type"],
                 teacher=values["teacher"],
@@ -195,7 +195,8 @@ class PruningPlan:
                 notes=tuple(values["notes"]),
                 versions=values["versions"],
             )
-            if plan.digest != written_with:
+            # The sizes and notes of a plan say what its indices do; edited ones would say something else.
+            if plan.digest != metadata["minitron_hf"] or metadata.get("plan", digest(values)) != digest(values):
                 raise ValueError(f"{INDICES_NAME} was written with another {PLAN_NAME}")
             return plan
         except Exception as error:

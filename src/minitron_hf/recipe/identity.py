@@ -1,4 +1,4 @@
-"""Identities of teachers and datasets, by which a stage knows that its inputs are the same."""
+"""Identities of teachers and datasets, by which a stage knows that its inputs are the same: contents, not names."""
 
 from __future__ import annotations
 
@@ -9,49 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import (
-    digest,
-    file_digest,
-)
+from ..files import digest, known_digest
 from ..models import load_config
 from .schema import DatasetSection, TeacherSection
 
+#: Files of a local teacher that decide what it computes and which tokens it sees.
+MODEL_FILES = (
+    "*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "*.model", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*", "*.py",
+)  # fmt: skip
+
 
 def model_identity(section: TeacherSection) -> Any:
-    """What tells one teacher from another without reading all of it: the Hub commit, or local configs and sizes."""
+    """What tells one teacher from another: the Hub commit, or the digests of local files."""
     folder = Path(section.model).expanduser()
     if not folder.is_dir():
         config = load_config(section.model, revision=section.revision)
         return {"model": section.model, "revision": getattr(config, "_commit_hash", None) or section.revision}
-    weights = sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin")))
-    return {
-        "config": file_digest(folder / "config.json"),
-        "weights": {path.name: _edge_digest(path) for path in weights},
-    }
-
-
-def _edge_digest(path: Path, edge: int = 1 << 20) -> str:
-    """Digest of a large file's length, beginning and end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(edge)
-        file.seek(max(size - edge, 0))
-        return digest(size, head, file.read(edge))
-
-
-@functools.cache
-def _file_digest_of(path: Path, size: int, modified: int) -> str:
-    """`file_digest`, once as long as the file does not change: every stage asks, and a corpus may be large."""
-    return file_digest(path)
+    files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return {"files": {path.name: known_digest(path) for path in sorted(files)}}
 
 
 def dataset_identity(section: DatasetSection) -> Any:
+    """What tells one corpus from another: the digest of its files, or the Hub commit.
+
+    Raises:
+        DataError: if a local one does not exist.
+    """
     path = Path(section.source).expanduser()
     values = asdict(section)
     if path.is_file():
-        stat = path.stat()
-        return {**values, "source": _file_digest_of(path, stat.st_size, stat.st_mtime_ns)}
-    looks_local = section.source.startswith((".", os.sep, "~")) or Path(section.source).suffix in (".jsonl", ".txt")
-    if looks_local and not path.exists():
+        return {**values, "source": known_digest(path)}
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
+        return {
+            **values,
+            "source": digest([(file.relative_to(path).as_posix(), known_digest(file)) for file in files]),
+        }
+    looks_local = section.source.startswith((".", os.sep, "~")) or path.suffix in (".jsonl", ".txt")
+    if looks_local:
         raise DataError(f"The dataset {section.source} does not exist. Expected a file, a saved dataset or a Hub id.")
-    return values
+    return {**values, "commit": hub_commit(section.source, section.revision)}
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file is of `datasets` or of an editor: cached results, downloads, remains."""
+    return any(part.startswith(".") for part in path.parts) or path.name.startswith(("cache-", "tmp"))
+
+
+@functools.cache
+def hub_commit(repo_id: str, revision: str | None) -> str | None:
+    """Commit of a Hub dataset; where the Hub cannot be asked, that of the local copy; None where neither is known."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        return HfApi().dataset_info(repo_id, revision=revision, timeout=10).sha
+    except Exception:  # no network, no such dataset: loading it says so, by name
+        stored = Path(HF_HUB_CACHE) / f"datasets--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")
+        return stored.read_text(encoding="utf-8").strip() if stored.is_file() else revision

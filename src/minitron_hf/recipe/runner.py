@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import MinitronError, MismatchError, OutputError
-from ..files import digest, is_storage_error, read_json, require_writable, versions, write_json, write_text
+from ..files import (
+    digest,
+    is_storage_error,
+    is_working_file,
+    read_json,
+    remove,
+    require_writable,
+    versions,
+    write_json,
+    write_text,
+)
+from ..locks import locked_folder
 from ..privacy import recorded_settings
 from .checking import check_recipe
-from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, UNFINISHED_DIR, Run
+from .identity import hub_commit
+from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import Stage, stages_of
 
@@ -43,7 +54,8 @@ def run_recipe(
     Args:
         recipe: what to do.
         until: last stage to run; None: all of them.
-        redo: do stages again whose recorded inputs differ, instead of refusing.
+        redo: begin stages anew that are not done for these inputs, instead of refusing other inputs and of going on
+            where a stage was interrupted.
         show_progress: show progress bars.
         report: receives one line per stage.
         report_shapes: receives what `check_recipe` found, before the first stage.
@@ -59,45 +71,52 @@ def run_recipe(
     if report_shapes is not None:
         report_shapes(shapes)
     run = Run(recipe, show_progress=show_progress)
+    hub_commit.cache_clear()
     digests = stage_digests(recipe)
-    _claim_folder(run.folder)
-    wanted = [stage for stage in stages_of(recipe) if stage.name in digests]
-    for stage in wanted:  # every refusal before the first computation
-        if not redo:
-            _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
-        if stage.name == until:
-            break
-    _drop_rounds(run.folder, recipe, redo)
-    write_text(run.folder / PRIVATE_RECIPE_NAME, recipe.to_yaml(), private=True)
-    write_text(run.folder / RECIPE_NAME, recipe.to_public_yaml())
-    for stage in wanted:
-        record = _record(run.folder, stage.name)
-        done = record is not None and record["status"] == "done" and record["digest"] == digests[stage.name]
-        if done and all((run.folder / output).exists() for output in stage.outputs):
-            report(f"[{stage.name}] done before, skipped")
-        else:
-            if record is not None and record["digest"] != digests[stage.name]:
-                _clear(run.folder, stage)
-            report(f"[{stage.name}] {stage.help}")
-            _write_record(run.folder, stage, recipe, digests[stage.name], "running", None)
-            start = time.monotonic()
-            with _clear_errors():
-                stage.run(run)
-            _write_record(run.folder, stage, recipe, digests[stage.name], "done", time.monotonic() - start)
-            gc.collect()
-        if stage.name == until:
-            break
+    _require_own_folder(run.folder)
+    names = [stage.name for stage in stages_of(recipe) if stage.name in digests]
+    last = names.index(until) + 1 if until in names else len(names)
+    wanted = [stage for stage in stages_of(recipe) if stage.name in names[:last]]
+    with locked_folder(require_writable(run.folder)):
+        (run.folder / STAGES_DIR).mkdir(exist_ok=True)
+        for stage in wanted:  # every refusal before the first computation
+            if redo:
+                _forget(run.folder, stage, digests[stage.name])
+            else:
+                _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
+        _drop_rounds(run.folder, recipe, redo)
+        write_text(run.folder / PRIVATE_RECIPE_NAME, recipe.to_yaml(), private=True)
+        write_text(run.folder / RECIPE_NAME, recipe.to_public_yaml())
+        for stage in wanted:
+            if _is_done(run.folder, stage, digests[stage.name]):
+                report(f"[{stage.name}] done before, skipped")
+            else:
+                _do(run, stage, digests[stage.name], report)
     return run.folder
 
 
-def _claim_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / STAGES_DIR).is_dir():
+def _do(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
+    """Do a stage, or go on with it."""
+    record = _record(run.folder, stage.name)
+    if record is None or record["digest"] != stage_digest:
+        _clear(run.folder, stage)
+    report(f"[{stage.name}] {stage.help}")
+    _write_record(run.folder, stage, run.recipe, stage_digest, "running", None)
+    start = time.monotonic()
+    with _clear_errors():
+        stage.run(run)
+    _write_record(run.folder, stage, run.recipe, stage_digest, "done", time.monotonic() - start)
+    gc.collect()
+
+
+def _require_own_folder(folder: Path) -> None:
+    if folder.is_dir() and not (folder / STAGES_DIR).is_dir():
+        if all(is_working_file(path) for path in folder.iterdir()):
+            return
         raise OutputError(
             f"The output folder {folder} already holds files that are not a run of minitron-hf. "
             "Choose another output_dir, or empty it."
         )
-    require_writable(folder)
-    (folder / STAGES_DIR).mkdir(exist_ok=True)
 
 
 def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
@@ -111,7 +130,21 @@ def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
                 f"The output folder {folder} holds another run: this recipe has no round {path.name} before its last. "
                 "Choose another output_dir, or pass --redo to remove it."
             )
-        shutil.rmtree(path)
+        remove(path)
+
+
+def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
+    """Whether a stage has ended for the same inputs, and what it wrote is there."""
+    record = _record(folder, stage.name)
+    ended = record is not None and record["status"] == "done" and record["digest"] == stage_digest
+    return ended and all((folder / output).exists() for output in stage.outputs)
+
+
+def _forget(folder: Path, stage: Stage, stage_digest: str) -> None:
+    """Have a stage begin anew that is not done: of what it has, nothing is gone on from."""
+    if not _is_done(folder, stage, stage_digest):
+        _clear(folder, stage)
+        (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
 
 
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
@@ -139,8 +172,8 @@ def _write_record(
 
 def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
     record = _record(folder, stage.name)
-    if record is None or record["digest"] == stage_digest:
-        return
+    if record is None or record["digest"] == stage_digest or record["status"] != "done":
+        return  # what never ended may take corrected inputs
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.settings(recipe)))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
@@ -161,15 +194,9 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _clear(folder: Path, stage: Stage) -> None:
     """Remove what an earlier run of a stage left, so that nothing stale is resumed or published."""
-    stale = [folder / output for output in stage.outputs]
-    if stage.name.endswith("distill"):
-        own = (folder / stage.outputs[0]).parent  # of its round
-        stale += [*own.glob("checkpoint-*"), *own.glob("model*.safetensors*"), own / UNFINISHED_DIR]
-    for path in stale:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for pattern in (*stage.outputs, *stage.leftovers):
+        for path in folder.glob(pattern):
+            remove(path)
 
 
 @contextlib.contextmanager

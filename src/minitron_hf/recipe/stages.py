@@ -29,7 +29,7 @@ from .actions import (
 )
 from .identity import dataset_identity, model_identity
 from .launching import require_launchable
-from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, Run
+from .run import CACHE_DIR, CANDIDATES_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 
 
@@ -44,6 +44,7 @@ class Stage:
         settings: the part of the recipe that it depends on.
         outputs: files or folders (relative) that exist once it is done.
         run: does the work.
+        leftovers: patterns of what it may also write, to be removed before it is done anew.
         wanted: whether the recipe asks for it.
     """
 
@@ -54,6 +55,7 @@ class Stage:
     outputs: tuple[str, ...]
     run: Callable[[Run], None]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    leftovers: tuple[str, ...] = ()
 
 
 def _cache_settings(recipe: Recipe) -> Any:
@@ -120,6 +122,7 @@ STAGES: tuple[Stage, ...] = (
         (SEARCH_NAME,),
         _search,
         lambda recipe: recipe.search is not None,
+        (CANDIDATES_DIR,),
     ),
     Stage(
         "plan",
@@ -171,6 +174,7 @@ STAGES: tuple[Stage, ...] = (
         },
         ("config.json", "distillation.json"),
         _distill,
+        leftovers=("checkpoint-*", "model*.safetensors*", UNFINISHED_DIR),
     ),
     Stage(
         "controls",
@@ -188,6 +192,7 @@ STAGES: tuple[Stage, ...] = (
         _evaluation_settings,
         ("evaluation.json",),
         _evaluate,
+        leftovers=("samples.json", "benchmarks.json"),
     ),
     Stage("card", "draw the plots and write the model card", ("evaluate",), lambda recipe: {}, ("README.md",), _card),
     Stage(
@@ -263,5 +268,6 @@ def _in_round(stage: Stage, number: int, last: int) -> Stage:
         inputs=(*before, *(prefix(number) + name if name in ROUND_STAGES else name for name in stage.inputs)),
         settings=settings,
         outputs=tuple(folder + output for output in stage.outputs),
+        leftovers=tuple(folder + pattern for pattern in stage.leftovers),
         run=lambda run: stage.run(run.in_round(number)),
     )

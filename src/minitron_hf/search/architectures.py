@@ -32,6 +32,7 @@ from ..distillation.trainer import DistillationTrainer
 from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
 from ..files import digest, read_json, require_writable, write_json
+from ..locks import holding
 from ..privacy import public_settings
 from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
 from ..pruning.plan import PruningPlan
@@ -72,6 +73,7 @@ class SearchResult:
         return self.candidates[0].request
 
 
+@holding("output_dir")
 def search_architectures(
     model: PreTrainedModel,
     scores: ImportanceScores,

@@ -1,0 +1,196 @@
+"""What a run takes for done: contents decide, not names; `--redo` begins anew; and one run works in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from minitron_hf.distillation.teacher_cache import load_teacher_cache
+from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.locks import locked_folder
+from minitron_hf.pruning.plan import PLAN_NAME, PruningPlan
+from minitron_hf.recipe import identity, runner
+from minitron_hf.recipe.identity import dataset_identity, model_identity
+from minitron_hf.recipe.schema import DatasetSection, Recipe, TeacherSection
+from test_runner import TEXTS, run, values, workshop  # noqa: F401 (fixtures)
+
+
+@pytest.fixture
+def own(values, tmp_path):  # noqa: F811
+    """The recipe, with a teacher of its own that a test may change."""
+    teacher = shutil.copytree(values["teacher"], tmp_path / "teacher")
+    return {**values, "teacher": str(teacher)}
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one byte, and leave size and time as they were."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_changed_byte_in_the_middle_of_the_teachers_weights_is_another_teacher(own):
+    run(own, until="plan")
+    weights = Path(own["teacher"]) / "model.safetensors"
+    flip(weights, weights.stat().st_size // 2)
+    with pytest.raises(MismatchError, match=r"stage 'score' was made from other inputs \(teacher.files.model"):
+        run(own, until="plan")
+
+
+def test_a_changed_tokenizer_is_another_teacher(own):
+    before = model_identity(TeacherSection(own["teacher"]))
+    with (Path(own["teacher"]) / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert model_identity(TeacherSection(own["teacher"])) != before
+    (Path(own["teacher"]) / "README.md").write_text("no part of it")
+    assert len(model_identity(TeacherSection(own["teacher"]))["files"]) == len(before["files"])
+
+
+def test_a_saved_dataset_is_known_by_its_files(own, tmp_path):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    own["data"] = {**own["data"], "train": str(tmp_path / "saved")}
+    run(own, until="plan")
+    (tmp_path / "saved" / "cache-0123.arrow").write_text("of the library")
+    _, lines = run(own, until="plan")
+    assert all("skipped" in line for line in lines)
+    shutil.rmtree(tmp_path / "saved")
+    Dataset.from_dict({"text": TEXTS[1:]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(MismatchError, match=r"stage 'score' was made from other inputs \(data.source"):
+        run(own, until="plan")
+
+
+def test_a_hub_dataset_is_known_by_its_commit(monkeypatch, tmp_path):
+    """Without a revision, and offline by the copy that would be read."""
+
+    class Info:
+        sha = "a" * 40
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, *args, **kwargs: asked.append(args) or Info)
+    section = DatasetSection("someone/texts")
+    identity.hub_commit.cache_clear()
+    first = dataset_identity(section)
+    assert first["commit"] == "a" * 40
+    assert dataset_identity(section) == first
+    assert len(asked) == 1
+    Info.sha = "b" * 40
+    identity.hub_commit.cache_clear()
+    assert dataset_identity(section) != first
+
+    def offline(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--someone--texts" / "refs").mkdir(parents=True)
+    (tmp_path / "datasets--someone--texts" / "refs" / "main").write_text("b" * 40)
+    identity.hub_commit.cache_clear()
+    assert dataset_identity(section)["commit"] == "b" * 40
+    identity.hub_commit.cache_clear()
+
+
+def test_an_edited_plan_is_refused(values):  # noqa: F811
+    """Also where what was edited decides nothing by itself, and would only be said."""
+    folder, _ = run(values, until="plan")
+    path = folder / PLAN_NAME
+    plan = json.loads(path.read_text())
+    plan["sizes"]["ffn"]["student"] += 8
+    path.write_text(json.dumps(plan))
+    with pytest.raises(MismatchError, match="is damaged"):
+        PruningPlan.from_pretrained(folder)
+
+
+def test_a_flipped_byte_in_a_teacher_cache_is_noticed(values):  # noqa: F811
+    values["teacher_cache"] = {"top_k": 4}
+    folder, _ = run(values, until="cache")
+    [shard] = (folder / "teacher_cache" / "train").glob("data-*.arrow")
+    load_teacher_cache(shard.parent)
+    flip(shard, shard.stat().st_size // 2)
+    with pytest.raises(MismatchError, match=r"data-00000.arrow has changed since it was written"):
+        load_teacher_cache(shard.parent)
+
+
+def test_a_stage_that_never_ended_takes_corrected_inputs(values, monkeypatch):  # noqa: F811
+    run(values, until="prune")
+    wrong = {**values, "distill": {**values["distill"], "learning_rate": 1.0, "max_steps": 6, "save_steps": 1}}
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minitron_hf.distillation.trainer.DistillationTrainer.save_student", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(wrong, until="distill")
+    monkeypatch.undo()
+    folder = Path(values["output_dir"])
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    run(values, until="distill")
+    record = json.loads((folder / "distillation.json").read_text())
+    assert (record["global_step"], record["arguments"]["learning_rate"]) == (4, 1e-4)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_redo_goes_on_from_no_old_checkpoint(values, monkeypatch):  # noqa: F811
+    """Of a stage with other inputs, or with the same ones that did not end."""
+    values["distill"] = {**values["distill"], "save_steps": 1, "save_total_limit": None}
+    folder, _ = run(values, until="distill")
+    assert len(list(folder.glob("checkpoint-*"))) == 4
+    shorter = {**values, "distill": {**values["distill"], "max_steps": 2}}
+    run(shorter, until="distill", redo=True)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    (folder / "distillation.json").unlink()  # as if it had not ended
+    begun = []
+    train = "minitron_hf.distillation.checkpoints.WholeCheckpoints.train"
+    monkeypatch.setattr(train, lambda self, resume_from_checkpoint=None: begun.append(resume_from_checkpoint))
+    monkeypatch.setattr("minitron_hf.distillation.trainer.DistillationTrainer.save_student", lambda *a, **k: None)
+    with pytest.raises(FileNotFoundError):  # nothing was trained or saved
+        (run(shorter, until="distill", redo=True)[0] / "config.json").read_text()
+    assert begun == [None]
+
+
+def test_redo_begins_a_search_and_a_correction_anew(values):  # noqa: F811
+    """What they keep between interruptions is of the run before."""
+    stages = {stage.name: stage for stage in runner.stages_of(Recipe.from_dict(values))}
+    folder = Path(values["output_dir"])
+    for name in ("candidates/one/checkpoint-3/x", "corrected_teacher/checkpoint-3/x", "search.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "stages").mkdir()
+    for name in ("search", "correct"):
+        record = {"status": "running", "digest": "the same", "settings": {}}
+        (folder / "stages" / f"{name}.json").write_text(json.dumps(record))
+        runner._forget(folder, stages[name], "the same")
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_a_second_run_in_a_folder_is_refused(values):  # noqa: F811
+    folder, _ = run(values, until="plan")
+    pid = os.fork()
+    if pid == 0:  # another process holds the folder
+        with locked_folder(folder):
+            (folder / "held").touch()
+            signal.pause()
+    try:
+        while not (folder / "held").exists():
+            pass
+        with pytest.raises(OutputError, match=rf"is in use by process {pid} on "):
+            run(values, until="plan")
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    run(values, until="plan")
+
+
+def test_iterations_are_part_of_a_recipe(values):  # noqa: F811
+    values["scores"] = {**values["scores"], "iterations": 2}
+    folder, _ = run(values, until="plan")
+    assert PruningPlan.from_pretrained(folder).scores["settings"]["iterations"] == 2
