@@ -1,0 +1,111 @@
+"""The teacher in training: loaded, placed and frozen like the student; what it says of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import SFTTrainer
+
+from ..errors import UnsupportedModelError
+from ..families.tensors import is_quantised
+from ..losses.heads import check_output_head, output_head
+from ..losses.signals import DenseSignal, TeacherSignal
+from ..models import load_model, make_fast, one_dtype
+from .checkpoints import fingerprint
+from .config import DistillationConfig
+from .correction import ConcurrentCorrection, cross_entropy_sum
+from .intermediate import IntermediateLosses, wanted_states
+from .parallel import forward_of_backbone, offload_layers, shard_teacher, whole_head
+from .teacher_cache import TeacherCache
+
+
+class AsksTeacher(SFTTrainer):
+    """The part of `DistillationTrainer` that holds the teacher."""
+
+    args: DistillationConfig
+    model: Any
+    hub_model_id: Any
+    teacher_model: Any
+    _caches: list[TeacherCache]
+    _correction: ConcurrentCorrection | None
+    _intermediate: IntermediateLosses
+    _teacher_fingerprint: Any
+    _teacher_loss: Tensor | None
+
+    def _prepare_teacher(self, teacher_model: Any, init_kwargs: dict[str, Any]) -> Any:
+        """Load, freeze and place the teacher with the same Accelerate plugin as the student."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        dtype = None
+        if not isinstance(teacher_model, nn.Module):
+            dtype = one_dtype(init_kwargs.pop("dtype", None), init_kwargs)
+        teacher_model = load_model(teacher_model, dtype=dtype, **init_kwargs)
+        for cache in self._caches:
+            cache.require_teacher(teacher_model)
+        self._teacher_fingerprint = fingerprint(teacher_model)
+        teacher_model.requires_grad_(False)
+        teacher_model.eval()
+        if dtype in (None, "auto"):
+            make_fast(teacher_model, self.accelerator.device)
+        if sharded and self.args.teacher_offload:
+            raise UnsupportedModelError(
+                "teacher_offload: FSDP and DeepSpeed split the teacher over the devices. Leave it out, or have the "
+                "configuration keep all shards in main memory (fsdp_offload_params, offload_param_device)."
+            )
+        if not sharded:
+            if self.args.teacher_offload:
+                offload_layers(teacher_model, self.accelerator.device)
+            elif getattr(teacher_model, "hf_device_map", None) is None:
+                teacher_model.to(self.accelerator.device)
+            check_output_head(self.model, role="student")
+            check_output_head(teacher_model, role="teacher")
+            return teacher_model
+        if self.is_deepspeed_enabled:
+            from trl.models.utils import prepare_deepspeed
+
+            return prepare_deepspeed(teacher_model, self.accelerator)
+        return shard_teacher(teacher_model, self.accelerator)
+
+    def _teacher_correction(self) -> ConcurrentCorrection | None:
+        """What lets the teacher go on learning, if it shall."""
+        if self.args.teacher_correction is None:
+            return None
+        teacher = self.teacher_model
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or getattr(teacher, "hf_device_map", None):
+            raise UnsupportedModelError(
+                "teacher_correction='concurrent' needs the whole teacher on every device. Use one device or DDP, or "
+                "correct the teacher beforehand with correct_teacher."
+            )
+        if is_quantised(teacher):
+            raise UnsupportedModelError(
+                "teacher_correction='concurrent' cannot train a quantised teacher. Load it without "
+                "quantization_config."
+            )
+        assert self.args.teacher_original_learning_rate is not None  # checked by the arguments
+        correction = ConcurrentCorrection(teacher, self.args.teacher_original_learning_rate)
+        self.add_callback(correction)
+        return correction
+
+    def _teacher_signal(
+        self, inputs: dict[str, Any], positions: Tensor, targets: Tensor
+    ) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
+        """What the teacher says about the same inputs at `positions` of the flattened batch, and its states there.
+
+        A teacher that goes on learning has its own loss computed on the way, which `compute_loss` takes up.
+        """
+        learns = self._correction is not None and self.model.training and torch.is_grad_enabled()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        teacher.eval()
+        wanted = wanted_states(self._intermediate.pairs, "teacher")
+        extra = {"output_hidden_states": wanted} if wanted else {}
+        with torch.set_grad_enabled(learns), self.accelerator.autocast(), forward_of_backbone(teacher):
+            # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
+            output = self.teacher_model(**inputs, **extra, use_cache=False)
+        head = whole_head(output_head(teacher))
+        h_NH = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
+        states = self._intermediate.teacher_states(output.hidden_states, positions) if wanted else ()
+        if learns:
+            with self.accelerator.autocast():
+                self._teacher_loss = cross_entropy_sum(h_NH, head, targets)
+        return DenseSignal(h_NH.detach(), head), tuple(h.detach() for h in states)
