@@ -343,8 +343,9 @@ def test_benchmarks(run_dir):
     content = render_model_card(run_dir)
     assert check_card(content) == ([], [])
     shown = sections(content)["Measurements"].split("### Benchmarks")[1]
-    assert "| piqa | acc | 0.610 ± 0.012 |" in shown
-    assert "| piqa | acc_norm | 0.62 |" in shown
+    assert "| piqa | acc | – | – | 0.610 ± 0.012 |" in shown
+    assert "| piqa | acc_norm | – | – | 0.62 |" in shown
+    assert "lm-evaluation-harness" not in shown
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(content).data.eval_results}
     assert results["piqa", "acc"] == 0.61
     assert results["piqa", "acc_norm"] == 0.62
@@ -352,10 +353,32 @@ def test_benchmarks(run_dir):
     teacher = {"piqa": {"acc,none": {"value": 0.7, "stderr": 0.011}}}
     write_json(run_dir / "benchmarks.json", {"student": FLAT, "teacher": teacher})
     content = render_model_card(run_dir)
-    assert "| piqa | acc | 0.700 ± 0.011 | 0.610 ± 0.012 |" in content
-    assert "| piqa | acc_norm | – | 0.62 |" in content
+    assert "| piqa | acc | – | – | 0.700 ± 0.011 | 0.610 ± 0.012 |" in content
+    assert "| piqa | acc_norm | – | – | – | 0.62 |" in content
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(content).data.eval_results}
     assert results["piqa", "acc"] == 0.61, "the model-index speaks of the student"
+
+
+def measured_on(count: int, whole: int = 1838, **more: object) -> dict:
+    how = {"num_documents": count, "num_documents_in_task": whole, "num_fewshot": 5, "harness_version": "0.4.13"}
+    return {"value": 0.61, "stderr": 0.012, **how, "task_version": 1.0, **more}
+
+
+def test_benchmarks_say_how_they_were_measured(run_dir):
+    tasks = {"piqa": {"acc": measured_on(1838)}, "arc": {"acc": measured_on(100, chat_template=True)}}
+    write_json(run_dir / "benchmarks.json", {"student": tasks, "teacher": tasks})
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    assert str(ModelCard(content)) == content
+    shown = sections(content)["Measurements"].split("### Benchmarks")[1]
+    assert "| Task | Metric | Shots | Documents | Teacher | Student |" in shown
+    assert "| piqa | acc | 5 | 1,838 | 0.610 ± 0.012 | 0.610 ± 0.012 |" in shown
+    assert "| arc | acc | 5 | 100 of 1,838 |" in shown
+    assert "Measured with lm-evaluation-harness 0.4.13. The chat template was applied. Where documents" in shown
+    found = {result.dataset_name: result for result in ModelCard(content).data.eval_results}
+    assert "arc" not in found, "a part of the documents compares with nothing"
+    how = {"num_fewshot": 5, "num_documents": 1838, "task_version": 1.0, "harness_version": "0.4.13"}
+    assert found["piqa"].dataset_args == how
 
 
 def test_controls_become_columns(run_dir):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron_hf.errors import DataError, MissingDependencyError
-from minitron_hf.evaluation.tasks import _task_metrics, evaluate_tasks
+from minitron_hf.evaluation.tasks import _conditions, _task_metrics, evaluate_tasks
 from pocket import pocket_model, pocket_tokenizer
 
 
@@ -73,6 +73,12 @@ def test_task_scores_agree_with_the_likelihoods(task_folder: Path, model, tokeni
         right += scores.index(max(scores)) == question["label"]
     assert results["pocket_choice"]["acc"]["value"] == right / 2
     assert set(results) == {"pocket_choice"}
+    how = {"num_documents": 2, "num_documents_in_task": 2, "num_fewshot": 0, "task_version": 1.0}
+    assert results["pocket_choice"]["acc"].items() >= how.items()
+    assert results["pocket_choice"]["acc"]["harness_version"]
+    limited = evaluate_tasks(model, "pocket_choice", processing_class=tokenizer, include_path=task_folder, limit=1)
+    assert limited["pocket_choice"]["acc"]["num_documents"] == 1
+    assert limited["pocket_choice"]["acc"]["num_documents_in_task"] == 2
     assert results["pocket_choice"]["acc"]["stderr"] is not None
 
 
@@ -106,6 +112,30 @@ def test_task_metrics_keep_filters_and_errors_apart():
         "exact_match,strict-match": {"value": 0.25, "stderr": 0.1},
         "exact_match": {"value": 0.5, "stderr": None},
     }
+
+
+def test_conditions_of_groups_are_those_of_their_tasks(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.13")
+    results = {
+        "n-samples": {name: {"original": 10, "effective": count} for name, count in (("a", 10), ("b", 4), ("c", 1))},
+        "n-shot": {"all": 5, "a": 5},
+        "versions": {"a": 2.0},
+        "group_subtasks": {"all": ["a", "inner"], "inner": ["b", "c"], "a": []},
+    }
+    rest = {"num_fewshot": 5, "harness_version": "0.4.13"}
+    assert _conditions(results, "a") == {
+        "num_documents": 10,
+        "num_documents_in_task": 10,
+        "task_version": 2.0,
+        **rest,
+    }
+    assert _conditions(results, "all") == {
+        "num_documents": 15,
+        "num_documents_in_task": 30,
+        "task_version": None,
+        **rest,
+    }
+    assert _conditions({}, "x")["num_documents"] is None
 
 
 def test_stories_260k_on_benchmarks(data_folder: Path, monkeypatch: pytest.MonkeyPatch):

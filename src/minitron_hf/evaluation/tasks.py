@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def evaluate_tasks(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     **kwargs: Any,
-) -> dict[str, dict[str, dict[str, float | None]]]:
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Score a model on tasks of lm-evaluation-harness (the extra `eval`).
 
     Args:
@@ -46,8 +47,10 @@ def evaluate_tasks(
         **kwargs: passed on to `lm_eval.simple_evaluate` (`random_seed`, `apply_chat_template`, …).
 
     Returns:
-        `{task: {metric: {"value": …, "stderr": …}}}`. A metric behind a filter other than `none` is named
-        `"metric,filter"`, as in the harness; `stderr` is None where it has none.
+        `{task: {metric: {"value": …, "stderr": …, …}}}`. A metric behind a filter other than `none` is named
+        `"metric,filter"`, as in the harness; `stderr` is None where it has none. Every metric says how it was made:
+        `num_documents` of the `num_documents_in_task`, `num_fewshot`, `task_version`, `harness_version`, and
+        `chat_template` where one was applied; None where the harness does not know.
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
@@ -74,7 +77,33 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             **{"log_samples": False, "bootstrap_iters": 1000, **kwargs},
         )
-    return {task: _task_metrics(values) for task, values in results["results"].items()}
+    template = {"chat_template": True} if kwargs.get("apply_chat_template") else {}
+    return {
+        task: {
+            metric: {**measured, **_conditions(results, task), **template}
+            for metric, measured in _task_metrics(values).items()
+        }
+        for task, values in results["results"].items()
+    }
+
+
+def _conditions(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """How a task, or all tasks of a group, was measured."""
+    counts = [results.get("n-samples", {}).get(name) for name in _parts(results, task)]
+    known = counts if counts and None not in counts else []
+    return {
+        "num_documents": sum(count["effective"] for count in known) if known else None,
+        "num_documents_in_task": sum(count["original"] for count in known) if known else None,
+        "num_fewshot": results.get("n-shot", {}).get(task),
+        "task_version": results.get("versions", {}).get(task),
+        "harness_version": importlib.metadata.version("lm_eval"),
+    }
+
+
+def _parts(results: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks of a group and of the groups in it; a task itself."""
+    inside = results.get("group_subtasks", {}).get(task) or []
+    return [part for name in inside for part in _parts(results, name)] if inside else [task]
 
 
 def require_tasks(

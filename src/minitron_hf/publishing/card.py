@@ -22,7 +22,7 @@ from ..files import read_json, write_text
 from ..privacy import leaves_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
-from .card_metadata import dataset_name, is_repo_id, metadata
+from .card_metadata import benchmark_values, dataset_name, is_limited, is_repo_id, metadata
 from .card_tables import (
     _architecture_table,
     _benchmark_table,
@@ -233,6 +233,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
         "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,
+        "benchmarked": _benchmarked(run["benchmarks"] or {}),
         "arguments": [[key, value] for key, value in distillation["arguments"].items() if value is not None]
         if distillation
         else None,
@@ -313,6 +314,20 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
             return None
         losses.append(measured["value"])
     return losses[0] - losses[1]
+
+
+def _benchmarked(benchmarks: Mapping[str, Any]) -> str:
+    """With what the benchmarks were measured; empty where it was not recorded."""
+    found = [measured for *_, measured in benchmark_values(benchmarks)]
+    versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
+    if not versions:
+        return ""
+    limited = " Where documents are given as a part of all, the value compares with no other."
+    template = " The chat template was applied." if any(measured.get("chat_template") for measured in found) else ""
+    return (
+        f"Measured with lm-evaluation-harness {' and '.join(versions)}.{template}"
+        f"{limited if any(map(is_limited, found)) else ''}"
+    )
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:

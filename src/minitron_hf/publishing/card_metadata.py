@@ -31,6 +31,9 @@ METRICS: dict[str, tuple[str, str, float, str]] = {
     "top1_agreement": ("Top-1 agreement with the teacher", "Top-1 agreement with the teacher", 100.0, " %"),
 }
 
+#: How a benchmark was measured, as far as it goes into the model-index.
+BENCHMARK_ARGUMENTS = ("num_fewshot", "num_documents", "chat_template", "task_version", "harness_version")
+
 #: Ids that the Hub accepts for a dataset in a model-index.
 _DATASET_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
 
@@ -103,13 +106,27 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
                     dataset_args={"digest": data["digest"], "num_tokens": data["num_tokens"]},
                 )
     for model, task, metric, measured in benchmark_values(run["benchmarks"] or {}):
-        if model == "student":
-            add(metric, metric, measured, dataset_type=_dataset_type(task), dataset_name=task)
+        if model == "student" and not is_limited(measured):
+            arguments = {key: measured[key] for key in BENCHMARK_ARGUMENTS if measured.get(key) is not None}
+            add(
+                metric,
+                metric,
+                measured,
+                dataset_type=_dataset_type(task),
+                dataset_name=task,
+                dataset_args=arguments or None,
+            )
     return results
 
 
+def is_limited(measured: Mapping[str, Any]) -> bool:
+    """Whether a benchmark was measured on a part of its documents: a number that compares with no other."""
+    count, whole = measured.get("num_documents"), measured.get("num_documents_in_task")
+    return count is not None and whole is not None and count < whole
+
+
 def benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(model, task, metric, {"value", "stderr"}) of `benchmarks.json`.
+    """(model, task, metric, what `evaluate_tasks` returns of it) of `benchmarks.json`.
 
     The file is `{model: {task: {metric: …}}}`, or `{task: {metric: …}}` for the student alone.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import markdown as md
-from .card_metadata import METRICS, benchmark_values
+from .card_metadata import METRICS, benchmark_values, is_limited
 
 #: What is shown of every round of several.
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
@@ -169,12 +169,16 @@ def _with_ratio(value: float | None, reference: float | None, shown: Callable[[A
 
 
 def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for model, task, metric, measured in benchmark_values(benchmarks):
-        cells.setdefault((task, metric), {})[model] = md.measured(measured)
+        shots, count = measured.get("num_fewshot"), measured.get("num_documents")
+        documents = "–" if count is None else md.count(count)
+        documents += f" of {md.count(measured['num_documents_in_task'])}" if is_limited(measured) else ""
+        row = (task, metric, "–" if shots is None else str(shots), documents)
+        cells.setdefault(row, {})[model] = md.measured(measured)
     names = _model_order({name for row in cells.values() for name in row})
-    rows = [[task, metric, *(row.get(name, "–") for name in names)] for (task, metric), row in cells.items()]
-    return [["Task", "Metric", *map(_model_title, names)], *rows]
+    rows = [[*row, *(found.get(name, "–") for name in names)] for row, found in cells.items()]
+    return [["Task", "Metric", "Shots", "Documents", *map(_model_title, names)], *rows]
 
 
 def _model_order(names: Iterable[str]) -> list[str]:
