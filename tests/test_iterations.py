@@ -38,6 +38,16 @@ CASES = {
         {"num_hidden_layers": 3, "contiguous": False},
         {"num_hidden_layers": 4, "contiguous": False},
     ),
+    "single layers and neurons": (
+        "llama",
+        {"num_hidden_layers": 3, "contiguous": False, "intermediate_size": 20},
+        {"num_hidden_layers": 4, "contiguous": False, "intermediate_size": 36 / 52},
+    ),
+    "single layers and experts": (
+        "mixtral",
+        {"num_hidden_layers": 3, "contiguous": False, "num_experts": 2, "moe_intermediate_size": 6},
+        {"num_hidden_layers": 4, "contiguous": False, "num_experts": 4 / 6, "moe_intermediate_size": 29 / 52},
+    ),
     "experts and their neurons": (
         "mixtral",
         {"num_experts": 2, "moe_intermediate_size": 6},

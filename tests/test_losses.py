@@ -316,6 +316,40 @@ def test_half_precision_differs_by_rounding_only(dtype):
         assert error < 4 * eps * largest_logit
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tie_of_half_precision_logits_is_no_agreement(dtype):
+    """The first of the tied tokens stands for all: logits are the hidden states here."""
+    head = OutputHead(torch.eye(3, dtype=dtype))
+    first, second, tied = [3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [3.0, 3.0, 0.0]
+    teacher = torch.tensor([tied, tied, first, second, second], dtype=dtype)
+    student = torch.tensor([second, first, tied, tied, second], dtype=dtype)
+    found = distillation_loss(student, head, DenseSignal(teacher, head), torch.ones(5, dtype=torch.long))
+    assert found.agreement.tolist() == [False, True, True, False, True]
+    assert found.accuracy.tolist() == [True, False, False, False, True]
+
+
+def test_gradients_of_a_bias_are_summed_in_float32():
+    """The gradient of many tokens is the sum of the tokens' own, to more digits than the products have."""
+    generator = torch.Generator().manual_seed(0)
+
+    def quarters(*shape):  # products and sums of these are exact, whatever their order
+        return torch.randint(-8, 9, shape, generator=generator) / 4
+
+    hidden, weight, teacher = quarters(64, 4), quarters(VOCAB, 4), quarters(VOCAB, 4)
+
+    def gradient(rows):
+        bias = torch.zeros(VOCAB, requires_grad=True)
+        signal = DenseSignal(hidden[rows], OutputHead(teacher))
+        labels = torch.zeros(len(hidden[rows]), dtype=torch.long)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            distillation_loss(hidden[rows], OutputHead(weight, bias), signal, labels).total.backward()
+        return bias.grad
+
+    expected = torch.stack([gradient(slice(row, row + 1)) for row in range(64)]).double().sum(0)
+    error = (gradient(slice(0, 64)).double() - expected).abs().max() / expected.abs().max()
+    assert error < 0.1 * torch.finfo(torch.bfloat16).eps
+
+
 def test_autocast_sets_the_dtype_of_the_products_and_keeps_float32_gradients():
     hidden, head, teacher, labels = problem(dtype=torch.float32)
     exact = distillation_loss(hidden, head, teacher, labels)

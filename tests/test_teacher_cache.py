@@ -8,11 +8,13 @@ import json
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
 
 from minitron_hf.distillation import cache_writer as cache_module
+from minitron_hf.distillation.batches import LOG_PROBS
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
@@ -110,6 +112,19 @@ def test_fewer_tokens_and_half_precision_come_close_from_below(tmp_path):
     assert found[0] < found[1] < found[2]
     assert found[2] == pytest.approx(exact, rel=2e-3)
     assert found[2] != pytest.approx(exact, rel=1e-9)
+
+
+def test_tokens_of_the_k_keep_a_probability_in_half_precision(tmp_path):
+    """Float16 ends at -65,504; a log-probability beyond is not minus infinity, which would make the KL NaN."""
+    student, teacher = models()
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.mul_(1e6)
+    data = token_dataset()
+    cache = load_teacher_cache(write_cache(tmp_path / "cache", teacher, data, top_k=8, dtype="float16"))
+    log_probs = np.concatenate([np.asarray(row, dtype=np.float64).ravel() for row in cache.dataset[LOG_PROBS]])
+    assert np.isfinite(log_probs).all()
+    assert log_probs.min() == np.finfo(np.float16).min
+    assert np.isfinite(make_trainer(tmp_path / "run", student, None, cache, cache).evaluate()["eval_kl"])
 
 
 @pytest.mark.usefixtures("float64")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,7 +15,7 @@ from minitron_hf import models
 from minitron_hf.errors import PlanError
 from minitron_hf.families import spec_for
 from minitron_hf.pruning.plan import PruningPlan
-from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.planning import _uneven_counts, make_plan
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
@@ -227,6 +229,26 @@ def test_uneven_widths_keep_the_most_under_the_same_total(widths: list[int], mul
         for cached in (False, True)
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("block", [1, 2])
+def test_uneven_counts_are_the_best_of_all_and_no_layer_is_left_empty(size: int, block: int):
+    """Against every way to share the blocks out; one layer's scores are all zero, and it keeps a block too."""
+    chance = np.random.default_rng(0)
+    rows = [chance.exponential(size=8), np.zeros(8), chance.exponential(size=6) ** 3]
+    counts = _uneven_counts(rows, size, block)
+    squares = [np.sort(row**2)[::-1] for row in rows]
+    shares = [own / max(own.sum(), 1e-300) for own in squares]
+
+    def worth(chosen):
+        return sum(own[:count].sum() for own, count in zip(shares, chosen, strict=True))
+
+    ways = itertools.product(*(range(block, len(row) + 1, block) for row in rows))
+    best = max((way for way in ways if sum(way) == 3 * size), key=worth)
+    assert min(counts) >= block
+    assert sum(counts) == 3 * size
+    assert worth(counts) == pytest.approx(worth(best))
 
 
 def test_uneven_checkpoints_are_cut_on_disk_as_in_memory(tmp_path: Path):
