@@ -1,8 +1,13 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the processor that the tests see.
+
+Whether this processor computes bfloat16 decides the dtypes of models. `MINITRON_TEST_BF16=0` (or `1`) runs all tests
+as on a processor without it (or with it); tests marked `either_cpu` run as on both.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +26,31 @@ def data_folder() -> Path:
     if not name or not Path(name).is_dir():
         pytest.skip("MINITRON_TEST_DATA does not name a folder of real models and text")
     return Path(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _chosen_cpu() -> Iterator[None]:
+    """The processor that MINITRON_TEST_BF16 names; commands that tests start in other processes see the real one."""
+    from minitron_hf import hardware  # after the environment is set: it imports torch
+
+    wanted = os.environ.get("MINITRON_TEST_BF16")
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted is not None:
+            patch.setattr(hardware, "_cpu_has_bf16", lambda: wanted == "1")
+        yield
+
+
+@pytest.fixture
+def cpu_has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor of a test marked `either_cpu` computes bfloat16."""
+    from minitron_hf import hardware
+
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: request.param)
+    return request.param
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("either_cpu"):
+        if "cpu_has_bf16" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("cpu_has_bf16")
+        metafunc.parametrize("cpu_has_bf16", [True, False], ids=["bf16_cpu", "plain_cpu"], indirect=True)

@@ -7,19 +7,19 @@ import warnings
 import pytest
 from transformers import HfArgumentParser
 
-from minitron_hf.distillation import config as distillation_config
+from minitron_hf import hardware
 from minitron_hf.distillation.config import DistillationConfig
 
 
 def test_defaults_fit_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation_config, "has_fast_bf16", lambda on_cpu: False)
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         args = DistillationConfig(str(tmp_path), use_cpu=True)
         assert (args.bf16, args.activation_checkpointing, args.dataloader_pin_memory) == (False, False, False)
         assert DistillationConfig(str(tmp_path), use_cpu=True, bf16=True).bf16  # an explicit value wins
         assert DistillationConfig(str(tmp_path), use_cpu=True, activation_checkpointing=True).activation_checkpointing
-        monkeypatch.setattr(distillation_config, "has_fast_bf16", lambda on_cpu: True)
+        monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)
         assert DistillationConfig(str(tmp_path), use_cpu=True).bf16
         assert not DistillationConfig(str(tmp_path), use_cpu=True, bf16=False).bf16
     assert args.output_dir == str(tmp_path)

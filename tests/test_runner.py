@@ -111,6 +111,7 @@ def test_until_stops_and_the_rest_follows_later(values):
     assert ["skipped" in line for line in lines] == [True, True, False]
 
 
+@pytest.mark.either_cpu
 def test_the_student_is_cut_without_loading_the_teacher(values, monkeypatch):
     folder, _ = run(values, until="plan")
     monkeypatch.delattr(run_module, "load_for_compute")
@@ -120,6 +121,7 @@ def test_the_student_is_cut_without_loading_the_teacher(values, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), expected.parameters()))
 
 
+@pytest.mark.either_cpu
 def test_a_narrower_dtype_is_for_computing_alone(values):
     """A recipe that computes in bfloat16 cuts the float32 weights that are stored, whole and in the plan's name."""
     values["teacher"] = {"model": values["teacher"], "dtype": "bfloat16"}
@@ -131,6 +133,7 @@ def test_a_narrower_dtype_is_for_computing_alone(values):
         assert torch.equal(found, wanted), name
 
 
+@pytest.mark.either_cpu
 def test_a_repair_is_part_of_the_run(values):
     """The student is the plan's with the projections refitted on the rows that were scored, and everything says so."""
     values["prune"]["repair"] = "least_squares"

@@ -7,10 +7,11 @@ rounds nothing; float32, which holds every half-precision number, where the hard
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
-from .errors import MESSAGES, DataError
+from .errors import MESSAGES, DataError, MismatchError
 
 #: How `TrainingArguments` and command lines call dtypes.
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -30,6 +31,50 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise DataError(f"dtype={name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
+
+
+def one_dtype(dtype: str | torch.dtype | None, kwargs: dict[str, Any]) -> Any:
+    """The dtype that arguments of `from_pretrained` ask for; takes its old name `torch_dtype` out of them.
+
+    Returns:
+        A dtype, `"auto"` (the checkpoint's), or None where neither name is given.
+
+    Raises:
+        DataError: if there is no such dtype.
+        MismatchError: if the two names say different things.
+    """
+    given = [
+        name if name == "auto" else as_dtype(name)
+        for name in (dtype, kwargs.pop("torch_dtype", None))
+        if name is not None
+    ]
+    if len(set(given)) > 1:
+        raise MismatchError(
+            f"dtype={given[0]} and torch_dtype={given[1]} name the same argument. Pass dtype alone, with one value."
+        )
+    return given[0] if given else None
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """A device of this machine by its name.
+
+    Raises:
+        DataError: if there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DataError(
+            f"device={name!r}: expected 'cpu', 'cuda', 'cuda:1' or another name of a torch device."
+        ) from None
+    if device.type in ("cpu", "meta"):
+        return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 0
+    if (device.index or 0) >= count:
+        here = f"{count} of its kind" if count else "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise DataError(f"device={str(name)!r}: there is no such device here, only {here}.")
+    return device
 
 
 def is_launched() -> bool:

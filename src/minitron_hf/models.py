@@ -18,10 +18,10 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .errors import DataError, HubError, MinitronError, MismatchError, NotEnoughMemoryError, UnsupportedModelError
+from .errors import DataError, HubError, MinitronError, NotEnoughMemoryError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest
-from .hardware import as_dtype, default_device, is_fast
+from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .weights import without_gguf_remains
 
 logger = logging.getLogger(__name__)
@@ -134,10 +134,10 @@ def load_for_compute(
         MinitronError: see `load_model`.
     """
     dtype = one_dtype(dtype, kwargs)
+    device = default_device() if device is None else as_device(device)
     model = load_model(model_or_path, dtype=dtype, **kwargs)
     if isinstance(model_or_path, torch.nn.Module):
         return model
-    device = default_device() if device is None else torch.device(device)
     if dtype in (None, "auto"):
         make_fast(model, device)
     placed = getattr(model, "hf_device_map", None) is not None or is_quantised(model)
@@ -149,28 +149,6 @@ def make_fast(model: PreTrainedModel, device: str | torch.device) -> None:
     if not is_quantised(model) and not is_fast(model.dtype, device):
         logger.info("%s is computed in float32: this hardware is slow in %s.", type(model).__name__, model.dtype)
         model.float()
-
-
-def one_dtype(dtype: str | torch.dtype | None, kwargs: dict[str, Any]) -> Any:
-    """The dtype that arguments of `from_pretrained` ask for; takes its old name `torch_dtype` out of them.
-
-    Returns:
-        A dtype, `"auto"` (the checkpoint's), or None where neither name is given.
-
-    Raises:
-        DataError: if there is no such dtype.
-        MismatchError: if the two names say different things.
-    """
-    given = [
-        name if name == "auto" else as_dtype(name)
-        for name in (dtype, kwargs.pop("torch_dtype", None))
-        if name is not None
-    ]
-    if len(set(given)) > 1:
-        raise MismatchError(
-            f"dtype={given[0]} and torch_dtype={given[1]} name the same argument. Pass dtype alone, with one value."
-        )
-    return given[0] if given else None
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:

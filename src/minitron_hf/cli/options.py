@@ -16,6 +16,10 @@ Settings = Annotated[
     Optional[list[str]],  # noqa: UP045 (Typer reads the annotation at run time, on Python 3.10 too)
     typer.Option("--set", metavar="KEY=VALUE", help="Change one entry; the value is YAML. Repeatable."),
 ]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda, cuda:1, … (default: an accelerator where there is one)."),
+]
 Accelerate = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp2, zero2, zero3 or a file."),
@@ -31,9 +35,9 @@ def _distributed(accelerate: str | None, num_processes: int | None) -> list[str]
 
 
 def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
-    from ..models import load_model, load_tokenizer
+    from ..models import load_for_compute, load_tokenizer
 
-    return load_model(name, **kwargs), load_tokenizer(name)
+    return load_for_compute(name, **kwargs), load_tokenizer(name)
 
 
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
-from .options import Output, Settings, _load, _settings, _texts
+from .options import Device, Output, Settings, _load, _settings, _texts
 from .printing import _say
 
 
@@ -25,6 +25,7 @@ def prune(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    device: Device = None,
     set_: Settings = None,
 ) -> None:
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
@@ -54,7 +55,7 @@ def prune(
         if not verify and not made.repair:
             _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         texts = None if data is None else _texts(data, split, text_field)
-        model, tokenizer = _load(teacher)
+        model, tokenizer = _load(teacher, device=device)
         student: Any = carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
         if verify:
             _say(student.pruning_plan.notes[-1])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
-from .options import Output, Settings, _corpus, _load, _settings, _texts
+from .options import Device, Output, Settings, _corpus, _load, _settings, _texts
 from .printing import _say
 
 
@@ -17,6 +17,7 @@ def score(
     output: Output,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    device: Device = None,
     set_: Settings = None,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
@@ -27,7 +28,7 @@ def score(
     del hints["iterations"]  # of a recipe, which says what will be cut
     settings = _settings(set_, hints, "arguments of estimate_importance")
     texts = _texts(data, split, text_field)
-    model, tokenizer = _load(teacher)
+    model, tokenizer = _load(teacher, device=device)
     scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
     _say(f"Wrote {scores.save_pretrained(output)}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
-from .options import Output, Settings, _corpus, _load, _number, _texts
+from .options import Device, Output, Settings, _corpus, _load, _number, _texts
 from .printing import _console, _say
 
 
@@ -43,6 +43,7 @@ def search(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the datasets.")] = "train",
     text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    device: Device = None,
     set_: Settings = None,
 ) -> None:
     """Compare shapes within a budget: prune, distil a little, keep the better half (search_architectures).
@@ -67,7 +68,7 @@ def search(
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
     read = ImportanceScores.from_pretrained(scores)
-    model, tokenizer = _load(teacher)
+    model, tokenizer = _load(teacher, device=device)
     found = search_architectures(
         model,
         read,

@@ -15,9 +15,9 @@ from transformers import AutoProcessor, TrainingArguments
 
 from ..errors import DataError, MismatchError
 from ..families.tensors import is_quantised
-from ..hardware import is_fast, training_device
+from ..hardware import is_fast, one_dtype, training_device
 from ..losses.heads import base_model_of
-from ..models import load_config, load_tokenizer, one_dtype, plain_model, stored_dtype
+from ..models import load_config, load_tokenizer, plain_model, stored_dtype
 from .config import DistillationConfig
 from .record import describe_data
 from .teacher_cache import TeacherCache

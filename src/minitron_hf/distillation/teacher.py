@@ -10,9 +10,10 @@ from trl import SFTTrainer
 
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
+from ..hardware import one_dtype
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
-from ..models import load_model, make_fast, one_dtype
+from ..models import load_model, make_fast
 from .checkpoints import fingerprint
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum

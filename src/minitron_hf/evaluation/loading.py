@@ -1,14 +1,16 @@
-"""Loads models for inference: on one device, in a dtype that is fast there, in evaluation mode."""
+"""Loads models for inference: on one device, in evaluation mode, in a dtype whose rounding does not show."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import MismatchError
+from ..hardware import as_device, default_device
 from ..models import load_for_compute
 
 if TYPE_CHECKING:
@@ -18,22 +20,45 @@ if TYPE_CHECKING:
 def load_for_inference(
     model_or_path: PreTrainedModel | str | os.PathLike[str], dtype: str | torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    """Load a model onto a device, by default in its stored dtype where the hardware is fast in that, else in float32.
+    """Load a model onto a device, by default in its stored dtype, or in float32 where the hardware is slow in that.
 
-    A model object is returned as it is.
+    A model object keeps the dtype and device that it has.
     """
     return load_for_compute(model_or_path, dtype=dtype, device=device)
 
 
+@contextlib.contextmanager
+def in_float32(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+    """Compute models in float32, and afterwards in what they were; quantised ones as they are."""
+    tensors = [
+        (tensor, tensor.dtype)
+        for model in models
+        if not getattr(model, "is_quantized", False)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    try:
+        for tensor, _ in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)  # rounds nothing: they came from it
+
+
 def common_device(models: Mapping[str, Any], device: str | torch.device | None) -> torch.device:
-    """The device of the model objects; for paths alone the one asked for, else CUDA if there is one."""
+    """The device of the model objects; for paths alone the one asked for, else `hardware.default_device`."""
     found = {name: model.device for name, model in models.items() if not isinstance(model, str | os.PathLike)}
     if device is not None:
-        wanted = torch.device(device)
-        found["device="] = torch.device("cuda", torch.cuda.current_device()) if str(wanted) == "cuda" else wanted
+        found["device="] = _indexed(as_device(device))
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} {where}" for name, where in found.items())
         raise MismatchError(f"The models are on different devices ({listed}). Move them to one device.")
-    if found:
-        return next(iter(found.values()))
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return next(iter(found.values())) if found else _indexed(default_device())
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device as models name theirs: with its number, where it is an accelerator."""
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())

@@ -37,7 +37,8 @@ def generate_samples(
         max_new_tokens: longest continuation, in tokens.
         do_sample: sample from the models (temperature 1) instead of taking the most probable token.
         seed: of the sampling; every model starts every prompt from it. The caller's random state is left alone.
-        dtype: dtype of models that are loaded here; by default bfloat16 where the hardware has it, else float32.
+        dtype: dtype of models that are loaded here; by default the stored one, or float32 where the hardware is slow
+            in that.
         device: device of models that are loaded here.
 
     Returns:

@@ -42,7 +42,8 @@ def evaluate_tasks(
         batch_size: requests per forward pass.
         include_path: folders with further task files.
         add_bos_token: whether prompts start with the beginning-of-text token; None: as the tokenizer does.
-        dtype: dtype of a model that is loaded here; by default bfloat16 where the hardware has it, else float32.
+        dtype: dtype of a model that is loaded here; by default the stored one, or float32 where the hardware is slow
+            in that.
         device: device of a model that is loaded here.
         **kwargs: passed on to `lm_eval.simple_evaluate` (`random_seed`, `apply_chat_template`, …).
 

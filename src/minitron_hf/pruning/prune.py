@@ -15,8 +15,9 @@ from ..errors import PlanError
 from ..models import (
     count_parameters,
     load_config,
-    load_model,
+    load_for_compute,
     load_tokenizer,
+    stored_dtype,
 )
 from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
@@ -52,7 +53,8 @@ def prune_model(
     """Score, plan and cut in one call. The plan's notes are logged as warnings.
 
     Args:
-        model_or_path: the teacher: a model, a folder or a Hub id. It is not changed.
+        model_or_path: the teacher: a model, which is not changed; or a folder or a Hub id, loaded onto an accelerator
+            where there is one, and computed in float32 where the hardware is slow in the stored dtype.
         config: the student's sizes, or a target for them (`plan_for_target`).
         calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. A repair
             goes through it once more, so no generator then.
@@ -65,8 +67,8 @@ def prune_model(
             `depth_metric` has to measure follows from `config`.
 
     Returns:
-        The student: a new stock model that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` know, with
-        the plan as `student.pruning_plan`.
+        The student, on the teacher's device and in its stored dtype: a new stock model that `save_pretrained` and
+        `AutoModelForCausalLM.from_pretrained` know, with the plan as `student.pruning_plan`.
 
     Raises:
         MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
@@ -100,7 +102,7 @@ def prune_model(
         student_config(teacher_config, config)
     else:
         shapes_near_target(teacher_config, config)
-    model = load_model(model_or_path)
+    model = load_for_compute(model_or_path)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
@@ -120,7 +122,11 @@ def prune_model(
     for note in plan.notes:
         logger.warning(note)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
-    return carry_out(model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments)
+    student: Any = carry_out(
+        model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
+    )
+    stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
+    return student if stored is None else student.to(stored)
 
 
 def plan_for_target(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, UnsupportedModelError, VerificationError
-from ..models import evaluating
+from ..models import evaluating, plain_model
 from ..weights import input_device
 from .masking import masked_units
 from .plan import PruningPlan
@@ -59,6 +59,7 @@ def verify_student(
             "With head_add_back the student is not the masked teacher, so there is nothing to verify it against. "
             "Verify a student made without it."
         )
+    teacher, student = plain_model(teacher), plain_model(student)
     if any(parameter.is_meta for parameter in [*teacher.parameters(), *student.parameters()]):
         raise UnsupportedModelError("Verifying needs teacher and student in memory, but some weights are offloaded.")
     if input_ids is None:

@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..families import ArchSpec, spec_for
 from ..families.tensors import named_tensors
 from ..files import public_name
-from ..models import architecture_digest, evaluating
+from ..models import architecture_digest, evaluating, plain_model
 from ..sizes.layers import lacking_kinds, protected_layers
 from ..sizes.request import PrunerConfig
 from ..weights import input_device, model_digest
@@ -142,6 +142,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     ):
         if unknown := [value for value in values if value not in get_args(allowed)]:
             raise DataError(f"{name}={unknown[0]!r} is unknown. Expected one of {', '.join(get_args(allowed))}.")
+    model = plain_model(model)
     spec = spec_for(model.config)
     spec.check(model)
     require_depth(spec.sizes(model.config)["layers"], depth_metric, block_length, one_by_one)

@@ -33,6 +33,7 @@ from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
 from ..files import digest, read_json, require_writable, write_json
 from ..locks import holding
+from ..models import plain_model, stored_dtype
 from ..privacy import public_settings
 from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
 from ..pruning.plan import PruningPlan
@@ -253,6 +254,9 @@ def _affordable(
 ) -> list[Shape]:
     [(name, limit)] = budget.items()
     costs = record.costs
+    dtype = stored_dtype(model.config) or model.dtype
+    if torch.promote_types(dtype, model.dtype) != model.dtype:
+        dtype = model.dtype  # narrower than it was loaded
 
     def cost(shape: Shape) -> float:
         if name == "max_parameters":
@@ -261,7 +265,7 @@ def _affordable(
             config = student_config(model.config, shape.request)
             if name == "max_memory_bytes":
                 costs[shape.name] = memory_bytes(
-                    config, shape.num_parameters, context_length=context_length, batch_size=1, dtype=model.dtype
+                    config, shape.num_parameters, context_length=context_length, batch_size=1, dtype=dtype
                 )
             else:
                 costs[shape.name] = _seconds_per_token(model, config)
@@ -345,7 +349,7 @@ def _distil(
     )
     trainer.remove_callback(PrinterCallback)  # the table says it
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    return trainer.accelerator.unwrap_model(trainer.model).eval()
+    return plain_model(trainer.model).eval()
 
 
 def _time(student: PreTrainedModel, candidate: Candidate, rows: TokenRows) -> None:
