@@ -139,7 +139,7 @@ def test_missing_and_damaged_weights(saved: Path):
 
 
 def test_no_tokenizer(saved: Path):
-    with pytest.raises(DataError, match="save the tokenizer beside the model"):
+    with pytest.raises(DataError, match="save it there"):
         models.load_tokenizer(saved)
 
 

@@ -72,6 +72,6 @@ def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
     lower = {name.lower(): name for name in known}
     close: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else map(str, names):
-        found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
+        found = difflib.get_close_matches(name.lower(), lower, n=1)
         close |= dict.fromkeys(repr(lower[one]) for one in found)
     return f" Did you mean {', '.join(close)}?" if close else ""

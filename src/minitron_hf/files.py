@@ -331,7 +331,7 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = _temporary_beside(folder / "probe")
-        probe.touch()
+        probe.write_bytes(b"probe")  # an empty file has room on a full disk
         probe.unlink()
         _WRITING.discard(probe.name)
     except OSError as error:

@@ -14,7 +14,7 @@ from ..data import DataSource, TokenRows, token_rows
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
-from ..files import public_name, require_writable, versions, write_json
+from ..files import public_name, require_creatable, versions, write_json
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
 from ..scoring.row_starts import warn_of_later_rows
 from ..weights import model_digest
@@ -119,7 +119,7 @@ def evaluate_models(
     output = None if output_path is None else Path(output_path)
     if output is not None:
         output = output if output.suffix == ".json" else output / EVALUATION_NAME
-        require_writable(output.parent)
+        require_creatable(output.parent)
 
     # Refusals that need configs alone come before any weights are read.
     configs = {name: _config(model) for name, model in models.items()}

@@ -13,6 +13,7 @@ from ..errors import DataError, HubError, MissingDependencyError, OutputError, d
 from ..files import require_creatable
 from ..models import count_parameters, first_line
 from ..publishing.card_metadata import is_repo_id
+from ..publishing.hub import check_push
 from .launching import require_launchable
 from .schema import DatasetSection, Recipe
 
@@ -192,10 +193,9 @@ def check_publishing(recipe: Recipe) -> list[str]:
     assert recipe.publish is not None
     name = recipe.publish.repo_id
     if not is_repo_id(name) or "/" not in name:
-        raise HubError(
-            f"publish.repo_id={name!r}: expected 'owner/name' (letters, digits, '-', '_' and '.', each part once)."
-        )
-    return []
+        raise HubError(f"publish.repo_id={name!r}: expected 'owner/name' (letters, digits, '-', '_' and '.').")
+    skipped = check_push(name)
+    return [] if skipped is None else [skipped.rstrip(".")]
 
 
 def check_disk(

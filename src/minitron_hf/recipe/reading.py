@@ -38,6 +38,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts every text into quotes that version 1.1 or 1.2 would read as something else."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -49,7 +53,8 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"^<<$", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def read_yaml(text: str) -> Any:
@@ -68,6 +73,17 @@ def read_yaml(text: str) -> Any:
     # A word behind an explicit tag (`!!bool maybe`) fails in whatever its constructor tries.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(_said(error)) from error
+
+
+def write_yaml(values: Any) -> str:
+    """YAML that `read_yaml`, and readers of version 1.1, read as these values.
+
+    >>> print(write_yaml({"revision": "1e10", "eval_strategy": "no", "seed": 3}), end="")
+    revision: '1e10'
+    eval_strategy: 'no'
+    seed: 3
+    """
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _said(error: Exception) -> str:

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import yaml
-
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from ..models import count_parameters
@@ -32,7 +30,7 @@ from .decisions import (
     _search,
     _short,
 )
-from .reading import apply_overrides
+from .reading import apply_overrides, write_yaml
 from .schema import Recipe
 
 if TYPE_CHECKING:
@@ -99,7 +97,7 @@ class Recommendation:
             textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
             for line in lines
         )
-        return f"{comment}\n{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}"
+        return f"{comment}\n{write_yaml(dict(recipe))}"
 
 
 def recommend(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import load_text_dataset
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 from ..hardware import as_dtype, is_launched
 from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
@@ -175,7 +175,8 @@ class Run:
             if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
                 raise DataError(
                     f"data.{which}: {section.source} has the columns {', '.join(columns)}, and no "
-                    f"{section.text_field!r}. Name the text column with text_field."
+                    f"{section.text_field!r}.{did_you_mean(section.text_field, columns)} Name the text column with "
+                    "text_field."
                 )
             return data if section.num_rows is None else data.select(range(min(section.num_rows, len(data))))
 

@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
-
 from ..errors import DataError, did_you_mean
 from ..privacy import public_settings
 from ..sizes.request import PrunerConfig
-from .reading import apply_overrides, read_yaml
+from .reading import apply_overrides, read_yaml, write_yaml
 from .rules import require_choice, require_value
 
 #: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
@@ -278,11 +276,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every default written out."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return write_yaml(asdict(self))
 
     def to_public_yaml(self) -> str:
         """The recipe as it is published: paths by their last part, and no text but that of `PUBLIC_TEXT`."""
-        return yaml.safe_dump(public_settings(asdict(self)), sort_keys=False, allow_unicode=True)
+        return write_yaml(public_settings(asdict(self)))
 
     def in_round(self, number: int) -> Recipe:
         """What one round does, as a recipe of its own: its teacher is what it cuts, the student of the round before.

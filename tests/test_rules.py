@@ -1,0 +1,169 @@
+"""Settings are checked against annotations and ranges; YAML is read as everyone means it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Optional, get_args
+
+import pytest
+import yaml
+from transformers.trainer_utils import IntervalStrategy
+
+import minitron_hf
+from minitron_hf.errors import DataError, did_you_mean
+from minitron_hf.recipe.reading import read_yaml, write_yaml
+from minitron_hf.recipe.rules import RANGES, Range, hints_of, require_settings, require_value
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [
+        (3, int, True),
+        (3.0, int, False),
+        (True, int, False),
+        (1, bool, False),
+        (3, float, True),
+        ("3", float, False),
+        (None, int | None, True),
+        (None, Optional[int], True),  # noqa: UP045 (as libraries write it)
+        (None, int, False),
+        ("a", Literal["a", "b"], True),
+        ("c", Literal["a", "b"], False),
+        (True, Literal[1], False),
+        ("no", IntervalStrategy, True),
+        ("never", IntervalStrategy, False),
+        ("never", IntervalStrategy | str, True),
+        (["a"], list[str], True),
+        (["a", 1], list[str], False),
+        ("ab", list[str], False),
+        ([[1, 2]], list[list[int]], True),
+        ({"a": 1}, Mapping[str, int], True),
+        ([], dict, False),
+        (object(), Any, True),
+        ((1, 2), Sequence[int], True),
+        ("x", Range, False),
+    ],
+)
+def test_values_fit_annotations(value, hint, fits):
+    with contextlib.nullcontext() if fits else pytest.raises(DataError, match="expected"):
+        require_value(value, hint, "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_are_finite(value):
+    with pytest.raises(DataError, match="finite"):
+        require_value(value, float, "x")
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), [("seed", 0, -1), ("seed", 2**32 - 1, 2**32), ("max_steps", -1, 0)])
+def test_ranges_have_ends(name, good, bad):
+    require_value(good, int, f"distill.{name}")
+    with pytest.raises(DataError, match=f"distill.{name}={bad}: expected"):
+        require_value(bad, int, f"distill.{name}")
+
+
+def test_ranges_hold_the_defaults_of_everything_that_is_checked():
+    """A default that its own range refuses would be refused in a recipe that writes it out."""
+    from peft import LoraConfig
+
+    from minitron_hf.distillation.config import DistillationConfig
+    from minitron_hf.evaluation.evaluate import evaluate_models
+    from minitron_hf.scoring.importance import estimate_importance
+    from minitron_hf.search.architectures import search_architectures
+
+    for target in (DistillationConfig, LoraConfig, evaluate_models, estimate_importance, search_architectures):
+        hints = hints_of(target)
+        assert hints
+        for name, parameter in inspect.signature(target).parameters.items():
+            if isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
+                require_settings({name: parameter.default}, hints, "", "")
+
+
+def test_every_range_belongs_to_something():
+    from minitron_hf.cli import app
+    from minitron_hf.recipe import schema, settings
+
+    known = {*settings.scoring_hints(), *settings.distillation_hints(), *settings.search_hints()}
+    for section in vars(schema).values():
+        known |= set(getattr(section, "__dataclass_fields__", ()))
+    for command in app.COMMANDS:
+        known |= set(inspect.signature(command).parameters)
+    from peft import LoraConfig
+
+    from minitron_hf.evaluation.evaluate import evaluate_models
+    from minitron_hf.pruning.repair import repaired_weights
+
+    for target in (LoraConfig, evaluate_models, repaired_weights):
+        known |= set(hints_of(target))
+    assert {name for name in RANGES if name not in known} == set()
+
+
+def test_choices_are_those_of_the_rooms_that_make_them():
+    from minitron_hf.distillation.correction import Method
+    from minitron_hf.distillation.teacher_cache import DTYPES
+    from minitron_hf.recipe.schema import CacheSection, CorrectionSection
+
+    assert set(get_args(hints_of(CorrectionSection)["method"])) == set(get_args(Method))
+    assert set(get_args(hints_of(CacheSection)["dtype"])) == set(DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("On", "On"),
+        ("true", True),
+        ("1e-4", 1e-4),
+        ("-.5e3", -500.0),
+        ("1_000", 1000),
+        ("0x1f", 31),
+        ("007", "007"),
+        ("1:30", "1:30"),
+        ("2024-01-31", "2024-01-31"),
+        ("~", None),
+        ("", None),
+        ("a: &x {b: 1}\nc: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 2}}),
+    ],
+)
+def test_yaml_is_read_as_version_1_2(text, value):
+    found = read_yaml(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_what_is_written_is_read_back():
+    values = {"a": "no", "b": "1:30", "c": 1e-7, "d": [None, True, "true", "1e3", "007"], "e": {"f": ""}}
+    assert read_yaml(write_yaml(values)) == values
+    assert yaml.safe_load(write_yaml(values)) == values
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "x: {a: 1, a: 1}", "- {a: 1, 'a': 2}", "1: a\n1: b"])
+def test_no_key_is_there_twice(text):
+    with pytest.raises(DataError, match=r"Line .*there twice"):
+        read_yaml(text)
+
+
+def test_guesses_are_near_or_none():
+    known = ["learning_rate", "max_length", "seed"]
+    assert did_you_mean(["lerning_rate", "max_len"], known) == " Did you mean 'learning_rate', 'max_length'?"
+    assert did_you_mean("SEED", known) == " Did you mean 'seed'?"
+    assert did_you_mean("colour", known) == ""
+
+
+def test_a_module_that_cannot_be_imported_says_why():
+    """`from package import name` takes an AttributeError for a missing name."""
+    code = (
+        "import sys, types\n"
+        "sys.modules['minitron_hf.errors'] = types.ModuleType('minitron_hf.errors')\n"
+        "import minitron_hf\n"
+        "from minitron_hf import MinitronError"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "RuntimeError: minitron_hf.errors cannot be imported" in result.stderr
+    assert "ImportError" not in result.stderr
+    with pytest.raises(AttributeError):
+        _ = minitron_hf.nothing
