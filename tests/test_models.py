@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 
 from minitron_hf import hardware, models, weights
 from minitron_hf.errors import DataError, HubError, UnsupportedModelError
+from minitron_hf.pruning.streaming import open_checkpoint
 
 
 def pocket_config(**changes) -> LlamaConfig:
@@ -127,6 +128,36 @@ def test_checkpoint_that_does_not_fit_its_config_is_refused(saved: Path):
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight is \(20,\), expected \(32,\)"):
         models.load_model(saved)
+
+
+def test_layers_beyond_the_config_are_refused(saved: Path):
+    """Transformers would load the first of them, and warn."""
+    values = json.loads((saved / "config.json").read_text())
+    values["num_hidden_layers"] -= 1
+    (saved / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        UnsupportedModelError, match=r"holds more layers than its config.json says: model\.layers\.1\."
+    ):
+        models.load_model(saved)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.\S+ is not part of the model"):
+        open_checkpoint(saved)
+    stored = load_file(saved / "model.safetensors")  # as a base model would name them
+    renamed = {key.removeprefix("model."): value.clone() for key, value in stored.items()}
+    save_file(renamed, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"holds more layers .*layers\.1\."):
+        models.load_model(saved)
+
+
+@pytest.mark.parametrize("field", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_that_predict_further_tokens_may_lie_beside_the_model(saved: Path, field: str):
+    weights = load_file(saved / "model.safetensors")
+    further = {"model.layers.2.mlp.up_proj.weight": torch.zeros(3), "mtp.layers.0.weight": torch.zeros(3)}
+    save_file({**weights, **further}, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="holds more layers"):
+        models.load_model(saved)
+    values = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**values, field: 1}))
+    assert models.load_model(saved).config.num_hidden_layers == 2
 
 
 def test_missing_and_damaged_weights(saved: Path):

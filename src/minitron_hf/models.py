@@ -22,7 +22,7 @@ from .errors import DataError, HubError, MinitronError, NotEnoughMemoryError, Un
 from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
-from .weights import without_gguf_remains
+from .weights import require_complete, without_gguf_remains
 
 logger = logging.getLogger(__name__)
 
@@ -98,18 +98,7 @@ def load_model(
     except Exception as error:
         raise _loading_error("model", name, error) from error
     model, report = without_gguf_remains(loaded[0]), loaded[1]
-    if absent := sorted(report["missing_keys"]):
-        raise UnsupportedModelError(
-            f"The checkpoint {name!r} lacks {len(absent)} of the parameters of {type(model).__name__}: "
-            f"{_listed(absent)}. Expected a complete causal language model, its head included; "
-            "check that the whole checkpoint was copied, and that it is not a base model or an adapter."
-        )
-    if wrong := sorted(report["mismatched_keys"], key=str):
-        lines = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in wrong]
-        raise UnsupportedModelError(
-            f"The weights of {name!r} do not fit its config.json: {_listed(lines, '; ')}. "
-            "Save model and config together with save_pretrained."
-        )
+    require_complete(model, name, report)
     return model if device is None else model.to(device)
 
 
@@ -421,8 +410,3 @@ def first_line(error: BaseException) -> str:
     # A strict config's message names the validator first and what is wrong after it.
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)
     return text if text.endswith((".", "!", "?")) else text + "."
-
-
-def _listed(items: list[str], separator: str = ", ", limit: int = 4) -> str:
-    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more

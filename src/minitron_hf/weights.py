@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,59 @@ from .families.tensors import is_quantised, own_parameters
 
 #: Values of a parameter that `model_digest` reads, at most.
 DIGEST_SAMPLES = 1024
+
+
+def require_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not what its config says; Transformers fills gaps at random and drops what is left.
+
+    Args:
+        model: what was loaded.
+        name: folder or Hub id of the checkpoint.
+        report: Transformers' loading report.
+
+    Raises:
+        UnsupportedModelError: naming tensors that are missing, of another shape, or of layers beyond the config's.
+    """
+    if absent := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"The checkpoint {name!r} lacks {len(absent)} of the parameters of {type(model).__name__}: "
+            f"{_listed(absent)}. Expected a complete causal language model, its head included; "
+            "check that the whole checkpoint was copied, and that it is not a base model or an adapter."
+        )
+    if wrong := sorted(report["mismatched_keys"], key=str):
+        lines = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in wrong]
+        raise UnsupportedModelError(
+            f"The weights of {name!r} do not fit its config.json: {_listed(lines, '; ')}. "
+            "Save model and config together with save_pretrained."
+        )
+    if beyond := sorted(key for key in report["unexpected_keys"] if _is_beyond(model, key)):
+        raise UnsupportedModelError(
+            f"The checkpoint {name!r} holds more layers than its config.json says: {_listed(beyond)}. "
+            "The model would lack them. Correct the config, or save model and config together with save_pretrained."
+        )
+
+
+#: Config fields with a number of layers that predict further tokens, stored after the others and in no stock model.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def _is_beyond(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to an entry of a module list after the model's last one."""
+    modules = dict(model.named_modules())
+    config = model.config.get_text_config()
+    further = max(getattr(config, name, None) or 0 for name in FURTHER_LAYERS)
+    for found in re.finditer(r"\.(\d+)\.", key):
+        path = key[: found.start()]
+        # A checkpoint of a base model has names without the model's prefix.
+        entries = modules.get(path, modules.get(f"{model.base_model_prefix}.{path}"))
+        if isinstance(entries, torch.nn.ModuleList) and int(found[1]) >= len(entries) + further:
+            return True
+    return False
+
+
+def _listed(items: list[str], separator: str = ", ", limit: int = 4) -> str:
+    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
 
 
 def model_digest(model: PreTrainedModel) -> str:
