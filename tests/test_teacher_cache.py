@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from minitron_hf.distillation import cache_writer as cache_module
 from minitron_hf.distillation.batches import LOG_PROBS
@@ -291,3 +291,16 @@ def test_the_head_is_applied_to_chunks(tmp_path, monkeypatch):
     write_cache(tmp_path, teacher, token_dataset())
     assert max(size for size in sizes if size != 1) <= 16
     assert len(sizes) > 5
+
+
+def test_rows_that_are_tokenised_later_are_refused_before_anything_is_written(tmp_path):
+    """As those of images and texts are: their digest would be the same whatever they hold."""
+    data = Dataset.from_dict({"text": ["Once upon a time."]})
+    args = DistillationConfig(
+        str(tmp_path / "run"), report_to="none", bf16=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    with pytest.raises(MismatchError, match="the columns text and no input_ids"):
+        cache_teacher_logits(
+            pocket_model("llama"), data, tmp_path / "cache", top_k=4, args=args, processing_class=pocket_tokenizer()
+        )
+    assert not list((tmp_path / "cache").glob("data-*"))

@@ -56,6 +56,7 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
         DataError: if a document is nothing that can be read, or a tokenizer is needed and missing.
     """
     start = [] if processing_class is None else start_tokens(processing_class)
+    front = start if start or processing_class is None else separator_tokens(processing_class)
     batch: list[str | Piece] = []
     num_characters = 0
     for number, document in enumerate(data):
@@ -63,19 +64,19 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
         if isinstance(value, str):
             _require_encodable(value, number)
             if len(value) > BATCH_CHARACTERS:
-                yield from _encoded(batch, processing_class, start)
+                yield from _encoded(batch, processing_class, start, front)
                 batch, num_characters = [], 0
-                yield from _pieces_of(value, processing_class, start)
+                yield from _pieces_of(value, processing_class, start, front)
                 continue
             num_characters += len(value)
         batch.append(value)
         if len(batch) == BATCH_SIZE or num_characters > BATCH_CHARACTERS:
-            yield from _encoded(batch, processing_class, start)
+            yield from _encoded(batch, processing_class, start, front)
             batch, num_characters = [], 0
-    yield from _encoded(batch, processing_class, start)
+    yield from _encoded(batch, processing_class, start, front)
 
 
-def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int]) -> Iterator[Piece]:
+def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:
     texts = [value for value in batch if isinstance(value, str)]
     if texts:
         require_tokenizer(processing_class)
@@ -92,11 +93,11 @@ def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int]) 
                 num_context=len(start),
                 begins_with_start=bool(start),
                 num_bytes=len(value.encode()),
-                num_first_bytes=_first_bytes(value, processing_class),
+                num_first_bytes=0 if front else _first_bytes(value, processing_class),
             )
 
 
-def _pieces_of(text: str, processing_class: Any, start: list[int]) -> Iterator[Piece]:
+def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:
     """A long text in pieces, whose tokens together are those of the whole text."""
     tokenizer = require_tokenizer(processing_class)
 
@@ -112,14 +113,13 @@ def _pieces_of(text: str, processing_class: Any, start: list[int]) -> Iterator[P
         # Where the cut itself changes tokens, the part is tokenised alone.
         ids = ids[len(known) :] if ids[: len(known)] == known else bare(part)
         is_first, is_last = place == 0, end == len(text)
-        front = separator_tokens(tokenizer) if is_first else []
         behind = added_tokens(tokenizer)[1] if is_last else []
         yield Piece(
-            [*front, *ids, *behind],
+            [*(front if is_first else ()), *ids, *behind],
             num_context=len(start) if is_first else 0,
             begins_with_start=bool(start),
             num_bytes=len(part.encode()),
-            num_first_bytes=_first_bytes(part, tokenizer) if is_first else 0,
+            num_first_bytes=_first_bytes(part, tokenizer) if is_first and not front else 0,
             is_first=is_first,
             is_last=is_last,
         )
@@ -138,8 +138,6 @@ def _cut(text: str, place: int) -> int:
 
 def _first_bytes(text: str, processing_class: Any) -> int:
     """Bytes of the first token, which nothing predicts where nothing stands in front of a text."""
-    if separator_tokens(processing_class):
-        return 0
     tokenizer = require_tokenizer(processing_class)
     text = text[:1024]
     if tokenizer.is_fast:

@@ -135,6 +135,7 @@ def cache_teacher_logits(
         )
     make_fast(model, trainer.accelerator.device)
     check_output_head(model, role="teacher")
+    _require_token_rows(trainer.train_dataset)
     require_documents_apart(trainer, teacher=model)
     settings = {
         "teacher": model_digest(model),
@@ -188,6 +189,20 @@ def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = ("input_ids", LABELS, "seq_lengths")
     return digest(*(np.asarray(row.get(name, ()), dtype="<i4").tobytes() for row in rows for name in columns))
+
+
+def _require_token_rows(rows: Any) -> None:
+    """Refuse rows that become tokens only when batches are made (images and texts): nothing could be trained on them.
+
+    Raises:
+        MismatchError: naming the columns.
+    """
+    columns = sorted(next(iter(rows)))
+    if "input_ids" not in columns:
+        raise MismatchError(
+            f"The rows have the columns {', '.join(columns)} and no input_ids: they are tokenised when batches are "
+            "made, so a cache could neither know nor hold them. Train with the teacher itself, or tokenise them first."
+        )
 
 
 @torch.no_grad()
