@@ -24,7 +24,7 @@ from minitron_hf.pruning.candidates import Candidate, Divergence
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.scoring.importance import estimate_importance
-from minitron_hf.scoring.row_starts import warn_of_later_rows, warn_of_missing_separator
+from minitron_hf.scoring.row_starts import warn_of_broken_starts
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens, starting_tokenizer
 
@@ -103,28 +103,54 @@ class Sensitive(nn.Module):
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_teacher_that_is_broken_on_later_rows_is_warned_about(adds: bool, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_teacher_that_is_broken_on_later_rows_is_warned_about(packing: bool, adds: bool, caplog):
     documents = [list(range(first, first + 40)) for first in range(5, 45, 5)]
+    settings = {"max_length": 12, "packing": packing, "overlap": int(not packing)}
     if adds:
-        rows = token_rows(documents, starting_tokenizer(), max_length=12, packing=False, overlap=1)
+        rows = token_rows(documents, starting_tokenizer(), **settings)
     else:
-        rows = token_rows([[BOS, *ids] for ids in documents], max_length=12, packing=False, overlap=1)
+        rows = token_rows([[BOS, *ids] for ids in documents], **settings)
     with caplog.at_level(logging.WARNING):
-        warn_of_later_rows(Sensitive(), rows, "teacher")  # type: ignore[arg-type]
-        packed = token_rows(documents, starting_tokenizer() if adds else None, max_length=12)
-        warn_of_missing_separator(Sensitive(), packed, [BOS])  # type: ignore[arg-type]
-    assert len(caplog.messages) == (0 if adds else 2)
+        warn_of_broken_starts(Sensitive(), rows, "The teacher")  # type: ignore[arg-type]
+    assert len(caplog.messages) == (0 if adds else 1)
     for message in caplog.messages:
         assert "add_bos_token" in message
+        assert "behind the token 1" in message
 
 
-def test_a_teacher_that_reads_later_rows_as_well_is_not_warned_about(caplog: pytest.LogCaptureFixture):
-    model = pocket_model("llama")
-    documents = [pocket_tokens(50, seed=seed).tolist() for seed in range(6)]
+@pytest.mark.parametrize("first", [[], [BOS]])
+def test_a_teacher_that_reads_later_rows_as_well_is_not_warned_about(first: list[int], caplog):
+    """Nor one whose documents have easy beginnings."""
+
+    class Easy(Sensitive):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> types.SimpleNamespace:
+            easy = 8.0 * (input_ids < 15)[:, :, None]
+            return types.SimpleNamespace(logits=easy * nn.functional.one_hot((input_ids + 1) % 90, 90))
+
+    documents = [[*first, *range(5, 45)] for _ in range(6)]
     with caplog.at_level(logging.WARNING):
-        warn_of_later_rows(model, token_rows(documents, max_length=12, packing=False, overlap=1))
-        warn_of_missing_separator(model, token_rows(documents, max_length=12), [BOS])
+        for model in (pocket_model("llama"), Easy()):
+            for packing in (True, False):
+                warn_of_broken_starts(model, token_rows(documents, max_length=12, packing=packing), "The teacher")
     assert not caplog.messages
+
+
+def test_scoring_and_evaluation_warn(caplog):
+    from minitron_hf.evaluation import evaluate
+    from minitron_hf.scoring import calibration
+
+    for module in (evaluate, calibration):
+        assert module.warn_of_broken_starts is warn_of_broken_starts
+    text, model = ["Once upon a time there was a model."], pocket_model("llama")
+    for module, run in (
+        (calibration, lambda: estimate_importance(model, text, processing_class=pocket_tokenizer(), max_length=16)),
+        (evaluate, lambda: evaluate_models({"m": model}, text, processing_class=pocket_tokenizer(), speed=False)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "warn_of_broken_starts", lambda *_: logging.getLogger().warning("looked at"))
+            run()
+    assert caplog.messages.count("looked at") == 2
 
 
 # Training

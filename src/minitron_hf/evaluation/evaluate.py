@@ -16,7 +16,7 @@ from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import public_name, require_creatable, versions, write_json
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
-from ..scoring.row_starts import warn_of_later_rows
+from ..scoring.row_starts import warn_of_broken_starts
 from ..weights import model_digest
 from .loading import common_device, in_float32, load_for_inference
 from .quality import measure_quality
@@ -156,7 +156,7 @@ def evaluate_models(
     with evaluating(loaded.values()):
         with in_float32(widened if dtype in (None, "auto") else ()):
             judged = reference or next(iter(loaded))
-            warn_of_later_rows(loaded[judged], rows, judged)
+            warn_of_broken_starts(loaded[judged], rows, f"The model {judged!r}")
             quality = measure_quality(loaded, rows, reference, batch_size, show_progress)
             dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in loaded.items()}
         cost = measure_cost(

@@ -15,12 +15,11 @@ from transformers import PretrainedConfig
 
 from ..data import DataSource, TokenRows, padded_batches, token_rows
 from ..data.context import context_length
-from ..data.tokens import separator_tokens
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError
 from ..files import digest
 from .batches import require_vocabulary
-from .row_starts import warn_of_missing_separator
+from .row_starts import warn_of_broken_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,8 +99,7 @@ def calibrate(
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    if processing_class is not None:
-        warn_of_missing_separator(model, rows, separator_tokens(processing_class))
+    warn_of_broken_starts(model, rows, "The model")
     return Calibration(
         lambda: padded_batches(rows, batch_size),
         -(-len(rows) // batch_size),
