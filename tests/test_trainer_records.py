@@ -83,6 +83,18 @@ def test_how_to_load_a_teacher_that_is_loaded_is_refused(tmp_path):
     student, teacher = models(dtype=torch.float32)
     with pytest.raises(MismatchError, match="teacher_model_init_kwargs say how"):
         make_trainer(tmp_path, student, teacher, token_dataset(), teacher_model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(MismatchError, match="how a student is loaded"):
+        make_trainer(tmp_path, student, teacher, token_dataset(), model_init_kwargs={"dtype": "float32"})
+    args = DistillationConfig(str(tmp_path), teacher_model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(MismatchError, match="a cached one is not loaded"):
+        cache_teacher_logits(teacher, token_dataset(), tmp_path, args=args, processing_class=pocket_tokenizer())
+
+
+def test_a_former_teacher_is_trained_or_refused(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    make_trainer(tmp_path / "run", student, teacher, token_dataset())  # freezes the teacher
+    with pytest.raises(UnsupportedModelError, match="are frozen"):
+        make_trainer(tmp_path / "other", teacher, student, token_dataset())
 
 
 # ---- Folders that hold a model already ----
@@ -107,9 +119,19 @@ def test_folders_of_the_models_are_not_overwritten(tmp_path):
 def test_a_student_has_no_code_of_its_own(tmp_path):
     teacher = pocket_model("llama", dtype=torch.float32)
     teacher.config.auto_map = {"AutoModelForCausalLM": "modeling_custom.MyLlama"}
-    prune_model(teacher, PrunerConfig(layers_to_drop=[1])).save_pretrained(tmp_path)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    student = prune_model(teacher, PrunerConfig(layers_to_drop=[1]))
+    student.save_pretrained(tmp_path / "pruned")
+    student.config.auto_map = teacher.config.auto_map  # as one that was cut by other means
+    trainer = make_trainer(tmp_path / "run", student, teacher, token_dataset())
+    trainer.save_model()
+    trainer.save_student(tmp_path / "student")
+    options = {"original_learning_rate": 1e-3, "num_tokens": 9, "max_length": 9, "bf16": False}
+    options["processing_class"] = pocket_tokenizer()
+    correct_teacher(copy.deepcopy(teacher), text_dataset(), tmp_path / "corrected", **options)
+    for folder in ("pruned", "run", "student", "corrected"):
+        assert "auto_map" not in json.loads((tmp_path / folder / "config.json").read_text()), folder
     assert teacher.config.auto_map
+    assert student.config.auto_map
 
 
 # ---- The map to the teacher's width, and its weight ----

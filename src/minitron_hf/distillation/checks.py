@@ -172,6 +172,18 @@ def refuse_split_model(model: Any, role: str) -> None:
         )
 
 
+def refuse_frozen(student: Any) -> None:
+    """Refuse a student of which nothing would be trained, such as a model that was a teacher before.
+
+    Raises:
+        UnsupportedModelError: naming the remedy.
+    """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UnsupportedModelError(
+            "All parameters of the student are frozen, as those of a teacher are. Call student.requires_grad_(True)."
+        )
+
+
 def refuse_launch(accelerator: Any) -> None:
     """Refuse a launch that Accelerate has silently made something else of, or whose parallelism is not supported.
 

@@ -113,6 +113,7 @@ def correct_teacher(
     refuse_uncorrectable(model)
     stored = model.dtype
     model.float()  # small updates are lost in half precision
+    model.requires_grad_(True)  # a model that was a teacher before is frozen
     if method == "norms":
         train_norms_only(model)
     if method == "lora" and peft_config is None:
@@ -165,6 +166,7 @@ def correct_teacher(
     trained = trained.merge_and_unload() if is_peft_model(trained) else trained
     trained.requires_grad_(True)
     trained.config.use_cache = True
+    vars(trained.config).pop("auto_map", None)  # names files of the teacher's folder
     with replacing_folder(output_dir / "unfinished") as temporary:
         save_model(trained.to(stored), temporary, processing_class)
         record = {

@@ -75,9 +75,14 @@ class SavesStudent(SFTTrainer):
 
     @contextlib.contextmanager
     def _stock_config(self) -> Iterator[None]:
-        """The student's config as it was before the libraries set it up for training."""
-        config = base_model_of(self.accelerator.unwrap_model(self.model)).config.get_text_config()
+        """The student's config as it was before the libraries set it up for training, and without foreign code.
+
+        A class with code of its own, which Transformers saves beside the weights, writes its `auto_map` itself.
+        """
+        whole = base_model_of(self.accelerator.unwrap_model(self.model)).config
+        config = whole.get_text_config()
         changed = {name: getattr(config, name) for name in self._stock_fields}
+        auto_map = vars(whole).pop("auto_map", None)
         try:
             for name, value in self._stock_fields.items():
                 setattr(config, name, value)
@@ -85,6 +90,8 @@ class SavesStudent(SFTTrainer):
         finally:
             for name, value in changed.items():
                 setattr(config, name, value)
+            if auto_map is not None:
+                whole.auto_map = auto_map
 
     if TYPE_CHECKING:
 

@@ -68,6 +68,11 @@ def refuse_uncacheable(args: DistillationConfig) -> None:
             f"teacher_correction={args.teacher_correction!r}: a cached teacher cannot go on learning. Correct it "
             "beforehand with correct_teacher, then cache it."
         )
+    if args.teacher_model_init_kwargs:
+        raise MismatchError(
+            "teacher_model_init_kwargs say how a teacher is loaded, and a cached one is not loaded for training. "
+            "Leave them out; to cache a teacher that is loaded so, pass the model itself to cache_teacher_logits."
+        )
 
 
 # ---- Reading ----

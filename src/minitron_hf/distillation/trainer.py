@@ -43,6 +43,7 @@ from .batches import (
 )
 from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
 from .checks import (
+    refuse_frozen,
     refuse_launch,
     refuse_own_folder,
     refuse_pair,
@@ -178,6 +179,11 @@ class DistillationTrainer(
         eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
         require_rows(train_dataset, "train")
         self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
+        if isinstance(model, nn.Module) and (args.model_init_kwargs or quantization_config is not None):
+            raise MismatchError(
+                "model_init_kwargs and quantization_config say how a student is loaded, and this one is a model "
+                "already. Leave them out, or pass the student's path or Hub id."
+            )
         if args.teacher_model_init_kwargs and (teacher_model is None or isinstance(teacher_model, nn.Module)):
             raise MismatchError(
                 "teacher_model_init_kwargs say how a teacher is loaded, and this one is a model or a cache already. "
@@ -247,6 +253,7 @@ class DistillationTrainer(
         refuse_split_model(student, "student")
         refuse_wrapped_head(student)
         refuse_split_tie(student)
+        refuse_frozen(self.model)
         without_card(self.model)
         # In place of TRL's own fused forward, which computes a cross-entropy alone.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
