@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from minitron_hf.errors import DataError, MismatchError
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.evaluation.loading import in_float32
 from minitron_hf.models import load_for_compute, load_model, plain_model
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.pruning.verification import verify_student
@@ -23,6 +25,7 @@ from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+from test_cli import minitron, refused
 
 TEXTS = [f"the {a} {b} of {c}" for a in ("old", "new") for b in "xyz" for c in "abcd"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -231,3 +234,60 @@ def test_a_teacher_of_a_path_follows_the_policy(tmp_path, saved, models, given, 
     )
     assert trainer.teacher_model.dtype == (torch.bfloat16 if given or cpu_has_bf16 else torch.float32)
     assert trainer.args.bf16 == cpu_has_bf16
+
+
+# Every way in
+
+
+@pytest.fixture(scope="module")
+def stages(saved, tmp_path_factory):
+    """A folder with scores, a plan and text, for the commands."""
+    folder = tmp_path_factory.mktemp("stages")
+    teacher = load_model(saved[torch.float32])
+    scores = estimate_importance(teacher, metric="random")
+    scores.save_pretrained(folder)
+    make_plan(teacher, PrunerConfig(intermediate_size=20, multiple_of=1), scores).save_pretrained(folder)
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("score", ["--data", "text.jsonl"]),
+        (
+            "search",
+            ["--scores", ".", "--space", "intermediate_size=[0.5]", "--data=text.jsonl", "--max-parameters=1M"],
+        ),
+        ("prune", ["--plan", ".", "--verify"]),
+        ("plan", ["--scores", ".", "--target", "0.5", "--data", "text.jsonl"]),
+        ("cache", ["--data", "text.jsonl"]),
+        ("distill", ["--train-data", "text.jsonl"]),
+        ("evaluate", ["--data", "text.jsonl"]),
+        ("prune_model", []),
+    ],
+)
+def test_every_way_in_follows_the_policy(saved, stages, monkeypatch, tmp_path, command, options):
+    asked = []
+
+    def refuse(*_):
+        asked.append(command)
+        raise DataError("the policy was asked")
+
+    monkeypatch.setattr("minitron_hf.models.make_fast", refuse)
+    monkeypatch.chdir(stages)
+    teacher = str(saved[torch.float32])
+    if command == "prune_model":
+        with pytest.raises(DataError, match="the policy was asked"):
+            prune_model(teacher, PrunerConfig(intermediate_size=20, multiple_of=1), metric="random")
+        return
+    name = f"teacher={teacher}" if command == "evaluate" else teacher
+    if command == "distill":
+        options = [*options, "--teacher", teacher]
+        monkeypatch.setattr("minitron_hf.distillation.teacher.make_fast", refuse)
+    result = minitron(command, name, *options, "--output", tmp_path / "out")
+    assert asked == [command], result.stderr
+    refused(result, "the policy was asked")
+    if command in ("score", "search", "prune"):
+        result = minitron(command, name, *options, "--output", tmp_path / "out", "--device", "cuda:99")
+        refused(result, "device='cuda:99': there is no such device here")
