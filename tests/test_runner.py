@@ -291,6 +291,11 @@ def test_a_model_elsewhere_in_the_folder_is_not_taken_for_the_students(values):
         run(values, until="distil")
 
 
+def test_the_teachers_folder_is_not_the_runs(values):
+    with pytest.raises(OutputError, match="is the teacher's own"):
+        runner.check_recipe(Recipe.from_dict({**values, "output_dir": values["teacher"]}))
+
+
 def test_check_recipe_predicts_the_students_size(values):
     shapes = runner.check_recipe(Recipe.from_dict(values))
     folder, _ = run(values, until="prune")

@@ -113,6 +113,8 @@ def test_folders_of_the_models_are_not_overwritten(tmp_path):
         correct_teacher(
             str(tmp_path / "teacher"), text_dataset(), tmp_path / "teacher", original_learning_rate=1e-3, num_tokens=9
         )
+    with pytest.raises(OutputError, match="is the teacher's own"):
+        cache_teacher_logits(loaded, text_dataset(), tmp_path / "teacher", processing_class=pocket_tokenizer())
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == before
 
 

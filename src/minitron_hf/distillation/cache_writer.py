@@ -40,6 +40,7 @@ from .batches import (
     model_inputs,
     row_of_positions,
 )
+from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .intermediate import state_pairs, wanted_states
 from .packing import require_documents_apart
@@ -105,6 +106,7 @@ def cache_teacher_logits(
         raise ValueError(f"rows_per_file={rows_per_file}: expected at least 1.")
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args)
+    refuse_own_folder(output_dir, teacher=teacher)
     output_dir = require_writable(output_dir)
     if processing_class is None:
         name = teacher.config._name_or_path if isinstance(teacher, nn.Module) else teacher

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError
 from ..families import FIELD_OF_AXIS, named_tensors, spec_for, text_config
@@ -51,6 +52,7 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     names = [stage.name for stage in stages_until(recipe, until)]
     arguments = check_settings(recipe)
     run = Run(recipe)
+    refuse_own_folder(run.folder, teacher=recipe.teacher.model)
     config = run.teacher_config
     spec = spec_for(config)
     spec.check(empty_model(config))
