@@ -31,11 +31,11 @@ def data_folder() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _chosen_cpu() -> Iterator[None]:
     """The processor that MINITRON_TEST_BF16 names; commands that tests start in other processes see the real one."""
-    from minitron_hf import hardware  # after the environment is set: it imports torch
-
     wanted = os.environ.get("MINITRON_TEST_BF16")
     with pytest.MonkeyPatch.context() as patch:
         if wanted is not None:
+            from minitron_hf import hardware
+
             patch.setattr(hardware, "_cpu_has_bf16", lambda: wanted == "1")
         yield
 
