@@ -624,6 +624,18 @@ def test_a_folder_holds_the_adapter_or_the_merged_student(tmp_path):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected)
 
 
+def test_the_folder_of_another_model_is_left_alone(tmp_path):
+    trainer = adapted_student(tmp_path)
+    pocket_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "other")
+    before = {path: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    with pytest.raises(OutputError, match="of another model"):
+        trainer.save_model(tmp_path / "other")
+    for save in (trainer.save_model, trainer.save_student):
+        with pytest.raises(OutputError, match="is the teacher's own"):
+            save(tmp_path / "teacher")
+    assert {path: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+
+
 def test_an_adapter_on_a_model_that_is_stored_nowhere_is_refused(tmp_path):
     student, teacher = models(dtype=torch.float32)
     adapted = get_peft_model(student, LoraConfig(target_modules=["v_proj"]))

@@ -15,11 +15,12 @@ from peft import get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from ..errors import MinitronError, UnsupportedModelError
+from ..errors import MinitronError, OutputError, UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..files import replacing_folder
 from ..losses.heads import base_model_of
 from ..models import architecture_digest, empty_model, load_config
+from .record import RECORD_NAME
 
 #: Folder beside the checkpoints that holds the base model of their adapters.
 BASE_NAME = "base_model"
@@ -136,10 +137,21 @@ def _no_card(output_dir: str) -> None:
 
 
 def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
-    """Remove what a save into `folder` is going to replace: a whole model before an adapter, and the reverse."""
-    for path in Path(folder).glob("*"):
-        if any(fnmatch(path.name, pattern) for pattern in (MODEL_FILES if adapter else ADAPTER_FILES)):
-            path.unlink()
+    """Remove what a save into `folder` replaces: a merged student before its adapter is written, and the reverse.
+
+    Raises:
+        OutputError: if the folder holds a model, or an adapter, that no distillation has saved there.
+    """
+    folder = Path(folder)
+    patterns = MODEL_FILES if adapter else ADAPTER_FILES
+    found = sorted(path for path in folder.glob("*") if any(fnmatch(path.name, pattern) for pattern in patterns))
+    if found and not (folder / RECORD_NAME).is_file():
+        raise OutputError(
+            f"{folder} holds {', '.join(path.name for path in found)} of another model. A loader that finds an "
+            "adapter and a whole model in one folder puts the one on top of the other. Choose another folder."
+        )
+    for path in found:
+        path.unlink()
 
 
 def refuse_split_tie(student: Any) -> None:

@@ -46,7 +46,7 @@ def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None
 
     Args:
         output_dir: the folder to be written.
-        **models: role → a model, or a path or Hub id.
+        **models: role → a model, a path or Hub id, or None.
 
     Raises:
         OutputError: if it is the folder of one of them.

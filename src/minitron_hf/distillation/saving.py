@@ -28,7 +28,7 @@ from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import save_model
 from .adapters import adapter_type, keep_one_model, merged
-from .checks import refuse_nan_weights, refuse_not_finite
+from .checks import refuse_nan_weights, refuse_not_finite, refuse_own_folder
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
 from .intermediate import PROJECTION, IntermediateLosses
@@ -103,6 +103,7 @@ class SavesStudent(SFTTrainer):
         `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
         """
         output_dir = os.fspath(output_dir or own_output_dir(self.args))
+        refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         with self._stock_config(), _writing(output_dir):
             if self.args.should_save:
                 keep_one_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
@@ -126,9 +127,10 @@ class SavesStudent(SFTTrainer):
         Raises:
             DataError: if there is no such dtype.
             DivergedError: if a weight is NaN.
-            OutputError: if the folder cannot be written.
+            OutputError: if the folder cannot be written, or holds the teacher or another model.
         """
         output_dir = Path(output_dir or own_output_dir(self.args))
+        refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         dtype = None if dtype is None else as_dtype(dtype)
         base = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -149,9 +151,9 @@ class SavesStudent(SFTTrainer):
         refuse_nan_weights(student)
         student.generation_config = base.generation_config
         require_writable(output_dir)
+        keep_one_model(output_dir, adapter=False)
         with _writing(output_dir):
             save_model(student.to(dtype=dtype or student.dtype), output_dir, self.processing_class)
-            keep_one_model(output_dir, adapter=False)
         self._save_origin(output_dir)
 
     def _save_origin(self, folder: Path) -> None:
