@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
 
+from ..data import TokenRows
 from ..data.context import context_length
-from ..data.tokens import missing_start, start_tokens
+from ..data.tokens import missing_start, separator_tokens, start_tokens
 from ..errors import DataError
+from ..scoring.row_starts import warn_of_broken_starts
 from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
 
 if TYPE_CHECKING:
@@ -107,7 +109,9 @@ class BeginsRows:
         if is_rendered and missing_start(next(iter(tokens))["input_ids"], start):
             start = []  # a conversation begins as its template renders it
         wrapped = packing and args.packing_strategy == "wrapped"
-        maps = {"num_proc": args.dataset_num_proc} if isinstance(tokens, Dataset) else {}
+        maps: dict[str, Any] = {}
+        if isinstance(tokens, Dataset):  # streams know neither
+            maps = {"num_proc": args.dataset_num_proc, "desc": f"Preparing rows of {dataset_name} dataset"}
         cut = copy.copy(args)
         if start:
             if args.max_length is not None and args.max_length <= len(start):
@@ -127,14 +131,31 @@ class BeginsRows:
             if wrapped:
                 cut.max_length = args.max_length - len(start)
         if not wrapped:
-            tokens = with_targets(tokens, dataset_name)
+            tokens = with_targets(tokens, dataset_name, maps)
         rows = prepare(tokens, processing_class, cut, packing, None, dataset_name)
         if wrapped:
             if start:
                 settings = {"start": start, "longest": None, "cuts": "keep_start", "masks": False}
                 rows = rows.map(_begun, batched=True, fn_kwargs=settings, **maps)
-            rows = with_targets(rows, dataset_name)
+            rows = with_targets(rows, dataset_name, maps)
         return rows
+
+
+def warn_of_missing_start(trainer: Any) -> None:
+    """Warn where the teacher would read the rows far better behind a token that the tokenizer does not add."""
+    rows, teacher = trainer.train_dataset, trainer.teacher_model
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if teacher is None or sharded or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return
+    front = separator_tokens(trainer.processing_class)
+    if start_tokens(trainer.processing_class) or not front:
+        return
+    some = [row[:128] for row in rows.select(range(min(4, len(rows))))["input_ids"]]
+    some = [tuple(row) for row in some if row[:1] != front]
+    with trainer.accelerator.autocast():
+        warn_of_broken_starts(
+            teacher, TokenRows(tuple(some), None, continues=(True,) * len(some)), "The teacher", front
+        )
 
 
 def require_rows(dataset: Any, name: str) -> None:
@@ -147,13 +168,18 @@ def require_rows(dataset: Any, name: str) -> None:
         raise DataError(f"The {name} dataset holds no rows. Pass more data.")
 
 
-def with_targets(rows: Any, name: str) -> Any:
+def with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:
     """The rows in which a token counts, with a message where others are left out.
+
+    Args:
+        rows: with labels.
+        name: of the dataset, for messages.
+        maps: arguments of `datasets.Dataset.filter`.
 
     Raises:
         DataError: if there are none.
     """
-    kept = rows.filter(_has_target)
+    kept = rows.filter(_has_target, **maps)
     if isinstance(rows, Dataset):
         if not len(kept):
             raise DataError(

@@ -61,7 +61,7 @@ from .parallel import (
     distilling_forward,
     keep_losses_whole,
 )
-from .rows import BeginsRows, keep_within_context, require_rows, whole_collator
+from .rows import BeginsRows, keep_within_context, require_rows, warn_of_missing_start, whole_collator
 from .saving import TRAINING_FIELDS, SavesStudent, own_output_dir
 from .teacher import AsksTeacher
 from .teacher_cache import TeacherCache, cached_signal, opened
@@ -269,6 +269,7 @@ class DistillationTrainer(
         else:
             check_output_head(self.model, role="student")
         require_documents_apart(self, student=self.model, teacher=self.teacher_model)
+        warn_of_missing_start(self)
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
         self._intermediate = self._intermediate_losses(student.config, teacher_config)

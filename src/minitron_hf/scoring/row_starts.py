@@ -27,7 +27,9 @@ NUM_ROWS, NUM_TOKENS = 8, 256
 FAR = 0.5
 
 
-def warn_of_broken_starts(model: PreTrainedModel, rows: TokenRows, name: str) -> None:
+def warn_of_broken_starts(
+    model: PreTrainedModel, rows: TokenRows, name: str, front: Sequence[int] | None = None
+) -> None:
     """Warn where rows that begin inside a document would be predicted far better behind the first token of documents.
 
     The same tokens are predicted with it and without it: first rows and later rows themselves may differ as texts do.
@@ -37,8 +39,10 @@ def warn_of_broken_starts(model: PreTrainedModel, rows: TokenRows, name: str) ->
         rows: rows that say where they begin (`TokenRows.continues`); others are not looked at, nor are rows in front
             of which that token was put already.
         name: of the model, for the message.
+        front: token ids that documents could begin with; by default the token that the first rows begin with.
     """
     firsts = {row[0] for row, is_later in zip(rows.rows, rows.continues) if not is_later}
+    firsts = firsts if front is None else set(front)
     later = [index for index, is_later in enumerate(rows.continues) if is_later and len(rows.rows[index]) > 2]
     later = [index for index in later if not (rows.context and rows.context[index])][:NUM_ROWS]
     if len(firsts) != 1 or not later:
@@ -51,8 +55,8 @@ def warn_of_broken_starts(model: PreTrainedModel, rows: TokenRows, name: str) ->
     )
     if plain - led > FAR:
         logger.warning(
-            "%s has a cross-entropy of %.2f nats per token on rows that begin inside a document, and of %.2f on the "
-            "same rows behind the token %d, with which documents begin: what is measured and learned on them is "
+            "%s has a cross-entropy of %.2f nats per token on rows as they are, and of %.2f on the "
+            "same rows behind the token %d, with which texts begin: what is measured and learned on them is "
             "wrong. Have the tokenizer add it (tokenizer.add_bos_token = True), or put it before every row of ids.",
             name,
             plain,
