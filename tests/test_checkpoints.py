@@ -169,6 +169,15 @@ def test_a_constant_schedule_goes_on_for_longer(finished, tmp_path):
     assert same(longer, distilled(tmp_path / "at once", max_steps=6))
 
 
+def test_a_checkpoint_without_the_optimizer_is_not_gone_on_from(finished, tmp_path):
+    """Training on from its weights alone would give other ones, without a word."""
+    folder = tmp_path / "run"
+    distilled(folder, max_steps=2, save_only_model=True)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert last_checkpoint(folder) is None
+    assert same(distilled(folder), finished[1])
+
+
 def test_rotation_goes_by_steps_though_the_clock_was_set_back(tmp_path, monkeypatch):
     """The stock trainer sorts by the time of modification, and would delete the newer one."""
 

@@ -129,10 +129,13 @@ class Killed:
     def resumes(self, action: Callable[[Any], None], arguments: Any, expected: dict[str, Any], kill: Kill) -> None:
         """Run the same once more, and compare."""
         where = f"{kill} at {operations(self.log)[-1:]}"
+        print(f"{sum(self.kills.values())}: {where}", flush=True)
         if run(action, arguments, self.folder, self.log) != 0:
             self.failures.append(f"{where}: {self.said()}")
+            print(self.failures[-1], flush=True)
         elif others := differing(results(self.folder), expected):
             self.failures.append(f"{where}: {others}")
+            print(self.failures[-1], flush=True)
 
 
 def snapshot(folder: Path, where: Path) -> Path:
@@ -158,17 +161,18 @@ def test_a_distillation_and_a_plan_survive_kills(workshop):
 
 #: Stage → how many kills before file operations, of which every third tears the file, and how many within checkpoints.
 KILLS = {
-    "score": (3, 0),
+    "distill": (8, 10),
+    "correct": (6, 7),
+    "controls": (8, 6),
     "search": (6, 6),
+    "card": (5, 0),
+    "score": (3, 0),
     "plan": (4, 0),
     "prune": (4, 0),
-    "correct": (6, 7),
     "cache": (6, 0),
-    "distill": (8, 10),
-    "controls": (8, 6),
     "evaluate": (4, 0),
-    "card": (5, 0),
 }
+TRAINING = ("search", "correct", "distill", "controls")
 
 
 @pytest.mark.slow
@@ -178,28 +182,26 @@ def test_every_stage_survives_kills_at_every_kind_of_moment(workshop):
     killed = Killed(workshop, workshop / "run")
     restore(workshop / "nothing", killed.folder)
     values = full_recipe(workshop)
+    done = {}
     for stage in STAGES:
-        before = snapshot(killed.folder, workshop / f"before-{stage}")
+        snapshot(killed.folder, workshop / f"before-{stage}")
+        done[stage] = killed.whole(run_stage, {"recipe": values, "until": stage})
+        snapshot(killed.folder, workshop / f"after-{stage}")
+    for stage, (anywhere, in_checkpoints) in KILLS.items():
         arguments = {"recipe": values, "until": stage}
-        done = killed.whole(run_stage, arguments)
-        after = snapshot(killed.folder, workshop / f"after-{stage}")
-        expected = results(after)
-        within = [index for index, (_, path) in enumerate(done) if "checkpoint-" in path]
-        anywhere, in_checkpoints = KILLS[stage]
-        chosen = sorted({*spread(range(len(done)), anywhere), *spread(within, in_checkpoints)})
-        for number, index in enumerate(chosen):
-            kill = Kill(index, torn=number % 3 == 2)
+        before, expected = workshop / f"before-{stage}", results(workshop / f"after-{stage}")
+        within = [index for index, (_, path) in enumerate(done[stage]) if "checkpoint-" in path]
+        chosen = sorted({*spread(range(len(done[stage])), anywhere), *spread(within, in_checkpoints)})
+        kills = [Kill(index, torn=number % 3 == 2) for number, index in enumerate(chosen)]
+        if stage in TRAINING:
+            signals = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+            kills += [Kill(after=generator.uniform(0.3, 2.5), signal=which) for which in signals]
+        for kill in kills:
             if killed.one(stage, run_stage, arguments, before, kill):
                 killed.resumes(run_stage, arguments, expected, kill)
-        if stage in ("search", "correct", "distill", "controls"):
-            for which in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
-                kill = Kill(after=generator.uniform(0.3, 2.5), signal=which)
-                if killed.one(stage, run_stage, arguments, before, kill):
-                    killed.resumes(run_stage, arguments, expected, kill)
-        restore(after, killed.folder)
     print(dict(killed.kills), "in checkpoints:", killed.in_checkpoints)
     assert not killed.failures, "\n".join(killed.failures)
-    trained = sum(killed.kills[stage] for stage in ("search", "correct", "distill", "controls"))
+    trained = sum(killed.kills[stage] for stage in TRAINING)
     assert sum(killed.kills.values()) >= 75
     assert trained >= 40
     assert killed.in_checkpoints >= 20

@@ -19,7 +19,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
     ] = False,
-    redo: Annotated[bool, typer.Option("--redo", help="Run stages again whose inputs have changed.")] = False,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Run stages anew whose inputs have changed, or that did not end.")
+    ] = False,
     accelerate: Accelerate = None,
     num_processes: Processes = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,

@@ -61,8 +61,14 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The whole checkpoint of the most steps in a folder, if there is one."""
-    return next((os.fspath(path) for path in checkpoints(folder)[::-1] if is_whole(path)), None)
+    """The checkpoint of the most steps in a folder from which training goes on as if never interrupted, if any.
+
+    It is whole, and has the state of the optimizer (`save_only_model` leaves that out).
+    """
+    for path in checkpoints(folder)[::-1]:
+        if is_whole(path) and read_json(path / MANIFEST_NAME).get("has_optimizer"):
+            return os.fspath(path)
+    return None
 
 
 def clear_torn_checkpoints(folder: str | os.PathLike[str]) -> None:
@@ -157,8 +163,15 @@ class WholeCheckpoints(Trainer):
             for path in sorted(folder.rglob("*"))
             if path.is_file() and not is_working_file(path)
         }
-        manifest = {"format": 1, "versions": versions(), "trained_with": self._start, "progress": progress}
-        write_json(folder / MANIFEST_NAME, {**manifest, "files": files})
+        manifest = {
+            "format": 1,
+            "versions": versions(),
+            "trained_with": self._start,
+            "progress": progress,
+            "has_optimizer": not self.args.save_only_model,
+            "files": files,
+        }
+        write_json(folder / MANIFEST_NAME, manifest)
 
     def _rotate(self, run_dir: Path) -> None:
         """Delete the oldest checkpoints by their steps, beyond those to keep, the best and the last one."""
@@ -198,7 +211,8 @@ class WholeCheckpoints(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise OutputError(
-                    f"{self.args.output_dir} has no whole checkpoint. Leave out resume_from_checkpoint to begin anew."
+                    f"{self.args.output_dir} has no whole checkpoint with the state of the optimizer. Leave out "
+                    "resume_from_checkpoint to begin anew."
                 )
         self._taken_up = None
         if resume_from_checkpoint and (Path(resume_from_checkpoint) / MANIFEST_NAME).is_file():
