@@ -350,7 +350,7 @@ def require_creatable(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not above.is_dir():
-        raise OutputError(f"The output folder {folder} cannot be made: {above} is a file. Choose another folder.")
+        raise OutputError(f"The output folder {folder} cannot be written: {above} is a file. Choose another folder.")
     require_writable(above)
     return folder
 
