@@ -684,3 +684,21 @@ def test_corpora_on_the_hub_are_not_checked_offline_and_it_says_so(yard, barred)
     result = minitron("run", yard["recipe"], "--dry-run", "--set=data.train=someone/corpus")
     assert result.returncode == 0, result.stderr
     assert "Not checked: data.train: someone/corpus" in " ".join(result.stdout.split())
+
+
+def test_a_dry_run_refuses_what_the_folder_holds(yard, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    recipe = ["run", yard["recipe"], f"--set=output_dir={folder}"]
+    foreign = minitron(*recipe, "--dry-run")
+    assert foreign.returncode == 2
+    assert "already holds files" in foreign.stderr
+    (folder / "thesis.tex").unlink()
+    assert minitron(*recipe, "--quiet", "--until", "plan").returncode == 0
+    other = [*recipe, "--set=prune.intermediate_size=0.25", "--dry-run"]
+    refused = minitron(*other)
+    assert refused.returncode == 2
+    assert "prune.intermediate_size: 0.5 → 0.25" in refused.stderr
+    assert minitron(*recipe, "--dry-run").returncode == 0
+    assert minitron(*other, "--redo").returncode == 0

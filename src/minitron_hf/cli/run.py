@@ -32,15 +32,14 @@ def run(
     so in several processes (`distributed` in the recipe).
     """
     from ..hardware import is_launched
-    from ..recipe.checking import check_recipe
-    from ..recipe.runner import run_recipe
+    from ..recipe.runner import run_recipe, try_recipe
     from ..recipe.schema import Recipe
 
     if is_launched():
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
     loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
-        _print_shapes(check_recipe(loaded, until=until))
+        _print_shapes(try_recipe(loaded, until=until, redo=redo))
         return
     try:
         folder = run_recipe(

@@ -27,7 +27,7 @@ from .checking import check_recipe
 from .identity import hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import Stage, stages_of
+from .stages import Stage, stages_of, stages_until
 
 
 def stage_digests(recipe: Recipe) -> dict[str, str]:
@@ -74,9 +74,7 @@ def run_recipe(
     hub_commit.cache_clear()
     digests = stage_digests(recipe)
     _require_own_folder(run.folder)
-    names = [stage.name for stage in stages_of(recipe) if stage.name in digests]
-    last = names.index(until) + 1 if until in names else len(names)
-    wanted = [stage for stage in stages_of(recipe) if stage.name in names[:last]]
+    wanted = stages_until(recipe, until)
     with locked_folder(require_writable(run.folder)):
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
         for stage in wanted:  # every refusal before the first computation
@@ -93,6 +91,32 @@ def run_recipe(
             else:
                 _do(run, stage, digests[stage.name], report)
     return run.folder
+
+
+def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) -> dict[str, Any]:
+    """Make every refusal of `run_recipe` that needs no weights, those of its folder included, and write nothing.
+
+    Args:
+        recipe: what is to be done.
+        until: last stage to run; None: all of them.
+        redo: see `run_recipe`.
+
+    Returns:
+        What `check_recipe` found.
+
+    Raises:
+        MinitronError: whatever `run_recipe` would refuse before its first stage.
+    """
+    shapes = check_recipe(recipe, until=until)
+    folder = Run(recipe).folder
+    _require_own_folder(folder)
+    if (folder / STAGES_DIR).is_dir() and not redo:
+        hub_commit.cache_clear()
+        digests = stage_digests(recipe)
+        for stage in stages_until(recipe, until):
+            _require_same_inputs(folder, stage, recipe, digests[stage.name])
+        _drop_rounds(folder, recipe, redo)
+    return shapes
 
 
 def _do(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
