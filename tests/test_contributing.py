@@ -24,7 +24,16 @@ def test_the_worked_family_is_the_shipped_one():
 
 def test_what_the_page_names_exists():
     spec_fields = {field.name for field in fields(ArchSpec)}
-    named = {"layer_norms", "norm_offset", "scaled_embeddings", "writers", "leading_layers", "refused", "refused_if"}
+    named = {
+        "layer_norms",
+        "norm_offset",
+        "stream",
+        "logits",
+        "leading_layers",
+        "layer_rules",
+        "refused",
+        "refused_if",
+    }
     assert named <= spec_fields
     assert all(f"`{name}" in PAGE for name in named)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

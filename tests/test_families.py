@@ -133,8 +133,8 @@ def test_tables_hold_together(spec: ArchSpec):
     for inner, outer in spec.groups:
         assert spec.axis[inner].per_layer
         assert spec.axis[outer].per_layer or not spec.axis[outer].prunable
-    assert set(spec.writers) <= spec.dimensions.keys()
-    assert bool(spec.writers) == spec.scaled_embeddings
+    assert set(spec.stream.writers) <= spec.dimensions.keys()
+    assert bool(spec.stream.writers) == spec.stream.scaled_embeddings
     for axis in spec.axes:
         assert axis.within is None or (axis.per_layer and spec.axis[axis.within].per_layer)
     named = {axis for pair in (*spec.groups, *spec.multiples) for axis in pair} | set(spec.refused)
@@ -154,13 +154,21 @@ def test_sizes_name_fields_of_the_stock_config(spec: ArchSpec):
             assert hasattr(config.per_layer_config[0], name) or axis.implied is not None, name
     counted = (
         *spec.leading_layers,
-        *spec.trailing_layers,
-        *(name for rule in (*spec.sparse_layers, *spec.sparse_ranges) for name in rule),
+        *spec.layer_rules.trailing_layers,
+        *(name for rule in (*spec.layer_rules.sparse_layers, *spec.layer_rules.sparse_ranges) for name in rule),
     )
-    derived = (name for name, _ in spec.derived_fields)
+    derived = (name for name, _ in spec.config_rules.derived_fields)
     refused = (name for name, *_ in (*spec.refused_if, *spec.variants))
-    patterns = (name for pair in spec.layer_patterns for name in pair)
-    for name in (*spec.layer_lists, *spec.layer_indices, *patterns, *counted, *refused, *derived, *spec.absent_parts):
+    patterns = (name for pair in spec.layer_rules.layer_patterns for name in pair)
+    for name in (
+        *spec.layer_lists,
+        *spec.layer_rules.layer_indices,
+        *patterns,
+        *counted,
+        *refused,
+        *derived,
+        *spec.config_rules.absent_parts,
+    ):
         assert hasattr(config, name), name
     assert PRUNER_FIELDS.keys() == {FIELD_OF_AXIS[axis] for axis in FIELD_OF_AXIS}
 

@@ -307,7 +307,7 @@ def test_student_config_keeps_everything_else(name: str):
         "mamba_d_ssm", "mamba_n_heads",
         "block_auto_adjust_ff_dim", "intermediate_size_mlp",
         *(() if POCKETS[name].kv else ("num_key_value_heads",)),
-        *(field for field, *_ in spec_for(teacher).scaled_fields),
+        *(field for field, *_ in spec_for(teacher).config_rules.scaled_fields),
     }  # fmt: skip
     if POCKETS[name].attention_out:
         assert spec_for(student).sizes(student)["head_dim"] == (8 if POCKETS[name].coupled else 10)
@@ -537,7 +537,7 @@ def random_request(name: str, chance: random.Random) -> dict:
     if "mamba_num_heads" in cuttable(name) and not POCKETS[name].ssm_coupled:
         groups = sizes["ssm_groups"]
         request["mamba_num_heads"] = groups * chance.randint(1, sizes["ssm_heads"] // groups)
-    depth, least = chance.random(), max(1, len(spec.needed_kinds), 2 * len(spec.fixed_ends))
+    depth, least = chance.random(), max(1, len(spec.needed_kinds), 2 * len(spec.layer_rules.fixed_ends))
     if "num_hidden_layers" not in cuttable(name):
         depth = 1.0
     if spec.needed_kinds:
@@ -550,8 +550,10 @@ def random_request(name: str, chance: random.Random) -> dict:
         request["num_hidden_layers"] = chance.choice([chance.randint(least, sizes["layers"]), fraction])
     elif depth < 0.7:
         needed = {next(i for i, k in enumerate(getattr(config, f)) if k in kinds) for f, kinds in spec.needed_kinds}
-        needed |= {i for f, kind in spec.reusing_layers for i, k in enumerate(getattr(config, f)) if k != kind}
-        needed |= {fixed % sizes["layers"] for fixed in spec.fixed_ends}
+        needed |= {
+            i for f, kind in spec.layer_rules.reusing_layers for i, k in enumerate(getattr(config, f)) if k != kind
+        }
+        needed |= {fixed % sizes["layers"] for fixed in spec.layer_rules.fixed_ends}
         droppable = sorted(set(range(sizes["layers"])) - needed)
         request["layers_to_drop"] = chance.sample(
             droppable, chance.randint(0, min(len(droppable), sizes["layers"] - 1))

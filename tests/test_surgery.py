@@ -340,7 +340,7 @@ def requests(name: str) -> dict[str, dict]:
         own = {**own, "ssm heads": SSM["ssm heads"]}  # the width follows
     allowed = {*cuttable(name), *(["layers_to_drop"] if "num_hidden_layers" in cuttable(name) else [])}
     cuts = {cut: dict(request) for part in (pocket.depths or DEPTHS, *neurons, own) for cut, request in part.items()}
-    if -1 in spec_for(pocket.config).fixed_ends and pocket.kv:
+    if -1 in spec_for(pocket.config).layer_rules.fixed_ends and pocket.kv:
         cuts["everything but the heads"]["layers_to_drop"] = [3, 1]
     for cut in [cut for cut in cuts if cut.startswith("everything")]:
         for part in neurons:
@@ -363,7 +363,7 @@ def test_student_equals_masked_teacher(name: str, cut: str):
     request = requests(name)[cut]
     if cut == "kv" and spec_for(POCKETS[name].config).multiples:
         request["hidden_size"] = 32  # the config insists on a multiple of the 8 heads
-    if cut == "layer block" and spec_for(POCKETS[name].config).reusing_layers:
+    if cut == "layer block" and spec_for(POCKETS[name].config).layer_rules.reusing_layers:
         request["keep_last_layers"] = 0  # the last layer uses the one before it
     teacher = pocket_model(name)
     plan = plan_for(teacher, **request)

@@ -12,6 +12,7 @@ from minitron_hf.errors import PlanError, UnsupportedModelError, VerificationErr
 from minitron_hf.families import families
 from minitron_hf.families.axes import dimension_index, parse_dimensions
 from minitron_hf.families.base import linear
+from minitron_hf.families.rules import PLAIN_STREAM
 from minitron_hf.pruning.masking import _mask
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
@@ -98,12 +99,12 @@ def test_tables_that_only_fit_in_shape_are_refuted(mistake: str, monkeypatch):
             prune_model(teacher, everything(name), metric="random", verify=True)
 
 
-@pytest.mark.parametrize("change", [{"norm_offset": 0.0}, {"scaled_embeddings": False, "writers": ()}])
+@pytest.mark.parametrize("change", [{"norm_offset": 0.0}, {"stream": PLAIN_STREAM}])
 def test_wrong_scales_are_refuted(change: dict, monkeypatch):
     monkeypatch.setitem(families(), "gemma", replace(families()["gemma"], **change))
     request = everything("gemma", norm_compensation=True)
     teacher = pocket_model("gemma", dtype=torch.float32)
-    if "writers" in change:  # neither side compensates, so the only difference is the one that it makes up for
+    if "stream" in change:  # neither side compensates, so the only difference is the one that it makes up for
         plan = planned(teacher, request)
         assert not set(plan.scales) - set(families()["gemma"].residual_norms)
     with pytest.raises(VerificationError):

@@ -139,7 +139,7 @@ def narrow_images(model: PreTrainedModel, plan: PruningPlan) -> None:
     projectors = [module for path, module in model.named_modules() if path.endswith("multi_modal_projector")]
     if "hidden" in plan.kept and projectors:
         mask = torch.zeros(plan.sizes["hidden"]["teacher"], dtype=torch.float64)
-        scaled = spec_for(model.config).scaled_embeddings
+        scaled = spec_for(model.config).stream.scaled_embeddings
         mask[torch.from_numpy(plan.kept["hidden"])] = (len(plan.kept["hidden"]) / len(mask)) ** (0.5 if scaled else 0)
         projectors[0].register_forward_hook(lambda _, __, output: output * mask)
 

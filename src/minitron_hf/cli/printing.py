@@ -138,8 +138,15 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     console.print(table)
     for condition in conditions(spec):
         console.print(f"Models {condition}", markup=False, highlight=False)
-    rewritten = (*spec.layer_lists, *spec.leading_layers, *spec.trailing_layers, *spec.layer_indices)
-    rewritten += tuple(name for rule in (*spec.sparse_layers, *spec.sparse_ranges) for name in rule)
+    rewritten = (
+        *spec.layer_lists,
+        *spec.leading_layers,
+        *spec.layer_rules.trailing_layers,
+        *spec.layer_rules.layer_indices,
+    )
+    rewritten += tuple(
+        name for rule in (*spec.layer_rules.sparse_layers, *spec.layer_rules.sparse_ranges) for name in rule
+    )
     if rewritten:
         console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
 

@@ -18,6 +18,7 @@ from .base import (
     linear,
     stacked_experts,
 )
+from .rules import StreamRules
 
 PLAIN = decoder(
     "afmoe",
@@ -53,8 +54,9 @@ SPEC = replace(
             True,
             replace(
                 PLAIN,
-                scaled_embeddings=True,
-                writers=("post_attention_layernorm.weight", "post_mlp_layernorm.weight"),
+                stream=StreamRules(
+                    scaled_embeddings=True, writers=("post_attention_layernorm.weight", "post_mlp_layernorm.weight")
+                ),
             ),
         ),
     ),

@@ -1,6 +1,7 @@
 """Bamba: attention in listed layers, a state space in the others, and a gated MLP in all of them."""
 
 from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .rules import LayerRules
 from .state_space import (
     SSM_AXES,
     SSM_DIM_FOLLOWS,
@@ -29,6 +30,6 @@ SPEC = decoder(
     gated_norms={"mamba.norm": "ssm_groups"},
     equal=SSM_WIDTH,
     refused=SSM_DIM_FOLLOWS,
-    layer_indices=("attn_layer_indices",),
+    layer_rules=LayerRules(layer_indices=("attn_layer_indices",)),
     needed_kinds=(("layers_block_type", ("full_attention",)),),
 )

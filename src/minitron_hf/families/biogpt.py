@@ -1,6 +1,7 @@
 """BioGPT: OPT's layout with scaled embeddings; learned positions of which the first two are never used."""
 
 from .base import HEAD_DIM, HEADS, POSITIONS, SQUARE, attention, decoder, layer_tables, linear, norm
+from .rules import StreamRules
 
 SPEC = decoder(
     "biogpt",
@@ -22,13 +23,15 @@ SPEC = decoder(
     attention_out="self_attn.out_proj",
     mlp_out="fc2",
     equal=SQUARE,
-    scaled_embeddings=True,
-    writers=(
-        "biogpt.embed_positions.weight",
-        "self_attn.out_proj.weight",
-        "self_attn.out_proj.bias",
-        "fc2.weight",
-        "fc2.bias",
+    stream=StreamRules(
+        scaled_embeddings=True,
+        writers=(
+            "biogpt.embed_positions.weight",
+            "self_attn.out_proj.weight",
+            "self_attn.out_proj.bias",
+            "fc2.weight",
+            "fc2.bias",
+        ),
     ),
     refused_if=(("scale_embedding", False, "hidden", "the table makes up for scaled embeddings"),),
 )

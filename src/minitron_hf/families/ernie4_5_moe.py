@@ -16,6 +16,7 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "ernie4_5_moe",
@@ -35,6 +36,6 @@ SPEC = decoder(
     ),
     mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
-    sparse_ranges=(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),),
+    layer_rules=LayerRules(sparse_ranges=(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),)),
     least=(("experts", "moe_k"),),
 )

@@ -1,7 +1,7 @@
 """Falcon-H1: attention and a state space side by side in every layer, then a gated MLP; constant multipliers."""
 
 from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
-from .rules import LogitRules
+from .rules import ConfigRules, LogitRules
 from .state_space import SSM_AXES, SSM_GROUPS, ssm_taps, state_space
 
 SPEC = decoder(
@@ -22,5 +22,5 @@ SPEC = decoder(
     groups=(("heads", "kv"), *SSM_GROUPS),
     gated_norms={"mamba.norm": "ssm_groups"},
     # Unless it is given, the stock class takes mamba_expand times the hidden size.
-    derived_fields=(("mamba_d_ssm", "ssm_heads*ssm_dim"),),
+    config_rules=ConfigRules(derived_fields=(("mamba_d_ssm", "ssm_heads*ssm_dim"),)),
 )

@@ -14,6 +14,7 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "flint",
@@ -28,6 +29,6 @@ SPEC = decoder(
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
     mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
     layer_lists=("layer_types",),
-    sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),),
+    layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     least=(("experts", "num_experts_per_tok"),),
 )

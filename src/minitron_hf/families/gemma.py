@@ -1,10 +1,12 @@
 """Gemma: Llama's layout, norm weights stored minus one, embeddings multiplied by √hidden_size."""
 
 from .base import decoder
+from .rules import StreamRules
 
 SPEC = decoder(
     "gemma",
     norm_offset=1.0,
-    scaled_embeddings=True,
-    writers=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight"),
+    stream=StreamRules(
+        scaled_embeddings=True, writers=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+    ),
 )

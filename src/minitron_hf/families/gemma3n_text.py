@@ -18,7 +18,7 @@ from .base import (
     linear,
     norm,
 )
-from .rules import CAPPED_LOGITS
+from .rules import CAPPED_LOGITS, LayerRules, StreamRules
 
 SPEC = decoder(
     "gemma3n_text",
@@ -72,12 +72,11 @@ SPEC = decoder(
         "laurel.post_laurel_norm",
         "post_per_layer_input_norm",
     ),
-    stacked_states=True,
+    stream=StreamRules(stacked_states=True),
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),
     layer_lists=("layer_types", "intermediate_size", "activation_sparsity_pattern"),
-    trailing_layers=("num_kv_shared_layers",),
-    fixed_layers=(("kv_sharing_modes", "store"),),
+    layer_rules=LayerRules(trailing_layers=("num_kv_shared_layers",), fixed_layers=(("kv_sharing_modes", "store"),)),
     refused={
         "hidden": "AltUp mixes whole residual streams, and LAuReL adds what a norm has scaled to one of them",
         "kv": "its last layers read the keys and values of earlier ones, and would have to keep the same groups",

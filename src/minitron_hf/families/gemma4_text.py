@@ -18,7 +18,7 @@ from .base import (
     linear,
     norm,
 )
-from .rules import CAPPED_LOGITS
+from .rules import CAPPED_LOGITS, ConfigRules, LayerRules, StreamRules
 from .spec import Wrapper
 
 NORMS = ("input_layernorm", "pre_feedforward_layernorm")
@@ -49,18 +49,20 @@ DENSE = decoder(
     ),
     norms=NORMS,
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm"),
-    scaled_embeddings=True,
-    writers=(
-        "post_attention_layernorm.weight",
-        "post_feedforward_layernorm.weight",
-        "post_per_layer_input_norm.weight",
+    stream=StreamRules(
+        scaled_embeddings=True,
+        writers=(
+            "post_attention_layernorm.weight",
+            "post_feedforward_layernorm.weight",
+            "post_per_layer_input_norm.weight",
+        ),
+        stream_readers=("per_layer_input_gate.weight", "model.per_layer_model_projection.weight"),
+        hidden_powers=(("model.per_layer_model_projection.weight", -0.5),),
     ),
-    stream_readers=("per_layer_input_gate.weight", "model.per_layer_model_projection.weight"),
-    hidden_powers=(("model.per_layer_model_projection.weight", -0.5),),
     layer_lists=("layer_types",),
-    trailing_layers=("num_kv_shared_layers",),
-    fixed_layers=(("kv_sharing_modes", "store"),),
-    fixed_ends=(-1,),
+    layer_rules=LayerRules(
+        trailing_layers=("num_kv_shared_layers",), fixed_layers=(("kv_sharing_modes", "store"),), fixed_ends=(-1,)
+    ),
     wrappers=(
         Wrapper(
             "gemma4",
@@ -76,7 +78,7 @@ DENSE = decoder(
             opaque=("model.vision_tower.", "model.audio_tower."),
         ),
     ),
-    widened=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),),
+    config_rules=ConfigRules(widened=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
     refused={
         "kv": "its last layers read the keys and values of earlier ones, and would have to keep the same groups; "
         "and layers with full attention hold another number of them",
@@ -106,7 +108,7 @@ SPEC = replace(
                 ),
                 taps={**DENSE.taps, "experts": "experts", "moe_ffn": "experts"},
                 layer_norms=(*NORMS, "pre_feedforward_layernorm_2", "router.norm"),
-                hidden_powers=(*DENSE.hidden_powers, ("router.scale", -0.5)),
+                stream=replace(DENSE.stream, hidden_powers=(*DENSE.stream.hidden_powers, ("router.scale", -0.5))),
                 least=(("experts", "top_k_experts"),),
             ),
         ),

@@ -13,6 +13,7 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "glm_moe_dsa",
@@ -23,5 +24,5 @@ SPEC = decoder(
         "layer_lists": ("layer_types", "mlp_layer_types", "indexer_types"),
         "leading_layers": ("first_k_dense_replace",),
     },
-    reusing_layers=(("indexer_types", "shared"),),
+    layer_rules=LayerRules(reusing_layers=(("indexer_types", "shared"),)),
 )

@@ -17,6 +17,7 @@ from .base import (
     layer_tables,
     linear,
 )
+from .rules import LayerRules
 
 SPEC = gpt(
     "gpt_neo",
@@ -38,5 +39,5 @@ SPEC = gpt(
     attention_out="attn.attention.out_proj",
     mlp_out="mlp.c_proj",
     layer_lists=("attention_layers",),
-    layer_patterns=(("attention_types", "attention_layers"),),
+    layer_rules=LayerRules(layer_patterns=(("attention_types", "attention_layers"),)),
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from .axes import Axis
 from .base import FFN, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, decoder, layer_tables, linear, norm
+from .rules import LayerRules
 
 MULTIPLE = "the stock config counts neurons as a multiple of hidden_size, so neither can be cut without the other"
 
@@ -34,7 +35,7 @@ SPEC = decoder(
     attention_axes=(HEADS, HEAD_DIM),
     attention_out="attention.dense",
     mlp_out="mlp.dense_4h_to_h",
-    fixed_ends=(-1,),
+    layer_rules=LayerRules(fixed_ends=(-1,)),
     refused={
         "ffn": MULTIPLE,
         "hidden": MULTIPLE,

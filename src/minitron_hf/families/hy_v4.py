@@ -17,6 +17,7 @@ from .base import (
     linear,
     norm,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "hy_v4",
@@ -52,6 +53,6 @@ SPEC = decoder(
         "attention_axes": (*LATENT_AXES, *INDEXER_AXES, Axis("streams", ("hc_mult",), prunable=False)),
         "layer_lists": ("layer_types", "mlp_layer_types", "indexer_types"),
     },
-    reusing_layers=(("indexer_types", "shared"),),
+    layer_rules=LayerRules(reusing_layers=(("indexer_types", "shared"),)),
     refused={"hidden": "its streams are normalised together, by a norm without weights that could make up for it"},
 )

@@ -5,6 +5,7 @@ Every channel of a state space is a head of its own. Experts are as wide as the 
 
 from .axes import Axis
 from .base import EMBEDDINGS, EXPERTS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
+from .rules import LayerRules
 from .state_space import SSM_EXPAND, channel_state_space
 
 SPEC = decoder(
@@ -45,9 +46,11 @@ SPEC = decoder(
     final_norm="model.final_layernorm",
     equal=(("moe_ffn", "ffn"), ("ssm_heads", "ssm_expand*hidden")),
     needed_kinds=(("layers_block_type", ("attention",)),),
-    derived_kinds=(
-        ("layers_block_type", "attn_layer_period and attn_layer_offset"),
-        ("layers_num_experts", "expert_layer_period and expert_layer_offset"),
+    layer_rules=LayerRules(
+        derived_kinds=(
+            ("layers_block_type", "attn_layer_period and attn_layer_offset"),
+            ("layers_num_experts", "expert_layer_period and expert_layer_offset"),
+        )
     ),
     # A single expert would be an MLP.
     least=(("experts", "num_experts_per_tok"), ("experts", "2")),

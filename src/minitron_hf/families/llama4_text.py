@@ -2,6 +2,7 @@
 
 from .axes import Axis
 from .base import GROUPED_ATTENTION, decoder, layer_tables, linear
+from .rules import LayerRules
 
 SPEC = decoder(
     "llama4_text",
@@ -33,7 +34,7 @@ SPEC = decoder(
     },
     equal=(("moe_ffn", "shared_ffn"),),
     layer_lists=("layer_types", "no_rope_layers"),
-    layer_indices=("moe_layers",),
+    layer_rules=LayerRules(layer_indices=("moe_layers",)),
     bare_norms=True,
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -1,7 +1,7 @@
 """MiniCPM3: latent attention and a gated MLP; residual branches and logits are scaled by depth and width."""
 
 from .base import GATED_MLP, LATENT_ATTENTION, LATENT_AXES, decoder, layer_tables
-from .rules import GRANITE_LOGITS
+from .rules import GRANITE_LOGITS, ConfigRules
 
 SPEC = decoder(
     "minicpm3",
@@ -10,5 +10,5 @@ SPEC = decoder(
     attention_axes=LATENT_AXES,
     multiples=(("hidden", "heads"),),
     # Branches are scaled by scale_depth/√num_hidden_layers, what the head reads by dim_model_base/hidden_size.
-    scaled_fields=(("scale_depth", "layers", 0.5), ("dim_model_base", "hidden", 1.0)),
+    config_rules=ConfigRules(scaled_fields=(("scale_depth", "layers", 0.5), ("dim_model_base", "hidden", 1.0))),
 )

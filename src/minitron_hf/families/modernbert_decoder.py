@@ -6,7 +6,7 @@ The embeddings have a norm, too, and the head is a projection with a norm before
 from dataclasses import replace
 
 from .base import HEAD_DIM, HEADS, SQUARE, decoder, layer_tables, linear, norm
-from .rules import LogitRules
+from .rules import LayerRules, LogitRules
 
 SPEC = decoder(
     "modernbert-decoder",
@@ -32,5 +32,5 @@ SPEC = decoder(
     mlp_out="mlp.Wo",
     equal=SQUARE,
     layer_lists=("layer_types",),
-    fixed_ends=(0,),
+    layer_rules=LayerRules(fixed_ends=(0,)),
 )

@@ -23,6 +23,7 @@ from .base import (
     linear,
     norm,
 )
+from .rules import ConfigRules
 from .spec import ArchSpec
 from .state_space import SSM_GROUPS, ssm_axes, ssm_taps, state_space
 
@@ -80,7 +81,7 @@ DIRECT = ArchSpec(
     layer_lists=("layers_block_type",),
     needed_kinds=(("layers_block_type", ("full_attention",)),),  # the stock cache takes its length from one
     least=GROUPED_EXPERTS_LEAST,
-    absent_parts=("num_nextn_predict_layers",),
+    config_rules=ConfigRules(absent_parts=("num_nextn_predict_layers",)),
 )
 
 SPEC = replace(

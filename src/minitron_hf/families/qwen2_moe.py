@@ -13,6 +13,7 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "qwen2_moe",
@@ -26,6 +27,6 @@ SPEC = decoder(
     mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
     layer_lists=("layer_types",),
     leading_layers=("max_window_layers",),
-    sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),),
+    layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     least=(("experts", "num_experts_per_tok"),),
 )

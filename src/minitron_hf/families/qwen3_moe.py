@@ -12,12 +12,13 @@ from .base import (
     decoder,
     layer_tables,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "qwen3_moe",
     layer=layer_tables(GROUPED_ATTENTION, HEAD_NORMS, GATED_MLP, EXPERTS_MLP),
     mlp_axes=(FFN, LOCAL_EXPERTS, MOE_FFN),
     mlp_taps={"ffn": "mlp.down_proj", **EXPERT_TAPS},
-    sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),),
+    layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -22,6 +22,7 @@ from .base import (
     linear,
     norm,
 )
+from .rules import LayerRules
 
 SPEC = decoder(
     "qwen3_next",
@@ -43,7 +44,7 @@ SPEC = decoder(
     mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
-    sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),),
+    layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     norm_offset=1.0,
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,8 +50,88 @@ class LogitRules:
         return None if value is None else float(value)
 
 
-#: Most families leave them as they are.
-PLAIN_LOGITS = LogitRules()
+@dataclass(frozen=True)
+class LayerRules:
+    """Config fields that say something of single layers beside lists and counts, and layers that depend on others.
+
+    Attributes:
+        layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
+            [[kind, …], repetitions], to the list; after a depth cut it holds the list, not repeated.
+        trailing_layers: config fields that count layers from the last one, recounted with the layers.
+        layer_indices: config fields that list layer indices, renumbered with the layers.
+        sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
+            if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
+            period is 1 and the list says it all.
+        reusing_layers: (config field with one entry per layer, kind): a layer of this kind uses again what the nearest
+            layer before it of another kind computed, and can only stay together with that one.
+        sparse_ranges: triples (field with the first layer that may have experts, field with the last, field with the
+            period of sparse ones), where a layer has experts if it lies between them and its number, counted from 1,
+            is a multiple of the period. A depth cut that no numbers describe is refused.
+        fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
+            later ones read what it stores.
+        fixed_ends: layers, counted from the last one where negative, that are never dropped, because the stock classes
+            build them unlike the others or insist on their kind there.
+        derived_kinds: (config property with one entry per layer, fields from which it derives): what kind each layer
+            is, where no field lists it; a depth cut that leaves another order is refused, naming the fields.
+    """
+
+    layer_patterns: tuple[tuple[str, str], ...] = ()
+    trailing_layers: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    sparse_layers: tuple[tuple[str, str], ...] = ()
+    reusing_layers: tuple[tuple[str, str], ...] = ()
+    sparse_ranges: tuple[tuple[str, str, str], ...] = ()
+    fixed_layers: tuple[tuple[str, Any], ...] = ()
+    fixed_ends: tuple[int, ...] = ()
+    derived_kinds: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamRules:
+    """What a cut of the hidden size changes in the residual stream beside the channels that go.
+
+    Attributes:
+        scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
+            shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
+            alike; the norms that read it do not see the difference.
+        writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
+            where those are scaled: output projections with their biases, or the norms after them; learned positions.
+        stream_readers: the tensors that read the residual stream without a norm, needed likewise.
+        hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
+            power. A vector over the hidden size among them scales what a norm without a weight gives.
+        stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
+    """
+
+    scaled_embeddings: bool = False
+    writers: tuple[str, ...] = ()
+    stream_readers: tuple[str, ...] = ()
+    hidden_powers: tuple[tuple[str, float], ...] = ()
+    stacked_states: bool = False
+
+
+@dataclass(frozen=True)
+class ConfigRules:
+    """Config fields that follow from sizes, and sizes that follow from flags.
+
+    Attributes:
+        absent_parts: config fields with a number of layers that checkpoints may hold beside those of the stock model:
+            0 in the student, whose checkpoint has none.
+        derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
+            with the axes.
+        scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
+            multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
+        widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
+            with that value hold so many times the units that the config says.
+    """
+
+    absent_parts: tuple[str, ...] = ()
+    derived_fields: tuple[tuple[str, str], ...] = ()
+    scaled_fields: tuple[tuple[str, str, float], ...] = ()
+    widened: tuple[tuple[str, str, str, Any, int], ...] = ()
+
+
+#: Most families need none of these.
+PLAIN_LOGITS, NO_LAYER_RULES, PLAIN_STREAM, NO_CONFIG_RULES = LogitRules(), LayerRules(), StreamRules(), ConfigRules()
 #: Gemma's relatives bound their logits.
 CAPPED_LOGITS = LogitRules(capped_by="final_logit_softcapping")
 #: Cohere's scale them, and so do Granite's, the other way round.

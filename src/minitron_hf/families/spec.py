@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
-from .rules import PLAIN_LOGITS, LogitRules
+from .rules import (
+    NO_CONFIG_RULES,
+    NO_LAYER_RULES,
+    PLAIN_LOGITS,
+    PLAIN_STREAM,
+    ConfigRules,
+    LayerRules,
+    LogitRules,
+    StreamRules,
+)
 from .tensors import is_quantised, named_tensors, text_config
 
 if TYPE_CHECKING:
@@ -82,48 +91,16 @@ class ArchSpec:
         gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
             each of which it takes by itself.
         readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
-        absent_parts: config fields with a number of layers that checkpoints may hold beside those of the stock model:
-            0 in the student, whose checkpoint has none.
-        derived_fields: pairs (config field, expression of axes): fields that must hold that much, and are rewritten
-            with the axes.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers. Sizes may be among them.
-        layer_patterns: pairs (field, list with one entry per layer): the stock config expands the field, entries
-            [[kind, …], repetitions], to the list; after a depth cut it holds the list, not repeated.
         leading_layers: config fields that count layers from the first one, recounted with the layers.
-        trailing_layers: config fields that count layers from the last one, likewise.
-        layer_indices: config fields that list layer indices, renumbered with the layers.
         needed_kinds: (config field with one entry per layer, kinds): at least one layer of these kinds has to stay,
             because the stock cache counts tokens there, or the stock config insists.
-        sparse_layers: pairs (field that lists dense layers, field with the period of sparse ones): a layer has experts
-            if its number, counted from 1, is a multiple of the period and it is not listed. After a depth cut the
-            period is 1 and the list says it all.
-        reusing_layers: (config field with one entry per layer, kind): a layer of this kind uses again what the nearest
-            layer before it of another kind computed, and can only stay together with that one.
-        sparse_ranges: triples (field with the first layer that may have experts, field with the last, field with the
-            period of sparse ones), where a layer has experts if it lies between them and its number, counted from 1,
-            is a multiple of the period. A depth cut that no numbers describe is refused.
-        scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
-            multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
-        fixed_layers: pairs (config property with one entry per layer, value): such a layer is never dropped, because
-            later ones read what it stores.
-        fixed_ends: layers, counted from the last one where negative, that are never dropped, because the stock classes
-            build them unlike the others or insist on their kind there.
-        derived_kinds: (config property with one entry per layer, fields from which it derives): what kind each layer
-            is, where no field lists it; a depth cut that leaves another order is refused, naming the fields.
+        layer_rules: config fields that say something of single layers, and layers that depend on others.
         norm_offset: what the norms add to their weights: 1 in families that store them minus one.
         bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
-        scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
-            shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
-            alike; the norms that read it do not see the difference.
-        writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
-            where those are scaled: output projections with their biases, or the norms after them; learned positions.
-        stream_readers: the tensors that read the residual stream without a norm, needed likewise.
-        hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
-            power. A vector over the hidden size among them scales what a norm without a weight gives.
-        widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
-            with that value hold so many times the units that the config says.
-        stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
+        stream: what a cut of the hidden size changes in the residual stream beside the kept channels.
+        config_rules: config fields that follow from sizes.
         wrappers: models that hold this language model beside other parts.
         opaque: beginnings of names of tensors that are no part of the language model, and kept as they are.
         logits: what the stock class does to its logits beside the output projection.
@@ -148,30 +125,15 @@ class ArchSpec:
     equal: tuple[tuple[str, str], ...] = ()
     gated_norms: Mapping[str, str] = field(default_factory=dict)
     readers: tuple[tuple[str, str], ...] = ()
-    absent_parts: tuple[str, ...] = ()
-    derived_fields: tuple[tuple[str, str], ...] = ()
     multiples: tuple[tuple[str, str], ...] = ()
     layer_lists: tuple[str, ...] = ()
-    layer_patterns: tuple[tuple[str, str], ...] = ()
     leading_layers: tuple[str, ...] = ()
-    trailing_layers: tuple[str, ...] = ()
-    layer_indices: tuple[str, ...] = ()
     needed_kinds: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    sparse_layers: tuple[tuple[str, str], ...] = ()
-    reusing_layers: tuple[tuple[str, str], ...] = ()
-    sparse_ranges: tuple[tuple[str, str, str], ...] = ()
-    scaled_fields: tuple[tuple[str, str, float], ...] = ()
-    fixed_layers: tuple[tuple[str, Any], ...] = ()
-    fixed_ends: tuple[int, ...] = ()
-    derived_kinds: tuple[tuple[str, str], ...] = ()
+    layer_rules: LayerRules = NO_LAYER_RULES
     norm_offset: float = 0.0
     bare_norms: bool = False
-    scaled_embeddings: bool = False
-    writers: tuple[str, ...] = ()
-    stream_readers: tuple[str, ...] = ()
-    hidden_powers: tuple[tuple[str, float], ...] = ()
-    widened: tuple[tuple[str, str, str, Any, int], ...] = ()
-    stacked_states: bool = False
+    stream: StreamRules = PLAIN_STREAM
+    config_rules: ConfigRules = NO_CONFIG_RULES
     wrappers: tuple[Wrapper, ...] = ()
     opaque: tuple[str, ...] = ()
     logits: LogitRules = PLAIN_LOGITS
@@ -200,9 +162,12 @@ class ArchSpec:
             layers_path=renamed(self.layers_path),
             final_norm=renamed(self.final_norm),
             outer={**{renamed(name): text for name, text in self.outer.items()}, **wrapper.tensors},
-            writers=(*map(renamed, self.writers), *wrapper.writers),
-            stream_readers=tuple(map(renamed, self.stream_readers)),
-            hidden_powers=tuple((renamed(name), power) for name, power in self.hidden_powers),
+            stream=replace(
+                self.stream,
+                writers=(*map(renamed, self.stream.writers), *wrapper.writers),
+                stream_readers=tuple(map(renamed, self.stream.stream_readers)),
+                hidden_powers=tuple((renamed(name), power) for name, power in self.stream.hidden_powers),
+            ),
             refused={**self.refused, **wrapper.refused},
             opaque=wrapper.opaque,
             sisters=(),  # of the language model alone
@@ -257,7 +222,7 @@ class ArchSpec:
                     f"The config of this {self.model_type} model has {axis.fields[0]}={value!r}; expected an integer."
                 )
             sizes[axis.name] = value
-        for name, flag, kinds, kind, factor in self.widened:
+        for name, flag, kinds, kind, factor in self.config_rules.widened:
             if layer is not None and getattr(config, flag) and getattr(config, kinds)[layer] == kind:
                 sizes[name] *= factor
         return sizes

@@ -45,7 +45,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     # The student multiplies by powers of its own hidden size, the teacher by those of its.
     ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
     scales = dict(plan.scales)
-    scales |= {name: scales.get(name, 1.0) * ratio**power for name, power in spec.hidden_powers}
+    scales |= {name: scales.get(name, 1.0) * ratio**power for name, power in spec.stream.hidden_powers}
     swapped: dict[int, dict[str, Tensor]] = {layer: {} for layer in plan.layers_kept}
     routers: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
@@ -195,7 +195,7 @@ def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack
     if "hidden" not in plan.kept:
         return
     spec, hidden = spec_for(model.config), plan.sizes["hidden"]
-    scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.scaled_embeddings else 1.0
+    scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.stream.scaled_embeddings else 1.0
     mask = _mask(HIDDEN, spec, spec.sizes(model.config), plan.kept)
     assert mask is not None
     stack.callback(model.get_input_embeddings().register_forward_hook(_mask_output(mask, scale)).remove)

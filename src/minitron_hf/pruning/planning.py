@@ -364,13 +364,13 @@ def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, flo
     """
     scales: dict[str, float] = {}
     if ratio < 1 and norms:
-        bare = [name for name, _ in spec.hidden_powers if spec.dimensions[name] == ((("hidden",),),)]
+        bare = [name for name, _ in spec.stream.hidden_powers if spec.dimensions[name] == ((("hidden",),),)]
         scales = dict.fromkeys((*spec.residual_norms, *bare), ratio**-0.5)
-    if ratio < 1 and spec.scaled_embeddings:
-        scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.writers}
-        scales |= {name: ratio**-0.5 * scales.get(name, 1.0) for name in spec.stream_readers}
+    if ratio < 1 and spec.stream.scaled_embeddings:
+        scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.stream.writers}
+        scales |= {name: ratio**-0.5 * scales.get(name, 1.0) for name in spec.stream.stream_readers}
     if ratio < 1:
-        scales |= {name: ratio**-power * scales.get(name, 1.0) for name, power in spec.hidden_powers}
+        scales |= {name: ratio**-power * scales.get(name, 1.0) for name, power in spec.stream.hidden_powers}
     return {name: factor for name, factor in scales.items() if abs(factor - 1) > 1e-9}
 
 

@@ -151,4 +151,4 @@ class Batches:
 
 def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
     """What is handed from layer to layer as [B, T, H]: several residual streams side by side."""
-    return x.movedim(0, 2).flatten(2) if spec.stacked_states else x
+    return x.movedim(0, 2).flatten(2) if spec.stream.stacked_states else x

@@ -55,7 +55,7 @@ class DepthPass(Batches):
         self.candidates = list(candidates)
         self.dropped = frozenset(dropped)
         # Where layers read what earlier ones stored, these have to run.
-        self.reuses = not (spec.reusing_layers or spec.fixed_layers)
+        self.reuses = not (spec.layer_rules.reusing_layers or spec.layer_rules.fixed_layers)
         self.layers: Any = model.get_submodule(spec.layers_path)
         self.sums = torch.zeros(len(self.candidates), 2, dtype=torch.float64)
 

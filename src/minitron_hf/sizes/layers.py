@@ -18,9 +18,12 @@ def fixed_layers(spec: ArchSpec, config: PretrainedConfig) -> set[int]:
     config = text_config(config)
     depth = spec.sizes(config)["layers"]
     fixed = {
-        layer for kinds, kind in spec.fixed_layers for layer, own in enumerate(getattr(config, kinds)) if own == kind
+        layer
+        for kinds, kind in spec.layer_rules.fixed_layers
+        for layer, own in enumerate(getattr(config, kinds))
+        if own == kind
     }
-    return fixed | {layer % depth for layer in spec.fixed_ends}
+    return fixed | {layer % depth for layer in spec.layer_rules.fixed_ends}
 
 
 def protected_layers(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig) -> set[int]:
@@ -48,13 +51,13 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
                 f"the stock '{spec.model_type}' classes do not work without a layer of {name} "
                 f"{' or '.join(kinds)}. Keep one of {needed}."
             )
-    for names in spec.sparse_ranges:
+    for names in spec.layer_rules.sparse_ranges:
         if _sparse_range([getattr(config, name) for name in names], sorted(kept)) is None:
             return (
                 f"no values of {', '.join(names)} describe which of them have experts. "
                 "Choose layers_to_drop so that these follow each other, or repeat as they did."
             )
-    for name, reusing in spec.reusing_layers:
+    for name, reusing in spec.layer_rules.reusing_layers:
         source = 0
         for layer, kind in enumerate(getattr(config, name)):
             if kind != reusing:
@@ -64,10 +67,10 @@ def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterabl
                     f"layer {layer} ({name} '{kind}') uses what layer {source} computes. "
                     f"Keep layer {source} too, or drop both."
                 )
-    if spec.derived_kinds:
+    if spec.layer_rules.derived_kinds:
         shallower = copy.deepcopy(config)
         setattr(shallower, spec.axis["layers"].fields[0], len(kept))
-        for name, rule in spec.derived_kinds:
+        for name, rule in spec.layer_rules.derived_kinds:
             kinds = getattr(config, name)
             if getattr(shallower, name) != [kinds[layer] for layer in sorted(kept)]:
                 return (
@@ -109,7 +112,7 @@ def _layer_fields(
     for name in spec.layer_lists:
         if isinstance(values.get(name), list | tuple):
             changed[name] = [values[name][layer] for layer in layers_kept]
-    for name, listed in spec.layer_patterns:
+    for name, listed in spec.layer_rules.layer_patterns:
         changed[name] = [[[values[listed][layer] for layer in layers_kept], 1]]
     if own := values.get("per_layer_config"):
         own = {int(layer): overrides for layer, overrides in own.items()}
@@ -118,16 +121,16 @@ def _layer_fields(
         # May exceed the depth (Qwen2's default is 28), hence not recounted without need.
         if values.get(name) is not None:
             changed[name] = sum(layer < values[name] for layer in layers_kept)
-    for name in spec.trailing_layers:
+    for name in spec.layer_rules.trailing_layers:
         if values.get(name) is not None:
             changed[name] = sum(layer >= depth - values[name] for layer in layers_kept)
-    for name in spec.layer_indices:
+    for name in spec.layer_rules.layer_indices:
         if values.get(name) is not None:
             changed[name] = renumbered(values[name])
-    for listed, period in spec.sparse_layers:
+    for listed, period in spec.layer_rules.sparse_layers:
         dense = {layer for layer in range(depth) if layer in (values[listed] or ()) or (layer + 1) % values[period]}
         changed |= {listed: renumbered(dense), period: 1}
-    for names in spec.sparse_ranges:
+    for names in spec.layer_rules.sparse_ranges:
         described = _sparse_range([values[name] for name in names], layers_kept)
         assert described is not None, "lacking_kinds() comes first"
         changed |= dict(zip(names, described))

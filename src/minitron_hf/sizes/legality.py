@@ -101,7 +101,7 @@ def _divisors(
     for multiple, divisor in spec.multiples:
         why = f"the stock '{spec.model_type}' config only holds multiples of {_name(spec, divisor)}={sizes[divisor]}"
         yield multiple, sizes[divisor], why
-    for name, axis, power in spec.scaled_fields:
+    for name, axis, power in spec.config_rules.scaled_fields:
         value = getattr(config, name)
         if power == 1 and isinstance(value, int):
             step = before[axis] // math.gcd(before[axis], value)

@@ -150,10 +150,10 @@ def build_student_config(
                 values[name] = [sizes[axis.name]] * sizes["layers"] if listed else sizes[axis.name]
         if axis.rounding is not None:
             values[axis.rounding.flag] = False
-    values.update({name: implied_size(expression, sizes) for name, expression in spec.derived_fields})
-    values.update(dict.fromkeys(spec.absent_parts, 0))
+    values.update({name: implied_size(expression, sizes) for name, expression in spec.config_rules.derived_fields})
+    values.update(dict.fromkeys(spec.config_rules.absent_parts, 0))
     before = spec.sizes(teacher)
-    for name, size, power in spec.scaled_fields:
+    for name, size, power in spec.config_rules.scaled_fields:
         if power == 1 and isinstance(values[name], int):
             values[name] = values[name] * sizes[size] // before[size]
         elif sizes[size] < before[size]:
@@ -236,4 +236,4 @@ def _norms_are_alike(spec: ArchSpec) -> bool:
     Otherwise the one eps of the config must stay what the others need; it hardly matters.
     """
     vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
-    return vectors == set(spec.residual_norms) and not spec.bare_norms and not spec.scaled_embeddings
+    return vectors == set(spec.residual_norms) and not spec.bare_norms and not spec.stream.scaled_embeddings

@@ -263,7 +263,7 @@ def _source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
     notes = [
         *draft.todo,
         "which layer_norms normalise what is written instead of what is read; those do not score the hidden size",
-        "norm_offset, scaled_embeddings, writers and logits: read the forward of norms, embeddings and head",
+        "norm_offset, stream and logits: read the forward of norms, embeddings and head",
         "what else depends on a size or on a layer's index; refuse what the stock class cannot hold",
     ]
     known = (*lists, next(iter(draft.axes)))

@@ -100,11 +100,11 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     for axis, expression in spec.least:
         if axis in remarks:
             remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
-    for names in spec.sparse_ranges:
+    for names in spec.layer_rules.sparse_ranges:
         remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
-    for _, rule in spec.derived_kinds:
+    for _, rule in spec.layer_rules.derived_kinds:
         remarks["layers"].append(f"to an order of layers that {rule} describe")
-    for layer in spec.fixed_ends:
+    for layer in spec.layer_rules.fixed_ends:
         remarks["layers"].append(
             f"all but the {'last' if layer < 0 else 'first'}, which the stock classes treat unlike the others"
         )
