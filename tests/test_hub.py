@@ -22,9 +22,11 @@ from hub_server import (
     hub_server_fixture,  # noqa: F401 (a fixture)
     make_blob,
 )
-from minitron_hf.errors import HubError, OutputError
+from minitron_hf.errors import HubError, MissingDependencyError, OutputError
+from minitron_hf.files import is_storage_error, replacing_file, replacing_folder
 from minitron_hf.publishing.card import render_model_card
 from minitron_hf.publishing.hub import push_student_to_hub, uploaded_files, write_teacher_metadata
+from minitron_hf.publishing.hub_errors import hub_errors
 from run_folder import KEPT, VOCAB, write_json, write_run
 
 PUSH = """
@@ -269,6 +271,82 @@ def test_faults_that_stay_are_named_with_what_to_do(run_dir, hub_server, tmp_pat
         assert "no commit was made" not in answer["message"].lower()
     assert hub_server.repos
     assert all(repo.private and repo.history() == [] for repo in hub_server.repos.values())
+
+
+CHECKS = """
+import json, os, sys
+from minitron_hf.errors import MinitronError
+from minitron_hf.publishing import hub_errors
+from minitron_hf.publishing.hub import check_push
+hub_errors.WAITS = (0.0,) * 4
+if "--offline" in sys.argv:
+    from huggingface_hub import constants
+    constants.HF_HUB_OFFLINE = True
+found = []
+for token, repo_id in json.loads(sys.argv[1]):
+    try:
+        found.append(check_push(repo_id, token=token))
+    except MinitronError as error:
+        assert isinstance(error, OSError), error
+        found.append(str(error))
+print(json.dumps({"found": found}))
+"""
+
+
+def test_access_is_checked_before_any_work(hub_server, tmp_path):
+    cases = [
+        ("hf_writer", "lab/new", None),
+        ("hf_writer", "writer/new", None),
+        ("hf_writer", "new", None),
+        ("hf_writer", "readers/new", "may only read in readers"),
+        ("hf_writer", "strangers/new", "belongs to writer, which may write to writer, lab"),
+        ("hf_reader", "reader/new", "the access token may only read"),
+        ("hf_fine", "writer/new", "no permission to write"),
+        ("hf_wrong", "writer/new", "does not accept the access token"),
+        (None, "writer/new", "there is no access token"),
+        *(
+            ("hf_writer", name, "expected `owner/name`")
+            for name in ("a--b", "a/b/c", "-a/b", "a/b.git", "a b", "é", "")
+        ),
+    ]
+    asked = json.dumps([case[:2] for case in cases])
+    options = {"server": hub_server, "home": tmp_path / "home", "token": None}
+    answers = finish(client(CHECKS, asked, **options))["found"]
+    offline = finish(client(CHECKS, asked, "--offline", **options))["found"]
+    hub_server.stop()
+    unreachable = finish(client(CHECKS, asked, **options))["found"]
+    for (token, repo_id, words), answer, *others in zip(cases, answers, offline, unreachable, strict=True):
+        assert (answer is None) if words is None else (words in answer), (repo_id, answer)
+        if repo_id and token and "expected" not in (words or ""):
+            assert all("was not checked" in other for other in others), others
+        else:
+            assert all(words in other for other in others), "what needs no network is refused without one"
+    assert "HF_HUB_OFFLINE" in offline[0]
+    assert "does not answer" in unreachable[0]
+    assert hub_server.repos == {}
+
+
+def test_a_file_that_vanishes_is_no_broken_connection(tmp_path):
+    with pytest.raises(OutputError, match=r"Cannot push to x: .*gone\.json cannot be read .No such file"):
+        with hub_errors("Cannot push to x", "Push again."):
+            (tmp_path / "gone.json").read_bytes()
+    with pytest.raises(ZeroDivisionError), hub_errors("Cannot push to x"):
+        1 / 0  # noqa: B018
+
+
+def test_errors_are_what_others_would_catch():
+    assert issubclass(HubError, OSError)
+    assert not issubclass(HubError, ValueError)
+    assert issubclass(MissingDependencyError, ImportError)
+    assert not issubclass(MissingDependencyError, ValueError)
+    assert str(HubError("It is gone.")) == "It is gone."
+    assert not is_storage_error(HubError("No space left")), "what is said already is not said again"
+
+
+@pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])
+def test_an_error_of_the_hub_is_no_error_of_the_disk(tmp_path, replacing):
+    with pytest.raises(HubError, match=r"^It is gone\.$"), replacing(tmp_path / "x"):
+        raise HubError("It is gone.")
 
 
 def test_a_pull_request_is_not_opened_twice(run_dir, hub_server, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from minitron_hf import PrunerConfig, load_model, make_plan, prune_model, regist
 from minitron_hf import families as rooms
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import families
+from minitron_hf.models import load_config, load_tokenizer
 from minitron_hf.survey.matrix import described
 from pocket import logits, pocket_model, pocket_tokens
 
@@ -29,6 +31,21 @@ from .configuration_outside import OutsideConfig
 class OutsideForCausalLM(LlamaForCausalLM):
     config_class = OutsideConfig
 """
+
+
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer], ids=lambda load: load.__name__)
+def test_code_of_a_model_is_not_run_unless_asked_for(tmp_path, monkeypatch, load):
+    """And nobody is asked on the terminal."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 1)
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    for name, kind in (("config", {"model_type": "evil"}), ("tokenizer_config", {"tokenizer_class": "Evil"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"auto_map": classes, **kind}))
+    with pytest.raises(UnsupportedModelError, match="it needs code of its own"):
+        load(tmp_path)
+    assert not ran.exists()
 
 
 @pytest.fixture

@@ -12,16 +12,21 @@ import torch
 import yaml
 
 from hub_server import hub_server_fixture  # noqa: F401 (a fixture)
-from minitron_hf.errors import OutputError
+from minitron_hf.errors import DataError, OutputError, UnsupportedModelError
 from minitron_hf.files import public_name
+from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.privacy import leaves_folder, public_settings, recorded_settings
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.streaming import open_checkpoint, prune_checkpoint
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files, write_teacher_metadata
 from minitron_hf.publishing.uploads import require_no_secret, require_student
 from minitron_hf.recipe import runner
 from minitron_hf.recipe.run import PRIVATE_RECIPE_NAME
 from minitron_hf.recipe.schema import Recipe
+from minitron_hf.saving import save_processing_class
 from minitron_hf.search.architectures import _Record
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokenizer
 from run_folder import write_json, write_run
 from test_hub import push
@@ -172,6 +177,37 @@ def test_snapshots_of_the_cache_are_whole(tmp_path):
     assert (teacher["license"], teacher["legal_files"]) == ("apache-2.0", ["LICENSE"])
     assert (tmp_path / "LICENSE").read_text() == "Apache"
     assert not (tmp_path / "NOTICE").exists()
+
+
+def test_links_of_a_teacher_are_not_followed_out_of_its_folder(home, tmp_path):
+    """Neither by the tokenizer that is saved with a student, nor by the checkpoint that is cut from files."""
+    teacher = shutil.copytree(home / "models" / "teacher", tmp_path / "teacher", symlinks=True)
+    shutil.move(teacher / "tokenizer.json", tmp_path / "tokenizer.json")
+    (teacher / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    (teacher / "tokenizer.model").symlink_to(home / "passwords.txt")
+    (teacher / "vocab.txt").symlink_to(home / "passwords.txt")
+    tokenizer = load_tokenizer(teacher)
+    save_processing_class(tokenizer, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+    plan = make_plan(load_model(teacher), PrunerConfig(layers_to_drop=[1]))
+    prune_checkpoint(teacher, tmp_path / "student", plan, show_progress=False)
+    for folder in ("saved", "student"):
+        contents = {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*") if path.is_file()}
+        assert not [name for name, content in contents.items() if WORD.encode() in content]
+
+    (teacher / "chat_template.jinja").symlink_to(home / "passwords.txt")
+    with pytest.raises(DataError, match=r"chat_template\.jinja is a link out of its folder"):
+        load_tokenizer(teacher)
+
+
+@pytest.mark.parametrize("name", ["../teacher/model.safetensors", "/etc/passwd", "sub/model.safetensors", 3, ""])
+def test_shards_of_a_teacher_lie_in_its_folder(home, tmp_path, name):
+    teacher = tmp_path / "other"
+    shutil.copytree(home / "models" / "teacher", teacher, symlinks=True)
+    (teacher / "model.safetensors").unlink()
+    write_json(teacher / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": name}})
+    with pytest.raises(UnsupportedModelError, match="expected files in its own folder"):
+        open_checkpoint(teacher)
 
 
 @pytest.mark.parametrize(

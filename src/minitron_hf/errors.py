@@ -1,7 +1,7 @@
 """The exceptions of this package. Every message says what was wrong, where, what was expected, and what to do next.
 
-All of them are also `ValueError`, so code that knows nothing of this package can still catch them; the command line
-prints any `MinitronError` as one message with exit code 2.
+Each is also the built-in exception that code which knows nothing of this package would catch: `ValueError`, `OSError`
+for the Hub, `ImportError` for a missing package. The command line prints any as one message with exit code 2.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class OutputError(MinitronError, ValueError):
     """An output folder cannot be written, or already holds something else."""
 
 
-class HubError(MinitronError, ValueError):
+class HubError(MinitronError, OSError):
     """The Hub refused a request, or a model or dataset could not be found."""
 
 
-class MissingDependencyError(MinitronError, ValueError):
+class MissingDependencyError(MinitronError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 
 

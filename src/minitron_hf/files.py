@@ -290,8 +290,11 @@ def move_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 def is_storage_error(error: BaseException) -> bool:
     """Whether an error means that a file could not be read or written.
 
-    The writers of safetensors and of PyTorch report a full disk as errors of their own.
+    The writers of safetensors and of PyTorch report a full disk as errors of their own. Errors of this package say
+    already what they mean, also those that are `OSError`s.
     """
+    if isinstance(error, MinitronError):
+        return False
     signs = ("I/O error", "os error", "No space left", "failed writing", "unexpected pos")
     return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 

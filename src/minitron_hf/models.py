@@ -18,10 +18,13 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .errors import DataError, HubError, MinitronError, NotEnoughMemoryError, UnsupportedModelError
+from .errors import DataError, HubError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
+from .loading_errors import first_line as first_line
+from .loading_errors import loading_error
+from .privacy import leaves_folder
 from .weights import require_complete, without_gguf_remains
 
 logger = logging.getLogger(__name__)
@@ -93,10 +96,10 @@ def load_model(
             config=config,
             dtype=dtype or "auto",
             **_given(revision=revision),
-            **{"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True},
+            **{"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True},
         )
     except Exception as error:
-        raise _loading_error("model", name, error) from error
+        raise loading_error("model", name, error) from error
     model, report = without_gguf_remains(loaded[0]), loaded[1]
     require_complete(model, name, report)
     return model if device is None else model.to(device)
@@ -192,9 +195,9 @@ def load_config(
             "Pass the folder that save_pretrained wrote."
         )
     try:
-        return AutoConfig.from_pretrained(name, **_given(revision=revision), **kwargs)
+        return AutoConfig.from_pretrained(name, **_given(revision=revision), **{"trust_remote_code": False, **kwargs})
     except Exception as error:
-        raise _loading_error("config", name, error) from error
+        raise loading_error("config", name, error) from error
 
 
 def load_tokenizer(
@@ -215,12 +218,22 @@ def load_tokenizer(
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     name = _checked_name(name_or_path)
+    _require_own_templates(Path(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_given(revision=revision), **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **{"trust_remote_code": False, **_given(revision=revision), **kwargs}
+        )
     except Exception as error:
-        raise _loading_error("tokenizer", name, error) from error
+        raise loading_error("tokenizer", name, error) from error
     tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
     return tokenizer
+
+
+def _require_own_templates(folder: Path) -> None:
+    """Refuse chat templates that are links out of their folder: any text is one, and is saved with every student."""
+    for path in (*folder.glob("chat_template*"), *folder.glob("additional_chat_templates/*")):
+        if leaves_folder(path, folder):
+            raise DataError(f"{path} is a link out of its folder. Put a copy of the chat template in its place.")
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -334,79 +347,3 @@ def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
 
 def _given(**kwargs: Any) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if value is not None}
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _loading_error(what: str, name: str, error: Exception) -> MinitronError:
-    """Say in one message what went wrong while `what` of `name` was loaded, and what to do next."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, MinitronError):
-        return error
-    chain = list(_causes(error))
-
-    def raised(*types: type[BaseException]) -> bool:
-        return any(isinstance(link, types) for link in chain)
-
-    statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
-    start = f"Cannot load the {what} {name!r}"
-    if raised(torch.OutOfMemoryError, MemoryError) or any("can't allocate memory" in str(link) for link in chain):
-        return NotEnoughMemoryError(f"{start}: {first_line(error)} Free memory, or take a smaller model or dtype.")
-    if not os.path.isdir(name):
-        host = constants.ENDPOINT
-        if raised(errors.GatedRepoError):
-            return HubError(
-                f"{start}: the repository is gated and this account has no access. "
-                f"Accept its terms at {host}/{name}, then log in with `hf auth login` or set HF_TOKEN."
-            )
-        if raised(errors.RevisionNotFoundError):
-            return HubError(f"{start}: the revision does not exist. Choose one from {host}/{name}/tree/main.")
-        if raised(errors.RepositoryNotFoundError):
-            return HubError(
-                f"{start}: there is no such folder here, and {host} has no such model or it is private. "
-                "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN."
-            )
-        if statuses & {401, 403}:
-            return HubError(
-                f"{start}: {host} refused the token. Log in again with `hf auth login`, or set a valid HF_TOKEN."
-            )
-        if raised(errors.HFValidationError) or "Repo id must" in str(error):
-            return HubError(f"{start}: neither a folder nor a Hub id. Expected an existing folder or 'owner/name'.")
-        if raised(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-            return HubError(
-                f"{start}: HF_HUB_OFFLINE is set and the files are not in the cache ({constants.HF_HUB_CACHE}). "
-                "Pass a local folder, or unset HF_HUB_OFFLINE."
-            )
-        if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
-            return HubError(
-                f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
-                f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({first_line(chain[-1])})"
-            )
-    if what == "tokenizer":
-        return DataError(
-            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."
-        )
-    if "Unrecognized configuration class" in str(error):
-        return UnsupportedModelError(
-            f"{start}: it is not a causal language model. Pass a decoder-only language model, such as a Llama or Qwen."
-        )
-    if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
-        return UnsupportedModelError(
-            f"{start}: this version of Transformers does not know its model_type. "
-            "Update Transformers, or pass another model; models that need their own code are not supported."
-        )
-    return UnsupportedModelError(f"{start}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its further paragraphs, as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A strict config's message names the validator first and what is wrong after it.
-    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)
-    return text if text.endswith((".", "!", "?")) else text + "."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
+from .privacy import leaves_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -209,6 +210,9 @@ def _save_again(kind: Any, source: Path, folder: Path) -> bool:
 def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
     """Write the files of `source`, with what differs between `now` and `then`, which was made of `source`."""
     originals = {path.relative_to(source).as_posix(): path for path in _files(source, PROCESSOR_FILES)}
+    # A link out of the folder is not followed: what it leads to is taken as it was understood, if it was at all.
+    linked = {name for name, path in originals.items() if leaves_folder(path, source)}
+    originals = {name: path for name, path in originals.items() if name not in linked}
     saved, before = ({path.relative_to(root).as_posix() for path in _files(root, ("**/*",))} for root in (now, then))
     changed = {name for name in saved if _content(now / name) != _content(then / name)}
     gone = before - saved
@@ -217,7 +221,7 @@ def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
         # Other forms of a vocabulary that was changed (tokenizer.model, merges.txt) would contradict it.
         if name not in changed | gone and (name in saved or not other_words or _matches(name, SETTINGS_FILES)):
             _copy(path, folder / name)
-    for name in changed - {CONFIG_NAME}:
+    for name in (changed - {CONFIG_NAME}) | (linked & saved):
         _copy(now / name, folder / name)
     template = {"chat_template"} if TEMPLATE_NAME in changed | gone else set()
     removed = template | ({"added_tokens_decoder"} if other_words else set())

@@ -6,7 +6,7 @@ import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DataError
+from ..errors import DataError, MinitronError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -48,7 +48,7 @@ def load_text_dataset(
     except StopIteration as error:  # what `datasets` makes of a file without rows
         raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, MinitronError):
             raise
         raise DataError(
             f"Cannot load the dataset {source!r} (split {split!r}): {error}. "

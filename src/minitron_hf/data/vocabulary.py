@@ -53,7 +53,9 @@ def stored_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab.*")):
         return None
     with contextlib.suppress(Exception):  # whatever hinders it, nothing is known then
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
         return tokenizer
     return None
 

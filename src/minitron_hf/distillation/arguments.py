@@ -106,7 +106,9 @@ def name_of(model: Any) -> str | None:
 
 def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
     """The tokenizer or processor beside the teacher, for a student that is stored nowhere."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code
+    }  # without it, Transformers would ask on the terminal
     name = teacher_config._name_or_path or None
     if name is None:
         raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from ..errors import OutputError
+from ..errors import MinitronError, OutputError
 from ..files import public_name, require_writable, versions, write_json
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
@@ -300,6 +300,8 @@ def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a full disk or a forbidden folder raises into one clear error."""
     try:
         yield
+    except MinitronError:
+        raise
     except (OSError, SafetensorError) as error:
         raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
 

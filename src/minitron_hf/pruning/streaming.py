@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from ..errors import HubError, OutputError, UnsupportedModelError
 from ..families import spec_for
 from ..files import read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
+from ..privacy import leaves_folder
 from ..publishing.card import LEGAL_FILES
 from ..saving import PROCESSOR_FILES, save_config
 from .stored_tensors import DTYPES, LazyTensor, lazy_tensors
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 #: Files beside the weights that the student takes over: tokenizer, chat templates, legal texts.
@@ -89,7 +93,7 @@ def prune_checkpoint(
         get_storage_size=lambda tensor: tensor.meta.untyped_storage().nbytes(),
         get_storage_id=lambda tensor: tensor.meta.untyped_storage()._cdata,
     )
-    copied = [path for pattern in COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    copied = _copied_files(folder)
     size = sum(tensor.nbytes for tensor in tensors.values())
     _require_room(target, size + sum(path.stat().st_size for path in copied))
     with (
@@ -113,6 +117,16 @@ def prune_checkpoint(
         student.config.dtype = str(student.dtype).removeprefix("torch.")
         save_config(student.config, temporary)
     return target
+
+
+def _copied_files(folder: Path) -> list[Path]:
+    """The teacher's files that go with the student, without links to what lies elsewhere."""
+    copied = [path for pattern in COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    linked = [path for path in copied if leaves_folder(path, folder)]
+    if linked:
+        names = ", ".join(path.name for path in linked)
+        logger.warning("%s: links out of the folder are not copied into the student (%s).", folder, names)
+    return [path for path in copied if path not in linked]
 
 
 def is_streamable(source: str | os.PathLike[str], *, revision: str | None = None) -> bool:
@@ -153,7 +167,17 @@ def _weight_names(folder: Path) -> list[str]:
     if (folder / WEIGHTS_NAME).is_file():
         return [WEIGHTS_NAME]
     if (folder / WEIGHTS_INDEX_NAME).is_file():
-        return sorted(set(read_json(folder / WEIGHTS_INDEX_NAME).get("weight_map", {}).values()))
+        index = folder / WEIGHTS_INDEX_NAME
+        named = read_json(index).get("weight_map")
+        names: set[Any] = set(named.values()) if isinstance(named, dict) else {None}
+        if strange := [
+            name for name in names if not isinstance(name, str) or name != os.path.basename(name) or not name
+        ]:
+            raise UnsupportedModelError(
+                f"{index} names {', '.join(map(repr, strange[:3]))}, expected files in its own folder. Save the model "
+                "again with save_pretrained."
+            )
+        return sorted(names)
     return []
 
 
