@@ -327,9 +327,9 @@ def test_access_is_checked_before_any_work(hub_server, tmp_path):
 
 
 def test_a_file_that_vanishes_is_no_broken_connection(tmp_path):
-    with pytest.raises(OutputError, match=r"Cannot push to x: .*gone\.json cannot be read .No such file"):
-        with hub_errors("Cannot push to x", "Push again."):
-            (tmp_path / "gone.json").read_bytes()
+    gone = r"Cannot push to x: .*gone\.json cannot be read .No such file"
+    with pytest.raises(OutputError, match=gone), hub_errors("Cannot push to x", "Push again."):
+        (tmp_path / "gone.json").read_bytes()
     with pytest.raises(ZeroDivisionError), hub_errors("Cannot push to x"):
         1 / 0  # noqa: B018
 

@@ -59,7 +59,8 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
         )
     if what == "tokenizer":
         return DataError(
-            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."
+            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
+            "save the tokenizer beside the model, or name another one."
         )
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(
