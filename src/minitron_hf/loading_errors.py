@@ -59,8 +59,7 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
         )
     if what == "tokenizer":
         return DataError(
-            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; "
-            "save the tokenizer beside the model, or name another one."
+            f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."
         )
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(
