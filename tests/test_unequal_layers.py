@@ -18,6 +18,7 @@ from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import _uneven_counts, make_plan
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.saving import save_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import assert_same_function, pocket_model, pocket_tokens
@@ -256,7 +257,7 @@ def test_uneven_checkpoints_are_cut_on_disk_as_in_memory(tmp_path: Path):
     model.save_pretrained(tmp_path / "teacher")
     scores = estimate_importance(model, metric="random")
     plan = make_plan(model, PrunerConfig(intermediate_size=28, uneven=["intermediate_size"]), scores)
-    apply_plan(model, plan).save_pretrained(tmp_path / "memory")
+    save_model(apply_plan(model, plan), tmp_path / "memory")
     prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", plan, show_progress=False)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()

@@ -27,6 +27,7 @@ from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.recipe.recommendations import recommend
+from minitron_hf.saving import save_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
@@ -237,7 +238,7 @@ def test_all_in_one_call_and_from_disk(name: str, tmp_path: Path):
     rows = (pocket_tokens(6, 16) % IMAGE_TOKEN % 93).tolist()
     student = prune_model(tmp_path / "teacher", config, calibration_data=rows, max_length=16, verify=True)
     assert "Verified" in student.pruning_plan.notes[-1]
-    student.save_pretrained(tmp_path / "memory")
+    save_model(student, tmp_path / "memory")
     prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", student.pruning_plan, show_progress=False)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "disk" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
