@@ -349,6 +349,19 @@ def test_an_error_of_the_hub_is_no_error_of_the_disk(tmp_path, replacing):
         raise HubError("It is gone.")
 
 
+def test_an_empty_private_repository_becomes_public_with_its_first_commit(run_dir, hub_server, tmp_path):
+    """Left by a push that broke, or made by a trainer; one that holds something stays as it is."""
+    hub_server.create("lab/tiny-stories", private=True)
+    push(run_dir, hub_server, tmp_path, private=False)
+    repo = hub_server.repos["lab/tiny-stories"]
+    assert not repo.private
+    repo.private = True
+    (run_dir / "samples.json").unlink()
+    answer = push(run_dir, hub_server, tmp_path, private=False)
+    assert repo.private
+    assert "already exists and is private: it stays private" in answer["stderr"]
+
+
 def test_a_pull_request_is_not_opened_twice(run_dir, hub_server, tmp_path):
     hub_server.create("lab/tiny-stories", private=True)
     hub_server.faults.append("lose-commit-response")

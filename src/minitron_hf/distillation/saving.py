@@ -274,8 +274,8 @@ class SavesStudent(SFTTrainer):
         return HfApi().run_as_future(push_student_to_hub, folder, repo_id, **options)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, private unless said otherwise."""
-        super().init_hf_repo(token=token, private=self._private(private))
+        """Create the repository, private: one that is to be public becomes so with its first commit."""
+        super().init_hf_repo(token=token, private=True)
 
     def _private(self, private: bool | None) -> bool:
         return next(value for value in (private, self.args.hub_private_repo, True) if value is not None)

@@ -49,8 +49,8 @@ def push_student_to_hub(
     Args:
         run_dir: the run folder. `hub.json` (the repository's name) and `README.md` are written into it.
         repo_id: `owner/name`, or `name` for the owner of the token.
-        private: whether a new repository is private. A public one is private until its commit is made. The visibility
-            of an existing one is never changed.
+        private: whether a new repository is private. A public one is private until its commit is made, as is an empty
+            one that was made private before. The visibility of any other is not changed.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
         commit_message: first line of the commit.
         revision: branch to push to; created if it does not exist.
@@ -83,7 +83,7 @@ def push_student_to_hub(
 
     with hub_errors(what, _REPEAT):
         patiently(lambda: ModelCard(content).validate(repo_type="model"), again=is_passing)
-        is_new = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
+        is_empty = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
         commit = _commit(
             api,
             repo_id,
@@ -92,7 +92,7 @@ def push_student_to_hub(
             revision=revision,
             create_pr=create_pr,
         )
-    if is_new and not private:
+    if is_empty and not private:
         still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
         with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):
             patiently(lambda: api.update_repo_settings(repo_id, private=False), again=_may_pass)
@@ -177,7 +177,7 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
     """Create a private repository unless there is one.
 
     Returns:
-        Whether it is new.
+        Whether it holds nothing yet: it is new, or left by a push that broke, or by a trainer that has just begun.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -185,6 +185,8 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, private=True, exist_ok=True)
+        return True
+    if info.private and not {sibling.rfilename for sibling in info.siblings or ()} - {".gitattributes"}:
         return True
     if info.private is not None and info.private != private:
         visibility = "private" if info.private else "public"
