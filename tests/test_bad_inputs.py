@@ -275,6 +275,7 @@ CASES = [
         ("data", "data.train.text_field=txt", "Did you mean 'text'?"),
         ("data", "data.eval={blank}", "no documents"),
         ("extra", "data.test={text}", "no entry test"),
+        ("model", "data.train={ids}", "99999"),
     ),
     *section(
         "output_dir",
@@ -385,6 +386,15 @@ CASES = [
         ("extra", "distill.output_dir=x", "output_dir is unknown"),
         ("type", "distill.teacher_model_init_kwargs={{use_safetensors: no}}", "write true or false"),
         ("space", "distill.max_steps=9", "GB free"),
+        ("key", "distill.packing_strategy=bdf", "mean 'bfd'?"),
+        ("key", "distill.log_level=loud", "'warning'"),
+        ("range", "distill.max_length=100000", "context"),
+        ("extra", "distill.resume_from_checkpoint=x", "is unknown"),
+        ("data", "distill.completion_only_loss=true", "expected completion"),
+        ("data", "distill.assistant_only_loss=true", "expected messages"),
+        ("model", "distill.eos_token=<end>", "no such token"),
+        ("missing", "distill.chat_template_path=/no/where", "chat_template_path"),
+        ("permission", "distill.push_to_hub=true", "no access token"),
     ),
     *section(
         "lora",
@@ -403,6 +413,7 @@ CASES = [
         ("type", "controls=[[random_init]]", "expected a list of text"),
         ("type", "controls={{random_init: true}}", "expected a list"),
         ("type", "controls=[1]", "expected a list of text"),
+        ("extra", "controls=[random_init, random_init]", "each name once"),
     ),
     *section(
         "distributed",
@@ -421,7 +432,7 @@ CASES = [
         ("type", "evaluate.tasks=piqa", "expected a list"),
         ("type", "evaluate.speed=off", "Write false"),
         ("key", "evaluate.promts=[a]", "Did you mean 'prompts'?"),
-        ("missing", "evaluate.tasks=[piqa]", "minitron-hf[eval]"),
+        ("missing", "evaluate.include_path=/no/where", "does not exist"),
         ("model", "evaluate={{tasks: [piqa], apply_chat_template: true}}", "no chat template"),
     ),
     *section(
@@ -465,6 +476,7 @@ def yard(tmp_path_factory) -> dict[str, Path]:
         "numbers": b'{"text": 3}\n',
         "broken": b'{"text": "a"\n',
         "other_columns": b'{"a": 1}\n',
+        "ids": b'{"input_ids": [1, 2, 99999]}\n',
     }
     for name, content in files.items():
         at[name] = folder / f"{name}.jsonl"
@@ -670,6 +682,16 @@ def test_what_nobody_has_foreseen_leaves_its_traceback_in_a_file(yard, tmp_path,
     [log] = tmp_path.glob("minitron-hf-*.log")
     assert str(log) in result.stderr
     assert "KeyError: 'surprise'" in log.read_text()
+
+
+def test_benchmarks_are_looked_for_beforehand(yard, barred, monkeypatch):
+    """Without the harness, whether or not it is installed here."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = minitron("run", yard["recipe"], "--dry-run", "--set=evaluate.tasks=[piqa]")
+    assert result.returncode == 2
+    assert "minitron-hf[eval]" in result.stderr
+    until = minitron("run", yard["recipe"], "--dry-run", "--until", "distill", "--set=evaluate.tasks=[piqa]")
+    assert until.returncode == 0, until.stderr
 
 
 def test_home_is_meant_by_a_tilde(yard, monkeypatch):

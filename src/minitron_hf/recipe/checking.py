@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data.context import context_length
 from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError
@@ -108,8 +109,9 @@ def _check_against_model(
     arguments: Sequence[DistillationConfig],
 ) -> None:
     """Refuse settings that do not fit the models: lengths, layers, adapters, numbers of tokens."""
-    context = getattr(text_config(teacher), "max_position_embeddings", None)
+    context = context_length(teacher)
     lengths = {"scores.max_length": recipe.scores.get("max_length"), "evaluate.max_length": recipe.evaluate.max_length}
+    lengths |= {f"{where}.max_length": one.get("max_length") for where, one in _trained(recipe).items()}
     for name, length in lengths.items():
         if context is not None and length is not None and length > context:
             raise DataError(f"{name}={length}: the teacher's context has {context} tokens. Lower it.")
@@ -137,17 +139,27 @@ def _check_against_model(
         _check_adapter(adapter, empty_model(students[-1]))
 
 
+def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
+    """The sections that say how rows are trained on, by where they stand."""
+    correction = recipe.teacher_correction
+    sections: dict[str, Mapping[str, Any]] = {"distill": recipe.distill}
+    sections |= {f"rounds.{number}.distill": one.distill for number, one in enumerate(recipe.rounds, 1)}
+    return sections | ({} if correction is None else {"teacher_correction.arguments": correction.arguments})
+
+
 def _check_adapter(adapter: Any, model: Any) -> None:
     """Refuse an adapter that PEFT cannot put onto the student, or that the loss would not see."""
     from peft import get_peft_model
 
+    from ..distillation.adapters import refuse_split_tie
     from ..distillation.checks import refuse_adapter
 
     refuse_adapter(model, adapter)
     try:
-        get_peft_model(model, adapter)
+        adapted = get_peft_model(model, adapter)
     except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise DataError(f"lora: {first_line(error)}") from error
+    refuse_split_tie(adapted)
 
 
 def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import token_rows
+from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
+from ..families import text_config
 from ..files import require_creatable
 from ..models import count_parameters, first_line
 from ..publishing.card_metadata import is_repo_id
@@ -45,9 +47,14 @@ def check_environment(
     """
     recipe = run.recipe
     require_creatable(run.folder)
-    skipped = check_corpora(run, run.tokenizer)
+    refuse_own_folder(run.folder, teacher=recipe.teacher.model)
+    skipped = check_corpora(run, run.tokenizer, arguments)
     if stages & {"distill", "controls"}:
         check_reporters(arguments)
+        check_tokens(run.tokenizer, arguments)
+        for args in arguments:
+            if args.push_to_hub:
+                check_push(args.hub_model_id or run.folder.resolve().name, token=args.hub_token)
     if recipe.distributed is not None:
         require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
     if "evaluate" in stages:
@@ -59,7 +66,9 @@ def check_environment(
     return skipped
 
 
-def check_corpora(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def check_corpora(
+    run: Run, tokenizer: PreTrainedTokenizerBase, arguments: Collection[DistillationConfig]
+) -> list[str]:
     """Refuse corpora that cannot be read, have no such column or hold no text.
 
     Returns:
@@ -75,10 +84,19 @@ def check_corpora(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             skipped.append(f"data.{which}: {rows}")
         else:
             require_text(rows, section.source, section.text_field, f"data.{which}", tokenizer)
+            vocab_size = text_config(run.teacher_config).vocab_size
+            largest = max((token for row in rows for token in row.get("input_ids", ())), default=-1)
+            if largest >= vocab_size:
+                raise DataError(
+                    f"data.{which}: {section.source} holds the token {largest}, and the teacher has {vocab_size} "
+                    "tokens. Use rows of its own tokenizer."
+                )
+            if which != "calibration":
+                _require_columns(rows[0], arguments, f"data.{which}: {section.source}")
     return skipped
 
 
-def _first_rows(run: Run, which: str, section: DatasetSection) -> Sequence[Any] | str:
+def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | str:
     """The first rows of a corpus, or why they are not looked at."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -137,6 +155,30 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
             raise DataError(f"{where}: {source}: {error}") from error
 
 
+def _require_columns(row: Mapping[str, Any], arguments: Collection[DistillationConfig], where: str) -> None:
+    """Refuse losses on parts of rows that do not have them."""
+    needed = {"completion_only_loss": ("completion",), "assistant_only_loss": ("messages", "completion")}
+    for name, columns in needed.items():
+        if any(getattr(args, name) for args in arguments) and not {*columns, "input_ids"} & {*row}:
+            raise DataError(
+                f"distill.{name}: {where} has the columns {', '.join(row)}, expected {' or '.join(columns)}. Leave "
+                "the entry out."
+            )
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Collection[DistillationConfig]) -> None:
+    """Refuse special tokens that the tokenizer does not have, and chat templates that are not there."""
+    known = tokenizer.get_vocab()
+    for args in arguments:
+        for name in ("eos_token", "pad_token"):
+            token = getattr(args, name, None)
+            if token is not None and token not in known:
+                raise DataError(f"distill.{name}={token!r}: the teacher's tokenizer has no such token.")
+        template = args.chat_template_path
+        if template is not None and not Path(template).exists() and not is_repo_id(template):
+            raise DataError(f"distill.chat_template_path={template!r}: there is no such file, folder or Hub id.")
+
+
 def check_reporters(arguments: Collection[DistillationConfig], prefix: str = "distill.") -> None:
     """Refuse trackers that are unknown or not installed.
 
@@ -177,6 +219,8 @@ def check_benchmarks(recipe: Recipe, tokenizer: Any) -> None:
         raise DataError(
             "evaluate.apply_chat_template: the teacher's tokenizer has no chat template. Leave the entry out."
         )
+    if section.include_path is not None and not Path(section.include_path).is_dir():
+        raise DataError(f"evaluate.include_path: the folder {section.include_path!r} does not exist.")
     if section.tasks:
         try:
             require_tasks(section.tasks, section.include_path)

@@ -102,10 +102,18 @@ _UNCLEAR = ("yes", "no", "on", "off")
 
 
 def hints_of(target: Any, without: Collection[str] = ()) -> dict[str, Any]:
-    """Setting → annotation, of a function's keyword arguments or a dataclass's fields; Any where it cannot be read."""
+    """Setting → annotation, of a function's keyword arguments or a dataclass's fields; Any where it cannot be read.
+
+    The choices that a field's metadata names (as in `TrainingArguments`) become a part of its annotation.
+    """
     if dataclasses.is_dataclass(target):
         hints = typing.get_type_hints(target)
-        names = [one.name for one in dataclasses.fields(target) if one.init]
+        fields = [one for one in dataclasses.fields(target) if one.init]
+        names = [one.name for one in fields]
+        for one in fields:
+            if choices := tuple(one.metadata.get("choices") or ()):
+                optional = Literal[None] if type(None) in _options(hints[one.name]) else Literal[choices]
+                hints[one.name] = typing.Union[Literal[choices], optional]  # noqa: UP007 (made of values)
     else:
         parameters = inspect.signature(target).parameters.values()
         names = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]

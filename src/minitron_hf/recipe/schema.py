@@ -242,6 +242,8 @@ class Recipe:
         _require_one_choice(recipe)
         for name in recipe.controls:
             require_choice(name, CONTROLS, "controls")
+        if len(set(recipe.controls)) < len(recipe.controls):
+            raise DataError(f"controls={recipe.controls}: expected each name once.")
         for number, one in enumerate(recipe.rounds, 1):
             require_choice(one.teacher, ROUND_TEACHERS, f"rounds.{number}.teacher")
             if one.teacher == "previous" and recipe.teacher_cache is not None:

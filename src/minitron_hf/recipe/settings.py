@@ -12,7 +12,7 @@ from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import Metric
 from .actions import cached_arguments, search_arguments
-from .rules import hints_of, require_settings
+from .rules import hints_of, require_choice, require_settings
 from .schema import DISTILL_DEFAULTS, Recipe
 from .training import lora_config
 
@@ -30,7 +30,8 @@ def distillation_hints() -> dict[str, Any]:
     """Fields of `DistillationConfig`; the folder is given elsewhere."""
     from ..distillation.config import DistillationConfig
 
-    return hints_of(DistillationConfig, without=("output_dir",))
+    # The trainer goes on from the folder's own checkpoints, and a student that was cut is in memory already.
+    return hints_of(DistillationConfig, without=("output_dir", "resume_from_checkpoint", "model_init_kwargs"))
 
 
 def search_hints() -> dict[str, Any]:
@@ -90,6 +91,10 @@ def _require_schedule(args: Any) -> None:
         num_training_steps=10,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
     )
+    if args.torch_compile:
+        from torch._dynamo import list_backends
+
+        require_choice(args.torch_compile_backend, list_backends(), "torch_compile_backend")
     # Those of whole layers want the model; what they need is found when it is there.
     if not any(word in str(args.optim) for word in ("galore", "apollo", "lomo")):
         Trainer.get_optimizer_cls_and_kwargs(args)
