@@ -20,6 +20,7 @@ from minitron_hf import models
 from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import PRUNER_FIELDS, spec_for
+from minitron_hf.losses.heads import check_output_head
 from minitron_hf.pruning.masking import masked_units
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
@@ -268,6 +269,14 @@ def test_targets_and_recommendations_count_the_whole_model(name: str):
         assert shape.num_parameters == count <= limit
     [*_, last] = recommend(config, 0.9).rounds
     assert last.num_parameters == models.count_parameters(student_config(config, last.request))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_knows_the_head_of_a_wrapped_language_model(name: str):
+    model = wrapped(name, torch.float32)
+    if hasattr(model.config.text_config, "final_logit_softcapping"):
+        model.config.text_config.final_logit_softcapping = 1.5
+    check_output_head(model)
 
 
 def test_a_target_and_a_search_prune_the_language_model():

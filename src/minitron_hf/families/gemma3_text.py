@@ -1,7 +1,7 @@
 """Gemma 3, text only: Gemma 2 with RMSNorm on every query and key head."""
 
 from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, decoder, layer_tables
-from .rules import CAPPED_LOGITS, StreamRules
+from .rules import CAPPED_LOGITS, PLAIN_LOGITS, StreamRules
 from .spec import Wrapper
 
 SPEC = decoder(
@@ -24,6 +24,7 @@ SPEC = decoder(
             tensors={"model.multi_modal_projector.mm_input_projection_weight": "any hidden"},
             writers=("model.multi_modal_projector.mm_input_projection_weight",),
             opaque=("model.vision_tower.", "model.multi_modal_projector.mm_soft_emb_norm."),
+            logits=PLAIN_LOGITS,  # the stock class does not cap them
         ),
     ),
 )

@@ -58,6 +58,7 @@ class Wrapper:
         writers: those of them that write to the residual stream, where the embeddings are scaled.
         opaque: beginnings of the names of all other tensors, which are kept as they are.
         refused: axis → why it cannot be cut inside this wrapper.
+        logits: what the wrapper does to the logits, where it differs from the language model's own class.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Wrapper:
     tensors: Mapping[str, str] = field(default_factory=dict)
     writers: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    logits: LogitRules | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class ArchSpec:
                 stream_readers=tuple(map(renamed, self.stream.stream_readers)),
                 hidden_powers=tuple((renamed(name), power) for name, power in self.stream.hidden_powers),
             ),
+            logits=self.logits if wrapper.logits is None else wrapper.logits,
             refused={**self.refused, **wrapper.refused},
             opaque=wrapper.opaque,
             sisters=(),  # of the language model alone

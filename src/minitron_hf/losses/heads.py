@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..families import ArchSpec, families
+from ..families import ArchSpec, families, wrapped_families
 from ..families.rules import PLAIN_LOGITS, LogitRules
 
 
@@ -41,13 +41,16 @@ def base_model_of(model: Any) -> Any:
 
 
 def _family(config: Any) -> ArchSpec | None:
-    """The family table of a language model's config, if there is one."""
-    family = families().get(config.model_type)
-    return None if family is None else family.variant(config)
+    """The family table of a model's config, if there is one."""
+    inner = config.get_text_config()
+    family = families().get(inner.model_type)
+    if inner is not config:
+        family = wrapped_families().get((config.model_type, inner.model_type), family)
+    return None if family is None else family.variant(inner)
 
 
 def _logit_rules(config: Any) -> LogitRules:
-    """What the stock class of a language model's config does to its logits.
+    """What the stock class of a model's config does to its logits.
 
     Without a family table, nothing is known to be done to them, and `check_output_head` refuses what is.
     """
@@ -66,7 +69,7 @@ def backbone_output(model: Any, *args: Any, **kwargs: Any) -> Any:
     Returns:
         The backbone's output; its `last_hidden_state` is what the output head's weight multiplies.
     """
-    backbone, config = model.base_model, model.config.get_text_config()
+    backbone, config = model.base_model, model.config
     if backbone is model and (family := _family(config)) is not None:
         # Llama 4's text model has another name for its base model than the attribute that holds it.
         backbone = model.get_submodule(family.layers_path.rpartition(".")[0])
@@ -101,7 +104,7 @@ def output_head(model: torch.nn.Module) -> OutputHead:
             "or llm_int8_skip_modules=['lm_head'] for bitsandbytes."
         )
     config = base.config.get_text_config()
-    rules = _logit_rules(config)
+    rules = _logit_rules(base.config)
     return OutputHead(weight, getattr(layer, "bias", None), rules.scale(config), rules.cap(config))
 
 
