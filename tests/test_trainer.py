@@ -665,8 +665,16 @@ def test_the_tokenizer_of_a_student_in_memory_is_the_teachers(tmp_path):
 def test_adapters_that_part_tied_weights_are_refused(tmp_path, options):
     student, teacher = models("qwen2-tied", dtype=torch.float32)
     warnings.simplefilter("ignore")  # PEFT warns of it, too; pytest restores the filters
+    names = [name for name, _ in student.named_modules()]
     with pytest.raises(UnsupportedModelError, match="tie_word_embeddings"):
-        make_trainer(tmp_path, student, teacher, token_dataset(), peft_config=LoraConfig(**options))
+        make_trainer(tmp_path / "run", student, teacher, token_dataset(), peft_config=LoraConfig(**options))
+    assert [name for name, _ in student.named_modules()] == names  # refused before it was changed
+    assert not (tmp_path / "run" / "base_model").exists()
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(UnsupportedModelError, match="tie_word_embeddings"):
+        make_trainer(
+            tmp_path / "run", str(tmp_path / "student"), teacher, token_dataset(), peft_config=LoraConfig(**options)
+        )
 
 
 def test_tied_weights_trained_as_one_merge(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..families.tensors import is_quantised
 from ..files import replacing_folder
 from ..losses.heads import base_model_of
 from ..models import architecture_digest, empty_model, load_config
+from .checks import refuse_wrapped_head
 from .record import RECORD_NAME
 
 #: Folder beside the checkpoints that holds the base model of their adapters.
@@ -152,6 +154,27 @@ def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
         )
     for path in found:
         path.unlink()
+
+
+def refuse_unmergeable(config: Any, peft_config: Any) -> None:
+    """Refuse an adapter that the loss would not see, or that could not be merged, before it is on the student.
+
+    It is put on an empty copy. What PEFT refuses there, it refuses of the student itself, in its own words.
+
+    Raises:
+        UnsupportedModelError: see `refuse_wrapped_head` and `refuse_split_tie`.
+    """
+    trial = copy.deepcopy(peft_config)
+    if hasattr(trial, "init_lora_weights"):
+        trial.init_lora_weights = False  # some are computed from the weights
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            student = base_model_of(get_peft_model(empty_model(config), trial))
+    except Exception:
+        return
+    refuse_wrapped_head(student)
+    refuse_split_tie(student)
 
 
 def refuse_split_tie(student: Any) -> None:

@@ -21,7 +21,7 @@ from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
-from .adapters import refuse_split_tie, store_base, stored_name, without_card
+from .adapters import refuse_split_tie, refuse_unmergeable, store_base, stored_name, without_card
 from .arguments import (
     as_dict,
     as_distillation_config,
@@ -222,6 +222,8 @@ class DistillationTrainer(
         self._plans = pruning_plan or ()
         refuse_own_folder(own_output_dir(args), student=model, teacher=teacher_model)
         require_writable(own_output_dir(args))
+        if peft_config is not None:
+            refuse_unmergeable(student_config, peft_config)
         if self._student_name is None and (peft_config is not None or is_peft_model(model)):
             store_base(model, own_output_dir(args), writes=args.should_save)
         if processing_class is None and self._student_name is None:
