@@ -14,7 +14,7 @@ from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.distillation.packing import try_packing
 from minitron_hf.distillation.trainer import DistillationTrainer
-from minitron_hf.errors import UnsupportedModelError
+from minitron_hf.errors import MismatchError, UnsupportedModelError
 from pocket import POCKETS, float64_throughout, pocket_model, pocket_tokenizer, pocket_tokens
 
 COLLATOR = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -95,5 +95,7 @@ def test_every_way_of_packing_is_checked_and_the_named_settings_work(tmp_path):
             packing_strategy="bfd",
             processing_class=pocket_tokenizer(),
         )
+    with pytest.raises(MismatchError, match="eval_packing=True without packing=True"):
+        distil(packing=False, eval_packing=True)
     distil(packing=False).train()
     distil(packing=True, packing_strategy="wrapped").train()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedModelError
+from ..errors import MismatchError, UnsupportedModelError
 from ..losses.heads import base_model_of
 from ..models import evaluating, first_line
 from ..weights import input_device
@@ -29,7 +29,14 @@ def require_documents_apart(trainer: Any, **models: Any) -> None:
 
     Raises:
         UnsupportedModelError: naming the settings that work.
+        MismatchError: if rows are packed for evaluation alone, where TRL (1.16) pads them and marks no documents.
     """
+    args = trainer.args
+    if args.eval_packing and not trainer.padding_free and args.packing_strategy != "wrapped":
+        raise MismatchError(
+            "eval_packing=True without packing=True: the documents of a packed row would see each other in "
+            "evaluation. Set packing=True too, or eval_packing=False."
+        )
     if trainer.padding_free and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         for role, model in models.items():
             if model is not None:
