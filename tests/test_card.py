@@ -175,7 +175,7 @@ def test_minimal_folder(tmp_path):
     assert card_metadata(content) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["minitron", "knowledge-distillation"],
+        "tags": ["minitron", "knowledge-distillation", "trl"],
     }
     assert "None" not in content
     made = ["Measurements", "Distillation", "How to use", "How it was made", "Limitations", "Licence", "Citation"]
@@ -305,6 +305,7 @@ def test_norwegian(run_dir):
 def test_values_that_are_no_numbers_stay_out_of_the_model_index(run_dir):
     changed = evaluation()
     changed["models"]["student"]["metrics"]["perplexity"]["value"] = math.inf
+    changed["models"]["pruned"]["metrics"]["loss"]["value"] = None
     changed["models"]["student"]["metrics"]["kl_divergence"] = None
     write_json(run_dir / "evaluation.json", changed)
     content = render_model_card(run_dir)
@@ -312,7 +313,7 @@ def test_values_that_are_no_numbers_stay_out_of_the_model_index(run_dir):
     types = {result.metric_type for result in ModelCard(content).data.eval_results}
     assert types == {"loss", "bits_per_byte", "top1_agreement"}
     measured = table(sections(content)["Measurements"])
-    assert measured["Perplexity, per token"][1] == "inf"
+    assert measured["Perplexity, per token"][1] == "–"
     assert measured["KL(teacher ‖ model), nats per token"][1] == "–"
 
 

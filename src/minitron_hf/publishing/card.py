@@ -10,7 +10,6 @@ import fnmatch
 import itertools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from ..files import read_json, write_text
 from ..privacy import leaves_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
-from .card_metadata import benchmark_values, dataset_name, is_limited, is_repo_id, metadata
+from .card_metadata import benchmark_values, dataset_name, is_limited, is_number, is_repo_id, metadata
 from .card_tables import (
     _architecture_table,
     _benchmark_table,
@@ -310,7 +309,7 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
     losses = []
     for name in ("student", evaluation.get("reference")):
         measured = ((models.get(name) or {}).get("metrics") or {}).get("loss")
-        if not measured or not math.isfinite(measured["value"]):
+        if not measured or not is_number(measured["value"]):
             return None
         losses.append(measured["value"])
     return losses[0] - losses[1]

@@ -79,7 +79,7 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
     results: list[EvalResult] = []
 
     def add(metric: str, title: str, measured: Mapping[str, Any], **dataset: Any) -> None:
-        if math.isfinite(measured["value"]):
+        if is_number(measured["value"]):
             results.append(
                 EvalResult(
                     task_type="text-generation",
@@ -117,6 +117,11 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
                 dataset_args=arguments or None,
             )
     return results
+
+
+def is_number(value: float | None) -> bool:
+    """Whether a value can be published: files hold null for what is not finite."""
+    return value is not None and math.isfinite(value)
 
 
 def is_limited(measured: Mapping[str, Any]) -> bool:
