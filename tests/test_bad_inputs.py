@@ -393,6 +393,8 @@ CASES = [
         ("data", "distill.completion_only_loss=true", "expected completion"),
         ("data", "distill.assistant_only_loss=true", "expected messages"),
         ("model", "distill.eos_token=<end>", "no such token"),
+        ("type", "distill.teacher_model_init_kwargs=fast", "expected entries"),
+        ("key", "distill.include_num_input_tokens_seen=some", "'non_padding'"),
         ("missing", "distill.chat_template_path=/no/where", "chat_template_path"),
         ("permission", "distill.push_to_hub=true", "no access token"),
     ),
@@ -405,6 +407,7 @@ CASES = [
         ("model", "lora={{r: 2, target_modules: [nothing]}}", "nothing"),
         ("model", "lora={{r: 2, target_modules: [lm_head]}}", "output head"),
         ("extra", "lora.task_type=CAUSAL_LM", "task_type is unknown"),
+        ("model", "lora={{r: 2, target_modules: [q_proj], modules_to_save: [lm_heat]}}", "mean 'lm_head'?"),
     ),
     *section(
         "controls",

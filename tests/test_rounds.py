@@ -197,7 +197,8 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
         given.append((teacher, settings))
 
     monkeypatch.setattr(training, "distill", distil)
-    monkeypatch.setattr(run_module, "load_model", lambda path, **kwargs: object())
+    for module in (run_module, training):
+        monkeypatch.setattr(module, "load_for_compute", lambda path, **kwargs: object())
     monkeypatch.setattr(run_module, "load_config", lambda path, **kwargs: pocket_config("llama"))
     quantised = {"teacher_model_init_kwargs": {"attn_implementation": "eager"}}
     values["rounds"][0]["distill"] |= quantised
@@ -271,7 +272,7 @@ def test_rounds_in_two_processes_equal_rounds_in_one(values):
         (
             {"rounds": [{"prune": {"hidden_size": 0.5}, "teacher": "previous"}], "teacher_cache": {}},
             DataError,
-            "teacher_cache holds what the original",
+            "teacher_cache holds the logits of the original",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.context import context_length
 from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
-from ..errors import DataError, MinitronError, PlanError
+from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, named_tensors, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.importance import require_depth
@@ -160,6 +160,11 @@ def _check_adapter(adapter: Any, model: Any) -> None:
     except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise DataError(f"lora: {first_line(error)}") from error
     refuse_split_tie(adapted)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if unknown := [name for name in adapter.modules_to_save or () if name.rpartition(".")[2] not in names]:
+        raise DataError(
+            f"lora.modules_to_save: the student has no {', '.join(unknown)}.{did_you_mean(unknown, names)}"
+        )
 
 
 def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:

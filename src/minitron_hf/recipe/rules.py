@@ -95,8 +95,11 @@ RANGES: Mapping[str, Range] = {
     "max_steps": Range(least=1, also=-1),
 }  # fmt: skip
 
-#: Settings whose annotation is narrower than what is understood.
-_WIDER: Mapping[str, Any] = {"intermediate_weight": float | str}
+#: Settings whose annotation is narrower or wider than what is understood.
+_UNDERSTOOD: Mapping[str, Any] = {
+    "intermediate_weight": float | str,
+    "include_num_input_tokens_seen": Literal["all", "non_padding", "no"] | bool,
+}
 #: Words that YAML 1.1 takes for booleans and YAML 1.2 for text.
 _UNCLEAR = ("yes", "no", "on", "off")
 
@@ -118,7 +121,7 @@ def hints_of(target: Any, without: Collection[str] = ()) -> dict[str, Any]:
         parameters = inspect.signature(target).parameters.values()
         names = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
         hints = {one.name: _annotation(one.annotation, target) for one in parameters}
-    return {name: _WIDER.get(name, hints[name]) for name in names if name not in without and name[:1] != "_"}
+    return {name: _UNDERSTOOD.get(name, hints[name]) for name in names if name not in without and name[:1] != "_"}
 
 
 def _annotation(annotation: Any, function: Callable[..., Any]) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MinitronError
+from ..hardware import training_device
 from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import Metric
 from .actions import cached_arguments, search_arguments
+from .environment import check_reporters
 from .rules import hints_of, require_choice, require_settings
 from .schema import DISTILL_DEFAULTS, Recipe
 from .training import lora_config
@@ -68,7 +71,10 @@ def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) ->
 
     try:
         made = config(str(folder), **values)
+        _require_possible(made)
         _require_schedule(made)
+    except DataError as error:
+        raise DataError(f"{prefix}{error}") from error
     except MinitronError:
         raise
     except ImportError as error:
@@ -76,6 +82,15 @@ def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) ->
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{prefix.rstrip('. ')}: {error}") from error
     return made
+
+
+def _require_possible(args: Any) -> None:
+    """Refuse what Accelerate cannot do here, and text where keyword arguments are expected."""
+    if args.fp16 and training_device(args.use_cpu).type == "cpu":
+        raise DataError("fp16=True: no accelerator here computes in it. Leave it out.")
+    for one in fields(args):
+        if one.name.endswith("_kwargs") and isinstance(value := getattr(args, one.name), str):
+            raise DataError(f"{one.name}={value!r}: expected entries.")
 
 
 def _require_schedule(args: Any) -> None:
@@ -151,4 +166,5 @@ def _check_correction(recipe: Recipe) -> None:
         raise DataError(f"{prefix}max_steps: teacher_correction.num_tokens says how long. Leave it out.")
     require_settings(section.arguments, hints, prefix, "fields of trl.SFTConfig")
     on_any = {"bf16": False, "use_cpu": False, "report_to": "none"}
-    _built(SFTConfig, Path(recipe.output_dir), {**on_any, **section.arguments}, prefix)
+    made = _built(SFTConfig, Path(recipe.output_dir), {**on_any, **section.arguments}, prefix)
+    check_reporters([made], prefix)
