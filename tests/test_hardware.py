@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from minitron_hf import hardware
@@ -185,8 +186,15 @@ def test_a_model_that_was_trained_in_half_precision_is_measured_in_float32(tmp_p
     assert scores[0].digest == scores[1].digest
 
 
-def test_training_in_float32_after_half_precision_is_in_float32(tmp_path, models):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_training_in_float32_after_half_precision_is_in_float32(tmp_path, models, adapter):
     student, teacher = models
+    if adapter:
+        student.save_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        student = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["v_proj"])
+        )
     first = trained(tmp_path / "first", student, teacher, bf16=True).model
     fresh = copy.deepcopy(plain_model(first))
     again, expected = (
