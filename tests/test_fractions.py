@@ -32,6 +32,7 @@ from pocket import (
     pocket_model,
     pocket_tokens,
 )
+from test_cli import minitron
 
 #: Multi-head attention: as many KV heads as heads. Heads and residual stream of StableLM only move together.
 MULTI_HEAD = {
@@ -138,6 +139,10 @@ def test_sizes_that_no_layer_has_are_refused(fraction, tmp_path):
     with pytest.raises(PlanError, match="no layer has these units"):
         enumerate_shapes(config, {"intermediate_size": [fraction]})
     config.save_pretrained(tmp_path / "teacher")
+    for command in (["plan"], ["fit", "--device", "H100"]):
+        result = minitron(*command, tmp_path / "teacher", "--intermediate-size", fraction)
+        assert result.returncode == 2
+        assert "no layer has these units" in result.stderr
     values = {
         "teacher": str(tmp_path / "teacher"),
         "output_dir": str(tmp_path / "run"),

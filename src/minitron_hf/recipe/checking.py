@@ -10,14 +10,12 @@ from ..data.context import context_length
 from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
-from ..families import FIELD_OF_AXIS, named_tensors, spec_for, text_config
+from ..families import FIELD_OF_AXIS, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.importance import require_depth
-from ..sizes.legality import require_units
-from ..sizes.request import PrunerConfig
-from ..sizes.resolve import resolve_sizes, scoring_arguments
+from ..sizes.resolve import scoring_arguments
 from ..sizes.shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
-from ..sizes.student import student_config
+from ..sizes.student import checked_sizes, student_config
 from .actions import search_arguments
 from .environment import check_environment
 from .identity import dataset_identity
@@ -187,13 +185,13 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
 def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:
     """Configs of every round's student, the last one's sizes, and notes; what cannot be cut is refused here."""
     if not recipe.rounds:
-        sizes, notes = _sizes(config, recipe.pruner_config)
+        sizes, notes = checked_sizes(config, recipe.pruner_config)
         return [student_config(config, recipe.pruner_config)], sizes, notes
     notes, students = [], []
     for number in range(1, len(recipe.rounds) + 1):
         try:
             request = recipe.in_round(number).pruner_config
-            before, (sizes, own) = spec_for(config).sizes(config), _sizes(config, request)
+            before, (sizes, own) = spec_for(config).sizes(config), checked_sizes(config, request)
             student = student_config(config, request)
             if sizes == before:
                 raise PlanError("nothing is cut: all sizes are those of the model that this round begins with.")
@@ -207,12 +205,3 @@ def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[Pretrai
         config = student
         students.append(student)
     return students, sizes, notes
-
-
-def _sizes(config: PretrainedConfig, request: PrunerConfig) -> tuple[dict[str, int], list[str]]:
-    """Sizes of the student and notes; refuses also sizes that the config holds, but no tensor has."""
-    spec = spec_for(config)
-    before, (sizes, notes) = spec.sizes(config), resolve_sizes(spec, config, request)
-    cut = [axis for axis in sizes if sizes[axis] < before[axis]]
-    require_units(spec, named_tensors(empty_model(config)), request, cut)
-    return sizes, notes

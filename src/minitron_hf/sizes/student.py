@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for, text_config
 from ..families.axes import implied_size
-from ..models import first_line
+from ..models import empty_model, first_line
 from .classes import _sisters, config_class
 from .layers import _layer_fields, fixed_layers, lacking_kinds
-from .legality import _name
+from .legality import _name, require_units
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 
@@ -56,6 +56,20 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
         norm_compensation=pruner_config.norm_compensation,
         model_type=pruner_config.model_type,
     )
+
+
+def checked_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tuple[dict[str, int], list[str]]:
+    """Sizes of the student and notes, by `resolve_sizes`; refuses also sizes that no tensor of the teacher has.
+
+    Raises:
+        UnsupportedModelError: if the family is unknown.
+        PlanError: if the sizes are impossible.
+    """
+    spec = spec_for(config)
+    before, (sizes, notes) = spec.sizes(config), resolve_sizes(spec, config, pruner_config)
+    cut = [axis for axis in sizes if sizes[axis] < before[axis]]
+    require_units(spec, named_tensors(empty_model(config)), pruner_config, cut)
+    return sizes, notes
 
 
 def layers_without_scores(
