@@ -480,6 +480,15 @@ def test_a_folder_without_a_complete_student_is_refused(run_dir, tmp_path):
     assert not (run_dir / "hub.json").exists()
 
 
+def test_a_model_that_no_run_has_made_is_not_published(run_dir):
+    for name in ("pruning_plan.json", "README.md", "hub.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    before = sorted(run_dir.iterdir())
+    with pytest.raises(OutputError, match="neither pruned nor distilled here"):
+        push_student_to_hub(run_dir, "lab/tiny", token="hf_writer")
+    assert sorted(run_dir.iterdir()) == before
+
+
 def test_repository_names_are_checked(run_dir):
     with pytest.raises(HubError, match="owner/name"):
         push_student_to_hub(run_dir, "lab/tiny/extra", token="hf_writer")

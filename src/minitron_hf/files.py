@@ -299,18 +299,24 @@ def is_storage_error(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 
 
+#: How names of files end that a recipe may name, and names of repositories do not.
+FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".parquet", ".yaml", ".yml", ".jinja")
+
+
 def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
     """A name to publish: Hub ids as they are, local folders and files by their last part only.
 
     A folder that is called like whoever runs this, such as a home folder, has no name to publish.
 
-    >>> public_name("owner/model"), public_name(None)
-    ('owner/model', None)
+    >>> public_name("owner/model"), public_name(None), public_name("work/data.jsonl"), public_name("my/own/model")
+    ('owner/model', None, 'data.jsonl', 'model')
     """
     if not name_or_path:
         return None
     text = os.path.expanduser(name_or_path)
-    if not (os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~"))):
+    # The name of a repository has one slash at most.
+    looks_local = text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(FILE_ENDINGS)
+    if not (looks_local or os.path.exists(text) or os.path.isabs(text)):
         return os.fspath(name_or_path)
     name = os.path.basename(os.path.realpath(text))
     return None if name in ("", *_own_names()) else name

@@ -170,6 +170,19 @@ def legal_files(run_dir: Path) -> list[str]:
     return sorted(name for name in names if (run_dir / name).is_file())
 
 
+def require_run(run_dir: Path) -> None:
+    """Refuse a folder with a model that nobody has pruned or distilled here.
+
+    Raises:
+        OutputError: naming the files that are looked for.
+    """
+    if not any((run_dir / f"{name}.json").is_file() for name in _MADE_BY_A_RUN):
+        raise OutputError(
+            f"{run_dir} holds a model that was neither pruned nor distilled here: it has no "
+            f"{' and no '.join(f'{name}.json' for name in _MADE_BY_A_RUN)}. Give the folder that the run wrote."
+        )
+
+
 def _read_run(run_dir: Path) -> dict[str, Any]:
     """The files that the card is made from: JSON documents (None if missing), names of plots and legal texts."""
     documents = ("config", "pruning_plan", "teacher", "distillation", "evaluation", "benchmarks", "hub", "search")
@@ -182,11 +195,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds neither config.json nor pruning_plan.json: there is no student to describe. "
             "Give the folder that the run wrote."
         )
-    if not any((run_dir / f"{name}.json").is_file() for name in _MADE_BY_A_RUN):
-        raise OutputError(
-            f"{run_dir} holds a model that was neither pruned nor distilled here: it has no "
-            f"{' and no '.join(f'{name}.json' for name in _MADE_BY_A_RUN)}. Give the folder that the run wrote."
-        )
+    require_run(run_dir)
     samples = run_dir / "samples.json"
     try:
         run["samples"] = json.loads(samples.read_text(encoding="utf-8")) if samples.is_file() else None

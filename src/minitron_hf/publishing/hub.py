@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
 from ..files import read_json, write_json
-from .card import write_model_card
+from .card import require_run, write_model_card
 from .card_metadata import is_repo_id
 from .hub_errors import NO_TOKEN, hub_errors, is_passing, is_unclear, patiently
 from .teacher_metadata import write_teacher_metadata
@@ -68,6 +68,7 @@ def push_student_to_hub(
 
     run_dir = Path(run_dir)
     require_student(run_dir)
+    require_run(run_dir)
     what = f"Cannot push to {repo_id}"
     token = _require_token(repo_id, token, what)
     api = HfApi(token=token, library_name="minitron-hf")
