@@ -308,11 +308,15 @@ def test_rows_are_cut_to_the_context_of_the_models(tmp_path, caplog: pytest.LogC
         trainer.train()
 
 
-def test_scores_are_not_taken_beyond_the_context():
+def test_scores_are_not_taken_beyond_the_context(caplog: pytest.LogCaptureFixture):
     model = pocket_model("llama")
     context = model.config.max_position_embeddings
-    with pytest.raises(DataError, match=f"max_length={context + 1} exceeds .* context of {context}"):
-        estimate_importance(model, ["word " * 200], processing_class=pocket_tokenizer(), max_length=context + 1)
+    with caplog.at_level(logging.WARNING):
+        scores = estimate_importance(
+            model, ["word " * 200], processing_class=pocket_tokenizer(), max_length=context + 1
+        )
+    assert scores.settings["max_length"] == context
+    assert f"max_length={context + 1} exceeds the model's context of {context}" in caplog.text
     longer = TokenRows((tuple(pocket_tokens(context + 1).tolist()),), None)
     for data in (longer, DataLoader([{"input_ids": torch.tensor(longer.rows[0])}])):
         with pytest.raises(DataError, match=f"{context + 1} tokens.* context of {context}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,9 @@ from .row_starts import warn_of_broken_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 class Calibration(NamedTuple):
@@ -90,7 +94,8 @@ def calibrate(
             raise DataError(f"{name}={number!r}: expected a number of at least 1.")
     context = context_length(model.config)
     if max_length is not None and context is not None and max_length > context:
-        raise DataError(f"max_length={max_length} exceeds the model's context of {context} tokens. Lower it.")
+        logger.warning("max_length=%d exceeds the model's context of %d tokens, which rows have.", max_length, context)
+        max_length = context
     max_length = default_max_length(model.config) if max_length is None else max_length
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
