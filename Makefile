@@ -8,11 +8,12 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-slow lint format families docs dist clean
+.PHONY: help demo test test-slow ranges lint format families docs dist clean
 help:
 	@echo "make demo       the whole path, offline, on a small model and the standard library's own documentation"
 	@echo "make test       linters, types and the default test suite"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make ranges     a minute of tests with the oldest and the newest dependencies; Transformers 4.57 reads students"
 	@echo "make format     format the code"
 	@echo "make families   write the matrix of families in docs/families.md anew"
 	@echo "make docs       build the documentation, warnings as errors, into docs/_build/html"
@@ -40,6 +41,9 @@ test: lint
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
+ranges:
+	$(PYTHON) tests/ranges.py
+
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -65,4 +69,4 @@ dist: $(VENV)/installed
 	cd build && dist-check/bin/python ../tools/smoke_test.py
 
 clean:
-	rm -rf $(VENV) $(RUN) build dist docs/_build docs/_generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .ranges $(RUN) build dist docs/_build docs/_generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -114,6 +114,7 @@ class Gradients(TrainerCallback):
             self.values = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.ranges
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])

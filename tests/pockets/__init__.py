@@ -12,4 +12,4 @@ for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
         _pockets = importlib.import_module(f"{__name__}.{_module.name}").POCKETS
         assert not _pockets.keys() & POCKETS.keys()
-        POCKETS.update(_pockets)
+        POCKETS.update({name: pocket for name, pocket in _pockets.items() if pocket.config is not None})

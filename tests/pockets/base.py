@@ -6,9 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PretrainedConfig
 
+from minitron_hf.families.releases import first_release
+
 VOCAB = 97
+
+
+def stock_config(model_type: str, **fields: Any) -> Any:
+    """The stock config; None where the installed Transformers is older than the family, which then has no pocket."""
+    first = first_release(model_type)
+    if first is not None and Version(transformers.__version__) < Version(first):
+        return None
+    return AutoConfig.for_model(model_type, **fields)
 
 
 @dataclass(frozen=True)
@@ -180,11 +192,11 @@ def kinds(letters: str) -> list[str]:
 def grouped(model_type: str, **changes) -> Pocket:
     """A family with grouped queries; changes are fields of the pocket or of its config."""
     known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
-    return Pocket(AutoConfig.for_model(model_type, **{**GROUPED, **changes}), **known)
+    return Pocket(stock_config(model_type, **{**GROUPED, **changes}), **known)
 
 
 def coupled(model_type: str, sizes: dict, *modules: str, **changes) -> Pocket:
     """A family whose heads are as wide together as the residual stream; modules as the first fields of `Pocket`."""
     known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
-    config = AutoConfig.for_model(model_type, **sizes, **changes)
+    config = stock_config(model_type, **sizes, **changes)
     return Pocket(config, *modules, coupled=True, **{"kv": False, "norm": "layer", **known})

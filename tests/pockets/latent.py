@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
-from .base import GROUPED, GROUPED_EXPERTS, Pocket, grouped, kinds
+from .base import GROUPED, GROUPED_EXPERTS, Pocket, grouped, kinds, stock_config
 
 #: heads*head_dim=120, heads*qk_dim=288, heads*kv_dim=312, kv_rank+rope_dim=30.
 LATENT = {
@@ -99,7 +97,7 @@ POCKETS: dict[str, Pocket] = {
         shared_out="mlp.shared_experts.down_proj",
     ),
     "longcat_flash": Pocket(
-        AutoConfig.for_model(
+        stock_config(
             "longcat_flash",
             **{name: value for name, value in {**GROUPED, **LATENT}.items() if name != "num_hidden_layers"},
             num_layers=5,

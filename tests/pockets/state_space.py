@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
-from .base import COUPLED, Pocket, grouped, kinds
+from .base import COUPLED, Pocket, grouped, kinds, stock_config
 
 #: Eight heads of seven channels in two groups. ssm_heads*ssm_dim=56. Rows of 19 tokens are more than two chunks.
 SSM = {
@@ -37,7 +35,7 @@ SSM_COUPLED = {
 def recurrent(model_type: str, **changes) -> Pocket:
     """A family without attention; changes are fields of the pocket or of its config."""
     known = {name: changes.pop(name) for name in Pocket.__dataclass_fields__ if name in changes}
-    config = AutoConfig.for_model(model_type, **COUPLED, hidden_size=36, num_hidden_layers=5, **changes)
+    config = stock_config(model_type, **COUPLED, hidden_size=36, num_hidden_layers=5, **changes)
     return Pocket(config, layers="backbone.layers", attention_out=None, kv=False, num_norms=1, **known)
 
 

@@ -123,7 +123,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
-    from ..survey.matrix import conditions, cuts
+    from ..survey.matrix import conditions, cuts, unavailable
 
     console = _console()
     console.print(about, markup=False, highlight=False)
@@ -138,6 +138,8 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     console.print(table)
     for condition in conditions(spec):
         console.print(f"Models {condition}", markup=False, highlight=False)
+    for remark in unavailable(spec.model_type):
+        console.print(f"The family is {remark}.", markup=False, highlight=False)
     rewritten = (
         *spec.layer_lists,
         *spec.leading_layers,

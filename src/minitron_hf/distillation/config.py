@@ -132,6 +132,10 @@ class DistillationConfig(SFTConfig):
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Deprecated name of `activation_checkpointing`."}
     )
+    if "activation_checkpointing" not in SFTConfig.__dataclass_fields__:  # Transformers before 5.23
+        activation_checkpointing: bool | None = field(
+            default=None, metadata={"help": "Whether to compute activations anew in the backward pass."}
+        )
     dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Whether to pin memory in data loaders. If not set, only with an accelerator."},
@@ -163,6 +167,8 @@ class DistillationConfig(SFTConfig):
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = not on_cpu
         name = checkpointing_field()
+        if name == "gradient_checkpointing" and self.activation_checkpointing is not None:
+            self.gradient_checkpointing = self.activation_checkpointing
         if self.gradient_checkpointing is None and getattr(self, name) is None:
             by_fsdp = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
             setattr(self, name, not on_cpu and not by_fsdp)

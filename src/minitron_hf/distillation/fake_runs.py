@@ -167,8 +167,15 @@ def _grouped_backward_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
 #: FLOPs of operations; PyTorch's table lacks attention that does not store its weights, as it is called on a CPU.
 _FLOPS: Mapping[Any, Any] = {
     **flop_registry,
-    torch.ops.transformers.grouped_mm_fallback: _grouped_flops,
-    torch.ops.transformers.grouped_mm_fallback_backward: _grouped_backward_flops,
+    # Before 5.22, Transformers registers no operation for the backward pass.
+    **{
+        getattr(torch.ops.transformers, name): flops
+        for name, flops in (
+            ("grouped_mm_fallback", _grouped_flops),
+            ("grouped_mm_fallback_backward", _grouped_backward_flops),
+        )
+        if hasattr(torch.ops.transformers, name)
+    },
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -23,8 +23,9 @@ from ..weights import stored_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: What stock models call the cache that they return and take: keys and values, or recurrent states.
-CACHES = ("past_key_values", "cache_params")
+#: What stock models call the cache that they return and take: keys and values, or recurrent states. Since Transformers
+#: 5.24 all take it as `cache`; what they return keeps its name.
+CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def checkpoint_bytes(
@@ -127,17 +128,18 @@ def _timed_prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[flo
 
 def _timed_decode(model: PreTrainedModel, output: Any, num_tokens: int) -> float:
     """Seconds of `num_tokens` greedy steps that continue `output` with its cache."""
-    cache = next((name for name in CACHES if output.get(name) is not None), None)
-    if cache is None:
+    returned = next((name for name in CACHES if output.get(name) is not None), None)
+    taken = next((name for name in CACHES if name in _forward_parameters(model)), returned)
+    if returned is None or taken is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} returns no cache ({' or '.join(CACHES)}), so decoding cannot be timed. "
+            f"{type(model).__name__} returns no cache ({' or '.join(CACHES[1:])}), so decoding cannot be timed. "
             "Pass speed=False."
         )
     _synchronize(model.device)
     start = time.perf_counter()
     for _ in range(num_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+        output = model(input_ids=token, use_cache=True, **{taken: output[returned]})
     _synchronize(model.device)
     return time.perf_counter() - start
 
@@ -145,20 +147,18 @@ def _timed_decode(model: PreTrainedModel, output: Any, num_tokens: int) -> float
 def _cache_bytes_per_token(output: Any, num_tokens: int) -> int | None:
     """Bytes of keys and values in a model's cache per token; None where a model has no such cache."""
     cache = output.get("past_key_values")
-    if cache is None:
-        return None
     tensors = [
         tensor
-        for layer in cache.layers
+        for layer in getattr(cache, "layers", ())
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if tensor is not None
     ]
-    return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / num_tokens)
+    return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / num_tokens) if tensors else None
 
 
 def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters
+    return inspect.signature(type(base).forward).parameters
 
 
 def _synchronize(device: torch.device) -> None:

@@ -12,9 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
+from transformers import CONFIG_MAPPING
+
 from ..errors import DataError, UnsupportedModelError, did_you_mean
 from ..families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
 from ..families.axes import Axis, dimension_axes, parse_dimensions
+from ..families.releases import FIRST_RELEASE
 from ..files import replacing_file
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
@@ -126,6 +130,16 @@ def conditions(spec: ArchSpec) -> tuple[str, ...]:
     return tuple(f"not with `{name}={value!r}`: {why}" for name, value, axis, why in spec.refused_if if axis == "*")
 
 
+def unavailable(*model_types: str) -> tuple[str, ...]:
+    """A remark where the installed Transformers lacks one of the model types that a family needs.
+
+    Types from outside this package are not looked for: their code may come with the model.
+    """
+    if any(name in FIRST_RELEASE for name in model_types) and set(model_types) - set(CONFIG_MAPPING):
+        return (f"not in Transformers {transformers.__version__}, which is installed; update it",)
+    return ()
+
+
 def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
     """The matrix of some families; those with equal cells share a row.
 
@@ -145,7 +159,8 @@ def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
     grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, spec in tables.items():
         cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuts(spec).items()}
-        grouped.setdefault(tuple(cells.items()), []).append(marked(name, conditions(spec)))
+        remarks = (*conditions(spec), *unavailable(*re.findall(r"[\w.-]+", name)))
+        grouped.setdefault(tuple(cells.items()), []).append(marked(name, remarks))
     used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
     rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
     return Matrix(used, rows, tuple(numbers))
