@@ -220,6 +220,16 @@ def restore(snapshot: Path, folder: Path) -> None:
         shutil.copytree(snapshot, folder, symlinks=True)
 
 
+def kills(done: list[tuple[str, str]], indices: Iterable[int]) -> list[Kill]:
+    """A kill before each of these operations; every third in the middle of the next write instead."""
+    found: dict[Kill, None] = {}
+    for number, index in enumerate(indices):
+        write = next((i for i in range(index, len(done)) if done[i][0] == "write"), None)
+        torn = number % 3 == 2 and write is not None
+        found[Kill(write, torn=True) if torn else Kill(index)] = None
+    return list(found)
+
+
 def spread(indices: Iterable[int], count: int) -> list[int]:
     """At most `count` of the indices, spread evenly."""
     given = list(indices)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from killing import Kill, differing, operations, restore, results, run, spread
+from killing import Kill, differing, kills, operations, restore, results, run, spread
 from pocket import pocket_model, pocket_tokenizer
 
 WORDS = ("old", "new", "red", "big", "sad", "far")
@@ -143,8 +143,8 @@ def snapshot(folder: Path, where: Path) -> Path:
     return where
 
 
-def test_a_distillation_and_a_plan_survive_kills(workshop):
-    """A sample of what follows: before an operation, in the middle of a file, and by a signal."""
+def test_a_distillation_survives_kills(workshop):
+    """A sample of what follows: after a checkpoint, while the student is moved, and in the middle of a file."""
     killed = Killed(workshop, workshop / "run")
     values = recipe(workshop)
     killed.whole(run_stage, {"recipe": values, "until": "prune"})
@@ -153,7 +153,7 @@ def test_a_distillation_and_a_plan_survive_kills(workshop):
     done = killed.whole(run_stage, arguments)
     expected = results(killed.folder)
     within = [index for index, (_, path) in enumerate(done) if "checkpoint-2" in path]
-    for kill in (Kill(within[len(within) // 2], torn=True), Kill(within[-1] + 1), Kill(len(done) - 3)):
+    for kill in kills(done, (within[-1] + 1, len(done) - 3, within[len(within) // 2])):
         assert killed.one("distill", run_stage, arguments, before, kill)
         killed.resumes(run_stage, arguments, expected, kill)
     assert not killed.failures
@@ -192,11 +192,11 @@ def test_every_stage_survives_kills_at_every_kind_of_moment(workshop):
         before, expected = workshop / f"before-{stage}", results(workshop / f"after-{stage}")
         within = [index for index, (_, path) in enumerate(done[stage]) if "checkpoint-" in path]
         chosen = sorted({*spread(range(len(done[stage])), anywhere), *spread(within, in_checkpoints)})
-        kills = [Kill(index, torn=number % 3 == 2) for number, index in enumerate(chosen)]
+        chosen_kills = kills(done[stage], chosen)
         if stage in TRAINING:
             signals = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-            kills += [Kill(after=generator.uniform(0.3, 2.5), signal=which) for which in signals]
-        for kill in kills:
+            chosen_kills += [Kill(after=generator.uniform(0.3, 2.5), signal=which) for which in signals]
+        for kill in chosen_kills:
             if killed.one(stage, run_stage, arguments, before, kill):
                 killed.resumes(run_stage, arguments, expected, kill)
     print(dict(killed.kills), "in checkpoints:", killed.in_checkpoints)
@@ -237,8 +237,8 @@ def test_every_command_survives_kills(workshop):
         done = killed.whole(run_command, arguments)
         after = snapshot(out, workshop / f"after-command-{name}")
         expected = results(after)
-        for number, index in enumerate(spread(range(len(done)), 8 if name in ("distill", "search") else 4)):
-            kill = Kill(index, torn=number % 3 == 2)
+        chosen = spread(range(len(done)), 8 if name in ("distill", "search") else 4)
+        for kill in kills(done, chosen):
             if killed.one(name, run_command, arguments, before, kill):
                 killed.resumes(run_command, arguments, expected, kill)
         restore(after, out)
