@@ -31,8 +31,17 @@ TIME_FIELDS = (
     "*_per_second",
     "*_seconds",
 )
-#: Files of a run folder that are no part of its result: records of stages, and how training stood.
-NOT_RESULTS = ("stages/", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "checkpoint.json")
+#: Files of a run folder that are no part of its result: records of stages, how training stood, and the figure that
+#: draws measured times.
+NOT_RESULTS = (
+    "stages/",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "checkpoint.json",
+    "search.png",
+)
 
 WARM = [
     "torch",

@@ -197,6 +197,12 @@ def test_rotation_goes_by_steps_though_the_clock_was_set_back(tmp_path, monkeypa
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_a_run_that_was_killed_before_it_deleted_the_older_checkpoint_does_so(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    distilled(folder, save_total_limit=1)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
+
+
 def test_an_older_checkpoint_is_deleted_only_once_the_new_one_is_whole(tmp_path, monkeypatch):
     seen = []
     finish = checkpoints_module.WholeCheckpoints._finish

@@ -199,7 +199,10 @@ class WholeCheckpoints(Trainer):
             self.require_same_training(checkpoint)
         if self.is_world_process_zero():
             clear_torn_checkpoints(folder)
-        return self.train(resume_from_checkpoint=checkpoint)
+        result = self.train(resume_from_checkpoint=checkpoint)
+        if self.args.should_save:
+            self._rotate(Path(folder))  # where a run was killed between its last checkpoint and this
+        return result
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`. True takes the last whole checkpoint of the output folder.
