@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from minitron_hf import PrunerConfig, apply_plan, make_plan, prune_checkpoint, save_model
 from minitron_hf.families import families
-from minitron_hf.families.releases import first_release
+from minitron_hf.families.releases import FIRST_RELEASE, first_release
 from minitron_hf.models import load_tokenizer
 from minitron_hf.saving import (
     LOADING_ARGUMENTS,
@@ -104,8 +104,9 @@ def test_streamed_and_saved_students_have_the_keys(tmp_path: Path):
         assert json.loads((tmp_path / name / "config.json").read_text())["rope_theta"] == 500000.0
 
 
-def test_every_family_has_a_first_release():
-    assert [name for name in families() if first_release(name) is None] == []
+def test_first_releases_are_those_of_families():
+    """A family that is new has none until it is measured; the card then states none."""
+    assert set(FIRST_RELEASE) <= set(families())
     assert first_release("llama") == "4.57"
     assert first_release("of-tomorrow") is None
 
