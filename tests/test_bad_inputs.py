@@ -219,10 +219,11 @@ CASES = [
         "publish",
         ("missing", "{nowhere} me/student", "does not exist"),
         ("missing", "{teacher}", "repo_id"),
-        ("key", "{teacher} a/b/c", "owner/name"),
-        ("encoding", "{teacher} mé/ü", "owner/name"),
+        ("key", "{student} a/b/c", "owner/name"),
+        ("encoding", "{student} mé/ü", "owner/name"),
         ("data", "{outside} me/student", "config.json"),
-        ("permission", "{teacher} me/student", "token"),
+        ("data", "{teacher} me/student", "neither pruned nor distilled"),
+        ("permission", "{student} me/student", "token"),
         ("extra", "{teacher} me/student main", "unexpected extra argument"),
     ),
     *command(
@@ -465,6 +466,9 @@ def yard(tmp_path_factory) -> dict[str, Path]:
         pocket_tokenizer().save_pretrained(at[name])
     pocket_model("llama", dtype=torch.float32).save_pretrained(at["untokenised"])
     shutil.copytree(at["teacher"], at["torn"])
+    at["student"] = folder / "student"
+    shutil.copytree(at["teacher"], at["student"])
+    (at["student"] / "distillation.json").write_text('{"format": 1}')  # a student is known by what made it
     weights = at["torn"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     from transformers import BertConfig

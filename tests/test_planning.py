@@ -193,7 +193,10 @@ def test_scores_of_another_model_are_refused():
 
 
 def test_unknown_fields_are_refused():
-    with pytest.raises(PlanError, match=r"no field hiden_size, width\. Expected: hidden_size, intermediate_size"):
+    with pytest.raises(
+        PlanError,
+        match=r"no field hiden_size, width\. Did you mean 'hidden_size'\? Expected: hidden_size, intermediate_size",
+    ):
         PrunerConfig.from_dict({"width": 3, "hiden_size": 4})
 
 

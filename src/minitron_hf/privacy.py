@@ -131,15 +131,15 @@ def public_settings(value: Any, name: str | None = None) -> Any:
 def recorded_settings(value: Any, name: str | None = None) -> Any:
     """Settings for a record that tells whether they have changed: what is not published stands there as its digest.
 
-    >>> recorded_settings({"hub_token": "x", "seed": 1})
-    {'hub_token': 'sha256:cae25fbba83d', 'seed': 1}
+    >>> recorded_settings({"hub_token": "x", "seed": 1, "weights": "sha256:0af1"})
+    {'hub_token': 'sha256:cae25fbba83d', 'seed': 1, 'weights': 'sha256:0af1'}
     """
     if isinstance(value, Mapping):
         return {str(key): recorded_settings(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [recorded_settings(one, name) for one in value]
-    public = public_settings(value, name)
-    return public if public == value or re.fullmatch(r"sha256:[0-9a-f]+", str(value)) else digest(value)[:19]
+    is_digest = isinstance(value, str) and re.fullmatch(r"sha256:[0-9a-f]+", value)
+    return value if is_digest or public_settings(value, name) == value else digest(value)[:19]
 
 
 def leaves_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
