@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from generate import write_generated
-
 from minitron_hf import __version__
 
 project = "minitron-hf"
@@ -36,5 +29,3 @@ html_theme = "furo"
 html_title = f"minitron-hf {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-
-write_generated(Path(__file__).parent / "_generated")

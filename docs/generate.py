@@ -1,4 +1,4 @@
-"""Writes the reference pages that come from the code: the recipe's keys and the command line."""
+"""Writes the reference pages that come from the code: `reference/recipe.md` and `reference/cli.md`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from minitron_hf.recipe import schema
 
 def write_generated(folder: Path) -> None:
     """Write `recipe.md` and `cli.md` into `folder`."""
-    folder.mkdir(exist_ok=True)
     (folder / "recipe.md").write_text(recipe_reference(), encoding="utf-8")
     (folder / "cli.md").write_text(cli_reference(), encoding="utf-8")
 
@@ -54,8 +53,8 @@ def cli_reference() -> str:
         rows = ["| option | meaning |", "|---|---|"]
         for parameter in one.params:
             record = parameter.get_help_record(context)
-            if record is None:
-                record = (parameter.human_readable_name, getattr(parameter, "help", "") or "")
+            if record is None:  # hidden
+                continue
             rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
         if len(rows) > 2:
             parts.append("\n".join(rows) + "\n")
@@ -106,3 +105,7 @@ def _plain(text: str) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    write_generated(Path(__file__).parent / "reference")

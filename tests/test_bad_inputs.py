@@ -169,6 +169,7 @@ CASES = [
         ("extra", "--set models=x", "models is unknown"),
         ("encoding", "= evaluate teacher={teacher} --data {latin} -o {out}", "UTF-8"),
         ("permission", "= evaluate teacher={teacher} --data {text} -o /proc/x", "/proc"),
+        ("data", "= evaluate teacher={teacher} --data {text} -o {ran}", "the folder of a run"),
         ("space", "", "No space left"),
         ("model", "student={wide}", "vocabulary"),
         ("data", "= evaluate teacher={teacher} --data {numbers} -o {out}", "expected text"),
@@ -492,6 +493,8 @@ def yard(tmp_path_factory) -> dict[str, Path]:
     at["file"].write_text("a file")
     at["nowhere"], at["out"], at["outside"] = folder / "nowhere", folder / "out", folder / "outside"
     at["outside"].mkdir()
+    at["ran"] = folder / "ran"
+    (at["ran"] / "stages").mkdir(parents=True)
     at["badplan"] = folder / "badplan"
     at["badplan"].mkdir()
     (at["badplan"] / "pruning_plan.json").write_bytes(b"\xff\xfe")

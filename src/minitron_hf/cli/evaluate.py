@@ -8,9 +8,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..errors import DataError
+from ..errors import DataError, OutputError
 from .options import Output, Settings, _corpus, _settings
-from .printing import _print_results, _say
+from .printing import _print_measurement, _say
 
 
 def evaluate(
@@ -22,9 +22,17 @@ def evaluate(
 ) -> None:
     """Measure models side by side on the same text (evaluate_models)."""
     from ..evaluation.evaluate import evaluate_models
+    from ..locks import locked_folder
     from ..models import load_tokenizer
     from ..recipe.rules import hints_of
+    from ..recipe.run import STAGES_DIR
 
+    if (output / STAGES_DIR).is_dir():
+        # Its stage `evaluate` would count as done, and its card would show these numbers as the run's.
+        raise DataError(
+            f"{output} is the folder of a run, whose own measurement this would replace. Choose another --output, or "
+            "change evaluate in its recipe and run it again."
+        )
     own = ("models", "dataset", "processing_class", "output_path", "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")
     named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
@@ -32,15 +40,21 @@ def evaluate(
         raise DataError(f"Expected NAME=MODEL for every model, each name once, got {' '.join(models)}.")
     rows = _corpus(data, split, settings.get("text_field", "text"), "--data", cached=False)
     tokenizer = load_tokenizer(next(iter(named.values())))
-    evaluate_models(named, rows, processing_class=tokenizer, output_path=output, **settings)
-    _print_results(output)
+    with locked_folder(output):
+        evaluate_models(named, rows, processing_class=tokenizer, output_path=output, **settings)
+    _print_measurement(output)
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots and write the model card from the files of a run folder."""
+    from ..locks import locked_folder
     from ..publishing.card import write_model_card
 
-    _say(f"Wrote {write_model_card(folder)}")
+    if not folder.is_dir():
+        raise OutputError(f"The folder {folder} does not exist. Give the folder of a finished run.")
+    with locked_folder(folder):
+        path = write_model_card(folder)
+    _say(f"Wrote {path}")
 
 
 def publish(

@@ -63,7 +63,7 @@ def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bo
 
 def _size(name: str, text: str) -> int | float:
     try:
-        return int(text) if text.isascii() and text.isdigit() else _finite(text)
+        return int(text) if text.isascii() and text.removeprefix("-").isdigit() else _finite(text)
     except ValueError:
         raise DataError(f"--{name.replace('_', '-')} {text}: expected an integer or a fraction.") from None
 

@@ -63,7 +63,8 @@ def plan(
     """Choose the units and layers to keep (make_plan), and print the shapes.
 
     Without --output nothing is written. With a --target instead of sizes, and calibration text as --data, shapes that
-    meet it are pruned and measured before any retraining, and the best is planned (plan_for_target).
+    meet it are pruned and measured before any retraining, and the best is planned (plan_for_target); --scores is
+    needed, too.
     """
     sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
     given = _sizes(*sizes)
@@ -102,7 +103,11 @@ def _plan_and_print(
     text_field: str,
 ) -> None:
     if (target is None) != (data is None) or (target is not None and scores is None):
-        raise DataError("plan: --target, --data to measure shapes on, and --scores go together.")
+        given_options = {"--target": target, "--data": data, "--scores": scores}
+        missing = ", ".join(name for name, value in given_options.items() if value is None)
+        raise DataError(
+            f"plan: --target, --data to measure shapes on, and --scores go together; {missing} is missing."
+        )
     if target is not None:
         number = _number("target", target)
         given["target_parameters"] = number if number < 1 else round(number)

@@ -153,30 +153,38 @@ def _print_family(about: str, spec: ArchSpec) -> None:
         console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
 
 
-def _print_results(folder: Path) -> None:
-    """Print the results of a run: the table, the card and the samples, as far as they exist."""
+def _print_measurement(folder: Path) -> None:
+    """Print the table of `evaluation.json`, where there is one."""
     import json
 
     from rich.table import Table
 
+    if not (folder / "evaluation.json").is_file():
+        return
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
+    for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, values in evaluation["models"].items():
+        cells = [
+            _with_error(values["metrics"].get(metric), digits)
+            for metric, digits in (
+                ("perplexity", 2),
+                ("bits_per_byte", 3),
+                ("kl_divergence", 3),
+                ("top1_agreement", 3),
+            )
+        ]
+        table.add_row(name, f"{values['num_parameters']:,}", *cells)
+    _console().print(table)
+
+
+def _print_results(folder: Path) -> None:
+    """Print the results of a run: the table, the samples and where the card is, as far as they exist."""
+    import json
+
     console = _console()
-    if (folder / "evaluation.json").is_file():
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
-        for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
-            table.add_column(column, justify="left" if column == "model" else "right")
-        for name, values in evaluation["models"].items():
-            cells = [
-                _with_error(values["metrics"].get(metric), digits)
-                for metric, digits in (
-                    ("perplexity", 2),
-                    ("bits_per_byte", 3),
-                    ("kl_divergence", 3),
-                    ("top1_agreement", 3),
-                )
-            ]
-            table.add_row(name, f"{values['num_parameters']:,}", *cells)
-        console.print(table)
+    _print_measurement(folder)
     if (folder / "samples.json").is_file():
         for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:2]:
             for name, text in sample["completions"].items():

@@ -125,7 +125,7 @@ def require_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingDependencyError(
-            f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install minitron-hf[eval]"
+            f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install 'minitron-hf[eval]'"
         ) from error
 
     folders = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
