@@ -177,9 +177,9 @@ class WholeCheckpoints(Trainer):
         """Delete the oldest checkpoints by their steps, beyond those to keep, the best and the last one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         clear_torn_checkpoints(run_dir)
-        if limit is None or limit <= 0:
-            return
         found = checkpoints(run_dir)
+        if limit is None or limit <= 0 or not found:
+            return
         kept = {found[-1], *([Path(best)] if best else [])}
         for path in found[: max(0, len(found) - limit)]:
             if path not in kept:
