@@ -169,7 +169,7 @@ def test_a_stage_whose_output_is_gone_is_done_again(values):
 
 
 def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(values, tmp_path):
-    values["distill"] = {**values["distill"], "max_steps": 8, "save_steps": 2, "eval_strategy": "no"}
+    values["distill"] = {**values["distill"], "max_steps": 8, "save_steps": 2, "eval_strategy": "no", "bf16": False}
     whole, _ = run(values, until="distill")
     broken = {**values, "output_dir": str(tmp_path / "broken")}
     run(broken, until="prune")
