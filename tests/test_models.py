@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -406,6 +407,7 @@ def test_architecture_digest_tells_families_apart():
 # dtype
 
 
+@pytest.mark.skipif("MINITRON_TEST_BF16" in os.environ, reason="the probe that this tests is replaced")
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16", "bf16"])
 def test_what_is_fast_on_a_cpu_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, feature: str):
     found: dict[str, bool] = {"avx2": True}

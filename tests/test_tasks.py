@@ -26,7 +26,7 @@ def model():
 
 def test_benchmarks_need_their_extra(monkeypatch: pytest.MonkeyPatch, model):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install minitron-hf\[eval\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'minitron-hf\[eval\]'"):
         evaluate_tasks(model, "piqa")
 
 
