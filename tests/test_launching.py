@@ -98,7 +98,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     texts = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    pocket_model("llama", dtype=torch.float32, max_position_embeddings=512).save_pretrained(tmp_path / "teacher")
     pocket_tokenizer().save_pretrained(tmp_path / "teacher")
     values = {
         "teacher": str(tmp_path / "teacher"),
