@@ -157,25 +157,13 @@ def replacing_file(path: str | os.PathLike[str], *, private: bool = False) -> It
         private: let nobody but its owner read it.
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_remains(path.parent, path.name)
-        temporary = _temporary_beside(path)
+    with _written_beside(path) as temporary:
         # The kernel applies the umask; reading it would change it for all threads.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # some writers make the file anew, for its owner alone
         os.replace(temporary, path)
-    except Exception as error:
-        if not is_storage_error(error):
-            raise
-        raise OutputError(f"Cannot write {path}: {error}. Free space or choose another folder.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-            _WRITING.discard(temporary.name)
 
 
 @contextlib.contextmanager
@@ -186,15 +174,22 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     process left of the same write is removed first.
     """
     path = Path(path)
+    with _written_beside(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        remove(path, missing_ok=True)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """Yield an unused name beside `path`. Nothing of that name is left; storage errors say what to do."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_remains(path.parent, path.name)
         temporary = _temporary_beside(path)
-        temporary.mkdir()
         yield temporary
-        remove(path, missing_ok=True)
-        os.replace(temporary, path)
     except Exception as error:
         if not is_storage_error(error):
             raise
@@ -202,6 +197,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not temporary.is_dir():
+                temporary.unlink(missing_ok=True)
             _WRITING.discard(temporary.name)
 
 

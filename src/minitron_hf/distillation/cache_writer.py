@@ -71,7 +71,7 @@ def cache_teacher_logits(
     dtype: str = "float16",
     rows_per_file: int = 1024,
 ) -> Path:
-    """Write what the teacher says of a corpus; goes on where it was interrupted.
+    """Write the top-k teacher logits of a corpus; an interrupted call resumes.
 
     Files appear one after another, whole or not at all; the manifest comes last. A run that is started again writes
     the missing ones, with the same bytes, and refuses a folder that was begun with other settings or data. Under
