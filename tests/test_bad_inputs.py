@@ -81,6 +81,8 @@ CASES = [
     *command(
         "plan",
         ("missing", "= plan {nowhere} --hidden-size 0.5", "does not exist"),
+        ("missing", "= plan {teacher}", "names no size"),
+        ("missing", "= plan {teacher} --scores {scores} -o {out}", "names no size"),
         ("missing", "--scores {nowhere}", "No importance scores"),
         ("type", "--hidden-size half", "expected an integer or a fraction"),
         ("range", "--hidden-size 1.5", "(0, 1]"),

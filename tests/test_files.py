@@ -9,12 +9,23 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from minitron_hf import files
-from minitron_hf.errors import OutputError
-from minitron_hf.files import clear_remains, known_digest, remove, replacing_file, replacing_folder, require_empty
+from minitron_hf.data.loading import local_dataset
+from minitron_hf.errors import DataError, HubError, OutputError
+from minitron_hf.files import (
+    clear_remains,
+    known_digest,
+    local_folder,
+    local_path,
+    remove,
+    replacing_file,
+    replacing_folder,
+    require_empty,
+)
 from minitron_hf.locks import LOCK_NAME, locked_folder
 
 
@@ -217,3 +228,37 @@ for _ in range(200):
 """
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["./x", "../x", "x/y/z", "x/", "here/x", "~/x", "/x", "", " ", pytest.param(Path("x"), id="Path")]
+)
+def test_a_name_that_can_only_be_a_path_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(HubError, match=r"The folder .* does not exist"):
+        local_path(name)
+    with pytest.raises(DataError, match=r"does not exist|has no name"):
+        local_dataset(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/name", "owner/name-1.5_b"])
+def test_hub_ids_are_left_to_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path(name) is None
+    assert local_dataset(name) is None
+
+
+def test_what_is_there_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "rows.txt").write_text("x")
+    assert local_folder("owner/name") == Path("owner/name")
+    assert local_folder("~/owner/name") == tmp_path / "owner" / "name"
+    assert local_dataset("rows.txt") == Path("rows.txt")
+    with pytest.raises(HubError, match="is a file"):
+        local_folder("rows.txt")
+    with pytest.raises(DataError, match="does not exist"):
+        local_dataset("other.txt")

@@ -13,7 +13,13 @@ from transformers import LlamaConfig, NemotronConfig
 from minitron_hf.errors import PlanError
 from minitron_hf.models import count_parameters
 from minitron_hf.sizes.request import PrunerConfig
-from minitron_hf.sizes.shapes import cache_bytes, different, enumerate_shapes, memory_bytes, within
+from minitron_hf.sizes.shapes import (
+    cache_bytes,
+    enumerate_shapes,
+    filter_by_budget,
+    memory_bytes,
+    select_diverse,
+)
 from minitron_hf.sizes.student import student_config
 from pocket import POCKETS, cuttable, pocket_config, pocket_model, pocket_tokens
 
@@ -49,7 +55,7 @@ def eight_billion():
 
 def test_the_published_8b_space(eight_billion):
     assert len(eight_billion.shapes) == 4 * 2 * 5 * 4
-    found = within(eight_billion.shapes, 8.5e9, 1 - 7.8 / 8.5, lambda shape: shape.num_parameters)
+    found = filter_by_budget(eight_billion.shapes, 8.5e9, 1 - 7.8 / 8.5, lambda shape: shape.num_parameters)
     rows = {tuple(shape.sizes[axis] for axis in ("layers", "heads", "ffn", "hidden")) for shape in found}
     assert rows == {
         (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096),
@@ -138,9 +144,9 @@ def test_cache_is_what_the_model_fills(name: str):
 
 
 def test_different_shapes_are_the_best_of_their_surroundings(eight_billion):
-    shapes = within(eight_billion.shapes, 8.5e9, 0.1, lambda shape: shape.num_parameters)
+    shapes = filter_by_budget(eight_billion.shapes, 8.5e9, 0.1, lambda shape: shape.num_parameters)
     cost = {shape.name: index * 7 % 15 for index, shape in enumerate(shapes)}
-    chosen = different(shapes, 5, cost=lambda shape: cost[shape.name])
+    chosen = select_diverse(shapes, 5, cost=lambda shape: cost[shape.name])
     assert len(chosen) == 5
     assert chosen[0] == min(shapes, key=lambda shape: cost[shape.name])
 
@@ -156,7 +162,7 @@ def test_different_shapes_are_the_best_of_their_surroundings(eight_billion):
         distance(*pair) for pair in itertools.combinations(sorted(shapes, key=lambda s: -s.num_parameters)[:5], 2)
     ]
     assert nearest > min(largest)  # than the five largest are
-    assert different(shapes[:3], 5) == shapes[:3]
+    assert select_diverse(shapes[:3], 5) == shapes[:3]
 
 
 def test_names_are_short_and_complete():

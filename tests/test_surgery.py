@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from minitron_hf import models, weights
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
-from minitron_hf.families import spec_for
+from minitron_hf.families import PRUNER_FIELDS, spec_for
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.resolve import resolve_sizes
 from pocket import (
     POCKETS,
     Pocket,
@@ -717,11 +719,27 @@ def test_prune_model_refuses_before_it_loads_or_scores(tmp_path: Path, monkeypat
             prune_model(teacher, PrunerConfig(hidden_size=99), calibration_data=["text"])
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "opt"])
+def test_a_request_without_sizes_says_what_can_be_cut(name: str):
+    teacher = pocket_model(name)
+    with pytest.raises(PlanError, match="names no size") as caught:
+        prune_model(teacher, PrunerConfig(contiguous=False), calibration_data=["text"])
+    listed = dict(re.findall(r"(\w+)=(\d+)", str(caught.value).partition("Give")[0]))
+    spec, sizes = spec_for(teacher.config), spec_for(teacher.config).sizes(teacher.config)
+    assert listed
+    for field, size in listed.items():
+        axis = PRUNER_FIELDS[field]
+        assert int(size) == sizes[axis]
+        resolve_sizes(spec, teacher.config, PrunerConfig(**{field: sizes[axis]}))
+    refused = set(spec.refused) | {axis.name for axis in spec.axes if not axis.prunable}
+    assert not {PRUNER_FIELDS[field] for field in listed} & refused
+
+
 def test_prune_model_needs_one_source_of_scores():
     teacher = pocket_model("llama")
     scores = estimate_importance(teacher, metric="random")
     with pytest.raises(PlanError, match="either scores or calibration_data"):
-        prune_model(teacher, PrunerConfig(), scores=scores, calibration_data=["text"])
+        prune_model(teacher, PrunerConfig(hidden_size=24), scores=scores, calibration_data=["text"])
     with pytest.raises(PlanError, match="needs importance scores"):
         prune_model(teacher, PrunerConfig(hidden_size=24))
     with pytest.raises(DataError, match="tokenizer"):

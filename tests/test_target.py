@@ -17,8 +17,8 @@ from minitron_hf.pruning.prune import plan_for_target, prune_model
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
-from minitron_hf.sizes.shapes import shapes_near_target
 from minitron_hf.sizes.student import student_config
+from minitron_hf.sizes.targets import shapes_near_target
 from pocket import pocket_config, pocket_model, pocket_tokens
 
 ROWS = TokenRows(tuple(tuple(pocket_tokens(n, seed=n).tolist()) for n in (16, 9, 14, 12)), None)

@@ -32,8 +32,8 @@ from minitron_hf.saving import save_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
-from minitron_hf.sizes.shapes import shapes_near_target
 from minitron_hf.sizes.student import student_config
+from minitron_hf.sizes.targets import shapes_near_target
 from pocket import float64_throughout, pocket_config, pocket_tokens
 
 IMAGE_TOKEN = 95

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import MinitronError, MismatchError, OutputError
+from .errors import HubError, MinitronError, MismatchError, OutputError
 
 #: Distributions whose versions are recorded in every artefact.
 RECORDED_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
@@ -300,6 +300,59 @@ def is_storage_error(error: BaseException) -> bool:
 FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".parquet", ".yaml", ".yml", ".jinja")
 
 
+def local_path(
+    name_or_path: str | os.PathLike[str], *, what: str = "folder", error: type[MinitronError] = HubError
+) -> Path | None:
+    """Decide whether a name is a path on this machine or the id of a Hub repository.
+
+    A name that can only be a path, or that begins with a folder of the working directory, is never asked of the Hub.
+
+    Args:
+        name_or_path: a file, a folder, or `"owner/name"`.
+        what: what is expected there, for the message.
+        error: class of the error.
+
+    Returns:
+        The existing path; None for a Hub id.
+
+    Raises:
+        MinitronError: of the given class, if the name is a path and nothing is there.
+
+    >>> local_path("owner/name") is None
+    True
+    """
+    name = os.path.expanduser(os.fspath(name_or_path))
+    if name.strip() and os.path.exists(name):
+        return Path(name)
+    if isinstance(name_or_path, os.PathLike) or not name.strip() or _looks_like_path(name):
+        raise error(f"The {what} {name!r} does not exist. Check the path, or pass a Hub id ('owner/name').")
+    first, slash, _ = name.partition("/")
+    if slash and os.path.isdir(first):
+        raise error(
+            f"The {what} {name!r} does not exist in the folder {first!r}. Check the path. To load the Hub repository "
+            f"{name!r}, run in a directory without a folder {first!r}."
+        )
+    return None
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can be no Hub id: one has one slash at most, and neither begins nor ends with it."""
+    begins = os.path.isabs(name) or name.startswith((".", "~"))
+    return begins or name.endswith("/") or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def local_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The folder of a saved model; None for a Hub id. See `local_path`.
+
+    Raises:
+        HubError: if the name is a path and no folder is there.
+    """
+    path = local_path(name_or_path)
+    if path is not None and not path.is_dir():
+        raise HubError(f"{str(path)!r} is a file, expected the folder of a saved model or a Hub id. Pass its folder.")
+    return path
+
+
 def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
     """A name to publish: Hub ids as they are, local folders and files by their last part only.
 
@@ -311,9 +364,7 @@ def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
     if not name_or_path:
         return None
     text = os.path.expanduser(name_or_path)
-    # The name of a repository has one slash at most.
-    looks_local = text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(FILE_ENDINGS)
-    if not (looks_local or os.path.exists(text) or os.path.isabs(text)):
+    if not (_looks_like_path(text) or text.endswith(FILE_ENDINGS) or os.path.exists(text)):
         return os.fspath(name_or_path)
     name = os.path.basename(os.path.realpath(text))
     return None if name in ("", *_own_names()) else name

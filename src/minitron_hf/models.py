@@ -18,9 +18,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .errors import DataError, HubError, UnsupportedModelError
+from .errors import DataError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
-from .files import digest
+from .files import digest, local_folder
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .loading_errors import first_line as first_line
 from .loading_errors import loading_error
@@ -329,20 +329,13 @@ def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
-    """The name as a string, refused where it can only be a path and nothing is there."""
+    """The name as a string; refuses files, and paths where nothing is."""
     if not isinstance(name_or_path, str | os.PathLike):
         raise UnsupportedModelError(
             f"Expected a folder, a Hub id or a loaded object, got {type(name_or_path).__name__}."
         )
-    name = os.path.expanduser(os.fspath(name_or_path))
-    if os.path.isdir(name):
-        return name
-    if os.path.exists(name):
-        raise HubError(f"{name!r} is a file, expected the folder of a saved model or a Hub id. Pass its folder.")
-    looks_like_path = isinstance(name_or_path, os.PathLike) or name.startswith((".", os.sep)) or name.count("/") > 1
-    if looks_like_path or not name:
-        raise HubError(f"The folder {name!r} does not exist. Check the path, or pass a Hub id ('owner/name').")
-    return name
+    local_folder(name_or_path)
+    return os.path.expanduser(os.fspath(name_or_path))
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:

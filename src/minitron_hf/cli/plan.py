@@ -156,11 +156,14 @@ def _plan(
     from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
     from ..sizes.request import PrunerConfig
+    from ..sizes.student import require_some_size
 
     request = PrunerConfig.from_dict(apply_overrides(given, overrides))
+    config = load_config(teacher)
+    require_some_size(config, request)
     read = None if scores is None else ImportanceScores.from_pretrained(scores)
     if texts is None or read is None:
-        made = make_plan(load_config(teacher), request, read)
+        made = make_plan(config, request, read)
     else:
         from ..pruning.prune import plan_for_target
 

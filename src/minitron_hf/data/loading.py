@@ -7,9 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, MinitronError
+from ..files import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+
+#: How local files of texts end → the reader of `datasets`.
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def local_dataset(source: str) -> Path | None:
+    """The file or folder of a dataset; None for a Hub id.
+
+    Raises:
+        DataError: if the name is a path, or ends like a file, and nothing is there.
+    """
+    if not str(source).strip():
+        raise DataError("The dataset has no name. Expected a local file, a saved dataset folder or a Hub dataset id.")
+    path = local_path(source, what="dataset", error=DataError)
+    if path is None and Path(source).suffix in READERS:  # a Hub id does not end like this
+        raise DataError(f"The file {source} does not exist. Check the path.")
+    return path
 
 
 def load_text_dataset(
@@ -29,22 +48,17 @@ def load_text_dataset(
     """
     import datasets
 
-    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-    path = Path(source).expanduser()
-    if not str(source).strip():
-        raise DataError("The dataset has no name. Expected a local file, a saved dataset folder or a Hub dataset id.")
+    path = local_dataset(source)
     try:
-        if path.is_file() or path.suffix in readers:
-            if path.suffix not in readers:
-                raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(readers)}.")
-            if not path.is_file():  # a Hub id does not end like this
-                raise DataError(f"The file {source} does not exist. Check the path.")
+        if path is not None and path.is_file():
+            if path.suffix not in READERS:
+                raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(READERS)}.")
             if path.suffix != ".parquet":
                 _require_utf8(path)
-            return datasets.load_dataset(readers[path.suffix], data_files={"train": str(path)}, split=split)
-        if (path / "state.json").is_file():
+            return datasets.load_dataset(READERS[path.suffix], data_files={"train": str(path)}, split=split)
+        if path is not None and (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(source, name, split=split, revision=revision)
+        return datasets.load_dataset(str(path or source), name, split=split, revision=revision)
     except StopIteration as error:  # what `datasets` makes of a file without rows
         raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
@@ -52,7 +66,7 @@ def load_text_dataset(
             raise
         raise DataError(
             f"Cannot load the dataset {source!r} (split {split!r}): {error}. "
-            f"Expected a local file ({', '.join(readers)}), a saved dataset folder or a Hub dataset id."
+            f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
 
 

@@ -23,6 +23,7 @@ from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..files import digest, known_digest, replacing_file, require_writable, versions, write_json
+from ..hardware import as_dtype
 from ..locks import holding
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
@@ -221,7 +222,7 @@ def _said_of(
         head = output_head(model)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
         said = top_k_signal(DenseSignal(hidden, head), settings["top_k"], temperature=settings["temperature"])
-    dtype = getattr(torch, settings["dtype"])
+    dtype = as_dtype(settings["dtype"])
     # Not below the smallest number of the dtype: a token of the k has a probability.
     log_probs = said.log_probs.clamp(min=torch.finfo(dtype).min)
     columns = {TOKENS: said.tokens.to(torch.int32), LOG_PROBS: log_probs.to(dtype), LOG_TAIL: said.log_tail.to(dtype)}

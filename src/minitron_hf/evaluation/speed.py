@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
-from ..files import read_json
+from ..files import local_folder, read_json
 from ..weights import stored_bytes
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def checkpoint_bytes(
         loaded: the model that was loaded from it, for a Hub id whose files are not in the cache.
     """
     if isinstance(model_or_path, str | os.PathLike):
-        local = Path(os.path.expanduser(model_or_path))
-        folder = local if local.is_dir() else _cached_folder(str(model_or_path), loaded)
+        local = local_folder(model_or_path)
+        folder = _cached_folder(str(model_or_path), loaded) if local is None else local
         if files := weight_files(folder) if folder is not None else []:
             return sum(file.stat().st_size for file in files)
-        if loaded is None or folder == local:
+        if loaded is None or local is not None:
             raise HubError(f"{str(model_or_path)!r} holds no weights. Expected the folder or Hub id of a saved model.")
         model_or_path = loaded
     return sum(stored_bytes(parameter) for parameter in model_or_path.parameters())

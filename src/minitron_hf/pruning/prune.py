@@ -23,8 +23,9 @@ from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import TOLERANCE, different, shapes_near_target
-from ..sizes.student import student_config
+from ..sizes.shapes import TOLERANCE, select_diverse
+from ..sizes.student import require_some_size, student_config
+from ..sizes.targets import shapes_near_target
 from .candidates import Candidate, Divergence, behind
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
@@ -98,6 +99,7 @@ def prune_model(
         )
     # Every refusal of sizes comes before the weights are loaded, and before the scoring.
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
+    require_some_size(teacher_config, config)
     if config.target_parameters is None:
         student_config(teacher_config, config)
     else:
@@ -167,7 +169,7 @@ def plan_for_target(
     """
     if request.target_parameters is None:
         raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
-    shapes = different(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
+    shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)

@@ -26,7 +26,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import HubError, OutputError, UnsupportedModelError
 from ..families import spec_for
-from ..files import read_json, replacing_folder, require_empty, write_text
+from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
 from ..privacy import leaves_folder
 from ..publishing.card import LEGAL_FILES
@@ -148,9 +148,9 @@ def is_streamable(source: str | os.PathLike[str], *, revision: str | None = None
 
 def _local_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of a checkpoint; a model on the Hub is downloaded, without files that are not needed."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
+    found = local_folder(source)
+    if found is not None:
+        return found
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", *COPIED_FILES]))
         wanted = _weight_names(folder) or [WEIGHTS_NAME]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
-from ..files import read_json, write_json
+from ..files import local_folder, read_json, write_json
 from .card import require_run, write_model_card
 from .card_metadata import is_repo_id
 from .hub_errors import NO_TOKEN, hub_errors, is_passing, is_unclear, patiently
@@ -241,7 +241,7 @@ def _require_teacher_metadata(run_dir: Path, token: str) -> None:
     teacher = read_json(run_dir / "pruning_plan.json").get("teacher") or {}
     name = teacher.get("name_or_path")
     try:
-        if not name or not (Path(name).is_dir() or is_repo_id(name)):
+        if not name or (local_folder(name) is None and not is_repo_id(name)):
             raise HubError(f"The teacher is recorded as {name!r}, which is neither a folder here nor a Hub id.")
         write_teacher_metadata(run_dir, name, revision=teacher.get("revision"), token=token)
     except HubError as error:

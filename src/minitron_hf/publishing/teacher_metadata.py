@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..files import public_name, replacing_file, write_json
+from ..files import local_folder, public_name, replacing_file, write_json
 from ..privacy import leaves_folder
 from .card import LEGAL_FILES, matches
 from .hub_errors import hub_errors
@@ -45,8 +45,8 @@ def write_teacher_metadata(
     from huggingface_hub import metadata_load
 
     run_dir = Path(run_dir)
-    folder = Path(teacher_name_or_path).expanduser()
-    if folder.is_dir():
+    folder = local_folder(teacher_name_or_path)
+    if folder is not None:
         hub_id, files = None, _own_files(folder)
         # A path would tell the world about this machine, and nothing about the teacher.
         name = public_name(folder)

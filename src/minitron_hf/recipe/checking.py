@@ -14,8 +14,9 @@ from ..families import FIELD_OF_AXIS, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.importance import require_depth
 from ..sizes.resolve import scoring_arguments
-from ..sizes.shapes import TOLERANCE, Shape, affordable, enumerate_shapes, shapes_near_target
+from ..sizes.shapes import TOLERANCE, Shape, enumerate_shapes, require_budget
 from ..sizes.student import checked_sizes, student_config
+from ..sizes.targets import shapes_near_target
 from .actions import search_arguments
 from .environment import check_environment
 from .identity import dataset_identity
@@ -178,7 +179,7 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     shapes = enumerate_shapes(config, arguments["space"], request).shapes
     if name == "max_parameters":
         tolerance = arguments.get("tolerance", TOLERANCE)
-        shapes = affordable(shapes, name, limit, tolerance, lambda shape: shape.num_parameters)
+        shapes = require_budget(shapes, name, limit, tolerance, lambda shape: shape.num_parameters)
     return shapes
 
 

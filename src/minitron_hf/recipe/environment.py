@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import token_rows
+from ..data.loading import local_dataset
 from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
-from ..files import require_creatable
+from ..files import local_path, require_creatable
 from ..models import count_parameters, first_line
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
@@ -102,8 +103,8 @@ def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | st
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
 
-    path = Path(section.source)
-    if path.is_dir() or path.suffix:
+    path = local_dataset(section.source)
+    if path is not None:
         if path.is_file() and path.stat().st_size > SMALL:
             return f"{section.source} is large, and is read when the run begins"
         return list(islice(run.dataset(which), 64))
@@ -175,7 +176,9 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Collection[Disti
             if token is not None and token not in known:
                 raise DataError(f"distill.{name}={token!r}: the teacher's tokenizer has no such token.")
         template = args.chat_template_path
-        if template is not None and not Path(template).exists() and not is_repo_id(template):
+        if template is None or local_path(template, what="chat template", error=DataError) is not None:
+            continue
+        if not is_repo_id(template):
             raise DataError(f"distill.chat_template_path={template!r}: there is no such file, folder or Hub id.")
 
 

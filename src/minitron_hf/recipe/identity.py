@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..files import digest, known_digest
+from ..data.loading import local_dataset
+from ..files import digest, known_digest, local_folder
 from ..models import load_config
 from .schema import DatasetSection, TeacherSection
 
@@ -22,8 +21,8 @@ MODEL_FILES = (
 
 def model_identity(section: TeacherSection) -> Any:
     """What tells one teacher from another: the Hub commit, or the digests of local files."""
-    folder = Path(section.model).expanduser()
-    if not folder.is_dir():
+    folder = local_folder(section.model)
+    if folder is None:
         config = load_config(section.model, revision=section.revision)
         return {"model": section.model, "revision": getattr(config, "_commit_hash", None) or section.revision}
     files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
@@ -36,20 +35,17 @@ def dataset_identity(section: DatasetSection) -> Any:
     Raises:
         DataError: if a local one does not exist.
     """
-    path = Path(section.source).expanduser()
+    path = local_dataset(section.source)
     values = asdict(section)
+    if path is None:
+        return {**values, "commit": hub_commit(section.source, section.revision)}
     if path.is_file():
         return {**values, "source": known_digest(path)}
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        return {
-            **values,
-            "source": digest([(file.relative_to(path).as_posix(), known_digest(file)) for file in files]),
-        }
-    looks_local = section.source.startswith((".", os.sep, "~")) or path.suffix in (".jsonl", ".txt")
-    if looks_local:
-        raise DataError(f"The dataset {section.source} does not exist. Expected a file, a saved dataset or a Hub id.")
-    return {**values, "commit": hub_commit(section.source, section.revision)}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
+    return {
+        **values,
+        "source": digest([(file.relative_to(path).as_posix(), known_digest(file)) for file in files]),
+    }
 
 
 def _is_hidden(path: Path) -> bool:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from ..models import count_parameters
-from ..sizes.shapes import NEURONS, TOLERANCE, Shape, enumerate_shapes, free_widths, why_uncut, within
+from ..sizes.legality import reason_not_cuttable
+from ..sizes.shapes import TOLERANCE, Shape
+from ..sizes.targets import NEURONS, enumerate_depths, enumerate_widths, select_near_target
 from .decisions import (
     LARGEST_MEASURED,
     P2_TOKENS,
@@ -141,7 +143,7 @@ def recommend(
         raise PlanError(f"teacher_learning_rate={teacher_learning_rate!r}: expected a number above 0.")
     spec = spec_for(config)
     by_depth, axes = _axes(spec, config, goal, total)
-    shapes, candidates = _candidates(spec, config, parameters, total, by_depth)
+    shapes, candidates = _candidates(config, parameters, by_depth)
     share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
     wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
     steps = _rounds(spec, config, shapes, candidates[0], total, wanted)
@@ -215,15 +217,15 @@ def recommend(
 
 def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> tuple[bool, Decision]:
     """Whether to cut depth rather than width."""
-    width = [name for name in ("hidden_size", *NEURONS) if not why_uncut(spec, config, name)]
-    no_depth = why_uncut(spec, config, "num_hidden_layers")
+    width = [name for name in ("hidden_size", *NEURONS) if not reason_not_cuttable(spec, config, name)]
+    no_depth = reason_not_cuttable(spec, config, "num_hidden_layers")
     if not width and no_depth:
         raise PlanError(f"Neither width nor depth of this '{spec.model_type}' model can be cut: {no_depth}")
     by_depth = not width or (goal == "latency" and not no_depth)
     if by_depth and goal == "latency":
         reason = "At equal size fewer layers are faster: 2.7 times the teacher's speed, where width gives 1.8 times."
     elif by_depth:
-        reason = f"Width would be better, but cannot be cut: {why_uncut(spec, config, 'hidden_size')}"
+        reason = f"Width would be better, but cannot be cut: {reason_not_cuttable(spec, config, 'hidden_size')}"
     else:
         reason = "At equal size width keeps more than depth (MMLU 60.5 against 58.7 at half of Llama-3.1-8B)."
         if total > LARGEST_MEASURED:
@@ -237,60 +239,23 @@ def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> t
     )
 
 
-def _candidates(
-    spec: ArchSpec, config: PretrainedConfig, parameters: int, total: int, by_depth: bool
-) -> tuple[list[Shape], list[Shape]]:
+def _candidates(config: PretrainedConfig, parameters: int, by_depth: bool) -> tuple[list[Shape], list[Shape]]:
     """All shapes considered, and those at the target, the best first."""
-    before = spec.sizes(config)
     if by_depth:
-        shapes = enumerate_shapes(config, {"num_hidden_layers": list(range(1, before["layers"] + 1))}).shapes
-        return shapes, _at(shapes, parameters)[:1]
-    widths = free_widths(spec, config, ("hidden_size", *NEURONS))
-    hidden = [name for name in widths if name not in NEURONS]
-    neurons = [name for name in widths if name in NEURONS]
-    shapes = []
-    for least in (parameters / total, 0.0):  # a narrower stream would leave some of the target unused
-        grid: dict[str, list[int | float | str]] = {}
-        for name in hidden:
-            grid[name] = _fractions(before[PRUNER_FIELDS[name]], 8, least)
-        for name in neurons[:1]:
-            grid[name] = _fractions(before[PRUNER_FIELDS[name]], 32, least / 2 if hidden else 0.0)
-        shapes = enumerate_shapes(config, grid, alike=dict.fromkeys(neurons[:1], neurons[1:])).shapes
-        if shapes[-1].num_parameters <= parameters:
-            break
+        shapes = enumerate_depths(config)
+        return shapes, select_near_target(shapes, parameters)[:1]
+    shapes, names = enumerate_widths(config, parameters)
+    before = spec_for(config).sizes(config)
 
-    def unlike(shape: Shape) -> float:
+    def inequality(shape: Shape) -> float:
         """How differently stream and neurons are cut."""
-        shares = [math.log(shape.sizes[axis] / before[axis]) for axis in map(PRUNER_FIELDS.__getitem__, grid)]
+        shares = [math.log(shape.sizes[axis] / before[axis]) for axis in map(PRUNER_FIELDS.__getitem__, names)]
         return max(shares) - min(shares)
 
     widest: dict[int, Shape] = {}
-    for shape in _at(shapes, parameters):  # largest first
+    for shape in select_near_target(shapes, parameters):  # largest first
         widest.setdefault(shape.sizes["hidden"], shape)
-    return shapes, sorted(widest.values(), key=unlike)
-
-
-def _fractions(size: int, parts: int, least: float) -> list[int | float | str]:
-    """Sizes to try, as fractions: multiples of the largest power of two that fits into a part (P1's 512 of 6,144).
-
-    >>> [round(fraction * 5120) for fraction in _fractions(5120, 8, 0.8)]
-    [3584, 4096, 4608, 5120]
-    """
-    step = 2 ** math.floor(math.log2(max(size / parts, 1)))
-    steps = range(max(math.floor(least * size / step) - 1, 1), size // step + 1)
-    return [*(count * step / size for count in steps if count * step < size), 1.0]
-
-
-def _at(shapes: Sequence[Shape], parameters: int) -> list[Shape]:
-    """The shapes just below a number of parameters, or the largest below it; largest first."""
-    below = [shape for shape in shapes if shape.num_parameters <= parameters]
-    if not below:
-        least = min(shape.num_parameters for shape in shapes)
-        raise PlanError(
-            f"target: {parameters:,} parameters are out of reach, the smallest shape has {least:,}: embeddings and "
-            "attention stay. Choose a larger target, the other goal, or a smaller teacher."
-        )
-    return within(below, parameters, TOLERANCE, lambda shape: shape.num_parameters) or below[:1]
+    return shapes, sorted(widest.values(), key=inequality)
 
 
 def _rounds(

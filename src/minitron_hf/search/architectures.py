@@ -42,7 +42,7 @@ from ..pruning.surgery import apply_plan
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import TOLERANCE, Shape, Space, affordable, different, enumerate_shapes, memory_bytes
+from ..sizes.shapes import TOLERANCE, Shape, Space, enumerate_shapes, memory_bytes, require_budget, select_diverse
 from ..sizes.student import student_config
 from ..weights import input_device, model_digest
 
@@ -169,7 +169,7 @@ def search_architectures(
     measure = Divergence(model, rows)
 
     with record.live():
-        for shape in different(shapes, num_proxied):
+        for shape in select_diverse(shapes, num_proxied):
             candidate = record.candidate(shape)
             if candidate.proxy is None:
                 plan = _plan_of(model, candidate, scores)
@@ -190,7 +190,7 @@ def search_architectures(
         ranked = sorted(record.candidates, key=lambda candidate: candidate.proxy_kl)
         if train_dataset is not None:
             by_name = {candidate.name: candidate for candidate in ranked}
-            chosen = different(
+            chosen = select_diverse(
                 [Shape(c.request, _sizes_of(c, shapes), c.num_parameters) for c in ranked],
                 num_candidates,
                 cost=lambda shape: by_name[shape.name].proxy_kl,
@@ -272,7 +272,7 @@ def _affordable(
             record.save()
         return costs[shape.name]
 
-    return affordable(shapes, name, limit, tolerance, cost)
+    return require_budget(shapes, name, limit, tolerance, cost)
 
 
 @torch.no_grad()

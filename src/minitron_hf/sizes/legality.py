@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, text_config
 from ..families.axes import dimension_axes, dimension_size, implied_size, parse_dimensions
 from .classes import _sisters
 from .request import PrunerConfig
@@ -215,6 +215,24 @@ def require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> Non
         raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
 
 
+def reason_not_cuttable(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None:
+    """The reason why a size of a model cannot be cut, or None.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        name: of the size in `PrunerConfig`.
+    """
+    axis = PRUNER_FIELDS[name]
+    if axis not in spec.axis or not spec.axis[axis].prunable:
+        return f"'{spec.model_type}' models have no {name}."
+    try:
+        require_cuttable(spec, text_config(config), axis)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
 def _require_change(
     spec: ArchSpec,
     config: PretrainedConfig,
@@ -247,7 +265,7 @@ def _require_change(
     raise PlanError(f"{name}={value} of {size} comes to no change: {why}")
 
 
-def units_held(spec: ArchSpec, names: Iterable[str]) -> set[str]:
+def axes_of_tensors(spec: ArchSpec, names: Iterable[str]) -> set[str]:
     """Axes that some tensor of a model has.
 
     Args:
@@ -272,7 +290,7 @@ def require_units(spec: ArchSpec, names: Iterable[str], request: PrunerConfig, c
     Raises:
         PlanError: naming the size.
     """
-    held = units_held(spec, names)
+    held = axes_of_tensors(spec, names)
     for name, axis in PRUNER_FIELDS.items():
         value = getattr(request, name)
         if value is not None and axis != "layers" and axis in cut and axis not in held:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HubError, PlanError, did_you_mean
 from ..families import PRUNER_FIELDS
-from ..files import read_json, write_json
+from ..files import local_path, read_json, write_json
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
 
@@ -170,14 +170,18 @@ class PrunerConfig:
         Raises:
             HubError: if it is neither a folder with such a file nor a Hub repository with one.
         """
-        path = Path(path_or_repo)
-        file = path / PRUNER_CONFIG_NAME if path.is_dir() else path
-        if not file.is_file():
+        path = local_path(path_or_repo)
+        file = path / PRUNER_CONFIG_NAME if path is not None and path.is_dir() else path
+        if file is not None and not file.is_file():
+            raise HubError(f"The folder {str(path)!r} has no {PRUNER_CONFIG_NAME}. Write it with save_pretrained.")
+        if file is None:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
             try:
                 file = Path(hf_hub_download(str(path_or_repo), PRUNER_CONFIG_NAME, **kwargs))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-                raise HubError(f"No {PRUNER_CONFIG_NAME} in {path_or_repo}, here or on the Hub: {error}") from error
+                raise HubError(
+                    f"No {PRUNER_CONFIG_NAME} in {str(path_or_repo)!r}, here or on the Hub: {error}"
+                ) from error
         return cls.from_dict(read_json(file))

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
-from ..families.axes import dimension_axes, parse_dimensions
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from ..families.tensors import own_parameters
-from ..models import count_parameters, empty_model
-from .layers import protected_layers
-from .legality import require_cuttable, require_units, rounding_step, units_held
+from ..models import empty_model
+from .legality import require_units
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 from .student import build_student_config, layers_without_scores
@@ -33,13 +31,6 @@ if TYPE_CHECKING:
 Space = Mapping[str, Sequence[int | float | str]]
 #: By how much of a budget or a target a shape may be smaller (P1's search spaces).
 TOLERANCE = 0.05
-#: Numbers of neurons, by their names in `PrunerConfig`.
-NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-#: Fractions at which sizes are tried for a target; another size is then as large as the target lets it be.
-COARSE: Mapping[str, Sequence[float]] = {
-    "hidden_size": (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4),
-    "num_attention_heads": (1.0, 3 / 4, 1 / 2),
-}
 _MULTIPLE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\*\s*([a-z_]+)\s*")
 
 
@@ -85,7 +76,7 @@ def enumerate_shapes(
     space: Space,
     base: PrunerConfig | None = None,
     *,
-    alike: Mapping[str, Sequence[str]] | None = None,
+    same_fraction: Mapping[str, Sequence[str]] | None = None,
 ) -> Enumeration:
     """All shapes of a space that the stock classes can hold, counted exactly.
 
@@ -93,20 +84,22 @@ def enumerate_shapes(
         config: the teacher's.
         space: sizes to try; sizes that are not named stay.
         base: everything else that a request says (`contiguous`, `keep_first_layers`, `multiple_of`, …).
-        alike: a size of the space → others that are always asked for by the same fraction.
+        same_fraction: a size of the space → others that are always asked for by the same fraction.
 
     Raises:
         PlanError: if the space names something that is no size, or none of its shapes can be cut.
         UnsupportedModelError: if the family is unknown.
     """
     spec = spec_for(config)
-    cut = _cutter(spec, config, base or PrunerConfig(), alike or {}, may_stay=bool(alike))
+    build_shape = shape_builder(
+        spec, config, base or PrunerConfig(), same_fraction or {}, may_stay=bool(same_fraction)
+    )
     _require_space(spec, space)
     found: dict[tuple[int, ...], Shape] = {}
     refused: dict[str, int] = {}
     for values in itertools.product(*space.values()):
         try:
-            shape = cut(dict(zip(space, values)))
+            shape = build_shape(dict(zip(space, values)))
         except PlanError as error:
             reason = re.sub(r"\d+", "…", str(error))  # one reason for all sizes
             refused[reason] = refused.get(reason, 0) + 1
@@ -118,156 +111,33 @@ def enumerate_shapes(
     return Enumeration(sorted(found.values(), key=lambda shape: -shape.num_parameters), refused)
 
 
-def shapes_near_target(
-    config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = TOLERANCE
-) -> list[Shape]:
-    """Shapes that have just about `request.target_parameters`, never more.
-
-    The residual stream and attention heads are tried at the coarse fractions of `COARSE`, and the numbers of neurons
-    are then as large as the target lets them be, all by the same fraction. Layers stay, unless the request says
-    otherwise: before retraining, which is all that a choice among these can go by, cutting depth as well looks better
-    than it is (P1). They are cut where no width is left to choose. Sizes that the request gives are kept.
-
-    Args:
-        config: the teacher's.
-        request: with a target.
-        tolerance: by how much of the target a shape may be smaller.
-
-    Returns:
-        The shapes, largest first; their requests have sizes instead of the target.
-
-    Raises:
-        PlanError: if the target is out of reach, or no size is left to choose.
-        UnsupportedModelError: if the family is unknown.
-    """
-    spec = spec_for(config)
-    total, target = count_parameters(config), request.target_parameters
-    assert target is not None
-    limit = target * total if target < 1 else float(target)
-    if limit >= total:
-        raise PlanError(f"target_parameters={target:,}: the teacher has {total:,}. Pruning only removes.")
-    base = replace(request, target_parameters=None)
-    finest, others, coarse = _choice(spec, config, base)
-    size = spec.sizes(config)[PRUNER_FIELDS[finest]]
-    step = 1 if finest in ("num_attention_heads", "num_hidden_layers") else rounding_step(size, 1, base.multiple_of)
-    least = len(protected_layers(spec, config, base)) if finest == "num_hidden_layers" else 1
-    steps = [*(count * step / size for count in range(max(least, 1), -(-size // step))), 1.0]
-    cut = _cutter(spec, config, base, {finest: others}, may_stay=True)
-    reasons: dict[str, None] = {}
-
-    def largest(given: Mapping[str, float]) -> Shape | None:
-        found, low, high = None, 0, len(steps)
-        while low < high:
-            middle = (low + high) // 2
-            try:
-                shape = cut({**given, finest: steps[middle]})
-            except PlanError as error:
-                reasons.setdefault(str(error))
-                shape = None
-            if shape is not None and shape.num_parameters <= limit:
-                found, low = shape, middle + 1
-            else:
-                high = middle
-        return found
-
-    shapes = {
-        tuple(shape.sizes.values()): shape
-        for values in itertools.product(*coarse.values())
-        if (shape := largest(dict(zip(coarse, values)))) is not None
-    }
-    found = within(shapes.values(), limit, tolerance, lambda shape: shape.num_parameters)
-    if not found:
-        below = max((shape.num_parameters for shape in shapes.values()), default=None)
-        raise PlanError(
-            f"target_parameters={target:,}: no shape has between {(1 - tolerance) * limit:,.0f} and {limit:,.0f} "
-            f"parameters{'' if below is None else f', the nearest below has {below:,}'}. Choose another target, or "
-            f"give fewer sizes.{''.join(f' ({reason})' for reason in list(reasons)[:1])}"
-        )
-    return sorted(found, key=lambda shape: -shape.num_parameters)
-
-
-def _choice(
-    spec: ArchSpec, config: PretrainedConfig, base: PrunerConfig
-) -> tuple[str, list[str], dict[str, Sequence[float]]]:
-    """The size that is made to meet a target, others that go along with it, and the ones that are tried before."""
-    given = [name for name in PRUNER_FIELDS if getattr(base, name) is not None]
-    free = free_widths(spec, config, ("hidden_size", *NEURONS, "num_attention_heads"), given)
-    neurons = [name for name in free if name in NEURONS]
-    coarse = {name: COARSE[name] for name in free if name not in NEURONS}
-    if neurons:
-        return neurons[0], neurons[1:], coarse
-    if coarse:
-        finest = next(iter(coarse))
-        del coarse[finest]
-        return finest, [], coarse
-    depth_given = base.num_hidden_layers is not None or base.layers_to_drop is not None
-    if depth_given or why_uncut(spec, config, "num_hidden_layers"):
-        raise PlanError(
-            f"target_parameters: no size is left to choose beside {', '.join(given) or 'those that cannot be cut'}. "
-            "Leave out the target, or one of the sizes."
-        )
-    return "num_hidden_layers", [], {}
-
-
-def free_widths(
-    spec: ArchSpec, config: PretrainedConfig, names: Iterable[str], given: Sequence[str] = ()
-) -> list[str]:
-    """Those of some sizes that can be cut, whose units the model has, and that do not follow from others.
-
-    Args:
-        spec: the family.
-        config: the teacher's.
-        names: of sizes, those to prefer first.
-        given: sizes that are decided already.
-    """
-    ties = [
-        {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
-        for pair in spec.equal
-    ]
-    free: list[str] = []
-    held = units_held(spec, dict(own_parameters(empty_model(config))))
-    for name in names:
-        others = {PRUNER_FIELDS[other] for other in (*given, *free)}
-        follows = any(PRUNER_FIELDS[name] in axes and axes & others for axes in ties)
-        if name not in given and not follows and not why_uncut(spec, config, name) and PRUNER_FIELDS[name] in held:
-            free.append(name)
-    return free
-
-
-def why_uncut(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None:
-    """Why a size cannot be cut, or None.
-
-    Args:
-        spec: the family.
-        config: the teacher's.
-        name: of the size in `PrunerConfig`.
-    """
-    axis = PRUNER_FIELDS[name]
-    if axis not in spec.axis or not spec.axis[axis].prunable:
-        return f"'{spec.model_type}' models have no {name}."
-    try:
-        require_cuttable(spec, text_config(config), axis)
-    except PlanError as error:
-        return str(error)
-    return None
-
-
-def _cutter(
+def shape_builder(
     spec: ArchSpec,
     config: PretrainedConfig,
     base: PrunerConfig,
-    alike: Mapping[str, Sequence[str]],
+    same_fraction: Mapping[str, Sequence[str]],
     *,
     may_stay: bool = False,
 ) -> Callable[[Mapping[str, int | float | str]], Shape]:
-    """Sizes → the shape they give, counted; `PlanError` where it cannot be cut. `may_stay`: see `resolve_sizes`."""
+    """Return a function: sizes → the shape that they give, counted exactly.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        base: everything of a request but its sizes.
+        same_fraction: a size → others that get the same fraction.
+        may_stay: see `resolve_sizes`.
+
+    Returns:
+        The function. It raises `PlanError` for sizes that cannot be cut.
+    """
     teacher = empty_model(config)
     spec.check(teacher)
     parameters, before = dict(own_parameters(teacher)), spec.sizes(config)
 
-    def cut(values: Mapping[str, int | float | str]) -> Shape:
-        given = {**values, **{other: values[name] for name, others in alike.items() for other in others}}
-        request = _resolved(config, given, base)
+    def build_shape(values: Mapping[str, int | float | str]) -> Shape:
+        given = {**values, **{other: values[name] for name, others in same_fraction.items() for other in others}}
+        request = _resolve_multiples(config, given, base)
         sizes, _ = resolve_sizes(spec, config, request, may_stay=may_stay)
         require_units(spec, parameters, request, [axis for axis in sizes if sizes[axis] < before[axis]])
         layers_kept = layers_without_scores(spec, config, request, sizes["layers"])
@@ -278,11 +148,13 @@ def _cutter(
         }
         return Shape(replace(request, **named), sizes, count)
 
-    return cut
+    return build_shape
 
 
-def within(shapes: Iterable[Shape], budget: float, tolerance: float, measure: Callable[[Shape], float]) -> list[Shape]:
-    """The shapes that cost no more than a budget, and no less than `(1 - tolerance)` of it.
+def filter_by_budget(
+    shapes: Iterable[Shape], budget: float, tolerance: float, measure: Callable[[Shape], float]
+) -> list[Shape]:
+    """Keep the shapes that cost at most a budget, and at least `(1 - tolerance)` of it.
 
     Args:
         shapes: candidates.
@@ -293,15 +165,15 @@ def within(shapes: Iterable[Shape], budget: float, tolerance: float, measure: Ca
     return [shape for shape in shapes if (1 - tolerance) * budget <= measure(shape) <= budget]
 
 
-def affordable(
+def require_budget(
     shapes: Sequence[Shape], name: str, budget: float, tolerance: float, measure: Callable[[Shape], float]
 ) -> list[Shape]:
-    """`within`, for a budget of some name.
+    """Keep the shapes within a budget, as `filter_by_budget` does, and refuse a budget that none meets.
 
     Raises:
         PlanError: if no shape is.
     """
-    found = within(shapes, budget, tolerance, measure)
+    found = filter_by_budget(shapes, budget, tolerance, measure)
     if not found:
         least, most = min(map(measure, shapes)), max(map(measure, shapes))
         raise PlanError(
@@ -358,8 +230,10 @@ def cache_bytes(config: PretrainedConfig, *, context_length: int, batch_size: in
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def different(shapes: Sequence[Shape], count: int, *, cost: Callable[[Shape], float] | None = None) -> list[Shape]:
-    """Some shapes that differ from each other, the cheapest of their surroundings first.
+def select_diverse(
+    shapes: Sequence[Shape], count: int, *, cost: Callable[[Shape], float] | None = None
+) -> list[Shape]:
+    """Select shapes that differ from each other, and of similar ones the cheapest.
 
     The largest radius is taken at which `count` shapes remain when each, in the order of their cost, is left out if
     one that was taken before is nearer than the radius. Distances are the largest difference of a size, in logarithms,
@@ -409,7 +283,9 @@ def _require_space(spec: ArchSpec, space: Space) -> None:
                 raise PlanError(f"space: {name}={text!r}: expected a size, a fraction, or such as '2.5*hidden_size'.")
 
 
-def _resolved(config: PretrainedConfig, values: Mapping[str, int | float | str], base: PrunerConfig) -> PrunerConfig:
+def _resolve_multiples(
+    config: PretrainedConfig, values: Mapping[str, int | float | str], base: PrunerConfig
+) -> PrunerConfig:
     """A request with multiples of other sizes worked out, against the shape that the others give."""
     plain: dict[str, Any] = {name: value for name, value in values.items() if not isinstance(value, str)}
     request = replace(base, **plain)

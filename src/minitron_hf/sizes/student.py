@@ -14,7 +14,7 @@ from ..families.axes import implied_size
 from ..models import empty_model, first_line
 from .classes import _sisters, config_class
 from .layers import _layer_fields, fixed_layers, lacking_kinds
-from .legality import _name, require_units
+from .legality import _name, axes_of_tensors, reason_not_cuttable, require_units
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 
@@ -63,13 +63,38 @@ def checked_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tupl
 
     Raises:
         UnsupportedModelError: if the family is unknown.
-        PlanError: if the sizes are impossible.
+        PlanError: if the sizes are impossible, or none is given.
     """
+    require_some_size(config, pruner_config)
     spec = spec_for(config)
     before, (sizes, notes) = spec.sizes(config), resolve_sizes(spec, config, pruner_config)
     cut = [axis for axis in sizes if sizes[axis] < before[axis]]
     require_units(spec, named_tensors(empty_model(config)), pruner_config, cut)
     return sizes, notes
+
+
+def require_some_size(config: PretrainedConfig, pruner_config: PrunerConfig) -> None:
+    """Refuse a request that names nothing to cut.
+
+    Raises:
+        UnsupportedModelError: if the family is unknown.
+        PlanError: listing what can be cut, with the teacher's sizes.
+    """
+    wanted = (*PRUNER_FIELDS, "layers_to_drop", "target_parameters", "model_type")
+    if any(getattr(pruner_config, name) is not None for name in wanted):
+        return
+    spec = spec_for(config)
+    sizes, held = spec.sizes(config), axes_of_tensors(spec, named_tensors(empty_model(config)))
+    possible = [
+        f"{name}={sizes[axis]:,}"
+        for name, axis in PRUNER_FIELDS.items()
+        if (axis == "layers" or axis in held) and reason_not_cuttable(spec, config, name) is None
+    ]
+    raise PlanError(
+        f"The request names no size, so nothing would be cut. This '{spec.model_type}' model has "
+        f"{', '.join(possible)}. Give smaller ones, or fractions of them (hidden_size=0.75), or layers_to_drop, or "
+        "target_parameters."
+    )
 
 
 def layers_without_scores(

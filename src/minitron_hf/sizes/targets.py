@@ -1,0 +1,219 @@
+"""Shapes near a number of parameters: for `plan_for_target`, for `recommend` and for the checks of a recipe."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError
+from ..families import PRUNER_FIELDS, ArchSpec, spec_for
+from ..families.axes import dimension_axes, parse_dimensions
+from ..families.tensors import own_parameters
+from ..models import count_parameters, empty_model
+from .layers import protected_layers
+from .legality import axes_of_tensors, reason_not_cuttable, rounding_step
+from .request import PrunerConfig
+from .shapes import TOLERANCE, Shape, Space, enumerate_shapes, filter_by_budget, shape_builder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Numbers of neurons, by their names in `PrunerConfig`.
+NEURONS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+#: Fractions of sizes that are tried for a target; one more size is then as large as the target allows.
+COARSE: Mapping[str, Sequence[float]] = {
+    "hidden_size": (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4),
+    "num_attention_heads": (1.0, 3 / 4, 1 / 2),
+}
+
+
+def shapes_near_target(
+    config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = TOLERANCE
+) -> list[Shape]:
+    """Shapes with at most `request.target_parameters` parameters, and not much less.
+
+    The residual stream and the attention heads are tried at the coarse fractions of `COARSE`. The numbers of neurons
+    are then as large as the target allows, all by the same fraction. Layers stay unless the request says otherwise: a
+    choice before retraining overrates cuts of depth (P1). They are cut where no width is left to choose. Sizes that
+    the request gives are kept.
+
+    Args:
+        config: the teacher's.
+        request: with a target.
+        tolerance: by how much of the target a shape may be smaller.
+
+    Returns:
+        The shapes, largest first; their requests have sizes instead of the target.
+
+    Raises:
+        PlanError: if the target is out of reach, or no size is left to choose.
+        UnsupportedModelError: if the family is unknown.
+    """
+    total, target = count_parameters(config), request.target_parameters
+    assert target is not None
+    limit = target * total if target < 1 else float(target)
+    if limit >= total:
+        raise PlanError(f"target_parameters={target:,}: the teacher has {total:,}. Pruning only removes.")
+    shapes, reasons = _largest_shapes(config, replace(request, target_parameters=None), limit)
+    found = filter_by_budget(shapes, limit, tolerance, lambda shape: shape.num_parameters)
+    if not found:
+        below = max((shape.num_parameters for shape in shapes), default=None)
+        raise PlanError(
+            f"target_parameters={target:,}: no shape has between {(1 - tolerance) * limit:,.0f} and {limit:,.0f} "
+            f"parameters{'' if below is None else f', the nearest below has {below:,}'}. Choose another target, or "
+            f"give fewer sizes.{''.join(f' ({reason})' for reason in reasons[:1])}"
+        )
+    return sorted(found, key=lambda shape: -shape.num_parameters)
+
+
+def _largest_shapes(config: PretrainedConfig, base: PrunerConfig, limit: float) -> tuple[list[Shape], list[str]]:
+    """The largest shape below a limit at every combination of coarse sizes, and why others cannot be cut."""
+    spec = spec_for(config)
+    finest, others, coarse = _sizes_to_choose(spec, config, base)
+    size = spec.sizes(config)[PRUNER_FIELDS[finest]]
+    step = 1 if finest in ("num_attention_heads", "num_hidden_layers") else rounding_step(size, 1, base.multiple_of)
+    least = len(protected_layers(spec, config, base)) if finest == "num_hidden_layers" else 1
+    steps = [*(count * step / size for count in range(max(least, 1), -(-size // step))), 1.0]
+    build_shape = shape_builder(spec, config, base, {finest: others}, may_stay=True)
+    reasons: dict[str, None] = {}
+
+    def largest(given: Mapping[str, float]) -> Shape | None:
+        found, low, high = None, 0, len(steps)
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                shape = build_shape({**given, finest: steps[middle]})
+            except PlanError as error:
+                reasons.setdefault(str(error))
+                shape = None
+            if shape is not None and shape.num_parameters <= limit:
+                found, low = shape, middle + 1
+            else:
+                high = middle
+        return found
+
+    shapes = {
+        tuple(shape.sizes.values()): shape
+        for values in itertools.product(*coarse.values())
+        if (shape := largest(dict(zip(coarse, values)))) is not None
+    }
+    return list(shapes.values()), list(reasons)
+
+
+def _sizes_to_choose(
+    spec: ArchSpec, config: PretrainedConfig, base: PrunerConfig
+) -> tuple[str, list[str], dict[str, Sequence[float]]]:
+    """The size that is fitted to a target, others that get the same fraction, and the ones with coarse fractions."""
+    given = [name for name in PRUNER_FIELDS if getattr(base, name) is not None]
+    free = free_widths(spec, config, ("hidden_size", *NEURONS, "num_attention_heads"), given)
+    neurons = [name for name in free if name in NEURONS]
+    coarse = {name: COARSE[name] for name in free if name not in NEURONS}
+    if neurons:
+        return neurons[0], neurons[1:], coarse
+    if coarse:
+        finest = next(iter(coarse))
+        del coarse[finest]
+        return finest, [], coarse
+    depth_given = base.num_hidden_layers is not None or base.layers_to_drop is not None
+    if depth_given or reason_not_cuttable(spec, config, "num_hidden_layers"):
+        raise PlanError(
+            f"target_parameters: no size is left to choose beside {', '.join(given) or 'those that cannot be cut'}. "
+            "Leave out the target, or one of the sizes."
+        )
+    return "num_hidden_layers", [], {}
+
+
+def free_widths(
+    spec: ArchSpec, config: PretrainedConfig, names: Iterable[str], given: Sequence[str] = ()
+) -> list[str]:
+    """Those of some sizes that can be cut, whose units the model has, and that do not follow from others.
+
+    Args:
+        spec: the family.
+        config: the teacher's.
+        names: names of sizes, preferred ones first.
+        given: names of sizes that are decided already.
+    """
+    ties = [
+        {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
+        for pair in spec.equal
+    ]
+    free: list[str] = []
+    held = axes_of_tensors(spec, dict(own_parameters(empty_model(config))))
+    for name in names:
+        axis = PRUNER_FIELDS[name]
+        others = {PRUNER_FIELDS[other] for other in (*given, *free)}
+        follows = any(axis in axes and axes & others for axes in ties)
+        if name not in given and not follows and axis in held and reason_not_cuttable(spec, config, name) is None:
+            free.append(name)
+    return free
+
+
+def enumerate_depths(config: PretrainedConfig) -> list[Shape]:
+    """Shapes with every number of layers, largest first."""
+    depth = spec_for(config).sizes(config)["layers"]
+    return enumerate_shapes(config, {"num_hidden_layers": list(range(1, depth + 1))}).shapes
+
+
+def enumerate_widths(config: PretrainedConfig, parameters: int) -> tuple[list[Shape], list[str]]:
+    """Shapes with residual streams and MLPs of all widths, largest first, some of them below a target.
+
+    Args:
+        config: the teacher's.
+        parameters: the target, in parameters.
+
+    Returns:
+        The shapes, and the names of the sizes that differ among them.
+    """
+    spec = spec_for(config)
+    before, total = spec.sizes(config), count_parameters(config)
+    widths = free_widths(spec, config, ("hidden_size", *NEURONS))
+    hidden = [name for name in widths if name not in NEURONS]
+    neurons = [name for name in widths if name in NEURONS]
+    shapes: list[Shape] = []
+    space: Space = {}
+    for least in (parameters / total, 0.0):  # a narrower stream would leave some of the target unused
+        space = {
+            **{name: _fractions(before[PRUNER_FIELDS[name]], 8, least) for name in hidden},
+            **{
+                name: _fractions(before[PRUNER_FIELDS[name]], 32, least / 2 if hidden else 0.0) for name in neurons[:1]
+            },
+        }
+        shapes = enumerate_shapes(config, space, same_fraction=dict.fromkeys(neurons[:1], neurons[1:])).shapes
+        if shapes[-1].num_parameters <= parameters:
+            break
+    return shapes, list(space)
+
+
+def _fractions(size: int, parts: int, least: float) -> list[int | float | str]:
+    """Sizes to try, as fractions: multiples of the largest power of two that fits into a part (P1's 512 of 6,144).
+
+    >>> [round(fraction * 5120) for fraction in _fractions(5120, 8, 0.8)]
+    [3584, 4096, 4608, 5120]
+    """
+    step = 2 ** math.floor(math.log2(max(size / parts, 1)))
+    steps = range(max(math.floor(least * size / step) - 1, 1), size // step + 1)
+    return [*(count * step / size for count in steps if count * step < size), 1.0]
+
+
+def select_near_target(shapes: Sequence[Shape], parameters: int) -> list[Shape]:
+    """The shapes just below a number of parameters, or else the largest one below it; largest first.
+
+    Args:
+        shapes: candidates, largest first.
+        parameters: the target, in parameters.
+
+    Raises:
+        PlanError: if all shapes are larger.
+    """
+    below = [shape for shape in shapes if shape.num_parameters <= parameters]
+    if not below:
+        least = min(shape.num_parameters for shape in shapes)
+        raise PlanError(
+            f"target: {parameters:,} parameters are out of reach, the smallest shape has {least:,}: embeddings and "
+            "attention stay. Choose a larger target, the other goal, or a smaller teacher."
+        )
+    return filter_by_budget(below, parameters, TOLERANCE, lambda shape: shape.num_parameters) or below[:1]
