@@ -47,7 +47,7 @@ def test_drafts_agree_with_the_tables_in_shape(name: str, drafts):
         sizes["hidden"] = sizes["heads"] * sizes["head_dim"] if shipped.equal else sizes["hidden"]
         for pattern in patterns:
             assert draft.shape(pattern, sizes) == shipped.shape(pattern, sizes), pattern
-    for fact in ("layers_path", "taps", "groups", "equal", "multiples", "layer_lists", "least"):
+    for fact in ("layers_path", "hook_points", "groups", "equal", "multiples", "layer_lists", "least"):
         assert getattr(draft, fact) == getattr(shipped, fact), fact
 
 

@@ -121,8 +121,8 @@ def test_tables_hold_together(spec: ArchSpec):
             assert dimension_axes(dimension) <= spec.axis.keys(), pattern
     assert set(spec.gated_norms.values()) <= spec.axis.keys()
     assert all(f"{module}.weight" in spec.layer for module in spec.gated_norms)
-    assert all(axis in spec.taps and f"{module}.weight" in spec.layer for axis, module in spec.readers)
-    for axis, module in spec.taps.items():
+    assert all(axis in spec.hook_points and f"{module}.weight" in spec.layer for axis, module in spec.readers)
+    for axis, module in spec.hook_points.items():
         assert spec.axis[axis].per_layer
         assert f"{module}.weight" in spec.layer or any(name.startswith(f"{module}.") for name in spec.layer)
     for module in spec.layer_norms:
@@ -133,8 +133,8 @@ def test_tables_hold_together(spec: ArchSpec):
     for inner, outer in spec.groups:
         assert spec.axis[inner].per_layer
         assert spec.axis[outer].per_layer or not spec.axis[outer].prunable
-    assert set(spec.stream.writers) <= spec.dimensions.keys()
-    assert bool(spec.stream.writers) == spec.stream.scaled_embeddings
+    assert set(spec.stream.stream_writers) <= spec.dimensions.keys()
+    assert bool(spec.stream.stream_writers) == spec.stream.scaled_embeddings
     for axis in spec.axes:
         assert axis.within is None or (axis.per_layer and spec.axis[axis.within].per_layer)
     named = {axis for pair in (*spec.groups, *spec.multiples) for axis in pair} | set(spec.refused)
@@ -143,7 +143,7 @@ def test_tables_hold_together(spec: ArchSpec):
     # Whatever can be cut, users can name; whatever is cut in a layer, a tap scores.
     prunable = {axis.name for axis in spec.axes if axis.prunable}
     assert prunable <= FIELD_OF_AXIS.keys()
-    assert {axis for axis in prunable if spec.axis[axis].per_layer} == spec.taps.keys()
+    assert {axis for axis in prunable if spec.axis[axis].per_layer} == spec.hook_points.keys()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_type)

@@ -100,7 +100,7 @@ def test_rounds_that_cannot_be_followed_are_refused():
     model = pocket_model("llama", dtype=torch.float32)
     with pytest.raises(PlanError, match="expected a number of rounds"):
         iterate_importance(model, PrunerConfig(hidden_size=24), ROWS, iterations=0)
-    with pytest.raises(PlanError, match="uneven or layers_to_drop"):
+    with pytest.raises(PlanError, match="nonuniform_sizes or layers_to_drop"):
         iterate_importance(model, PrunerConfig(layers_to_drop=[1]), ROWS, iterations=2)
     request = PrunerConfig(num_hidden_layers=3, contiguous=False)
     with pytest.raises(PlanError, match="one after another already"):

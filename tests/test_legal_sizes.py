@@ -18,37 +18,37 @@ from minitron_hf.sizes.resolve import resolve_sizes
 from minitron_hf.sizes.student import build_student_config
 from pocket import POCKETS, logits, pocket_config, pocket_model, pocket_tokens
 
-#: Pockets whose family has sisters, with their biases switched off.
+#: Pockets whose family has equivalent classes, with their biases switched off.
 SISTERS = [
-    (name, sister)
+    (name, other)
     for name, pocket in POCKETS.items()
-    for sister, *_ in families()[pocket.config.model_type].sisters
+    for other, *_ in families()[pocket.config.model_type].equivalent_classes
     if "-" not in name
 ]
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 
 
-@pytest.mark.parametrize(("name", "sister"), SISTERS)
-def test_sisters_hold_exactly_the_same_model(name: str, sister: str):
+@pytest.mark.parametrize(("name", "other"), SISTERS)
+def test_others_hold_exactly_the_same_model(name: str, other: str):
     teacher = pocket_model(name, **PLAIN)
-    student = prune_model(teacher, PrunerConfig(model_type=sister))
-    assert student.config.model_type == sister
+    student = prune_model(teacher, PrunerConfig(model_type=other))
+    assert student.config.model_type == other
     tokens = pocket_tokens(2, 19)
     assert torch.equal(logits(student, tokens), logits(teacher, tokens))
 
 
-@pytest.mark.parametrize(("name", "sister"), SISTERS)
-def test_sisters_hold_sizes_that_the_family_does_not(name: str, sister: str):
+@pytest.mark.parametrize(("name", "other"), SISTERS)
+def test_others_hold_sizes_that_the_family_does_not(name: str, other: str):
     teacher = pocket_model(name, dtype=torch.float32, **PLAIN)
-    with pytest.raises(PlanError, match=f"Nearest: 24 or 36.*set model_type='{sister}'"):
+    with pytest.raises(PlanError, match=f"Nearest: 24 or 36.*set model_type='{other}'"):
         prune_model(teacher, PrunerConfig(hidden_size=25), metric="random")
-    student = prune_model(teacher, PrunerConfig(hidden_size=25, model_type=sister), metric="random", verify=True)
+    student = prune_model(teacher, PrunerConfig(hidden_size=25, model_type=other), metric="random", verify=True)
     assert student.config.hidden_size == 25
-    assert student.pruning_plan.pruner_config["model_type"] == sister
-    assert any(f"of type '{sister}'" in note for note in student.pruning_plan.notes)
+    assert student.pruning_plan.pruner_config["model_type"] == other
+    assert any(f"of type '{other}'" in note for note in student.pruning_plan.notes)
 
 
-def test_a_sister_student_is_saved_and_loaded_by_its_own_class(tmp_path):
+def test_a_other_student_is_saved_and_loaded_by_its_own_class(tmp_path):
     teacher = pocket_model("llama", dtype=torch.float32)
     student = prune_model(teacher, PrunerConfig(hidden_size=25, model_type="mistral"), metric="random")
     assert type(student) is MistralForCausalLM
@@ -63,7 +63,7 @@ def test_a_sister_student_is_saved_and_loaded_by_its_own_class(tmp_path):
         assert torch.equal(model.eval()(tokens).logits, student(tokens).logits)
 
 
-def test_models_that_are_no_sister_are_refused():
+def test_models_that_are_no_other_are_refused():
     biased = pocket_config("llama-biases-tied")
     for config, other in ((biased, "mistral"), (pocket_config("qwen3"), "mistral"), (pocket_config("llama"), "qwen3")):
         with pytest.raises(PlanError, match=f"model_type='{other}': its stock classes do not hold this"):

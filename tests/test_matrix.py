@@ -9,13 +9,22 @@ import pytest
 
 from minitron_hf.errors import DataError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, families, wrapped_families
-from minitron_hf.survey.matrix import BEGIN, END, Cut, cuts, described, support_matrix, to_markdown, with_matrix
+from minitron_hf.survey.matrix import (
+    BEGIN,
+    END,
+    Cut,
+    cuttable_axes,
+    describe_family,
+    insert_matrix,
+    support_matrix,
+    to_markdown,
+)
 
 PAGE = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_the_current_matrix():
-    assert with_matrix(PAGE) == PAGE, "make families writes it"
+    assert insert_matrix(PAGE) == PAGE, "make families writes it"
 
 
 def test_every_family_is_in_one_row():
@@ -27,12 +36,12 @@ def test_every_family_is_in_one_row():
 
 
 def test_models_around_language_models_are_described():
-    [(said, spec)] = described("gemma3")
+    [(said, spec)] = describe_family("gemma3")
     assert said.startswith("A model that holds a language model of type 'gemma3_text'. Gemma 3, text only")
     assert "model.multi_modal_projector.mm_input_projection_weight" in spec.outer
-    assert described("gemma3_text")[0][1] is families()["gemma3_text"]
+    assert describe_family("gemma3_text")[0][1] is families()["gemma3_text"]
     with pytest.raises(UnsupportedModelError, match=r"No family table for 'gem'.* gemma3_text, .* llava"):
-        described("gem")
+        describe_family("gem")
 
 
 def test_cells_say_whether_and_why():
@@ -45,7 +54,7 @@ def test_cells_say_whether_and_why():
         multiples=(("shared_ffn", "kv"),),
     )
     heads = "only together: `hidden_size` = `num_attention_heads` × head_dim"
-    assert cuts(spec) == {
+    assert cuttable_axes(spec) == {
         "layers": Cut(False, ("the layers share their keys",)),
         "hidden": Cut(True, (heads,)),
         "ffn": Cut(True, ("not with `alibi=True`: biases",)),
@@ -70,7 +79,7 @@ def test_variants_are_remarks():
     mistral = families()["mistral"]
     narrow = replace(mistral, axes=tuple(axis for axis in mistral.axes if axis.name != "kv"), groups=())
     square = replace(mistral, equal=(("heads*head_dim", "hidden"),), refused={"ffn": "four times the width"})
-    found = cuts(replace(narrow, variants=(("square", True, square),)))
+    found = cuttable_axes(replace(narrow, variants=(("square", True, square),)))
     assert found["kv"] == Cut(True, ("only with `square=True`",))
     assert found["hidden"] == Cut(True, (f"with `square=True`: {heads}",))
     assert found["ffn"] == Cut(True, ("with `square=True`: no", "four times the width"))
@@ -79,4 +88,4 @@ def test_variants_are_remarks():
 def test_a_text_without_markers_is_refused():
     for text in ("", BEGIN, f"{END} {BEGIN}"):
         with pytest.raises(DataError, match="between which the matrix stands"):
-            with_matrix(text)
+            insert_matrix(text)

@@ -15,7 +15,7 @@ from minitron_hf import families as rooms
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import families
 from minitron_hf.models import load_config, load_tokenizer
-from minitron_hf.survey.matrix import described
+from minitron_hf.survey.matrix import describe_family
 from pocket import logits, pocket_model, pocket_tokens
 
 CONFIGURATION = """
@@ -51,7 +51,7 @@ def test_code_of_a_model_is_not_run_unless_asked_for(tmp_path, monkeypatch, load
 @pytest.fixture
 def table():
     """Llama's table under another model type, forgotten after the test."""
-    yield replace(families()["llama"], model_type="outside", sisters=())
+    yield replace(families()["llama"], model_type="outside", equivalent_classes=())
     rooms._REGISTERED.clear()
     families.cache_clear()
     rooms.wrapped_families.cache_clear()
@@ -91,7 +91,7 @@ def test_registering_twice_is_harmless_and_another_table_is_refused(table):
     register_family(table)
     register_family(table)
     assert families()["outside"] == table
-    assert described("outside")[0][0] == "A table from outside this package."
+    assert describe_family("outside")[0][0] == "A table from outside this package."
     with pytest.raises(UnsupportedModelError, match="already"):
         register_family(replace(families()["mistral"], model_type="llama"))
 

@@ -897,4 +897,4 @@ def test_other_plan_files_are_refused(tmp_path: Path, content: bytes):
 
 def test_uneven_takes_names_alone():
     with pytest.raises(PlanError, match="expected a list of sizes"):
-        PrunerConfig(uneven=[[1]])
+        PrunerConfig(nonuniform_sizes=[[1]])

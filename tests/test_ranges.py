@@ -132,7 +132,7 @@ def test_families_that_the_installed_version_lacks_are_marked(monkeypatch: pytes
     assert remark in table.remarks
     [name] = [name for names, _ in table.rows for name in names if re.fullmatch(r"llama[^a-z0-9_ ()-]*", name)]
     assert name != "llama"  # its remark's number
-    assert matrix.unavailable("of-another-package") == ()
+    assert matrix.missing_from_transformers("of-another-package") == ()
 
 
 def test_the_oldest_constraints_are_the_lower_bounds():

@@ -25,7 +25,7 @@ def changed_spec(model: nn.Module, heads: str, axes: tuple[Axis, ...], taps: dic
         for name, dimensions in spec.layer.items()
     }
     kept = tuple(axis for axis in spec.axes if axis.name not in {axis.name for axis in axes})
-    return replace(spec, axes=(*kept, *axes), layer=layer, taps=taps, groups=())
+    return replace(spec, axes=(*kept, *axes), layer=layer, hook_points=taps, groups=())
 
 
 def scores_of(spec: ArchSpec, model: nn.Module) -> dict[str, torch.Tensor]:

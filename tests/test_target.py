@@ -151,7 +151,7 @@ def test_unresolved_targets_are_refused_with_what_to_do(teacher, scores):
         ({}, {"depth_metric": "perplexity"}, "has to know how many layers go"),
         ({}, {"calibration_data": iter(["text"])}, "more than once"),
         ({}, {"calibration_data": None}, "needs calibration_data"),
-        ({"uneven": ["intermediate_size"]}, {}, "uneven names intermediate_size"),
+        ({"nonuniform_sizes": ["intermediate_size"]}, {}, "nonuniform_sizes names intermediate_size"),
         (
             {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 6, "num_hidden_layers": 4},
             {},

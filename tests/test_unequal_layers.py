@@ -15,7 +15,7 @@ from minitron_hf import models
 from minitron_hf.errors import PlanError
 from minitron_hf.families import spec_for
 from minitron_hf.pruning.plan import PruningPlan
-from minitron_hf.pruning.planning import _uneven_counts, make_plan
+from minitron_hf.pruning.planning import _nonuniform_counts, make_plan
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.saving import save_model
@@ -196,7 +196,7 @@ def test_uneven_widths_keep_the_most_under_the_same_total(widths: list[int], mul
     scores = estimate_importance(model, pocket_tokens(4, 16).tolist(), max_length=16)
     request = {"intermediate_size": 28, "layers_to_drop": [1], "multiple_of": multiple_of}
     even = make_plan(model, PrunerConfig(**request), scores)
-    plan = make_plan(model, PrunerConfig(**request, uneven=["intermediate_size"]), scores)
+    plan = make_plan(model, PrunerConfig(**request, nonuniform_sizes=["intermediate_size"]), scores)
     counts = [len(plan.kept_in(layer)["ffn"]) for layer in plan.layers_kept]
     assert sum(counts) == sum(len(even.kept_in(layer)["ffn"]) for layer in even.layers_kept)
     assert len(set(counts)) > 1
@@ -234,11 +234,11 @@ def test_uneven_widths_keep_the_most_under_the_same_total(widths: list[int], mul
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("block", [1, 2])
-def test_uneven_counts_are_the_best_of_all_and_no_layer_is_left_empty(size: int, block: int):
+def test_nonuniform_counts_are_the_best_of_all_and_no_layer_is_left_empty(size: int, block: int):
     """Against every way to share the blocks out; one layer's scores are all zero, and it keeps a block too."""
     chance = np.random.default_rng(0)
     rows = [chance.exponential(size=8), np.zeros(8), chance.exponential(size=6) ** 3]
-    counts = _uneven_counts(rows, size, block)
+    counts = _nonuniform_counts(rows, size, block)
     squares = [np.sort(row**2)[::-1] for row in rows]
     shares = [own / max(own.sum(), 1e-300) for own in squares]
 
@@ -256,7 +256,7 @@ def test_uneven_checkpoints_are_cut_on_disk_as_in_memory(tmp_path: Path):
     model = pocket_model("gemma3n_text", dtype=torch.float32)
     model.save_pretrained(tmp_path / "teacher")
     scores = estimate_importance(model, metric="random")
-    plan = make_plan(model, PrunerConfig(intermediate_size=28, uneven=["intermediate_size"]), scores)
+    plan = make_plan(model, PrunerConfig(intermediate_size=28, nonuniform_sizes=["intermediate_size"]), scores)
     save_model(apply_plan(model, plan), tmp_path / "memory")
     prune_checkpoint(tmp_path / "teacher", tmp_path / "disk", plan, show_progress=False)
     for file in ("model.safetensors", "config.json"):
@@ -266,11 +266,23 @@ def test_uneven_checkpoints_are_cut_on_disk_as_in_memory(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "request_", "why"),
     [
-        ("llama", {"intermediate_size": 28, "uneven": ["intermediate_size"]}, "'llama' config holds one for all"),
-        ("gemma4_text", {"intermediate_size": 28, "uneven": ["intermediate_size"]}, "config holds one for all layers"),
-        ("gemma3n_text", {"num_attention_heads": 6, "uneven": ["num_attention_heads"]}, "holds one for all layers"),
-        ("gemma3n_text", {"uneven": ["intermediate_size"]}, "which is not cut"),
-        ("gemma3n_text", {"uneven": ["width"]}, "expected a list of sizes"),
+        (
+            "llama",
+            {"intermediate_size": 28, "nonuniform_sizes": ["intermediate_size"]},
+            "'llama' config holds one for all",
+        ),
+        (
+            "gemma4_text",
+            {"intermediate_size": 28, "nonuniform_sizes": ["intermediate_size"]},
+            "config holds one for all layers",
+        ),
+        (
+            "gemma3n_text",
+            {"num_attention_heads": 6, "nonuniform_sizes": ["num_attention_heads"]},
+            "holds one for all layers",
+        ),
+        ("gemma3n_text", {"nonuniform_sizes": ["intermediate_size"]}, "which is not cut"),
+        ("gemma3n_text", {"nonuniform_sizes": ["width"]}, "expected a list of sizes"),
     ],
 )
 def test_uneven_widths_are_refused_by_name(name: str, request_: dict, why: str):

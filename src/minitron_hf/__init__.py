@@ -29,7 +29,7 @@ _MODULE_OF = {
     "student_config": "sizes.student",
     "verify_student": "pruning.verification",
     "apply_plan": "pruning.surgery",
-    "carry_out": "pruning.prune",
+    "prune_with_plan": "pruning.prune",
     "iterate_importance": "pruning.iterations",
     "plan_for_target": "pruning.prune",
     "prune_model": "pruning.prune",
@@ -51,6 +51,9 @@ _MODULE_OF = {
     "recommend": "recipe.recommendations",
     "run_recipe": "recipe.runner",
 }
+
+#: Old public name → new one; the old ones go with the next release.
+_RENAMED = {"carry_out": "prune_with_plan"}
 
 __all__ = ["__version__", *_MODULE_OF]
 
@@ -74,9 +77,9 @@ if TYPE_CHECKING:
     from .pruning.iterations import iterate_importance as iterate_importance
     from .pruning.plan import PruningPlan as PruningPlan
     from .pruning.planning import make_plan as make_plan
-    from .pruning.prune import carry_out as carry_out
     from .pruning.prune import plan_for_target as plan_for_target
     from .pruning.prune import prune_model as prune_model
+    from .pruning.prune import prune_with_plan as prune_with_plan
     from .pruning.repair import repaired_weights as repaired_weights
     from .pruning.streaming import prune_checkpoint as prune_checkpoint
     from .pruning.surgery import apply_plan as apply_plan
@@ -95,6 +98,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        importlib.import_module(".errors", __name__).warn_renamed(f"minitron_hf.{name}", _RENAMED[name])
+        return globals().get(_RENAMED[name]) or __getattr__(_RENAMED[name])
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -6,7 +6,12 @@ for the Hub, `ImportError` for a missing package. The command line prints any as
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 #: Environment variable: the folder in which launched processes leave their errors to the one that started them.
 MESSAGES = "MINITRON_HF_MESSAGES"
@@ -75,3 +80,43 @@ def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
         found = difflib.get_close_matches(name.lower(), lower, n=1)
         close |= dict.fromkeys(repr(lower[one]) for one in found)
     return f" Did you mean {', '.join(close)}?" if close else ""
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that a public name has a new one and goes with the next release."""
+    warnings.warn(f"{old} is deprecated and goes with the next release: use {new}.", DeprecationWarning, stacklevel)
+
+
+def accept_old_names(**new_names: str) -> Callable[[_Callable], _Callable]:
+    """Decorate a function, or a class, that takes arguments under old names, with a `DeprecationWarning`.
+
+    A class has properties of the old names, too.
+
+    Args:
+        **new_names: old name → new name.
+    """
+
+    def decorate(target: _Callable) -> _Callable:
+        call: Any = vars(target)["__init__"] if isinstance(target, type) else target
+
+        @functools.wraps(call)
+        def with_new_names(*args: Any, **kwargs: Any) -> Any:
+            for old, new in new_names.items():
+                if old in kwargs:
+                    warn_renamed(f"{target.__name__}({old}=…)", f"{new}=…")
+                    kwargs[new] = kwargs.pop(old)
+            return call(*args, **kwargs)
+
+        if not isinstance(target, type):
+            return with_new_names  # type: ignore[return-value]
+        setattr(target, "__init__", with_new_names)  # noqa: B010 (a checker refuses the plain assignment)
+        for old, new in new_names.items():
+            setattr(target, old, property(functools.partial(_read_old_name, old=old, new=new)))
+        return target
+
+    return decorate
+
+
+def _read_old_name(owner: Any, *, old: str, new: str) -> Any:
+    warn_renamed(f"{type(owner).__name__}.{old}", new)
+    return getattr(owner, new)

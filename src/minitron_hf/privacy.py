@@ -35,7 +35,7 @@ PUBLIC_TEXT = frozenset(
         "model_type",
         "repair",
         "sequence_reduction",
-        "uneven",
+        "nonuniform_sizes",
         # How the student is trained.
         "attn_implementation",
         "dataset_text_field",

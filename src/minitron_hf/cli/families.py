@@ -31,14 +31,14 @@ def families(
     `families draft MODEL` writes the first draft of a family's table, from the shapes of models that are built without
     memory.
     """
-    from ..survey.matrix import described, support_matrix, to_markdown
+    from ..survey.matrix import describe_family, support_matrix, to_markdown
 
     if model_type == "draft":
         if model is None:
             raise DataError("families draft: name a model type, a folder or a Hub id.")
         _write_draft(model, output)
     elif model_type is not None:
-        for about, spec in described(model_type):
+        for about, spec in describe_family(model_type):
             _print_family(about, spec)
     elif markdown:
         typer.echo(to_markdown(support_matrix()))

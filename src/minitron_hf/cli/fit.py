@@ -49,7 +49,7 @@ def fit(
     from ..models import load_config
     from ..recipe.reading import apply_overrides
     from ..sizes.request import PrunerConfig
-    from ..sizes.student import checked_sizes, student_config
+    from ..sizes.student import check_sizes, student_config
 
     given = _sizes(hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
     if student is not None and (given or set_):
@@ -68,7 +68,7 @@ def fit(
     config = load_config(teacher)
     request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
     if student is None:
-        checked_sizes(config, request)
+        check_sizes(config, request)
     made = student_config(config, request) if student is None else load_config(student)
     _print_capacity(estimate_capacity(config, made, checked), device, checked)
 

@@ -124,11 +124,11 @@ def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list
     from ..models import count_parameters, load_config
     from ..recipe.reading import apply_overrides
     from ..sizes.request import PrunerConfig
-    from ..sizes.student import checked_sizes, student_config
+    from ..sizes.student import check_sizes, student_config
 
     config, request = load_config(teacher), PrunerConfig.from_dict(apply_overrides(given, overrides))
     spec = spec_for(config)
-    before, (after, notes) = spec.sizes(config), checked_sizes(config, request)
+    before, (after, notes) = spec.sizes(config), check_sizes(config, request)
     both = {"teacher": config, "student": student_config(config, request)}
     _print_shapes(
         {

@@ -123,11 +123,11 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
-    from ..survey.matrix import conditions, cuts, unavailable
+    from ..survey.matrix import cuttable_axes, missing_from_transformers, refused_variants
 
     console = _console()
     console.print(about, markup=False, highlight=False)
-    allowed = cuts(spec)
+    allowed = cuttable_axes(spec)
     table = Table("size", "in config.json", "can be cut", "remarks", title=spec.model_type, title_justify="left")
     for axis in spec.axes:
         fields = ", ".join(axis.fields) or "–"
@@ -136,9 +136,9 @@ def _print_family(about: str, spec: ArchSpec) -> None:
         mark, remarks = ("–", "") if cut is None else ("yes" if cut.allowed else "no", "; ".join(cut.remarks))
         table.add_row(FIELD_OF_AXIS.get(axis.name, axis.name), stored, mark, remarks)
     console.print(table)
-    for condition in conditions(spec):
+    for condition in refused_variants(spec):
         console.print(f"Models {condition}", markup=False, highlight=False)
-    for remark in unavailable(spec.model_type):
+    for remark in missing_from_transformers(spec.model_type):
         console.print(f"The family is {remark}.", markup=False, highlight=False)
     rewritten = (
         *spec.layer_lists,

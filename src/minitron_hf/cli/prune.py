@@ -31,11 +31,11 @@ def prune(
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
     Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
-    (carry_out). --set takes num_samples, max_length, packing and batch_size of a repair.
+    (prune_with_plan). --set takes num_samples, max_length, packing and batch_size of a repair.
     """
     from ..files import replacing_folder, require_empty
     from ..pruning.plan import PruningPlan
-    from ..pruning.prune import carry_out
+    from ..pruning.prune import prune_with_plan
     from ..pruning.repair import repaired_weights
     from ..pruning.streaming import is_streamable, prune_checkpoint
     from ..recipe.rules import hints_of
@@ -56,7 +56,7 @@ def prune(
             _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher, device=device)
-        student: Any = carry_out(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
+        student: Any = prune_with_plan(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
         if verify:
             _say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     FFN,
     GATED_MLP,
@@ -40,7 +40,7 @@ PLAIN = decoder(
         replace(SHARED_EXPERTS, fields=("num_shared_experts",)),
         SHARED_EXPERTS_FFN,
     ),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
     layer_lists=("layer_types",),
     leading_layers=("num_dense_layers",),
@@ -55,7 +55,8 @@ SPEC = replace(
             replace(
                 PLAIN,
                 stream=StreamRules(
-                    scaled_embeddings=True, writers=("post_attention_layernorm.weight", "post_mlp_layernorm.weight")
+                    scaled_embeddings=True,
+                    stream_writers=("post_attention_layernorm.weight", "post_mlp_layernorm.weight"),
                 ),
             ),
         ),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_FFN,
     GROUPED_ATTENTION,
@@ -32,7 +32,7 @@ SPEC = decoder(
         replace(SHARED_EXPERTS, fields=("moe_num_shared_experts",)),
         SHARED_EXPERTS_FFN,
     ),
-    mlp_taps={"shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
     multiples=(("hidden", "heads"),),
     least=(("experts", "moe_topk"),),

@@ -8,7 +8,7 @@ from .state_space import (
     SSM_EXPAND,
     SSM_GROUPS,
     SSM_WIDTH,
-    ssm_taps,
+    ssm_hook_points,
     state_space,
 )
 
@@ -22,7 +22,7 @@ SPEC = decoder(
         linear("feed_forward.down_proj", "hidden", "ffn"),
     ),
     mlp_axes=(FFN, SSM_EXPAND, *SSM_AXES),
-    mlp_taps={"ffn": "feed_forward.down_proj", **ssm_taps("mamba")},
+    mlp_hook_points={"ffn": "feed_forward.down_proj", **ssm_hook_points("mamba")},
     norms=("input_layernorm", "pre_ff_layernorm"),
     outer=layer_tables(EMBEDDINGS, norm("model.final_layernorm")),
     final_norm="model.final_layernorm",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..errors import accept_old_names
 from .axes import Axis, Rounding
 from .spec import ArchSpec, Wrapper
 
@@ -42,7 +43,7 @@ def layer_tables(*parts: Mapping[str, str]) -> dict[str, str]:
     return table
 
 
-def moved(table: Mapping[str, str], module: str, to: str) -> dict[str, str]:
+def move_module(table: Mapping[str, str], module: str, to: str) -> dict[str, str]:
     """The same table with everything of one module in another place."""
     assert all(name.startswith(f"{module}.") for name in table)
     return {to + name.removeprefix(module): dimensions for name, dimensions in table.items()}
@@ -215,7 +216,7 @@ SHARED_EXPERT_MLP = layer_tables(
 )
 GATED_SHARED_EXPERT = layer_tables(SHARED_EXPERT_MLP, linear("mlp.shared_expert_gate", "1", "hidden"))
 #: Where stacked experts are observed.
-EXPERT_TAPS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
+EXPERT_HOOK_POINTS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
 #: Groups are scored by their two best experts, and so many of them are chosen that `topk_group` tells.
 GROUPED_EXPERTS_LEAST: tuple[tuple[str, str], ...] = (
     ("experts", "num_experts_per_tok"),
@@ -225,7 +226,7 @@ GROUPED_EXPERTS_LEAST: tuple[tuple[str, str], ...] = (
 #: Leading layers with an MLP, then experts that are chosen within groups, beside shared ones that are as wide.
 GROUPED_EXPERTS: Mapping[str, Any] = {
     "mlp_axes": (FFN, ROUTED_EXPERTS, ROUTER_GROUPS, MOE_FFN, SHARED_EXPERTS, SHARED_EXPERTS_FFN),
-    "mlp_taps": {"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    "mlp_hook_points": {"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     "groups": (("heads", "kv"), ("experts", "router_groups")),
     "equal": (("shared_experts*moe_ffn", "shared_ffn"),),
     "least": GROUPED_EXPERTS_LEAST,
@@ -303,7 +304,7 @@ GPT_POSITION_EMBEDDINGS = {"transformer.wpe.weight": "positions hidden"}
 AS_MISTRAL = (("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),)
 
 
-def beside(model_type: str, *parts: str) -> Wrapper:
+def fixed_width_wrapper(model_type: str, *parts: str) -> Wrapper:
     """A wrapper whose other parts hold the hidden size where no channel of the residual stream can be told.
 
     The projector's neurons are as many as the hidden size, or a field of the vision config says what it writes.
@@ -315,11 +316,14 @@ def beside(model_type: str, *parts: str) -> Wrapper:
     return Wrapper(
         model_type,
         prefix="model.language_model.",
-        opaque=tuple(f"{part}." for part in parts),
+        unpruned_prefixes=tuple(f"{part}." for part in parts),
         refused={"hidden": f"the stock '{model_type}' classes derive other sizes beside the language model from it"},
     )
 
 
+@accept_old_names(
+    mlp_taps="mlp_hook_points", taps="hook_points", sisters="equivalent_classes", opaque="unpruned_prefixes"
+)
 def decoder(
     model_type: str,
     *,
@@ -330,7 +334,7 @@ def decoder(
     mlp_out: str = "mlp.down_proj",
     attention_axes: tuple[Axis, ...] = (HEADS, KV, HEAD_DIM),
     mlp_axes: tuple[Axis, ...] = (FFN,),
-    mlp_taps: Mapping[str, str] | None = None,
+    mlp_hook_points: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> ArchSpec:
     """The layout that most decoders share: grouped attention, gated MLP, everything under `model.`.
@@ -345,7 +349,7 @@ def decoder(
         attention_axes: axes of attention; the heads, and the KV heads where they are an axis, are observed at
             `attention_out`.
         mlp_axes: axes of the MLP.
-        mlp_taps: where they are observed (default: the neurons at `mlp_out`).
+        mlp_hook_points: where they are observed (default: the neurons at `mlp_out`).
         **changes: any other field of `ArchSpec`.
     """
     fields: dict[str, Any] = {
@@ -353,8 +357,8 @@ def decoder(
         "layers_path": "model.layers",
         "outer": layer_tables(EMBEDDINGS, norm("model.norm")),
         "layer": layer_tables(layer or layer_tables(GROUPED_ATTENTION, GATED_MLP), norm(*norms, *output_norms)),
-        "taps": {
-            **({"ffn": mlp_out} if mlp_taps is None else mlp_taps),
+        "hook_points": {
+            **({"ffn": mlp_out} if mlp_hook_points is None else mlp_hook_points),
             **{axis.name: attention_out for axis in attention_axes if axis.name in ("heads", "kv")},
         },
         "layer_norms": norms,

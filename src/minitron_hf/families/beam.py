@@ -1,7 +1,7 @@
 """Beam: gated heads with norms; leading MLPs, then experts in groups; what layers read and write is normalised."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -33,7 +33,7 @@ SPEC = decoder(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     mlp_axes=(FFN, EXPERTS, ROUTER_GROUPS, MOE_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", **EXPERT_HOOK_POINTS},
     groups=GROUPED_EXPERTS["groups"],
     least=GROUPED_EXPERTS["least"],
     refused={"layers": "a layer weighs what it adds, and what came before, by its own number"},

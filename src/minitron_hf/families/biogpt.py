@@ -25,7 +25,7 @@ SPEC = decoder(
     equal=SQUARE,
     stream=StreamRules(
         scaled_embeddings=True,
-        writers=(
+        stream_writers=(
             "biogpt.embed_positions.weight",
             "self_attn.out_proj.weight",
             "self_attn.out_proj.bias",

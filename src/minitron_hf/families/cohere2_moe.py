@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_FFN,
     EXPERTS_MLP,
@@ -30,7 +30,7 @@ SPEC = decoder(
         SHARED_EXPERTS_FFN,
         replace(FFN, fields=("prefix_dense_intermediate_size",), implied="moe_ffn"),
     ),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
     layer_lists=("layer_types", "mlp_layer_types"),
     least=(("experts", "num_experts_per_tok"),),

@@ -8,5 +8,5 @@ SPEC = decoder(
     multiples=(("hidden", "heads"),),
     layer_lists=("layer_types",),
     # The same classes without biases, and without that rule.
-    sisters=(("ministral", {"attention_bias": False, "mlp_bias": False}, {}),),
+    equivalent_classes=(("ministral", {"attention_bias": False, "mlp_bias": False}, {}),),
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -34,7 +34,7 @@ SPEC = decoder(
         replace(SHARED_EXPERTS, fields=("moe_num_shared_experts",)),
         SHARED_EXPERTS_FFN,
     ),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
     layer_rules=LayerRules(sparse_ranges=(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),)),
     least=(("experts", "moe_k"),),

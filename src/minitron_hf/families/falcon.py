@@ -43,7 +43,7 @@ GROUPED = replace(
     MULTI_QUERY,
     axes=(*AXES, HEADS, replace(KV, fields=("num_kv_heads",)), replace(HEAD_DIM, fields=())),
     layer=layer_tables(BY_GROUP, norm("ln_attn", "ln_mlp")),
-    taps={**MULTI_QUERY.taps, "kv": "self_attention.dense"},
+    hook_points={**MULTI_QUERY.hook_points, "kv": "self_attention.dense"},
     layer_norms=("ln_attn", "ln_mlp"),
     groups=(("heads", "kv"),),
     refused_if=(*MULTI_QUERY.refused_if, ("alibi", True, "kv", ALIBI["heads"])),

@@ -2,7 +2,7 @@
 
 from .base import EMBEDDINGS, FFN, GROUPED_ATTENTION, decoder, layer_tables, linear, norm
 from .rules import ConfigRules, LogitRules
-from .state_space import SSM_AXES, SSM_GROUPS, ssm_taps, state_space
+from .state_space import SSM_AXES, SSM_GROUPS, ssm_hook_points, state_space
 
 SPEC = decoder(
     "falcon_h1",
@@ -15,7 +15,7 @@ SPEC = decoder(
         linear("feed_forward.down_proj", "hidden", "ffn"),
     ),
     mlp_axes=(FFN, *SSM_AXES),
-    mlp_taps={"ffn": "feed_forward.down_proj", **ssm_taps("mamba")},
+    mlp_hook_points={"ffn": "feed_forward.down_proj", **ssm_hook_points("mamba")},
     norms=("input_layernorm", "pre_ff_layernorm"),
     outer=layer_tables(EMBEDDINGS, norm("model.final_layernorm")),
     final_norm="model.final_layernorm",

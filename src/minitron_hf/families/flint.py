@@ -1,7 +1,7 @@
 """Flint: Qwen3's attention with a sink for every query head; experts and a shared one, or a plain MLP, by layer."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -27,7 +27,7 @@ SPEC = decoder(
         SHARED_EXPERT_MLP,
     ),
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types",),
     layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     least=(("experts", "num_experts_per_tok"),),

@@ -7,6 +7,7 @@ SPEC = decoder(
     "gemma",
     norm_offset=1.0,
     stream=StreamRules(
-        scaled_embeddings=True, writers=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+        scaled_embeddings=True,
+        stream_writers=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight"),
     ),
 )

@@ -10,7 +10,7 @@ SPEC = decoder(
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     stream=StreamRules(
-        scaled_embeddings=True, writers=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+        scaled_embeddings=True, stream_writers=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
     ),
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),

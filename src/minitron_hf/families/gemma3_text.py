@@ -12,7 +12,7 @@ SPEC = decoder(
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     stream=StreamRules(
-        scaled_embeddings=True, writers=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+        scaled_embeddings=True, stream_writers=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
     ),
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),
@@ -22,8 +22,8 @@ SPEC = decoder(
             "gemma3",
             prefix="model.language_model.",
             tensors={"model.multi_modal_projector.mm_input_projection_weight": "any hidden"},
-            writers=("model.multi_modal_projector.mm_input_projection_weight",),
-            opaque=("model.vision_tower.", "model.multi_modal_projector.mm_soft_emb_norm."),
+            stream_writers=("model.multi_modal_projector.mm_input_projection_weight",),
+            unpruned_prefixes=("model.vision_tower.", "model.multi_modal_projector.mm_soft_emb_norm."),
             logits=PLAIN_LOGITS,  # the stock class does not cap them
         ),
     ),

@@ -51,7 +51,7 @@ DENSE = decoder(
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm"),
     stream=StreamRules(
         scaled_embeddings=True,
-        writers=(
+        stream_writers=(
             "post_attention_layernorm.weight",
             "post_feedforward_layernorm.weight",
             "post_per_layer_input_norm.weight",
@@ -71,14 +71,14 @@ DENSE = decoder(
                 "model.embed_vision.embedding_projection.weight": "hidden any",
                 "model.embed_audio.embedding_projection.weight": "hidden any",
             },
-            writers=(
+            stream_writers=(
                 "model.embed_vision.embedding_projection.weight",
                 "model.embed_audio.embedding_projection.weight",
             ),
-            opaque=("model.vision_tower.", "model.audio_tower."),
+            unpruned_prefixes=("model.vision_tower.", "model.audio_tower."),
         ),
     ),
-    config_rules=ConfigRules(widened=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
+    config_rules=ConfigRules(size_multipliers=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
     refused={
         "kv": "its last layers read the keys and values of earlier ones, and would have to keep the same groups; "
         "and layers with full attention hold another number of them",
@@ -106,7 +106,7 @@ SPEC = replace(
                         "pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"
                     ),
                 ),
-                taps={**DENSE.taps, "experts": "experts", "moe_ffn": "experts"},
+                hook_points={**DENSE.hook_points, "experts": "experts", "moe_ffn": "experts"},
                 layer_norms=(*NORMS, "pre_feedforward_layernorm_2", "router.norm"),
                 stream=replace(DENSE.stream, hidden_powers=(*DENSE.stream.hidden_powers, ("router.scale", -0.5))),
                 least=(("experts", "top_k_experts"),),

@@ -1,6 +1,6 @@
 """GPT-OSS: a sink for every query head; experts with biases, their weights transposed, gate and up interleaved."""
 
-from .base import EXPERT_TAPS, EXPERTS_FFN, GROUPED_ATTENTION, LOCAL_EXPERTS, decoder, layer_tables, linear
+from .base import EXPERT_HOOK_POINTS, EXPERTS_FFN, GROUPED_ATTENTION, LOCAL_EXPERTS, decoder, layer_tables, linear
 
 SPEC = decoder(
     "gpt_oss",
@@ -16,7 +16,7 @@ SPEC = decoder(
         linear("mlp.router", "experts", "hidden"),
     ),
     mlp_axes=(LOCAL_EXPERTS, EXPERTS_FFN),
-    mlp_taps=EXPERT_TAPS,
+    mlp_hook_points=EXPERT_HOOK_POINTS,
     layer_lists=("layer_types",),
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -18,7 +18,7 @@ SPEC = decoder(
         stacked_experts("block_sparse_moe", "router"),
     ),
     mlp_axes=(LOCAL_EXPERTS, EXPERTS_FFN),
-    mlp_taps={
+    mlp_hook_points={
         "experts": "block_sparse_moe.experts",
         "moe_ffn": "block_sparse_moe.experts",
     },

@@ -25,7 +25,7 @@ SPEC = decoder(
         linear("shared_mlp.output_linear", "hidden", "shared_ffn"),
     ),
     mlp_axes=(LOCAL_EXPERTS, EXPERTS_FFN, replace(SHARED_FFN, fields=("shared_intermediate_size",))),
-    mlp_taps={
+    mlp_hook_points={
         "experts": "block_sparse_moe.experts",
         "moe_ffn": "block_sparse_moe.experts",
         "shared_ffn": "shared_mlp.output_linear",

@@ -9,7 +9,7 @@ from .state_space import (
     SSM_EXPAND,
     SSM_GROUPS,
     SSM_WIDTH,
-    ssm_taps,
+    ssm_hook_points,
     state_space,
 )
 
@@ -34,11 +34,11 @@ SPEC = decoder(
         SSM_EXPAND,
         *SSM_AXES,
     ),
-    mlp_taps={
+    mlp_hook_points={
         "experts": "block_sparse_moe.experts",
         "moe_ffn": "block_sparse_moe.experts",
         "shared_ffn": "shared_mlp.output_linear",
-        **ssm_taps("mamba"),
+        **ssm_hook_points("mamba"),
     },
     groups=(("heads", "kv"), *SSM_GROUPS),
     gated_norms={"mamba.norm": "ssm_groups"},

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_FFN,
     GROUPED_ATTENTION,
@@ -26,7 +26,7 @@ SPEC = decoder(
         linear("mlp.shared_mlp.down_proj", "hidden", "shared_ffn"),
     ),
     mlp_axes=(EXPERTS, EXPERTS_FFN, replace(SHARED_FFN, fields=(), implied="moe_ffn")),
-    mlp_taps={"shared_ffn": "mlp.shared_mlp.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"shared_ffn": "mlp.shared_mlp.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("moe_ffn", "shared_ffn"),),
     layer_lists=("moe_topk",),
     least=(("experts", "moe_topk"),),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -35,7 +35,7 @@ SPEC = decoder(
         replace(SHARED_EXPERTS, fields=("num_shared_experts",)),
         SHARED_EXPERTS_FFN,
     ),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     equal=(("shared_experts*moe_ffn", "shared_ffn"),),
     layer_lists=("mlp_layer_types",),
     least=(("experts", "num_experts_per_tok"),),

@@ -2,4 +2,4 @@
 
 from .base import AS_MISTRAL, decoder
 
-SPEC = decoder("internlm3", multiples=(("hidden", "heads"),), sisters=AS_MISTRAL)
+SPEC = decoder("internlm3", multiples=(("hidden", "heads"),), equivalent_classes=AS_MISTRAL)

@@ -2,4 +2,4 @@
 
 from .base import AS_MISTRAL, decoder
 
-SPEC = decoder("iquestcoder", multiples=(("hidden", "heads"),), sisters=AS_MISTRAL)
+SPEC = decoder("iquestcoder", multiples=(("hidden", "heads"),), equivalent_classes=AS_MISTRAL)

@@ -34,7 +34,7 @@ SPEC = decoder(
         Axis("ssm_kernel", ("mamba_d_conv",), prunable=False),
         Axis("dt_rank", ("mamba_dt_rank",), prunable=False),
     ),
-    mlp_taps={
+    mlp_hook_points={
         "ffn": "feed_forward.down_proj",
         "experts": "feed_forward.experts",
         "moe_ffn": "feed_forward.experts",

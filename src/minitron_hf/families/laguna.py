@@ -6,7 +6,7 @@ Only with equally many query heads in every layer.
 from dataclasses import replace
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -41,7 +41,7 @@ GATED_HEADS = decoder(
         HEAD_DIM,
     ),
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types", "mlp_layer_types"),
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -17,6 +17,6 @@ SPEC = decoder(
     layer=layer_tables(LFM_ATTENTION, SHORT_CONVOLUTION, LFM_MLP),
     attention_out="self_attn.out_proj",
     mlp_axes=(LFM_FFN, CONV_DIM, CONV_KERNEL),
-    mlp_taps={"ffn": "feed_forward.w2", "conv_dim": "conv.out_proj"},
+    mlp_hook_points={"ffn": "feed_forward.w2", "conv_dim": "conv.out_proj"},
     **LFM_LAYOUT,
 )

@@ -30,7 +30,7 @@ SPEC = decoder(
     ),
     attention_out="self_attn.out_proj",
     mlp_axes=(FFN, CONV_DIM, CONV_KERNEL, EXPERTS, MOE_FFN),
-    mlp_taps={
+    mlp_hook_points={
         "ffn": "feed_forward.w2",
         "conv_dim": "conv.out_proj",
         "experts": "feed_forward.experts",

@@ -21,6 +21,6 @@ SPEC = decoder(
     ),
     output_norms=("post_operator_norm", "post_ffn_norm"),
     mlp_axes=(FFN, CONV_DIM, CONV_KERNEL),
-    mlp_taps={"ffn": "feed_forward.w2", "conv_dim": "conv.out_proj"},
+    mlp_hook_points={"ffn": "feed_forward.w2", "conv_dim": "conv.out_proj"},
     **LFM_LAYOUT,
 )

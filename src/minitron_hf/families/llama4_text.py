@@ -26,7 +26,7 @@ SPEC = decoder(
         Axis("moe_ffn", ("intermediate_size",), per_layer=True, within="experts"),
         Axis("shared_ffn", implied="moe_ffn", per_layer=True),
     ),
-    mlp_taps={
+    mlp_hook_points={
         "ffn": "feed_forward.down_proj",
         "experts": "feed_forward.experts",
         "moe_ffn": "feed_forward.experts",

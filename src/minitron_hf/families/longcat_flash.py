@@ -5,7 +5,7 @@ from dataclasses import replace
 from .axes import Axis
 from .base import (
     COMPRESSED_ATTENTION,
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     FFN,
     GATED_MLP,
     HIDDEN,
@@ -17,7 +17,7 @@ from .base import (
     decoder,
     layer_tables,
     linear,
-    moved,
+    move_module,
 )
 
 _TWO = "every layer has two of them, and only one choice for both would fit one number in the config"
@@ -36,10 +36,10 @@ SPEC = decoder(
         VOCAB,
     ),
     layer=layer_tables(
-        moved(COMPRESSED_ATTENTION, "self_attn", "self_attn.0"),
-        moved(COMPRESSED_ATTENTION, "self_attn", "self_attn.1"),
-        moved(GATED_MLP, "mlp", "mlps.0"),
-        moved(GATED_MLP, "mlp", "mlps.1"),
+        move_module(COMPRESSED_ATTENTION, "self_attn", "self_attn.0"),
+        move_module(COMPRESSED_ATTENTION, "self_attn", "self_attn.1"),
+        move_module(GATED_MLP, "mlp", "mlps.0"),
+        move_module(GATED_MLP, "mlp", "mlps.1"),
         {
             "mlp.experts.gate_up_proj": "experts+identity_experts moe_ffn+moe_ffn hidden",
             "mlp.experts.down_proj": "experts hidden moe_ffn",
@@ -48,7 +48,7 @@ SPEC = decoder(
         linear("mlp.router.classifier", "experts+identity_experts", "hidden"),
     ),
     norms=("input_layernorm.0", "post_attention_layernorm.0", "input_layernorm.1", "post_attention_layernorm.1"),
-    taps={"heads": "self_attn.0.o_proj", "ffn": "mlps.0.down_proj", **EXPERT_TAPS},
+    hook_points={"heads": "self_attn.0.o_proj", "ffn": "mlps.0.down_proj", **EXPERT_HOOK_POINTS},
     groups=(),
     refused={
         "hidden": "queries and keys are multiplied by the square root of hidden_size",

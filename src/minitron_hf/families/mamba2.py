@@ -11,7 +11,7 @@ from .state_space import (
     SSM_GROUPS,
     SSM_WIDTH,
     ssm_axes,
-    ssm_taps,
+    ssm_hook_points,
     state_space,
 )
 
@@ -27,7 +27,7 @@ SPEC = ArchSpec(
     layers_path="backbone.layers",
     outer=RECURRENT_OUTER,
     layer=layer_tables(norm("norm"), state_space("mixer")),
-    taps=ssm_taps("mixer"),
+    hook_points=ssm_hook_points("mixer"),
     layer_norms=("norm",),
     final_norm="backbone.norm_f",
     groups=SSM_GROUPS,

@@ -1,7 +1,7 @@
 """Mellum: Qwen3's attention, sliding by layer; experts or a plain MLP, by layer."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS_MLP,
     FFN,
     GATED_MLP,
@@ -17,7 +17,7 @@ SPEC = decoder(
     "mellum",
     layer=layer_tables(GROUPED_ATTENTION, HEAD_NORMS, GATED_MLP, EXPERTS_MLP),
     mlp_axes=(FFN, LOCAL_EXPERTS, MOE_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types", "mlp_layer_types"),
     least=(("experts", "num_experts_per_tok"),),
 )

@@ -3,7 +3,18 @@
 from dataclasses import replace
 
 from .axes import Axis
-from .base import EXPERT_TAPS, EXPERTS_MLP, GROUPED_ATTENTION, HEAD_DIM, HEADS, KV, decoder, layer_tables, linear, norm
+from .base import (
+    EXPERT_HOOK_POINTS,
+    EXPERTS_MLP,
+    GROUPED_ATTENTION,
+    HEAD_DIM,
+    HEADS,
+    KV,
+    decoder,
+    layer_tables,
+    linear,
+    norm,
+)
 
 LIGHTNING = (
     "layers of lightning attention normalise all their heads together and do not group them, "
@@ -35,7 +46,7 @@ SPEC = decoder(
         Axis("experts", ("num_local_experts",), per_layer=True),
         Axis("moe_ffn", ("intermediate_size",), per_layer=True, within="experts"),
     ),
-    taps=EXPERT_TAPS,
+    hook_points=EXPERT_HOOK_POINTS,
     groups=(),
     layer_lists=("layer_types",),
     least=(("experts", "num_experts_per_tok"),),

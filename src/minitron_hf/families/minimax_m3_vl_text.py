@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .axes import Axis
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS_MLP,
     FFN,
     FUSED_GATED_MLP,
@@ -48,7 +48,7 @@ SPEC = decoder(
         replace(MOE_FFN, fields=("intermediate_size",)),
         replace(SHARED_FFN, fields=("shared_intermediate_size",)),
     ),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
     norm_offset=1.0,
     layer_lists=("layer_types", "mlp_layer_types"),
     least=(("experts", "num_experts_per_tok"),),

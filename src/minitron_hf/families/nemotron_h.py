@@ -25,7 +25,7 @@ from .base import (
 )
 from .rules import ConfigRules
 from .spec import ArchSpec
-from .state_space import SSM_GROUPS, ssm_axes, ssm_taps, state_space
+from .state_space import SSM_GROUPS, ssm_axes, ssm_hook_points, state_space
 
 DIRECT = ArchSpec(
     model_type="nemotron_h",
@@ -65,12 +65,12 @@ DIRECT = ArchSpec(
         linear("mixer.shared_experts.up_proj", "shared_ffn", "hidden"),
         linear("mixer.shared_experts.down_proj", "hidden", "shared_ffn"),
     ),
-    taps={
+    hook_points={
         "ffn": "mixer.down_proj",
         "experts": "mixer.experts",
         "moe_ffn": "mixer.experts",
         "shared_ffn": "mixer.shared_experts.down_proj",
-        **ssm_taps("mixer"),
+        **ssm_hook_points("mixer"),
         "heads": "mixer.o_proj",
         "kv": "mixer.o_proj",
     },

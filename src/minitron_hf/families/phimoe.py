@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: LayerNorm, and in every layer experts, of which the router always chooses two."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS_FFN,
     GROUPED_ATTENTION,
     LOCAL_EXPERTS,
@@ -14,6 +14,6 @@ SPEC = decoder(
     "phimoe",
     layer=layer_tables(GROUPED_ATTENTION, stacked_experts(router="router")),
     mlp_axes=(LOCAL_EXPERTS, EXPERTS_FFN),
-    mlp_taps=EXPERT_TAPS,
+    mlp_hook_points=EXPERT_HOOK_POINTS,
     least=(("experts", "2"),),
 )

@@ -1,7 +1,7 @@
 """Qwen2-MoE: Qwen2's attention; experts beside a gated shared expert in some layers, a plain MLP in the others."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -24,7 +24,7 @@ SPEC = decoder(
         GATED_SHARED_EXPERT,
     ),
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types",),
     leading_layers=("max_window_layers",),
     layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),

@@ -2,7 +2,7 @@
 
 from .base import (
     DELTA_AXES,
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     GATED_QUERIES,
@@ -15,8 +15,8 @@ from .base import (
     NEEDS_FULL_ATTENTION,
     QWEN_DELTA,
     SHARED_FFN,
-    beside,
     decoder,
+    fixed_width_wrapper,
     layer_tables,
 )
 
@@ -25,10 +25,10 @@ SPEC = decoder(
     layer=layer_tables(GATED_QUERIES, HEAD_NORMS, QWEN_DELTA, EXPERTS_MLP, GATED_SHARED_EXPERT),
     attention_axes=(HEADS, KV, HEAD_DIM, *DELTA_AXES),
     mlp_axes=(EXPERTS, MOE_FFN, SHARED_FFN),
-    mlp_taps={"shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
-    wrappers=(beside("qwen3_5_moe", "model.visual"),),
+    wrappers=(fixed_width_wrapper("qwen3_5_moe", "model.visual"),),
     least=(("experts", "num_experts_per_tok"),),
 )

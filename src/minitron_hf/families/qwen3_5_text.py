@@ -10,8 +10,8 @@ from .base import (
     KV,
     NEEDS_FULL_ATTENTION,
     QWEN_DELTA,
-    beside,
     decoder,
+    fixed_width_wrapper,
     layer_tables,
 )
 
@@ -22,5 +22,5 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
-    wrappers=(beside("qwen3_5", "model.visual"),),
+    wrappers=(fixed_width_wrapper("qwen3_5", "model.visual"),),
 )

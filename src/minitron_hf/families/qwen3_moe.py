@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3's attention; experts in some layers, a plain MLP in the others."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS_MLP,
     FFN,
     GATED_MLP,
@@ -18,7 +18,7 @@ SPEC = decoder(
     "qwen3_moe",
     layer=layer_tables(GROUPED_ATTENTION, HEAD_NORMS, GATED_MLP, EXPERTS_MLP),
     mlp_axes=(FFN, LOCAL_EXPERTS, MOE_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", **EXPERT_HOOK_POINTS},
     layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),
     least=(("experts", "num_experts_per_tok"),),
 )

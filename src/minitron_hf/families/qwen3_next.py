@@ -3,7 +3,7 @@
 from .base import (
     DELTA_AXES,
     DELTA_RULE,
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS,
     EXPERTS_MLP,
     FFN,
@@ -41,7 +41,7 @@ SPEC = decoder(
     ),
     attention_axes=(HEADS, KV, HEAD_DIM, *DELTA_AXES),
     mlp_axes=(FFN, EXPERTS, MOE_FFN, SHARED_FFN),
-    mlp_taps={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_TAPS},
+    mlp_hook_points={"ffn": "mlp.down_proj", "shared_ffn": "mlp.shared_expert.down_proj", **EXPERT_HOOK_POINTS},
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     layer_rules=LayerRules(sparse_layers=(("mlp_only_layers", "decoder_sparse_step"),)),

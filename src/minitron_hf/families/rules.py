@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import accept_old_names
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -86,29 +88,32 @@ class LayerRules:
     derived_kinds: tuple[tuple[str, str], ...] = ()
 
 
+@accept_old_names(writers="stream_writers")
 @dataclass(frozen=True)
 class StreamRules:
     """What a cut of the hidden size changes in the residual stream beside the channels that go.
 
     Attributes:
-        scaled_embeddings: whether token embeddings are multiplied by √hidden_size. A cut of the hidden axis would
-            shrink them beside everything else that is written to the residual stream, `writers`, which are scaled
-            alike; the norms that read it do not see the difference.
-        writers: the tensors that scale what is written to the residual stream beside the token embeddings, needed
-            where those are scaled: output projections with their biases, or the norms after them; learned positions.
-        stream_readers: the tensors that read the residual stream without a norm, needed likewise.
+        scaled_embeddings: whether the stock class multiplies token embeddings by √hidden_size. A cut of the hidden
+            size shrinks that factor, so the `stream_writers` are scaled alike. The norms that read the residual stream
+            do not see the difference.
+        stream_writers: the tensors that scale what else is written to the residual stream: output projections with
+            their biases, or the norms after them; learned positions. Needed where the embeddings are scaled.
+        stream_readers: the tensors that read the residual stream without a norm. Needed where the embeddings are
+            scaled.
         hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
             power. A vector over the hidden size among them scales what a norm without a weight gives.
         stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
     """
 
     scaled_embeddings: bool = False
-    writers: tuple[str, ...] = ()
+    stream_writers: tuple[str, ...] = ()
     stream_readers: tuple[str, ...] = ()
     hidden_powers: tuple[tuple[str, float], ...] = ()
     stacked_states: bool = False
 
 
+@accept_old_names(widened="size_multipliers")
 @dataclass(frozen=True)
 class ConfigRules:
     """Config fields that follow from sizes, and sizes that follow from flags.
@@ -120,14 +125,14 @@ class ConfigRules:
             with the axes.
         scaled_fields: (config field, axis, power): the stock class divides it by a size (to that power), so it is
             multiplied by the student's over the teacher's. A whole number with power 1 has to stay whole.
-        widened: (axis, flag, config property with one entry per layer, value, factor): where the flag is set, layers
-            with that value hold so many times the units that the config says.
+        size_multipliers: (axis, flag, config property with one entry per layer, value, factor): where the flag is
+            set, layers with that value hold `factor` times the units that the config says.
     """
 
     absent_parts: tuple[str, ...] = ()
     derived_fields: tuple[tuple[str, str], ...] = ()
     scaled_fields: tuple[tuple[str, str, float], ...] = ()
-    widened: tuple[tuple[str, str, str, Any, int], ...] = ()
+    size_multipliers: tuple[tuple[str, str, str, Any, int], ...] = ()
 
 
 #: Most families need none of these.

@@ -1,7 +1,7 @@
 """Solar Open: in every layer experts chosen within groups, beside shared ones."""
 
 from .base import (
-    EXPERT_TAPS,
+    EXPERT_HOOK_POINTS,
     EXPERTS_MLP,
     GROUPED_ATTENTION,
     GROUPED_EXPERTS,
@@ -22,7 +22,7 @@ SPEC = decoder(
     **{
         **GROUPED_EXPERTS,
         "mlp_axes": (ROUTED_EXPERTS, ROUTER_GROUPS, MOE_FFN, SHARED_EXPERTS, SHARED_EXPERTS_FFN),
-        "mlp_taps": {"shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_TAPS},
+        "mlp_hook_points": {"shared_ffn": "mlp.shared_experts.down_proj", **EXPERT_HOOK_POINTS},
         "leading_layers": (),
     },
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, accept_old_names
 from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
 from .rules import (
     NO_CONFIG_RULES,
@@ -46,6 +46,7 @@ FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.i
 ANY: Dimension = (("any",),)
 
 
+@accept_old_names(writers="stream_writers", opaque="unpruned_prefixes")
 @dataclass(frozen=True)
 class Wrapper:
     """A model that holds a family's language model beside others: images and sound become inputs of it.
@@ -55,21 +56,22 @@ class Wrapper:
         prefix: what its names have instead of `model.`.
         tensors: tensor name → dimensions, for tensors outside the language model that know its sizes (projectors);
             `any` is a dimension of the wrapper's own.
-        writers: those of them that write to the residual stream, where the embeddings are scaled.
-        opaque: beginnings of the names of all other tensors, which are kept as they are.
+        stream_writers: those of them that write to the residual stream, where the embeddings are scaled.
+        unpruned_prefixes: beginnings of the names of all other tensors, which are kept as they are.
         refused: axis → why it cannot be cut inside this wrapper.
         logits: what the wrapper does to the logits, where it differs from the language model's own class.
     """
 
     model_type: str
     prefix: str
-    opaque: tuple[str, ...]
+    unpruned_prefixes: tuple[str, ...]
     tensors: Mapping[str, str] = field(default_factory=dict)
-    writers: tuple[str, ...] = ()
+    stream_writers: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     logits: LogitRules | None = None
 
 
+@accept_old_names(taps="hook_points", sisters="equivalent_classes", opaque="unpruned_prefixes")
 @dataclass(frozen=True)
 class ArchSpec:
     """A model family as a table. Families hold data only; every rule about them is a generic loop over it.
@@ -82,7 +84,7 @@ class ArchSpec:
             one without dimensions (`""`) is a single number.
         layer: tensor name inside one layer → dimensions: the union of all kinds of layers that the family has.
             Biases that a config flag switches off, or experts of a dense layer, are simply not found there.
-        taps: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
+        hook_points: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
             projection that writes them back to the residual stream. For `experts` and `moe_ffn` the module that holds
             the stacked experts. A layer without any tensor of an axis has no such units, and needs no tap.
         layer_norms: modules inside a layer whose output scores the hidden axis: the norms of what its sublayers read,
@@ -104,13 +106,13 @@ class ArchSpec:
         stream: what a cut of the hidden size changes in the residual stream beside the kept channels.
         config_rules: config fields that follow from sizes.
         wrappers: models that hold this language model beside other parts.
-        opaque: beginnings of names of tensors that are no part of the language model, and kept as they are.
+        unpruned_prefixes: beginnings of names of tensors that are no part of the language model, and kept as they are.
         logits: what the stock class does to its logits beside the output projection.
         least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
-        sisters: (model type, fields, changes): other stock classes that hold exactly the same model, if the teacher's
-            config has these fields and once the changes are made, without a limit on sizes that its own config has.
+        equivalent_classes: (model type, fields, changes): other stock classes that hold exactly the same model if the
+            teacher's config has these fields, after these changes. They lack a limit on sizes of its own config.
         variants: (config field, value, table): other layouts under the same `model_type`; the first whose field has
             that value describes the model instead.
     """
@@ -120,7 +122,7 @@ class ArchSpec:
     layers_path: str
     outer: Mapping[str, str]
     layer: Mapping[str, str]
-    taps: Mapping[str, str]
+    hook_points: Mapping[str, str]
     layer_norms: tuple[str, ...]
     final_norm: str
     groups: tuple[tuple[str, str], ...] = ()
@@ -137,12 +139,12 @@ class ArchSpec:
     stream: StreamRules = PLAIN_STREAM
     config_rules: ConfigRules = NO_CONFIG_RULES
     wrappers: tuple[Wrapper, ...] = ()
-    opaque: tuple[str, ...] = ()
+    unpruned_prefixes: tuple[str, ...] = ()
     logits: LogitRules = PLAIN_LOGITS
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refused_if: tuple[tuple[str, Any, str, str], ...] = ()
-    sisters: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = ()
+    equivalent_classes: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any]], ...] = ()
     variants: tuple[tuple[str, Any, ArchSpec], ...] = ()
 
     def variant(self, config: PretrainedConfig) -> ArchSpec:
@@ -166,14 +168,14 @@ class ArchSpec:
             outer={**{renamed(name): text for name, text in self.outer.items()}, **wrapper.tensors},
             stream=replace(
                 self.stream,
-                writers=(*map(renamed, self.stream.writers), *wrapper.writers),
+                stream_writers=(*map(renamed, self.stream.stream_writers), *wrapper.stream_writers),
                 stream_readers=tuple(map(renamed, self.stream.stream_readers)),
                 hidden_powers=tuple((renamed(name), power) for name, power in self.stream.hidden_powers),
             ),
             logits=self.logits if wrapper.logits is None else wrapper.logits,
             refused={**self.refused, **wrapper.refused},
-            opaque=wrapper.opaque,
-            sisters=(),  # of the language model alone
+            unpruned_prefixes=wrapper.unpruned_prefixes,
+            equivalent_classes=(),  # of the language model alone
             variants=tuple((name, value, spec.inside(wrapper)) for name, value, spec in self.variants),
         )
 
@@ -225,7 +227,7 @@ class ArchSpec:
                     f"The config of this {self.model_type} model has {axis.fields[0]}={value!r}; expected an integer."
                 )
             sizes[axis.name] = value
-        for name, flag, kinds, kind, factor in self.config_rules.widened:
+        for name, flag, kinds, kind, factor in self.config_rules.size_multipliers:
             if layer is not None and getattr(config, flag) and getattr(config, kinds)[layer] == kind:
                 sizes[name] *= factor
         return sizes
@@ -345,7 +347,7 @@ class ArchSpec:
             located = self.locate(name)
             if located is not None and located[1] is not None:
                 layers.add(located[1])
-            if located is None and name.startswith(self.opaque):
+            if located is None and name.startswith(self.unpruned_prefixes):
                 continue
             if located is None:
                 kind = "" if name in parameters else " (a saved buffer)"
@@ -371,7 +373,7 @@ class ArchSpec:
         modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
         missing = [
             path
-            for axis, module in self.taps.items()
+            for axis, module in self.hook_points.items()
             for layer in self.layers_with(axis, names)
             if (path := self.layer_parameter(layer, module)) not in modules
         ]
@@ -399,7 +401,7 @@ class ArchSpec:
         for name in tensors:
             located = self.locate(name)
             if located is None:
-                assert name.startswith(self.opaque), f"{name}: check() comes first"
+                assert name.startswith(self.unpruned_prefixes), f"{name}: check() comes first"
                 yield name, name, tuple(tensors[name].shape)
                 continue
             pattern, layer = located

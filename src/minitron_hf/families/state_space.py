@@ -48,7 +48,7 @@ def state_space(path: str) -> dict[str, str]:
     )
 
 
-def ssm_taps(path: str) -> dict[str, str]:
+def ssm_hook_points(path: str) -> dict[str, str]:
     """Where the heads of a state-space layer, and their channels, are observed."""
     return dict.fromkeys(("ssm_heads", "ssm_dim"), f"{path}.out_proj")
 
@@ -79,7 +79,7 @@ def mamba(model_type: str) -> ArchSpec:
         layers_path="backbone.layers",
         outer=RECURRENT_OUTER,
         layer=layer_tables(norm("norm"), channel_state_space("mixer", "ffn")),
-        taps={"ffn": "mixer.out_proj"},
+        hook_points={"ffn": "mixer.out_proj"},
         readers=(("ffn", "mixer.x_proj"),),
         layer_norms=("norm",),
         final_norm="backbone.norm_f",

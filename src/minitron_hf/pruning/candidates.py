@@ -139,7 +139,7 @@ class Divergence:
         losses = []
         for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
             device = head.weight.device
-            teacher = DenseSignal(t_NH.to(device), _on(self.head, device))
+            teacher = DenseSignal(t_NH.to(device), _head_on_device(self.head, device))
             labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
             losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
         counts = _counts(self.rows)
@@ -153,12 +153,12 @@ def _counts(rows: TokenRows) -> list[int]:
     return [len(rows.predicted(index)) for index in range(len(rows))]
 
 
-def _on(head: OutputHead, device: torch.device) -> OutputHead:
+def _head_on_device(head: OutputHead, device: torch.device) -> OutputHead:
     bias = None if head.bias is None else head.bias.to(device)
     return OutputHead(head.weight.to(device), bias, head.scale, head.softcap)
 
 
-def behind(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
+def paired_gap(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
     """How much larger its KL is, row by row on the same tokens, where it was measured last."""
     turn = len(candidate.rounds)
     differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]

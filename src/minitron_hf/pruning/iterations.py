@@ -14,7 +14,7 @@ from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import resolve_sizes, scoring_arguments
-from ..sizes.student import with_units
+from ..sizes.student import resolve_fractions
 from .plan import PruningPlan
 from .planning import make_plan
 from .surgery import apply_plan
@@ -72,7 +72,7 @@ def iterate_importance(
                 if axis in FIELD_OF_AXIS and after[axis] < before[axis]
             }
             try:
-                request = with_units(model.config, replace(config, repair=None, **part))
+                request = resolve_fractions(model.config, replace(config, repair=None, **part))
             except PlanError as error:
                 raise PlanError(
                     f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
@@ -98,7 +98,7 @@ def iterate_importance(
         if plan is None or first is None:
             first = scores = own
         else:
-            scores = _in_teacher(own, plan, first, spec, iterations)
+            scores = _scores_in_teacher(own, plan, first, spec, iterations)
         if number < iterations:
             plan = make_plan(model, request, scores)
             student = apply_plan(model, plan)
@@ -113,10 +113,10 @@ def require_iterations(config: PrunerConfig, iterations: int) -> None:
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise PlanError(f"iterations={iterations!r}: expected a number of rounds.")
-    if iterations > 1 and (config.uneven or config.layers_to_drop is not None):
+    if iterations > 1 and (config.nonuniform_sizes or config.layers_to_drop is not None):
         raise PlanError(
-            f"iterations={iterations} cannot be combined with uneven or layers_to_drop: what goes in each round "
-            "follows from sizes. Leave them out, or score once."
+            f"iterations={iterations} cannot be combined with nonuniform_sizes or layers_to_drop: the cut of each "
+            "round follows from sizes. Leave them out, or score once."
         )
     if iterations > 1 and config.head_add_back:
         raise PlanError(
@@ -130,7 +130,7 @@ def require_iterations(config: PrunerConfig, iterations: int) -> None:
         )
 
 
-def _in_teacher(
+def _scores_in_teacher(
     own: ImportanceScores, plan: PruningPlan, first: ImportanceScores, spec: ArchSpec, iterations: int
 ) -> ImportanceScores:
     """Scores of a student as scores of its teacher: NaN for units that are gone, so that they come last."""

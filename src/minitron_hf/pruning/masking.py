@@ -58,7 +58,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
         for name, (pattern, layer) in located.items():
             module, dimensions = pattern.rpartition(".")[0], spec.dimensions[pattern]
             path = name.rpartition(".")[0]
-            tapped = {axis for axis, tap in (*spec.taps.items(), *spec.readers) if tap == module}
+            tapped = {axis for axis, tap in (*spec.hook_points.items(), *spec.readers) if tap == module}
             if pattern.endswith(".weight"):
                 of_weight, of_bias = (scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
                 _scale_output(modules[path], of_weight, of_bias, stack)
@@ -68,13 +68,13 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
             if pattern.endswith(".weight"):
                 units = tapped | {inner for inner, outer in spec.groups if outer in tapped}
                 for dimension in dimensions:
-                    mask = _mask(dimension, spec, sizes, kept[layer])
+                    mask = _dimension_mask(dimension, spec, sizes, kept[layer])
                     if mask is not None and dimension_axes(dimension) & units:
                         stack.callback(modules[path].register_forward_pre_hook(_mask_input(mask)).remove)
             if "experts" in kept[layer] and "experts" not in tapped and dimensions[0] == EXPERTS:
-                dropped = ~_units("experts", spec, sizes, kept[layer])
+                dropped = ~_unit_mask("experts", spec, sizes, kept[layer])
                 if len(dimensions) == 1:
-                    swapped[layer][name] = _replace(tensors[name], dropped)
+                    swapped[layer][name] = _exclude_from_choice(tensors[name], dropped)
                 else:
                     routers.append((tensors[name], dropped))
             elif not pattern.endswith((".weight", ".bias")):
@@ -83,16 +83,16 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                     changed = (tensors[name] if changed is None else changed) * scales[pattern]
                 if changed is not None:
                     swapped[layer][name] = changed
-        for path, dimension, layer in _norms(spec, located, modules, plan):
-            mask = _mask(dimension, spec, sizes_of[layer], kept[layer])
+        for path, dimension, layer in _find_norms(spec, located, modules, plan):
+            mask = _dimension_mask(dimension, spec, sizes_of[layer], kept[layer])
             gated = spec.gated_norms.get((spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight"))
             if mask is not None and gated is not None:
-                _gated_norm_on_kept(modules[path], mask, sizes_of[layer][gated], stack)
+                _restrict_gated_norm(modules[path], mask, sizes_of[layer][gated], stack)
             elif mask is not None:
-                _norm_on_kept(modules[path], mask, _input_scale(plan, dimension), stack)
+                _restrict_norm(modules[path], mask, _input_scale(plan, dimension), stack)
         for at, replacements in swapped.items():
-            _swap_in(f"{spec.layers_path}.{at}", modules, replacements, stack)
-        with _NeverChosen(routers) as mode:
+            _swap_tensors(f"{spec.layers_path}.{at}", modules, replacements, stack)
+        with _ExcludeExperts(routers) as mode:
             yield
         if mode.unseen:
             raise UnsupportedModelError(
@@ -101,7 +101,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
             )
 
 
-def _norms(
+def _find_norms(
     spec: ArchSpec,
     located: Mapping[str, tuple[str, int | None]],
     modules: Mapping[str, nn.Module],
@@ -124,7 +124,7 @@ def _norms(
             yield path, dimension, layer
 
 
-def _mask(
+def _dimension_mask(
     dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
 ) -> Tensor | None:
     """True where a dimension holds kept units, bool [length]; None where it is not cut."""
@@ -148,7 +148,7 @@ def _product_mask(
         if isinstance(factor, tuple):
             own = _sum_mask(factor, spec, sizes, kept)
         elif isinstance(factor, str) and (axis := factor.partition("/")[0]) in kept:
-            own = _units(axis, spec, sizes, kept)
+            own = _unit_mask(axis, spec, sizes, kept)
             own = own.unflatten(0, (-1, size)) if "/" in factor else own
         else:
             own = torch.ones(size, dtype=torch.bool)
@@ -162,7 +162,7 @@ def _product_mask(
     return mask
 
 
-def _units(axis: str, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> Tensor:
+def _unit_mask(axis: str, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> Tensor:
     """True at kept units of an axis: bool [units], or [outer, units] for units inside another axis."""
     units = kept[axis]
     if units.ndim == 1:
@@ -196,7 +196,7 @@ def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack
         return
     spec, hidden = spec_for(model.config), plan.sizes["hidden"]
     scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.stream.scaled_embeddings else 1.0
-    mask = _mask(HIDDEN, spec, spec.sizes(model.config), plan.kept)
+    mask = _dimension_mask(HIDDEN, spec, spec.sizes(model.config), plan.kept)
     assert mask is not None
     stack.callback(model.get_input_embeddings().register_forward_hook(_mask_output(mask, scale)).remove)
 
@@ -230,7 +230,7 @@ def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
     return 1.0
 
 
-def _norm_on_kept(module: nn.Module, mask: Tensor, scale: float, stack: ExitStack) -> None:
+def _restrict_norm(module: nn.Module, mask: Tensor, scale: float, stack: ExitStack) -> None:
     """Let a norm see the kept units alone.
 
     Dropped positions are filled with values of the same mean and mean square, so that whatever the norm divides by or
@@ -257,7 +257,7 @@ def _norm_on_kept(module: nn.Module, mask: Tensor, scale: float, stack: ExitStac
     stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
 
 
-def _gated_norm_on_kept(module: nn.Module, mask: Tensor, groups: int, stack: ExitStack) -> None:
+def _restrict_gated_norm(module: nn.Module, mask: Tensor, groups: int, stack: ExitStack) -> None:
     """Let a root mean square norm with a gate, in every group of its channels, see the kept ones alone."""
     one = 1.2784645427610738  # x · sigmoid(x) is 1 there: such a gate lets pass what it is given
 
@@ -303,18 +303,18 @@ def _masked_experts(
         for axis in dimension_axes(dimension) & kept.keys():
             outer = ((spec.axis[axis].within,),)
             if dimension == ((axis,),) and outer in dimensions:
-                units = _units(axis, spec, sizes, kept)
+                units = _unit_mask(axis, spec, sizes, kept)
                 shape = [length if part in (outer, dimension) else 1 for part, length in zip(dimensions, tensor.shape)]
                 return tensor * (units if dimensions.index(outer) < position else units.T).reshape(shape).to(tensor)
     return None
 
 
-def _replace(bias: Tensor, dropped: Tensor) -> Tensor:
+def _exclude_from_choice(bias: Tensor, dropped: Tensor) -> Tensor:
     """What is added to scores only to choose, so low at dropped experts that nothing makes up for it."""
     return bias.masked_fill(dropped.to(bias.device), torch.finfo(bias.dtype).min / 2)
 
 
-def _swap_in(
+def _swap_tensors(
     layer: str, modules: Mapping[str, nn.Module], replacements: Mapping[str, Tensor], stack: ExitStack
 ) -> None:
     """Let a layer compute with other tensors: they are in their places only while it runs."""
@@ -343,7 +343,7 @@ def _swap_in(
     stack.callback(modules[layer].register_forward_hook(after, always_call=True).remove)
 
 
-class _NeverChosen(TorchFunctionMode):
+class _ExcludeExperts(TorchFunctionMode):
     """Give dropped experts the score −∞: whatever is computed from a router's weight with one value per expert.
 
     Casts and transposes of the weight are followed, so that the order of its rows is the only thing relied on.

@@ -78,7 +78,7 @@ class PruningPlan:
         """Kept units of every cut axis, as seen from one teacher layer (None: outside the layers)."""
         position = None if layer is None else self.layers_kept.index(layer)
         kept = {
-            axis: units if units.ndim == 1 else _unpadded(units[position])
+            axis: units if units.ndim == 1 else _drop_padding(units[position])
             for axis, units in self.kept.items()
             if units.ndim == 1 or position is not None
         }
@@ -204,12 +204,12 @@ class PruningPlan:
             raise MismatchError(f"The pruning plan in {folder} is damaged ({error!r}). Plan again.") from error
 
 
-def _unpadded(units: np.ndarray) -> np.ndarray:
-    """One row of `_stack` as it was."""
+def _drop_padding(units: np.ndarray) -> np.ndarray:
+    """One row of `_pad_rows` as it was."""
     return units[units >= 0] if units.ndim == 1 else units
 
 
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
+def _config_to_dict(config: PretrainedConfig) -> dict[str, Any]:
     """A config as JSON values, the way `config.json` holds it; where it was loaded from is not its business."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)

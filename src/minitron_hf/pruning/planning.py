@@ -14,13 +14,13 @@ from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, sp
 from ..files import public_name
 from ..models import count_parameters, empty_model
 from ..scoring.scores import ImportanceScores
-from ..sizes.layers import lacking_kinds, protected_layers
+from ..sizes.layers import protected_layers, reason_against_layers
 from ..sizes.legality import require_units, rounding_step
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
 from ..weights import model_digest, on_meta
-from .plan import PruningPlan, _plain, _unpadded
+from .plan import PruningPlan, _config_to_dict, _drop_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,16 +72,16 @@ def make_plan(
     if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
     layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
-    uneven = {
-        axis: _uneven_counts(
+    nonuniform_sizes = {
+        axis: _nonuniform_counts(
             [scores.axes[axis][layer].numpy() for layer in layers_kept],
             after[axis],
             rounding_step(before[axis], 1, config.multiple_of),
         )
-        for axis in (PRUNER_FIELDS[name] for name in config.uneven)
+        for axis in (PRUNER_FIELDS[name] for name in config.nonuniform_sizes)
         if scores is not None
     }
-    for axis, counts in uneven.items():
+    for axis, counts in nonuniform_sizes.items():
         notes.append(f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}.")
     student = build_student_config(
         spec,
@@ -90,7 +90,7 @@ def make_plan(
         layers_kept,
         norm_compensation=config.norm_compensation,
         model_type=config.model_type,
-        uneven=uneven,
+        nonuniform_sizes=nonuniform_sizes,
     )
     kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     if config.norm_compensation and after["hidden"] < before["hidden"] and not spec.residual_norms:
@@ -112,15 +112,15 @@ def make_plan(
             "digest": weights_digest,
             "num_parameters": count_parameters(teacher),
             "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
-            "config": _plain(teacher_config),
+            "config": _config_to_dict(teacher_config),
         },
-        student={**_count_student(spec, teacher, student, layers_kept), "config": _plain(student)},
+        student={**_count_student(spec, teacher, student, layers_kept), "config": _config_to_dict(student)},
         sizes={axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
         layers_kept=layers_kept,
         kept=kept,
         partners=partners,
         pruner_config=config.to_dict(),
-        scales=_compensation(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
+        scales=_norm_scales(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
         repair=repair,
         selection=None if scores is None or not ranked else str(scores.settings["metric"]),
         scores=None
@@ -130,7 +130,7 @@ def make_plan(
             "settings": dict(scores.settings),
             "data_digest": scores.digests["data"],
             "tokenizer_digest": scores.digests["tokenizer"],
-            **({"layers": _candidates(scores)} if scores.settings.get("depth_metric") else {}),
+            **({"layers": _tried_layer_sets(scores)} if scores.settings.get("depth_metric") else {}),
         },
         notes=tuple(notes),
     )
@@ -158,7 +158,7 @@ def _choose_layers(
                 f"ones, {sorted(protected)}. Keep more layers, or set contiguous to false."
             )
         blocks = [range(start, start + num_drop) for start in starts]
-        possible = [block for block in blocks if not lacking_kinds(spec, teacher, without(block))]
+        possible = [block for block in blocks if not reason_against_layers(spec, teacher, without(block))]
         importance = scores.blocks.diagonal(num_drop - 1)
         measured = [float(importance[block.start]) for block in possible]
         _require_measured(measured, scores, f"blocks of {num_drop} layers")
@@ -168,7 +168,7 @@ def _choose_layers(
     movable = sorted(set(range(depth)) - protected)
     if scores.removals is not None:
         drop = scores.removed_layers[:num_drop]
-        lacking = lacking_kinds(spec, teacher, without(drop))
+        lacking = reason_against_layers(spec, teacher, without(drop))
         if len(drop) < num_drop or not protected.isdisjoint(drop) or lacking:
             raise PlanError(
                 f"The scores removed layers {scores.removed_layers} one after another, and {num_drop} of the layers "
@@ -181,16 +181,16 @@ def _choose_layers(
     ranked = sorted(movable, key=lambda layer: float(scores.layers[layer]))
     while len(drop) < num_drop:
         # A layer that others need may go once they are gone.
-        free = [layer for layer in ranked if not lacking_kinds(spec, teacher, without([*drop, layer]))]
+        free = [layer for layer in ranked if not reason_against_layers(spec, teacher, without([*drop, layer]))]
         if not free:
-            why = lacking_kinds(spec, teacher, without([*drop, ranked[0]]))
+            why = reason_against_layers(spec, teacher, without([*drop, ranked[0]]))
             raise PlanError(f"num_hidden_layers={left}, of them the last {request.keep_last_layers}: {why}")
         drop.append(free[0])
         ranked.remove(free[0])
     return without(drop)
 
 
-def _candidates(scores: ImportanceScores) -> list[dict[str, Any]]:
+def _tried_layer_sets(scores: ImportanceScores) -> list[dict[str, Any]]:
     """What the model was worth without every set of layers that was tried, best first."""
     tried: dict[tuple[int, ...], float] = {}
     for first, last in (~scores.blocks.isnan()).nonzero().tolist():
@@ -216,7 +216,7 @@ def _require_measured(values: Sequence[float], scores: ImportanceScores, what: s
         )
 
 
-def _uneven_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> list[int]:
+def _nonuniform_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> list[int]:
     """How many units every layer keeps, where all together keep as many as with `size` in each.
 
     Scores of different layers are on different scales. A unit's share of its layer's squared scores is not: the
@@ -229,7 +229,7 @@ def _uneven_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> l
 
     >>> even = np.array([1.0, 1.0, 1.0, 1.0])
     >>> steep = np.array([9.0, 0.1, 0.1, 0.1])
-    >>> _uneven_counts([even, steep], 2, 1)
+    >>> _nonuniform_counts([even, steep], 2, 1)
     [3, 1]
     """
     squares = [np.sort(row[~np.isnan(row)].astype(np.float64))[::-1] ** 2 for row in rows]
@@ -264,10 +264,10 @@ def _choose_units(
         if axis in dict(spec.groups) or spec.axis[axis].within is not None:
             continue
         if spec.axis[axis].per_layer:
-            rows = [_top(ranking[axis][layer], own[axis]) for layer, own in zip(layers_kept, after)]
-            kept[axis] = _stack(rows)
+            rows = [_top_units(ranking[axis][layer], own[axis]) for layer, own in zip(layers_kept, after)]
+            kept[axis] = _pad_rows(rows)
         else:
-            kept[axis] = _top(ranking[axis], spec.sizes(student)[axis])
+            kept[axis] = _top_units(ranking[axis], spec.sizes(student)[axis])
     for inner, outer in spec.groups:
         if inner not in cut:
             continue
@@ -275,17 +275,19 @@ def _choose_units(
         for position, layer in enumerate(layers_kept):
             each_before = before[position][inner] // before[position][outer]
             each_after = after[position][inner] // after[position][outer]
-            groups = _unpadded(kept[outer][position]) if outer in kept else np.arange(before[position][outer])
+            groups = _drop_padding(kept[outer][position]) if outer in kept else np.arange(before[position][outer])
             rows.append(
                 np.concatenate(
                     [
                         group * each_before
-                        + _top(ranking[inner][layer][group * each_before : (group + 1) * each_before], each_after)
+                        + _top_units(
+                            ranking[inner][layer][group * each_before : (group + 1) * each_before], each_after
+                        )
                         for group in groups
                     ]
                 )
             )
-        kept[inner] = _stack(rows)
+        kept[inner] = _pad_rows(rows)
     for axis in cut:
         outer_axis = spec.axis[axis].within
         if outer_axis is None:
@@ -294,7 +296,7 @@ def _choose_units(
         for position, layer in enumerate(layers_kept):
             units = kept[outer_axis][position] if outer_axis in kept else range(before[position][outer_axis])
             count = after[position][axis]
-            chosen.append(np.stack([_top(ranking[axis][layer][unit], count) for unit in units]))
+            chosen.append(np.stack([_top_units(ranking[axis][layer][unit], count) for unit in units]))
         kept[axis] = np.stack(chosen)
     return kept
 
@@ -312,7 +314,7 @@ def _choose_partners(
     ranked = axes[-1]  # KV heads decide for their query head where each has its own
     rows = np.full_like(kept[ranked], -1)
     for position, layer in enumerate(layers_kept):
-        before, chosen = sizes[layer], _unpadded(kept[ranked][position])
+        before, chosen = sizes[layer], _drop_padding(kept[ranked][position])
         values = scores.axes[ranked][layer].numpy()[: before[ranked]]
         if np.isnan(values).all():
             continue  # no attention here
@@ -352,7 +354,7 @@ def _add_back_pairs(scores: np.ndarray, left: int) -> list[tuple[int, int]]:
     return [(order[rank], order[2 * left - rank - 1]) for rank in range(max(0, 2 * left - len(order)), left)]
 
 
-def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, float]:
+def _norm_scales(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, float]:
     """Factors that make up for a hidden axis cut to `ratio` of its size.
 
     A norm over the kept channels divides by their own root mean square, as if the dropped ones had been like them.
@@ -367,27 +369,27 @@ def _compensation(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, flo
         bare = [name for name, _ in spec.stream.hidden_powers if spec.dimensions[name] == ((("hidden",),),)]
         scales = dict.fromkeys((*spec.residual_norms, *bare), ratio**-0.5)
     if ratio < 1 and spec.stream.scaled_embeddings:
-        scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.stream.writers}
+        scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.stream.stream_writers}
         scales |= {name: ratio**-0.5 * scales.get(name, 1.0) for name in spec.stream.stream_readers}
     if ratio < 1:
         scales |= {name: ratio**-power * scales.get(name, 1.0) for name, power in spec.stream.hidden_powers}
     return {name: factor for name, factor in scales.items() if abs(factor - 1) > 1e-9}
 
 
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
+def _pad_rows(rows: list[np.ndarray]) -> np.ndarray:
     """Rows of unequal length as one array, filled up with -1.
 
-    >>> _stack([np.array([4]), np.array([0, 2])]).tolist()
+    >>> _pad_rows([np.array([4]), np.array([0, 2])]).tolist()
     [[4, -1], [0, 2]]
     """
     width = max(map(len, rows))
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])
 
 
-def _top(scores: np.ndarray, count: int) -> np.ndarray:
+def _top_units(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest scores, ascending; NaN, where a layer has no such units, comes last.
 
-    >>> _top(np.array([3.0, 1.0, 3.0, 2.0]), 2).tolist()
+    >>> _top_units(np.array([3.0, 1.0, 3.0, 2.0]), 2).tolist()
     [0, 2]
     """
     return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)

@@ -26,13 +26,13 @@ from ..sizes.request import PrunerConfig
 from ..sizes.shapes import TOLERANCE, select_diverse
 from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target
-from .candidates import Candidate, Divergence, behind
+from .candidates import Candidate, Divergence, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
 from .planning import make_plan
 from .repair import repaired_weights
 from .surgery import apply_plan
-from .verification import verified_plan
+from .verification import note_verification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def prune_model(
     if config.repair and calibration_data is None:
         raise PlanError(
             f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
-            "carry_out(model, plan, data)."
+            "prune_with_plan(model, plan, data)."
         )
     if config.target_parameters is not None and (calibration_data is None or isinstance(calibration_data, Iterator)):
         raise PlanError(
@@ -124,7 +124,7 @@ def prune_model(
     for note in plan.notes:
         logger.warning(note)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
-    student: Any = carry_out(
+    student: Any = prune_with_plan(
         model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
     )
     stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
@@ -198,7 +198,7 @@ def plan_for_target(
         )
     best, *others = sorted(candidates, key=lambda candidate: candidate.proxy_kl)
     for other in others:
-        other.behind = behind(other, best, rows)
+        other.behind = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores)
     return replace(
         plan,
@@ -220,7 +220,7 @@ def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) ->
     return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 
 
-def carry_out(
+def prune_with_plan(
     model: PreTrainedModel,
     plan: PruningPlan,
     data: DataSource | None = None,
@@ -248,7 +248,7 @@ def carry_out(
     student: Any = None
     if verify:
         student = apply_plan(model, replace(plan, repair=None))
-        plan = verified_plan(model, student, plan)
+        plan = note_verification(model, student, plan)
     if plan.repair:
         repaired = None
         if data is not None:

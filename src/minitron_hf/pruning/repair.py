@@ -72,7 +72,7 @@ def repaired_weights(
     names = list(named_tensors(model, tied=True))
     taps: dict[str, tuple[int, Tap]] = {}
     for axis in repaired_axes(spec, before, after):
-        module = spec.taps[axis]
+        module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             tap = Tap(spec, axis, module, spec.sizes(model.config, layer))
             taps[spec.layer_parameter(layer, module)] = layer, tap

@@ -294,14 +294,14 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: 
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for block in _ahead(block.contiguous() for _, tensor in ordered for block in tensor.blocks()):
+        for block in _read_ahead(block.contiguous() for _, tensor in ordered for block in tensor.blocks()):
             file.write(block.reshape(-1).view(torch.uint8).numpy().data)
             progress.update(block.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same blocks, each of them read while the one before is written."""
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(next, blocks, None)

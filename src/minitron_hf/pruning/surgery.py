@@ -55,8 +55,8 @@ def apply_plan(
     """
     if plan.repair and repaired is None:
         raise PlanError(
-            f"This plan has repair={plan.repair!r}, which needs data. Call carry_out(model, plan, data), give --data "
-            "to minitron-hf prune, or plan without repair."
+            f"This plan has repair={plan.repair!r}, which needs data. Call prune_with_plan(model, plan, data), give "
+            "--data to minitron-hf prune, or plan without repair."
         )
     if repaired and not plan.repair:
         raise PlanError(

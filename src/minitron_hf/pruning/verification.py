@@ -79,7 +79,7 @@ def verify_student(
             with _rounded(teacher.get_input_embeddings(), eps):
                 rounded = logits(teacher)
     exact = eps == torch.finfo(torch.float32).eps
-    gap, noise = _gap(found, expected, exact), _gap(rounded, expected, exact)
+    gap, noise = _relative_gap(found, expected, exact), _relative_gap(rounded, expected, exact)
     tolerance = ROUNDINGS * max(noise, eps)
     if not gap <= tolerance:
         raise VerificationError(
@@ -91,7 +91,7 @@ def verify_student(
     return gap
 
 
-def verified_plan(teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan) -> PruningPlan:
+def note_verification(teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan) -> PruningPlan:
     """The plan, with a note of the gap that `verify_student` found, or why there is none to find.
 
     Raises:
@@ -106,7 +106,7 @@ def verified_plan(teacher: PreTrainedModel, student: PreTrainedModel, plan: Prun
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _gap(found: Tensor, expected: Tensor, exact: bool) -> float:
+def _relative_gap(found: Tensor, expected: Tensor, exact: bool) -> float:
     differences = (found - expected).abs().amax(-1) / expected.abs().max()
     return float(differences.max() if exact else differences.median())
 

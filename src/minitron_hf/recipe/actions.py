@@ -105,7 +105,7 @@ def _prune(run: Run) -> None:
             show_progress=run.show_progress,
         )
     else:
-        student = run.carry_out(run.plan, verify=run.recipe.verify)
+        student = run.prune_with_plan(run.plan, verify=run.recipe.verify)
         if run.recipe.verify:
             student.pruning_plan.save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
@@ -192,7 +192,9 @@ def _controls(run: Run) -> None:
             continue  # finished before an interruption
         if name == "random_pruning":
             scores = estimate_importance(run.teacher, metric="random", seed=seed)
-            student = run.carry_out(make_plan(run.teacher, PrunerConfig.from_dict(run.plan.pruner_config), scores))
+            student = run.prune_with_plan(
+                make_plan(run.teacher, PrunerConfig.from_dict(run.plan.pruner_config), scores)
+            )
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()

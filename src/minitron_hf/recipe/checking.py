@@ -15,7 +15,7 @@ from ..models import count_parameters, empty_model, first_line
 from ..scoring.importance import require_depth
 from ..sizes.resolve import scoring_arguments
 from ..sizes.shapes import TOLERANCE, Shape, enumerate_shapes, require_budget
-from ..sizes.student import checked_sizes, student_config
+from ..sizes.student import check_sizes, student_config
 from ..sizes.targets import shapes_near_target
 from .actions import search_arguments
 from .environment import check_environment
@@ -186,13 +186,13 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
 def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:
     """Configs of every round's student, the last one's sizes, and notes; what cannot be cut is refused here."""
     if not recipe.rounds:
-        sizes, notes = checked_sizes(config, recipe.pruner_config)
+        sizes, notes = check_sizes(config, recipe.pruner_config)
         return [student_config(config, recipe.pruner_config)], sizes, notes
     notes, students = [], []
     for number in range(1, len(recipe.rounds) + 1):
         try:
             request = recipe.in_round(number).pruner_config
-            before, (sizes, own) = spec_for(config).sizes(config), checked_sizes(config, request)
+            before, (sizes, own) = spec_for(config).sizes(config), check_sizes(config, request)
             student = student_config(config, request)
             if sizes == before:
                 raise PlanError("nothing is cut: all sizes are those of the model that this round begins with.")

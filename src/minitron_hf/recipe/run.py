@@ -15,7 +15,7 @@ from ..hardware import as_dtype, is_launched
 from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import carry_out
+from ..pruning.prune import prune_with_plan
 from .launching import launch
 from .schema import DatasetSection, Recipe
 
@@ -191,11 +191,11 @@ class Run:
         column, rows = self.dataset_section("calibration").text_field, self.dataset("calibration")
         return (row[column] for row in rows) if column in rows.column_names else rows
 
-    def carry_out(self, plan: PruningPlan, *, verify: bool = False) -> Any:
+    def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """The student of a plan, refitted on the rows that were scored where the plan says so."""
         rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
         texts = self.calibration_texts() if plan.repair else None
-        return carry_out(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
+        return prune_with_plan(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
 
     @property
     def plan(self) -> PruningPlan:

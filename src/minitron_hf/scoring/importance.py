@@ -21,7 +21,7 @@ from ..families import ArchSpec, spec_for
 from ..families.tensors import named_tensors
 from ..files import public_name
 from ..models import architecture_digest, evaluating, plain_model
-from ..sizes.layers import lacking_kinds, protected_layers
+from ..sizes.layers import protected_layers, reason_against_layers
 from ..sizes.request import PrunerConfig
 from ..weights import input_device, model_digest
 from .calibration import Calibration, _processes, calibrate, tokenizer_digest
@@ -189,7 +189,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
 
         def possible(gone: Iterable[int]) -> bool:
             left = sorted(set(range(depth)) - set(gone))
-            return fixed.isdisjoint(gone) and not lacking_kinds(spec, model.config, left)
+            return fixed.isdisjoint(gone) and not reason_against_layers(spec, model.config, left)
 
         def without(candidates: list[tuple[int, ...]], dropped: list[int]) -> list[float]:
             if callable(depth_metric):

@@ -141,7 +141,7 @@ class ScoringPass(Batches):
                 after(path, self._channel_observer(kinds, source, layer))
 
             experts: dict[str, list[str]] = {}
-            for axis, module in spec.taps.items():
+            for axis, module in spec.hook_points.items():
                 stacked = f"{module}.weight" not in spec.dimensions
                 if stacked:
                     experts.setdefault(module, []).append(axis)
@@ -182,7 +182,7 @@ class ScoringPass(Batches):
         spec = self.spec
         if axis == "hidden":
             return "weighted" if metric == "contribution" else "input"
-        module = spec.taps[axis]
+        module = spec.hook_points[axis]
         if f"{module}.weight" not in spec.dimensions:
             neurons = spec.axis[axis].within is not None
             weighted = neurons and metric == "contribution"
@@ -370,7 +370,7 @@ class ScoringPass(Batches):
     def axis_scores(self, batch_reduction: Reduction, metric: ActivationMetric = "activation") -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
         scores: dict[str, Tensor] = {}
-        for axis in {**dict.fromkeys(self.spec.taps), "hidden": None}:
+        for axis in {**dict.fromkeys(self.spec.hook_points), "hidden": None}:
             reduced = {
                 source: reduce_rows(sums.cpu(), self.num_rows, batch_reduction)
                 for (kind, name, source), sums in self.sums.items()
@@ -403,7 +403,7 @@ def makers(spec: ArchSpec, axis: str, modules: Mapping[str, nn.Module], layer: i
     for pattern, dimensions in spec.dimensions.items():
         name, _, leaf = pattern.rpartition(".")
         module = modules.get(spec.layer_parameter(layer, name))
-        if leaf == "weight" and len(dimensions) == 2 and module is not None and name != spec.taps[axis]:
+        if leaf == "weight" and len(dimensions) == 2 and module is not None and name != spec.hook_points[axis]:
             written = dimensions[1 if isinstance(module, Conv1D) else 0]
             if axis in dimension_axes(written):
                 yield name, written

@@ -101,7 +101,7 @@ class TaylorPass(Batches):
 
             after(model.get_input_embeddings(), _begin_graph)
             stacked: dict[str, list[str]] = {}
-            for axis, module in spec.taps.items():
+            for axis, module in spec.hook_points.items():
                 if f"{module}.weight" not in spec.dimensions:
                     stacked.setdefault(module, []).append(axis)
                 for layer in spec.layers_with(axis, names):
@@ -197,7 +197,7 @@ class TaylorPass(Batches):
     def axis_scores(self, batch_reduction: Reduction) -> dict[str, Tensor]:
         """Scores of every observed axis, float32 in the shape of its units; NaN where a layer has none."""
         scores: dict[str, Tensor] = {}
-        for axis in {**dict.fromkeys(self.spec.taps), "hidden": None}:
+        for axis in {**dict.fromkeys(self.spec.hook_points), "hidden": None}:
             units = self.spec.units(axis, self.model.config)
             scores[axis] = torch.full(units, torch.nan, dtype=torch.float32)
             for (name, layer), sums in self.sums.items():

@@ -35,7 +35,7 @@ from ..files import digest, read_json, require_writable, write_json
 from ..locks import holding
 from ..models import plain_model, stored_dtype
 from ..privacy import public_settings
-from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, behind
+from ..pruning.candidates import SEARCH_NAME, Candidate, Divergence, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
 from ..pruning.surgery import apply_plan
@@ -219,7 +219,7 @@ def search_architectures(
     best = candidates[0]
     for candidate in candidates:
         measured_on = held_out if candidate.rounds else rows
-        candidate.behind = None if candidate is best else behind(candidate, best, measured_on)
+        candidate.behind = None if candidate is best else paired_gap(candidate, best, measured_on)
     record.candidates = candidates
     record.save()
     record.clean()

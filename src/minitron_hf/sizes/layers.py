@@ -34,7 +34,7 @@ def protected_layers(spec: ArchSpec, config: PretrainedConfig, request: PrunerCo
     return ends | fixed_layers(spec, config)
 
 
-def lacking_kinds(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterable[int]) -> str:
+def reason_against_layers(spec: ArchSpec, config: PretrainedConfig, layers_kept: Iterable[int]) -> str:
     """What layers a choice of layers lacks, as a sentence; empty when it lacks none.
 
     Args:
@@ -132,6 +132,6 @@ def _layer_fields(
         changed |= {listed: renumbered(dense), period: 1}
     for names in spec.layer_rules.sparse_ranges:
         described = _sparse_range([values[name] for name in names], layers_kept)
-        assert described is not None, "lacking_kinds() comes first"
+        assert described is not None, "reason_against_layers() comes first"
         changed |= dict(zip(names, described))
     return changed

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, families, text_config
 from ..families.axes import dimension_axes, dimension_size, implied_size, parse_dimensions
-from .classes import _sisters
+from .classes import _equivalent_classes
 from .request import PrunerConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _step(
         axis: the axis.
         before: the teacher's sizes.
         sizes: the student's so far.
-        following: groups (inner, outer) whose outer size follows the inner one: see `_pairs_cut_together`.
+        following: groups (inner, outer) whose outer size follows the inner one: see `_groups_cut_together`.
     """
     step = 1
     deciding = [group for group in spec.groups if group not in following]
@@ -73,16 +73,18 @@ def _step(
         if axis == inner:
             step = math.lcm(step, sizes[outer])
     for one, other in [*spec.equal, *((right, left) for left, right in spec.equal)]:
-        moving, each = _moving(spec, one, sizes)
-        follower, each_follower = _moving(spec, other, sizes)
+        moving, each = _cuttable_axis(spec, one, sizes)
+        follower, each_follower = _cuttable_axis(spec, other, sizes)
         if axis == moving:
             # hidden = heads * head_dim, and the heads follow in whole groups: any such multiple is legal.
             each_follower *= math.prod(sizes[outer] for inner, outer in deciding if inner == follower)
             step = math.lcm(step, each_follower // math.gcd(each_follower, each))
-    return math.lcm(step, *(each for divided, each, _ in _divisors(spec, config, before, sizes) if divided == axis))
+    return math.lcm(
+        step, *(each for divided, each, _ in _required_divisors(spec, config, before, sizes) if divided == axis)
+    )
 
 
-def _pairs_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
+def _groups_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
     """Groups (inner, outer) with one inner unit each, of which the outer size is not given: it follows the inner one.
 
     Multi-head attention, whose heads have keys and values of their own, is the example.
@@ -94,13 +96,13 @@ def _pairs_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collec
     ]
 
 
-def _divisors(
+def _required_divisors(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, int, str]]:
     """(Axis, what its size must be a multiple of, why)."""
     for multiple, divisor in spec.multiples:
-        why = f"the stock '{spec.model_type}' config only holds multiples of {_name(spec, divisor)}={sizes[divisor]}"
-        yield multiple, sizes[divisor], why
+        required = f"{field_name(spec, divisor)}={sizes[divisor]}"
+        yield multiple, sizes[divisor], f"the stock '{spec.model_type}' config only holds multiples of {required}"
     for name, axis, power in spec.config_rules.scaled_fields:
         value = getattr(config, name)
         if power == 1 and isinstance(value, int):
@@ -108,7 +110,7 @@ def _divisors(
             yield axis, step, f"{name}={value} is scaled with it, and only stays whole for multiples of {step}"
 
 
-def _most(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
+def _largest_size(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
     """Most units of an axis that the groups kept so far have."""
     return min(
         [before[axis], *(before[axis] // before[outer] * after[outer] for i, outer in spec.groups if i == axis)]
@@ -124,7 +126,7 @@ def _round_fraction(fraction: float, size: int, step: int) -> int:
     return min(max(round(fraction * size / step), 1) * step, size)
 
 
-def _moving(spec: ArchSpec, dimension: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+def _cuttable_axis(spec: ArchSpec, dimension: str, sizes: Mapping[str, int]) -> tuple[str, int]:
     """The one axis of a dimension that can be cut, and how much the dimension holds of each of its units."""
     [parsed] = parse_dimensions(dimension)
     [axis] = [name for name in dimension_axes(parsed) if spec.axis[name].prunable and name not in spec.refused]
@@ -135,15 +137,15 @@ def _require_groups(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
 ) -> None:
     for inner, outer in spec.groups:
-        names = {axis: _name(spec, axis) for axis in (inner, outer)}
+        names = {axis: field_name(spec, axis) for axis in (inner, outer)}
         largest = before[inner] // before[outer]
         if after[inner] % after[outer] or after[inner] // after[outer] > largest:
-            least, _ = _least(spec, config, inner)
+            least, _ = _smallest_size(spec, config, inner)
             legal = [size for each in range(1, largest + 1) if (size := after[outer] * each) >= least]
             raise PlanError(
                 f"{names[inner]}={after[inner]} with {names[outer]}={after[outer]}: every kept group keeps equally "
                 f"many of its {largest}, so {names[inner]} must be one of {legal}. "
-                f"Nearest: {_nearest(after[inner], legal)}."
+                f"Nearest: {_nearest_sizes(after[inner], legal)}."
                 + (f" Or change {names[outer]}." if spec.axis[outer].prunable else "")
             )
 
@@ -151,19 +153,20 @@ def _require_groups(
 def _require_multiples(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
 ) -> None:
-    divisors = list(_divisors(spec, config, before, after))
+    divisors = list(_required_divisors(spec, config, before, after))
     for axis, divisor, why in divisors:
         if after[axis] % divisor:
             step = math.lcm(*(each for divided, each, _ in divisors if divided == axis))
             raise PlanError(
-                f"{_name(spec, axis)}={after[axis]}: {why}. "
-                f"Nearest: {_nearest(after[axis], range(step, before[axis] + 1, step))}." + _offer(spec, config, axis)
+                f"{field_name(spec, axis)}={after[axis]}: {why}. "
+                f"Nearest: {_nearest_sizes(after[axis], range(step, before[axis] + 1, step))}."
+                + _suggest_model_type(spec, config, axis)
             )
 
 
-def _offer(spec: ArchSpec, config: PretrainedConfig, axis: str) -> str:
+def _suggest_model_type(spec: ArchSpec, config: PretrainedConfig, axis: str) -> str:
     """Stock classes that hold the same model without a limit on an axis."""
-    free = [name for name in _sisters(spec, config) if axis not in dict(families()[name].multiples)]
+    free = [name for name in _equivalent_classes(spec, config) if axis not in dict(families()[name].multiples)]
     return "".join(f" Or set model_type='{name}', whose classes hold the same model at any size." for name in free)
 
 
@@ -172,16 +175,16 @@ def _require_least(
 ) -> None:
     """Routing picks a fixed number of experts, which must be there."""
     for axis in dict(spec.least):
-        least, expression = _least(spec, config, axis)
+        least, expression = _smallest_size(spec, config, axis)
         if after[axis] < min(least, before[axis]):
             step = math.lcm(*(after[outer] for inner, outer in spec.groups if inner == axis))
             raise PlanError(
-                f"{_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
+                f"{field_name(spec, axis)}={after[axis]}: this model needs at least {least} ({expression}). "
                 f"Keep {-(-least // step) * step} or more."
             )
 
 
-def _least(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, str]:
+def _smallest_size(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, str]:
     """Fewest units that an axis must keep, and the expression that says so; those of missing fields say nothing."""
     found = [(1, "")]
     for limited, expression in spec.least:
@@ -194,7 +197,7 @@ def _least(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, st
     return max(found)
 
 
-def _name(spec: ArchSpec, axis: str) -> str:
+def field_name(spec: ArchSpec, axis: str) -> str:
     """The name under which a user knows an axis."""
     return FIELD_OF_AXIS.get(axis) or next(iter(spec.axis[axis].fields), axis)
 
@@ -245,21 +248,23 @@ def _require_change(
     """Refuse a fraction below 1 that leaves the teacher's size, and say what would change it."""
     if after[axis] < before[axis]:
         return
-    size, name = before[axis], _name(spec, axis)
+    size, name = before[axis], field_name(spec, axis)
     smaller = (size - 1) // step * step
-    least, expression = _least(spec, config, axis)
+    least, expression = _smallest_size(spec, config, axis)
     if size == 0:
         why = "this model has none. Leave it out."
     elif smaller >= least:
         steps = f", to a multiple of {step}" if step > 1 else ""
         why = f"it is rounded to all {size}{steps}. Give {smaller} or fewer, or leave it out."
     elif size == 1:
-        inside = [f"Give {_name(spec, inner)} instead, or leave" for inner, outer in spec.groups if outer == axis]
+        inside = [f"Give {field_name(spec, inner)} instead, or leave" for inner, outer in spec.groups if outer == axis]
         why = f"there is only one. {inside[0] if inside else 'Leave'} it out."
     elif expression:
         why = f"this model needs at least {least} ({expression}). Leave it out."
     else:
-        outer = [_name(spec, outer) for inner, outer in spec.groups if inner == axis and spec.axis[outer].prunable]
+        outer = [
+            field_name(spec, outer) for inner, outer in spec.groups if inner == axis and spec.axis[outer].prunable
+        ]
         also = f"Give a smaller {outer[0]}, too, or leave" if outer else "Leave"
         why = f"with the other sizes it has to be a multiple of {step}. {also} it out."
     raise PlanError(f"{name}={value} of {size} comes to no change: {why}")
@@ -301,7 +306,7 @@ def require_units(spec: ArchSpec, names: Iterable[str], request: PrunerConfig, c
             )
 
 
-def _nearest(size: int, legal: Sequence[int]) -> str:
+def _nearest_sizes(size: int, legal: Sequence[int]) -> str:
     """The legal sizes around a size, of an ascending sequence of them."""
     below, above = [one for one in legal if one <= size], [one for one in legal if one >= size]
     return " or ".join(str(one) for one in dict.fromkeys((*below[-1:], *above[:1])))

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, PlanError, did_you_mean
+from ..errors import HubError, PlanError, accept_old_names, did_you_mean
 from ..families import PRUNER_FIELDS
 from ..files import local_path, read_json, write_json
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
+
+#: Fields of earlier versions → their names now.
+OLD_NAMES = {"uneven": "nonuniform_sizes"}
 
 #: Ways to make up for cut units, and the axes whose units a plain projection reads, which they can change.
 REPAIRS = ("least_squares",)
@@ -21,6 +24,7 @@ REPAIRS = ("least_squares",)
 Size = int | float | None
 
 
+@accept_old_names(**OLD_NAMES)
 @dataclass
 class PrunerConfig:
     """The student's sizes, under the standard config names.
@@ -56,8 +60,8 @@ class PrunerConfig:
             no longer the masked teacher.
         repair: `"least_squares"`: refit the output projections of cut neurons and heads on calibration data, so that
             what is kept reproduces the teacher's layers best (`repaired_weights`).
-        uneven: names of sizes that may differ from layer to layer under the same total, which goes to the layers whose
-            scores are spread over most units. Only where the stock config holds one size for every layer.
+        nonuniform_sizes: names of sizes that may differ from layer to layer under the same total. Layers whose scores
+            are spread over more units get more of it. Only where the stock config holds one size for every layer.
         model_type: stock classes for the student, where those of another family hold exactly the same model without a
             limit on sizes that the teacher's config has (a Llama without biases is a Mistral without a window). The
             refusal of such a size names them.
@@ -86,7 +90,7 @@ class PrunerConfig:
     norm_compensation: bool = True
     head_add_back: bool = False
     repair: str | None = None
-    uneven: list[str] = field(default_factory=list)
+    nonuniform_sizes: list[str] = field(default_factory=list)
     model_type: str | None = None
     multiple_of: int | None = None
     target_parameters: Size = None
@@ -113,9 +117,13 @@ class PrunerConfig:
             self.layers_to_drop = list(layers)
             if len(set(self.layers_to_drop)) != len(self.layers_to_drop):
                 raise PlanError(f"layers_to_drop={self.layers_to_drop} names a layer twice.")
-        if not isinstance(self.uneven, list | tuple) or any(name not in [*PRUNER_FIELDS] for name in self.uneven):
-            raise PlanError(f"uneven={self.uneven!r}: expected a list of sizes, such as ['intermediate_size'].")
-        self.uneven = list(self.uneven)
+        if not isinstance(self.nonuniform_sizes, list | tuple) or any(
+            name not in [*PRUNER_FIELDS] for name in self.nonuniform_sizes
+        ):
+            raise PlanError(
+                f"nonuniform_sizes={self.nonuniform_sizes!r}: expected a list of sizes, such as ['intermediate_size']."
+            )
+        self.nonuniform_sizes = list(self.nonuniform_sizes)
         for name in ("contiguous", "norm_compensation", "head_add_back"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
@@ -146,7 +154,7 @@ class PrunerConfig:
             PlanError: if a name is unknown.
         """
         names = [one.name for one in fields(cls)]
-        if unknown := sorted(map(str, set(values) - set(names))):
+        if unknown := sorted(map(str, set(values) - {*names, *OLD_NAMES})):
             raise PlanError(
                 f"PrunerConfig has no field {', '.join(unknown)}.{did_you_mean(unknown, names)} "
                 f"Expected: {', '.join(names)}."

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from ..families.axes import dimension_axes
-from .classes import _carrier, config_class
+from .classes import _spec_of_student, config_class
 from .layers import fixed_layers, protected_layers
 from .legality import (
     SMALL_STEP,
-    _most,
-    _moving,
-    _name,
-    _nearest,
-    _pairs_cut_together,
+    _cuttable_axis,
+    _groups_cut_together,
+    _largest_size,
+    _nearest_sizes,
     _require_change,
     _require_groups,
     _require_least,
     _require_multiples,
     _round_fraction,
     _step,
+    field_name,
     require_cuttable,
     rounding_step,
 )
@@ -98,17 +98,17 @@ def resolve_sizes(
             "calibration_data, or give sizes instead."
         )
     teacher_config = text_config(teacher_config)
-    teachers, spec = spec, _carrier(spec, teacher_config, request.model_type)
+    teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
     given = _given_sizes(spec, before, request)
     after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
     if request.layers_to_drop is not None:
         after["layers"] = _depth_after(spec, teacher_config, request)
-    following = _pairs_cut_together(spec, before, given)
+    following = _groups_cut_together(spec, before, given)
     notes = _round_fractions(spec, teacher_config, request, given, after, following, may_stay)
     _require_depth(spec, teacher_config, request, after["layers"])
     for inner, outer in spec.groups:
-        most = _most(spec, inner, before, after)
+        most = _largest_size(spec, inner, before, after)
         if inner not in given and after[inner] > most:
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
@@ -173,13 +173,13 @@ def _round_fractions(
         step = each = _step(spec, config, axis, before, after, following)
         if axis in ROUNDED_AXES:
             step = rounding_step(before[axis], each, request.multiple_of, value)
-        most = _most(spec, axis, before, after)
+        most = _largest_size(spec, axis, before, after)
         after[axis] = min(_round_fraction(value, before[axis], step), most)
         nearest = _round_fraction(value, before[axis], math.lcm(each, SMALL_STEP))
         if axis in ROUNDED_AXES and request.multiple_of is None and after[axis] != min(nearest, most):
             notes.append(
-                f"{_name(spec, axis)}={value} of {before[axis]} is rounded to {after[axis]}, a multiple of {step}, "
-                "which kernels and quantisers like. Give a number of units, or multiple_of, for another size."
+                f"{field_name(spec, axis)}={value} of {before[axis]} is rounded to {after[axis]}, a multiple of "
+                f"{step}, which kernels and quantisers like. Give a number of units, or multiple_of, for another size."
             )
         if not may_stay:
             _require_change(spec, config, axis, value, before, after, step)
@@ -223,18 +223,20 @@ def _check_options(
             "repair cannot be combined with head_add_back: it refits projections of kept heads as they are, which "
             "add-back changes. Leave out one of them."
         )
-    for name in request.uneven:
+    for name in request.nonuniform_sizes:
         if not spec.holds_lists(PRUNER_FIELDS[name], config):
             raise PlanError(
-                f"uneven names {name}, but the stock '{spec.model_type}' config holds one for all layers, not a list. "
-                "Leave it out: every layer keeps equally many."
+                f"nonuniform_sizes names {name}, but the stock '{spec.model_type}' config holds one for all layers, "
+                "not a list. Leave it out: every layer keeps equally many."
             )
         if after[PRUNER_FIELDS[name]] >= before[PRUNER_FIELDS[name]]:
             raise PlanError(
-                f"uneven names {name}, which is not cut. Give it a smaller size, the average of all layers."
+                f"nonuniform_sizes names {name}, which is not cut. Give it a smaller size, the average of all layers."
             )
         if any(PRUNER_FIELDS[name] in pair for pair in spec.groups):
-            raise PlanError(f"uneven names {name}, which is cut in whole groups, equal in every layer. Leave it out.")
+            raise PlanError(
+                f"nonuniform_sizes names {name}, which is cut in whole groups, equal in every layer. Leave it out."
+            )
     if request.repair and not repaired_axes(teachers, before, after):
         return ["repair changes nothing: neither neurons nor heads are cut."]
     return []
@@ -246,12 +248,12 @@ def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str,
     Raises:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
-    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.taps)
+    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
     for axis in axes:
-        if axis not in REPAIRED_AXES or f"{spec.taps[axis]}.weight" not in spec.dimensions:
+        if axis not in REPAIRED_AXES or f"{spec.hook_points[axis]}.weight" not in spec.dimensions:
             raise PlanError(
                 f"repair='least_squares' refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
-                f"models is cut here, which {spec.taps[axis]} reads in another way. Leave out repair."
+                f"models is cut here, which {spec.hook_points[axis]} reads in another way. Leave out repair."
             )
     return axes
 
@@ -319,10 +321,10 @@ def _serving_notes(
     if "moe_ffn" in after:
         for axis in ("hidden", "moe_ffn"):
             if after[axis] % EXPERT_ALIGNMENT and not before[axis] % EXPERT_ALIGNMENT:
-                nearest = _nearest(after[axis], range(EXPERT_ALIGNMENT, before[axis] + 1, EXPERT_ALIGNMENT))
+                nearest = _nearest_sizes(after[axis], range(EXPERT_ALIGNMENT, before[axis] + 1, EXPERT_ALIGNMENT))
                 notes.append(
-                    f"{_name(spec, axis)}={after[axis]}: fast kernels for stacked experts need rows of 16 bytes, that "
-                    f"is, multiples of {EXPERT_ALIGNMENT} in 16 bits (nearest: {nearest}). Load the student "
+                    f"{field_name(spec, axis)}={after[axis]}: fast kernels for stacked experts need rows of 16 bytes, "
+                    f"that is, multiples of {EXPERT_ALIGNMENT} in 16 bits (nearest: {nearest}). Load the student "
                     "with experts_implementation='eager', or choose one of them."
                 )
     return notes
@@ -368,11 +370,11 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
     notes = []
     fixed = set(given)
     for left_text, right_text in spec.equal:
-        left, each_left = _moving(spec, left_text, after)
-        right, each_right = _moving(spec, right_text, after)
+        left, each_left = _cuttable_axis(spec, left_text, after)
+        right, each_right = _cuttable_axis(spec, right_text, after)
         if each_left * after[left] == each_right * after[right]:
             continue
-        names = {axis: _name(spec, axis) for axis in (left, right)}
+        names = {axis: field_name(spec, axis) for axis in (left, right)}
         why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
         times = f"{each_right} × " if each_right > 1 else ""
         legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
@@ -392,7 +394,7 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
             step = each_following // math.gcd(each_following, each)
             raise PlanError(
                 f"{names[moves]}={after[moves]}: the stock '{spec.model_type}' classes only hold {legal}. "
-                f"Nearest: {_nearest(after[moves], range(step, before[moves] + 1, step))}."
+                f"Nearest: {_nearest_sizes(after[moves], range(step, before[moves] + 1, step))}."
             )
         after[follows] = followed
         fixed.add(follows)

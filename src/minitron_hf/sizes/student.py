@@ -12,9 +12,9 @@ from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for, text_config
 from ..families.axes import implied_size
 from ..models import empty_model, first_line
-from .classes import _sisters, config_class
-from .layers import _layer_fields, fixed_layers, lacking_kinds
-from .legality import _name, axes_of_tensors, reason_not_cuttable, require_units
+from .classes import _equivalent_classes, config_class
+from .layers import _layer_fields, fixed_layers, reason_against_layers
+from .legality import axes_of_tensors, field_name, reason_not_cuttable, require_units
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 
@@ -58,7 +58,7 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     )
 
 
-def checked_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tuple[dict[str, int], list[str]]:
+def check_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tuple[dict[str, int], list[str]]:
     """Sizes of the student and notes, by `resolve_sizes`; refuses also sizes that no tensor of the teacher has.
 
     Raises:
@@ -118,10 +118,10 @@ def layers_without_scores(
         droppable = [layer for layer in (depth - 1, *range(depth - 1)) if layer not in fixed]
         drop = droppable[len(droppable) - (depth - left) :]
         blocks = [tuple(layer for layer in range(depth) if layer not in drop)]
-    return next((block for block in blocks if not lacking_kinds(spec, config, block)), blocks[0])
+    return next((block for block in blocks if not reason_against_layers(spec, config, block)), blocks[0])
 
 
-def with_units(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
+def resolve_fractions(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
     """The request with numbers of units for fractions, of which some may come to no change.
 
     It names the `model_type` of other stock classes where only these can hold its sizes.
@@ -130,7 +130,7 @@ def with_units(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerC
         PlanError: if no stock classes can.
     """
     spec = spec_for(config)
-    others = () if pruner_config.model_type else _sisters(spec, config)
+    others = () if pruner_config.model_type else _equivalent_classes(spec, config)
 
     def resolved(request: PrunerConfig) -> PrunerConfig:
         sizes, _ = resolve_sizes(spec, config, request, may_stay=True)
@@ -155,17 +155,17 @@ def build_student_config(
     layers_kept: tuple[int, ...],
     *,
     norm_compensation: bool = False,
-    uneven: Mapping[str, Sequence[int]] | None = None,
+    nonuniform_sizes: Mapping[str, Sequence[int]] | None = None,
     model_type: str | None = None,
 ) -> PretrainedConfig:
     """The teacher's config with the student's sizes, validated by the stock class.
 
-    `uneven` has the sizes of the layers that stay, for axes whose sizes are not to be equal; `model_type` names other
-    stock classes than the teacher's.
+    `nonuniform_sizes` holds axis → size in every kept layer, for axes whose sizes differ by layer. `model_type` names
+    other stock classes than the teacher's.
     """
     if (inner := text_config(teacher)) is not teacher:
         text = build_student_config(
-            spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, uneven=uneven
+            spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, nonuniform_sizes=nonuniform_sizes
         )
         whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
         for name in LEFT_OUT:
@@ -181,7 +181,7 @@ def build_student_config(
         if spec.holds_lists(axis.name, teacher):
             [name] = axis.fields
             values[name] = [min(own, sizes[axis.name]) for own in values[name]]
-            for layer, own in zip(layers_kept, (uneven or {}).get(axis.name, ())):
+            for layer, own in zip(layers_kept, (nonuniform_sizes or {}).get(axis.name, ())):
                 values[name][layer] = own
         elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
             for name in axis.fields:
@@ -202,7 +202,7 @@ def build_student_config(
         values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if values.get(name)})
     changed: dict[str, Any] = {}
     if len(layers_kept) < before["layers"]:
-        if lacking := lacking_kinds(spec, teacher, layers_kept):
+        if lacking := reason_against_layers(spec, teacher, layers_kept):
             raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
         changed = _layer_fields(spec, values, before["layers"], layers_kept)
         values.update(changed)
@@ -212,7 +212,7 @@ def build_student_config(
         config_type = config_class(str(model_type))
         known = config_type().to_dict().keys() - {"architectures"}
         values = {name: value for name, value in values.items() if name in known and name != "model_type"}
-        values.update(_sisters(spec, teacher)[str(model_type)])
+        values.update(_equivalent_classes(spec, teacher)[str(model_type)])
     try:
         config = config_type(**values)
         # Layers that predict further tokens are no part of the stock model, and so of no student either.
@@ -265,7 +265,7 @@ def _nearest_accepted(
                 next((size for size in side if accepted(axis, size)), None) for side in (below[:256], above[:256])
             ]
             if legal := " or ".join(str(size) for size in sides if size is not None):
-                found.append(f"{_name(spec, axis)}={legal}")
+                found.append(f"{field_name(spec, axis)}={legal}")
     return f"Nearest: {', or '.join(found)}." if found else "Choose other sizes."
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 #: Fields of a table that have no default.
-NEEDED = ("taps", "layer_norms", "final_norm")
+NEEDED = ("hook_points", "layer_norms", "final_norm")
 
 
 @dataclass
@@ -62,7 +62,7 @@ def draft_family(config: PretrainedConfig) -> str:
         UnsupportedModelError: if the model cannot be built, or a dimension is no sum of products of config fields.
     """
     found = probe(config)
-    return _source(config, found, _draft(config, found))
+    return _write_source(config, found, _draft(config, found))
 
 
 def _draft(config: PretrainedConfig, found: Probe) -> Draft:
@@ -99,7 +99,7 @@ def _draft(config: PretrainedConfig, found: Probe) -> Draft:
 
     draft.outer, draft.layer = over_axes(draft.outer), over_axes(draft.layer)
     if draft.coupled:
-        _couple(draft)
+        _guess_coupled_heads(draft)
     return draft
 
 
@@ -135,16 +135,16 @@ def _axis(name: str, known: str | None, found: Probe, draft: Draft) -> parts.Axi
     implied = found.implied.get(name)
     if known in STANDARD:
         axis = replace(STANDARD[known][1], fields=(name,))
-        return axis if implied is None else replace(axis, implied=_over(implied, draft))
+        return axis if implied is None else replace(axis, implied=_in_axes(implied, draft))
     draft.todo.append(f"whether {name} can be cut: its axis is fixed as long as it is not one of base.py")
-    return parts.Axis(name, (name,), implied=None if implied is None else _over(implied, draft), prunable=False)
+    return parts.Axis(name, (name,), implied=None if implied is None else _in_axes(implied, draft), prunable=False)
 
 
-def _over(expression: str, draft: Draft) -> str:
+def _in_axes(expression: str, draft: Draft) -> str:
     return "*".join(draft.axes[part].name if part in draft.axes else part for part in expression.split("*"))
 
 
-def _couple(draft: Draft) -> None:
+def _guess_coupled_heads(draft: Draft) -> None:
     """Heads as wide together as the residual stream leave no trace in shapes: their projections are guessed."""
     attention = [name for name in draft.layer if "att" in name.lower() and " " in draft.layer[name]]
     inner = "heads*head_dim"
@@ -170,9 +170,9 @@ def _couple(draft: Draft) -> None:
     )
 
 
-def _taps(draft: Draft) -> dict[str, str]:
+def _find_hook_points(draft: Draft) -> dict[str, str]:
     """The last module of a layer that reads an axis and writes to the residual stream; stacked experts as a whole."""
-    taps: dict[str, str] = {}
+    hook_points: dict[str, str] = {}
     for axis in draft.axes.values():
         if not axis.per_layer:
             continue
@@ -181,17 +181,17 @@ def _taps(draft: Draft) -> dict[str, str]:
             module = name.rpartition(".")[0]
             if axis.name in ("experts", "moe_ffn"):
                 if len(dimensions) == 3 and axis.name in dimensions:
-                    taps[axis.name] = module
+                    hook_points[axis.name] = module
             elif "hidden" in dimensions and any(
                 "+" not in side and axis.name in side.split("*") for side in dimensions
             ):
-                taps[axis.name] = module
-    if "kv" in draft.names and "heads" in taps:
-        taps["kv"] = taps["heads"]
-    return taps
+                hook_points[axis.name] = module
+    if "kv" in draft.names and "heads" in hook_points:
+        hook_points["kv"] = hook_points["heads"]
+    return hook_points
 
 
-def _source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
+def _write_source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
     """The draft as Python."""
     used = {"ArchSpec", "layer_tables"}
 
@@ -234,7 +234,7 @@ def _source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
             lines.append(f"{helper}({module!r}{arguments}),{'  # TODO: the order of the parts' if fused else ''}")
         return [indent + line for line in lines]
 
-    taps = _taps(draft)
+    hook_points = _find_hook_points(draft)
     hidden = [
         name.removesuffix(".weight")
         for name, text in draft.layer.items()
@@ -249,7 +249,7 @@ def _source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
     lists = [name for name, value in found.values.items() if isinstance(value, list) and len(value) == depth]
     groups = (("heads", "kv"),) if {"heads", "kv"} <= draft.names else ()
     fields: dict[str, Any] = {
-        "taps": taps,
+        "hook_points": hook_points,
         "layer_norms": tuple(hidden),
         "final_norm": final[-1] if final else "",
         "groups": groups,

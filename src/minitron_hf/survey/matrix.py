@@ -35,7 +35,7 @@ class Cut:
 
     Attributes:
         allowed: whether it can at all.
-        remarks: why not, or on which conditions.
+        remarks: why not, or on which refused_variants.
     """
 
     allowed: bool
@@ -62,7 +62,7 @@ class Matrix:
         return LEGEND.format(names=", ".join(f"{axis} is `{FIELD_OF_AXIS[axis]}`" for axis in self.axes))
 
 
-def cuts(spec: ArchSpec) -> dict[str, Cut]:
+def cuttable_axes(spec: ArchSpec) -> dict[str, Cut]:
     """Every size of a family that users can name, and whether it can be cut: axis → `Cut`.
 
     Args:
@@ -72,7 +72,7 @@ def cuts(spec: ArchSpec) -> dict[str, Cut]:
     found = dict(own)
     for name, value, variant in spec.variants:
         where = f"with `{name}={value!r}`: "
-        for axis, cut in cuts(variant).items():
+        for axis, cut in cuttable_axes(variant).items():
             if axis not in own:
                 found.setdefault(axis, Cut(cut.allowed, ()))
                 said = (f"only {where.removesuffix(': ')}", *cut.remarks)
@@ -89,21 +89,21 @@ def cuts(spec: ArchSpec) -> dict[str, Cut]:
 def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
     for left, right in spec.equal:
-        together = f"only together: {_named(right, spec)} = {_named(left, spec)}"
+        together = f"only together: {_in_user_names(right, spec)} = {_in_user_names(left, spec)}"
         moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
         for axis in moving & remarks.keys():
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
         if multiple in remarks:
-            sisters = " or ".join(f'`model_type="{sister}"`' for sister, *_ in spec.sisters)
-            unless = f", unless the student is given {sisters}" if sisters else ""
-            remarks[multiple].append(f"to a multiple of {_named(divisor, spec)}{unless}")
+            others = " or ".join(f'`model_type="{other}"`' for other, *_ in spec.equivalent_classes)
+            unless = f", unless the student is given {others}" if others else ""
+            remarks[multiple].append(f"to a multiple of {_in_user_names(divisor, spec)}{unless}")
     for inner, outer in spec.groups:
         if inner in remarks:
-            remarks[inner].append(f"to equally many for every kept unit of {_named(outer, spec)}")
+            remarks[inner].append(f"to equally many for every kept unit of {_in_user_names(outer, spec)}")
     for axis, expression in spec.least:
         if axis in remarks:
-            remarks[axis].append(f"to no fewer than {_named(expression, spec)}")
+            remarks[axis].append(f"to no fewer than {_in_user_names(expression, spec)}")
     for names in spec.layer_rules.sparse_ranges:
         remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
     for _, rule in spec.layer_rules.derived_kinds:
@@ -125,12 +125,12 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     }
 
 
-def conditions(spec: ArchSpec) -> tuple[str, ...]:
+def refused_variants(spec: ArchSpec) -> tuple[str, ...]:
     """Variants of a family that cannot be pruned at all, with the reason."""
     return tuple(f"not with `{name}={value!r}`: {why}" for name, value, axis, why in spec.refused_if if axis == "*")
 
 
-def unavailable(*model_types: str) -> tuple[str, ...]:
+def missing_from_transformers(*model_types: str) -> tuple[str, ...]:
     """A remark where the installed Transformers lacks one of the model types that a family needs.
 
     Types from outside this package are not looked for: their code may come with the model.
@@ -158,8 +158,8 @@ def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
 
     grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, spec in tables.items():
-        cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuts(spec).items()}
-        remarks = (*conditions(spec), *unavailable(*re.findall(r"[\w.-]+", name)))
+        cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuttable_axes(spec).items()}
+        remarks = (*refused_variants(spec), *missing_from_transformers(*re.findall(r"[\w.-]+", name)))
         grouped.setdefault(tuple(cells.items()), []).append(marked(name, remarks))
     used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
     rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
@@ -177,31 +177,33 @@ def to_markdown(matrix: Matrix) -> str:
     return "\n".join([*lines, "", matrix.legend, "", *remarks])
 
 
-def described(model_type: str) -> list[tuple[str, ArchSpec]]:
+def describe_family(model_type: str) -> list[tuple[str, ArchSpec]]:
     """What a family's file says of it, and its table; several where models of that type hold one of several families.
 
     Raises:
         UnsupportedModelError: if there is no such family.
     """
     if model_type in families():
-        return [(_about(model_type), families()[model_type])]
+        return [(_docstring_of(model_type), families()[model_type])]
     inside = [(text, spec) for (outer, text), spec in wrapped_families().items() if outer == model_type]
     if not inside:
         known = dict.fromkeys((*families(), *sorted(outer for outer, _ in wrapped_families())))
         raise UnsupportedModelError(
             f"No family table for '{model_type}'.{did_you_mean(model_type, known)} There are {', '.join(known)}."
         )
-    return [(f"A model that holds a language model of type '{text}'. {_about(text)}", spec) for text, spec in inside]
+    return [
+        (f"A model that holds a language model of type '{text}'. {_docstring_of(text)}", spec) for text, spec in inside
+    ]
 
 
-def _about(model_type: str) -> str:
+def _docstring_of(model_type: str) -> str:
     name = f"minitron_hf.families.{model_type.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:
         return "A table from outside this package."
     return (importlib.import_module(name).__doc__ or "").strip()
 
 
-def with_matrix(text: str) -> str:
+def insert_matrix(text: str) -> str:
     """A text with the current matrix between its markers.
 
     Raises:
@@ -214,10 +216,10 @@ def with_matrix(text: str) -> str:
     return f"{before}{BEGIN}\n{to_markdown(support_matrix())}\n{END}{after}"
 
 
-def _named(text: str, spec: ArchSpec) -> str:
+def _in_user_names(text: str, spec: ArchSpec) -> str:
     """An expression of axes in the names that users know, else those of the config.
 
-    >>> _named("heads*head_dim", families()["gpt2"])
+    >>> _in_user_names("heads*head_dim", families()["gpt2"])
     '`num_attention_heads` × head_dim'
     """
 
@@ -242,4 +244,4 @@ def _superscript(numbers: Sequence[int]) -> str:
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         with replacing_file(path) as temporary:
-            temporary.write_text(with_matrix(path.read_text(encoding="utf-8")), encoding="utf-8")
+            temporary.write_text(insert_matrix(path.read_text(encoding="utf-8")), encoding="utf-8")

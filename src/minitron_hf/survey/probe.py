@@ -151,7 +151,7 @@ def probe(config: PretrainedConfig) -> Probe:
         empty_model(config)  # raises what is wrong
         raise UnsupportedModelError(f"No model of type {config.model_type!r} can be built with fewer layers.")
     found.shapes = shapes
-    _write_out(found)
+    _write_implied_sizes(found)
     for name, value in found.values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             continue
@@ -177,7 +177,7 @@ def probe(config: PretrainedConfig) -> Probe:
     return found
 
 
-def _write_out(found: Probe) -> None:
+def _write_implied_sizes(found: Probe) -> None:
     """Fields that the config leaves to None and that are sizes: found by giving them one."""
     for name, value in list(found.values.items()):
         if value is not None:
