@@ -36,8 +36,8 @@ from minitron_hf import (
 )
 from minitron_hf.files import versions, write_json
 from minitron_hf.models import count_parameters, load_for_compute
+from minitron_hf.scoring.metrics import metric_names
 from minitron_hf.scoring.reductions import Reduction
-from minitron_hf.scoring.scores import Metric
 from reporting import command, spread
 
 ARMS = ("importance + KD", "random + KD", "random init + KD", "importance + CE")
@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval", required=True, help="held-out corpus")
     parser.add_argument("--eval-documents", type=int, default=200)
     parser.add_argument("--prune", action="append", required=True, metavar="FIELD=VALUE", help="of PrunerConfig")
-    parser.add_argument("--metric", choices=get_args(Metric), default="activation", help="of estimate_importance")
+    parser.add_argument("--metric", choices=metric_names(), default="activation", help="of estimate_importance")
     parser.add_argument("--depth-metric", choices=("perplexity", "logit_nmse"), help="of estimate_importance")
     parser.add_argument(
         "--sequence-reduction", choices=get_args(Reduction), default="mean", help="of estimate_importance"

@@ -31,8 +31,8 @@ from minitron_hf import (
 from minitron_hf.data import token_rows
 from minitron_hf.files import public_name, versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.scoring.metrics import metric_names
 from minitron_hf.scoring.reductions import Reduction
-from minitron_hf.scoring.scores import Metric
 from reporting import command
 
 #: What is cut, each by itself and all together.
@@ -45,7 +45,7 @@ REQUESTS = {
 }
 #: What is compared, and the arguments of scoring behind each name.
 VARIANTS: dict[str, dict[str, dict]] = {
-    "metric": {metric: {"metric": metric} for metric in get_args(Metric) if metric != "random"},
+    "metric": {metric: {"metric": metric} for metric in metric_names() if metric != "random"},
     "reduction": {
         f"{tokens} over tokens, {rows} over rows": {"sequence_reduction": tokens, "batch_reduction": rows}
         for tokens, rows in itertools.product(get_args(Reduction), repeat=2)

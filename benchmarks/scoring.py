@@ -21,9 +21,10 @@ from minitron_hf import PrunerConfig, apply_plan, make_plan
 from minitron_hf.data import TokenRows, padded_batches
 from minitron_hf.families import spec_for
 from minitron_hf.files import versions, write_json
+from minitron_hf.scoring.activations import ActivationPass
 from minitron_hf.scoring.depth import DepthPass
-from minitron_hf.scoring.observers import ScoringPass
-from minitron_hf.scoring.taylor import TaylorPass
+from minitron_hf.scoring.gradients import GradientPass
+from minitron_hf.scoring.metrics import METRICS
 from reporting import command
 
 #: A common shape at two sizes: one wide enough that matrices dominate, one as deep as an 8-billion-parameter model.
@@ -83,7 +84,7 @@ def compare_passes(arguments: argparse.Namespace) -> dict:
 
     def watched(*metrics: str) -> Callable[[], None]:
         def run() -> None:
-            pass_ = ScoringPass(spec, model, "mean", metrics)
+            pass_ = ActivationPass(spec, model, "mean", metrics)
             with torch.no_grad(), pass_.hooks():
                 pass_.run(batch)
 
@@ -94,7 +95,7 @@ def compare_passes(arguments: argparse.Namespace) -> dict:
             model.base_model(input_ids=batch["input_ids"], use_cache=False)
 
     def taylor() -> None:
-        pass_ = TaylorPass(spec, model)
+        pass_ = GradientPass(spec, model, METRICS["taylor"])
         with torch.no_grad(), pass_.hooks():
             pass_.run(batch)
 
@@ -104,7 +105,7 @@ def compare_passes(arguments: argparse.Namespace) -> dict:
         "all activation metrics": watched("activation", "pre_activation", "contribution"),
         "taylor": taylor,
     }
-    pass_ = ScoringPass(spec, model, "mean")
+    pass_ = ActivationPass(spec, model, "mean")
     with torch.no_grad(), pass_.hooks():
         pass_.run(batch)
     accumulators = sum(sums.nbytes for sums in pass_.sums.values()) + pass_.similarity.nbytes

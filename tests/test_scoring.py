@@ -11,7 +11,7 @@ from torch import nn
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import ArchSpec, spec_for
 from minitron_hf.families.axes import Axis
-from minitron_hf.scoring.observers import ScoringPass
+from minitron_hf.scoring.activations import ActivationPass
 from pocket import float64_throughout, pocket_model, pocket_tokens
 
 TOKENS = pocket_tokens(3, 8)
@@ -31,7 +31,7 @@ def changed_spec(model: nn.Module, heads: str, axes: tuple[Axis, ...], taps: dic
 def scores_of(spec: ArchSpec, model: nn.Module) -> dict[str, torch.Tensor]:
     """Σ over rows and tokens, per layer."""
     spec.check(model)
-    pass_ = ScoringPass(spec, model, "mean")
+    pass_ = ActivationPass(spec, model, "mean")
     with torch.no_grad(), float64_throughout(), pass_.hooks():
         pass_.run({"input_ids": TOKENS})
         return pass_.axis_scores("mean")
@@ -105,5 +105,5 @@ def test_taps_that_are_passed_by_are_named():
     model = pocket_model("llama")
     mlp = model.model.layers[3].mlp
     mlp.forward = lambda x: nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
-    with pytest.raises(UnsupportedModelError, match=r"never came to model\.layers\.3\.mlp\.down_proj, which"):
+    with pytest.raises(UnsupportedModelError, match=r"did not call model\.layers\.3\.mlp\.down_proj, where"):
         scores_of(spec_for(model.config), model)

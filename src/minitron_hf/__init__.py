@@ -23,6 +23,7 @@ _MODULE_OF = {
     "register_family": "families",
     "ImportanceScores": "scoring.scores",
     "estimate_importance": "scoring.importance",
+    "register_metric": "scoring.metrics",
     "PrunerConfig": "sizes.request",
     "PruningPlan": "pruning.plan",
     "make_plan": "pruning.planning",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from .recipe.schema import Recipe as Recipe
     from .saving import save_model as save_model
     from .scoring.importance import estimate_importance as estimate_importance
+    from .scoring.metrics import register_metric as register_metric
     from .scoring.scores import ImportanceScores as ImportanceScores
     from .search.architectures import search_architectures as search_architectures
     from .sizes.request import PrunerConfig as PrunerConfig

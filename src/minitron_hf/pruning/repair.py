@@ -17,8 +17,9 @@ from ..families.axes import dimension_index
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import calibrate
-from ..scoring.observers import Tap, first_input
+from ..scoring.hooks import first_input
 from ..scoring.scores import require_weights
+from ..scoring.units import UnitView
 from ..sizes.resolve import repaired_axes
 from ..weights import input_device, tensor_values
 
@@ -70,11 +71,11 @@ def repaired_weights(
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
     before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
     names = list(named_tensors(model, tied=True))
-    taps: dict[str, tuple[int, Tap]] = {}
+    taps: dict[str, tuple[int, UnitView]] = {}
     for axis in repaired_axes(spec, before, after):
         module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
-            tap = Tap(spec, axis, module, spec.sizes(model.config, layer))
+            tap = UnitView(spec, axis, module, spec.sizes(model.config, layer))
             taps[spec.layer_parameter(layer, module)] = layer, tap
     if not taps:
         return {}

@@ -12,7 +12,7 @@ from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
-from ..scoring.importance import require_depth
+from ..scoring.removal import require_depth
 from ..sizes.resolve import scoring_arguments
 from ..sizes.shapes import TOLERANCE, Shape, enumerate_shapes, require_budget
 from ..sizes.student import check_sizes, student_config

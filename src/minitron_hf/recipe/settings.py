@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DataError, MinitronError
 from ..hardware import training_device
 from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
-from ..scoring.scores import Metric
+from ..scoring.metrics import metric_names
 from .actions import cached_arguments, search_arguments
 from .environment import check_reporters
 from .rules import hints_of, require_choice, require_settings
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def scoring_hints() -> dict[str, Any]:
     """Arguments of `estimate_importance` that can be written down, and of a recipe's repetition of it."""
     given = ("model", "data", "processing_class", "show_progress")
-    return {**hints_of(estimate_importance, without=given), "metric": Metric, "iterations": int}
+    return {**hints_of(estimate_importance, without=given), "metric": Literal[metric_names()], "iterations": int}
 
 
 def distillation_hints() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..families.axes import dimension_index
 from ..sizes.student import build_student_config
 from ..weights import input_device, set_tensor, tensor_values
 from .batches import Batches, token_losses
-from .observers import first_input
+from .hooks import first_input
 
 DepthMetric = Literal["perplexity", "logit_nmse"]
 #: Any function of a model; the lower, the better the model is.

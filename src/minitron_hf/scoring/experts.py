@@ -92,8 +92,8 @@ def observed_experts(
                 configs[id(module.config)] = module.config
             elif differentiable:
                 raise UnsupportedModelError(
-                    f"The experts of {type(module).__name__} cannot be watched in a backward pass: it computes them "
-                    "in a way of its own. Score it with another metric than 'taylor'."
+                    f"The experts of {type(module).__name__} cannot be observed in a backward pass: it computes them "
+                    "in a way of its own. Use a metric that reads no gradients, such as 'activation'."
                 )
             else:
                 stack.callback(module.register_forward_hook(again, with_kwargs=True).remove)

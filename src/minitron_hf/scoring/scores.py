@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Metric = Literal["activation", "pre_activation", "contribution", "taylor", "magnitude", "random"]
+#: Name of a registered metric, see `minitron_hf.scoring.metrics`.
+Metric = str
 SCORES_NAME = "scores.safetensors"
 
 
@@ -90,7 +91,7 @@ class ImportanceScores:
     @property
     def removed_layers(self) -> list[int]:
         """The layers that were removed one after another, in that order."""
-        return [] if self.removals is None else [_smallest(row) for row in self.removals.tolist()]
+        return [] if self.removals is None else [index_of_smallest(row) for row in self.removals.tolist()]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -181,6 +182,6 @@ def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> 
         )
 
 
-def _smallest(values: Sequence[float]) -> int:
+def index_of_smallest(values: Sequence[float]) -> int:
     """Index of the smallest value; NaN is none, ties go to the lower index."""
     return min((index for index, value in enumerate(values) if not math.isnan(value)), key=lambda i: values[i])

@@ -1,4 +1,4 @@
-"""Sums over the weights of each unit.
+"""Sums over the weights of every unit.
 
 Legend of shape suffixes: U units of an axis, O units of the axis that they are within, G groups, L layers.
 """
@@ -6,7 +6,7 @@ Legend of shape suffixes: U units of an axis, O units of the axis that they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -18,11 +18,16 @@ from ..families.axes import Dimension, dimension_axes, product_shape
 from ..families.tensors import named_tensors
 from ..weights import tensor_values
 
+#: Elementwise function of weights, such as `torch.square` or `torch.abs`.
+Term = Callable[[Tensor], Tensor]
 
-def unit_squares(tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes: Mapping[str, int]) -> Tensor | None:
-    """Sum of the squares of a tensor's elements by the unit that they belong to.
 
-    The elements of a group are those of its members too.
+def unit_sums(
+    tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes: Mapping[str, int], term: Term
+) -> Tensor | None:
+    """Sum a term of a tensor's elements over the unit that they belong to.
+
+    The elements of a group include those of its members.
 
     Args:
         tensor: a tensor of the model.
@@ -30,6 +35,7 @@ def unit_squares(tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes:
         axis: the axis.
         spec: the family's table.
         sizes: sizes of all axes.
+        term: what is summed.
 
     Returns:
         float64 `[U]`, or `[O, U]` for units within others; None where no element belongs to a single unit.
@@ -37,31 +43,31 @@ def unit_squares(tensor: Tensor, pattern: str, axis: str, spec: ArchSpec, sizes:
     outer = spec.axis[axis].within
     count = sizes[axis] * (1 if outer is None else sizes[outer])
     owners = [
-        (unit_of(dimension, axis, spec, sizes), None if outer is None else unit_of(dimension, outer, spec, sizes))
+        (unit_indices(dimension, axis, spec, sizes), unit_indices(dimension, outer, spec, sizes) if outer else None)
         for dimension in spec.dimensions.get(pattern, ())
     ]
     if all(unit is None for unit, _ in owners) or (outer and all(other is None for _, other in owners)):
         return None
-    squares = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).square()
+    terms = term(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
     index = np.zeros((1,) * tensor.ndim, dtype=np.int64)
     known = np.ones((1,) * tensor.ndim, dtype=bool)
     for position, (unit, other) in enumerate(owners):
         if unit is None and other is None:
-            squares = squares.sum(position, keepdim=True, dtype=torch.float64)
+            terms = terms.sum(position, keepdim=True, dtype=torch.float64)
             continue
         shape = tuple(-1 if p == position else 1 for p in range(tensor.ndim))
         for label, step in ((unit, 1), (other, sizes[axis])):
             if label is not None:
                 index = index + step * label.reshape(shape)
                 known = known & (label >= 0).reshape(shape)
-    index, known = np.broadcast_to(index, squares.shape), np.broadcast_to(known, squares.shape)
-    found = torch.zeros(count, dtype=torch.float64)
-    found.index_add_(0, torch.from_numpy(index[known]), squares.cpu().double()[torch.from_numpy(known.copy())])
-    return found if outer is None else found.unflatten(0, (sizes[outer], -1))
+    index, known = np.broadcast_to(index, terms.shape), np.broadcast_to(known, terms.shape)
+    sums = torch.zeros(count, dtype=torch.float64)
+    sums.index_add_(0, torch.from_numpy(index[known]), terms.cpu().double()[torch.from_numpy(known.copy())])
+    return sums if outer is None else sums.unflatten(0, (sizes[outer], -1))
 
 
-def unit_of(dimension: Dimension, axis: str, spec: ArchSpec, sizes: Mapping[str, int]) -> np.ndarray | None:
-    """Unit of an axis that every position of a dimension belongs to, −1 for none; None where none belongs to any.
+def unit_indices(dimension: Dimension, axis: str, spec: ArchSpec, sizes: Mapping[str, int]) -> np.ndarray | None:
+    """Index of the unit that each position of a dimension belongs to, −1 for none; None if no position has one.
 
     Args:
         dimension: the dimension.
@@ -85,56 +91,68 @@ def unit_of(dimension: Dimension, axis: str, spec: ArchSpec, sizes: Mapping[str,
     return np.concatenate(pieces)
 
 
-def weight_magnitudes(spec: ArchSpec, model: PreTrainedModel) -> tuple[dict[str, Tensor], Tensor]:
-    """L2 norm of all weights of every unit, and of every block of layers.
+def sum_by_unit(spec: ArchSpec, model: PreTrainedModel, term: Term) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum a term of all weights of every unit, and of every block of layers.
+
+    Args:
+        spec: the family's table.
+        model: the model.
+        term: elementwise function of weights, ≥ 0: `torch.square`, `torch.abs`.
 
     Returns:
-        axis → float32 in the shape of its units, NaN in layers that have none; blocks, float32 [L, L], NaN below the
-        diagonal.
+        axis → float64 sums in the shape of its units, NaN in layers that have none; sums of blocks, float64 [L, L],
+        NaN below the diagonal.
     """
-    sizes = spec.sizes(model.config)
+    axes = zero_scores(spec, model)
     layer_sizes = spec.layer_sizes(model.config)
-    names = list(named_tensors(model))
-    axes: dict[str, Tensor] = {}
-    depth = sizes["layers"]
-    layers_L = torch.zeros(depth, dtype=torch.float64)
-    wanted = [axis.name for axis in spec.axes if axis.prunable and axis.name != "layers"]
-    for axis in wanted:
-        axes[axis] = torch.zeros(spec.units(axis, model.config), dtype=torch.float64)
-        if spec.axis[axis].per_layer:
-            for row, own in enumerate(layer_sizes):
-                axes[axis][row, ..., own[axis] :] = torch.nan
-            lacking = sorted(set(range(depth)) - set(spec.layers_with(axis, list(named_tensors(model, tied=True)))))
-            axes[axis][lacking] = torch.nan
-    for name in names:
+    layers_L = torch.zeros(len(layer_sizes), dtype=torch.float64)
+    for name in named_tensors(model):
         pattern, layer = spec.locate(name) or (name, None)
         values = tensor_values(model, name)
         if not values.is_floating_point():
             continue
         if layer is not None:
-            layers_L[layer] += values.detach().double().square().sum().cpu()
-        for axis in wanted:
-            own = sizes if layer is None else layer_sizes[layer]
-            squares = unit_squares(values, pattern, axis, spec, own)
-            if squares is not None:
-                place = axes[axis]
-                if spec.axis[axis].per_layer:
-                    place = place[layer][tuple(map(slice, spec.own_units(axis, own)))]
-                place += squares
-    total = layers_L.cumsum(0)
-    blocks_LL = (total[None, :] - (total - layers_L)[:, None]).clamp(min=0).sqrt().float()
-    blocks_LL = blocks_LL.masked_fill(torch.ones_like(blocks_LL, dtype=torch.bool).tril(-1), torch.nan)
-    return {axis: squares.sqrt().float() for axis, squares in axes.items()}, blocks_LL
+            layers_L[layer] += term(values.detach().double()).sum().cpu()
+        sizes = spec.sizes(model.config) if layer is None else layer_sizes[layer]
+        for axis, place in axes.items():
+            sums = unit_sums(values, pattern, axis, spec, sizes, term)
+            if sums is not None and spec.axis[axis].per_layer:
+                place[layer][tuple(map(slice, spec.own_units(axis, sizes)))] += sums
+            elif sums is not None:
+                place += sums
+    total_L = layers_L.cumsum(0)
+    blocks_LL = (total_L[None, :] - (total_L - layers_L)[:, None]).clamp(min=0)
+    return axes, below_diagonal_nan(blocks_LL)
+
+
+def zero_scores(spec: ArchSpec, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Prunable axis → float64 zeros in the shape of its units, NaN in layers that have none."""
+    layer_sizes = spec.layer_sizes(model.config)
+    tied_names = list(named_tensors(model, tied=True))
+    axes: dict[str, Tensor] = {}
+    for axis in (axis.name for axis in spec.axes if axis.prunable and axis.name != "layers"):
+        axes[axis] = torch.zeros(spec.units(axis, model.config), dtype=torch.float64)
+        if spec.axis[axis].per_layer:
+            for row, sizes in enumerate(layer_sizes):
+                axes[axis][row, ..., sizes[axis] :] = torch.nan
+            lacking = sorted(set(range(len(layer_sizes))) - set(spec.layers_with(axis, tied_names)))
+            axes[axis][lacking] = torch.nan
+    return axes
+
+
+def below_diagonal_nan(blocks_LL: Tensor) -> Tensor:
+    """Scores of blocks, with NaN where a block would end before it begins."""
+    return blocks_LL.masked_fill(torch.ones_like(blocks_LL, dtype=torch.bool).tril(-1), torch.nan)
 
 
 def channel_norms(spec: ArchSpec, model: PreTrainedModel, layer: int) -> Tensor:
-    """L2 norm of everything that the matrices of one layer hold for each hidden channel, float64 [H]."""
+    """L2 norm of the weights that the matrices of one layer hold for each hidden channel, float64 [H]."""
     sizes = spec.sizes(model.config, layer)
     total_H = torch.zeros(sizes["hidden"], dtype=torch.float64)
     for name in named_tensors(model):
         pattern, where = spec.locate(name) or (name, None)
         if where == layer and len(spec.dimensions[pattern]) > 1:
-            squares = unit_squares(tensor_values(model, name), pattern, "hidden", spec, sizes)
+            squares = unit_sums(tensor_values(model, name), pattern, "hidden", spec, sizes, torch.square)
             if squares is not None:
                 total_H += squares
     return total_H.sqrt()
