@@ -26,7 +26,7 @@ FOLDER = ROOT / ".ranges"
 OLDEST = ROOT / "constraints-oldest.txt"
 OLDER_TRANSFORMERS = "transformers==4.57.6"
 #: Where the marked tests are; collecting all others would take longer than running these.
-FILES = ("tests/test_ranges.py", "tests/test_trainer.py")
+FILES = ("tests/test_ranges.py", "tests/test_compat.py", "tests/test_trainer.py")
 HEADER = "# Lower bounds of setup.cfg, by `python tests/ranges.py --write`. PyTorch is that of constraints.txt.\n"
 
 

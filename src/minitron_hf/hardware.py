@@ -129,8 +129,5 @@ def is_fast(dtype: torch.dtype, device: str | torch.device) -> bool:
 
 def _cpu_has_bf16() -> bool:
     """Probe the CPU; the one place that tests replace to see the package on another processor."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in PyTorch before 2.9
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -13,11 +13,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.configuration_utils import PretrainedConfig
-from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from .compat import (
+    CONFIG_NAME_KEY,
+    forget_autocast,
+    forward_before_autocast,
+    has_image_text_class,
+    without_deepspeed_config,
+)
 from .errors import DataError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest, local_folder
@@ -32,7 +44,7 @@ logger = logging.getLogger(__name__)
 #: Config fields that say nothing about the network: who wrote it, how it is run, stored or decoded.
 BOOKKEEPING_FIELDS = frozenset(
     {
-        "_name_or_path",
+        CONFIG_NAME_KEY,
         "architectures",
         "attn_implementation",
         "auto_map",
@@ -155,12 +167,11 @@ def plain_model(model: Any) -> Any:
     a wrapper for several processes around it. The given object is not changed: trained on, it behaves as before.
     """
     model = without_gguf_remains(extract_model_from_parallel(model))
-    # Accelerate 1.15 keeps the forward before autocast under this private name (`Accelerator.prepare_model`).
-    original = getattr(model, "__dict__", {}).get("_original_forward")
+    original = forward_before_autocast(model)
     if original is None:
         return model
     plain = copy.copy(model)  # shares the weights
-    del plain.__dict__["_original_forward"]
+    forget_autocast(plain)
     plain.forward = types.MethodType(original.__func__, plain) if hasattr(original, "__func__") else original
     return plain
 
@@ -168,7 +179,7 @@ def plain_model(model: Any) -> Any:
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class that builds all of a model: of those with a language model inside, not that one alone."""
     inside = text_config(config) is not config
-    whole = inside and type(config) in AutoModelForImageTextToText._model_mapping
+    whole = inside and has_image_text_class(config)
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
@@ -243,7 +254,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedModelError: if Transformers has no causal language model for the config, or cannot build it.
     """
     try:
-        with torch.device("meta"), _not_partitioned():
+        with torch.device("meta"), without_deepspeed_config():
             # A copy, because building a model may write its attention implementation into the config.
             # A config class of remote code exists only where its code was trusted when it was loaded.
             trusted = type(config).__module__.startswith("transformers_modules.")
@@ -258,19 +269,6 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"Transformers cannot build a {config.model_type!r} model from this config: {first_line(error)}"
         ) from error
-
-
-@contextlib.contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """Have Transformers build whole models under DeepSpeed ZeRO-3, by one process too."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, embeddings: bool = True) -> int:

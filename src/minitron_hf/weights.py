@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
+from transformers import PreTrainedModel
 
+from .compat import offload_hooks
 from .errors import UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters
 
@@ -161,8 +162,8 @@ def set_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor in the place of a parameter or saved buffer, whatever its shape."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor.contiguous()
+    if leaf in dict(module.named_buffers(recurse=False)):
+        setattr(module, leaf, tensor.contiguous())
     else:
         requires_grad = module.get_parameter(leaf).requires_grad
         setattr(module, leaf, torch.nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
@@ -172,8 +173,7 @@ def _offloaded(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Te
     """Where Accelerate keeps an offloaded tensor: a mapping, and the key in it."""
     path, _, leaf = name.rpartition(".")
     while True:
-        attached: Any = getattr(model.get_submodule(path), "_hf_hook", None)
-        for hook in getattr(attached, "hooks", (attached,)):
+        for hook in offload_hooks(model.get_submodule(path)):
             if getattr(hook, "weights_map", None) is not None:
                 return hook.weights_map, leaf
         if not path:

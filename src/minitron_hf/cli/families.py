@@ -47,8 +47,7 @@ def families(
 
 
 def _write_draft(model: str, output: Path | None) -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     from ..files import replacing_file
     from ..models import load_config

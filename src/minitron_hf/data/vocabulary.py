@@ -64,7 +64,7 @@ def _name_of(model: Any) -> str | None:
     if isinstance(model, str | os.PathLike):
         return os.path.expanduser(os.fspath(model))
     config = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", None) or None
+    return getattr(config, "name_or_path", None) or None
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import get_peft_model
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..compat import commit_hash, dequantised_weight
 from ..errors import MinitronError, OutputError, UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..files import replacing_folder
@@ -42,11 +42,11 @@ def stored_name(model: Any) -> str | None:
     if config is None:
         return os.fspath(model)
     base = base_model_of(model)
-    name = config._name_or_path or None
+    name = config.name_or_path or None
     if name is None or getattr(base, "pruning_plan", None) is not None:
         return None
     with contextlib.suppress(MinitronError):
-        stored = load_config(name, revision=getattr(config, "_commit_hash", None))
+        stored = load_config(name, revision=commit_hash(config))
         return name if architecture_digest(stored) == architecture_digest(base.config) else None
     return None
 
@@ -76,7 +76,7 @@ def store_base(student: Any, output_dir: str | os.PathLike[str], *, writes: bool
     if writes:
         with replacing_folder(folder) as temporary:
             student.save_pretrained(temporary)
-    student.config._name_or_path = student.name_or_path = str(folder)
+    student.config.name_or_path = student.name_or_path = str(folder)
 
 
 def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> Any:
@@ -116,7 +116,7 @@ def merged(model: Any) -> Any:
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        tensor = dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf)
+        tensor = dequantised_weight(module) if leaf == "weight" else getattr(module, leaf)
         state_dict[name] = tensor.detach().clone()
     return with_adapters(model, state_dict, config).merge_and_unload()
 
@@ -186,7 +186,7 @@ def refuse_split_tie(student: Any) -> None:
         UnsupportedModelError: naming what to do.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
     if not student.config.get_text_config().tie_word_embeddings:
         return

@@ -101,7 +101,7 @@ def config_of(model: Any, kwargs: dict[str, Any]) -> Any:
 
 def name_of(model: Any) -> str | None:
     config = getattr(model, "config", None)
-    return os.fspath(model) if config is None else config._name_or_path or None
+    return os.fspath(model) if config is None else config.name_or_path or None
 
 
 def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
@@ -109,7 +109,7 @@ def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code
     }  # without it, Transformers would ask on the terminal
-    name = teacher_config._name_or_path or None
+    name = teacher_config.name_or_path or None
     if name is None:
         raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")
     if teacher_config.get_text_config() is teacher_config:

@@ -19,6 +19,7 @@ from datasets import DatasetInfo, Features
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from ..compat import commit_hash, dataset_state, on_device
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
@@ -110,7 +111,7 @@ def cache_teacher_logits(
     refuse_own_folder(output_dir, teacher=teacher)
     output_dir = require_writable(output_dir)
     if processing_class is None:
-        name = teacher.config._name_or_path if isinstance(teacher, nn.Module) else teacher
+        name: Any = teacher.config.name_or_path if isinstance(teacher, nn.Module) else teacher
         processing_class = load_tokenizer(name)
     refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
@@ -213,7 +214,7 @@ def _said_of(
     model: Any, batch: Mapping[str, Any], trainer: Any, settings: Mapping[str, Any]
 ) -> Iterator[dict[str, Tensor]]:
     """The teacher's columns of every row of a batch, on the CPU: [N, …] each."""
-    batch = trainer._prepare_inputs(dict(batch))
+    batch = on_device(trainer, batch)
     positions, _ = next_token_positions(batch[LABELS])
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
     with trainer.accelerator.autocast():
@@ -310,23 +311,15 @@ def _finish(
             num_tokens += sum(len(batch.column(LOG_TAIL).flatten()) for batch in reader)
     rows = digest(*(file["digest"] for file in files))
     write_json(folder / "dataset_info.json", asdict(DatasetInfo(features=Features.from_arrow_schema(schema))))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": file["file"]} for file in files],
-        "_fingerprint": digest(settings, rows).removeprefix("sha256:")[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": "numpy",
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    write_json(folder / "state.json", state)
+    fingerprint = digest(settings, rows).removeprefix("sha256:")[:16]
+    write_json(folder / "state.json", dataset_state([file["file"] for file in files], fingerprint))
     manifest = {
         "format": 1,
         "versions": versions(),
         "settings": settings,
         "teacher": {
-            "name_or_path": config._name_or_path or None,
-            "revision": getattr(config, "_commit_hash", None),
+            "name_or_path": config.name_or_path or None,
+            "revision": commit_hash(config),
             "config": json.loads(config.to_json_string(use_diff=False)),
         },
         "data": {"given": describe_data(dataset), "digest": rows},

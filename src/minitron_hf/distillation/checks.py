@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
+from ..compat import is_target_module
 from ..errors import DistributedError, DivergedError, MismatchError, OutputError, UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..losses.heads import base_model_of
@@ -53,7 +54,7 @@ def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None
     """
     for role, model in models.items():
         config = getattr(model, "config", None)
-        name = model if config is None else config._name_or_path
+        name = model if config is None else config.name_or_path
         if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
             raise OutputError(
                 f"The output folder {output_dir} is the {role}'s own, whose files would be overwritten. "
@@ -238,11 +239,9 @@ def refuse_adapter(model: Any, peft_config: Any) -> None:
     """
     _refuse_prompt_learning(peft_config)
     if getattr(peft_config, "target_modules", None):
-        from peft.tuners.tuners_utils import check_target_module_exists
-
         head = model.get_output_embeddings()
         name = next((name for name, module in model.named_modules() if module is head), None)
-        if peft_config.target_modules != "all-linear" and name and check_target_module_exists(peft_config, name):
+        if peft_config.target_modules != "all-linear" and name and is_target_module(peft_config, name):
             raise UnsupportedModelError(_ADAPTED_HEAD.format(name=name))
 
 
@@ -262,7 +261,7 @@ def _refuse_prompt_learning(peft_config: Any) -> None:
 
 def refuse_wrapped_head(student: Any) -> None:
     """Refuse an output head that an adapter has wrapped."""
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     head = student.get_output_embeddings()
     if not isinstance(head, nn.Linear | ModulesToSaveWrapper):

@@ -172,7 +172,7 @@ def correct_teacher(
         record = {
             "format": 1,
             "versions": versions(),
-            "teacher": public_name(trained.config._name_or_path),
+            "teacher": public_name(trained.config.name_or_path),
             "method": method,
             "original_learning_rate": original_learning_rate,
             "learning_rate": args.learning_rate,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import masking_utils
-from transformers.integrations import moe
 
+from ..compat import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    FakeTensorMode,
+    TorchDispatchMode,
+    grouped_products,
+    operator_of,
+    tree_leaves,
+    without_value_checks,
+)
 from ..errors import MinitronError, PlanError
 from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
@@ -137,7 +140,7 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if (flops := _FLOPS.get(func._overloadpacket)) is not None:
+        if (flops := _FLOPS.get(operator_of(func))) is not None:
             self.flops += flops(*args, **(kwargs or {}), out_val=output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
@@ -167,17 +170,9 @@ def _grouped_backward_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
 #: FLOPs of operations; PyTorch's table lacks attention that does not store its weights, as it is called on a CPU.
 _FLOPS: Mapping[Any, Any] = {
     **flop_registry,
-    # Before 5.22, Transformers registers no operation for the backward pass.
-    **{
-        getattr(torch.ops.transformers, name): flops
-        for name, flops in (
-            ("grouped_mm_fallback", _grouped_flops),
-            ("grouped_mm_fallback_backward", _grouped_backward_flops),
-        )
-        if hasattr(torch.ops.transformers, name)
-    },
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    **dict(zip(grouped_products(), (_grouped_flops, _grouped_backward_flops), strict=True)),
+    CPU_ATTENTION: _attention_flops,
+    CPU_ATTENTION_BACKWARD: _attention_backward_flops,
 }
 
 
@@ -191,7 +186,7 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
     for config in (teacher, student):
         empty_model(config)  # says why, if it cannot be built
     try:
-        with _assumed(), FakeTensorMode(allow_non_fake_inputs=True):
+        with without_value_checks(), FakeTensorMode(allow_non_fake_inputs=True):
             return _run(teacher, student, setup)
     except MinitronError:
         raise
@@ -200,20 +195,6 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
             f"A step of {student.model_type} cannot be run without values, so its memory cannot be told "
             f"({first_line(error)}). Measure one step on a device instead."
         ) from error
-
-
-@contextlib.contextmanager
-def _assumed() -> Iterator[None]:
-    """Answer what Transformers asks of values, or of the kind of tensor, as it is answered for rows on a device."""
-
-    def no(*_: Any) -> None:  # a mock of its own would keep the tensors that it is called with
-        return None
-
-    # PyTorch's own product of groups has shapes in bfloat16 alone; Transformers' replacement has the same in all.
-    grouped = mock.patch.object(moe, "_can_use_grouped_mm", no)
-    packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", no)
-    with packed, grouped:
-        yield
 
 
 def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
@@ -294,13 +275,14 @@ def _built(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None =
             adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     seeming: dict[int, Tensor] = {}
+    kept = []  # so that no identity is given twice
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in seeming:
-                    new = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    seeming[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                if tensor is not None:
-                    tensors[name] = seeming[id(tensor)]
+        own = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+            if id(tensor) not in seeming:
+                kept.append(tensor)
+                new = torch.empty_like(tensor, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                seeming[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+            setattr(module, name, seeming[id(tensor)])
     return model

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..compat import names_not_saved, set_names_not_saved
 from ..errors import MismatchError, PlanError
 from ..files import replacing_file
 
@@ -152,14 +153,13 @@ class IntermediateLosses:
         dtype = torch.promote_types(reference.dtype, torch.float32)
         self.projection.to(device=reference.device, dtype=dtype)
         student.add_module(PROJECTION, self.projection)
-        ignored: Any = student
-        ignored._keys_to_ignore_on_save = [*(ignored._keys_to_ignore_on_save or ()), f"{PROJECTION}.weight"]
+        set_names_not_saved(student, [*names_not_saved(student), f"{PROJECTION}.weight"])
 
     def detach(self, student: nn.Module) -> None:
         """Take it off again."""
         if hasattr(student, PROJECTION):
             delattr(student, PROJECTION)
-            del student.__dict__["_keys_to_ignore_on_save"]
+            set_names_not_saved(student, None)
 
     # ---- The weight ----
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..compat import attention_implementation
 from ..errors import MismatchError, UnsupportedModelError
 from ..losses.heads import base_model_of
 from ..models import evaluating, first_line
@@ -87,7 +88,7 @@ def try_packing(
 
 def _refusal(model: Any, role: str, does: str) -> str:
     stock = base_model_of(model)
-    attention = getattr(stock.config, "_attn_implementation", None)
+    attention = attention_implementation(stock.config)
     return (
         f"The {role}, a {type(stock).__name__} with attn_implementation={attention!r}, {does} the documents of a "
         "packed row, so what it computes would depend on how they are packed. Set packing=False (and "

@@ -13,6 +13,7 @@ from accelerate import cpu_offload
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
+from ..compat import apply_to_tensors, fsdp2_wrap_policy, gathered_parameters, layer_class_names
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..losses.fused import distillation_loss
@@ -57,7 +58,7 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
         h_ND = output.last_hidden_state.flatten(0, 1).index_select(0, distillation.positions).to(head.weight.device)
         teacher = distillation.teacher
         heads = [head, teacher.head] if isinstance(teacher, DenseSignal) else [head]
-        with _gathered(*(tensor for each in heads for tensor in (each.weight, each.bias))):
+        with gathered_parameters(*(tensor for each in heads for tensor in (each.weight, each.bias))):
             losses = distillation_loss(h_ND, whole_head(head), teacher, distillation.targets, **distillation.options)
         found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement", "entropy")}
         found["mean_token_accuracy"] = losses.accuracy
@@ -83,7 +84,7 @@ def whole_projection(projection: Any) -> Tensor | None:
     weight = projection.weight
     if isinstance(weight, DTensor):
         return weight.full_tensor()
-    with _gathered(weight):
+    with gathered_parameters(weight):
         return weight.detach().clone()
 
 
@@ -97,17 +98,6 @@ def whole_head(head: OutputHead) -> OutputHead:
         if isinstance(value, DTensor)
     }
     return replace(head, **whole) if whole else head
-
-
-def _gathered(*parameters: Any) -> contextlib.AbstractContextManager[None]:
-    """Under DeepSpeed ZeRO-3, parameters gathered for a direct access."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    return maybe_gather_lm_head_ctx(*parameters)
 
 
 @contextlib.contextmanager
@@ -175,7 +165,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
             "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which decide where "
             "its weights are. Leave out the one or the other."
         )
-    classes = teacher._no_split_modules or ()
+    classes = layer_class_names(teacher)
     layers = [module for module in teacher.modules() if type(module).__name__ in classes]
     if not layers:
         raise UnsupportedModelError(
@@ -187,7 +177,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
         device = torch.device("cpu")
     for layer in layers:
         cpu_offload(layer, execution_device=device)
-    teacher._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    apply_to_tensors(teacher, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def shard_teacher(teacher: Any, accelerator: Any) -> Any:
@@ -197,7 +187,6 @@ def shard_teacher(teacher: Any, accelerator: Any) -> Any:
         raise UnsupportedModelError(
             "FSDP version 1 hides the teacher's output head from the loss. Set fsdp_version: 2 for accelerate."
         )
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = getattr(accelerator, "torch_device_mesh", None)
@@ -208,7 +197,7 @@ def shard_teacher(teacher: Any, accelerator: Any) -> Any:
     }
     if plugin.cpu_offload is not None:
         options["offload_policy"] = plugin.cpu_offload
-    chosen = fsdp2_prepare_auto_wrap_policy(plugin, teacher)
+    chosen = fsdp2_wrap_policy(plugin, teacher)
     for module in list(teacher.modules())[:0:-1]:
         if chosen is not None and chosen(module):
             fully_shard(module, **options)

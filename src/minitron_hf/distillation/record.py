@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..compat import dataset_fingerprint
 from ..files import digest
 
 RECORD_NAME = "distillation.json"
@@ -65,7 +66,7 @@ def describe_data(data: Any) -> dict[str, Any] | None:
     return {
         "name": _hub_id_of(info) or getattr(info, "dataset_name", None),
         "num_rows": len(data) if hasattr(data, "__len__") else None,
-        "fingerprint": getattr(data, "_fingerprint", None),
+        "fingerprint": dataset_fingerprint(data),
     }
 
 

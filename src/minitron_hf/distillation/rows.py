@@ -10,8 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
+from trl import is_conversational, is_conversational_from_value
 
+from ..compat import column_names, trains_on_images
 from ..data import TokenRows
 from ..data.context import context_length
 from ..data.tokens import missing_start, separator_tokens, start_tokens
@@ -76,7 +77,7 @@ def whole_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
     collator = WithinContext(WithCachedTeacher(collator), context)
     # Some models look tokens of images up elsewhere.
-    return collator if trainer._is_vision_dataset else WithKnownTokens(collator, vocab_size)
+    return collator if trains_on_images(trainer) else WithKnownTokens(collator, vocab_size)
 
 
 class BeginsRows:
@@ -97,7 +98,7 @@ class BeginsRows:
         dataset_name: str,
     ) -> Any:
         prepare = super()._prepare_dataset  # type: ignore[misc] # of SFTTrainer (trl 1.16)
-        if "seq_lengths" in get_dataset_column_names(dataset):  # packed before
+        if "seq_lengths" in column_names(dataset):  # packed before
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         require_rows(dataset, dataset_name)
         first = next(iter(dataset))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from ..compat import prepare_deepspeed
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..hardware import one_dtype
@@ -63,8 +64,6 @@ class AsksTeacher(SFTTrainer):
             check_output_head(teacher_model, role="teacher")
             return teacher_model
         if self.is_deepspeed_enabled:
-            from trl.models.utils import prepare_deepspeed
-
             return prepare_deepspeed(teacher_model, self.accelerator)
         return shard_teacher(teacher_model, self.accelerator)
 

@@ -14,6 +14,7 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import AutoConfig
 
+from ..compat import set_commit_hash
 from ..errors import MismatchError, OutputError
 from ..files import known_digest, read_json
 from ..losses.divergences import OF_LOGITS
@@ -95,8 +96,8 @@ class TeacherCache:
         """Config of the teacher, with the name that it was loaded by."""
         values = config_values(self.manifest["teacher"]["config"])
         config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        config._name_or_path = self.manifest["teacher"]["name_or_path"] or ""
-        config._commit_hash = self.manifest["teacher"]["revision"]
+        config.name_or_path = self.manifest["teacher"]["name_or_path"] or ""
+        set_commit_hash(config, self.manifest["teacher"]["revision"])
         return config
 
     @property

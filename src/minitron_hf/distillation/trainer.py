@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from ..compat import commit_hash
 from ..data.context import shortest_context
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
@@ -162,7 +163,7 @@ class DistillationTrainer(
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else model.config.name_or_path
             args = DistillationConfig(f"{Path(name or 'student').name}-distilled")
         args = as_distillation_config(args)
 
@@ -264,8 +265,8 @@ class DistillationTrainer(
         self._loss_shifts_labels = True
         self.data_collator = whole_collator(self, shortest_context(student_config, teacher_config), self._vocab_size)
 
-        self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config._name_or_path or None
-        self._teacher_revision = teacher_kwargs.get("revision") or getattr(teacher_config, "_commit_hash", None)
+        self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config.name_or_path or None
+        self._teacher_revision = teacher_kwargs.get("revision") or commit_hash(teacher_config)
         if self._has_teacher:
             self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
         else:

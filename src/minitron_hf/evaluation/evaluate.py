@@ -302,7 +302,7 @@ def _speed_lengths(
 
 
 def _recorded_name(model: PreTrainedModel | str | os.PathLike[str]) -> str | None:
-    return public_name(model if isinstance(model, str | os.PathLike) else model.config._name_or_path)
+    return public_name(model if isinstance(model, str | os.PathLike) else model.config.name_or_path)
 
 
 def _digest_or_none(model: PreTrainedModel) -> str | None:

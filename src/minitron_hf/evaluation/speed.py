@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ..compat import commit_hash
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
 from ..files import local_folder, read_json
@@ -62,7 +63,7 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
 def _cached_folder(repo_id: str, loaded: PreTrainedModel | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    revision = getattr(loaded.config, "_commit_hash", None) if loaded is not None else None
+    revision = commit_hash(loaded.config) if loaded is not None else None
     found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 

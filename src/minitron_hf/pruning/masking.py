@@ -322,21 +322,19 @@ def _swap_tensors(
         return
     kept: dict[str, Tensor] = {}
 
-    def places(name: str) -> tuple[dict[str, Any], str]:
+    def place_of(name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
-        module = modules[path]
-        return (module._buffers if leaf in module._buffers else module._parameters), leaf
+        return modules[path], leaf
 
     def before(_: nn.Module, __: Any) -> None:
         for name, tensor in replacements.items():
-            place, leaf = places(name)
-            kept[name] = place[leaf]
-            place[leaf] = tensor if place is modules[name.rpartition(".")[0]]._buffers else nn.Parameter(tensor, False)
+            module, leaf = place_of(name)
+            kept[name] = getattr(module, leaf)
+            setattr(module, leaf, nn.Parameter(tensor, False) if isinstance(kept[name], nn.Parameter) else tensor)
 
     def after(_: nn.Module, __: Any, ___: Any) -> None:
         for name, tensor in kept.items():
-            place, leaf = places(name)
-            place[leaf] = tensor
+            setattr(*place_of(name), tensor)
         kept.clear()
 
     stack.callback(modules[layer].register_forward_pre_hook(before).remove)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
+from ..compat import CONFIG_NAME_KEY
 from ..errors import MismatchError
 from ..files import digest, json_values, read_json, replacing_file, versions, write_json
 
@@ -212,7 +213,7 @@ def _drop_padding(units: np.ndarray) -> np.ndarray:
 def _config_to_dict(config: PretrainedConfig) -> dict[str, Any]:
     """A config as JSON values, the way `config.json` holds it; where it was loaded from is not its business."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    values.pop("_name_or_path", None)
+    values.pop(CONFIG_NAME_KEY, None)
     return values
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from ..compat import commit_hash
 from ..errors import MismatchError, PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
 from ..files import public_name
@@ -107,8 +108,8 @@ def make_plan(
     return PruningPlan(
         model_type=spec.model_type,
         teacher={
-            "name_or_path": public_name(teacher_config._name_or_path),
-            "revision": getattr(teacher_config, "_commit_hash", None),
+            "name_or_path": public_name(teacher_config.name_or_path),
+            "revision": commit_hash(teacher_config),
             "digest": weights_digest,
             "num_parameters": count_parameters(teacher),
             "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils._pytree import tree_map
 
+from ..compat import CAST, UNSAFE_VIEW, is_in_place, tree_map, wrapper_tensor
 from ..errors import UnsupportedModelError
 from . import stored_reading
 from .stored_reading import Index, Stored, take, take_box
@@ -67,14 +67,7 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, meta: torch.Tensor, recipe: Stored | Computed) -> LazyTensor:
         """Make a tensor that claims to be on the CPU and owns no memory."""
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            meta.shape,
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=torch.device("cpu"),
-        )
+        return wrapper_tensor(cls, like=meta, device=torch.device("cpu"))
 
     def __init__(self, meta: torch.Tensor, recipe: Stored | Computed) -> None:
         """See the attributes of the class."""
@@ -92,7 +85,7 @@ class LazyTensor(torch.Tensor):
         """Note down an operation instead of doing it."""
         if func in _ANSWERS:
             return _ANSWERS[func](*args)
-        if func._schema.is_mutable:
+        if is_in_place(func):
             raise NotImplementedError(f"{func} would change a tensor of a checkpoint in place")
         # Everything stays on the CPU, and memory is of no concern.
         kwargs = {key: value for key, value in (kwargs or {}).items() if key not in ("device", "pin_memory")}
@@ -387,10 +380,10 @@ _RULES: dict[Any, Rule] = {
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
     aten.permute.default: _permuted,
-    aten._to_copy.default: _cast,
+    CAST: _cast,
     **dict.fromkeys(_ARITHMETIC, _elementwise),
     aten.view.default: _view,
-    aten._unsafe_view.default: _view,
+    UNSAFE_VIEW: _view,
     aten.reshape.default: _view,
     aten.stack.default: _stack,
     aten.cat.default: _cat,
@@ -401,6 +394,6 @@ _BY_ROWS = _RULES.keys() - {
     aten.t.default,
     aten.permute.default,
     aten.view.default,
-    aten._unsafe_view.default,
+    UNSAFE_VIEW,
     aten.reshape.default,
 }

@@ -21,9 +21,8 @@ import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..compat import as_stored, generation_config_inside, names_not_saved, storage_id
 from ..errors import HubError, OutputError, UnsupportedModelError
 from ..families import spec_for
 from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
@@ -82,7 +81,7 @@ def prune_checkpoint(
     if not overwrite:
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
-    folder = Path(teacher.config._name_or_path)
+    folder = Path(str(teacher.config.name_or_path))
     student = apply_plan(teacher, plan)
     tensors: dict[str, LazyTensor] = _saved_tensors(student)
     shards = split_state_dict_into_shards_factory(
@@ -91,7 +90,7 @@ def prune_checkpoint(
         filename_pattern="model{suffix}.safetensors",
         # Tensors that share memory go into one shard.
         get_storage_size=lambda tensor: tensor.meta.untyped_storage().nbytes(),
-        get_storage_id=lambda tensor: tensor.meta.untyped_storage()._cdata,
+        get_storage_id=lambda tensor: storage_id(tensor.meta),
     )
     copied = _copied_files(folder)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -251,13 +250,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
             "Expected a complete causal language model, its head included; check that the whole checkpoint was "
             "copied, and that it is not a base model or an adapter."
         )
-    model.config._name_or_path = str(folder)
+    model.config.name_or_path = str(folder)
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     except OSError:  # like Transformers: what a model's config says of generation
-        model.generation_config = GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", _from_model_config=True
-        )
+        model.generation_config = generation_config_inside(folder)
     return model
 
 
@@ -272,13 +269,11 @@ def _some(items: list[str], separator: str = ", ", limit: int = 4) -> str:
 def _saved_tensors(model: PreTrainedModel) -> dict[str, Any]:
     """What `save_pretrained` would write, under the names and in the layout of the family's checkpoints."""
     state: dict[str, Any] = model.state_dict()
-    for name in model._keys_to_ignore_on_save or ():
+    for name in names_not_saved(model):
         state.pop(name, None)
     # Which tensors are one and the same, tensors without memory are asked by the parameters that they belong to.
     metas = {name: getattr(tensor, "meta", tensor) for name, tensor in state.items()}
-    once = remove_tied_weights_from_state_dict(metas, model)
-    saved = revert_weight_conversion(model, {name: state[name] for name in once})
-    return {name: tensor.contiguous() for name, tensor in saved.items()}
+    return {name: tensor.contiguous() for name, tensor in as_stored(model, state, metas).items()}
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: tqdm) -> None:

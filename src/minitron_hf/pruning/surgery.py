@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers.initialization import no_init_weights
 
+from ..compat import build_from_config, no_init_weights, use_same_kernels
 from ..errors import MismatchError, PlanError, UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import Axis, Dimension, dimension_axes, dimension_index
@@ -73,11 +73,10 @@ def apply_plan(
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
 
     config = plan.build_student_config(model.config)
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
-    config._name_or_path = ""  # stored nowhere: an adapter's checkpoint would name the teacher as its base model
+    use_same_kernels(config, model.config)
+    config.name_or_path = ""  # stored nowhere: an adapter's checkpoint would name the teacher as its base model
     with no_init_weights(), input_device(model):
-        student = _student_class(model, config)._from_config(config, dtype=model.dtype)
+        student = build_from_config(_student_class(model, config), config, model.dtype)
     tensors = named_tensors(model)
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, student.config, plan.layers_kept):

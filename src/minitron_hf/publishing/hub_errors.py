@@ -125,13 +125,10 @@ def _is_bad_json(error: BaseException) -> bool:
 
 
 def _is_broken_connection(error: BaseException, reason: BaseException) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
+    from ..compat import connection_error
 
-    # The client's transport errors (refused or broken connections, time-outs) share the first base of its HTTP errors,
-    # whose module depends on the version of huggingface_hub (httpx, httpx2).
-    transport: Any = HfHubHTTPError.__bases__[0]
     local_file = isinstance(reason, OSError) and reason.filename is not None
-    return not local_file and isinstance(error, OSError | RuntimeError | transport)
+    return not local_file and isinstance(error, OSError | RuntimeError | connection_error())
 
 
 def _asked_wait(error: BaseException, otherwise: float) -> float:

@@ -193,20 +193,18 @@ def check_reporters(arguments: Collection[DistillationConfig], prefix: str = "di
         DataError: naming those that there are.
         MissingDependencyError: naming the package.
     """
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
+    from ..compat import experiment_trackers
 
+    known, installed = experiment_trackers()
     for name in dict.fromkeys(name for args in arguments for name in args.report_to or ()):
-        if name not in INTEGRATION_TO_CALLBACK:
+        if name not in known:
             raise DataError(
-                f"{prefix}report_to={name!r} is unknown.{did_you_mean(name, INTEGRATION_TO_CALLBACK)} Expected none, "
-                f"all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}."
+                f"{prefix}report_to={name!r} is unknown.{did_you_mean(name, known)} Expected none, "
+                f"all, or some of {', '.join(known)}."
             )
         # Those that Transformers does not probe are tried by their callbacks.
         probed = name not in ("flyte",)
-        if probed and name not in get_available_reporting_integrations():
+        if probed and name not in installed:
             raise MissingDependencyError(
                 f"{prefix}report_to={name!r}: the package is not installed. Run pip install {name}, or leave "
                 "report_to out."

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..compat import commit_hash
 from ..data.loading import local_dataset
 from ..files import digest, known_digest, local_folder
 from ..models import load_config
@@ -24,7 +25,7 @@ def model_identity(section: TeacherSection) -> Any:
     folder = local_folder(section.model)
     if folder is None:
         config = load_config(section.model, revision=section.revision)
-        return {"model": section.model, "revision": getattr(config, "_commit_hash", None) or section.revision}
+        return {"model": section.model, "revision": commit_hash(config) or section.revision}
     files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
     return {"files": {path.name: known_digest(path) for path in sorted(files)}}
 

@@ -155,16 +155,15 @@ def _accelerate_launch(arguments: Sequence[str]) -> int:
     """`accelerate launch`, without its traceback."""
     import logging
 
-    from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from ..compat import launch_processes
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    parsed = launch_command_parser().parse_args(list(arguments))
-    parsed.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
     try:
-        launch_command(parsed)
+        launch_processes(arguments, "SIGTERM,SIGHUP,SIGQUIT")
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             leave_message(f"exit code {failure.exitcode} of process {rank}{_reason(failure.exitcode)}")

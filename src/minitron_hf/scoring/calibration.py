@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..compat import is_prepared_loader
 from ..data import DataSource, TokenRows, padded_batches, token_rows
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
@@ -80,7 +80,7 @@ def calibrate(
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
     if isinstance(data, torch.utils.data.DataLoader):
-        if isinstance(data, DataLoaderStateMixin) and _processes()[1] > 1:
+        if is_prepared_loader(data) and _processes()[1] > 1:
             raise DataError(
                 "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that "
                 "was given to prepare(); its batches are dealt out here."

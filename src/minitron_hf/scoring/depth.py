@@ -19,8 +19,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
+from ..compat import build_from_config, no_init_weights, use_same_kernels
 from ..families import ArchSpec, named_tensors
 from ..families.axes import dimension_index
 from ..sizes.student import build_student_config
@@ -180,9 +180,9 @@ def without_layers(spec: ArchSpec, model: PreTrainedModel, gone: Sequence[int]) 
     sizes = spec.sizes(model.config)
     kept = tuple(layer for layer in range(sizes["layers"]) if layer not in gone)
     config = build_student_config(spec, model.config, {**sizes, "layers": len(kept)}, kept)
-    config._experts_implementation = model.config._experts_implementation
+    use_same_kernels(config, model.config)
     with input_device(model), init_empty_weights(include_buffers=False), no_init_weights():
-        shallow = type(model)._from_config(config, dtype=model.dtype)
+        shallow = build_from_config(type(model), config, model.dtype)
     left = {"layers": np.array(kept)}
     for name, source, shape in spec.student_tensors(named_tensors(model), config, kept):
         tensor = tensor_values(model, source).detach()

@@ -1,7 +1,7 @@
 """Observes stacked experts: the activations of every expert for the tokens that are routed to it.
 
 Transformers keeps the experts of a layer in 3-D tensors of one module, so there is no module per expert to hook. It
-does let anyone supply the function that computes them (`ALL_EXPERTS_FUNCTIONS`): here one that reports as it goes.
+lets anyone supply the function that computes them (`compat.experts_computed_by`): here one that reports as it goes.
 
 Legend of shape suffixes: N tokens, K experts chosen for a token, n tokens routed to one expert, F its neurons,
 D what its neurons are made of (gates beside neurons, where it has gates), H hidden, E experts.
@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..compat import experts_computed_by, gate_function
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes
@@ -82,10 +82,7 @@ def observed_experts(
         known_N = (inputs[1] < len(module.down_proj)).all(-1)
         _require_same(module, output.reshape(total_NH.shape)[known_N], total_NH[known_N])
 
-    implementation = f"minitron_hf_{id(observers)}"
     with ExitStack() as stack:
-        stack.callback(ALL_EXPERTS_FUNCTIONS.pop, implementation)
-        ALL_EXPERTS_FUNCTIONS[implementation] = forward
         configs: dict[int, Any] = {}
         for module in observers:
             if hasattr(module, "has_post_expert_norm"):  # one of the facts that such modules state about themselves
@@ -97,9 +94,7 @@ def observed_experts(
                 )
             else:
                 stack.callback(module.register_forward_hook(again, with_kwargs=True).remove)
-        for config in configs.values():
-            stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
-            config._experts_implementation = implementation
+        stack.enter_context(experts_computed_by(forward, configs.values()))
         yield
 
 
@@ -177,8 +172,8 @@ def _one_expert(module: Any, transposed: bool, expert: int, x_nH: Tensor) -> tup
     before_nD = project("gate_up_proj" if gated else "up_proj", x_nH)
     if not gated:
         inner_nF = module.act_fn(before_nD)
-    elif hasattr(module, "_apply_gate"):
-        inner_nF = module._apply_gate(before_nD)
+    elif (apply_gate := gate_function(module)) is not None:
+        inner_nF = apply_gate(before_nD)
     else:
         gate_nF, up_nF = before_nD.chunk(2, dim=-1)
         inner_nF = module.act_fn(gate_nF) * up_nF

@@ -178,7 +178,7 @@ def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> 
     if expected is not None and model_digest(model) != expected:
         raise MismatchError(
             f"{what} were made for other weights than those of this {type(model).__name__} "
-            f"({model.config._name_or_path or 'in memory'}). Make them again for this model."
+            f"({model.config.name_or_path or 'in memory'}). Make them again for this model."
         )
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes, dimension_size, product_shape

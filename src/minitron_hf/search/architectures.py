@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ..compat import build_from_config
 from ..data import DataSource, TokenRows, token_rows
 from ..distillation.checkpoints import last_checkpoint
 from ..distillation.config import DistillationConfig
@@ -279,7 +280,7 @@ def _affordable(
 def _seconds_per_token(model: PreTrainedModel, config: Any) -> float:
     """Median time to decode a token with a model of a shape, whose weights do not matter."""
     with torch.device(input_device(model)):
-        empty = type(model)._from_config(config, dtype=model.dtype).eval()
+        empty = build_from_config(type(model), config, model.dtype).eval()
     speed = measure_cost(
         {"model": empty}, _any_rows(config), prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
     )
@@ -315,7 +316,7 @@ def _distil(
     settings: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The candidate's student after so many tokens, going on from its last checkpoint."""
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import PrinterCallback
 
     assert record.folder is not None
     folder = record.folder / CANDIDATES_DIR / digest(candidate.name)[:16]

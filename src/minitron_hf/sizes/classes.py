@@ -36,6 +36,6 @@ def _spec_of_student(spec: ArchSpec, config: PretrainedConfig, model_type: str |
 
 def config_class(model_type: str) -> type[PretrainedConfig]:
     """The stock config class of a model type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..compat import use_same_kernels
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for, text_config
 from ..families.axes import implied_size
@@ -171,7 +172,7 @@ def build_student_config(
         for name in LEFT_OUT:
             whole.pop(name, None)
         wrapped = type(teacher)(**whole)
-        wrapped._attn_implementation = teacher._attn_implementation
+        use_same_kernels(wrapped, teacher)
         return wrapped
     config_type = type(teacher)
     values = copy.deepcopy(teacher.to_dict())
@@ -237,7 +238,7 @@ def build_student_config(
                 f"The stock {type(teacher).__name__} cannot hold layers {list(layers_kept)} in this order: it changes "
                 f"{name} from {changed[name]} to {made}. Choose other layers_to_drop."
             )
-    config._attn_implementation = teacher._attn_implementation
+    use_same_kernels(config, teacher)
     return config
 
 
