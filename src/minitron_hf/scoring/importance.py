@@ -119,7 +119,6 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     model = plain_model(model)
     spec = spec_for(model.config)
     spec.check(model)
-<<<<<<< HEAD
     depth = DepthRequest(depth_metric, block_length, one_by_one, keep_first_layers, keep_last_layers)
     depth.require_possible(spec.sizes(model.config)["layers"])
     run = ScoringRun(spec, model, None, show_progress)
@@ -127,44 +126,6 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     if depth.needs_data or any(each.needs_data for each in metrics):
         run.calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
     found = dict(_width_scores(run, metrics, reductions, seed))
-=======
-    require_depth(spec.sizes(model.config)["layers"], depth_metric, block_length, one_by_one)
-    named = public_name(model.config.name_or_path)
-    digests: dict[str, str | None] = {
-        "model": model_digest(model),
-        "architecture": architecture_digest(model.config),
-        "tokenizer": None if processing_class is None else tokenizer_digest(processing_class),
-        "data": None,
-    }
-    found: dict[Metric, ImportanceScores] = {}
-
-    def note(name: Metric, axes: Mapping[str, Tensor], blocks: Tensor, settings: Mapping[str, Any]) -> None:
-        require_finite(spec, model, axes)
-        known = {"model": named, "metric": name}
-        found[name] = ImportanceScores(axes, blocks, {**known, **settings}, dict(digests))
-
-    if "random" in metrics:
-        note("random", *_random_scores(spec, model, seed), {"seed": seed})
-    if "magnitude" in metrics:
-        note("magnitude", *weight_magnitudes(spec, model), {})
-    watched: list[ActivationMetric] = [name for name in get_args(ActivationMetric) if name in metrics]
-    needed = isinstance(depth_metric, str)
-    if watched or "taylor" in metrics or needed:
-        calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
-        reductions = {"batch_reduction": batch_reduction, "sequence_reduction": sequence_reduction}
-        if watched:
-            pass_ = ScoringPass(spec, model, sequence_reduction, watched)
-            settings = {**reductions, **_run_pass(pass_, model, calibration, digests, show_progress)}
-            for name in watched:
-                note(name, pass_.axis_scores(batch_reduction, name), pass_.block_scores(), settings)
-        if "taylor" in metrics:
-            taylor = TaylorPass(spec, model)
-            settings = {
-                "batch_reduction": batch_reduction,
-                **_run_pass(taylor, model, calibration, digests, show_progress),
-            }
-            note("taylor", taylor.axis_scores(batch_reduction), taylor.block_scores(batch_reduction), settings)
->>>>>>> 45f99e19 (Private and version-dependent names of other libraries go through one file, and a test names those that have moved)
     if depth_metric is not None:
         layers = score_layers(run, depth)
         for name, scores in found.items():
