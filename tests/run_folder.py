@@ -274,13 +274,17 @@ distill:
 """
 
 
+def save_scores(tensors: dict[str, np.ndarray], path: Path) -> None:
+    header = {"format": 1, "settings": plan()["scores"]["settings"], "digests": {}, "versions": VERSIONS}
+    save_file(tensors, path, metadata={"minitron_hf": json.dumps(header)})
+
+
 def write_run(folder: Path) -> Path:
     """Write a complete run folder, except for the weights and the tokenizer (those need torch)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plots").mkdir(exist_ok=True)
     tensors, kept = scores()
-    header = {"format": 1, "settings": plan()["scores"]["settings"], "digests": {}, "versions": VERSIONS}
-    save_file(tensors, folder / "scores.safetensors", metadata={"minitron_hf": json.dumps(header)})
+    save_scores(tensors, folder / "scores.safetensors")
     save_file(kept, folder / "pruning_plan.safetensors")
     write_json(folder / "config.json", model_config(**KEPT))
     write_json(folder / "pruning_plan.json", plan())

@@ -430,7 +430,7 @@ def test_an_existing_repository_keeps_its_visibility(run_dir, hub_server, tmp_pa
     result = push(run_dir, hub_server, tmp_path, repo_id="open")
     assert hub_server.repos["writer/open"].private is False
     assert "stays public" in result["stderr"]
-    assert json.loads((run_dir / "hub.json").read_text()) == {"repo_id": "writer/open"}
+    assert json.loads((run_dir / "hub.json").read_text())["repo_id"] == "writer/open"
 
 
 def test_public_branch_and_pull_request(run_dir, hub_server, tmp_path):
@@ -523,6 +523,7 @@ def test_teacher_metadata_from_the_hub(hub_server, tmp_path):
     teacher = finish(client(TEACHER_METADATA, run, "lab/teacher", **options))
     del teacher["stderr"]
     assert teacher == {
+        "format": 1,
         "name_or_path": "lab/teacher",
         "hub_id": "lab/teacher",
         "revision": oid,
@@ -561,4 +562,7 @@ def test_an_unknown_licence_stays_unknown(tmp_path, card):
     if card is not None:
         (folder / "README.md").write_text(card)
     teacher = json.loads(write_teacher_metadata(tmp_path, folder).read_text())
-    assert {key: value for key, value in teacher.items() if value is not None} == {"name_or_path": "teacher"}
+    assert {key: value for key, value in teacher.items() if value is not None} == {
+        "format": 1,
+        "name_or_path": "teacher",
+    }

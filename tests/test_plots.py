@@ -10,14 +10,26 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from safetensors.numpy import save_file
 
 from minitron_hf.errors import MismatchError, OutputError
 from minitron_hf.publishing.drawing import GREEN, GREY, RED
 from minitron_hf.publishing.importance_plots import plot_importance, plot_layers
 from minitron_hf.publishing.plots import PLOTS, plot_training, write_plots
 from minitron_hf.publishing.search_plot import plot_search
-from run_folder import DROPPED, FFN, HEADS, KEPT, LAYERS, plan, scores, search, training_record, write_json, write_run
+from run_folder import (
+    DROPPED,
+    FFN,
+    HEADS,
+    KEPT,
+    LAYERS,
+    plan,
+    save_scores,
+    scores,
+    search,
+    training_record,
+    write_json,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -100,7 +112,7 @@ def test_layers_without_units_are_left_out(run_dir):
         tensors[name][[0, 3]] = np.nan
     experts = np.random.default_rng(0).random((LAYERS, 3, 7)).astype(np.float32)
     experts[1] = np.nan
-    save_file(
+    save_scores(
         {**tensors, "moe_ffn": experts, "shared_ffn": np.full((LAYERS, 9), np.nan, np.float32)},
         run_dir / "scores.safetensors",
     )
@@ -122,7 +134,7 @@ def test_layers_without_units_are_left_out(run_dir):
 def test_wide_axes_are_drawn_with_few_points(run_dir):
     tensors, _ = scores()
     wide = np.random.default_rng(0).random(5000).astype(np.float32)
-    save_file({**tensors, "hidden": wide}, run_dir / "scores.safetensors")
+    save_scores({**tensors, "hidden": wide}, run_dir / "scores.safetensors")
     curve = plot_importance(run_dir).axes[0].get_lines()[0]
     ranks, values = curve.get_xdata(), curve.get_ydata()
     assert len(ranks) <= 600
@@ -179,9 +191,15 @@ def test_plots_are_drawn_only_where_their_inputs_exist(run_dir):
     assert write_plots(run_dir) == []
 
 
+def test_a_picture_of_a_newer_format_is_refused_and_not_left_out(run_dir):
+    write_json(run_dir / "search.json", search() | {"format": 2})
+    with pytest.raises(MismatchError, match=r"search\.json has format 2"):
+        write_plots(run_dir)
+
+
 def test_layers_only_scores_give_no_importance_plot(run_dir):
     tensors, _ = scores()
-    save_file({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
+    save_scores({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
     with pytest.raises(MismatchError, match="no width axis"):
         plot_importance(run_dir)
     assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png", "search.png"]
@@ -204,6 +222,8 @@ def test_missing_inputs_are_named(tmp_path):
         plot_training(tmp_path)
     with pytest.raises(OutputError, match=r"scores\.safetensors does not exist"):
         plot_layers(tmp_path)
-    (tmp_path / "distillation.json").write_text(json.dumps({"log_history": [{"step": 1, "learning_rate": 1.0}]}))
+    (tmp_path / "distillation.json").write_text(
+        json.dumps({"format": 1, "log_history": [{"step": 1, "learning_rate": 1.0}]})
+    )
     with pytest.raises(MismatchError, match="logs no loss"):
         plot_training(tmp_path)

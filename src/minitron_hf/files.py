@@ -103,15 +103,20 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OutputError: if the file is missing.
         MismatchError: if it is not a JSON object.
     """
+    value = parse_json(path)
+    if not isinstance(value, dict):
+        raise MismatchError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def parse_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file that may hold any value; otherwise as `read_json`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda name: None)
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda name: None)
     except FileNotFoundError as error:
         raise OutputError(f"{path} does not exist. Run the stage that writes it first.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MismatchError(f"{path} is not valid JSON ({error}). Delete it and run its stage again.") from error
-    if not isinstance(value, dict):
-        raise MismatchError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
-    return value
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:

@@ -155,13 +155,13 @@ def _print_family(about: str, spec: ArchSpec) -> None:
 
 def _print_measurement(folder: Path) -> None:
     """Print the table of `evaluation.json`, where there is one."""
-    import json
-
     from rich.table import Table
+
+    from ..formats import read_artefact
 
     if not (folder / "evaluation.json").is_file():
         return
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = read_artefact(folder / "evaluation.json")
     table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
     for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -181,12 +181,12 @@ def _print_measurement(folder: Path) -> None:
 
 def _print_results(folder: Path) -> None:
     """Print the results of a run: the table, the samples and where the card is, as far as they exist."""
-    import json
+    from ..formats import read_artefact
 
     console = _console()
     _print_measurement(folder)
     if (folder / "samples.json").is_file():
-        for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:2]:
+        for sample in read_artefact(folder / "samples.json")["samples"][:2]:
             for name, text in sample["completions"].items():
                 console.print(f"\n[bold]{name}[/bold] | {sample['prompt']!r} →", highlight=False)
                 console.print(text.strip(), markup=False, highlight=False)

@@ -24,6 +24,7 @@ from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..files import digest, known_digest, replacing_file, require_writable, versions, write_json
+from ..formats import FORMATS, migrate, write_artefact
 from ..hardware import as_dtype
 from ..locks import holding
 from ..losses.fused import next_token_positions
@@ -49,7 +50,7 @@ from .packing import require_documents_apart
 from .parallel import forward_of_backbone
 from .record import describe_data
 from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
-from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, refuse_uncacheable
+from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -240,7 +241,8 @@ def _schema(names: Iterable[str], settings: Mapping[str, Any], metadata: Mapping
     value = DTYPES[settings["dtype"]]
     types = {TOKENS: token, LOG_PROBS: value, LOG_TAIL: value, **{f"{STATES}{i}": value for i in settings["states"]}}
     fields = [pa.field(name, pa.list_(types.get(name, pa.int32()))) for name in (*names, *types)]
-    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    numbered = {"format": FORMATS[ROWS_KIND], **metadata}
+    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(numbered, sort_keys=True)})
 
 
 def _write(
@@ -279,6 +281,7 @@ def _require_same(path: Path, described: Mapping[str, Any]) -> None:
         raise MismatchError(
             f"{path} is no file of a teacher cache ({error}). Choose another folder, or empty this one."
         ) from error
+    found = migrate(found, path, ROWS_KIND)
     for name, value in described.items():
         if found.get(name) != value:
             raise MismatchError(
@@ -314,7 +317,6 @@ def _finish(
     fingerprint = digest(settings, rows).removeprefix("sha256:")[:16]
     write_json(folder / "state.json", dataset_state([file["file"] for file in files], fingerprint))
     manifest = {
-        "format": 1,
         "versions": versions(),
         "settings": settings,
         "teacher": {
@@ -328,4 +330,4 @@ def _finish(
         "num_bytes": sum(file["num_bytes"] for file in files),
         "files": files,
     }
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_artefact(folder / MANIFEST_NAME, manifest)

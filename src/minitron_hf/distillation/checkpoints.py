@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import MismatchError, OutputError
-from ..files import clear_remains, digest, is_storage_error, is_working_file, read_json, remove, versions, write_json
+from ..files import clear_remains, digest, is_storage_error, is_working_file, read_json, remove, versions
+from ..formats import migrate, read_artefact, write_artefact
 from .record import RECORDED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,13 @@ def step_of(checkpoint: Path) -> int:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, and has all its files as they were."""
     try:
-        files = read_json(checkpoint / MANIFEST_NAME)["files"]
+        content = read_json(checkpoint / MANIFEST_NAME)
+    except (OSError, OutputError, MismatchError):
+        return False
+    files = migrate(content, checkpoint / MANIFEST_NAME).get("files", {})  # one of a newer version is whole
+    try:
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, OutputError, MismatchError, KeyError, AttributeError):
+    except (OSError, AttributeError):
         return False
 
 
@@ -66,7 +71,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     It is whole, and has the state of the optimizer (`save_only_model` leaves that out).
     """
     for path in checkpoints(folder)[::-1]:
-        if is_whole(path) and read_json(path / MANIFEST_NAME).get("has_optimizer"):
+        if is_whole(path) and read_artefact(path / MANIFEST_NAME).get("has_optimizer"):
             return os.fspath(path)
     return None
 
@@ -114,7 +119,7 @@ class WholeCheckpoints(Trainer):
     def differences(self, checkpoint: str | os.PathLike[str]) -> list[str]:
         """What differs between this training and the one that a checkpoint is of, in words."""
         try:
-            before = read_json(Path(checkpoint) / MANIFEST_NAME)["trained_with"]
+            before = read_artefact(Path(checkpoint) / MANIFEST_NAME)["trained_with"]
         except (OutputError, KeyError):
             return []  # of the stock trainer
         names = sorted(before.keys() & self._start.keys())
@@ -164,14 +169,13 @@ class WholeCheckpoints(Trainer):
             if path.is_file() and not is_working_file(path)
         }
         manifest = {
-            "format": 1,
             "versions": versions(),
             "trained_with": self._start,
             "progress": progress,
             "has_optimizer": not self.args.save_only_model,
             "files": files,
         }
-        write_json(folder / MANIFEST_NAME, manifest)
+        write_artefact(folder / MANIFEST_NAME, manifest)
 
     def _rotate(self, run_dir: Path) -> None:
         """Delete the oldest checkpoints by their steps, beyond those to keep, the best and the last one."""
@@ -223,7 +227,7 @@ class WholeCheckpoints(Trainer):
                 raise OutputError(
                     f"{resume_from_checkpoint} lacks files, or holds half ones. Name another one, or begin anew."
                 )
-            self._taken_up = read_json(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
+            self._taken_up = read_artefact(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
             if found := self.differences(resume_from_checkpoint):
                 logger.warning("%s was trained otherwise: %s.", resume_from_checkpoint, "; ".join(found))
         takes_up = _TakesUp(self)

@@ -26,7 +26,8 @@ from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..families import spec_for
-from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions, write_json
+from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions
+from ..formats import write_artefact
 from ..hardware import has_fast_bf16, training_device
 from ..locks import holding
 from ..losses.chunks import default_chunk_size
@@ -170,7 +171,6 @@ def correct_teacher(
     with replacing_folder(output_dir / "unfinished") as temporary:
         save_model(trained.to(stored), temporary, processing_class)
         record = {
-            "format": 1,
             "versions": versions(),
             "teacher": public_name(trained.config.name_or_path),
             "method": method,
@@ -180,7 +180,7 @@ def correct_teacher(
             "data": described,
             "log_history": trainer.state.log_history,
         }
-        write_json(temporary / RECORD_NAME, record)
+        write_artefact(temporary / RECORD_NAME, record)
     move_into(output_dir / "unfinished", output_dir)
     return output_dir
 

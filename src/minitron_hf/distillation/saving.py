@@ -19,7 +19,8 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..errors import MinitronError, OutputError
-from ..files import public_name, require_writable, versions, write_json
+from ..files import public_name, require_writable, versions
+from ..formats import write_artefact
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
 from ..models import empty_model
@@ -165,7 +166,7 @@ class SavesStudent(SFTTrainer):
             for name in ORIGIN_FILES:
                 if (source / name).is_file() and not (folder / name).is_file():
                     shutil.copyfile(source / name, folder / name)
-        write_json(folder / RECORD_NAME, self.distillation_record())
+        write_artefact(folder / RECORD_NAME, self.distillation_record())
 
     def distillation_record(self) -> dict[str, Any]:
         """What `distillation.json` holds: teacher, arguments, data and everything that was logged."""
@@ -183,7 +184,6 @@ class SavesStudent(SFTTrainer):
             peft["base_model_name_or_path"] = public_name(self._student_name)
         history = self.state.log_history
         return {
-            "format": 1,
             "versions": versions(),
             "teacher": {
                 "name_or_path": public_name(self._teacher_name),

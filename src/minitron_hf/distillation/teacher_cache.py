@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from ..compat import set_commit_hash
 from ..errors import MismatchError, OutputError
-from ..files import known_digest, read_json
+from ..files import known_digest
+from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
 from ..losses.signals import TopKSignal
 from ..pruning.plan import config_values
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "teacher_cache.json"
 #: Key of the settings in the metadata of every file, by which an interrupted run knows them again.
 METADATA_KEY = b"minitron_hf"
+#: These files in `formats.FORMATS`.
+ROWS_KIND = "data-*.arrow"
 
 #: Arguments that decide which tokens a row has, and which of them count.
 ROW_ARGUMENTS = (
@@ -181,9 +184,7 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
             f"{folder} holds no finished teacher cache: no {MANIFEST_NAME}, {begun} file(s) of rows. "
             "Run cache_teacher_logits, which goes on where it was interrupted."
         )
-    manifest = read_json(folder / MANIFEST_NAME)
-    if manifest.get("format") != 1:
-        raise MismatchError(f"{folder / MANIFEST_NAME} has format {manifest.get('format')}, expected 1.")
+    manifest = read_artefact(folder / MANIFEST_NAME)
     for file in manifest["files"]:
         path = folder / file["file"]
         size = path.stat().st_size if path.is_file() else 0

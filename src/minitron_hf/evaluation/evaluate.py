@@ -14,7 +14,8 @@ from ..data import DataSource, TokenRows, token_rows
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
-from ..files import public_name, require_creatable, versions, write_json
+from ..files import public_name, require_creatable, versions
+from ..formats import FORMATS, write_artefact
 from ..models import count_parameters, evaluating, load_config, load_tokenizer
 from ..scoring.row_starts import warn_of_broken_starts
 from ..weights import model_digest
@@ -169,7 +170,7 @@ def evaluate_models(
         )
 
     result = {
-        "format": 1,
+        "format": FORMATS[EVALUATION_NAME],
         "versions": versions(),
         "device": device_description(device),
         "dtype": next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "mixed",
@@ -209,7 +210,7 @@ def evaluate_models(
         },
     }
     if output is not None:
-        write_json(output, result)
+        write_artefact(output, result, EVALUATION_NAME)
     return result
 
 

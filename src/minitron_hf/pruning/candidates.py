@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import TokenRows, padded_batches
 from ..evaluation.quality import mean_and_error
-from ..files import read_json
+from ..formats import read_artefact
 from ..losses.fused import distillation_loss
 from ..losses.heads import OutputHead, backbone_output, output_head
 from ..losses.signals import DenseSignal
@@ -103,7 +103,7 @@ class Candidate:
 
 def best_shape(folder: str | os.PathLike[str]) -> PrunerConfig:
     """The sizes that a finished search in a folder has found."""
-    return PrunerConfig.from_dict(read_json(Path(folder) / SEARCH_NAME)["candidates"][0]["request"])
+    return PrunerConfig.from_dict(read_artefact(Path(folder) / SEARCH_NAME)["candidates"][0]["request"])
 
 
 class Divergence:

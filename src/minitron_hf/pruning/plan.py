@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 
 from ..compat import CONFIG_NAME_KEY
 from ..errors import MismatchError
-from ..files import digest, json_values, read_json, replacing_file, versions, write_json
+from ..files import digest, json_values, replacing_file, versions
+from ..formats import FORMATS, read_artefact, write_artefact
 
 PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
@@ -114,7 +115,7 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the indices of units, JSON-ready."""
         return {
-            "format": 1,
+            "format": FORMATS[PLAN_NAME],
             "versions": dict(self.versions),
             "model_type": self.model_type,
             "teacher": dict(self.teacher),
@@ -157,7 +158,7 @@ class PruningPlan:
                 # One entry: safetensors writes several in any order.
                 metadata={"minitron_hf": digest(self.digest, json_values(self.to_dict()))},
             )
-        write_json(folder / PLAN_NAME, self.to_dict())
+        write_artefact(folder / PLAN_NAME, self.to_dict())
         return folder / PLAN_NAME
 
     @classmethod
@@ -169,9 +170,7 @@ class PruningPlan:
             MismatchError: if it is damaged or of another format.
         """
         folder = Path(folder)
-        values = read_json(folder / PLAN_NAME)
-        if values.get("format") != 1:
-            raise MismatchError(f"{folder / PLAN_NAME} has format {values.get('format')!r}, expected 1. Plan again.")
+        values = read_artefact(folder / PLAN_NAME)
         if "scales" not in values:
             raise MismatchError(f"{folder / PLAN_NAME} was written by an earlier version. Plan again.")
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
+from ..formats import read_artefact
 from ..privacy import leaves_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
@@ -165,7 +165,7 @@ def round_folders(run_dir: Path) -> list[Path]:
 def legal_files(run_dir: Path) -> list[str]:
     """Names of the legal texts of a run folder: copied from the teacher, or added under their usual names."""
     path = run_dir / "teacher.json"
-    copied = (read_json(path).get("legal_files") if path.is_file() else None) or []
+    copied = (read_artefact(path).get("legal_files") if path.is_file() else None) or []
     names = _LEGAL_NAMES | {name for name in copied if matches(name, LEGAL_FILES) and name == os.path.basename(name)}
     return sorted(name for name in names if (run_dir / name).is_file())
 
@@ -185,10 +185,11 @@ def require_run(run_dir: Path) -> None:
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
     """The files that the card is made from: JSON documents (None if missing), names of plots and legal texts."""
-    documents = ("config", "pruning_plan", "teacher", "distillation", "evaluation", "benchmarks", "hub", "search")
+    artefacts = ("pruning_plan", "teacher", "distillation", "evaluation", "samples", "benchmarks", "hub", "search")
+    paths = {name: run_dir / f"{name}.json" for name in ("config", *artefacts)}
     run: dict[str, Any] = {
-        name: read_json(run_dir / f"{name}.json") if (run_dir / f"{name}.json").is_file() else None
-        for name in documents
+        name: None if not path.is_file() else read_json(path) if name == "config" else read_artefact(path)
+        for name, path in paths.items()
     }
     if run["config"] is None and run["pruning_plan"] is None:
         raise OutputError(
@@ -196,14 +197,11 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
             "Give the folder that the run wrote."
         )
     require_run(run_dir)
-    samples = run_dir / "samples.json"
-    try:
-        run["samples"] = json.loads(samples.read_text(encoding="utf-8")) if samples.is_file() else None
-    except json.JSONDecodeError as error:
-        raise MismatchError(f"{samples} is not valid JSON ({error}). Delete it and run its stage again.") from error
+    run["samples"] = (run["samples"] or {}).get("samples")
+    run["benchmarks"] = (run["benchmarks"] or {}).get("models")
     recipe = run_dir / "recipe.yaml"
     run["rounds"] = [
-        {name: read_json(folder / f"{name}.json") for name in ("pruning_plan", "distillation")}
+        {name: read_artefact(folder / f"{name}.json") for name in ("pruning_plan", "distillation")}
         for folder in round_folders(run_dir)
     ]
     run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None

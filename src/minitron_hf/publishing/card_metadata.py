@@ -133,10 +133,10 @@ def is_limited(measured: Mapping[str, Any]) -> bool:
 def benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """(model, task, metric, what `evaluate_tasks` returns of it) of `benchmarks.json`.
 
-    The file is `{model: {task: {metric: …}}}`, or `{task: {metric: …}}` for the student alone.
+    Args:
+        benchmarks: the entry `models` of the file, `{model: {task: {metric: …}}}`.
     """
-    flat = any("value" in measured for metrics in benchmarks.values() for measured in metrics.values())
-    for model, tasks in ({"student": benchmarks} if flat else benchmarks).items():
+    for model, tasks in benchmarks.items():
         for task, metrics in tasks.items():
             for metric, measured in metrics.items():
                 # lm-evaluation-harness names the filter after a comma, also where there is none.

@@ -7,9 +7,15 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MismatchError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class NothingToDrawError(MismatchError):
+    """The files hold nothing for this figure."""
 
 
 #: Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).

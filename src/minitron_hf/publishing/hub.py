@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
-from ..files import local_folder, read_json, write_json
+from ..files import local_folder
+from ..formats import read_artefact, write_artefact
 from .card import require_run, write_model_card
 from .card_metadata import is_repo_id
 from .hub_errors import NO_TOKEN, hub_errors, is_passing, is_unclear, patiently
@@ -64,7 +65,7 @@ def push_student_to_hub(
             would be published, or cannot be read or written.
         HubError: if there is no token, the Hub refuses it or the metadata, or the connection breaks.
     """
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi
 
     run_dir = Path(run_dir)
     require_student(run_dir)
@@ -76,28 +77,44 @@ def push_student_to_hub(
         with hub_errors(what):
             repo_id = f"{_patient_whoami(api)['name']}/{repo_id}"
 
-    _require_teacher_metadata(run_dir, token)
-    write_json(run_dir / "hub.json", {"repo_id": repo_id})
-    content = write_model_card(run_dir).read_text(encoding="utf-8")
-    files = uploaded_files(run_dir)
-    require_no_secret(files, (token, os.environ.get("HF_TOKEN")))
-
-    with hub_errors(what, _REPEAT):
-        patiently(lambda: ModelCard(content).validate(repo_type="model"), again=is_passing)
-        is_empty = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
-        commit = _commit(
-            api,
-            repo_id,
-            files,
-            commit_message=commit_message or "Upload student, plan, measurements and card",
-            revision=revision,
-            create_pr=create_pr,
-        )
+    card, files = _prepare_files(run_dir, repo_id, token)
+    commit, is_empty = _upload(
+        api,
+        repo_id,
+        card,
+        files,
+        private=private,
+        commit_message=commit_message or "Upload student, plan, measurements and card",
+        revision=revision,
+        create_pr=create_pr,
+    )
     if is_empty and not private:
         still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
         with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):
             patiently(lambda: api.update_repo_settings(repo_id, private=False), again=_may_pass)
     return commit
+
+
+def _prepare_files(run_dir: Path, repo_id: str, token: str) -> tuple[str, dict[str, Path]]:
+    """Write `hub.json` and the card; return the card and the files to upload, none of which holds a secret."""
+    _require_teacher_metadata(run_dir, token)
+    write_artefact(run_dir / "hub.json", {"repo_id": repo_id})
+    card = write_model_card(run_dir).read_text(encoding="utf-8")
+    files = uploaded_files(run_dir)
+    require_no_secret(files, (token, os.environ.get("HF_TOKEN")))
+    return card, files
+
+
+def _upload(
+    api: HfApi, repo_id: str, card: str, files: Mapping[str, Path], *, private: bool, **options: Any
+) -> tuple[CommitInfo, bool]:
+    """Have the Hub check the card, and commit the files; also return whether the repository was empty before."""
+    from huggingface_hub import ModelCard
+
+    with hub_errors(f"Cannot push to {repo_id}", _REPEAT):
+        patiently(lambda: ModelCard(card).validate(repo_type="model"), again=is_passing)
+        is_empty = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
+        return _commit(api, repo_id, files, **options), is_empty
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> str | None:
@@ -238,7 +255,7 @@ def _require_teacher_metadata(run_dir: Path, token: str) -> None:
     """Look up the teacher's licence if the run did not; a student is not published without having asked."""
     if (run_dir / "teacher.json").is_file() or not (run_dir / "pruning_plan.json").is_file():
         return
-    teacher = read_json(run_dir / "pruning_plan.json").get("teacher") or {}
+    teacher = read_artefact(run_dir / "pruning_plan.json").get("teacher") or {}
     name = teacher.get("name_or_path")
     try:
         if not name or (local_folder(name) is None and not is_repo_id(name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -9,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MismatchError, OutputError
-from ..files import read_json
-from .drawing import BLUE, GREY, MAX_POINTS, RED, _figure, _integer_ticks, _outline, _own_style, _patch
+from ..errors import OutputError
+from ..formats import migrate, read_artefact
+from .drawing import (
+    BLUE,
+    GREY,
+    MAX_POINTS,
+    RED,
+    NothingToDrawError,
+    _figure,
+    _integer_ticks,
+    _outline,
+    _own_style,
+    _patch,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,14 +57,14 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
 
     Raises:
         OutputError: if `scores.safetensors` or `pruning_plan.json` is missing.
-        MismatchError: if the scores hold no width axis.
+        NothingToDrawError: if the scores hold no width axis.
     """
     scores, plan = _scores_and_plan(run_dir)
     kept_indices = _kept_indices(run_dir)
     known = (*AXIS_TITLES, *sorted(set(scores) - {*AXIS_TITLES, "blocks"}))
     widths = [name for name in known if name in scores and not np.isnan(scores[name]).all()]
     if not widths:
-        raise MismatchError(f"{Path(run_dir) / 'scores.safetensors'} holds no width axis, only {sorted(scores)}.")
+        raise NothingToDrawError(f"{Path(run_dir) / 'scores.safetensors'} holds no width axis, only {sorted(scores)}.")
     dropped_layers = sorted(plan.get("layers_dropped") or [])
 
     columns = 1 if len(widths) == 1 else 2
@@ -88,11 +100,11 @@ def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
 
     Raises:
         OutputError: if `scores.safetensors` or `pruning_plan.json` is missing.
-        MismatchError: if the scores hold no block importance.
+        NothingToDrawError: if the scores hold no block importance.
     """
     scores, plan = _scores_and_plan(run_dir)
     if "blocks" not in scores:
-        raise MismatchError(f"{Path(run_dir) / 'scores.safetensors'} holds no `blocks`, only {sorted(scores)}.")
+        raise NothingToDrawError(f"{Path(run_dir) / 'scores.safetensors'} holds no `blocks`, only {sorted(scores)}.")
     blocks = scores["blocks"]
     num_layers = len(blocks)
     settings = (plan.get("scores") or {}).get("settings") or {}
@@ -134,12 +146,15 @@ def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
 
 
 def _scores_and_plan(run_dir: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from safetensors import safe_open
     from safetensors.numpy import load_file
 
     path = Path(run_dir) / "scores.safetensors"
     if not path.is_file():
         raise OutputError(f"{path} does not exist. Save the importance scores there first.")
-    return load_file(path), read_json(Path(run_dir) / "pruning_plan.json")
+    with safe_open(path, "np") as stored:
+        migrate(json.loads((stored.metadata() or {}).get("minitron_hf", "{}")), path)
+    return load_file(path), read_artefact(Path(run_dir) / "pruning_plan.json")
 
 
 def _kept_indices(run_dir: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MismatchError
-from ..files import read_json, replacing_file
-from .drawing import BLUE, DPI, GREEN, GREY, ORANGE, RED, _curve, _figure, _own_style
+from ..files import replacing_file
+from ..formats import read_artefact
+from .drawing import BLUE, DPI, GREEN, GREY, ORANGE, RED, NothingToDrawError, _curve, _figure, _own_style
 from .importance_plots import plot_importance, plot_layers
 from .search_plot import plot_search
 
@@ -44,10 +44,10 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
 
     Raises:
         OutputError: if the file is missing.
-        MismatchError: if it logged no loss at all.
+        NothingToDrawError: if it logged no loss at all.
     """
     path = Path(run_dir) / "distillation.json"
-    history = read_json(path).get("log_history") or []
+    history = read_artefact(path).get("log_history") or []
     named = {key for entry in history for key in entry if re.fullmatch(r"eval_.+_loss", key)}  # several eval datasets
     styles = LOSS_SERIES | {
         key: (f"evaluation loss, {key[5:-5]}", colour, "--")
@@ -56,7 +56,7 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
     losses = {key: _series(history, key) for key in styles}
     losses = {key: points for key, points in losses.items() if points}
     if not losses:
-        raise MismatchError(f"{path} logs no loss; expected at least one entry with `loss` or `eval_loss`.")
+        raise NothingToDrawError(f"{path} logs no loss; expected at least one entry with `loss` or `eval_loss`.")
     # The total loss is the KL itself when nothing else is in it: one line, not two on top of each other.
     for total, part in (("loss", "kl"), ("eval_loss", "eval_kl")):
         if part in losses and total in losses and np.allclose(losses[part], losses[total], rtol=1e-3):
@@ -129,7 +129,7 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
             continue
         try:
             figure = draw(run_dir)
-        except MismatchError:
+        except NothingToDrawError:
             continue
         path = run_dir / "plots" / name
         with replacing_file(path) as temporary, _own_style():

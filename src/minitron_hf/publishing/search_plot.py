@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MismatchError
-from ..files import read_json
-from .drawing import BLUE, GREEN, GREY, ORANGE, RED, _figure, _own_style
+from ..formats import read_artefact
+from .drawing import BLUE, GREEN, GREY, ORANGE, RED, NothingToDrawError, _figure, _own_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +25,12 @@ def plot_search(run_dir: str | os.PathLike[str]) -> Figure:
 
     Raises:
         OutputError: if `search.json` is missing.
-        MismatchError: if it holds no shape that was measured.
+        NothingToDrawError: if it holds no shape that was measured.
     """
     path = Path(run_dir) / "search.json"
-    shapes = [one for one in read_json(path).get("candidates") or [] if one["proxy"]]
+    shapes = [one for one in read_artefact(path).get("candidates") or [] if one["proxy"]]
     if not shapes:
-        raise MismatchError(f"{path} holds no shape that was measured.")
+        raise NothingToDrawError(f"{path} holds no shape that was measured.")
     distilled = [one for one in shapes if one["rounds"]]
     panels: list[tuple[str, dict[str, float]]] = [
         ("parameters", {one["name"]: float(one["num_parameters"]) for one in shapes})

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..files import local_folder, public_name, replacing_file, write_json
+from ..files import local_folder, public_name, replacing_file
+from ..formats import write_artefact
 from ..privacy import leaves_folder
 from .card import LEGAL_FILES, matches
 from .hub_errors import hub_errors
@@ -76,7 +77,7 @@ def write_teacher_metadata(
         with replacing_file(run_dir / file) as temporary:
             shutil.copyfile(files[file], temporary)
     path = run_dir / "teacher.json"
-    write_json(path, teacher)
+    write_artefact(path, teacher)
     return path
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..files import (
-    write_json,
-)
+from ..formats import write_artefact
 from ..models import load_model
 from ..pruning.candidates import best_shape
 from ..pruning.iterations import iterate_importance
@@ -251,7 +249,8 @@ def _evaluate(run: Run) -> None:
     if section.prompts or section.tasks:
         compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
     if section.prompts:
-        write_json(run.folder / "samples.json", generate_samples(compared, run.tokenizer, section.prompts))
+        samples = generate_samples(compared, run.tokenizer, section.prompts)
+        write_artefact(run.folder / "samples.json", {"samples": samples})
     if section.tasks:
         results = {
             name: evaluate_tasks(
@@ -265,7 +264,7 @@ def _evaluate(run: Run) -> None:
             )
             for name, model in compared.items()
         }
-        write_json(run.folder / "benchmarks.json", results)
+        write_artefact(run.folder / "benchmarks.json", {"models": results})
 
 
 def _card(run: Run) -> None:

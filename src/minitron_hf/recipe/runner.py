@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MinitronError, MismatchError, OutputError
-from ..files import (
-    digest,
-    is_storage_error,
-    is_working_file,
-    read_json,
-    remove,
-    require_writable,
-    versions,
-    write_json,
-    write_text,
-)
+from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
+from ..formats import read_artefact, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from .checking import check_recipe
@@ -28,6 +19,9 @@ from .identity import hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import Stage, stages_of, stages_until
+
+#: The records of the stages in `formats.FORMATS`.
+RECORD_KIND = f"{STAGES_DIR}/*.json"
 
 
 def stage_digests(recipe: Recipe) -> dict[str, str]:
@@ -173,7 +167,7 @@ def _forget(folder: Path, stage: Stage, stage_digest: str) -> None:
 
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / STAGES_DIR / f"{name}.json"
-    return read_json(path) if path.is_file() else None
+    return read_artefact(path, RECORD_KIND) if path.is_file() else None
 
 
 def _write_record(
@@ -181,7 +175,7 @@ def _write_record(
 ) -> None:
     path = folder / STAGES_DIR / f"{stage.name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(
+    write_artefact(
         path,
         {
             "stage": stage.name,
@@ -191,6 +185,7 @@ def _write_record(
             "settings": recorded_settings(stage.settings(recipe)),
             "versions": versions(),
         },
+        RECORD_KIND,
     )
 
 

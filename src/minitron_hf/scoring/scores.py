@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import MinitronError, MismatchError, UnsupportedModelError
 from ..families import ArchSpec, named_tensors
 from ..files import digest, replacing_file, versions
+from ..formats import FORMATS, migrate
 from ..models import architecture_digest
 from ..weights import model_digest, on_meta
 
@@ -108,7 +109,7 @@ class ImportanceScores:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `scores.safetensors` (settings, digests and versions in its header)."""
         header = {
-            "format": 1,
+            "format": FORMATS[SCORES_NAME],
             "settings": self.settings,
             "digests": self.digests,
             "versions": self.versions,
@@ -135,13 +136,14 @@ class ImportanceScores:
             with safe_open(file, "pt") as stored:
                 header = json.loads((stored.metadata() or {})["minitron_hf"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-            if header["format"] != 1:
-                raise ValueError(f"format {header['format']!r}, expected 1")
+            header = migrate(header, file, SCORES_NAME)
             blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
             scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
             if header.get("content", scores.digest) != scores.digest:
                 raise ValueError("its tensors are not those that were written")
             return scores
+        except MinitronError:
+            raise
         except Exception as error:
             raise MismatchError(
                 f"{file} does not hold importance scores of minitron-hf: {error!r}. Make them with "

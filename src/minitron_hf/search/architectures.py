@@ -32,7 +32,8 @@ from ..distillation.config import DistillationConfig
 from ..distillation.trainer import DistillationTrainer
 from ..errors import OutputError, PlanError
 from ..evaluation.speed import measure_cost
-from ..files import digest, read_json, require_writable, write_json
+from ..files import digest, require_writable
+from ..formats import read_artefact, write_artefact
 from ..locks import holding
 from ..models import plain_model, stored_dtype
 from ..privacy import public_settings
@@ -373,7 +374,7 @@ class _Record:
         self.costs: dict[str, float] = {}
         self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
         if self.path is not None and self.path.is_file():
-            values = read_json(self.path)
+            values = read_artefact(self.path)
             if values.get("inputs") != inputs:
                 raise OutputError(
                     f"{self.path} is of another search: another teacher, other scores, data or settings. "
@@ -404,13 +405,12 @@ class _Record:
         """Write what is known, whole or not at all, and show it."""
         if self.path is not None:
             values = {
-                "format": 1,
                 "inputs": self.inputs,
                 "settings": public_settings(self.settings),
                 "costs": self.costs,
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
             }
-            write_json(self.path, values)
+            write_artefact(self.path, values)
         if self.display is not None:
             self.display.update(table(self.candidates), refresh=True)
 

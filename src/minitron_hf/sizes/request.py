@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import HubError, PlanError, accept_old_names, did_you_mean
 from ..families import PRUNER_FIELDS
-from ..files import local_path, read_json, write_json
+from ..files import local_path
+from ..formats import read_artefact, write_artefact
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
 
@@ -164,7 +165,7 @@ class PrunerConfig:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `pruner_config.json`."""
         path = Path(save_directory) / PRUNER_CONFIG_NAME
-        write_json(path, self.to_dict())
+        write_artefact(path, self.to_dict())
         return path
 
     @classmethod
@@ -192,4 +193,5 @@ class PrunerConfig:
                 raise HubError(
                     f"No {PRUNER_CONFIG_NAME} in {str(path_or_repo)!r}, here or on the Hub: {error}"
                 ) from error
-        return cls.from_dict(read_json(file))
+        values = read_artefact(file, PRUNER_CONFIG_NAME)
+        return cls.from_dict({name: value for name, value in values.items() if name != "format"})

@@ -1,0 +1,97 @@
+"""Formats of the files that a run leaves: one number per kind of file, migrations of older ones, refusals by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import MismatchError
+from .files import parse_json, versions, write_json
+
+#: Format number that this version writes into each artefact, by file name. Raise it when an older reader would
+#: misunderstand the file, and add a migration.
+FORMATS: Mapping[str, int] = {
+    "scores.safetensors": 1,
+    "search.json": 1,
+    "pruner_config.json": 1,
+    "pruning_plan.json": 1,
+    "teacher_correction.json": 1,
+    "data-*.arrow": 1,
+    "teacher_cache.json": 1,
+    "checkpoint.json": 1,
+    "distillation.json": 1,
+    "evaluation.json": 1,
+    "samples.json": 1,
+    "benchmarks.json": 1,
+    "teacher.json": 1,
+    "hub.json": 1,
+    "stages/*.json": 1,
+}
+
+
+def _name_models_of_benchmarks(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 0 is `{model: {task: …}}`, or `{task: …}` for the student alone."""
+    student_alone = any("value" in measured for metrics in content.values() for measured in metrics.values())
+    return {"models": {"student": content} if student_alone else content}
+
+
+#: (file name, older format) → function that turns its content into the next format. A file without a number has
+#: format 0; the files that are not listed here have carried a number from the beginning.
+MIGRATIONS: Mapping[tuple[str, int], Callable[[Any], dict[str, Any]]] = {
+    ("pruner_config.json", 0): dict,
+    ("data-*.arrow", 0): dict,
+    ("samples.json", 0): lambda content: {"samples": content},
+    ("benchmarks.json", 0): _name_models_of_benchmarks,
+    ("teacher.json", 0): dict,
+    ("hub.json", 0): dict,
+    ("stages/*.json", 0): dict,
+}
+
+
+def migrate(content: Any, path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
+    """Turn the content of an artefact into the format that this version writes.
+
+    Args:
+        content: what the file, or its header, holds.
+        path: where it was read.
+        kind: its name in `FORMATS`; None: the file's own name.
+
+    Raises:
+        MismatchError: if the format is newer, or older than every migration; names the file and what to do.
+    """
+    kind = kind or Path(path).name
+    found = content.get("format", 0) if isinstance(content, dict) else 0
+    number = 0 if isinstance(found, dict) else found  # benchmarks of format 0 may have a task called "format"
+    while number != FORMATS[kind]:
+        if (kind, number) not in MIGRATIONS:
+            raise MismatchError(_format_refusal(path, kind, number))
+        content, number = MIGRATIONS[kind, number](content), number + 1
+    return {**content, "format": number}
+
+
+def _format_refusal(path: str | os.PathLike[str], kind: str, number: Any) -> str:
+    readable = sorted({FORMATS[kind], *(older for name, older in MIGRATIONS if name == kind)})
+    is_newer = isinstance(number, int) and number > FORMATS[kind]
+    return (
+        f"{path} has {f'format {number!r}' if number != 0 else 'no format number'}, and minitron-hf "
+        f"{versions()['minitron_hf']} reads format {' and '.join(map(str, readable))} of {kind}. "
+        f"{'Install a newer minitron-hf' if is_newer else 'Take the file as minitron-hf wrote it'}, or write it again "
+        "with this version."
+    )
+
+
+def read_artefact(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
+    """Read a JSON artefact in the format that this version writes (see `migrate`).
+
+    Raises:
+        OutputError: if the file is missing.
+        MismatchError: if it is not valid JSON, or its format cannot be read.
+    """
+    return migrate(parse_json(path), path, kind)
+
+
+def write_artefact(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str | None = None) -> None:
+    """Write a JSON artefact with its format number (see `FORMATS`)."""
+    write_json(path, {"format": FORMATS[kind or Path(path).name], **content})
