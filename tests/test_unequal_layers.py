@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minitron_hf import models
 from minitron_hf.errors import PlanError
 from minitron_hf.families import spec_for
+from minitron_hf.pruning.choice_of_units import count_nonuniform
 from minitron_hf.pruning.plan import PruningPlan
-from minitron_hf.pruning.planning import _nonuniform_counts, make_plan
+from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.saving import save_model
@@ -234,11 +235,11 @@ def test_uneven_widths_keep_the_most_under_the_same_total(widths: list[int], mul
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("block", [1, 2])
-def test_nonuniform_counts_are_the_best_of_all_and_no_layer_is_left_empty(size: int, block: int):
+def testcount_nonuniform_are_the_best_of_all_and_no_layer_is_left_empty(size: int, block: int):
     """Against every way to share the blocks out; one layer's scores are all zero, and it keeps a block too."""
     chance = np.random.default_rng(0)
     rows = [chance.exponential(size=8), np.zeros(8), chance.exponential(size=6) ** 3]
-    counts = _nonuniform_counts(rows, size, block)
+    counts = count_nonuniform(rows, size, block)
     squares = [np.sort(row**2)[::-1] for row in rows]
     shares = [own / max(own.sum(), 1e-300) for own in squares]
 

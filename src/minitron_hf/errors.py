@@ -82,6 +82,16 @@ def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
     return f" Did you mean {', '.join(close)}?" if close else ""
 
 
+def shortened(items: list[str], separator: str = ", ", limit: int = 4) -> str:
+    """The first of some items, and how many more there are.
+
+    >>> shortened(["a", "b", "c"], limit=2)
+    'a, b, … (1 more)'
+    """
+    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn that a public name has a new one and goes with the next release."""
     warnings.warn(f"{old} is deprecated and goes with the next release: use {new}.", DeprecationWarning, stacklevel)

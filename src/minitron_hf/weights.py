@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .compat import offload_hooks
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, shortened
 from .families.tensors import is_quantised, own_parameters
 
 #: Values of a parameter that `model_digest` reads, at most.
@@ -33,18 +33,18 @@ def require_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any
     if absent := sorted(report["missing_keys"]):
         raise UnsupportedModelError(
             f"The checkpoint {name!r} lacks {len(absent)} of the parameters of {type(model).__name__}: "
-            f"{_listed(absent)}. Expected a complete causal language model, its head included; "
+            f"{shortened(absent)}. Expected a complete causal language model, its head included; "
             "check that the whole checkpoint was copied, and that it is not a base model or an adapter."
         )
     if wrong := sorted(report["mismatched_keys"], key=str):
         lines = [f"{key} is {tuple(found)}, expected {tuple(expected)}" for key, found, expected in wrong]
         raise UnsupportedModelError(
-            f"The weights of {name!r} do not fit its config.json: {_listed(lines, '; ')}. "
+            f"The weights of {name!r} do not fit its config.json: {shortened(lines, '; ')}. "
             "Save model and config together with save_pretrained."
         )
     if beyond := sorted(key for key in report["unexpected_keys"] if _is_beyond(model, key)):
         raise UnsupportedModelError(
-            f"The checkpoint {name!r} holds more layers than its config.json says: {_listed(beyond)}. "
+            f"The checkpoint {name!r} holds more layers than its config.json says: {shortened(beyond)}. "
             "The model would lack them. Correct the config, or save model and config together with save_pretrained."
         )
 
@@ -65,11 +65,6 @@ def _is_beyond(model: PreTrainedModel, key: str) -> bool:
         if isinstance(entries, torch.nn.ModuleList) and int(found[1]) >= len(entries) + further:
             return True
     return False
-
-
-def _listed(items: list[str], separator: str = ", ", limit: int = 4) -> str:
-    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,40 +61,12 @@ def iterate_importance(
         assert isinstance(once, ImportanceScores)
         return once
     spec = spec_for(model.config)
-    before = spec.sizes(model.config)
-    after = resolve_sizes(spec, model.config, config)[0]
     student, plan, first = model, None, None
     for number in range(1, iterations + 1):
-        request = config
-        if number < iterations:
-            part: dict[str, Any] = {
-                FIELD_OF_AXIS[axis]: (before[axis] - number * (before[axis] - after[axis]) / iterations) / before[axis]
-                for axis in after
-                if axis in FIELD_OF_AXIS and after[axis] < before[axis]
-            }
-            try:
-                request = resolve_fractions(model.config, replace(config, repair=None, **part))
-            except PlanError as error:
-                raise PlanError(
-                    f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
-                    "Give other sizes to end with, or another number of rounds."
-                ) from error
-        left = resolve_sizes(spec, model.config, request)[0]["layers"]
-        arguments = scoring_arguments(
-            student.config,
-            PrunerConfig(
-                num_hidden_layers=left,
-                contiguous=config.contiguous,
-                keep_first_layers=config.keep_first_layers,
-                keep_last_layers=config.keep_last_layers,
-            ),
-            importance_kwargs,
+        request = config if number == iterations else _request_of_round(model, config, number, iterations)
+        own = estimate_importance(
+            student, data, **_arguments_of_round(model, student, config, request, iterations, importance_kwargs)
         )
-        if iterations > 1 and arguments.get("one_by_one"):
-            raise PlanError(
-                "contiguous=False with a depth_metric removes layers one after another already. Leave out iterations."
-            )
-        own = estimate_importance(student, data, **arguments)
         assert isinstance(own, ImportanceScores)
         if plan is None or first is None:
             first = scores = own
@@ -103,6 +76,52 @@ def iterate_importance(
             plan = make_plan(model, request, scores)
             student = apply_plan(model, plan)
     return scores
+
+
+def _request_of_round(model: PreTrainedModel, config: PrunerConfig, number: int, iterations: int) -> PrunerConfig:
+    """The sizes after a round before the last: that part of every cut is done.
+
+    Raises:
+        PlanError: if no stock classes hold them.
+    """
+    spec = spec_for(model.config)
+    before, (after, _) = spec.sizes(model.config), resolve_sizes(spec, model.config, config)
+    part: dict[str, Any] = {
+        FIELD_OF_AXIS[axis]: (before[axis] - number * (before[axis] - after[axis]) / iterations) / before[axis]
+        for axis in after
+        if axis in FIELD_OF_AXIS and after[axis] < before[axis]
+    }
+    try:
+        return resolve_fractions(model.config, replace(config, repair=None, **part))
+    except PlanError as error:
+        raise PlanError(
+            f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
+            "Give other sizes to end with, or another number of rounds."
+        ) from error
+
+
+def _arguments_of_round(
+    model: PreTrainedModel,
+    student: PreTrainedModel,
+    config: PrunerConfig,
+    request: PrunerConfig,
+    iterations: int,
+    importance_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of `estimate_importance` for the student of the round before, which is cut to `request`."""
+    left = resolve_sizes(spec_for(model.config), model.config, request)[0]["layers"]
+    depth = PrunerConfig(
+        num_hidden_layers=left,
+        contiguous=config.contiguous,
+        keep_first_layers=config.keep_first_layers,
+        keep_last_layers=config.keep_last_layers,
+    )
+    arguments = scoring_arguments(student.config, depth, importance_kwargs)
+    if iterations > 1 and arguments.get("one_by_one"):
+        raise PlanError(
+            "contiguous=False with a depth_metric removes layers one after another already. Leave out iterations."
+        )
+    return arguments
 
 
 def require_iterations(config: PrunerConfig, iterations: int) -> None:

@@ -27,7 +27,7 @@ EXPERTS: Dimension = (("experts",),)
 
 @contextmanager
 def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
-    """Switch off in a teacher what a plan drops, for the duration of the context.
+    """Mask in a teacher the units and layers that a plan drops, for the duration of the context.
 
     Args:
         model: the teacher.
@@ -36,62 +36,22 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     Raises:
         UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
     """
-    spec = spec_for(model.config)
-    sizes_of = {layer: spec.sizes(model.config, layer) for layer in (None, *plan.layers_kept)}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tensors = named_tensors(model, tied=True)
-    located = {name: found for name in tensors if (found := spec.locate(name)) is not None}
-    kept = {layer: plan.kept_in(layer) for layer in (None, *plan.layers_kept)}
-    # The student multiplies by powers of its own hidden size, the teacher by those of its.
-    ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
-    scales = dict(plan.scales)
-    scales |= {name: scales.get(name, 1.0) * ratio**power for name, power in spec.stream.hidden_powers}
-    swapped: dict[int, dict[str, Tensor]] = {layer: {} for layer in plan.layers_kept}
-    routers: list[tuple[Tensor, Tensor]] = []
+    masking = _Masking(model, plan)
     with ExitStack() as stack:
-        for dropped_layer in plan.layers_dropped:
-            handle = modules[f"{spec.layers_path}.{dropped_layer}"].register_forward_hook(
-                _pass_through, with_kwargs=True
-            )
-            stack.callback(handle.remove)
+        for dropped in plan.layers_dropped:
+            module = masking.modules[f"{masking.spec.layers_path}.{dropped}"]
+            stack.callback(module.register_forward_hook(_pass_through, with_kwargs=True).remove)
         _mask_embeddings(model, plan, stack)
-        for name, (pattern, layer) in located.items():
-            module, dimensions = pattern.rpartition(".")[0], spec.dimensions[pattern]
-            path = name.rpartition(".")[0]
-            tapped = {axis for axis, tap in (*spec.hook_points.items(), *spec.readers) if tap == module}
-            if pattern.endswith(".weight"):
-                of_weight, of_bias = (scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
-                _scale_output(modules[path], of_weight, of_bias, stack)
-            if layer is None or layer in plan.layers_dropped:
-                continue
-            sizes = sizes_of[layer]
-            if pattern.endswith(".weight"):
-                units = tapped | {inner for inner, outer in spec.groups if outer in tapped}
-                for dimension in dimensions:
-                    mask = _dimension_mask(dimension, spec, sizes, kept[layer])
-                    if mask is not None and dimension_axes(dimension) & units:
-                        stack.callback(modules[path].register_forward_pre_hook(_mask_input(mask)).remove)
-            if "experts" in kept[layer] and "experts" not in tapped and dimensions[0] == EXPERTS:
-                dropped = ~_unit_mask("experts", spec, sizes, kept[layer])
-                if len(dimensions) == 1:
-                    swapped[layer][name] = _exclude_from_choice(tensors[name], dropped)
-                else:
-                    routers.append((tensors[name], dropped))
-            elif not pattern.endswith((".weight", ".bias")):
-                changed = _masked_experts(tensors[name], dimensions, spec, sizes, kept[layer])
-                if pattern in scales:
-                    changed = (tensors[name] if changed is None else changed) * scales[pattern]
-                if changed is not None:
-                    swapped[layer][name] = changed
-        for path, dimension, layer in _find_norms(spec, located, modules, plan):
-            mask = _dimension_mask(dimension, spec, sizes_of[layer], kept[layer])
-            gated = spec.gated_norms.get((spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight"))
-            if mask is not None and gated is not None:
-                _restrict_gated_norm(modules[path], mask, sizes_of[layer][gated], stack)
-            elif mask is not None:
-                _restrict_norm(modules[path], mask, _input_scale(plan, dimension), stack)
-        for at, replacements in swapped.items():
-            _swap_tensors(f"{spec.layers_path}.{at}", modules, replacements, stack)
+        swapped: dict[int, dict[str, Tensor]] = {layer: {} for layer in plan.layers_kept}
+        routers: list[tuple[Tensor, Tensor]] = []
+        for name, (pattern, layer) in masking.located.items():
+            masking.scale_output(name, pattern, stack)
+            if layer is not None and layer not in plan.layers_dropped:
+                masking.mask_inputs(name, pattern, layer, stack)
+                routers += masking.mask_tensor(name, pattern, layer, swapped[layer])
+        masking.restrict_norms(stack)
+        for kept, replacements in swapped.items():
+            _swap_tensors(f"{masking.spec.layers_path}.{kept}", masking.modules, replacements, stack)
         with _ExcludeExperts(routers) as mode:
             yield
         if mode.unseen:
@@ -99,6 +59,89 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                 f"The routers of this {type(model).__name__} compute scores in a way that cannot be masked "
                 f"({len(mode.unseen)} of them were never seen to). Prune without verify."
             )
+
+
+class _Masking:
+    """The tensors and modules of a teacher, and what a plan keeps of them."""
+
+    def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
+        self.plan, self.spec = plan, spec_for(model.config)
+        self.sizes = {layer: self.spec.sizes(model.config, layer) for layer in (None, *plan.layers_kept)}
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors = named_tensors(model, tied=True)
+        #: Name of a tensor → its pattern in the table, and its layer.
+        self.located = {name: found for name in self.tensors if (found := self.spec.locate(name)) is not None}
+        self.kept = {layer: plan.kept_in(layer) for layer in (None, *plan.layers_kept)}
+        # The student multiplies by powers of its own hidden size, the teacher by those of its.
+        ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
+        self.scales = dict(plan.scales)
+        for name, power in self.spec.stream.hidden_powers:
+            self.scales[name] = self.scales.get(name, 1.0) * ratio**power
+
+    def _hooked_axes(self, module: str) -> set[str]:
+        """Axes whose units are the inputs of a module."""
+        return {axis for axis, point in (*self.spec.hook_points.items(), *self.spec.readers) if point == module}
+
+    def scale_output(self, name: str, pattern: str, stack: ExitStack) -> None:
+        """Scale what a weight and its bias contribute, as the plan scales them in the student."""
+        if pattern.endswith(".weight"):
+            module = pattern.removesuffix(".weight")
+            of_weight, of_bias = (self.scales.get(f"{module}.{part}", 1.0) for part in ("weight", "bias"))
+            _scale_output(self.modules[name.removesuffix(".weight")], of_weight, of_bias, stack)
+
+    def mask_inputs(self, name: str, pattern: str, layer: int, stack: ExitStack) -> None:
+        """Zero the dropped units that a weight reads."""
+        if not pattern.endswith(".weight"):
+            return
+        hooked = self._hooked_axes(pattern.removesuffix(".weight"))
+        units = hooked | {inner for inner, outer in self.spec.groups if outer in hooked}
+        for dimension in self.spec.dimensions[pattern]:
+            mask = _dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
+            if mask is not None and dimension_axes(dimension) & units:
+                module = self.modules[name.removesuffix(".weight")]
+                stack.callback(module.register_forward_pre_hook(_mask_input(mask)).remove)
+
+    def mask_tensor(
+        self, name: str, pattern: str, layer: int, replacements: dict[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Replace a tensor whose dropped units no hook can mask.
+
+        Args:
+            name: of the tensor.
+            pattern: in the table.
+            layer: of the tensor.
+            replacements: name → tensor to compute with instead; added to.
+
+        Returns:
+            The tensor and its dropped experts, bool [experts], if it is the weight of a router; else nothing.
+        """
+        tensor, dimensions, kept = self.tensors[name], self.spec.dimensions[pattern], self.kept[layer]
+        hooked = self._hooked_axes(pattern.rpartition(".")[0])
+        if "experts" in kept and "experts" not in hooked and dimensions[0] == EXPERTS:
+            dropped = ~_unit_mask("experts", self.spec, self.sizes[layer], kept)
+            if len(dimensions) > 1:
+                return [(tensor, dropped)]
+            replacements[name] = _exclude_from_choice(tensor, dropped)
+        elif not pattern.endswith((".weight", ".bias")):
+            changed = _masked_experts(tensor, dimensions, self.spec, self.sizes[layer], kept)
+            if pattern in self.scales:
+                changed = (tensor if changed is None else changed) * self.scales[pattern]
+            if changed is not None:
+                replacements[name] = changed
+        return []
+
+    def restrict_norms(self, stack: ExitStack) -> None:
+        """Let every norm see the kept units alone."""
+        for path, dimension, layer in _find_norms(self.spec, self.located, self.modules, self.plan):
+            mask = _dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
+            if mask is None:
+                continue
+            pattern = (self.spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight")
+            gated = self.spec.gated_norms.get(pattern)
+            if gated is not None:
+                _restrict_gated_norm(self.modules[path], mask, self.sizes[layer][gated], stack)
+            else:
+                _restrict_norm(self.modules[path], mask, _input_scale(self.plan, dimension), stack)
 
 
 def _find_norms(

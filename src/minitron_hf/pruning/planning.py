@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, sp
 from ..files import public_name
 from ..models import count_parameters, empty_model
 from ..scoring.scores import ImportanceScores
-from ..sizes.layers import protected_layers, reason_against_layers
 from ..sizes.legality import require_units, rounding_step
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
 from ..weights import model_digest, on_meta
-from .plan import PruningPlan, _config_to_dict, _drop_padding
+from .choice_of_layers import choose_layers, tried_layer_sets
+from .choice_of_units import choose_partners, choose_units, count_nonuniform
+from .plan import PruningPlan, _config_to_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ def make_plan(
     config: PrunerConfig,
     scores: ImportanceScores | None = None,
 ) -> PruningPlan:
-    """Choose what stays. Needs no weights: a config, or a model on the meta device, is enough.
+    """Choose the units and layers to keep. Needs no weights: a config, or a model on the meta device, is enough.
 
     Args:
         model_or_config: the teacher.
@@ -47,43 +48,16 @@ def make_plan(
         PlanError: if the sizes cannot be cut, or the stock config cannot hold them; the message names legal sizes.
         MismatchError: if the scores belong to another model.
     """
-    teacher_config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
-    spec = spec_for(teacher_config)
-    teacher = empty_model(model_or_config) if isinstance(model_or_config, PretrainedConfig) else model_or_config
-    spec.check(teacher)
-    if scores is not None:
-        scores.require_model(model_or_config)
-
-    before = spec.sizes(teacher_config)
+    teacher, teacher_config = _checked_teacher(model_or_config, scores)
+    spec, before = spec_for(teacher_config), spec_for(teacher_config).sizes(teacher_config)
     after, notes = resolve_sizes(spec, teacher_config, config)
     cut = [axis for axis in after if axis != "layers" and after[axis] < before[axis]]
     require_units(spec, named_tensors(teacher), config, cut)
     ranked = bool(cut) or (after["layers"] < before["layers"] and config.layers_to_drop is None)
-    if ranked and scores is None:
-        wanted = [FIELD_OF_AXIS[axis] for axis in cut] or ["num_hidden_layers"]
-        raise PlanError(
-            f"Cutting {', '.join(wanted)} needs importance scores. Pass scores=estimate_importance(…), "
-            "or calibration_data to prune_model."
-        )
-
-    if scores is not None:
-        weights_digest = scores.digests["model"]
-    else:
-        weights_digest = None if on_meta(teacher) else model_digest(teacher)
-    if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
-        raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
-    layers_kept = _choose_layers(spec, teacher_config, after["layers"], config, scores)
-    nonuniform_sizes = {
-        axis: _nonuniform_counts(
-            [scores.axes[axis][layer].numpy() for layer in layers_kept],
-            after[axis],
-            rounding_step(before[axis], 1, config.multiple_of),
-        )
-        for axis in (PRUNER_FIELDS[name] for name in config.nonuniform_sizes)
-        if scores is not None
-    }
-    for axis, counts in nonuniform_sizes.items():
-        notes.append(f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}.")
+    _require_scores(cut, ranked, scores)
+    layers_kept = choose_layers(spec, teacher_config, after["layers"], config, scores)
+    nonuniform_sizes = _choose_nonuniform_sizes(config, before, after, layers_kept, scores)
+    notes += _notes_on_sizes(nonuniform_sizes)
     student = build_student_config(
         spec,
         teacher_config,
@@ -93,266 +67,129 @@ def make_plan(
         model_type=config.model_type,
         nonuniform_sizes=nonuniform_sizes,
     )
-    kept = _choose_units(spec, teacher_config, student, layers_kept, cut, scores)
-    if config.norm_compensation and after["hidden"] < before["hidden"] and not spec.residual_norms:
-        notes.append("norm_compensation changes nothing: the norms of this family have no weights.")
-    partners: dict[str, np.ndarray] = {}
-    if config.head_add_back and scores is not None:
-        axes = add_back_axes(spec, before, after)
-        partners = _choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
-        pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
-        notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
+    kept = choose_units(spec, teacher_config, student, layers_kept, cut, scores)
+    axes = add_back_axes(spec, before, after) if config.head_add_back else ()
+    partners = choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
     repair = config.repair if config.repair and repaired_axes(spec, before, after) else None
-    if repair:
-        notes.append("Repair: the output projections of cut neurons and heads are refitted by least squares.")
+    hidden_ratio = after["hidden"] / before["hidden"]
+    used = scores if ranked else None
     return PruningPlan(
         model_type=spec.model_type,
-        teacher={
-            "name_or_path": public_name(teacher_config.name_or_path),
-            "revision": commit_hash(teacher_config),
-            "digest": weights_digest,
-            "num_parameters": count_parameters(teacher),
-            "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
-            "config": _config_to_dict(teacher_config),
-        },
+        teacher=_describe_teacher(teacher, teacher_config, scores),
         student={**_count_student(spec, teacher, student, layers_kept), "config": _config_to_dict(student)},
         sizes={axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
         layers_kept=layers_kept,
         kept=kept,
         partners=partners,
         pruner_config=config.to_dict(),
-        scales=_norm_scales(spec, after["hidden"] / before["hidden"], norms=config.norm_compensation),
+        scales=_norm_scales(spec, hidden_ratio, norms=config.norm_compensation),
         repair=repair,
-        selection=None if scores is None or not ranked else str(scores.settings["metric"]),
-        scores=None
-        if scores is None or not ranked
-        else {
-            "digest": scores.digest,
-            "settings": dict(scores.settings),
-            "data_digest": scores.digests["data"],
-            "tokenizer_digest": scores.digests["tokenizer"],
-            **({"layers": _tried_layer_sets(scores)} if scores.settings.get("depth_metric") else {}),
-        },
-        notes=tuple(notes),
+        selection=None if used is None else str(used.settings["metric"]),
+        scores=None if used is None else _describe_scores(used),
+        notes=(*notes, *_notes_on_weights(spec, config, hidden_ratio, kept, partners, repair)),
     )
 
 
-def _choose_layers(
-    spec: ArchSpec, teacher: PretrainedConfig, left: int, request: PrunerConfig, scores: ImportanceScores | None
-) -> tuple[int, ...]:
-    """Teacher indices of the layers that stay: what is dropped has the lowest scores that leave a possible model."""
-    depth = spec.sizes(teacher)["layers"]
-    num_drop = depth - left
-
-    def without(drop: Iterable[int]) -> tuple[int, ...]:
-        return tuple(sorted(set(range(depth)) - set(drop)))
-
-    if request.layers_to_drop is not None or num_drop == 0:
-        return without(request.layers_to_drop or ())
-    assert scores is not None
-    protected = protected_layers(spec, teacher, request)
-    if request.contiguous:
-        starts = [start for start in range(left + 1) if protected.isdisjoint(range(start, start + num_drop))]
-        if not starts:
-            raise PlanError(
-                f"num_hidden_layers={left}: there are no {num_drop} contiguous layers to drop between the protected "
-                f"ones, {sorted(protected)}. Keep more layers, or set contiguous to false."
-            )
-        blocks = [range(start, start + num_drop) for start in starts]
-        possible = [block for block in blocks if not reason_against_layers(spec, teacher, without(block))]
-        importance = scores.blocks.diagonal(num_drop - 1)
-        measured = [float(importance[block.start]) for block in possible]
-        _require_measured(measured, scores, f"blocks of {num_drop} layers")
-        least = min(possible or blocks, key=lambda block: float(importance[block.start]))
-        return without(least)
-    drop: list[int] = []
-    movable = sorted(set(range(depth)) - protected)
-    if scores.removals is not None:
-        drop = scores.removed_layers[:num_drop]
-        lacking = reason_against_layers(spec, teacher, without(drop))
-        if len(drop) < num_drop or not protected.isdisjoint(drop) or lacking:
-            raise PlanError(
-                f"The scores removed layers {scores.removed_layers} one after another, and {num_drop} of the layers "
-                f"{movable} are to go{f' ({lacking})' if lacking else ''}. Score again with block_length={num_drop}, "
-                f"keep_first_layers={request.keep_first_layers} and keep_last_layers={request.keep_last_layers}, "
-                "or set contiguous."
-            )
-        return without(drop)
-    _require_measured([float(scores.layers[layer]) for layer in movable], scores, "single layers")
-    ranked = sorted(movable, key=lambda layer: float(scores.layers[layer]))
-    while len(drop) < num_drop:
-        # A layer that others need may go once they are gone.
-        free = [layer for layer in ranked if not reason_against_layers(spec, teacher, without([*drop, layer]))]
-        if not free:
-            why = reason_against_layers(spec, teacher, without([*drop, ranked[0]]))
-            raise PlanError(f"num_hidden_layers={left}, of them the last {request.keep_last_layers}: {why}")
-        drop.append(free[0])
-        ranked.remove(free[0])
-    return without(drop)
+def _checked_teacher(
+    model_or_config: PreTrainedModel | PretrainedConfig, scores: ImportanceScores | None
+) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """The teacher as a model, maybe without weights, and its config; refuses what the table or the scores exclude."""
+    if isinstance(model_or_config, PretrainedConfig):
+        teacher, config = empty_model(model_or_config), model_or_config
+    else:
+        teacher, config = model_or_config, model_or_config.config
+    spec_for(config).check(teacher)
+    if scores is not None:
+        scores.require_model(model_or_config)
+    return teacher, config
 
 
-def _tried_layer_sets(scores: ImportanceScores) -> list[dict[str, Any]]:
-    """What the model was worth without every set of layers that was tried, best first."""
-    tried: dict[tuple[int, ...], float] = {}
-    for first, last in (~scores.blocks.isnan()).nonzero().tolist():
-        tried[tuple(range(first, last + 1))] = float(scores.blocks[first, last])
-    if scores.removals is not None:
-        for step, row in enumerate(scores.removals.tolist()):
-            gone = scores.removed_layers[:step]
-            for layer, value in enumerate(row):
-                if not math.isnan(value):
-                    tried[tuple(sorted([*gone, layer]))] = value
+def _require_scores(cut: Sequence[str], ranked: bool, scores: ImportanceScores | None) -> None:
+    """Refuse a choice of units or layers without their scores."""
+    if scores is None and ranked:
+        wanted = [FIELD_OF_AXIS[axis] for axis in cut] or ["num_hidden_layers"]
+        raise PlanError(
+            f"Cutting {', '.join(wanted)} needs importance scores. Pass scores=estimate_importance(…), "
+            "or calibration_data to prune_model."
+        )
+    if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
+        raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
+
+
+def _choose_nonuniform_sizes(
+    config: PrunerConfig,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    layers_kept: tuple[int, ...],
+    scores: ImportanceScores | None,
+) -> dict[str, list[int]]:
+    """Axis → size in every kept layer, for the sizes that may differ by layer."""
+    if scores is None:
+        return {}
+    return {
+        axis: count_nonuniform(
+            [scores.axes[axis][layer].numpy() for layer in layers_kept],
+            after[axis],
+            rounding_step(before[axis], 1, config.multiple_of),
+        )
+        for axis in (PRUNER_FIELDS[name] for name in config.nonuniform_sizes)
+    }
+
+
+def _describe_teacher(
+    teacher: PreTrainedModel, config: PretrainedConfig, scores: ImportanceScores | None
+) -> dict[str, Any]:
+    """The teacher's entry in a plan: `PruningPlan.teacher`."""
+    if scores is not None:
+        weights_digest = scores.digests["model"]
+    else:
+        weights_digest = None if on_meta(teacher) else model_digest(teacher)
+    return {
+        "name_or_path": public_name(config.name_or_path),
+        "revision": commit_hash(config),
+        "digest": weights_digest,
+        "num_parameters": count_parameters(teacher),
+        "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
+        "config": _config_to_dict(config),
+    }
+
+
+def _describe_scores(scores: ImportanceScores) -> dict[str, Any]:
+    """The scores' entry in a plan: `PruningPlan.scores`."""
+    return {
+        "digest": scores.digest,
+        "settings": dict(scores.settings),
+        "data_digest": scores.digests["data"],
+        "tokenizer_digest": scores.digests["tokenizer"],
+        **({"layers": tried_layer_sets(scores)} if scores.settings.get("depth_metric") else {}),
+    }
+
+
+def _notes_on_sizes(nonuniform_sizes: Mapping[str, Sequence[int]]) -> list[str]:
     return [
-        {"dropped": list(layers), "score": value}
-        for layers, value in sorted(tried.items(), key=lambda item: (len(item[0]), item[1]))
+        f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}."
+        for axis, counts in nonuniform_sizes.items()
     ]
 
 
-def _require_measured(values: Sequence[float], scores: ImportanceScores, what: str) -> None:
-    if any(math.isnan(value) for value in values):
-        raise PlanError(
-            f"The scores by {scores.settings.get('depth_metric')} do not hold all {what}: they were made with "
-            f"block_length={scores.settings.get('block_length')}, one_by_one={scores.settings.get('one_by_one')}. "
-            "Score again with block_length the number of layers that go, or set contiguous to match."
-        )
-
-
-def _nonuniform_counts(rows: Sequence[np.ndarray], size: int, multiple_of: int) -> list[int]:
-    """How many units every layer keeps, where all together keep as many as with `size` in each.
-
-    Scores of different layers are on different scales. A unit's share of its layer's squared scores is not: the
-    choice keeps the largest sum of shares, over all layers, that whole blocks of units (one or more in each) can have.
-
-    Args:
-        rows: scores of every layer, [units]; NaN beyond its own units.
-        size: units in each layer, were they equal; layers that have fewer keep all.
-        multiple_of: units in a block, if it divides all sizes.
-
-    >>> even = np.array([1.0, 1.0, 1.0, 1.0])
-    >>> steep = np.array([9.0, 0.1, 0.1, 0.1])
-    >>> _nonuniform_counts([even, steep], 2, 1)
-    [3, 1]
-    """
-    squares = [np.sort(row[~np.isnan(row)].astype(np.float64))[::-1] ** 2 for row in rows]
-    total = sum(min(len(own), size) for own in squares)
-    block = math.gcd(multiple_of, size, *map(len, squares))
-    shares = [own.reshape(-1, block).sum(1) / max(own.sum(), np.finfo(np.float64).tiny) for own in squares]
-    for own in shares:
-        own[0] = np.inf
-    layer_of = np.repeat(np.arange(len(shares)), list(map(len, shares)))
-    chosen = np.argsort(-np.concatenate(shares), kind="stable")[: total // block]
-    return [int(count) * block for count in np.bincount(layer_of[chosen], minlength=len(shares))]
-
-
-def _choose_units(
+def _notes_on_weights(
     spec: ArchSpec,
-    teacher: PretrainedConfig,
-    student: PretrainedConfig,
-    layers_kept: tuple[int, ...],
-    cut: list[str],
-    scores: ImportanceScores | None,
-) -> dict[str, np.ndarray]:
-    """Kept units per axis: the highest scores; ties go to the lower index. Inner axes are chosen within groups."""
-    if not cut:
-        return {}
-    assert scores is not None
-    sizes = spec.layer_sizes(teacher)
-    before = [sizes[layer] for layer in layers_kept]
-    after = spec.layer_sizes(student)
-    ranking = {axis: units.numpy() for axis, units in scores.axes.items()}
-    kept: dict[str, np.ndarray] = {}
-    for axis in cut:
-        if axis in dict(spec.groups) or spec.axis[axis].within is not None:
-            continue
-        if spec.axis[axis].per_layer:
-            rows = [_top_units(ranking[axis][layer], own[axis]) for layer, own in zip(layers_kept, after)]
-            kept[axis] = _pad_rows(rows)
-        else:
-            kept[axis] = _top_units(ranking[axis], spec.sizes(student)[axis])
-    for inner, outer in spec.groups:
-        if inner not in cut:
-            continue
-        rows = []
-        for position, layer in enumerate(layers_kept):
-            each_before = before[position][inner] // before[position][outer]
-            each_after = after[position][inner] // after[position][outer]
-            groups = _drop_padding(kept[outer][position]) if outer in kept else np.arange(before[position][outer])
-            rows.append(
-                np.concatenate(
-                    [
-                        group * each_before
-                        + _top_units(
-                            ranking[inner][layer][group * each_before : (group + 1) * each_before], each_after
-                        )
-                        for group in groups
-                    ]
-                )
-            )
-        kept[inner] = _pad_rows(rows)
-    for axis in cut:
-        outer_axis = spec.axis[axis].within
-        if outer_axis is None:
-            continue
-        chosen = []
-        for position, layer in enumerate(layers_kept):
-            units = kept[outer_axis][position] if outer_axis in kept else range(before[position][outer_axis])
-            count = after[position][axis]
-            chosen.append(np.stack([_top_units(ranking[axis][layer][unit], count) for unit in units]))
-        kept[axis] = np.stack(chosen)
-    return kept
-
-
-def _choose_partners(
-    spec: ArchSpec,
-    teacher: PretrainedConfig,
-    layers_kept: tuple[int, ...],
+    config: PrunerConfig,
+    hidden_ratio: float,
     kept: Mapping[str, np.ndarray],
-    axes: tuple[str, ...],
-    scores: ImportanceScores,
-) -> dict[str, np.ndarray]:
-    """The dropped head that every kept one is compared with, per axis of heads and kept layer; -1 for none."""
-    sizes = spec.layer_sizes(teacher)
-    ranked = axes[-1]  # KV heads decide for their query head where each has its own
-    rows = np.full_like(kept[ranked], -1)
-    for position, layer in enumerate(layers_kept):
-        before, chosen = sizes[layer], _drop_padding(kept[ranked][position])
-        values = scores.axes[ranked][layer].numpy()[: before[ranked]]
-        if np.isnan(values).all():
-            continue  # no attention here
-        if "kv" in axes and before["heads"] != before["kv"]:
-            raise PlanError(
-                f"head_add_back: layer {layer} shares KV heads, but other layers do not. Leave it out for this model."
-            )
-        if np.isnan(values).any():
-            raise PlanError(
-                "head_add_back needs the order of all heads, but some were cut in an earlier round of scoring. "
-                "Score with iterations=1, or leave it out."
-            )
-        each = before["heads"] // before["kv"] if axes == ("heads",) and "kv" in before else before[ranked]
-        for group in np.unique(chosen // each):
-            members = np.arange(group * each, (group + 1) * each)
-            own = np.flatnonzero(chosen // each == group)
-            partner_of = {
-                int(members[unit]): int(members[partner])
-                for unit, partner in _add_back_pairs(values[members], len(own))
-            }
-            rows[position, own] = [partner_of.get(int(unit), -1) for unit in chosen[own]]
-    return dict.fromkeys(axes, rows)
-
-
-def _add_back_pairs(scores: np.ndarray, left: int) -> list[tuple[int, int]]:
-    """Pairs of a kept and a dropped unit, where the `left` units of the highest scores are kept (P1 §2.2).
-
-    By rank, counted from 1, unit i of K kept out of L goes with 2K - i + 1, for i from 2K - L + 1 to K: the paper
-    prints a lower bound that is one too low. With K < L / 2 every kept unit has a partner, and the rest has none.
-
-    >>> _add_back_pairs(np.array([5.0, 4.0, 3.0, 2.0, 1.0]), 3)
-    [(1, 4), (2, 3)]
-    >>> _add_back_pairs(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 1)
-    [(4, 3)]
-    """
-    order = np.argsort(-scores, kind="stable").tolist()
-    return [(order[rank], order[2 * left - rank - 1]) for rank in range(max(0, 2 * left - len(order)), left)]
+    partners: Mapping[str, np.ndarray],
+    repair: str | None,
+) -> list[str]:
+    """Notes on kept weights that change, or that do not although the request asks for it."""
+    notes = []
+    if config.norm_compensation and hidden_ratio < 1 and not spec.residual_norms:
+        notes.append("norm_compensation changes nothing: the norms of this family have no weights.")
+    if partners:
+        pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
+        notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
+    if repair:
+        notes.append("Repair: the output projections of cut neurons and heads are refitted by least squares.")
+    return notes
 
 
 def _norm_scales(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, float]:
@@ -375,25 +212,6 @@ def _norm_scales(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, floa
     if ratio < 1:
         scales |= {name: ratio**-power * scales.get(name, 1.0) for name, power in spec.stream.hidden_powers}
     return {name: factor for name, factor in scales.items() if abs(factor - 1) > 1e-9}
-
-
-def _pad_rows(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of unequal length as one array, filled up with -1.
-
-    >>> _pad_rows([np.array([4]), np.array([0, 2])]).tolist()
-    [[4, -1], [0, 2]]
-    """
-    width = max(map(len, rows))
-    return np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])
-
-
-def _top_units(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending; NaN, where a layer has no such units, comes last.
-
-    >>> _top_units(np.array([3.0, 1.0, 3.0, 2.0]), 2).tolist()
-    [0, 2]
-    """
-    return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
 
 
 def _count_student(

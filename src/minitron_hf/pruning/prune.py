@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import TOLERANCE, select_diverse
+from ..sizes.shapes import TOLERANCE, Shape, select_diverse
 from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target
 from .candidates import Candidate, Divergence, paired_gap
@@ -35,7 +35,7 @@ from .surgery import apply_plan
 from .verification import note_verification
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def prune_model(
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: score and cut in so many rounds (`iterate_importance`).
-        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). What a
-            `depth_metric` has to measure follows from `config`.
+        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). Which
+            layers a `depth_metric` measures follows from `config`.
 
     Returns:
         The student, on the teacher's device and in its stored dtype: a new stock model that `save_pretrained` and
@@ -79,48 +79,17 @@ def prune_model(
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
         ...                       calibration_data=texts)  # doctest: +SKIP
     """
-    scored = calibration_data is not None or importance_kwargs.get("metric") == "random"
-    if scores is not None and scored:
-        raise PlanError("Pass either scores or calibration_data, not both.")
-    if config.repair and calibration_data is None:
-        raise PlanError(
-            f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
-            "prune_with_plan(model, plan, data)."
-        )
-    if config.target_parameters is not None and (calibration_data is None or isinstance(calibration_data, Iterator)):
-        raise PlanError(
-            "target_parameters needs calibration_data that can be gone through more than once (a list, a dataset): "
-            "shapes are measured on it after it was scored. With scores made before, call plan_for_target(model, "
-            "config, scores, data) and apply_plan(model, plan)."
-        )
-    if importance_kwargs and not scored:
-        raise PlanError(
-            f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
-        )
+    scored = _check_sources(config, calibration_data, scores, importance_kwargs)
     # Every refusal of sizes comes before the weights are loaded, and before the scoring.
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
-    require_some_size(teacher_config, config)
-    if config.target_parameters is None:
-        student_config(teacher_config, config)
-    else:
-        shapes_near_target(teacher_config, config)
+    _check_sizes(teacher_config, config)
     model = load_for_compute(model_or_path)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
-        scores = iterate_importance(
-            model,
-            config,
-            calibration_data,
-            iterations=iterations,
-            processing_class=processing_class,
-            **importance_kwargs,
-        )
-    if config.target_parameters is not None and scores is not None and calibration_data is not None:
-        arguments = {name: importance_kwargs[name] for name in ("max_length",) if name in importance_kwargs}
-        plan = plan_for_target(model, config, scores, calibration_data, processing_class=processing_class, **arguments)
-    else:
-        plan = make_plan(model, config, scores)
+        importance_kwargs["processing_class"] = processing_class
+        scores = iterate_importance(model, config, calibration_data, iterations=iterations, **importance_kwargs)
+    plan = _choose_plan(model, config, scores, calibration_data, processing_class, importance_kwargs.get("max_length"))
     for note in plan.notes:
         logger.warning(note)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
@@ -129,6 +98,61 @@ def prune_model(
     )
     stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
     return student if stored is None else student.to(stored)
+
+
+def _check_sources(
+    config: PrunerConfig,
+    data: DataSource | None,
+    scores: ImportanceScores | None,
+    importance_kwargs: Mapping[str, Any],
+) -> bool:
+    """Refuse two sources of scores, or a request that needs data without them.
+
+    Returns:
+        Whether the teacher has to be scored.
+    """
+    scored = data is not None or importance_kwargs.get("metric") == "random"
+    if scores is not None and scored:
+        raise PlanError("Pass either scores or calibration_data, not both.")
+    if config.repair and data is None:
+        raise PlanError(
+            f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
+            "prune_with_plan(model, plan, data)."
+        )
+    if config.target_parameters is not None and (data is None or isinstance(data, Iterator)):
+        raise PlanError(
+            "target_parameters needs calibration_data that can be read more than once (a list, a dataset): shapes are "
+            "measured on it after the scoring. With scores made before, call plan_for_target(model, config, scores, "
+            "data) and apply_plan(model, plan)."
+        )
+    if importance_kwargs and not scored:
+        raise PlanError(
+            f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
+        )
+    return scored
+
+
+def _choose_plan(
+    model: PreTrainedModel,
+    config: PrunerConfig,
+    scores: ImportanceScores | None,
+    data: DataSource | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+) -> PruningPlan:
+    """The plan for given sizes, or for the best sizes that meet a target."""
+    if config.target_parameters is None or scores is None or data is None:
+        return make_plan(model, config, scores)
+    return plan_for_target(model, config, scores, data, processing_class=processing_class, max_length=max_length)
+
+
+def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
+    """Refuse impossible sizes, and a request without any."""
+    require_some_size(teacher, config)
+    if config.target_parameters is None:
+        student_config(teacher, config)
+    else:
+        shapes_near_target(teacher, config)
 
 
 def plan_for_target(
@@ -143,7 +167,7 @@ def plan_for_target(
     num_rows: int = 32,
     max_length: int | None = None,
 ) -> PruningPlan:
-    """Choose the sizes for `request.target_parameters`, by the proxy alone, and plan them.
+    """Choose the sizes for `request.target_parameters` by the KL before retraining, and plan them.
 
     Shapes that meet the target (`shapes_near_target`) are cut one after another and compared with the teacher before
     any retraining, on the same tokens, without a repair. The lowest KL wins. Ranks before retraining can deceive:
@@ -175,23 +199,7 @@ def plan_for_target(
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
     total = count_parameters(model)
     limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
-    measure = Divergence(model, rows)
-    candidates: list[Candidate] = []
-    refusals: list[str] = []
-    for shape in shapes:
-        try:
-            plan = make_plan(model, replace(shape.request, repair=None), scores)
-        except PlanError as error:
-            refusals.append(str(error))
-            continue
-        candidate = Candidate(shape.request, plan.student["num_parameters"])
-        if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
-            refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
-            continue
-        student = apply_plan(model, plan)
-        candidate.proxy = measure(student, candidate)
-        candidates.append(candidate)
-        del student
+    candidates, refusals = _measure_shapes(model, shapes, scores, Divergence(model, rows), limit)
     if not candidates:
         raise PlanError(
             f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
@@ -205,6 +213,40 @@ def plan_for_target(
         candidates=tuple(candidate.proxy_dict() for candidate in (best, *others)),
         notes=(*plan.notes, _choice_note(request.target_parameters, best, others)),
     )
+
+
+def _measure_shapes(
+    model: PreTrainedModel, shapes: Sequence[Shape], scores: ImportanceScores, divergence: Divergence, limit: float
+) -> tuple[list[Candidate], list[str]]:
+    """Prune a model to each of some shapes, without a repair, and measure the students.
+
+    Args:
+        model: the teacher.
+        shapes: to measure.
+        scores: importance of the teacher's units.
+        divergence: from the teacher.
+        limit: the most parameters that a student may have.
+
+    Returns:
+        The measured candidates, and why other shapes cannot be cut.
+    """
+    candidates: list[Candidate] = []
+    refusals: list[str] = []
+    for shape in shapes:
+        try:
+            plan = make_plan(model, replace(shape.request, repair=None), scores)
+        except PlanError as error:
+            refusals.append(str(error))
+            continue
+        candidate = Candidate(shape.request, plan.student["num_parameters"])
+        if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
+            refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
+            continue
+        student = apply_plan(model, plan)
+        candidate.proxy = divergence(student, candidate)
+        candidates.append(candidate)
+        del student
+    return candidates, refusals
 
 
 def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) -> str:

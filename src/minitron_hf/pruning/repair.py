@@ -5,6 +5,7 @@ Legend of shape suffixes: N tokens, D inputs of a projection, K those that stay,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..families import named_tensors, spec_for
 from ..families.axes import dimension_index
 from ..models import evaluating
 from ..scoring.batches import Batches
-from ..scoring.calibration import calibrate
+from ..scoring.calibration import Calibration, calibrate
 from ..scoring.hooks import first_input
 from ..scoring.scores import require_weights
 from ..scoring.units import UnitView
@@ -69,19 +70,45 @@ def repaired_weights(
     spec = spec_for(model.config)
     spec.check(model)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
+    projections = _cut_projections(model, plan)
+    if not projections:
+        return {}
+    calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
+    grams = _gram_matrices(model, projections, calibration)
+    repaired = {}
+    for path, (layer, view) in projections.items():
+        name = f"{path}.weight"
+        located = spec.locate(name)
+        assert located is not None
+        dimension = spec.dimensions[located[0]][view.position]
+        index = dimension_index(dimension, spec.sizes(model.config, layer), plan.kept_in(layer))
+        weight = tensor_values(model, name).detach()
+        if index is not None and len(index) < weight.shape[view.position]:
+            weight_DH = weight.T if view.position == 1 else weight
+            refitted_DH = _refit(weight_DH, grams[path], torch.from_numpy(index), ridge)
+            repaired[name] = (refitted_DH.T if view.position == 1 else refitted_DH).to(weight).contiguous()
+    return repaired
+
+
+def _cut_projections(model: PreTrainedModel, plan: PruningPlan) -> dict[str, tuple[int, UnitView]]:
+    """Path of every projection that reads units which are cut → its layer, and which of its inputs are which units."""
+    spec = spec_for(model.config)
     before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
     names = list(named_tensors(model, tied=True))
-    taps: dict[str, tuple[int, UnitView]] = {}
+    projections: dict[str, tuple[int, UnitView]] = {}
     for axis in repaired_axes(spec, before, after):
         module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
-            tap = UnitView(spec, axis, module, spec.sizes(model.config, layer))
-            taps[spec.layer_parameter(layer, module)] = layer, tap
-    if not taps:
-        return {}
+            view = UnitView(spec, axis, module, spec.sizes(model.config, layer))
+            projections[spec.layer_parameter(layer, module)] = layer, view
+    return projections
+
+
+@torch.no_grad()
+def _gram_matrices(model: PreTrainedModel, paths: Iterable[str], calibration: Calibration) -> dict[str, Tensor]:
+    """XᵀX of the inputs of some modules, over all tokens of the calibration data: float64 [D, D] of each."""
     grams: dict[str, Tensor] = {}
-    watch = Batches(spec, model)
-    calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
+    watch = Batches(spec_for(model.config), model)
 
     def observe(path: str, x: Tensor) -> None:
         mask_N = watch.mask_BT.flatten().to(x.device)
@@ -91,8 +118,7 @@ def repaired_weights(
 
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
-        stack.enter_context(torch.no_grad())
-        for path in taps:
+        for path in paths:
 
             def hook(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
                 observe(path, first_input(args, kwargs))
@@ -100,28 +126,30 @@ def repaired_weights(
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
         device = input_device(model)
         for batch in calibration.batches():
-            kept = ("input_ids", "attention_mask", "scored_mask")
-            batch = {name: batch[name].to(device) for name in kept if name in batch}
+            names = ("input_ids", "attention_mask", "scored_mask")
+            batch = {name: batch[name].to(device) for name in names if name in batch}
             model.base_model(**watch.inputs(watch.begin(batch)), use_cache=False)
+    return grams
 
-    repaired = {}
-    for path, (layer, tap) in taps.items():
-        name = f"{path}.weight"
-        located = spec.locate(name)
-        assert located is not None
-        dimension = spec.dimensions[located[0]][tap.position]
-        index = dimension_index(dimension, spec.sizes(model.config, layer), plan.kept_in(layer))
-        weight = tensor_values(model, name).detach()
-        if index is None or len(index) == weight.shape[tap.position]:
-            continue
-        gram_DD = grams[path]
-        kept_K = torch.from_numpy(index).to(gram_DD.device)
-        is_cut_D = torch.ones(len(gram_DD), dtype=torch.bool, device=gram_DD.device)
-        is_cut_D[kept_K] = False
-        exact_DH = (weight.T if tap.position == 1 else weight).to(gram_DD.device, torch.float64).clone()
-        gram_KK = gram_DD[kept_K][:, kept_K]
-        gram_KK.diagonal().add_(ridge * gram_KK.diagonal().mean().clamp(min=1e-12))
-        lost_KH = gram_DD[kept_K][:, is_cut_D] @ exact_DH[is_cut_D]
-        exact_DH[kept_K] += torch.linalg.solve(gram_KK, lost_KH)
-        repaired[name] = (exact_DH.T if tap.position == 1 else exact_DH).to(weight).contiguous()
-    return repaired
+
+def _refit(weight_DH: Tensor, gram_DD: Tensor, kept_K: Tensor, ridge: float) -> Tensor:
+    """A projection whose kept inputs are refitted to make up for the cut ones: see `repaired_weights`.
+
+    Args:
+        weight_DH: the teacher's.
+        gram_DD: XᵀX of its inputs.
+        kept_K: indices of the kept inputs.
+        ridge: λ as a fraction of the mean of the diagonal of X_KᵀX_K.
+
+    Returns:
+        float64 [D, H]; the rows of cut inputs are unchanged.
+    """
+    kept_K = kept_K.to(gram_DD.device)
+    is_cut_D = torch.ones(len(gram_DD), dtype=torch.bool, device=gram_DD.device)
+    is_cut_D[kept_K] = False
+    exact_DH = weight_DH.to(gram_DD.device, torch.float64).clone()
+    gram_KK = gram_DD[kept_K][:, kept_K]
+    gram_KK.diagonal().add_(ridge * gram_KK.diagonal().mean().clamp(min=1e-12))
+    lost_KH = gram_DD[kept_K][:, is_cut_D] @ exact_DH[is_cut_D]
+    exact_DH[kept_K] += torch.linalg.solve(gram_KK, lost_KH)
+    return exact_DH

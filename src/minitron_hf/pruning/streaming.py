@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..compat import as_stored, generation_config_inside, names_not_saved, storage_id
-from ..errors import HubError, OutputError, UnsupportedModelError
+from ..errors import HubError, OutputError, UnsupportedModelError, shortened
 from ..families import spec_for
 from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
@@ -34,7 +34,7 @@ from .stored_tensors import DTYPES, LazyTensor, lazy_tensors
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .plan import PruningPlan
 
@@ -55,9 +55,9 @@ def prune_checkpoint(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Path:
-    """Do what `apply_plan` and `save_model` do, from folder to folder, in memory for a few rows of one tensor.
+    """Prune a checkpoint from folder to folder; only a few rows of one tensor are in memory at a time.
 
-    The student's files are those of the path through memory, byte for byte. The folder appears when it is complete.
+    The files equal those of `apply_plan` and `save_model`, byte for byte. The folder appears when it is complete.
 
     Args:
         source: the teacher: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
@@ -84,14 +84,6 @@ def prune_checkpoint(
     folder = Path(str(teacher.config.name_or_path))
     student = apply_plan(teacher, plan)
     tensors: dict[str, LazyTensor] = _saved_tensors(student)
-    shards = split_state_dict_into_shards_factory(
-        tensors,
-        max_shard_size=max_shard_size,
-        filename_pattern="model{suffix}.safetensors",
-        # Tensors that share memory go into one shard.
-        get_storage_size=lambda tensor: tensor.meta.untyped_storage().nbytes(),
-        get_storage_id=lambda tensor: storage_id(tensor.meta),
-    )
     copied = _copied_files(folder)
     size = sum(tensor.nbytes for tensor in tensors.values())
     _require_room(target, size + sum(path.stat().st_size for path in copied))
@@ -99,12 +91,7 @@ def prune_checkpoint(
         replacing_folder(target) as temporary,
         tqdm(total=size, unit="B", unit_scale=True, desc="Pruning", disable=not show_progress) as progress,
     ):
-        for name, names in shards.filename_to_tensors.items():
-            _write_safetensors(temporary / name, {name: tensors[name] for name in names}, progress)
-        if shards.is_sharded:
-            metadata = {"total_parameters": student.num_parameters(), **shards.metadata}
-            index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
-            write_text(temporary / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_weights(temporary, tensors, student.num_parameters(), max_shard_size, progress)
         for path in copied:
             copy = temporary / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
@@ -116,6 +103,26 @@ def prune_checkpoint(
         student.config.dtype = str(student.dtype).removeprefix("torch.")
         save_config(student.config, temporary)
     return target
+
+
+def _write_weights(
+    folder: Path, tensors: Mapping[str, LazyTensor], num_parameters: int, max_shard_size: int | str, progress: tqdm
+) -> None:
+    """Write safetensors files as `save_pretrained` does: one, or shards and their index."""
+    shards = split_state_dict_into_shards_factory(
+        dict(tensors),
+        max_shard_size=max_shard_size,
+        filename_pattern="model{suffix}.safetensors",
+        # Tensors that share memory go into one shard.
+        get_storage_size=lambda tensor: tensor.meta.untyped_storage().nbytes(),
+        get_storage_id=lambda tensor: storage_id(tensor.meta),
+    )
+    for name, names in shards.filename_to_tensors.items():
+        _write_safetensors(folder / name, {name: tensors[name] for name in names}, progress)
+    if shards.is_sharded:
+        metadata = {"total_parameters": num_parameters, **shards.metadata}
+        index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
+        write_text(folder / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _copied_files(folder: Path) -> list[Path]:
@@ -202,6 +209,21 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
             f"The checkpoint {str(folder)!r} is quantised, so its rows and columns are not units of the model. "
             "Prune the unquantised checkpoint, and quantise the student."
         )
+    model = _load_lazily(folder, config)
+    model.config.name_or_path = str(folder)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # like Transformers: the generation settings of the model's config
+        model.generation_config = generation_config_inside(folder)
+    return model
+
+
+def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint, by their names in it.
+
+    Raises:
+        UnsupportedModelError: if it holds no safetensors files, or not all of them.
+    """
     names = _weight_names(folder)
     if not names:
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
@@ -213,12 +235,22 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         )
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise UnsupportedModelError(
-            f"{folder / WEIGHTS_INDEX_NAME} names {len(absent)} files that are not there: {_some(absent)}. "
+            f"{folder / WEIGHTS_INDEX_NAME} names {len(absent)} files that are not there: {shortened(absent)}. "
             "Copy or download the checkpoint again."
         )
     stored: dict[str, LazyTensor] = {}
     for name in names:
         stored |= lazy_tensors(folder / name)
+    return stored
+
+
+def _load_lazily(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """Have Transformers load a checkpoint whose tensors stay on disk.
+
+    Raises:
+        UnsupportedModelError: if tensors are missing, surplus or of another shape.
+    """
+    stored = _stored_tensors(folder)
     stock: Any = type(empty_model(config))
     try:
         model, report = stock.from_pretrained(
@@ -233,7 +265,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         absent = sorted(_saved_tensors(empty_model(config)).keys() - stored.keys())
         raise UnsupportedModelError(
             f"The tensors of {str(folder)!r} do not make up a {stock.__name__}"
-            f"{f' ({_some(absent)} missing)' if absent else ''}: {first_line(error)} "
+            f"{f' ({shortened(absent)} missing)' if absent else ''}: {first_line(error)} "
             "Check that the whole checkpoint was copied, and that it belongs to its config.json."
         ) from error
     problems = [
@@ -246,21 +278,12 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     ]
     if problems:
         raise UnsupportedModelError(
-            f"The checkpoint {str(folder)!r} is not exactly a {stock.__name__}: {_some(problems, '; ')}. "
+            f"The checkpoint {str(folder)!r} is not exactly a {stock.__name__}: {shortened(problems, '; ')}. "
             "Expected a complete causal language model, its head included; check that the whole checkpoint was "
             "copied, and that it is not a base model or an adapter."
         )
-    model.config.name_or_path = str(folder)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except OSError:  # like Transformers: what a model's config says of generation
-        model.generation_config = generation_config_inside(folder)
-    return model
-
-
-def _some(items: list[str], separator: str = ", ", limit: int = 4) -> str:
-    more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 # The student

@@ -53,15 +53,7 @@ def apply_plan(
         PlanError: if the plan has a repair and there is none here, or the reverse.
         UnsupportedModelError: if the model is not what its family table says.
     """
-    if plan.repair and repaired is None:
-        raise PlanError(
-            f"This plan has repair={plan.repair!r}, which needs data. Call prune_with_plan(model, plan, data), give "
-            "--data to minitron-hf prune, or plan without repair."
-        )
-    if repaired and not plan.repair:
-        raise PlanError(
-            "This plan has no repair, so repaired= would not be recorded. Plan with PrunerConfig(repair=…)."
-        )
+    _require_repair(plan, repaired)
     spec = spec_for(model.config)
     spec.check(model)
     if on_meta(model):
@@ -90,6 +82,19 @@ def apply_plan(
     student.generation_config = copy.deepcopy(model.generation_config)
     student.pruning_plan = plan
     return student.eval()
+
+
+def _require_repair(plan: PruningPlan, repaired: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse a plan with a repair without repaired tensors, and the reverse."""
+    if plan.repair and repaired is None:
+        raise PlanError(
+            f"This plan has repair={plan.repair!r}, which needs data. Call prune_with_plan(model, plan, data), give "
+            "--data to minitron-hf prune, or plan without repair."
+        )
+    if repaired and not plan.repair:
+        raise PlanError(
+            "This plan has no repair, so repaired= would not be recorded. Plan with PrunerConfig(repair=…)."
+        )
 
 
 def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:

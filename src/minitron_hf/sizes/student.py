@@ -159,61 +159,41 @@ def build_student_config(
     nonuniform_sizes: Mapping[str, Sequence[int]] | None = None,
     model_type: str | None = None,
 ) -> PretrainedConfig:
-    """The teacher's config with the student's sizes, validated by the stock class.
+    """Build the teacher's config with the student's sizes, validated by the stock class.
 
-    `nonuniform_sizes` holds axis → size in every kept layer, for axes whose sizes differ by layer. `model_type` names
-    other stock classes than the teacher's.
+    Args:
+        spec: the teacher's family.
+        teacher: the teacher's config.
+        sizes: size of every axis in the student.
+        layers_kept: teacher indices of the student's layers.
+        norm_compensation: whether the norms' weights are scaled for a cut of the hidden size, so that their epsilon
+            has to be scaled, too.
+        nonuniform_sizes: axis → size in every kept layer, for axes whose sizes differ by layer.
+        model_type: other stock classes than the teacher's.
+
+    Raises:
+        PlanError: if the stock class does not hold these sizes or layers; the message names those that it does.
     """
     if (inner := text_config(teacher)) is not teacher:
         text = build_student_config(
             spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, nonuniform_sizes=nonuniform_sizes
         )
-        whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
-        for name in LEFT_OUT:
-            whole.pop(name, None)
-        wrapped = type(teacher)(**whole)
-        use_same_kernels(wrapped, teacher)
-        return wrapped
-    config_type = type(teacher)
-    values = copy.deepcopy(teacher.to_dict())
-    # Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
-    # A number derives from none, and what it is implied by (one group where no groups are meant) may mean more.
-    for axis in spec.axes:
-        if spec.holds_lists(axis.name, teacher):
-            [name] = axis.fields
-            values[name] = [min(own, sizes[axis.name]) for own in values[name]]
-            for layer, own in zip(layers_kept, (nonuniform_sizes or {}).get(axis.name, ())):
-                values[name][layer] = own
-        elif not (axis.implied or "").isdigit() or sizes[axis.name] != int(axis.implied or ""):
-            for name in axis.fields:
-                listed = isinstance(values.get(name), list)
-                values[name] = [sizes[axis.name]] * sizes["layers"] if listed else sizes[axis.name]
-        if axis.rounding is not None:
-            values[axis.rounding.flag] = False
-    values.update({name: implied_size(expression, sizes) for name, expression in spec.config_rules.derived_fields})
-    values.update(dict.fromkeys(spec.config_rules.absent_parts, 0))
+        return _config_around(teacher, text)
     before = spec.sizes(teacher)
-    for name, size, power in spec.config_rules.scaled_fields:
-        if power == 1 and isinstance(values[name], int):
-            values[name] = values[name] * sizes[size] // before[size]
-        elif sizes[size] < before[size]:
-            values[name] *= (sizes[size] / before[size]) ** power
-    hidden = before["hidden"]
-    if norm_compensation and sizes["hidden"] < hidden and _norms_are_alike(spec):
-        values.update({name: values[name] * hidden / sizes["hidden"] for name in NORM_EPSILONS if values.get(name)})
+    values = copy.deepcopy(teacher.to_dict())
+    values.update(_resized_fields(spec, teacher, values, sizes, layers_kept, nonuniform_sizes or {}))
+    values.update(_rescaled_fields(spec, values, before, sizes, norm_compensation))
     changed: dict[str, Any] = {}
     if len(layers_kept) < before["layers"]:
-        if lacking := reason_against_layers(spec, teacher, layers_kept):
-            raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {lacking}")
+        if reason := reason_against_layers(spec, teacher, layers_kept):
+            raise PlanError(f"Layers {list(layers_kept)} cannot be all that is left: {reason}")
         changed = _layer_fields(spec, values, before["layers"], layers_kept)
         values.update(changed)
     for name in LEFT_OUT:
         values.pop(name, None)
+    config_type = type(teacher)
     if model_type not in (None, spec.model_type):
-        config_type = config_class(str(model_type))
-        known = config_type().to_dict().keys() - {"architectures"}
-        values = {name: value for name, value in values.items() if name in known and name != "model_type"}
-        values.update(_equivalent_classes(spec, teacher)[str(model_type)])
+        config_type, values = _as_equivalent_class(spec, teacher, values, str(model_type))
     try:
         config = config_type(**values)
         # Layers that predict further tokens are no part of the stock model, and so of no student either.
@@ -225,21 +205,104 @@ def build_student_config(
         raise PlanError(
             f"The stock {config_type.__name__} refuses these sizes: {first_line(error)} {nearest}"
         ) from error
+    _require_unchanged(spec, teacher, config, sizes, changed)
+    use_same_kernels(config, teacher)
+    return config
+
+
+def _config_around(teacher: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    """The config of a wrapper around the config of the student's language model."""
+    whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
+    for name in LEFT_OUT:
+        whole.pop(name, None)
+    wrapped = type(teacher)(**whole)
+    use_same_kernels(wrapped, teacher)
+    return wrapped
+
+
+def _resized_fields(
+    spec: ArchSpec,
+    teacher: PretrainedConfig,
+    values: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    layers_kept: tuple[int, ...],
+    nonuniform_sizes: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """Config fields that hold the sizes of axes, or follow from them.
+
+    Implied sizes (head_dim above all) are written out: they would otherwise change with the sizes they derive from.
+    """
+    changed: dict[str, Any] = {}
+    for axis in spec.axes:
+        size = sizes[axis.name]
+        if spec.holds_lists(axis.name, teacher):
+            [name] = axis.fields
+            changed[name] = [min(own, size) for own in values[name]]
+            for layer, own in zip(layers_kept, nonuniform_sizes.get(axis.name, ())):
+                changed[name][layer] = own
+        # A number derives from no size, and its field may mean more (one group where no groups are meant).
+        elif not (axis.implied or "").isdigit() or size != int(axis.implied or ""):
+            for name in axis.fields:
+                changed[name] = [size] * sizes["layers"] if isinstance(values.get(name), list) else size
+        if axis.rounding is not None:
+            changed[axis.rounding.flag] = False
+    changed.update({name: implied_size(expression, sizes) for name, expression in spec.config_rules.derived_fields})
+    changed.update(dict.fromkeys(spec.config_rules.absent_parts, 0))
+    return changed
+
+
+def _rescaled_fields(
+    spec: ArchSpec,
+    values: Mapping[str, Any],
+    before: Mapping[str, int],
+    sizes: Mapping[str, int],
+    norm_compensation: bool,
+) -> dict[str, Any]:
+    """Config fields that are scaled with a size: see `ConfigRules.scaled_fields`; and the epsilon of scaled norms."""
+    changed: dict[str, Any] = {}
+    for name, size, power in spec.config_rules.scaled_fields:
+        if power == 1 and isinstance(values[name], int):
+            changed[name] = values[name] * sizes[size] // before[size]
+        elif sizes[size] < before[size]:
+            changed[name] = values[name] * (sizes[size] / before[size]) ** power
+    if norm_compensation and sizes["hidden"] < before["hidden"] and _norms_are_alike(spec):
+        ratio = before["hidden"] / sizes["hidden"]
+        changed.update({name: values[name] * ratio for name in NORM_EPSILONS if values.get(name)})
+    return changed
+
+
+def _as_equivalent_class(
+    spec: ArchSpec, teacher: PretrainedConfig, values: Mapping[str, Any], model_type: str
+) -> tuple[type[PretrainedConfig], dict[str, Any]]:
+    """The config class of other stock classes that hold the same model, and the values of its fields."""
+    config_type = config_class(model_type)
+    known = config_type().to_dict().keys() - {"architectures", "model_type"}
+    changes = _equivalent_classes(spec, teacher)[model_type]
+    return config_type, {**{name: value for name, value in values.items() if name in known}, **changes}
+
+
+def _require_unchanged(
+    spec: ArchSpec,
+    teacher: PretrainedConfig,
+    config: PretrainedConfig,
+    sizes: Mapping[str, int],
+    changed: Mapping[str, Any],
+) -> None:
+    """Refuse sizes, and lists with one entry per layer, that the stock class changes when it is given them."""
     built = {axis: size for axis, size in spec.sizes(config).items() if not spec.holds_lists(axis, teacher)}
     expected = {axis: sizes[axis] for axis in built}
     if built != expected:
         raise PlanError(
-            f"The stock {config_type.__name__} changes the sizes it is given: {built} instead of "
+            f"The stock {type(config).__name__} changes the sizes it is given: {built} instead of "
             f"{expected}. Choose other sizes."
         )
     for name in set(spec.layer_lists) & changed.keys():
-        if (made := getattr(config, name)) != changed[name]:
+        given = changed[name]
+        if (made := getattr(config, name)) != given:
             raise PlanError(
-                f"The stock {type(teacher).__name__} cannot hold layers {list(layers_kept)} in this order: it changes "
-                f"{name} from {changed[name]} to {made}. Choose other layers_to_drop."
+                f"The stock {type(teacher).__name__} cannot hold these layers in this order: it changes {name} from "
+                f"{given} to {made}. Choose other layers_to_drop."
             )
-    use_same_kernels(config, teacher)
-    return config
 
 
 def _nearest_accepted(
