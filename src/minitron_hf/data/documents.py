@@ -5,6 +5,7 @@ Long texts are read in pieces, so memory does not grow with the longest document
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +75,32 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
             yield from _encoded(batch, processing_class, start, front)
             batch, num_characters = [], 0
     yield from _encoded(batch, processing_class, start, front)
+
+
+class TokenizedDocuments:
+    """Documents that are tokenised once, when they are first read.
+
+    Every pass over it yields the same pieces: `token_rows` cuts them into rows of any length without the tokenizer.
+
+    Args:
+        data: as of `token_rows`; a generator is read as far as rows are needed.
+        processing_class: tokenizer, or a processor with one; needed for text.
+        text_field: column that holds the text.
+    """
+
+    def __init__(self, data: DataSource, processing_class: Any = None, text_field: str = "text") -> None:
+        self.processing_class = processing_class
+        self._read: list[Piece] = []
+        self._unread = documents(data, processing_class, text_field)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for position in itertools.count():
+            if position == len(self._read):
+                piece = next(self._unread, None)
+                if piece is None:
+                    return
+                self._read.append(piece)
+            yield self._read[position]
 
 
 def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:

@@ -20,13 +20,10 @@ from .training import _save_student, _train, _training_settings
 
 
 def _score(run: Run) -> None:
-    texts = run.calibration_texts()
-    if run.recipe.scores.get("iterations", 1) != 1:
-        texts = list(texts)
     scores = iterate_importance(
         run.teacher,
         run.recipe.pruner_config,
-        texts,
+        run.texts("calibration"),
         processing_class=run.tokenizer,
         show_progress=run.show_progress,
         **run.recipe.scores,
@@ -37,15 +34,14 @@ def _score(run: Run) -> None:
 def _search(run: Run) -> None:
     from ..search.architectures import search_architectures
 
-    column, held_out = run.dataset_section("eval").text_field, run.dataset("eval")
     arguments = search_arguments(run.recipe)
     distillation = {"dataset_text_field": run.recipe.data.train.text_field, **arguments.pop("distillation")}
     search_architectures(
         run.teacher,
         ImportanceScores.from_pretrained(run.folder),
-        calibration_data=run.calibration_texts(),
+        calibration_data=run.texts("calibration"),
         train_dataset=run.dataset("train"),
-        eval_data=(row[column] for row in held_out) if column in held_out.column_names else held_out,
+        eval_data=run.texts("eval"),
         processing_class=run.tokenizer,
         output_dir=run.folder,
         base=run.recipe.pruner_config,
@@ -82,7 +78,7 @@ def _plan(run: Run) -> None:
             run.teacher,
             request,
             scores,
-            run.calibration_texts(),
+            run.texts("calibration"),
             processing_class=run.tokenizer,
             max_length=run.recipe.scores.get("max_length"),
         )

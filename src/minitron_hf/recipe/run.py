@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import load_text_dataset
+from ..data import load_text_dataset, tokenize_once
 from ..errors import DataError, did_you_mean
 from ..hardware import as_dtype, is_launched
 from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
@@ -188,8 +188,18 @@ class Run:
 
     def calibration_texts(self) -> Any:
         """The calibration corpus one by one: only the first rows are needed, and it may be larger than memory."""
-        column, rows = self.dataset_section("calibration").text_field, self.dataset("calibration")
-        return (row[column] for row in rows) if column in rows.column_names else rows
+        return self.texts("calibration")
+
+    def texts(self, which: str) -> Any:
+        """The documents of one of the corpora, which all stages together tokenise once, as far as they need them."""
+        if self is not self.whole:
+            return self.whole.texts(which)
+
+        def wrap() -> Any:
+            rows = self.dataset(which)
+            return tokenize_once(rows, self.tokenizer, self.dataset_section(which).text_field)
+
+        return self._cached(f"texts.{which}", wrap)
 
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """The student of a plan, refitted on the rows that were scored where the plan says so."""
