@@ -25,7 +25,7 @@ from minitron_hf.recipe import runner
 from minitron_hf.recipe.run import PRIVATE_RECIPE_NAME
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.saving import save_processing_class
-from minitron_hf.search.architectures import _Record
+from minitron_hf.search.record import SearchRecord
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokenizer
 from run_folder import write_json, write_run
@@ -258,7 +258,7 @@ def test_a_recipe_from_elsewhere_is_redacted_before_it_is_shown(tmp_path):
 
 def test_a_search_records_no_secret(tmp_path):
     settings = {"space": {"hidden_size": [0.5]}, "distillation": {"hub_token": TOKEN, "learning_rate": 0.1}}
-    _Record(tmp_path, "inputs", settings, show_progress=False).save()
+    SearchRecord(tmp_path, "inputs", settings, show_progress=False).save()
     found = json.loads((tmp_path / "search.json").read_text())["settings"]
     assert found == {"space": {"hidden_size": [0.5]}, "distillation": {"learning_rate": 0.1}}
 

@@ -21,6 +21,7 @@ from minitron_hf.recipe.actions import search_arguments
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search import architectures as search
+from minitron_hf.search import budget
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.shapes import enumerate_shapes, memory_bytes
@@ -209,7 +210,7 @@ def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, mo
         measured.append((candidate.name, len(candidate.row_sums)))
         return result
 
-    monkeypatch.setattr(search, "_time", lambda *args: None)
+    monkeypatch.setattr(search, "_measure_speed", lambda *args: None)
     whole = distil("whole")
     monkeypatch.setattr(search.Divergence, "__call__", breaking)
     while breaks:
@@ -259,8 +260,8 @@ def test_a_budget_of_time_is_kept_by_what_is_measured_once(find, tmp_path, monke
         asked.append(config.num_hidden_layers)
         return seconds[config.num_hidden_layers]
 
-    assert search._seconds_per_token(pocket_model("llama"), pocket_model("llama").config) > 0
-    monkeypatch.setattr(search, "_seconds_per_token", measured)
+    assert budget.seconds_per_token(pocket_model("llama"), pocket_model("llama").config) > 0
+    monkeypatch.setattr(budget, "seconds_per_token", measured)
     for _ in range(2):
         found = find(max_parameters=None, max_seconds_per_token=0.0035, output_dir=tmp_path)
         assert [one.request.num_hidden_layers for one in found.candidates] == [3, 3]

@@ -55,7 +55,8 @@ def search(
     from ..recipe.reading import apply_overrides, read_yaml
     from ..recipe.settings import require_search
     from ..scoring.scores import ImportanceScores
-    from ..search.architectures import search_architectures, table
+    from ..search.architectures import search_architectures
+    from ..search.record import table
 
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:

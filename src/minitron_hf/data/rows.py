@@ -86,17 +86,17 @@ def token_rows(
 
     Args:
         data: an iterable of `str`, of conversations, of token-id sequences, or of mappings (a `datasets.Dataset`, for
-            example) with the columns `input_ids` (an `attention_mask` marks its padding, which is left out), `prompt` and
+            example) with the columns `input_ids` (without the padding that an `attention_mask` marks), `prompt` and
             `completion`, `messages`, or `text_field`; or a single `TokenRows`, returned unchanged. Chat templates are
             applied as by TRL's `SFTTrainer`, and a prompt is context alone.
-        processing_class: tokenizer, or a processor with one; needed for text. Every row begins with the tokens that it adds
-            in front of a text (mostly the beginning-of-text token), also a row that begins in the middle of a document,
+        processing_class: tokenizer, or a processor with one; needed for text. Every row begins with the tokens that it
+            adds in front of a text (mostly the beginning-of-text token), also a row that begins inside a document,
             because many teachers are far worse without. These tokens are context alone, see `TokenRows`.
         max_length: longest row, in tokens, including those.
         num_rows: number of rows after which to stop; None: all.
         packing: join documents (each behind a separator, see `separator_tokens`) and cut them into full rows, which
-            need hardly any padding; NVIDIA/Megatron-LM#4807 measured packing at +5.8 MMLU on a pruned Qwen3-8B. Without
-            it, every document starts its own row, and longer documents continue on further rows.
+            need hardly any padding; NVIDIA/Megatron-LM#4807 measured packing at +5.8 MMLU on a pruned Qwen3-8B.
+            Without it, every document starts its own row, and longer documents continue on further rows.
         overlap: 1 repeats the last token of a row at the start of the next row of the same stream, so that every
             token is predicted exactly once (perplexity); 0 for calibration.
         text_field: column that holds the text.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import DataSource
+from ..data import DataSource, tokenize_once
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, ArchSpec, spec_for
 from ..scoring.importance import estimate_importance
@@ -43,7 +43,7 @@ def iterate_importance(
         model: the teacher; not changed.
         config: the student's sizes. Those of the rounds before the last are rounded as fractions are, and their
             students may be of other stock classes that hold the same model.
-        data: see `estimate_importance`; gone through once per round, so no generator.
+        data: see `estimate_importance`; tokenised once for all rounds.
         iterations: T; 1 is `estimate_importance`.
         **importance_kwargs: passed on to `estimate_importance`. What a `depth_metric` has to measure follows from
             `config`.
@@ -56,6 +56,7 @@ def iterate_importance(
         PlanError: if the rounds cannot be followed for this request.
     """
     require_iterations(config, iterations)
+    data = tokenize_once(data, importance_kwargs.get("processing_class"))
     if config.target_parameters is not None:
         once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))
         assert isinstance(once, ImportanceScores)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import DataSource, token_rows
+from ..data import DataSource, token_rows, tokenize_once
 from ..errors import PlanError
 from ..models import (
     count_parameters,
@@ -21,6 +21,7 @@ from ..models import (
 )
 from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
+from ..scoring.metrics import needs_no_data
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.shapes import TOLERANCE, Shape, select_diverse
@@ -57,8 +58,8 @@ def prune_model(
         model_or_path: the teacher: a model, which is not changed; or a folder or a Hub id, loaded onto an accelerator
             where there is one, and computed in float32 where the hardware is slow in the stored dtype.
         config: the student's sizes, or a target for them (`plan_for_target`).
-        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. A repair
-            goes through it once more, so no generator then.
+        calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. They
+            are tokenised once.
         processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
         scores: scores made before by `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
@@ -88,6 +89,7 @@ def prune_model(
         if processing_class is None and not isinstance(model_or_path, nn.Module):
             processing_class = load_tokenizer(model_or_path)
         importance_kwargs["processing_class"] = processing_class
+        calibration_data = tokenize_once(calibration_data, processing_class)
         scores = iterate_importance(model, config, calibration_data, iterations=iterations, **importance_kwargs)
     plan = _choose_plan(model, config, scores, calibration_data, processing_class, importance_kwargs.get("max_length"))
     for note in plan.notes:
@@ -111,7 +113,7 @@ def _check_sources(
     Returns:
         Whether the teacher has to be scored.
     """
-    scored = data is not None or importance_kwargs.get("metric") == "random"
+    scored = data is not None or needs_no_data(importance_kwargs.get("metric"))
     if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")
     if config.repair and data is None:
@@ -119,11 +121,10 @@ def _check_sources(
             f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
             "prune_with_plan(model, plan, data)."
         )
-    if config.target_parameters is not None and (data is None or isinstance(data, Iterator)):
+    if config.target_parameters is not None and data is None:
         raise PlanError(
-            "target_parameters needs calibration_data that can be read more than once (a list, a dataset): shapes are "
-            "measured on it after the scoring. With scores made before, call plan_for_target(model, config, scores, "
-            "data) and apply_plan(model, plan)."
+            "target_parameters needs calibration_data: shapes are measured on it after the scoring. With scores made "
+            "before, call plan_for_target(model, config, scores, data) and apply_plan(model, plan)."
         )
     if importance_kwargs and not scored:
         raise PlanError(

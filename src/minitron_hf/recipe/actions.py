@@ -220,12 +220,11 @@ def _evaluate(run: Run) -> None:
     run.forget("learned_teacher")
     evaluate_models(
         models,
-        run.dataset("eval"),
+        run.texts("eval"),
         processing_class=run.tokenizer,
         max_length=section.max_length,
         num_rows=section.num_rows,
         batch_size=section.batch_size,
-        text_field=run.dataset_section("eval").text_field,
         dataset_name=run.dataset_section("eval").source,
         descriptions={
             "pruned": f"the student before distillation{last_round}",

@@ -171,7 +171,7 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     request = recipe.pruner_config
     if recipe.search is None:
         return None if request.target_parameters is None else shapes_near_target(config, request)
-    from ..search.architectures import only_budget
+    from ..search.budget import only_budget
 
     arguments = search_arguments(recipe)
     budgets = inspect.signature(only_budget).parameters

@@ -186,10 +186,6 @@ class Run:
         """The section of one of the corpora; calibration falls back to train."""
         return getattr(self.recipe.data, which) or self.recipe.data.train
 
-    def calibration_texts(self) -> Any:
-        """The calibration corpus one by one: only the first rows are needed, and it may be larger than memory."""
-        return self.texts("calibration")
-
     def texts(self, which: str) -> Any:
         """The documents of one of the corpora, which all stages together tokenise once, as far as they need them."""
         if self is not self.whole:
@@ -204,7 +200,7 @@ class Run:
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """The student of a plan, refitted on the rows that were scored where the plan says so."""
         rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
-        texts = self.calibration_texts() if plan.repair else None
+        texts = self.texts("calibration") if plan.repair else None
         return prune_with_plan(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
 
     @property

@@ -130,6 +130,11 @@ def find_metrics(names: Iterable[str]) -> list[ImportanceMetric]:
     return [METRICS[name] for name in names]
 
 
+def needs_no_data(name: str | None) -> bool:
+    """Whether a metric is computed without calibration data; None is the default metric, which needs some."""
+    return name is not None and all(not metric.needs_data for metric in find_metrics([name]))
+
+
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:
     """Module and name of a function; a notebook cell that is run again defines the same."""
     return function.__module__, function.__qualname__

@@ -1,0 +1,105 @@
+"""Distils candidates of a search briefly, each from its last checkpoint."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..distillation.checkpoints import last_checkpoint
+from ..distillation.config import DistillationConfig
+from ..distillation.trainer import DistillationTrainer
+from ..files import digest
+from ..models import plain_model
+from ..pruning.plan import PruningPlan
+from ..pruning.surgery import apply_plan
+from .record import CANDIDATES_DIR
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Settings of a brief distillation, unless others are given.
+DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-4,
+    "warmup_steps": 10,
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "shuffle_dataset": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 0.25,
+    # Constant after the warm-up, so that a longer run continues a shorter one.
+    "lr_scheduler_type": "constant_with_warmup",
+}
+
+
+class BriefDistillation:
+    """Distils the student of a plan for some tokens.
+
+    Args:
+        teacher: the teacher; not changed.
+        folder: of the search; checkpoints go below it.
+        train_dataset: corpus.
+        processing_class: tokenizer of texts.
+        settings: fields of `DistillationConfig`, with `max_length`.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        folder: Path,
+        train_dataset: Any,
+        processing_class: Any,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.teacher, self.processing_class = teacher, processing_class
+        self.folder = folder / CANDIDATES_DIR
+        self.train_dataset = on_disk(train_dataset, self.folder)
+        self.settings = {**DEFAULTS, **settings}
+
+    def __call__(self, name: str, plan: PruningPlan, num_tokens: int) -> PreTrainedModel:
+        """The student of a plan after some tokens in all, resumed from its last checkpoint.
+
+        Args:
+            name: name of the candidate.
+            plan: its plan.
+            num_tokens: tokens that the student has seen then.
+        """
+        from transformers.trainer_callback import PrinterCallback
+
+        folder = self.folder / digest(name)[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.settings
+        rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+        steps = math.ceil(num_tokens / (rows * values["max_length"]))
+        saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
+        trainer = DistillationTrainer(
+            model=apply_plan(self.teacher, plan),
+            teacher_model=self.teacher,
+            args=DistillationConfig(str(folder), **{**values, "max_steps": steps, **saving}),
+            train_dataset=self.train_dataset,
+            processing_class=self.processing_class,
+            pruning_plan=plan,
+        )
+        trainer.remove_callback(PrinterCallback)  # the table shows the results
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        return plain_model(trainer.model).eval()
+
+
+def on_disk(dataset: Any, folder: Path) -> Any:
+    """A dataset whose prepared rows `datasets` caches in files, so that several trainers tokenise it once.
+
+    `datasets` caches the maps of datasets on disk, and not those of datasets in memory. So these are written to a new
+    folder inside `folder`. Streams and teacher caches are returned unchanged.
+    """
+    from datasets import Dataset, load_from_disk
+
+    if not isinstance(dataset, Dataset) or dataset.cache_files:
+        return dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = tempfile.mkdtemp(prefix="train_dataset-", dir=folder)
+    dataset.save_to_disk(stored)
+    return load_from_disk(stored)

@@ -1,0 +1,110 @@
+"""`search.json`: results of a search, and the table that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ..errors import OutputError
+from ..files import require_writable
+from ..formats import read_artefact, write_artefact
+from ..privacy import public_settings
+from ..pruning.candidates import SEARCH_NAME, Candidate
+from ..sizes.shapes import Shape
+
+CANDIDATES_DIR = "candidates"
+
+
+class SearchRecord:
+    """Results so far: on disk, and as a table on the terminal.
+
+    Args:
+        folder: where `search.json` and unfinished students go; None keeps the results in memory.
+        inputs: digest of everything that the results depend on.
+        settings: recorded beside the results.
+        show_progress: show the table as it fills.
+
+    Raises:
+        OutputError: if the folder holds another search.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, inputs: str, settings: Mapping[str, Any], show_progress: bool
+    ) -> None:
+        self.folder = None if folder is None else require_writable(folder)
+        self.inputs, self.settings = inputs, settings
+        self.candidates: list[Candidate] = []
+        self.costs: dict[str, float] = {}
+        self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
+        if self.path is not None and self.path.is_file():
+            values = read_artefact(self.path)
+            if values.get("inputs") != inputs:
+                raise OutputError(
+                    f"{self.path} belongs to another search: its teacher, scores, data or settings differ. "
+                    "Choose another output_dir, or remove that file."
+                )
+            self.candidates = [Candidate.from_dict(entry) for entry in values["candidates"]]
+            self.costs = values["costs"]
+        else:
+            self.clean()  # students of an earlier search
+
+    @property
+    def path(self) -> Path | None:
+        """`search.json`; None without a folder."""
+        return None if self.folder is None else self.folder / SEARCH_NAME
+
+    def live(self) -> Any:
+        """The table on the terminal, for the duration of the context."""
+        return self.display or contextlib.nullcontext()
+
+    def candidate(self, shape: Shape) -> Candidate:
+        """The candidate of a shape, added if there is none."""
+        for candidate in self.candidates:
+            if candidate.name == shape.name:
+                return candidate
+        self.candidates.append(Candidate(shape.request, shape.num_parameters))
+        return self.candidates[-1]
+
+    def save(self) -> None:
+        """Write all results, completely or not at all, and show them."""
+        if self.path is not None:
+            values = {
+                "inputs": self.inputs,
+                "settings": public_settings(self.settings),
+                "costs": self.costs,
+                "candidates": [candidate.to_dict() for candidate in self.candidates],
+            }
+            write_artefact(self.path, values)
+        if self.display is not None:
+            self.display.update(table(self.candidates), refresh=True)
+
+    def clean(self) -> None:
+        """Remove the students; only their shapes are results."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / CANDIDATES_DIR, ignore_errors=True)
+
+
+def table(candidates: Sequence[Candidate]) -> Table:
+    """The candidates as a table, best first."""
+    made = Table("shape", "parameters", "KL pruned", "KL distilled", "tokens", "behind the best")
+    retrained = any(candidate.rounds for candidate in candidates)
+    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.kl)):
+        last = candidate.rounds[-1] if candidate.rounds else None
+        gap = candidate.behind if last or not retrained else None
+        made.add_row(
+            candidate.name,
+            f"{candidate.num_parameters:,}",
+            "–" if candidate.proxy is None else f"{candidate.proxy['value']:.3f} ± {candidate.proxy['stderr']:.3f}",
+            "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
+            "–" if last is None else f"{last['num_tokens']:,}",
+            "–" if gap is None else f"{gap['value']:.3f} ± {gap['stderr']:.3f}",
+        )
+    return made
