@@ -436,6 +436,7 @@ def test_write_model_card_draws_first(tmp_path):
 def test_shown_settings_are_the_recorded_ones(run_dir):
     found = sections(render_model_card(run_dir))["How it was made"]
     arguments = training_record()["arguments"]
+    del arguments["num_train_epochs"]  # max_steps rules
     assert table(found) == {"Argument": ["Value"], **{key: [str(value)] for key, value in arguments.items()}}
     (settings,) = re.findall(r"```json\n(.*?)\n```", found, flags=re.S)
     assert json.loads(settings) == plan()["pruner_config"]
@@ -453,3 +454,16 @@ def test_descriptions_of_models_are_listed(run_dir):
     evaluation["models"][name]["description"] = "control: units kept at random"
     path.write_text(json.dumps(evaluation))
     assert ":** control: units kept at random.\n" in render_model_card(run_dir)
+
+
+def test_arguments_that_another_overrules_are_not_shown(run_dir):
+    """`max_steps` rules over `num_train_epochs`; -1 is no number of steps."""
+    card = render_model_card(run_dir)
+    assert "| max_steps | 400 |" in card
+    assert "num_train_epochs" not in card
+    record = training_record()
+    record["arguments"]["max_steps"] = -1
+    write_json(run_dir / "distillation.json", record)
+    card = render_model_card(run_dir)
+    assert "| num_train_epochs | 3.0 |" in card
+    assert "| max_steps |" not in card

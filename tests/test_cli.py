@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,6 +123,66 @@ def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Sizes for target_parameters=0.5" in " ".join(done.stdout.split())
     refused(minitron(*plan, "--target", "0.5"), "--data")
+
+
+def test_no_command_replaces_files_unasked(workshop, tmp_path):
+    teacher, text, out = workshop / "teacher", workshop / "text.jsonl", tmp_path / "out"
+    settings = ("--set", "max_length=16", "--set", "num_samples=4")
+    corpora = ("--train-data", text, "--eval-data", text)
+    commands = {
+        out / "scores.safetensors": ("score", teacher, "--data", text, "-o", out, *settings),
+        out / "pruning_plan.json": ("plan", teacher, "--scores", out, "--intermediate-size", "0.5", "-o", out),
+        out / "recipe.yaml": ("recommend", teacher, "--target", "0.5", *corpora, "-o", out / "recipe.yaml"),
+        out / "draft.py": ("families", "draft", "llama", "-o", out / "draft.py"),
+    }
+    for path, command in commands.items():
+        done = minitron(*command)
+        assert done.returncode == 0, done.stderr
+        path.write_bytes(before := path.read_bytes() + b"")
+        refused(minitron(*command), path.name, "exists already", "--overwrite")
+        assert path.read_bytes() == before
+        done = minitron(*command, "--overwrite")
+        assert done.returncode == 0, done.stderr
+    (out / "evaluation.json").touch()
+    refused(minitron("evaluate", f"a={teacher}", "--data", text, "-o", out), "evaluation.json exists already")
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    for path, command in list(commands.items())[:2]:
+        moved = [tmp_path / "run" if part == out and before == "-o" else part for before, part in pairwise(command)]
+        refused(minitron(command[0], *moved), "is the folder of a run")
+        assert not (tmp_path / "run" / path.name).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_scores_and_plans_are_written_by_one_command_at_a_time(workshop, tmp_path):
+    import fcntl
+
+    teacher, text = workshop / "teacher", workshop / "text.jsonl"
+    with (tmp_path / ".minitron_hf.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(minitron("score", teacher, "--data", text, "-o", tmp_path), "in use")
+        refused(
+            minitron(
+                "plan",
+                teacher,
+                "--num-hidden-layers",
+                "4",
+                "--set",
+                "layers_to_drop=[2]",
+                "--set",
+                "num_hidden_layers=null",
+                "-o",
+                tmp_path,
+            ),
+            "in use",
+        )
+    assert {path.name for path in tmp_path.iterdir()} <= {".minitron_hf.lock"}
+
+
+def test_a_card_needs_weights(workshop, tmp_path):
+    shutil.copyfile(workshop / "teacher" / "config.json", tmp_path / "config.json")
+    (tmp_path / "distillation.json").write_text('{"format": 1}')
+    refused(minitron("card", tmp_path), "no model.safetensors", "finished run")
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_every_stage_by_hand(workshop, tmp_path):

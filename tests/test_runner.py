@@ -21,6 +21,7 @@ from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
 from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe import runner
+from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 
@@ -103,6 +104,44 @@ def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
+def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):
+    values["teacher_correction"] = {"original_learning_rate": 1e-3, "num_tokens": 64}
+    before = runner.stage_digests(Recipe.from_dict(values))
+    hub = {"push_to_hub": True, "hub_token": "hf_x", "hub_model_id": "me/x", "hub_revision": "b", "report_to": "wandb"}
+    values["distill"] |= {**hub, "teacher_model_init_kwargs": {"token": "hf_x"}}
+    values["teacher_correction"]["arguments"] = {"hub_token": "hf_x"}
+    recipe = Recipe.from_dict(values)
+    distill = next(stage for stage in runner.stages_of(recipe) if stage.name == "distill")
+    assert distill.dependencies(recipe)["distill"]["teacher_model_init_kwargs"] == {}
+    del values["distill"]["teacher_model_init_kwargs"]
+    assert runner.stage_digests(Recipe.from_dict(values)) == before
+    values["distill"]["max_steps"] += 1
+    changed = runner.stage_digests(Recipe.from_dict(values))
+    assert [name for name in before if changed[name] != before[name]] == ["distill", "evaluate", "card"]
+
+
+def test_a_quiet_run_hides_the_bars_of_other_libraries(capfd):
+    import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    def shown():
+        return (
+            logging.is_progress_bar_enabled(),
+            not datasets.are_progress_bars_disabled(),
+            not are_progress_bars_disabled(),
+        )
+
+    before = shown()
+    with progress_bars(False):
+        assert shown() == (False, False, False)
+        list(logging.tqdm(range(3)))
+    assert capfd.readouterr().err == ""
+    assert shown() == before
+    with progress_bars(True):
+        assert shown() == before
+
+
 def test_until_stops_and_the_rest_follows_later(values):
     folder, lines = run(values, until="plan")
     assert [line.split("]")[0] for line in lines] == ["[score", "[plan"]
@@ -178,6 +217,7 @@ def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(
 import os, json
 from transformers import TrainerCallback
 from minitron_hf.recipe import runner
+from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.pruning.repair import repaired_weights

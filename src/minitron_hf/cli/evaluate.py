@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError, OutputError
-from .options import Output, Settings, _corpus, _settings
+from .options import Output, Overwrite, Settings, Split, _corpus, _require_free, _settings
 from .printing import _print_measurement, _say
 
 
@@ -17,22 +17,18 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="For example teacher=… student=…")],
     data: Annotated[str, typer.Option(help="Held-out text: file, saved dataset or Hub id.")],
     output: Output,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    split: Split = "train",
     set_: Settings = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure models side by side on the same text (evaluate_models)."""
-    from ..evaluation.evaluate import evaluate_models
+    from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
     from ..models import load_tokenizer
     from ..recipe.rules import hints_of
-    from ..recipe.run import STAGES_DIR
 
-    if (output / STAGES_DIR).is_dir():
-        # Its stage `evaluate` would count as done, and its card would show these numbers as the run's.
-        raise DataError(
-            f"{output} is the folder of a run, whose own measurement this would replace. Choose another --output, or "
-            "change evaluate in its recipe and run it again."
-        )
+    # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
+    _require_free(output, [EVALUATION_NAME], overwrite)
     own = ("models", "dataset", "processing_class", "output_path", "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")
     named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
@@ -49,9 +45,11 @@ def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots and write the model card from the files of a run folder."""
     from ..locks import locked_folder
     from ..publishing.card import write_model_card
+    from ..publishing.uploads import require_weights
 
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} does not exist. Give the folder of a finished run.")
+    require_weights(folder)
     with locked_folder(folder):
         path = write_model_card(folder)
     _say(f"Wrote {path}")

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError
+from .options import Overwrite, _require_free
 from .printing import _print_family, _print_matrix, _say
 
 
@@ -25,6 +26,7 @@ def families(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="With draft: the file to write, instead of printing it."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print which sizes can be cut in which model family, and why not where they cannot.
 
@@ -36,6 +38,8 @@ def families(
     if model_type == "draft":
         if model is None:
             raise DataError("families draft: name a model type, a folder or a Hub id.")
+        if output is not None:
+            _require_free(output.parent, [output.name], overwrite)
         _write_draft(model, output)
     elif model_type is not None:
         for about, spec in describe_family(model_type):

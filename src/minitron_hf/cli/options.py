@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..errors import DataError
+from ..errors import DataError, OutputError
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Settings = Annotated[
@@ -25,6 +25,15 @@ Accelerate = Annotated[
     typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp2, zero2, zero3 or a file."),
 ]
 Processes = Annotated[Optional[int], typer.Option(help="How many (default: one for every accelerator).")]  # noqa: UP045
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that this command writes.")]
+Data = Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+TextField = Annotated[str, typer.Option(help="Column that holds the text.")]
+Scores = Annotated[Path, typer.Option(help="Folder or file with scores.")]
+Target = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NUMBER|FRACTION", help="Parameters to keep, such as 4.5B or 0.5, instead of sizes."),
+]
 SizeOption = Annotated[Optional[str], typer.Option(metavar="INT|FRACTION", help="Units or fraction to keep.")]  # noqa: UP045
 
 
@@ -38,6 +47,28 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
     from ..models import load_for_compute, load_tokenizer
 
     return load_for_compute(name, **kwargs), load_tokenizer(name)
+
+
+def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuse to replace files, and whatever belongs to a run.
+
+    Args:
+        folder: the --output of a command.
+        names: files that the command writes there.
+        overwrite: whether the user allows to replace them.
+    """
+    from ..recipe.run import STAGES_DIR
+
+    if (folder / STAGES_DIR).is_dir():
+        raise DataError(
+            f"{folder} is the folder of a run, whose own files this would replace. Choose another --output, or change "
+            "the recipe and run it again."
+        )
+    for name in names:
+        if (folder / name).exists() and not overwrite:
+            raise OutputError(
+                f"{folder / name} exists already. Choose another --output, or replace it with --overwrite."
+            )
 
 
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:

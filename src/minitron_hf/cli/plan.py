@@ -9,7 +9,19 @@ import typer
 
 from ..errors import DataError
 from .fit import fit
-from .options import Settings, SizeOption, _load, _number, _sizes, _texts
+from .options import (
+    Overwrite,
+    Settings,
+    SizeOption,
+    Split,
+    Target,
+    TextField,
+    _load,
+    _number,
+    _require_free,
+    _sizes,
+    _texts,
+)
 from .printing import _print_shapes, _say
 from .recommend import recommend as recommendation
 
@@ -19,37 +31,37 @@ if TYPE_CHECKING:
 
 #: Options that moved to commands of their own, still taken for one release.
 Moved = Annotated[Optional[str], typer.Option(hidden=True)]  # noqa: UP045
+MovedInt = Annotated[Optional[int], typer.Option(hidden=True)]  # noqa: UP045
+MovedFloat = Annotated[Optional[float], typer.Option(hidden=True)]  # noqa: UP045
+PlanScores = Annotated[Optional[Path], typer.Option(help="Folder or file with scores.")]  # noqa: UP045
+PlanOutput = Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to write to.")]  # noqa: UP045
+TargetData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="With --target, text to measure shapes on: file, saved dataset or Hub id."),
+]
 
 
 def plan(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder to write to."),
-    ] = None,
-    scores: Annotated[Optional[Path], typer.Option(help="Folder or file with scores.")] = None,  # noqa: UP045
+    output: PlanOutput = None,
+    scores: PlanScores = None,
     hidden_size: SizeOption = None,
     intermediate_size: SizeOption = None,
     num_attention_heads: SizeOption = None,
     num_key_value_heads: SizeOption = None,
     num_hidden_layers: SizeOption = None,
     set_: Settings = None,
-    target: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NUMBER|FRACTION", help="Parameters to keep, such as 4.5B or 0.5, instead of sizes."),
-    ] = None,
-    data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="With --target, text to measure shapes on: file, saved dataset or Hub id."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
-    text_field: Annotated[str, typer.Option(help="Column that holds its text.")] = "text",
+    target: Target = None,
+    data: TargetData = None,
+    split: Split = "train",
+    text_field: TextField = "text",
+    overwrite: Overwrite = False,
     recommend: Annotated[bool, typer.Option("--recommend", hidden=True)] = False,
     tokens: Moved = None,
     goal: Moved = None,
-    rounds: Annotated[Optional[int], typer.Option(hidden=True)] = None,  # noqa: UP045
+    rounds: MovedInt = None,
     own_corpus: Annotated[bool, typer.Option("--own-corpus", hidden=True)] = False,
-    teacher_learning_rate: Annotated[Optional[float], typer.Option(hidden=True)] = None,  # noqa: UP045
+    teacher_learning_rate: MovedFloat = None,
     train_data: Moved = None,
     eval_data: Moved = None,
     device: Moved = None,
@@ -58,7 +70,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(hidden=True)] = 1,
     max_length: Annotated[int, typer.Option(hidden=True)] = 1024,
     optimizer: Annotated[str, typer.Option(hidden=True)] = "adamw",
-    lora_rank: Annotated[Optional[int], typer.Option(hidden=True)] = None,  # noqa: UP045
+    lora_rank: MovedInt = None,
 ) -> None:
     """Choose the units and layers to keep (make_plan), and print the shapes.
 
@@ -66,6 +78,9 @@ def plan(
     meet it are pruned and measured before any retraining, and the best is planned (plan_for_target); --scores is
     needed, too.
     """
+    from ..pruning.plan import INDICES_NAME, PLAN_NAME
+    from ..sizes.request import PRUNER_CONFIG_NAME
+
     sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
     given = _sizes(*sizes)
     if recommend:
@@ -76,10 +91,12 @@ def plan(
                 "`minitron-hf recommend` replaces it."
             )
         own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, train_data, eval_data, output, set_)
-        recommendation(teacher, target, tokens, *own)
+        recommendation(teacher, target, tokens, *own, overwrite)
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")
+    if output is not None:
+        _require_free(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
     if device is None or output is not None:
         _plan_and_print(teacher, output, scores, given, set_ or [], target, data, split, text_field)
     if device is not None:
@@ -151,6 +168,7 @@ def _plan(
     overrides: list[str],
     texts: Any,
 ) -> None:
+    from ..locks import locked_folder
     from ..models import load_config
     from ..pruning.planning import make_plan
     from ..recipe.reading import apply_overrides
@@ -181,5 +199,7 @@ def _plan(
         }
     )
     if output is not None:
-        PrunerConfig.from_dict(made.pruner_config).save_pretrained(output)
-        _say(f"Wrote {made.save_pretrained(output)}")
+        with locked_folder(output):
+            PrunerConfig.from_dict(made.pruner_config).save_pretrained(output)
+            path = made.save_pretrained(output)
+        _say(f"Wrote {path}")

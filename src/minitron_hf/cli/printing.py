@@ -73,13 +73,13 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
 
     number = "" if setup.devices == 1 else f"each of {setup.devices} × "
     what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {setup.max_length:,} tokens"
-    table = Table("distilling takes")
-    table.add_column("GB", justify="right")
+    table = Table("distilling takes", title_justify="left")
+    table.add_column("memory", justify="right")
     for name, size in found.parts.items():
-        table.add_row(name, f"{size / 1e9:,.1f}")
+        table.add_row(name, _bytes(size))
     table.add_section()
-    table.add_row(f"at the worst moment ({found.worst_moment})", f"{found.peak / 1e9:,.1f}")
-    table.add_row("there is", f"{found.memory / 1e9:,.1f}")
+    table.add_row(f"at the worst moment ({found.worst_moment})", _bytes(found.peak))
+    table.add_row("there is", _bytes(found.memory))
     console = _console()
     console.print(f"On {what}:", markup=False, highlight=False)
     console.print(table)
@@ -91,6 +91,18 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
         speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {found.limited_by}."
         console.print(speed, highlight=False)
     console.print(f"Assumed: {'; '.join(found.assumptions)}.", markup=False, highlight=False)
+
+
+def _bytes(size: float) -> str:
+    """A size in the unit that shows it.
+
+    >>> _bytes(22.08e9), _bytes(999_960), _bytes(356_000), _bytes(0)
+    ('22.1 GB', '1.0 MB', '356.0 kB', '0 B')
+    """
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.99995 * scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:.0f} B"
 
 
 def _print_matrix() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
-from .options import Device, Output, Settings, _load, _settings, _texts
+from .options import Device, Output, Settings, Split, TextField, _load, _settings, _texts
 from .printing import _say
 
 
@@ -23,8 +23,8 @@ def prune(
         Optional[str],  # noqa: UP045
         typer.Option(help="Calibration text for a plan with repair: file, saved dataset or Hub id."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Split = "train",
+    text_field: TextField = "text",
     device: Device = None,
     set_: Settings = None,
 ) -> None:

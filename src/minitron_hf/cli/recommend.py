@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError
-from .options import Settings, _number
+from .options import Overwrite, Settings, _number, _require_free
 from .printing import _print_recommendation, _say
 
 
@@ -35,6 +35,7 @@ def recommend(
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Recipe file to write.")] = None,  # noqa: UP045
     set_: Settings = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print what the papers would do with this teacher, each with reason and source.
 
@@ -48,6 +49,8 @@ def recommend(
         raise DataError("A recipe names its corpora: --output needs --train-data and --eval-data.")
     if output is None and (set_ or train_data or eval_data):
         raise DataError("--set, --train-data and --eval-data are entries of the recipe: --output names its file.")
+    if output is not None:
+        _require_free(output.parent, [output.name], overwrite)
     made = decide(
         load_config(teacher),
         _number("target", target),

@@ -32,6 +32,7 @@ def run(
     so in several processes (`distributed` in the recipe).
     """
     from ..hardware import is_launched
+    from ..recipe.progress import progress_bars
     from ..recipe.runner import run_recipe, try_recipe
     from ..recipe.schema import Recipe
 
@@ -39,7 +40,8 @@ def run(
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
     loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
-        _print_shapes(try_recipe(loaded, until=until, redo=redo))
+        with progress_bars(not quiet):
+            _print_shapes(try_recipe(loaded, until=until, redo=redo))
         return
     try:
         folder = run_recipe(
@@ -72,16 +74,18 @@ def stage(
 ) -> None:
     """Run one stage in several processes: `correct`, or `distill` the student in one folder into another."""
     from ..recipe.actions import correct
+    from ..recipe.progress import progress_bars
     from ..recipe.reading import apply_overrides
     from ..recipe.run import Run
     from ..recipe.schema import Recipe
     from ..recipe.training import train
 
-    at_work = Run(Recipe.from_yaml(recipe), show_progress=not quiet)
-    at_work = at_work if round_ is None else at_work.in_round(round_)
-    if name == "correct":
-        correct(at_work)
-    else:
-        assert student is not None
-        assert output is not None
-        train(at_work, student, output, apply_overrides({}, set_ or []))
+    whole = Run(Recipe.from_yaml(recipe), show_progress=not quiet)
+    part = whole if round_ is None else whole.in_round(round_)
+    with progress_bars(not quiet):
+        if name == "correct":
+            correct(part)
+        else:
+            assert student is not None
+            assert output is not None
+            train(part, student, output, apply_overrides({}, set_ or []))

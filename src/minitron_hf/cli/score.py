@@ -7,30 +7,49 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
-from .options import Device, Output, Settings, _corpus, _load, _settings, _texts
+from .options import (
+    Data,
+    Device,
+    Output,
+    Overwrite,
+    Settings,
+    Split,
+    TextField,
+    _corpus,
+    _load,
+    _require_free,
+    _settings,
+    _texts,
+)
 from .printing import _say
 
 
 def score(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
-    data: Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")],
+    data: Data,
     output: Output,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Split = "train",
+    text_field: TextField = "text",
     device: Device = None,
     set_: Settings = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text (estimate_importance)."""
+    from ..locks import locked_folder
     from ..recipe.settings import scoring_hints
     from ..scoring.importance import estimate_importance
+    from ..scoring.scores import SCORES_NAME
 
     hints = scoring_hints()
     del hints["iterations"]  # of a recipe, which says what will be cut
     settings = _settings(set_, hints, "arguments of estimate_importance")
-    texts = _texts(data, split, text_field)
-    model, tokenizer = _load(teacher, device=device)
-    scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
-    _say(f"Wrote {scores.save_pretrained(output)}")
+    _require_free(output, [SCORES_NAME], overwrite)
+    with locked_folder(output):
+        texts = _texts(data, split, text_field)
+        model, tokenizer = _load(teacher, device=device)
+        scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
+        path = scores.save_pretrained(output)
+    _say(f"Wrote {path}")
 
 
 def cache(

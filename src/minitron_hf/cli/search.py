@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from ..errors import DataError
-from .options import Device, Output, Settings, _corpus, _load, _number, _texts
+from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
 from .printing import _console, _say
+
+Space = Annotated[
+    list[str],
+    typer.Option(metavar="SIZE=LIST", help="Sizes to try, as hidden_size=[0.5,0.75,1.0]. Repeatable."),
+]
+MaxParameters = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B; or another budget."),
+]
+MaxMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16B."),
+]
+MaxSeconds = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Budget of time to decode a token on this machine."),
+]
+TrainData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Corpus to distil on; without it, shapes are ranked before retraining."),
+]
+EvalData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Held-out text that decides (default: the calibration text)."),
+]
 
 
 def search(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
-    scores: Annotated[Path, typer.Option(help="Folder or file with scores.")],
-    space: Annotated[
-        list[str],
-        typer.Option(metavar="SIZE=LIST", help="Sizes to try, as hidden_size=[0.5,0.75,1.0]. Repeatable."),
-    ],
-    data: Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")],
+    scores: Scores,
+    space: Space,
+    data: Data,
     output: Output,
-    max_parameters: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B; or another budget."),
-    ] = None,
-    max_memory_bytes: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16B."),
-    ] = None,
-    max_seconds_per_token: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Budget of time to decode a token on this machine."),
-    ] = None,
-    train_data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Corpus to distil on; without it, shapes are ranked before retraining."),
-    ] = None,
-    eval_data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Held-out text that decides (default: the calibration text)."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the datasets.")] = "train",
-    text_field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    max_parameters: MaxParameters = None,
+    max_memory_bytes: MaxMemory = None,
+    max_seconds_per_token: MaxSeconds = None,
+    train_data: TrainData = None,
+    eval_data: EvalData = None,
+    split: Split = "train",
+    text_field: TextField = "text",
     device: Device = None,
     set_: Settings = None,
 ) -> None:

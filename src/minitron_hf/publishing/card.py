@@ -240,9 +240,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
         "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,
         "benchmarked": _benchmarked(run["benchmarks"] or {}),
-        "arguments": [[key, value] for key, value in distillation["arguments"].items() if value is not None]
-        if distillation
-        else None,
+        "arguments": _arguments(distillation) if distillation else None,
         "final_evaluation": _last_evaluation(distillation["log_history"]) if distillation else {},
         "samples": run["samples"],
         "recipe": run["recipe"],
@@ -255,6 +253,13 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _versions(run),
         "digests": _digests(run),
     }
+
+
+def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:
+    """The arguments that were in force: a number of steps overrules the number of epochs, -1 stands for no number."""
+    arguments = {name: value for name, value in distillation["arguments"].items() if value is not None}
+    overruled = "num_train_epochs" if (arguments.get("max_steps") or 0) > 0 else "max_steps"
+    return [[name, value] for name, value in arguments.items() if name != overruled]
 
 
 def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from .card import legal_files, round_folders
 from .plots import PLOTS
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+#: Weights of an adapter, as PEFT names them.
+ADAPTER_NAME = "adapter_model.safetensors"
 #: Names of the parts of weights that are too large for one file.
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -134,6 +136,19 @@ def weight_names(run_dir: Path) -> list[str]:
             "'model-00001-of-00002.safetensors' in its own folder. Save the student again with save_pretrained."
         )
     return names
+
+
+def require_weights(run_dir: Path) -> None:
+    """Refuse a folder without the weights of a student, or of an adapter.
+
+    Raises:
+        OutputError: naming the files that are looked for.
+    """
+    if not any((run_dir / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME, ADAPTER_NAME)):
+        raise OutputError(
+            f"{run_dir} holds no {WEIGHTS_NAME}, {INDEX_NAME} or {ADAPTER_NAME}: there is no student to describe. "
+            "Give the folder of a finished run."
+        )
 
 
 def require_student(run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,20 @@ def _check_adapter(adapter: Any, model: Any) -> None:
     except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise DataError(f"lora: {first_line(error)}") from error
     refuse_split_tie(adapted)
+    targets = adapted.targeted_module_names
+    for name in ("rank_pattern", "alpha_pattern"):
+        # As `peft.utils.other.get_pattern_key` of PEFT 0.21 matches them.
+        unused = [
+            key
+            for key in getattr(adapter, name, None) or {}
+            if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets)
+        ]
+        if unused:
+            ends = {target.rpartition(".")[2] for target in targets}
+            raise DataError(
+                f"lora.{name}: no module with an adapter is called {', '.join(unused)}.{did_you_mean(unused, ends)} "
+                f"Expected names such as {', '.join(sorted(ends))}."
+            )
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if unknown := [name for name in adapter.modules_to_save or () if name.rpartition(".")[2] not in names]:
         raise DataError(

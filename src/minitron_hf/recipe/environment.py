@@ -92,6 +92,9 @@ def check_corpora(
                     f"data.{which}: {section.source} holds the token {largest}, and the teacher has {vocab_size} "
                     "tokens. Use rows of its own tokenizer."
                 )
+            templates = [args.chat_template_path for args in arguments] if which != "calibration" else [None]
+            if not all(templates):
+                _require_chat_template(rows, tokenizer, f"data.{which}: {section.source}")
             if which != "calibration":
                 _require_columns(rows[0], arguments, f"data.{which}: {section.source}")
     return skipped
@@ -154,6 +157,17 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
             token_rows([row[text_field] for row in rows], tokenizer, max_length=3, num_rows=1)
         except DataError as error:
             raise DataError(f"{where}: {source}: {error}") from error
+
+
+def _require_chat_template(rows: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> None:
+    """Refuse conversations that no chat template can render."""
+    if "input_ids" in rows[0] or not any(isinstance(rows[0].get(name), list) for name in ("messages", "prompt")):
+        return
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{where} holds conversations, and the teacher's tokenizer has no chat template. Save the tokenizer with "
+            "one, set distill.chat_template_path, or use texts."
+        )
 
 
 def _require_columns(row: Mapping[str, Any], arguments: Collection[DistillationConfig], where: str) -> None:

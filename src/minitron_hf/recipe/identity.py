@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ MODEL_FILES = (
     "*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "*.model", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*", "*.py",
 )  # fmt: skip
+
+
+#: Settings that decide where results are published and reported, and by whom, but not what the results are.
+PUBLISHING = frozenset(
+    {
+        "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
+        "hub_revision", "token", "use_auth_token", "report_to", "run_name", "project", "trackio_space_id",
+        "trackio_bucket_id", "trackio_static_space_id",
+    }
+)  # fmt: skip
+
+
+def without_publishing(settings: Any) -> Any:
+    """Settings, nested ones too, without secrets and without those that only publish or report.
+
+    >>> without_publishing({"distill": {"max_steps": 4, "hub_token": "x"}, "push_to_hub": True})
+    {'distill': {'max_steps': 4}}
+    """
+    if isinstance(settings, Mapping):
+        return {name: without_publishing(value) for name, value in settings.items() if name not in PUBLISHING}
+    return [without_publishing(one) for one in settings] if isinstance(settings, list) else settings
 
 
 def model_identity(section: TeacherSection) -> Any:

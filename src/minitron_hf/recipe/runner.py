@@ -16,6 +16,7 @@ from ..locks import locked_folder
 from ..privacy import recorded_settings
 from .checking import check_recipe
 from .identity import hub_commit
+from .progress import progress_bars
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import Stage, stages_of, stages_until
@@ -30,7 +31,7 @@ def stage_digests(recipe: Recipe) -> dict[str, str]:
     for stage in stages_of(recipe):
         if stage.wanted(recipe):
             above = [digests.get(name) for name in stage.inputs]
-            digests[stage.name] = digest(stage.name, stage.settings(recipe), above)
+            digests[stage.name] = digest(stage.name, stage.dependencies(recipe), above)
     return digests
 
 
@@ -61,10 +62,16 @@ def run_recipe(
         OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
         MinitronError: whatever a stage refuses.
     """
-    shapes = check_recipe(recipe, until=until)
-    if report_shapes is not None:
-        report_shapes(shapes)
-    run = Run(recipe, show_progress=show_progress)
+    with progress_bars(show_progress):
+        shapes = check_recipe(recipe, until=until)
+        if report_shapes is not None:
+            report_shapes(shapes)
+        return _run_stages(Run(recipe, show_progress=show_progress), until, redo, report)
+
+
+def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str], None]) -> Path:
+    """Refuse what does not fit the run folder, then do the stages that are not done."""
+    recipe = run.recipe
     hub_commit.cache_clear()
     digests = stage_digests(recipe)
     _require_own_folder(run.folder)
@@ -182,7 +189,7 @@ def _write_record(
             "status": status,
             "digest": stage_digest,
             "seconds": None if seconds is None else round(seconds, 2),
-            "settings": recorded_settings(stage.settings(recipe)),
+            "settings": recorded_settings(stage.dependencies(recipe)),
             "versions": versions(),
         },
         RECORD_KIND,
@@ -193,7 +200,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     record = _record(folder, stage.name)
     if record is None or record["digest"] == stage_digest or record["status"] != "done":
         return  # what never ended may take corrected inputs
-    old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.settings(recipe)))
+    old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.dependencies(recipe)))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
     raise MismatchError(

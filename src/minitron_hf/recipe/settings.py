@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import DataError, MinitronError
+from ..errors import DataError, MinitronError, did_you_mean
 from ..hardware import training_device
 from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
@@ -84,13 +86,51 @@ def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) ->
     return made
 
 
+@functools.cache
+def loading_arguments() -> frozenset[str]:
+    """Keyword arguments of `from_pretrained`, in the installed version of Transformers.
+
+    Most are taken out of `**kwargs` by their names (read in Transformers 5.23), so the source is the only list.
+    """
+    from transformers import PreTrainedModel
+    from transformers.models.auto import auto_factory
+
+    source = inspect.getsource(PreTrainedModel.from_pretrained) + inspect.getsource(auto_factory)
+    popped = re.findall(r"kwargs\.pop\(\"(\w+)\"", source)
+    named = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    return frozenset({*popped, *named}) - {"cls", "pretrained_model_name_or_path", "model_args", "kwargs"}
+
+
+def _entries(name: str) -> frozenset[str] | None:
+    """Names that a setting of keyword arguments takes; None where they are checked elsewhere, or unknown."""
+    if name == "teacher_model_init_kwargs":
+        return loading_arguments()
+    if name == "dataset_kwargs":
+        return frozenset({"skip_prepare_dataset"})  # the only one that TRL 1.16 reads
+    if name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        from torch.utils.checkpoint import checkpoint
+
+        return frozenset(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"} | {
+            "preserve_rng_state"
+        }
+    return None
+
+
 def _require_possible(args: Any) -> None:
-    """Refuse what Accelerate cannot do here, and text where keyword arguments are expected."""
+    """Refuse what Accelerate cannot do here, and keyword arguments that nothing takes."""
     if args.fp16 and training_device(args.use_cpu).type == "cpu":
         raise DataError("fp16=True: no accelerator here computes in it. Leave it out.")
     for one in fields(args):
-        if one.name.endswith("_kwargs") and isinstance(value := getattr(args, one.name), str):
+        if not one.name.endswith("_kwargs"):
+            continue
+        if isinstance(value := getattr(args, one.name), str):
             raise DataError(f"{one.name}={value!r}: expected entries.")
+        known = _entries(one.name)
+        if known is not None and (unknown := sorted({*(value or {})} - known)):
+            raise DataError(
+                f"{one.name} takes no {', '.join(unknown)}.{did_you_mean(unknown, known)} Expected some of "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 def _require_schedule(args: Any) -> None:
@@ -158,7 +198,7 @@ def _check_correction(recipe: Recipe) -> None:
     section = recipe.teacher_correction
     assert section is not None
     own = {one for one in inspect.signature(correct_teacher).parameters if one not in ("max_length", "arguments")}
-    hints = hints_of(SFTConfig, without=(*own, "output_dir", "max_steps"))
+    hints = hints_of(SFTConfig, without=(*own, "output_dir", "max_steps", "model_init_kwargs"))
     prefix = "teacher_correction.arguments."
     if "max_steps" in section.arguments:
         raise DataError(f"{prefix}max_steps: teacher_correction.num_tokens says how long. Leave it out.")

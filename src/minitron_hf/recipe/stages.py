@@ -27,7 +27,7 @@ from .actions import (
     cached_arguments,
     search_arguments,
 )
-from .identity import dataset_identity, model_identity
+from .identity import dataset_identity, model_identity, without_publishing
 from .launching import require_launchable
 from .run import CACHE_DIR, CANDIDATES_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
@@ -56,6 +56,10 @@ class Stage:
     run: Callable[[Run], None]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     leftovers: tuple[str, ...] = ()
+
+    def dependencies(self, recipe: Recipe) -> Any:
+        """The settings that the results depend on: no secrets, and nothing about where they are published."""
+        return without_publishing(self.settings(recipe))
 
 
 def _cache_settings(recipe: Recipe) -> Any:
