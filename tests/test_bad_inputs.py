@@ -513,6 +513,7 @@ def yard(tmp_path_factory) -> dict[str, Path]:
     at["badplan"].mkdir()
     (at["badplan"] / "pruning_plan.json").write_bytes(b"\xff\xfe")
     (at["badplan"] / "config.json").write_text("{}")
+    (at["badplan"] / "model.safetensors").touch()
     at["recipe"], at["latin_recipe"], at["twice"] = (folder / f"{name}.yaml" for name in ("recipe", "latin", "twice"))
     values = {
         "teacher": str(at["teacher"]),
