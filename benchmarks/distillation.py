@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_hf.distillation.intermediate import StatePair, distance, state_pairs, student_distances, wanted_states
+from minitron_hf.distillation.intermediate import StatePair, distance, needed_states, state_pairs, student_distances
 from minitron_hf.files import read_json, versions, write_json
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead, output_head
@@ -356,7 +356,7 @@ class Setting:
 
     def states_of(self, model, pairs: tuple[StatePair, ...], whose) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Last hidden states [N, H], and those of all pairs."""
-        extra = {"output_hidden_states": wanted_states(pairs, whose)} if pairs else {}
+        extra = {"output_hidden_states": needed_states(pairs, whose)} if pairs else {}
         output = model.base_model(input_ids=self.tokens, use_cache=False, **extra)
         chosen = tuple(output.hidden_states[getattr(pair, whose)].flatten(0, 1) for pair in pairs)
         return output.last_hidden_state.flatten(0, 1), chosen

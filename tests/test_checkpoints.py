@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minitron_hf.distillation import checkpoints as checkpoints_module
-from minitron_hf.distillation.checkpoints import MANIFEST_NAME, checkpoints, is_whole, last_checkpoint
+from minitron_hf.distillation.checkpoints import MANIFEST_NAME, checkpoints, is_complete, last_checkpoint
 from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.errors import MismatchError, OutputError
 from minitron_hf.recipe.training import distill
@@ -89,9 +89,9 @@ def test_a_torn_checkpoint_is_passed_over_and_removed(finished, tmp_path, damage
         torn.mkdir()
     else:
         (torn / {"no optimizer": "optimizer.pt", "no manifest": MANIFEST_NAME}[damage]).unlink()
-    assert not is_whole(torn)
+    assert not is_complete(torn)
     assert last_checkpoint(folder) == os.fspath(folder / "checkpoint-2")
-    checkpoints_module.clear_torn_checkpoints(folder)
+    checkpoints_module.remove_incomplete_checkpoints(folder)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
 
 
@@ -205,13 +205,13 @@ def test_a_run_that_was_killed_before_it_deleted_the_older_checkpoint_does_so(fi
 
 def test_an_older_checkpoint_is_deleted_only_once_the_new_one_is_whole(tmp_path, monkeypatch):
     seen = []
-    finish = checkpoints_module.WholeCheckpoints._finish
+    finish = checkpoints_module.CheckpointMixin._finish
 
     def watched(self, folder, progress):
-        seen.append([path.name for path in checkpoints(tmp_path) if is_whole(path)])
+        seen.append([path.name for path in checkpoints(tmp_path) if is_complete(path)])
         finish(self, folder, progress)
 
-    monkeypatch.setattr(checkpoints_module.WholeCheckpoints, "_finish", watched)
+    monkeypatch.setattr(checkpoints_module.CheckpointMixin, "_finish", watched)
     options = {**SETTINGS, "save_total_limit": 1}
     make_trainer(tmp_path, *models(dtype=torch.float32), text_dataset(), **options).train()
     assert seen == [[], ["checkpoint-2"]]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from minitron_hf.data import load_text_dataset
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
-from minitron_hf.distillation.checkpoints import clear_torn_checkpoints, last_checkpoint
+from minitron_hf.distillation.checkpoints import last_checkpoint, remove_incomplete_checkpoints
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_removed(run_dir):
     before = path.read_bytes()
     set_format(path, 2)
     with pytest.raises(MismatchError, match="has format 2"):
-        clear_torn_checkpoints(run_dir)
+        remove_incomplete_checkpoints(run_dir)
     assert path.is_file()
     path.write_bytes(before)
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from minitron_hf.errors import MismatchError, UnsupportedModelError
-from minitron_hf.losses.chunks import _even_slices, default_chunk_size
+from minitron_hf.losses.chunks import default_chunk_size, even_slices
 from minitron_hf.losses.fused import distillation_loss, next_token_positions
 from minitron_hf.losses.heads import OutputHead, check_output_head, head_logits, output_head
 from minitron_hf.losses.signals import DenseSignal, TopKSignal
@@ -459,7 +459,7 @@ def test_unequal_vocabularies_are_refused_by_size():
 
 @pytest.mark.parametrize(("length", "largest"), list(itertools.product([0, 1, 7, 12, 100], [1, 5, 12, 200])))
 def test_even_slices_cover_the_range_in_order(length, largest):
-    slices = list(_even_slices(length, largest))
+    slices = list(even_slices(length, largest))
     assert [i for s in slices for i in range(s.start, s.stop)] == list(range(length))
     sizes = [s.stop - s.start for s in slices]
     assert not sizes or (max(sizes) <= largest and max(sizes) - min(sizes) <= 1)

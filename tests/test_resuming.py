@@ -149,7 +149,7 @@ def test_redo_goes_on_from_no_old_checkpoint(values, monkeypatch):  # noqa: F811
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     (folder / "distillation.json").unlink()  # as if it had not ended
     begun = []
-    train = "minitron_hf.distillation.checkpoints.WholeCheckpoints.train"
+    train = "minitron_hf.distillation.checkpoints.CheckpointMixin.train"
     monkeypatch.setattr(train, lambda self, resume_from_checkpoint=None: begun.append(resume_from_checkpoint))
     monkeypatch.setattr("minitron_hf.distillation.trainer.DistillationTrainer.save_student", lambda *a, **k: None)
     with pytest.raises(FileNotFoundError):  # nothing was trained or saved

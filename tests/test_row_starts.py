@@ -15,7 +15,7 @@ from minitron_hf.data import TokenRows, token_rows
 from minitron_hf.distillation.cache_writer import RowMaker, cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.correction import CorrectionTrainer
-from minitron_hf.distillation.rows import BeginsRows
+from minitron_hf.distillation.rows import StartTokensMixin
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError
@@ -276,7 +276,7 @@ def test_the_cache_of_a_teacher_and_its_correction_have_the_same_rows(tmp_path):
     cached = load_teacher_cache(folder).dataset.with_format(None)
     for name in ("input_ids", "labels"):
         assert list(cached[name]) == list(expected[name])
-    assert CorrectionTrainer._prepare_dataset is RowMaker._prepare_dataset is BeginsRows._prepare_dataset
+    assert CorrectionTrainer._prepare_dataset is RowMaker._prepare_dataset is StartTokensMixin._prepare_dataset
 
 
 def test_rows_without_a_target_are_left_out_or_refused(tmp_path, caplog: pytest.LogCaptureFixture):

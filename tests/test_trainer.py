@@ -274,10 +274,13 @@ def test_equal_widths_are_compared_without_a_map(tmp_path):
         ({"divergence": "mse", "temperature": 2.0}, "compares logits, which have no temperature"),
         ({"jsd_beta": 1.0}, "jsd_beta=1.0: expected a number between 0 and 1"),
         ({"hidden_loss": "l1"}, "hidden_loss='l1': expected cosine or mse"),
-        ({"hidden_layers": [[-3, -3]]}, "nothing is compared without hidden_loss"),
+        ({"hidden_layers": [[-3, -3]]}, "no effect without hidden_loss"),
         ({"hidden_loss": "mse", "hidden_layers": [[1]]}, "expected a list of pairs"),
         ({"intermediate_weight": "much"}, "expected 'dynamic' or a number"),
-        ({"hidden_loss": "mse", "kd_weight": 0.0, "ce_weight": 1.0}, "follows the divergence, which has no weight"),
+        (
+            {"hidden_loss": "mse", "kd_weight": 0.0, "ce_weight": 1.0},
+            "is relative to the divergence, whose weight is 0",
+        ),
     ],
 )
 def test_losses_that_do_not_exist_are_refused(tmp_path, arguments, message):

@@ -51,7 +51,7 @@ def stored_name(model: Any) -> str | None:
     return None
 
 
-def store_base(student: Any, output_dir: str | os.PathLike[str], *, writes: bool) -> None:
+def save_base_model(student: Any, output_dir: str | os.PathLike[str], *, writes: bool) -> None:
     """Save the base of an adapter to come, so that the adapter's checkpoints can name it.
 
     PEFT records where a base model was loaded from (`base_model_name_or_path`). A pruned model in memory was loaded
@@ -128,7 +128,7 @@ def adapter_type(teacher: Any) -> dict[str, str]:
     return {"adapter": str(teacher.peft_config[teacher.active_adapter].peft_type.value)}
 
 
-def without_card(model: Any) -> None:
+def disable_peft_card(model: Any) -> None:
     """Keep PEFT from writing its card, with the base model's path on this machine, over the run's own."""
     if is_peft_model(model):
         model.create_or_update_model_card = _no_card

@@ -1,11 +1,11 @@
-"""Resolves the trainer's arguments: models or their names, dtypes, descriptions of data."""
+"""Resolves the trainer's arguments: models or their names, dtypes, tokenizers."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,6 @@ from ..hardware import is_fast, one_dtype, training_device
 from ..losses.heads import base_model_of
 from ..models import load_config, load_tokenizer, plain_model, stored_dtype
 from .config import DistillationConfig
-from .record import describe_data
-from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,20 +59,26 @@ def _needs_float32(dtype: torch.dtype, args: DistillationConfig, trains_all: boo
     return upcast or not is_fast(dtype, training_device(args.use_cpu))
 
 
-def as_distillation_config(args: Any) -> DistillationConfig:
-    """Arguments of TRL or of Transformers as those of distillation; what only these have is at its default.
+def as_distillation_config(args: Any, student: Any) -> DistillationConfig:
+    """Arguments of TRL or of Transformers as a `DistillationConfig`; arguments that only it has get their defaults.
+
+    Args:
+        args: as given to the trainer; None for an output folder named after the student.
+        student: a model, or a path or Hub id.
 
     Raises:
-        MismatchError: if they are none.
-        ValueError: if they ask for what distillation does not do (`DistillationConfig`).
+        MismatchError: if they are not training arguments.
+        ValueError: if distillation does not support one of them (`DistillationConfig`).
     """
+    if args is None:
+        return DistillationConfig(f"{Path(model_name(student) or 'student').name}-distilled")
     if isinstance(args, DistillationConfig):
         return args
     if not isinstance(args, TrainingArguments):
         raise MismatchError(f"args is a {type(args).__name__}, expected a DistillationConfig.")
     values = args.to_dict()
     values |= {name: getattr(args, name) for name in values if name.endswith("_token")}  # `to_dict` hides them
-    if values.get("router_aux_loss_coef") is None:  # of `SFTConfig`: what the model says, which is no part of our loss
+    if values.get("router_aux_loss_coef") is None:  # `SFTConfig` takes the model's own; it is not part of our loss
         values.pop("router_aux_loss_coef", None)
     return DistillationConfig(**values)
 
@@ -83,23 +87,29 @@ def eval_packing(args: DistillationConfig) -> bool:
     return args.packing if args.eval_packing is None else args.eval_packing
 
 
-def described(data: Any) -> dict[str, Any] | None:
-    """What the record says of data: of a cache, what it was made from."""
-    if isinstance(data, TeacherCache):
-        return data.manifest["data"]["given"]
-    if isinstance(data, Mapping) and any(isinstance(part, TeacherCache) for part in data.values()):
-        data = {name: part.dataset if isinstance(part, TeacherCache) else part for name, part in data.items()}
-    return describe_data(data)
+def refuse_unused_loading_arguments(args: DistillationConfig, model: Any, quantization_config: Any) -> None:
+    """Refuse arguments for loading a student that is loaded already.
+
+    Raises:
+        MismatchError: naming them.
+    """
+    if isinstance(model, nn.Module) and (args.model_init_kwargs or quantization_config is not None):
+        raise MismatchError(
+            "model_init_kwargs and quantization_config say how a student is loaded, and this one is a model "
+            "already. Leave them out, or pass the student's path or Hub id."
+        )
 
 
 def config_of(model: Any, kwargs: dict[str, Any]) -> Any:
+    """The config of a model, or of a path or Hub id, with the keyword arguments of `from_pretrained`."""
     if isinstance(model, nn.Module):
         return model.config
     named = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
     return load_config(model, **named)
 
 
-def name_of(model: Any) -> str | None:
+def model_name(model: Any) -> str | None:
+    """Path or Hub id that a model was loaded from; None for a model that exists in memory only."""
     config = getattr(model, "config", None)
     return os.fspath(model) if config is None else config.name_or_path or None
 

@@ -148,7 +148,7 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
     return {**batch, **masked}
 
 
-class CountsRowsOnce:
+class RepeatedRowsMixin:
     """What makes a `Trainer` count the rows at the end of an epoch once, in however many processes."""
 
     accelerator: Any

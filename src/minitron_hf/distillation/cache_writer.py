@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import DatasetInfo, Features
-from torch import Tensor, nn
+from torch import Tensor
 from trl import SFTTrainer
 
 from ..compat import commit_hash, dataset_state, on_device
@@ -33,6 +33,7 @@ from ..losses.signals import DenseSignal, top_k_signal
 from ..models import evaluating, load_model, load_tokenizer, make_fast
 from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
+from .arguments import model_name
 from .batches import (
     LABELS,
     LOG_PROBS,
@@ -45,11 +46,11 @@ from .batches import (
 )
 from .checks import refuse_own_folder
 from .config import DistillationConfig
-from .intermediate import state_pairs, wanted_states
+from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
 from .parallel import forward_of_backbone
 from .record import describe_data
-from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
+from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty
 from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RowMaker(BeginsRows, SFTTrainer):
+class RowMaker(StartTokensMixin, SFTTrainer):
     """TRL's supervised trainer, for the rows and batches that it makes."""
 
 
@@ -74,24 +75,25 @@ def cache_teacher_logits(
     dtype: str = "float16",
     rows_per_file: int = 1024,
 ) -> Path:
-    """Write the top-k teacher logits of a corpus; an interrupted call resumes.
+    """Write the top-k teacher logits of a corpus to disk; an interrupted call resumes.
 
-    Files appear one after another, whole or not at all; the manifest comes last. A run that is started again writes
-    the missing ones, with the same bytes, and refuses a folder that was begun with other settings or data. Under
-    `accelerate launch` the processes take turns at the files.
+    Every file is complete when it appears, and the manifest is written last. A second call writes the missing files,
+    with the same bytes, and refuses a folder that was begun with other settings or data. Under `accelerate launch`
+    the processes take turns at the files.
 
     Args:
         teacher: a model, or a path or Hub id; moved to the training device.
         dataset: corpus, as for `DistillationTrainer`.
-        output_dir: where the cache goes.
-        top_k: tokens to keep of every distribution; at the size of the vocabulary nothing is lost.
-        args: of the run that will train from the cache: what makes rows out of documents, `temperature`, precision and
-            `per_device_eval_batch_size`. Where `hidden_loss` or `embedding_loss` is set, the teacher's hidden states
-            that they need are kept too: 2 bytes for every channel, which is much.
-        processing_class: tokenizer; loaded from the teacher's path when left out.
+        output_dir: folder of the cache.
+        top_k: number of tokens to keep of every distribution; with the whole vocabulary nothing is lost.
+        args: of the run that will train from the cache. They decide how documents become rows, the `temperature`, the
+            precision and the batch size (`per_device_eval_batch_size`). With `hidden_loss` or `embedding_loss` the
+            cache also holds the teacher's hidden states that they need: 2 bytes per channel and token, which is much.
+        processing_class: tokenizer; by default the one in the teacher's folder.
         dtype: of log-probabilities and states: `"float16"` (at a log-probability of -8, rounding changes the
             probability by 0.4 %) or `"float32"`.
-        rows_per_file: what an interruption can cost. The rows are needed in memory, what is said of them is not.
+        rows_per_file: rows that are computed again after an interruption, at most. The token rows of a file are held
+            in memory, their logits are not.
 
     Returns:
         The folder, for `load_teacher_cache`.
@@ -110,28 +112,33 @@ def cache_teacher_logits(
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args)
     refuse_own_folder(output_dir, teacher=teacher)
-    output_dir = require_writable(output_dir)
-    if processing_class is None:
-        name: Any = teacher.config.name_or_path if isinstance(teacher, nn.Module) else teacher
-        processing_class = load_tokenizer(name)
+    folder = require_writable(output_dir)
+    processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
     refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
+    _require_top_k(top_k, model)
+    trainer = _row_maker(model, args, dataset, processing_class, folder)
+    _CacheWriter(folder, model, trainer, _settings(model, trainer, top_k, dtype, rows_per_file)).write(dataset)
+    return folder
+
+
+def _require_top_k(top_k: int, model: PreTrainedModel) -> None:
     vocab_size = output_head(model).vocab_size
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
-    text_config = model.config.get_text_config()
-    depth = text_config.num_hidden_layers
-    layers: Any = args.hidden_layers  # a string was parsed by the arguments
-    pairs = state_pairs(args.hidden_loss, args.embedding_loss, layers, depth, depth)
 
-    args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(output_dir), False, 1, "no"
-    # TRL prepares the rows, the very way it does for training. It changes the model that it is given: here, a copy
-    # that shares the weights and nothing else.
+
+def _row_maker(
+    model: PreTrainedModel, args: DistillationConfig, dataset: Any, processing_class: Any, folder: Path
+) -> Any:
+    """A trainer that makes the rows and batches, as it would for training, and the checks that need one."""
+    args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(folder), False, 1, "no"
+    # TRL changes the model that it is given: here a copy that shares only the weights.
     stand_in: Any = copy.copy(model)
     stand_in.is_quantized = False  # nothing is trained
     stand_in.config, stand_in.generation_config = copy.deepcopy((model.config, model.generation_config))
-    require_rows(dataset, "given")
-    keep_within_context(args, teacher=model.config)
+    refuse_empty(dataset, "given")
+    limit_to_context(args, teacher=model.config)
     trainer: Any = RowMaker(stand_in, args, train_dataset=dataset, processing_class=processing_class)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise UnsupportedModelError(
@@ -142,50 +149,81 @@ def cache_teacher_logits(
     check_output_head(model, role="teacher")
     _require_token_rows(trainer.train_dataset)
     require_documents_apart(trainer, teacher=model)
-    settings = {
+    return trainer
+
+
+def _settings(model: PreTrainedModel, trainer: Any, top_k: int, dtype: str, rows_per_file: int) -> dict[str, Any]:
+    """Everything that decides the contents of a cache, apart from the rows."""
+    args = trainer.args
+    depth = model.config.get_text_config().num_hidden_layers
+    layers: Any = args.hidden_layers  # a string was parsed by the arguments
+    pairs = state_pairs(args.hidden_loss, args.embedding_loss, layers, depth, depth)
+    computed_in = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    return {
         "teacher": model_digest(model),
         "tokenizer": tokenizer_digest(trainer.processing_class),
         "temperature": args.temperature,
         "top_k": top_k,
-        "vocab_size": vocab_size,
-        "states": wanted_states(pairs, "teacher"),
+        "vocab_size": output_head(model).vocab_size,
+        "states": needed_states(pairs, "teacher"),
         "dtype": dtype,
-        "computed_in": "bfloat16"
-        if args.bf16
-        else "float16"
-        if args.fp16
-        else str(model.dtype).removeprefix("torch."),
+        "computed_in": computed_in,
         "rows_per_file": rows_per_file,
         **{name: getattr(args, name) for name in ROW_ARGUMENTS},
     }
 
-    collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
-    collator = WithinContext(collator, context_length(model.config))
-    files = []
-    with evaluating([model]):
-        for number, rows in enumerate(_groups(trainer.train_dataset, rows_per_file)):
-            path = output_dir / f"data-{number:05d}.arrow"
-            described = {**settings, "rows": _digest_of(rows)}
-            files.append({"file": path.name, "num_rows": len(rows), "digest": described["rows"]})
-            if path.exists():
-                _require_same(path, described)
-            elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
-                batches = (
-                    _said_of(model, collator(batch), trainer, settings)
-                    for batch in _groups(rows, args.per_device_eval_batch_size)
-                )
-                _write(path, rows, batches, described)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        _finish(output_dir, files, settings, model.config, dataset)
-    trainer.accelerator.wait_for_everyone()
-    return output_dir
+
+@dataclass(frozen=True)
+class _CacheWriter:
+    """Writes the files of one cache.
+
+    Attributes:
+        folder: of the cache.
+        model: the teacher.
+        trainer: makes rows and batches.
+        settings: what decides the contents.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    trainer: Any
+    settings: Mapping[str, Any]
+
+    def write(self, dataset: Any) -> None:
+        """Write the missing files, and then the manifest.
+
+        Args:
+            dataset: the corpus, as it was given, for the manifest.
+        """
+        trainer = self.trainer
+        files = []
+        with evaluating([self.model]):
+            for number, rows in enumerate(_batched(trainer.train_dataset, self.settings["rows_per_file"])):
+                path = self.folder / f"data-{number:05d}.arrow"
+                described = {**self.settings, "rows": _digest_of(rows)}
+                files.append({"file": path.name, "num_rows": len(rows), "digest": described["rows"]})
+                if path.exists():
+                    _require_same(path, described)
+                elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
+                    _write(path, rows, self._computed(rows), described)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            _finish(self.folder, files, self.settings, self.model.config, dataset)
+        trainer.accelerator.wait_for_everyone()
+
+    def _computed(self, rows: list[Any]) -> Iterator[Iterable[dict[str, Tensor]]]:
+        """The teacher's columns of each row, batch by batch."""
+        collator = self.trainer.data_collator
+        collator = WithRowLengths(collator) if self.trainer.padding_free else collator
+        collator = WithinContext(collator, context_length(self.model.config))
+        for batch in _batched(rows, self.trainer.args.per_device_eval_batch_size):
+            yield _teacher_columns(self.model, collator(batch), self.trainer, self.settings)
 
 
 # ---- Writing ----
 
 
-def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while group := list(islice(iterator, size)):
         yield group
@@ -197,7 +235,7 @@ def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _require_token_rows(rows: Any) -> None:
-    """Refuse rows that become tokens only when batches are made (images and texts): nothing could be trained on them.
+    """Refuse rows that are tokenised only when batches are made (images and texts).
 
     Raises:
         MismatchError: naming the columns.
@@ -206,15 +244,19 @@ def _require_token_rows(rows: Any) -> None:
     if "input_ids" not in columns:
         raise MismatchError(
             f"The rows have the columns {', '.join(columns)} and no input_ids: they are tokenised when batches are "
-            "made, so a cache could neither know nor hold them. Train with the teacher itself, or tokenise them first."
+            "made, so a cache cannot hold them. Train with the teacher itself, or tokenise them first."
         )
 
 
 @torch.no_grad()
-def _said_of(
+def _teacher_columns(
     model: Any, batch: Mapping[str, Any], trainer: Any, settings: Mapping[str, Any]
 ) -> Iterator[dict[str, Tensor]]:
-    """The teacher's columns of every row of a batch, on the CPU: [N, …] each."""
+    """The teacher's columns of every row of a batch, on the CPU.
+
+    Returns:
+        For every row: column → [N, …], with N its tokens that count.
+    """
     batch = on_device(trainer, batch)
     positions, _ = next_token_positions(batch[LABELS])
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
@@ -223,11 +265,15 @@ def _said_of(
             output = model(**model_inputs(batch), **extra, use_cache=False)
         head = output_head(model)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
-        said = top_k_signal(DenseSignal(hidden, head), settings["top_k"], temperature=settings["temperature"])
+        signal = top_k_signal(DenseSignal(hidden, head), settings["top_k"], temperature=settings["temperature"])
     dtype = as_dtype(settings["dtype"])
-    # Not below the smallest number of the dtype: a token of the k has a probability.
-    log_probs = said.log_probs.clamp(min=torch.finfo(dtype).min)
-    columns = {TOKENS: said.tokens.to(torch.int32), LOG_PROBS: log_probs.to(dtype), LOG_TAIL: said.log_tail.to(dtype)}
+    # Not below the smallest number of the dtype: each of the k tokens has a probability above 0.
+    log_probs = signal.log_probs.clamp(min=torch.finfo(dtype).min)
+    columns = {
+        TOKENS: signal.tokens.to(torch.int32),
+        LOG_PROBS: log_probs.to(dtype),
+        LOG_TAIL: signal.log_tail.to(dtype),
+    }
     for index in settings["states"]:
         columns[f"{STATES}{index}"] = output.hidden_states[index].flatten(0, 1)[positions].to(dtype)
     row, num_rows = row_of_positions(batch)
@@ -257,29 +303,29 @@ def _write(
     with replacing_file(path) as temporary, pa.ipc.new_stream(os.fspath(temporary), schema) as writer:
         for batch in batches:
             columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-            for said in batch:
+            for computed in batch:
                 row = next(remaining)
                 for name in names:
                     columns[name].append(np.asarray(row[name], dtype=np.int32))
-                for name, values in said.items():
+                for name, values in computed.items():
                     columns[name].append(values.numpy().reshape(-1))
-            writer.write_batch(pa.record_batch([_lists(columns[f.name], f.type) for f in schema], schema=schema))
+            writer.write_batch(pa.record_batch([_list_array(columns[f.name], f.type) for f in schema], schema=schema))
 
 
-def _lists(values: Sequence[Any], of: pa.ListType) -> pa.Array:
+def _list_array(values: Sequence[Any], of: pa.ListType) -> pa.Array:
     offsets = np.cumsum([0, *map(len, values)])
     flat = pa.array(np.concatenate(values).astype(of.value_type.to_pandas_dtype()), type=of.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat)
 
 
 def _require_same(path: Path, described: Mapping[str, Any]) -> None:
-    """Refuse to go on with a file that was made from something else."""
+    """Refuse to resume with a file of other rows or settings."""
     try:
         with pa.memory_map(os.fspath(path)) as source:
             found = json.loads(pa.ipc.open_stream(source).schema.metadata[METADATA_KEY])
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise MismatchError(
-            f"{path} is no file of a teacher cache ({error}). Choose another folder, or empty this one."
+            f"{path} is not a file of a teacher cache ({error}). Choose another folder, or empty this one."
         ) from error
     found = migrate(found, path, ROWS_KIND)
     for name, value in described.items():
@@ -297,11 +343,11 @@ def _finish(
     config: PretrainedConfig,
     dataset: Any,
 ) -> None:
-    """Write what makes the folder a dataset, and then the manifest."""
+    """Write the files that `datasets` needs, and then the manifest."""
     if left := sorted({path.name for path in folder.glob("data-*.arrow")} - {file["file"] for file in files}):
         raise MismatchError(
-            f"{folder} holds {', '.join(left)}, for which the dataset has no rows: it was begun with a longer one. "
-            "Choose another folder, or delete this one."
+            f"{folder} holds {', '.join(left)}, which belong to no row of the dataset: the cache was "
+            "begun with a longer dataset. Choose another folder, or delete this one."
         )
     num_tokens = 0
     for file in files:

@@ -183,7 +183,7 @@ def _speed(
         return None, None
     seconds = {"products": step_flops(teacher, student, setup, passes) / (setup.device.flops * UTILISATION)}
     if setup.devices > 1 and setup.device.bandwidth is not None:
-        seconds["communication"] = moved_bytes(teacher, student, setup, passes) / setup.device.bandwidth
+        seconds["communication"] = communicated_bytes(teacher, student, setup, passes) / setup.device.bandwidth
     limit = max(seconds, key=seconds.__getitem__)
     return setup.devices * setup.batch_size * setup.max_length / seconds[limit], limit
 
@@ -196,7 +196,7 @@ def step_flops(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setu
     return setup.batch_size * (passes.flops_per_row + 2 * (setup.max_length - 1) * vocab_size * widths)
 
 
-def moved_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:
+def communicated_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:
     """Bytes that each device receives in one pass: reduced gradients and gathered weights, in rings."""
     share = (setup.devices - 1) / setup.devices
     if setup.sharding == "ddp":  # gradients reduced and handed on

@@ -52,7 +52,7 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, and has all its files as they were."""
     try:
         content = read_json(checkpoint / MANIFEST_NAME)
@@ -71,30 +71,30 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     It is whole, and has the state of the optimizer (`save_only_model` leaves that out).
     """
     for path in checkpoints(folder)[::-1]:
-        if is_whole(path) and read_artefact(path / MANIFEST_NAME).get("has_optimizer"):
+        if is_complete(path) and read_artefact(path / MANIFEST_NAME).get("has_optimizer"):
             return os.fspath(path)
     return None
 
 
-def clear_torn_checkpoints(folder: str | os.PathLike[str]) -> None:
+def remove_incomplete_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Remove the checkpoints in a folder that are not whole, which nothing can go on from."""
     for path in checkpoints(folder):
-        if not is_whole(path):
+        if not is_complete(path):
             logger.warning("Removing %s: it was not written to its end.", path)
             remove(path)
 
 
-class WholeCheckpoints(Trainer):
+class CheckpointMixin(Trainer):
     """The part of a trainer that writes checkpoints which are whole, and goes on from them to the same result.
 
     It adds to the stock trainer: the manifest; rotation by step, not by a clock; what was counted since the last log;
     and the end: a run that has done its steps takes no further one.
     """
 
-    _taken_up: Mapping[str, Any] | None = None
+    _restored_progress: Mapping[str, Any] | None = None
     _start: Mapping[str, Any] = {}
 
-    def _remember_start(self, **what: Any) -> None:
+    def _record_inputs(self, **what: Any) -> None:
         """Record what is trained from what; to be called before training.
 
         Args:
@@ -180,7 +180,7 @@ class WholeCheckpoints(Trainer):
     def _rotate(self, run_dir: Path) -> None:
         """Delete the oldest checkpoints by their steps, beyond those to keep, the best and the last one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        clear_torn_checkpoints(run_dir)
+        remove_incomplete_checkpoints(run_dir)
         found = checkpoints(run_dir)
         if limit is None or limit <= 0 or not found:
             return
@@ -191,7 +191,7 @@ class WholeCheckpoints(Trainer):
 
     # ---- Going on ----
 
-    def go_on(self) -> Any:
+    def train_or_resume(self) -> Any:
         """Train from the last whole checkpoint of the output folder, or from the start where there is none.
 
         Raises:
@@ -202,7 +202,7 @@ class WholeCheckpoints(Trainer):
         if checkpoint is not None:
             self.require_same_training(checkpoint)
         if self.is_world_process_zero():
-            clear_torn_checkpoints(folder)
+            remove_incomplete_checkpoints(folder)
         result = self.train(resume_from_checkpoint=checkpoint)
         if self.args.should_save:
             self._rotate(Path(folder))  # where a run was killed between its last checkpoint and this
@@ -221,16 +221,16 @@ class WholeCheckpoints(Trainer):
                     f"{self.args.output_dir} has no whole checkpoint with the state of the optimizer. Leave out "
                     "resume_from_checkpoint to begin anew."
                 )
-        self._taken_up = None
+        self._restored_progress = None
         if resume_from_checkpoint and (Path(resume_from_checkpoint) / MANIFEST_NAME).is_file():
-            if not is_whole(Path(resume_from_checkpoint)):
+            if not is_complete(Path(resume_from_checkpoint)):
                 raise OutputError(
                     f"{resume_from_checkpoint} lacks files, or holds half ones. Name another one, or begin anew."
                 )
-            self._taken_up = read_artefact(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
+            self._restored_progress = read_artefact(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
             if found := self.differences(resume_from_checkpoint):
                 logger.warning("%s was trained otherwise: %s.", resume_from_checkpoint, "; ".join(found))
-        takes_up = _TakesUp(self)
+        takes_up = _RestoreProgress(self)
         self.add_callback(takes_up)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -238,13 +238,13 @@ class WholeCheckpoints(Trainer):
             self.remove_callback(takes_up)
 
     @property
-    def _has_ended(self) -> bool:
+    def _is_finished(self) -> bool:
         """Whether this run goes on from the end of training, after which the stock loop would take another step."""
-        return self._taken_up is not None and self.state.global_step >= self.state.max_steps
+        return self._restored_progress is not None and self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of an optimiser step; none once all steps are done."""
-        if self._has_ended:
+        if self._is_finished:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -262,9 +262,9 @@ class WholeCheckpoints(Trainer):
             "num_tokens": getattr(self, "_total_train_tokens", None),  # TRL's count
         }
 
-    def _take_up(self) -> None:
+    def _restore_progress(self) -> None:
         """Go on counting where the checkpoint stood."""
-        progress = self._taken_up
+        progress = self._restored_progress
         if progress is None:
             return
         if progress["loss_since_log"] is not None and hasattr(self, "_tr_loss"):
@@ -272,7 +272,7 @@ class WholeCheckpoints(Trainer):
             self._total_loss_scalar: float = progress["loss_before_log"]
             self._globalstep_last_logged: int = progress["step_of_log"]
         if progress["token_sums"] is not None and self.accelerator.is_main_process:
-            sums: Tensor = self._token_sums["train"]  # type: ignore[attr-defined] # of `MeansOverTokens`
+            sums: Tensor = self._token_sums["train"]  # type: ignore[attr-defined] # of `TokenMeansMixin`
             sums.copy_(torch.tensor(progress["token_sums"], dtype=sums.dtype))
         if progress["num_tokens"] is not None:
             self._total_train_tokens: int = progress["num_tokens"]
@@ -280,22 +280,26 @@ class WholeCheckpoints(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the stock trainer, with the mean loss of all steps at the end, not of those since it was resumed."""
-        if "train_loss" in logs and self._taken_up is not None and self._taken_up["loss_before_log"] is not None:
+        if (
+            "train_loss" in logs
+            and self._restored_progress is not None
+            and self._restored_progress["loss_before_log"] is not None
+        ):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, *args, **kwargs)
 
 
-class _TakesUp(TrainerCallback):
+class _RestoreProgress(TrainerCallback):
     """Takes up what a checkpoint had counted, once the training loop has set everything to zero."""
 
-    def __init__(self, trainer: WholeCheckpoints) -> None:
+    def __init__(self, trainer: CheckpointMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._take_up()
+        self.trainer._restore_progress()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._has_ended and args.save_strategy == "epoch":
+        if self.trainer._is_finished and args.save_strategy == "epoch":
             # The checkpoint was written here: what comes before it was done.
             control.should_log = control.should_evaluate = control.should_save = False
 

@@ -173,6 +173,19 @@ def refuse_split_model(model: Any, role: str) -> None:
         )
 
 
+def refuse_data_parallel(model: Any, num_gpus: int) -> None:
+    """Refuse a model that the Trainer would replicate over several GPUs in one process.
+
+    Raises:
+        UnsupportedModelError: saying how to launch.
+    """
+    if num_gpus > 1 and isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
+        raise UnsupportedModelError(
+            f"One process sees {num_gpus} GPUs, for which the Trainer would use nn.DataParallel; its replicas "
+            "do not run this loss. Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+        )
+
+
 def refuse_frozen(student: Any) -> None:
     """Refuse a student of which nothing would be trained, such as a model that was a teacher before.
 

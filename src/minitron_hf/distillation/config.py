@@ -25,12 +25,12 @@ class DistillationConfig(SFTConfig):
     """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
 
     Loss of a token: `kd_weight * T² * divergence + ce_weight * cross-entropy + α * (hidden + embedding)`, by default
-    KL(teacher ‖ student) alone, see `losses.distillation_loss` and `intermediate.IntermediateLosses`. Minitron found
-    the logits alone best where depth is cut little, and all three where it is cut by a quarter or more.
+    KL(teacher ‖ student) alone; see `losses.distillation_loss` and `intermediate.IntermediateLosses`. Minitron found
+    the divergence alone best where few layers are dropped, and all three where a quarter or more are.
 
-    Where no value is given, `bf16` is on only where the hardware has it, `activation_checkpointing` only on an
-    accelerator, and `dataloader_pin_memory` only with one. TRL turns all three on everywhere; on a CPU without
-    bfloat16 units that costs 50 to 100 times the speed.
+    By default `bf16` is on only where the hardware computes in it, and `activation_checkpointing` and
+    `dataloader_pin_memory` only with an accelerator. TRL turns all three on everywhere, which makes training on a CPU
+    without bfloat16 units 50 to 100 times slower.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)
@@ -38,12 +38,12 @@ class DistillationConfig(SFTConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is lost between the two distributions: 'forward_kl', KL(teacher || student), which Minitron "
-            "found best; 'reverse_kl', 'jsd' or 'tv'; or of the logits: 'mse' or 'cosine'."
+            "help": "Divergence between the two distributions: 'forward_kl', KL(teacher || student), which Minitron "
+            "found best; 'reverse_kl', 'jsd' or 'tv'; or distance between the logits: 'mse' or 'cosine'."
         },
     )
     jsd_beta: float = field(
-        default=0.5, metadata={"help": "The teacher's part of the mixture in the Jensen-Shannon divergence."}
+        default=0.5, metadata={"help": "Weight of the teacher in the mixture of the Jensen-Shannon divergence."}
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
@@ -82,8 +82,8 @@ class DistillationConfig(SFTConfig):
     teacher_correction: str | None = field(
         default=None,
         metadata={
-            "help": "'concurrent': the teacher goes on learning the corpus, by cross-entropy, while the student "
-            "learns from it. `correct_teacher` does so beforehand. If not set, the teacher does not change."
+            "help": "'concurrent': the teacher is trained on the corpus, by cross-entropy, while the student learns "
+            "from it. `correct_teacher` does so beforehand. If not set, the teacher does not change."
         },
     )
     teacher_original_learning_rate: float | None = field(
@@ -95,20 +95,22 @@ class DistillationConfig(SFTConfig):
     )
     loss_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens whose logits exist at one time. If not set, chosen from the vocabulary size."},
+        metadata={
+            "help": "Tokens whose logits are in memory at one time. If not set, chosen from the vocabulary size."
+        },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher (`revision`, "
-            "`dtype`, `quantization_config`, ...), used when the teacher is given as a path or Hub id. The dtype is "
-            "that of the checkpoint, or float32 where the hardware is slow in that."
+            "`dtype`, `quantization_config`, ...), used when the teacher is given as a path or Hub id. By default the "
+            "dtype is the checkpoint's, or float32 on hardware that is slow in it."
         },
     )
     teacher_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep the teacher's layers in main memory, and fetch one after another for every forward pass. "
+            "help": "Keep the teacher's layers in main memory and fetch each one when it is computed. "
             "For one device or DDP; FSDP2 and ZeRO-3 split the teacher instead."
         },
     )
@@ -154,10 +156,18 @@ class DistillationConfig(SFTConfig):
     def __post_init__(self) -> None:
         if isinstance(self.hidden_layers, str):
             self.hidden_layers = _parsed_layers(self.hidden_layers)
-        # The base class takes every metric for the better the greater, unless its name ends with "loss".
+        # The base class prefers greater values of a metric, unless its name ends with "loss".
         best = (self.metric_for_best_model or "").rpartition("_")[2]
         if self.greater_is_better is None and best in SMALLER_IS_BETTER:
             self.greater_is_better = False
+        self._fill_in_machine_defaults()
+        super().__post_init__()
+        self._require_loss()
+        self._require_intermediate_losses()
+        self._require_correction()
+        self._refuse_unsupported()
+
+    def _fill_in_machine_defaults(self) -> None:
         device = training_device(self.use_cpu)
         on_cpu = device.type == "cpu"
         if self.bf16 is None:
@@ -172,8 +182,8 @@ class DistillationConfig(SFTConfig):
         if self.gradient_checkpointing is None and getattr(self, name) is None:
             by_fsdp = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
             setattr(self, name, not on_cpu and not by_fsdp)
-        super().__post_init__()
 
+    def _require_loss(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
         if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
@@ -181,7 +191,10 @@ class DistillationConfig(SFTConfig):
                 f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
             )
         require_divergence(self.divergence, self.jsd_beta, self.temperature)
-        self._require_intermediate_losses()
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
+
+    def _require_correction(self) -> None:
         if self.teacher_correction not in (None, "concurrent"):
             raise ValueError(f"teacher_correction={self.teacher_correction!r}: expected 'concurrent' or None.")
         rate = self.teacher_original_learning_rate
@@ -191,12 +204,16 @@ class DistillationConfig(SFTConfig):
                 "teacher was trained with, a number above 0."
             )
         if self.teacher_correction and self.teacher_offload:
-            raise ValueError("teacher_offload: a teacher that goes on learning (teacher_correction) must be at hand.")
+            raise ValueError(
+                "teacher_offload: a teacher that is trained (teacher_correction) must be on the device. Leave one out."
+            )
         if self.teacher_correction and self.fp16:
-            raise ValueError("teacher_correction: not in float16, whose gradients need a scaler. Set bf16 or neither.")
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
-        # What would silently do nothing here, or replace the forward pass that the loss lives in.
+            raise ValueError(
+                "teacher_correction does not work in float16, whose gradients need a scaler. Set fp16=False."
+            )
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse arguments that would have no effect, or would replace the forward pass that computes the loss."""
         if self.loss_type != "nll":
             raise ValueError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
         if self.label_smoothing_factor:
@@ -217,7 +234,7 @@ class DistillationConfig(SFTConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments as JSON values. The base class knows one dict of them, and writes into it."""
+        """The arguments as JSON values; the base class expects dict arguments that it may change."""
         kept = {name: getattr(self, name) for name in self._VALID_DICT_FIELDS}
         for name, value in kept.items():
             if isinstance(value, dict):
@@ -241,7 +258,7 @@ class DistillationConfig(SFTConfig):
                     f"hidden_layers={pairs}: expected a list of pairs [layer of the teacher, layer of the student]."
                 )
             if self.hidden_loss is None:
-                raise ValueError("hidden_layers: nothing is compared without hidden_loss='cosine' or 'mse'.")
+                raise ValueError("hidden_layers has no effect without hidden_loss. Set hidden_loss='cosine' or 'mse'.")
         weight: Any = self.intermediate_weight
         with contextlib.suppress(TypeError, ValueError):
             weight = float(weight)
@@ -251,13 +268,13 @@ class DistillationConfig(SFTConfig):
             )
         if weight == "dynamic" and self.kd_weight == 0 and (self.hidden_loss or self.embedding_loss):
             raise ValueError(
-                "intermediate_weight='dynamic' follows the divergence, which has no weight (kd_weight=0). "
-                "Give a number."
+                "intermediate_weight='dynamic' is relative to the divergence, whose weight is 0 (kd_weight=0). "
+                "Set intermediate_weight to a number."
             )
 
 
 def _json_value(value: Any) -> Any:
-    """A keyword argument of `from_pretrained` for a record: configs of quantisation as dicts, dtypes by name."""
+    """A keyword argument of `from_pretrained` as a JSON value: quantisation configs as dicts, dtypes by name."""
     if hasattr(value, "to_dict"):
         return {name: _json_value(part) for name, part in value.to_dict().items()}
     if isinstance(value, Mapping):
@@ -274,7 +291,7 @@ def _are_pairs(value: Any) -> bool:
 
 
 def _parsed_layers(text: str) -> Any:
-    """`hidden_layers` as a command line gives it; what is not JSON is refused with everything else that is no list."""
+    """Parse `hidden_layers` from a command line. Text that is not JSON stays text, which a later check refuses."""
     try:
         return json.loads(text)
     except ValueError:
@@ -282,6 +299,6 @@ def _parsed_layers(text: str) -> Any:
 
 
 def checkpointing_field() -> str:
-    """The field's name: some release of Transformers 5 renamed it; the old name still works but warns."""
+    """Name of the field for activation checkpointing; Transformers 5.23 renamed it, and the old name warns."""
     renamed = "activation_checkpointing" in {field.name for field in fields(SFTConfig)}
     return "activation_checkpointing" if renamed else "gradient_checkpointing"

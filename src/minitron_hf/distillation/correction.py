@@ -1,15 +1,16 @@
-"""Teacher correction: the teacher learns the corpus before, or while, the student learns from it (P2 §2.1).
+"""Teacher correction: fine-tunes the teacher on the corpus before, or during, distillation (arXiv 2408.11796 §2.1).
 
-A teacher that has never seen the distillation corpus guides the student less well on it: P2 (arXiv 2408.11796) gained
-over 6 % of the student's validation loss by fine-tuning the teacher on it for a while, at a fifth of the peak learning
-rate it was trained with. What to prune does not change.
+A teacher that has never seen the distillation corpus guides the student less well on it. The paper reduced the
+student's validation loss by over 6 % by fine-tuning the teacher on the corpus, at a fifth of the peak learning rate
+that it was trained with. The choice of what to prune stays the same.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -34,30 +35,30 @@ from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from ..saving import save_model
-from .batches import CountsRowsOnce
-from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
+from .batches import RepeatedRowsMixin
+from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import refuse_own_folder, refuse_uncorrectable
 from .config import checkpointing_field
 from .packing import require_documents_apart
 from .parallel import gathered_model
 from .record import describe_data
-from .rows import BeginsRows, WithinContext, keep_within_context, require_rows
+from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Method = Literal["full", "lora", "norms"]
 
-#: Of the peak learning rate that the teacher was trained with (P2 §3).
+#: Learning rate of the correction over the peak learning rate of the teacher's own training (arXiv 2408.11796 §3).
 LEARNING_RATE_FACTOR = 0.2
-#: Warm-up steps, or a tenth of all where they are fewer (P2 §3 has 120).
+#: Warm-up steps (arXiv 2408.11796 §3); a tenth of all steps where that is fewer.
 WARMUP_STEPS = 120
 RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
 
 
-class CorrectionTrainer(WholeCheckpoints, CountsRowsOnce, BeginsRows, SFTTrainer):
-    """TRL's supervised trainer, whose losses are the same in any number of processes."""
+class CorrectionTrainer(CheckpointMixin, RepeatedRowsMixin, StartTokensMixin, SFTTrainer):
+    """TRL's supervised trainer, with complete checkpoints, and the same losses in any number of processes."""
 
 
 @holding("output_dir")
@@ -75,20 +76,20 @@ def correct_teacher(
     peft_config: Any = None,
     **arguments: Any,
 ) -> Path:
-    """Fine-tune the unpruned teacher on the distillation corpus, with cross-entropy; resumes what was interrupted.
+    """Fine-tune the unpruned teacher on the distillation corpus with cross-entropy; resumes an interrupted run.
 
     Args:
-        teacher: the teacher: a path or Hub id, or a model, which is trained in place.
+        teacher: a path or Hub id, or a model, which is trained in place.
         train_dataset: corpus, as for `trl.SFTTrainer`.
-        output_dir: where checkpoints, and at last the corrected teacher with its tokenizer, go.
+        output_dir: folder of the checkpoints, and in the end of the corrected teacher and its tokenizer.
         original_learning_rate: the peak learning rate that the teacher was trained with; a fifth of it is used.
-        num_tokens: budget. P2 used about 100 billion.
+        num_tokens: tokens to train on; Minitron used about 100 billion (arXiv 2408.11796).
         method: what is trained: `"full"`, all weights; `"lora"`, an adapter, which is merged; `"norms"`, the norms
-            alone. Which of them suffices is the question that P2 leaves open.
-        processing_class: tokenizer; loaded from the teacher's path when left out.
+            alone. Which of them suffices is an open question of the paper.
+        processing_class: tokenizer; by default the one in the teacher's folder.
         eval_dataset: held-out corpus.
         max_length: tokens of a row; texts are joined into full rows.
-        peft_config: for `"lora"`, instead of rank 16 on all linear layers.
+        peft_config: of the adapter; by default LoRA of rank 16 on all linear layers.
         **arguments: of `trl.SFTConfig` (`per_device_train_batch_size`, `seed`, …).
 
     Returns:
@@ -98,38 +99,41 @@ def correct_teacher(
         ValueError: if the method or a number makes no sense.
         OutputError: if the folder cannot be written, is the teacher's own, or another run uses it.
         UnsupportedModelError: if the teacher is quantised, or has an adapter.
-        MismatchError: if it holds a checkpoint of another training.
+        MismatchError: if the folder holds a checkpoint of another training.
     """
+    _require_request(method, original_learning_rate, num_tokens)
+    refuse_own_folder(output_dir, teacher=teacher)
+    folder = require_writable(output_dir)
+    if processing_class is None and not isinstance(teacher, nn.Module):
+        processing_class = load_tokenizer(teacher)
+    refuse_other_tokenizers(processing_class, teacher=teacher)
+    model = load_model(teacher)
+    rate = LEARNING_RATE_FACTOR * original_learning_rate
+    arguments = {"learning_rate": rate, "max_length": max_length, **arguments}
+    args = _training_arguments(folder, model, num_tokens, arguments)
+    correction = _Correction(model, args, method, original_learning_rate)
+    correction.train(train_dataset, eval_dataset, processing_class, peft_config)
+    return folder
+
+
+def _require_request(method: str, original_learning_rate: float, num_tokens: int) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}: expected one of {', '.join(get_args(Method))}.")
     for name, value in (("original_learning_rate", original_learning_rate), ("num_tokens", num_tokens)):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: expected a number above 0.")
-    refuse_own_folder(output_dir, teacher=teacher)
-    output_dir = require_writable(output_dir)
-    if processing_class is None and not isinstance(teacher, nn.Module):
-        processing_class = load_tokenizer(teacher)
-    refuse_other_tokenizers(processing_class, teacher=teacher)
-    model = load_model(teacher)
-    refuse_uncorrectable(model)
-    stored = model.dtype
-    model.float()  # small updates are lost in half precision
-    model.requires_grad_(True)  # a model that was a teacher before is frozen
-    if method == "norms":
-        train_norms_only(model)
-    if method == "lora" and peft_config is None:
-        from peft import LoraConfig
 
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
+def _training_arguments(
+    output_dir: Path, model: PreTrainedModel, num_tokens: int, arguments: Mapping[str, Any]
+) -> SFTConfig:
+    """Arguments of the trainer: defaults that fit the machine, and as many steps as the tokens need."""
     device = training_device(bool(arguments.get("use_cpu", False)))
     on_cpu = device.type == "cpu"
     defaults = {
-        "learning_rate": LEARNING_RATE_FACTOR * original_learning_rate,
         "lr_scheduler_type": "cosine",
         "packing": True,
         "packing_strategy": "wrapped",
-        "max_length": max_length,
         "bf16": has_fast_bf16(device),
         "use_cpu": on_cpu,
         checkpointing_field(): not on_cpu,
@@ -140,53 +144,99 @@ def correct_teacher(
         "report_to": "none",
     }
     args = SFTConfig(str(output_dir), **{**defaults, **arguments})
-    require_rows(train_dataset, "train")
-    keep_within_context(args, teacher=model.config)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
-    args.max_steps = math.ceil(num_tokens / (rows * args.max_length))
+    limit_to_context(args, teacher=model.config)
+    args.max_steps = math.ceil(num_tokens / _tokens_per_step(args))
     args.warmup_steps = arguments.get("warmup_steps", min(WARMUP_STEPS, args.max_steps // 10))
-    described = describe_data(train_dataset)
-    set_seed(args.seed)  # for an adapter, which is made before the trainer seeds itself
-    trainer: Any = CorrectionTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        peft_config=peft_config if method == "lora" else None,
-    )
-    require_documents_apart(trainer, teacher=trainer.model)
-    trainer.data_collator = WithinContext(trainer.data_collator, context_length(model.config))
-    trainer._remember_start(teacher=fingerprint(trainer.model), data=sampled_data(train_dataset), method=method)
-    trainer.go_on()
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trained = gathered_model(trainer)
-    if not trainer.is_world_process_zero():
-        return output_dir
-    trained = trained.merge_and_unload() if is_peft_model(trained) else trained
-    trained.requires_grad_(True)
-    trained.config.use_cache = True
-    vars(trained.config).pop("auto_map", None)  # names files of the teacher's folder
-    with replacing_folder(output_dir / "unfinished") as temporary:
-        save_model(trained.to(stored), temporary, processing_class)
-        record = {
-            "versions": versions(),
-            "teacher": public_name(trained.config.name_or_path),
-            "method": method,
-            "original_learning_rate": original_learning_rate,
-            "learning_rate": args.learning_rate,
-            "num_tokens": args.max_steps * rows * args.max_length,
-            "data": described,
-            "log_history": trainer.state.log_history,
-        }
-        write_artefact(temporary / RECORD_NAME, record)
-    move_into(output_dir / "unfinished", output_dir)
-    return output_dir
+    return args
+
+
+def _tokens_per_step(args: Any) -> int:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+    return rows * args.max_length
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """One correction of a teacher.
+
+    Attributes:
+        model: the teacher.
+        args: of the trainer.
+        method: what is trained.
+        original_learning_rate: for the record.
+    """
+
+    model: PreTrainedModel
+    args: SFTConfig
+    method: Method
+    original_learning_rate: float
+
+    def train(self, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any) -> None:
+        """Train the teacher, or go on from the last checkpoint, and save it; see `correct_teacher`."""
+        stored = self.model.dtype
+        self._make_trainable()
+        refuse_empty(train_dataset, "train")
+        described = describe_data(train_dataset)
+        trainer = self._trainer(train_dataset, eval_dataset, processing_class, peft_config)
+        trainer.train_or_resume()
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trained = gathered_model(trainer)
+        if trainer.is_world_process_zero():
+            trained = trained.merge_and_unload() if is_peft_model(trained) else trained
+            self._save(trained, stored, processing_class, described, trainer.state.log_history)
+
+    def _make_trainable(self) -> None:
+        refuse_uncorrectable(self.model)
+        self.model.float()  # small updates are lost in half precision
+        self.model.requires_grad_(True)  # a model that was a teacher before is frozen
+        if self.method == "norms":
+            train_norms_only(self.model)
+
+    def _trainer(self, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any) -> Any:
+        if self.method == "lora" and peft_config is None:
+            from peft import LoraConfig
+
+            peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        set_seed(self.args.seed)  # for an adapter, which is made before the trainer seeds itself
+        trainer: Any = CorrectionTrainer(
+            model=self.model,
+            args=self.args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config if self.method == "lora" else None,
+        )
+        require_documents_apart(trainer, teacher=trainer.model)
+        trainer.data_collator = WithinContext(trainer.data_collator, context_length(self.model.config))
+        weights = fingerprint(trainer.model)
+        trainer._record_inputs(teacher=weights, data=sampled_data(train_dataset), method=self.method)
+        return trainer
+
+    def _save(self, trained: Any, dtype: torch.dtype, processing_class: Any, data: Any, log: Any) -> None:
+        """Save the corrected teacher with its record into the output folder."""
+        folder = Path(str(self.args.output_dir))
+        trained.requires_grad_(True)
+        trained.config.use_cache = True
+        vars(trained.config).pop("auto_map", None)  # names files of the teacher's folder
+        with replacing_folder(folder / "unfinished") as temporary:
+            save_model(trained.to(dtype), temporary, processing_class)
+            record = {
+                "versions": versions(),
+                "teacher": public_name(trained.config.name_or_path),
+                "method": self.method,
+                "original_learning_rate": self.original_learning_rate,
+                "learning_rate": self.args.learning_rate,
+                "num_tokens": self.args.max_steps * _tokens_per_step(self.args),
+                "data": data,
+                "log_history": log,
+            }
+            write_artefact(temporary / RECORD_NAME, record)
+        move_into(folder / "unfinished", folder)
 
 
 def train_norms_only(model: PreTrainedModel) -> None:
-    """Freeze everything but the weights and biases of norms, as the family's table knows them.
+    """Freeze all parameters but the weights and biases of the norms in the family's table.
 
     Raises:
         UnsupportedModelError: if the family is unknown, or its norms have no weights.
@@ -211,12 +261,12 @@ def train_norms_only(model: PreTrainedModel) -> None:
 
 
 def cross_entropy_sum(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor) -> Tensor:
-    """Σ over tokens of the cross-entropy, with the head applied to a chunk of tokens at a time.
+    """Sum of the cross-entropy over tokens, with the head applied to a chunk of tokens at a time.
 
     Args:
-        hidden_NH: hidden states after the final norm.
+        hidden_NH: [N, H], hidden states after the final norm.
         head: the output head.
-        labels_N: int64, the true next tokens.
+        labels_N: int64 [N], the true next tokens.
     """
 
     def of_chunk(states: Tensor, labels: Tensor) -> Tensor:
@@ -233,14 +283,14 @@ def cross_entropy_sum(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor) -> 
 
 
 class ConcurrentCorrection(TrainerCallback):
-    """A teacher that goes on learning, by cross-entropy, from the batches that the student learns from.
+    """Trains the teacher by cross-entropy on the batches that the student learns from.
 
-    It has its own AdamW and the schedule of the student, at a fifth of the learning rate it was trained with. Each
-    process holds it whole; the gradients are averaged before each step.
+    The teacher has its own AdamW and the schedule of the student, at a fifth of the peak learning rate of its own
+    training. Each process holds the whole teacher; gradients are averaged before each step.
 
     Args:
         teacher: trained in place, in float32 weights.
-        original_learning_rate: the peak that it was trained with.
+        original_learning_rate: the peak learning rate that it was trained with.
     """
 
     def __init__(self, teacher: PreTrainedModel, original_learning_rate: float) -> None:
@@ -252,14 +302,14 @@ class ConcurrentCorrection(TrainerCallback):
         teacher.float().requires_grad_(True)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return (parameter for parameter in self.teacher.parameters() if parameter.requires_grad)
 
     def load(self, folder: Path) -> None:
-        """Take the teacher from a checkpoint; the optimizer follows when training begins.
+        """Load the teacher from a checkpoint; the optimizer is loaded when training begins.
 
         Raises:
-            MismatchError: if the checkpoint has none.
+            MismatchError: if the checkpoint has no corrected teacher.
         """
         if not (folder / TEACHER_NAME).is_file() or not (folder / STATE_NAME).is_file():
             raise MismatchError(
@@ -270,7 +320,7 @@ class ConcurrentCorrection(TrainerCallback):
         self.resume_from = folder
 
     def save(self, folder: Path) -> None:
-        """Write the teacher, and the state of its optimizer, beside a checkpoint."""
+        """Write the teacher and the state of its optimizer into a checkpoint."""
         assert self.optimizer is not None
         with replacing_file(folder / TEACHER_NAME) as temporary:
             save_weights(self.teacher, os.fspath(temporary))
@@ -279,7 +329,7 @@ class ConcurrentCorrection(TrainerCallback):
             torch.save(state, temporary)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the optimizer, or go on with that of a checkpoint."""
+        """Make the optimizer; after a resume, with the state of the checkpoint."""
         self.optimizer = torch.optim.AdamW(
             self.parameters(),
             lr=self.learning_rate,
@@ -300,7 +350,7 @@ class ConcurrentCorrection(TrainerCallback):
             self.scheduler.load_state_dict(stored["scheduler"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The teacher's own step, after the student's."""
+        """Take a step of the teacher's optimizer, after the student's."""
         assert self.optimizer is not None
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -247,7 +247,7 @@ def student_distances(
     return {term: torch.stack(values).mean(0) for term, values in found.items()}
 
 
-def wanted_states(pairs: Sequence[StatePair], whose: Literal["teacher", "student"]) -> list[int]:
+def needed_states(pairs: Sequence[StatePair], whose: Literal["teacher", "student"]) -> list[int]:
     """Indices of the hidden states that a forward pass should return; the others are not kept."""
     return sorted({getattr(pair, whose) for pair in pairs})
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..pruning.plan import PruningPlan
 
 
-class WeighsIntermediateLosses(SFTTrainer):
+class IntermediateLossMixin(SFTTrainer):
     """The part of `DistillationTrainer` that makes intermediate losses, and sets their weight before each step."""
 
     args: DistillationConfig
@@ -50,7 +50,7 @@ class WeighsIntermediateLosses(SFTTrainer):
         return IntermediateLosses(pairs, width, teacher_width, self.args.intermediate_weight, self._plans)
 
     @contextlib.contextmanager
-    def _attached(self) -> Iterator[None]:
+    def _projection_attached(self) -> Iterator[None]:
         """The map to the teacher's width as a module of the student, unless it is one already."""
         student = base_model_of(self.accelerator.unwrap_model(self.model))
         if hasattr(student, PROJECTION):
@@ -64,13 +64,13 @@ class WeighsIntermediateLosses(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
-        with self._attached():
-            self._teach_map_to_own_optimizer()
+        with self._projection_attached():
+            self._add_projection_to_optimizer()
             result = super().train(*args, **kwargs)
         refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)
         return result
 
-    def _teach_map_to_own_optimizer(self) -> None:
+    def _add_projection_to_optimizer(self) -> None:
         """Have an optimizer that was passed in train the map to the teacher's width, too."""
         projection = self._intermediate.projection
         if projection is None or self.optimizer is None:

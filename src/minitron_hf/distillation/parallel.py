@@ -21,7 +21,7 @@ from ..losses.heads import OutputHead, backbone_output, base_model_of, output_he
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import empty_model
 from .adapters import with_adapters
-from .intermediate import PROJECTION, StatePair, student_distances, wanted_states
+from .intermediate import PROJECTION, StatePair, needed_states, student_distances
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, distillation: LossRequest | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             return stock(self, *args, **kwargs)
-        wanted = wanted_states(distillation.pairs, "student")
+        wanted = needed_states(distillation.pairs, "student")
         extra = {"output_hidden_states": wanted} if wanted else {}
         # PEFT hands on every argument of its own forward pass, most of them as None.
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -59,7 +59,9 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
         teacher = distillation.teacher
         heads = [head, teacher.head] if isinstance(teacher, DenseSignal) else [head]
         with gathered_parameters(*(tensor for each in heads for tensor in (each.weight, each.bias))):
-            losses = distillation_loss(h_ND, whole_head(head), teacher, distillation.targets, **distillation.options)
+            losses = distillation_loss(
+                h_ND, gathered_head(head), teacher, distillation.targets, **distillation.options
+            )
         found = {name: getattr(losses, name) for name in ("total", "divergence", "kl", "ce", "agreement", "entropy")}
         found["mean_token_accuracy"] = losses.accuracy
         if distillation.pairs:
@@ -75,7 +77,7 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
     return forward
 
 
-def whole_projection(projection: Any) -> Tensor | None:
+def gathered_projection(projection: Any) -> Tensor | None:
     """The weight of the map to the teacher's width, gathered where it is sharded; to be called on all processes."""
     if projection is None:
         return None
@@ -88,7 +90,7 @@ def whole_projection(projection: Any) -> Tensor | None:
         return weight.detach().clone()
 
 
-def whole_head(head: OutputHead) -> OutputHead:
+def gathered_head(head: OutputHead) -> OutputHead:
     """The head with FSDP2's sharded parameters gathered; their gradients are averaged over the processes."""
     from torch.distributed.tensor import DTensor, Partial
 
@@ -145,7 +147,7 @@ def gathered_model(trainer: Any) -> Any | None:
     return whole
 
 
-def keep_losses_whole(plugin: Any) -> None:
+def keep_losses_in_float32(plugin: Any) -> None:
     """Keep FSDP2's mixed precision from rounding the losses that the forward pass returns, and sums of gradients."""
     policy = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def keep_within_context(args: Any, **configs: PretrainedConfig) -> None:
+def limit_to_context(args: Any, **configs: PretrainedConfig) -> None:
     """Lower `max_length` to the shortest context of the models, with a message.
 
     Args:
@@ -72,7 +72,7 @@ class WithinContext:
         return batch
 
 
-def whole_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
+def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
     """The trainer's collator, which also tells rows apart, hands on cached teachers, and refuses what models lack."""
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
     collator = WithinContext(WithCachedTeacher(collator), context)
@@ -80,7 +80,7 @@ def whole_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
     return collator if trains_on_images(trainer) else WithKnownTokens(collator, vocab_size)
 
 
-class BeginsRows:
+class StartTokensMixin:
     """What makes an `SFTTrainer` begin every row with what the tokenizer adds in front of a text.
 
     TRL cuts rows in the middle of documents (`packing_strategy="wrapped"` and `"bfd_split"`, and
@@ -100,7 +100,7 @@ class BeginsRows:
         prepare = super()._prepare_dataset  # type: ignore[misc] # of SFTTrainer (trl 1.16)
         if "seq_lengths" in column_names(dataset):  # packed before
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        require_rows(dataset, dataset_name)
+        refuse_empty(dataset, dataset_name)
         first = next(iter(dataset))
         is_rendered = formatting_func is None and (is_conversational(first) or is_conversational_from_value(first))
         whole = copy.copy(args)
@@ -128,17 +128,17 @@ class BeginsRows:
                 else args.truncation_mode,
             }
             tokens = tokens.select_columns(["input_ids", "labels"])
-            tokens = tokens.map(_begun, batched=True, fn_kwargs=settings, **maps)
+            tokens = tokens.map(_with_start_tokens, batched=True, fn_kwargs=settings, **maps)
             if wrapped:
                 cut.max_length = args.max_length - len(start)
         if not wrapped:
-            tokens = with_targets(tokens, dataset_name, maps)
+            tokens = rows_with_targets(tokens, dataset_name, maps)
         rows = prepare(tokens, processing_class, cut, packing, None, dataset_name)
         if wrapped:
             if start:
                 settings = {"start": start, "longest": None, "cuts": "keep_start", "masks": False}
-                rows = rows.map(_begun, batched=True, fn_kwargs=settings, **maps)
-            rows = with_targets(rows, dataset_name, maps)
+                rows = rows.map(_with_start_tokens, batched=True, fn_kwargs=settings, **maps)
+            rows = rows_with_targets(rows, dataset_name, maps)
         return rows
 
 
@@ -159,7 +159,7 @@ def warn_of_missing_start(trainer: Any) -> None:
         )
 
 
-def require_rows(dataset: Any, name: str) -> None:
+def refuse_empty(dataset: Any, name: str) -> None:
     """Refuse a dataset without rows.
 
     Raises:
@@ -169,7 +169,7 @@ def require_rows(dataset: Any, name: str) -> None:
         raise DataError(f"The {name} dataset holds no rows. Pass more data.")
 
 
-def with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:
+def rows_with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:
     """The rows in which a token counts, with a message where others are left out.
 
     Args:
@@ -199,7 +199,7 @@ def _has_target(row: Mapping[str, Any]) -> bool:
     return any(label != -100 for label in islice(row["labels"], 1, None))
 
 
-def _begun(
+def _with_start_tokens(
     rows: Mapping[str, list[list[int]]], start: Sequence[int], longest: int | None, cuts: str, masks: bool = True
 ) -> dict[str, list[list[int]]]:
     """Rows that begin with `start`.

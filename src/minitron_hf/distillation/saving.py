@@ -35,7 +35,7 @@ from .correction import ConcurrentCorrection
 from .intermediate import PROJECTION, IntermediateLosses
 from .parallel import (
     gathered_model,
-    whole_projection,
+    gathered_projection,
 )
 from .record import RECORD_NAME, RECORDED_ARGUMENTS
 from .teacher_cache import TeacherCache
@@ -54,7 +54,7 @@ ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.
 TRAINING_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
-class SavesStudent(SFTTrainer):
+class SavingMixin(SFTTrainer):
     """The part of `DistillationTrainer` that writes files and pushes them."""
 
     args: DistillationConfig
@@ -103,7 +103,7 @@ class SavesStudent(SFTTrainer):
 
         `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
         """
-        output_dir = os.fspath(output_dir or own_output_dir(self.args))
+        output_dir = os.fspath(output_dir or output_dir_of(self.args))
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         with self._stock_config(), _writing(output_dir):
             if self.args.should_save:
@@ -130,7 +130,7 @@ class SavesStudent(SFTTrainer):
             DivergedError: if a weight is NaN.
             OutputError: if the folder cannot be written, or holds the teacher or another model.
         """
-        output_dir = Path(output_dir or own_output_dir(self.args))
+        output_dir = Path(output_dir or output_dir_of(self.args))
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         dtype = None if dtype is None else as_dtype(dtype)
         base = self.accelerator.unwrap_model(self.model)
@@ -213,7 +213,7 @@ class SavesStudent(SFTTrainer):
             self._correction.save(folder)
         if self._intermediate:
             weight = self._intermediate.next_weight(self._sum_over_processes)
-            map_ = whole_projection(self._intermediate.projection)
+            map_ = gathered_projection(self._intermediate.projection)
             if self.args.should_save:
                 self._intermediate.save(folder, weight, map_)
 
@@ -225,10 +225,10 @@ class SavesStudent(SFTTrainer):
         """Write the model card from the files of the output folder; the arguments of TRL's method are not needed."""
         if self.is_world_process_zero():
             self._save_teacher_metadata()
-            write_model_card(own_output_dir(self.args))
+            write_model_card(output_dir_of(self.args))
 
     def _save_teacher_metadata(self) -> None:
-        folder = Path(own_output_dir(self.args))
+        folder = Path(output_dir_of(self.args))
         if self._teacher_name and not (folder / "teacher.json").is_file():
             write_teacher_metadata(folder, self._teacher_name, revision=self._teacher_revision)
 
@@ -267,7 +267,7 @@ class SavesStudent(SFTTrainer):
             "commit_message": commit_message,
             "revision": revision or self.args.hub_revision,
         }
-        folder = own_output_dir(self.args)
+        folder = output_dir_of(self.args)
         repo_id = self.args.hub_model_id or Path(folder).resolve().name
         if blocking:
             return push_student_to_hub(folder, repo_id, **options)
@@ -306,6 +306,6 @@ def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise OutputError(f"Cannot write to {folder}: {error}. Free space or choose another folder.") from error
 
 
-def own_output_dir(args: DistillationConfig) -> str:
+def output_dir_of(args: DistillationConfig) -> str:
     assert args.output_dir is not None  # the base class fills it in
     return args.output_dir

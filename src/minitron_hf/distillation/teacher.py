@@ -18,12 +18,12 @@ from ..models import load_model, make_fast
 from .checkpoints import fingerprint
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
-from .intermediate import IntermediateLosses, wanted_states
-from .parallel import forward_of_backbone, offload_layers, shard_teacher, whole_head
+from .intermediate import IntermediateLosses, needed_states
+from .parallel import forward_of_backbone, gathered_head, offload_layers, shard_teacher
 from .teacher_cache import TeacherCache
 
 
-class AsksTeacher(SFTTrainer):
+class TeacherMixin(SFTTrainer):
     """The part of `DistillationTrainer` that holds the teacher."""
 
     args: DistillationConfig
@@ -97,12 +97,12 @@ class AsksTeacher(SFTTrainer):
         learns = self._correction is not None and self.model.training and torch.is_grad_enabled()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         teacher.eval()
-        wanted = wanted_states(self._intermediate.pairs, "teacher")
+        wanted = needed_states(self._intermediate.pairs, "teacher")
         extra = {"output_hidden_states": wanted} if wanted else {}
         with torch.set_grad_enabled(learns), self.accelerator.autocast(), forward_of_backbone(teacher):
             # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
             output = self.teacher_model(**inputs, **extra, use_cache=False)
-        head = whole_head(output_head(teacher))
+        head = gathered_head(output_head(teacher))
         h_NH = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
         states = self._intermediate.teacher_states(output.hidden_states, positions) if wanted else ()
         if learns:

@@ -202,14 +202,14 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
     return TeacherCache(load_from_disk(os.fspath(folder)), manifest)
 
 
-def opened(data: Any, role: str) -> tuple[Any, list[TeacherCache]]:
+def rows_and_caches(data: Any, role: str) -> tuple[Any, list[TeacherCache]]:
     """A dataset, or several by name, with caches replaced by their rows; and the caches.
 
     Raises:
         MismatchError: if cached rows come without their manifest.
     """
     if isinstance(data, Mapping):
-        parts = {name: opened(part, role) for name, part in data.items()}
+        parts = {name: rows_and_caches(part, role) for name, part in data.items()}
         return {name: rows for name, (rows, _) in parts.items()}, [
             cache for _, found in parts.values() for cache in found
         ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COLUMNS = ("divergence", "kl", "ce", "agreement", "entropy", "mean_token_accuracy")
 
 
-class MeansOverTokens(SFTTrainer):
+class TokenMeansMixin(SFTTrainer):
     """The part of `DistillationTrainer` that sums losses over tokens, and logs their means."""
 
     args: DistillationConfig
@@ -40,7 +40,7 @@ class MeansOverTokens(SFTTrainer):
 
         def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]: ...
 
-        def _attached(self) -> contextlib.AbstractContextManager[None]: ...
+        def _projection_attached(self) -> contextlib.AbstractContextManager[None]: ...
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(sum_dtype(values.device)), "sum")
@@ -120,7 +120,7 @@ class MeansOverTokens(SFTTrainer):
     ) -> EvalLoopOutput:
         """Means over the tokens of the evaluation set, instead of means of batch means."""
         self._token_sums["eval"] = self._no_sums()
-        with self._attached():
+        with self._projection_attached():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..compat import commit_hash
 from ..data.context import shortest_context
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..errors import DataError, MismatchError
 from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
-from .adapters import refuse_split_tie, refuse_unmergeable, store_base, stored_name, without_card
+from .adapters import disable_peft_card, refuse_split_tie, refuse_unmergeable, save_base_model, stored_name
 from .arguments import (
     as_dict,
     as_distillation_config,
     config_of,
-    described,
     eval_packing,
     in_training_dtype,
-    name_of,
     processing_class_of,
+    refuse_unused_loading_arguments,
 )
 from .batches import (
     CACHED,
@@ -39,11 +37,12 @@ from .batches import (
     LOG_TAIL,
     STATES,
     TOKENS,
-    CountsRowsOnce,
+    RepeatedRowsMixin,
     model_inputs,
 )
-from .checkpoints import WholeCheckpoints, fingerprint, sampled_data
+from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import (
+    refuse_data_parallel,
     refuse_frozen,
     refuse_launch,
     refuse_own_folder,
@@ -54,24 +53,25 @@ from .checks import (
     refuse_wrapped_head,
 )
 from .config import DistillationConfig
-from .intermediate import wanted_states
-from .intermediate_steps import WeighsIntermediateLosses
+from .inputs import TeacherSource, TrainingData
+from .intermediate import needed_states
+from .intermediate_steps import IntermediateLossMixin
 from .packing import require_documents_apart
 from .parallel import (
     LossRequest,
     distilling_forward,
-    keep_losses_whole,
+    keep_losses_in_float32,
 )
-from .rows import BeginsRows, keep_within_context, require_rows, warn_of_missing_start, whole_collator
-from .saving import TRAINING_FIELDS, SavesStudent, own_output_dir
-from .teacher import AsksTeacher
-from .teacher_cache import TeacherCache, cached_signal, opened
-from .token_means import COLUMNS, MeansOverTokens
+from .rows import StartTokensMixin, limit_to_context, training_collator, warn_of_missing_start
+from .saving import TRAINING_FIELDS, SavingMixin, output_dir_of
+from .teacher import TeacherMixin
+from .teacher_cache import TeacherCache, cached_signal, rows_and_caches
+from .token_means import COLUMNS, TokenMeansMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
     from ..pruning.plan import PruningPlan
 
@@ -79,13 +79,13 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(
-    AsksTeacher,
-    WholeCheckpoints,
-    SavesStudent,
-    WeighsIntermediateLosses,
-    MeansOverTokens,
-    CountsRowsOnce,
-    BeginsRows,
+    TeacherMixin,
+    CheckpointMixin,
+    SavingMixin,
+    IntermediateLossMixin,
+    TokenMeansMixin,
+    RepeatedRowsMixin,
+    StartTokensMixin,
     SFTTrainer,
 ):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
@@ -106,8 +106,8 @@ class DistillationTrainer(
             the training device. It must share the student's vocabulary. None where all data is cached.
         args: a `DistillationConfig`.
         data_collator: see `trl.SFTTrainer`, like all the following but `pruning_plan`.
-        train_dataset: corpus; or `load_teacher_cache(folder)`, which holds what the teacher says of one.
-        eval_dataset: held-out corpus, or several by name, likewise.
+        train_dataset: corpus; or `load_teacher_cache(folder)`, a corpus with precomputed teacher logits.
+        eval_dataset: held-out corpus, likewise, or several by name.
         processing_class: tokenizer of both models.
         compute_metrics: metrics from the student's logits; costs a second forward pass and [batch, length, vocabulary]
             memory in evaluation.
@@ -117,7 +117,7 @@ class DistillationTrainer(
         preprocess_logits_for_metrics: reduces logits before they are gathered for `compute_metrics`.
         quantization_config: for a student that is loaded here.
         peft_config: trains an adapter; `save_student` merges it into a stock model.
-        formatting_func: row → text.
+        formatting_func: makes the text of a row.
         pruning_plan: how the student was made; by default the one that `prune_model` attached to the model, or the one
             in the folder it was loaded from. After several rounds of pruning, the plans of all from the teacher on, of
             which the last is saved.
@@ -125,7 +125,7 @@ class DistillationTrainer(
     Raises:
         MismatchError: if teacher and student have different vocabularies or are the same object; or a cache was
             written by another teacher, with another tokenizer or other arguments.
-        UnsupportedModelError: if the loss would not see all that the model does: an adapter on the output head, prompt
+        UnsupportedModelError: if the loss cannot reproduce the model's logits: an adapter on the output head, prompt
             learning, an unknown logit post-processing, `nn.DataParallel`.
     """
 
@@ -162,81 +162,29 @@ class DistillationTrainer(
         pruning_plan: PruningPlan | Sequence[PruningPlan] | None = None,
     ) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        if args is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            args = DistillationConfig(f"{Path(name or 'student').name}-distilled")
-        args = as_distillation_config(args)
-
-        if args.n_gpu > 1 and isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
-            raise UnsupportedModelError(
-                f"One process sees {args.n_gpu} GPUs, for which the Trainer would use nn.DataParallel; its replicas "
-                "do not run this loss. Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
-            )
-        student_kwargs = as_dict(args.model_init_kwargs)
-        teacher_kwargs = {"trust_remote_code": args.trust_remote_code, **as_dict(args.teacher_model_init_kwargs)}
-        student_config = config_of(model, {"trust_remote_code": args.trust_remote_code, **student_kwargs})
-        self._datasets = {"train": described(train_dataset), "eval": described(eval_dataset)}
-        train_dataset, train_caches = opened(train_dataset, "train_dataset")
-        eval_dataset, eval_caches = opened(eval_dataset, "eval_dataset")
-        require_rows(train_dataset, "train")
-        self._caches: list[TeacherCache] = [*train_caches, *eval_caches]
-        if isinstance(model, nn.Module) and (args.model_init_kwargs or quantization_config is not None):
-            raise MismatchError(
-                "model_init_kwargs and quantization_config say how a student is loaded, and this one is a model "
-                "already. Leave them out, or pass the student's path or Hub id."
-            )
-        if args.teacher_model_init_kwargs and (teacher_model is None or isinstance(teacher_model, nn.Module)):
-            raise MismatchError(
-                "teacher_model_init_kwargs say how a teacher is loaded, and this one is a model or a cache already. "
-                "Leave them out, or pass the teacher's path or Hub id."
-            )
-        if teacher_model is not None:
-            teacher_config = config_of(teacher_model, teacher_kwargs)
-        elif not train_caches:
-            raise MismatchError(
-                "There is no teacher: teacher_model is None, and train_dataset is no teacher cache. Pass a teacher, "
-                "or load_teacher_cache(folder) as train_dataset."
-            )
-        else:
-            teacher_config = self._caches[0].teacher_config
-        refuse_pair(model, teacher_model, student_config, teacher_config, peft_config)
-        keep_within_context(args, student=student_config, teacher=teacher_config)
+        args = as_distillation_config(args, model)
+        refuse_data_parallel(model, args.n_gpu)
+        refuse_unused_loading_arguments(args, model, quantization_config)
+        student_config = config_of(
+            model, {"trust_remote_code": args.trust_remote_code, **as_dict(args.model_init_kwargs)}
+        )
+        data = TrainingData.of(train_dataset, eval_dataset)
+        teacher = TeacherSource.of(teacher_model, args, data.train_caches)
+        refuse_pair(model, teacher.model, student_config, teacher.config, peft_config)
+        limit_to_context(args, student=student_config, teacher=teacher.config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
-
-        self._vocab_size = teacher_config.get_text_config().vocab_size
-        self._stock_fields = {
-            name: getattr(student_config.get_text_config(), name)
-            for name in TRAINING_FIELDS
-            if hasattr(student_config.get_text_config(), name)
-        }
-        self._student_name = stored_name(model)
-        for caches, packing in ((train_caches, args.packing), (eval_caches, eval_packing(args))):
-            for cache in caches:
-                cache.require_arguments(args, packing=packing)
-        self.teacher_model: Any = None
-        self._teacher_fingerprint: str | None = None
-        self._has_teacher = teacher_model is not None
-        if pruning_plan is None:
-            pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
-        if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
-            pruning_plan = [pruning_plan]
-        self._plans = pruning_plan or ()
-        refuse_own_folder(own_output_dir(args), student=model, teacher=teacher_model)
-        require_writable(own_output_dir(args))
-        if peft_config is not None:
-            refuse_unmergeable(student_config, peft_config)
-        if self._student_name is None and (peft_config is not None or is_peft_model(model)):
-            store_base(model, own_output_dir(args), writes=args.should_save)
+        data.require_arguments(args)
+        self._remember_inputs(model, student_config, teacher, data, pruning_plan)
+        self._prepare_output_folder(model, args, student_config, peft_config, teacher)
         if processing_class is None and self._student_name is None:
-            processing_class = processing_class_of(teacher_config, args.trust_remote_code)
-        refuse_other_tokenizers(processing_class, student=model, teacher=teacher_model)
-
+            processing_class = processing_class_of(teacher.config, args.trust_remote_code)
+        refuse_other_tokenizers(processing_class, student=model, teacher=teacher.model)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -247,68 +195,121 @@ class DistillationTrainer(
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        self._prepare_student(student_config, teacher.config)
+        self._prepare_teacher_side(teacher)
+        self._prepare_losses(teacher.config)
+        known = [cache.manifest["settings"]["teacher"] for cache in data.train_caches]
+        weights = {"student": fingerprint(self.model), "teacher": self._teacher_fingerprint or known}
+        self._record_inputs(**weights, data=sampled_data(data.train))
+
+    # ---- Setting up ----
+
+    def _remember_inputs(
+        self,
+        model: Any,
+        student_config: PretrainedConfig,
+        teacher: TeacherSource,
+        data: TrainingData,
+        pruning_plan: PruningPlan | Sequence[PruningPlan] | None,
+    ) -> None:
+        """Keep what other methods need of the arguments, also those that the base class calls in its `__init__`."""
+        self.teacher_model: Any = None
+        self._teacher_fingerprint: str | None = None
+        self._has_teacher = teacher.model is not None
+        self._teacher_name, self._teacher_revision = teacher.name, teacher.revision
+        self._vocab_size = teacher.config.get_text_config().vocab_size
+        self._caches: list[TeacherCache] = data.caches
+        self._datasets = dict(data.described)
+        config = student_config.get_text_config()
+        self._stock_fields = {name: getattr(config, name) for name in TRAINING_FIELDS if hasattr(config, name)}
+        self._student_name = stored_name(model)
+        if pruning_plan is None:
+            pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
+        if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
+            pruning_plan = [pruning_plan]
+        self._plans = pruning_plan or ()
+
+    def _prepare_output_folder(
+        self,
+        model: Any,
+        args: DistillationConfig,
+        student_config: PretrainedConfig,
+        peft_config: PeftConfig | None,
+        teacher: TeacherSource,
+    ) -> None:
+        """Refuse a folder that cannot be written, and save the base model of an adapter that is stored nowhere."""
+        folder = output_dir_of(args)
+        refuse_own_folder(folder, student=model, teacher=teacher.model)
+        require_writable(folder)
+        if peft_config is not None:
+            refuse_unmergeable(student_config, peft_config)
+        if self._student_name is None and (peft_config is not None or is_peft_model(model)):
+            save_base_model(model, folder, writes=args.should_save)
+
+    def _prepare_student(self, student_config: PretrainedConfig, teacher_config: PretrainedConfig) -> None:
+        """Check the student as the base class has set it up, and have its forward pass compute the loss."""
         refuse_launch(self.accelerator)
         if self.is_fsdp_enabled:
-            keep_losses_whole(self.accelerator.state.fsdp_plugin)
-
+            keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         student = base_model_of(self.model)
         refuse_resized(student.config, teacher_config)
         refuse_split_model(student, "student")
         refuse_wrapped_head(student)
         refuse_split_tie(student)
         refuse_frozen(self.model)
-        without_card(self.model)
+        disable_peft_card(self.model)
         # In place of TRL's own fused forward, which computes a cross-entropy alone.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.data_collator = whole_collator(self, shortest_context(student_config, teacher_config), self._vocab_size)
+        context = shortest_context(student_config, teacher_config)
+        self.data_collator = training_collator(self, context, self._vocab_size)
 
-        self._teacher_name = name_of(teacher_model) if self._has_teacher else teacher_config.name_or_path or None
-        self._teacher_revision = teacher_kwargs.get("revision") or commit_hash(teacher_config)
+    def _prepare_teacher_side(self, teacher: TeacherSource) -> None:
+        """Load and place the teacher, and try both models on packed rows."""
         if self._has_teacher:
-            self.teacher_model = self._prepare_teacher(teacher_model, teacher_kwargs)
+            self.teacher_model = self._prepare_teacher(teacher.model, teacher.kwargs)
         else:
             check_output_head(self.model, role="student")
         require_documents_apart(self, student=self.model, teacher=self.teacher_model)
         warn_of_missing_start(self)
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
-        self._intermediate = self._intermediate_losses(student.config, teacher_config)
+
+    def _prepare_losses(self, teacher_config: PretrainedConfig) -> None:
+        """Set up intermediate losses and the sums over tokens, and check that the caches hold what they need."""
+        self._intermediate = self._intermediate_losses(base_model_of(self.model).config, teacher_config)
         for cache in self._caches:
             cache.require_tokenizer(self.processing_class)
-            cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
+            cache.require_states(needed_states(self._intermediate.pairs, "teacher"))
         self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
-        said = [cache.manifest["settings"]["teacher"] for cache in train_caches]
-        weights = {"student": fingerprint(self.model), "teacher": self._teacher_fingerprint or said}
-        self._remember_start(**weights, data=sampled_data(train_dataset))
 
     # ---- Data ----
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        states = [f"{STATES}{index}" for index in wanted_states(self._intermediate.pairs, "teacher")]
+        states = [f"{STATES}{index}" for index in needed_states(self._intermediate.pairs, "teacher")]
         kept = (TOKENS, LOG_PROBS, LOG_TAIL, *states)
         self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
-        """Rows of a dataset; those of a cache are ready."""
+        """Make token rows of a dataset; the rows of a cache are ready."""
         if any(dataset is cache.dataset for cache in self._caches):
             return dataset
-        rows, caches = opened(dataset, "The dataset")
+        rows, caches = rows_and_caches(dataset, "The dataset")
         for cache in caches:  # given to `evaluate`
             cache.require_arguments(self.args, packing=eval_packing(self.args))
             cache.require_tokenizer(self.processing_class)
-            cache.require_states(wanted_states(self._intermediate.pairs, "teacher"))
+            cache.require_states(needed_states(self._intermediate.pairs, "teacher"))
             if self.teacher_model is not None:
                 cache.require_teacher(self.accelerator.unwrap_model(self.teacher_model))
             return rows
         if not self._has_teacher:
             raise MismatchError(
-                "Rows without a teacher: teacher_model is None, and this dataset is no teacher cache. Pass a teacher, "
-                "or load_teacher_cache(folder) for evaluation too."
+                "Rows without a teacher: teacher_model is None, and this dataset is not a teacher cache. Pass a "
+                "teacher, or load_teacher_cache(folder) for evaluation too."
             )
         prepared = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
         refuse_unknown_tokens(prepared, self._vocab_size, processing_class)

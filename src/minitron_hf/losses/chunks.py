@@ -22,7 +22,7 @@ def default_chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -
     return max(128, (1 << 28) // vocab_size // 128 * 128)
 
 
-def _even_slices(length: int, largest: int) -> Iterator[slice]:
+def even_slices(length: int, largest: int) -> Iterator[slice]:
     """Cut `range(length)` into the fewest slices of at most `largest`, longest first, as equal as possible."""
     count = -(-length // largest)
     start = 0

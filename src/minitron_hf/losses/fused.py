@@ -12,14 +12,14 @@ linear losses, arXiv 2410.10989 §3.2, for two heads).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import MismatchError
-from .chunks import _even_slices, default_chunk_size
+from .chunks import default_chunk_size, even_slices
 from .divergences import DIVERGENCES, OF_LOGITS, Divergence, Rows
 from .heads import OutputHead
 from .signals import DenseSignal, TeacherSignal, TopKSignal
@@ -49,7 +49,7 @@ class TokenLosses:
 
 
 def next_token_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a next token is to be predicted, and which.
+    """Positions that predict a token which counts, and those tokens.
 
     Args:
         labels: int64 [B, T], not shifted; -100 marks tokens that do not count.
@@ -91,16 +91,16 @@ def distillation_loss(
     Args:
         hidden: [N, H], the student's hidden states after its final norm.
         head: the student's output head. Its weight and bias get gradients if they require them.
-        teacher: what the teacher says about the same N tokens. It gets no gradient.
+        teacher: the teacher's distributions at the same N tokens. They get no gradient.
         labels: int64 [N], the true next token of each position.
         divergence: D: `"forward_kl"`; `"reverse_kl"`, KL(q ‖ p); `"jsd"`, the Jensen-Shannon divergence generalised
             as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
             mean squared difference, and `"cosine"`, one minus the cosine.
-        jsd_beta: β of `"jsd"`, the teacher's part of the mixture.
+        jsd_beta: β of `"jsd"`, the weight of the teacher in the mixture.
         temperature: T. The log-probabilities of a `TopKSignal` are at this temperature already.
         kd_weight: weight of the divergence.
-        ce_weight: weight of the cross-entropy. The cross-entropy is reported in any case.
-        chunk_size: tokens projected at one time; None chooses it from the vocabulary size.
+        ce_weight: weight of the cross-entropy, which is reported in any case.
+        chunk_size: tokens whose logits are in memory at one time; by default chosen from the vocabulary size.
 
     Returns:
         Per-token values, and their differentiable weighted sum, which can be differentiated once. Divide it by the
@@ -109,6 +109,17 @@ def distillation_loss(
     Raises:
         MismatchError: if the two vocabularies differ in size, or logits are to be compared and there are none.
     """
+    _require_comparable(hidden, head, teacher, labels, divergence)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device)
+    settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
+    return TokenLosses(*_FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings))
+
+
+def _require_comparable(
+    hidden: Tensor, head: OutputHead, teacher: TeacherSignal, labels: Tensor, divergence: Divergence
+) -> None:
+    """Refuse models with different vocabularies, a cache where logits are needed, and unequal numbers of tokens."""
     if teacher.vocab_size != head.vocab_size:
         raise MismatchError(
             f"The teacher's output head has {teacher.vocab_size} tokens, the student's {head.vocab_size}. "
@@ -116,7 +127,7 @@ def distillation_loss(
         )
     if divergence in OF_LOGITS and isinstance(teacher, TopKSignal):
         raise MismatchError(
-            f"divergence={divergence!r} compares logits, and the teacher's top k are probabilities. Use one of "
+            f"divergence={divergence!r} compares logits, and a top-k signal holds probabilities. Use one of "
             f"{', '.join(sorted(({'forward_kl'} | DIVERGENCES.keys()) - OF_LOGITS))}, or the teacher itself."
         )
     if len(teacher) != hidden.shape[0] or labels.shape[0] != hidden.shape[0]:
@@ -124,10 +135,6 @@ def distillation_loss(
             f"Expected one teacher state and one label per token; got {hidden.shape[0]} student states, "
             f"{len(teacher)} teacher states and {labels.shape[0]} labels."
         )
-    if chunk_size is None:
-        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device)
-    settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
-    return TokenLosses(*_FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings))
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ class _FusedLoss(torch.autograd.Function):
         rows = _Rows(teacher, settings, labels, found, with_gradient=needs_any)
         with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
             z_s = torch.empty(0, dtype=compute_dtype, device=device)
-            for chunk in _even_slices(num_tokens, settings.chunk_size):
+            for chunk in even_slices(num_tokens, settings.chunk_size):
                 z_s = _project(h_NH[chunk], w_VH, b_V, z_s)
                 rows.evaluate(chunk, z_s)  # z_s becomes the gradient with respect to the raw student logits
                 if grad_hidden is not None:
@@ -228,6 +235,16 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+class _Logits(NamedTuple):
+    """Logits over T of n tokens: [n, V] of both models, their maxima [n, 1], and the true token's [n, 1]."""
+
+    teacher: Tensor
+    student: Tensor
+    max_t: Tensor
+    max_s: Tensor
+    label: Tensor
+
+
 class _Rows:
     """The part of the loss between the matrix products: softmaxes, divergences, and the gradient of the logits.
 
@@ -263,7 +280,7 @@ class _Rows:
         """Fill the losses of one chunk, and turn its raw student logits [chunk, V] into their gradient in place."""
         if isinstance(self.signal, DenseSignal):
             self.z_t = _project(self.teacher_hidden[chunk], self.teacher_weight, self.teacher_bias, self.z_t)
-        for block in _even_slices(z_s.shape[0], self.block):
+        for block in even_slices(z_s.shape[0], self.block):
             self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
 
     def _teacher_over_t(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
@@ -285,26 +302,15 @@ class _Rows:
         return out.scatter_(-1, tokens, signal.log_probs[where].to(out.dtype))
 
     def _evaluate_block(self, block: slice, where: slice, z_s: Tensor) -> None:
+        """`evaluate` for the rows `block` of a chunk, which are the rows `where` of all tokens."""
         s, found = self.settings, self.found
-        num_rows = z_s.shape[0]
-        scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, :num_rows]
-        labels = self.labels[where, None]
-
+        scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, : z_s.shape[0]]
         # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
         student = _temper(z_s, s.scale, s.softcap, s.temperature, scratch_b)
         teacher = self._teacher_over_t(block, where, student, scratch_a)
         max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
-        label = student.gather(-1, labels)
-        if isinstance(self.signal, DenseSignal) and self.z_t.dtype == z_s.dtype == work.dtype:
-            # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
-            largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
-            found.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
-            found.accuracy[where] = (label == max_s)[:, 0]
-        else:  # half-precision logits have ties, and a tie is not an agreement
-            best = student.argmax(-1)
-            of_teacher = self.signal.tokens[where, 0] if isinstance(self.signal, TopKSignal) else teacher.argmax(-1)
-            found.agreement[where] = of_teacher == best
-            found.accuracy[where] = best == labels[:, 0]
+        label = student.gather(-1, self.labels[where, None])
+        self._compare_best_tokens(block, where, z_s, _Logits(teacher, student, max_t, max_s, label), work)
 
         # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
         torch.sub(teacher, student, out=work)
@@ -318,37 +324,84 @@ class _Rows:
         if s.temperature == 1:
             found.ce[where] = (lse_s - label)[:, 0]
             found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)
+        rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
+        gradient = self._divergence_gradient(where, rows)
+        free = work if gradient is probabilities_s else probabilities_s
+        if s.temperature != 1:
+            self._add_cross_entropy_at_one(where, student, max_s, gradient, free, probabilities_t)
+        if self.with_gradient:
+            self._finish_gradient(where, student, gradient, free)
+            z_s.copy_(gradient)
+
+    def _compare_best_tokens(self, block: slice, where: slice, z_s: Tensor, logits: _Logits, work: Tensor) -> None:
+        """Fill in whether the student's most likely token is the teacher's, and whether it is the true one."""
+        found = self.found
+        if isinstance(self.signal, DenseSignal) and self.z_t.dtype == z_s.dtype == work.dtype:
+            # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
+            largest_sum = torch.add(logits.teacher, logits.student, out=work).amax(-1, keepdim=True)
+            found.agreement[where] = (largest_sum == logits.max_t + logits.max_s)[:, 0]
+            found.accuracy[where] = (logits.label == logits.max_s)[:, 0]
+            return
+        # Half-precision logits have ties, and a tie is not an agreement.
+        best = logits.student.argmax(-1)
+        of_teacher = self.signal.tokens[where, 0] if isinstance(self.signal, TopKSignal) else logits.teacher.argmax(-1)
+        found.agreement[where] = of_teacher == best
+        found.accuracy[where] = best == self.labels[where]
+
+    def _divergence_gradient(self, where: slice, rows: Rows) -> Tensor:
+        """Fill in the divergence, and return its weighted gradient with respect to the student's logits over T.
+
+        At T = 1 the softmax of the cross-entropy, the same as the student's probabilities, is added here.
+        """
+        s = self.settings
         ce_weight = s.ce_weight if s.temperature == 1 else 0.0
-        if s.divergence == "forward_kl":  # its gradient is q - p
-            gradient, free = probabilities_s, work
+        if s.divergence == "forward_kl":  # its value is there already; its gradient is q - p
+            gradient = rows.q
             if self.with_gradient:
                 if s.kd_coefficient + ce_weight != 1:
                     gradient.mul_(s.kd_coefficient + ce_weight)
-                gradient.sub_(probabilities_t, alpha=s.kd_coefficient)
-        else:
-            gradient, free = work, probabilities_s
-            rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
-            found.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
-            if self.with_gradient:
-                if s.kd_coefficient != 1:
-                    gradient.mul_(s.kd_coefficient)
-                if ce_weight != 0:
-                    gradient.add_(probabilities_s, alpha=ce_weight)
-        if s.temperature != 1:  # the cross-entropy is at temperature 1 and needs its own softmax
-            torch.mul(student, s.temperature, out=free)
-            torch.softmax(free, -1, out=probabilities_t)
-            lse_s = max_s * s.temperature - probabilities_t.amax(-1, keepdim=True).log()
-            found.ce[where] = (lse_s - free.gather(-1, labels))[:, 0]
-            found.entropy[where] = lse_s[:, 0] - _expected(probabilities_t, free)
-            if self.with_gradient and s.ce_weight != 0:
-                gradient.add_(probabilities_t, alpha=s.ce_weight)
+                gradient.sub_(rows.p, alpha=s.kd_coefficient)
+            return gradient
+        self.found.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
+        gradient = rows.difference
         if self.with_gradient:
-            if s.ce_weight != 0:
-                gradient.scatter_add_(-1, labels, torch.full_like(max_s, -s.ce_weight))
-            if s.softcap is not None:  # d/dx of c tanh(x/c) is 1 - tanh²; `student` is c tanh(x/c) / T
-                torch.mul(student, s.temperature / s.softcap, out=free)
-                gradient.addcmul_(gradient * free, free, value=-1)
-            z_s.copy_(gradient)
+            if s.kd_coefficient != 1:
+                gradient.mul_(s.kd_coefficient)
+            if ce_weight != 0:
+                gradient.add_(rows.q, alpha=ce_weight)
+        return gradient
+
+    def _add_cross_entropy_at_one(
+        self, where: slice, student: Tensor, max_s: Tensor, gradient: Tensor, free: Tensor, probabilities: Tensor
+    ) -> None:
+        """Fill in cross-entropy and entropy, which are at temperature 1 and need a softmax of their own if T is not.
+
+        Args:
+            where: rows of the block.
+            student: [n, V], the student's logits over T.
+            max_s: [n, 1], their maxima.
+            gradient: [n, V], to which the softmax is added.
+            free: [n, V], memory for the logits.
+            probabilities: [n, V], memory for the softmax.
+        """
+        s, found = self.settings, self.found
+        torch.mul(student, s.temperature, out=free)
+        torch.softmax(free, -1, out=probabilities)
+        lse_s = max_s * s.temperature - probabilities.amax(-1, keepdim=True).log()
+        found.ce[where] = (lse_s - free.gather(-1, self.labels[where, None]))[:, 0]
+        found.entropy[where] = lse_s[:, 0] - _expected(probabilities, free)
+        if self.with_gradient and s.ce_weight != 0:
+            gradient.add_(probabilities, alpha=s.ce_weight)
+
+    def _finish_gradient(self, where: slice, student: Tensor, gradient: Tensor, free: Tensor) -> None:
+        """Subtract the true token of the cross-entropy, and go back through the soft cap."""
+        s = self.settings
+        if s.ce_weight != 0:
+            labels = self.labels[where, None]
+            gradient.scatter_add_(-1, labels, gradient.new_full(labels.shape, -s.ce_weight))
+        if s.softcap is not None:  # d/dx of c tanh(x/c) is 1 - tanh²; `student` is c tanh(x/c) / T
+            torch.mul(student, s.temperature / s.softcap, out=free)
+            gradient.addcmul_(gradient * free, free, value=-1)
 
 
 def _expected(probabilities: Tensor, logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunks import _even_slices, default_chunk_size
+from .chunks import default_chunk_size, even_slices
 from .heads import OutputHead, head_logits
 
 
@@ -80,7 +80,7 @@ def top_k_signal(
     tokens = torch.empty((len(signal), top_k), dtype=torch.long, device=hidden.device)
     log_probs = torch.empty((len(signal), top_k), dtype=dtype, device=hidden.device)
     log_tail = torch.empty(len(signal), dtype=dtype, device=hidden.device)
-    for chunk in _even_slices(len(signal), size):
+    for chunk in even_slices(len(signal), size):
         logits = head_logits(hidden[chunk], head).to(dtype) / temperature
         normaliser = logits.logsumexp(-1, keepdim=True)
         values, tokens[chunk] = logits.topk(top_k)

@@ -77,7 +77,7 @@ def distill(
         pruning_plan=plans or None,
         peft_config=peft_config,
     )
-    trainer.go_on()
+    trainer.train_or_resume()
     if trainer.is_world_process_zero():
         with replacing_folder(folder / UNFINISHED_DIR) as temporary:
             trainer.save_student(temporary, dtype=dtype)
