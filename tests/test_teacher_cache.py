@@ -246,9 +246,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     refused("a cached teacher cannot go on learning", **rate)
     refused(r"hidden states \[3\], and the cache holds none", hidden_loss="cosine")
     refused("written by another teacher", teacher=pocket_model("llama", seed=3, dtype=torch.float32))
-    refused("train_dataset is no teacher cache", train=data)
+    refused("train_dataset is not a teacher cache", train=data)
     refused("without its manifest", train=cache.dataset)
-    refused("this dataset is no teacher cache", evaluation=data)
+    refused("this dataset is not a teacher cache", evaluation=data)
     other = {**cache.manifest, "settings": {**cache.manifest["settings"], "tokenizer": "sha256:0"}}
     refused("written with another tokenizer", train=replace(cache, manifest=other))
     changed = cache.dataset.map(lambda row: {"labels": [-100] * 2 + row["input_ids"].tolist()[2:]})
