@@ -9,6 +9,9 @@ Long because every such name stands in this one file, beside its reason.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from unittest import mock
@@ -292,6 +295,19 @@ def grouped_products() -> tuple[Any, Any]:
 
     operators = torch.ops.transformers
     return operators.grouped_mm_fallback, operators.grouped_mm_fallback_backward
+
+
+@functools.cache
+@uses("transformers 5.23", "transformers.models.auto.auto_factory")
+def loading_arguments() -> frozenset[str]:
+    """Keyword arguments of `from_pretrained`, most of which it takes out of `**kwargs`: its source is the only list."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto import auto_factory
+
+    source = inspect.getsource(PreTrainedModel.from_pretrained) + inspect.getsource(auto_factory)
+    popped = re.findall(r"kwargs\.pop\(\"(\w+)\"", source)
+    named = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    return frozenset({*popped, *named}) - {"cls", "pretrained_model_name_or_path", "model_args", "kwargs"}
 
 
 # ---- Transformers and TRL: trainers ----

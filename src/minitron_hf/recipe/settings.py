@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -86,24 +84,11 @@ def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) ->
     return made
 
 
-@functools.cache
-def loading_arguments() -> frozenset[str]:
-    """Keyword arguments of `from_pretrained`, in the installed version of Transformers.
-
-    Most are taken out of `**kwargs` by their names (read in Transformers 5.23), so the source is the only list.
-    """
-    from transformers import PreTrainedModel
-    from transformers.models.auto import auto_factory
-
-    source = inspect.getsource(PreTrainedModel.from_pretrained) + inspect.getsource(auto_factory)
-    popped = re.findall(r"kwargs\.pop\(\"(\w+)\"", source)
-    named = inspect.signature(PreTrainedModel.from_pretrained).parameters
-    return frozenset({*popped, *named}) - {"cls", "pretrained_model_name_or_path", "model_args", "kwargs"}
-
-
 def _entries(name: str) -> frozenset[str] | None:
     """Names that a setting of keyword arguments takes; None where they are checked elsewhere, or unknown."""
     if name == "teacher_model_init_kwargs":
+        from ..compat import loading_arguments
+
         return loading_arguments()
     if name == "dataset_kwargs":
         return frozenset({"skip_prepare_dataset"})  # the only one that TRL 1.16 reads

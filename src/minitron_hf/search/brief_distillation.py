@@ -68,7 +68,7 @@ class BriefDistillation:
             plan: its plan.
             num_tokens: tokens that the student has seen then.
         """
-        from transformers.trainer_callback import PrinterCallback
+        from transformers import PrinterCallback
 
         folder = self.folder / digest(name)[:16]
         folder.mkdir(parents=True, exist_ok=True)
