@@ -300,7 +300,7 @@ def grouped_products() -> tuple[Any, Any]:
 @functools.cache
 @uses("transformers 5.23", "transformers.models.auto.auto_factory")
 def loading_arguments() -> frozenset[str]:
-    """Keyword arguments of `from_pretrained`, most of which it takes out of `**kwargs`: its source is the only list."""
+    """Keyword arguments of `from_pretrained`. It takes most of them out of `**kwargs`: its source lists them."""
     from transformers import PreTrainedModel
     from transformers.models.auto import auto_factory
 
