@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from dataclasses import fields
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, MistralConfig
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.errors import DataError, PlanError
 from minitron_hf.models import count_parameters
+from minitron_hf.recipe.decisions import SOURCES
 from minitron_hf.recipe.recommendations import recommend
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.scoring.importance import estimate_importance
@@ -153,7 +155,7 @@ def test_defaults_are_what_is_recommended(published):
 
 
 def test_correction_needs_a_foreign_corpus_and_the_rate():
-    for changes, words in (({"own_corpus": True}, "teacher's own"), ({}, "--teacher-learning-rate")):
+    for changes, words in (({"own_corpus": True}, "was trained on this corpus"), ({}, "--teacher-learning-rate")):
         found = recommend(DEEP, 0.8, goal="latency", **changes)
         assert "teacher_correction" not in settings(found)
         assert words in found["teacher correction"].reason
@@ -224,3 +226,11 @@ def test_the_recipe_is_the_decisions_and_overrides(tmp_path):
     }
     with pytest.raises(DataError, match="colour"):
         found.recipe("some/teacher", train="a", eval="b", output_dir="c", overrides=["colour=blue"])
+
+
+@pytest.mark.parametrize("goal", ["quality", "latency"])
+def test_sources_are_spelled_out(goal):
+    """Nobody has to know abbreviations of the papers."""
+    for one in recommend(LLAMA, 0.5, goal=goal).decisions:
+        assert not re.search(r"\b(P1|P2|MO|M)\b", f"{one.value} {one.reason} {one.source}"), one
+        assert all(source.startswith(tuple(SOURCES)) for source in one.source.split("; ")), one

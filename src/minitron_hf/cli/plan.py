@@ -78,9 +78,6 @@ def plan(
     meet it are pruned and measured before any retraining, and the best is planned (plan_for_target); --scores is
     needed, too.
     """
-    from ..pruning.plan import INDICES_NAME, PLAN_NAME
-    from ..sizes.request import PRUNER_CONFIG_NAME
-
     sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
     given = _sizes(*sizes)
     if recommend:
@@ -95,13 +92,20 @@ def plan(
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")
-    if output is not None:
-        _require_free(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
+    _require_no_plan(output, overwrite)
     if device is None or output is not None:
         _plan_and_print(teacher, output, scores, given, set_ or [], target, data, split, text_field)
     if device is not None:
         _say_moved("--device", "fit")
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
+
+
+def _require_no_plan(output: Path | None, overwrite: bool) -> None:
+    from ..pruning.plan import INDICES_NAME, PLAN_NAME
+    from ..sizes.request import PRUNER_CONFIG_NAME
+
+    if output is not None:
+        _require_free(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
 
 
 def _say_moved(option: str, command: str) -> None:

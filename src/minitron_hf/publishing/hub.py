@@ -42,16 +42,15 @@ def push_student_to_hub(
 ) -> CommitInfo:
     """Publish a run folder in one commit: weights, tokenizer, plan, scores, plots, evaluation, recipe and card.
 
-    Only files under names that this package writes are uploaded. The card is rendered again first, and its metadata is
-    checked by the Hub before anything is uploaded. An interrupted push can be repeated: what was uploaded is not
-    sent twice, and when the repository already holds exactly these files no commit is made. A push that the Hub does
-    not answer, or cannot serve at the moment, is repeated here for some seconds.
+    Only files under names that this package writes are uploaded. The card is rendered first, and the Hub checks its
+    metadata before anything is uploaded. A push that the Hub does not answer is repeated for some seconds. You can
+    repeat an interrupted push: nothing is sent twice, and a repository that holds exactly these files gets no commit.
 
     Args:
         run_dir: the run folder. `hub.json` (the repository's name) and `README.md` are written into it.
         repo_id: `owner/name`, or `name` for the owner of the token.
-        private: whether a new repository is private. A public one is private until its commit is made, as is an empty
-            one that was made private before. The visibility of any other is not changed.
+        private: make a new repository private. A public one, new or empty, is private until its commit is made. The
+            visibility of any other is not changed.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
         commit_message: first line of the commit.
         revision: branch to push to; created if it does not exist.
@@ -78,16 +77,9 @@ def push_student_to_hub(
             repo_id = f"{_patient_whoami(api)['name']}/{repo_id}"
 
     card, files = _prepare_files(run_dir, repo_id, token)
-    commit, is_empty = _upload(
-        api,
-        repo_id,
-        card,
-        files,
-        private=private,
-        commit_message=commit_message or "Upload student, plan, measurements and card",
-        revision=revision,
-        create_pr=create_pr,
-    )
+    message = commit_message or "Upload student, plan, measurements and card"
+    options: dict[str, Any] = {"commit_message": message, "revision": revision, "create_pr": create_pr}
+    commit, is_empty = _upload(api, repo_id, card, files, private=private, **options)
     if is_empty and not private:
         still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
         with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):

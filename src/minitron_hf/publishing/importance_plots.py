@@ -95,8 +95,8 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
 def plot_layers(run_dir: str | os.PathLike[str]) -> Figure:
     """Block importance of every layer and of every contiguous block of layers, dropped layers marked.
 
-    Block importance is 1 − cos(input, output) of the layers (P1 §2.2): low means that they change little. Where the
-    plan says that layers were scored by a `depth_metric`, that is drawn: the model's worth without them.
+    Block importance is 1 − cos(input, output) of the layers (Muralidharan et al. 2024, §2.2): low means that they
+    change little. Where layers were scored by a `depth_metric`, the figure shows that metric without them.
 
     Raises:
         OutputError: if `scores.safetensors` or `pruning_plan.json` is missing.

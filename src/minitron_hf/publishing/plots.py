@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,11 @@ from .importance_plots import plot_importance, plot_layers
 from .search_plot import plot_search
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+#: (step, value) of what was logged.
+Points = list[tuple[float, float]]
 
 #: Keys of the training log that are drawn beside the losses: key → (label, colour, line style).
 LOSS_SERIES = {
@@ -53,16 +58,14 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
         key: (f"evaluation loss, {key[5:-5]}", colour, "--")
         for key, colour in zip(sorted(named), itertools.cycle((ORANGE, GREEN, RED, GREY)))
     }
-    losses = {key: _series(history, key) for key in styles}
-    losses = {key: points for key, points in losses.items() if points}
+    losses = _logged(history, styles)
     if not losses:
         raise NothingToDrawError(f"{path} logs no loss; expected at least one entry with `loss` or `eval_loss`.")
     # The total loss is the KL itself when nothing else is in it: one line, not two on top of each other.
     for total, part in (("loss", "kl"), ("eval_loss", "eval_kl")):
         if part in losses and total in losses and np.allclose(losses[part], losses[total], rtol=1e-3):
             del losses[part]
-    agreement = {key: _series(history, key) for key in AGREEMENT_SERIES}
-    agreement = {key: points for key, points in agreement.items() if points}
+    agreement = _logged(history, AGREEMENT_SERIES)
     rate = _series(history, "learning_rate")
 
     heights = [3.0] + [1.6] * bool(agreement) + [1.2] * bool(rate)
@@ -71,34 +74,48 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
         panels = list(
             figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         )
-        panel = panels.pop(0)
-        for key, points in losses.items():
-            _curve(panel, points, *styles[key])
-        values = [value for points in losses.values() for _, value in points]
-        if min(values) > 0 and max(values) / min(values) > 8:
-            panel.set_yscale("log")
-            # Losses are numbers like 2.5, not powers of ten.
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
-        panel.set_ylabel("nats per token")
-        panel.legend(frameon=False)
-        panel.set_title("Distillation", loc="left")
+        panels[-1].set_xlabel("optimiser step")
+        _draw_losses(panels.pop(0), losses, styles)
         if agreement:
-            panel = panels.pop(0)
-            for key, points in agreement.items():
-                label, colour, style = AGREEMENT_SERIES[key]
-                _curve(panel, [(step, 100 * value) for step, value in points], label, colour, style)
-            panel.set_ylabel("top-1 agreement\nwith teacher, %")
-            panel.legend(frameon=False)
+            _draw_agreement(panels.pop(0), agreement)
         if rate:
-            panel = panels.pop(0)
-            _curve(panel, rate, "learning rate", GREY, "-")
-            panel.set_ylabel("learning rate")
-            panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-            panel.set_ylim(bottom=0)
-        panel.set_xlabel("optimiser step")
+            _draw_rate(panels.pop(0), rate)
         figure.align_ylabels()
     return figure
+
+
+def _logged(history: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, Points]:
+    """The series that were logged at least once."""
+    return {key: points for key in keys if (points := _series(history, key))}
+
+
+def _draw_losses(panel: Axes, losses: dict[str, Points], styles: dict[str, tuple[str, str, str]]) -> None:
+    for key, points in losses.items():
+        _curve(panel, points, *styles[key])
+    values = [value for points in losses.values() for _, value in points]
+    if min(values) > 0 and max(values) / min(values) > 8:
+        panel.set_yscale("log")
+        # Losses are numbers like 2.5, not powers of ten.
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    panel.set_ylabel("nats per token")
+    panel.legend(frameon=False)
+    panel.set_title("Distillation", loc="left")
+
+
+def _draw_agreement(panel: Axes, agreement: dict[str, Points]) -> None:
+    for key, points in agreement.items():
+        label, colour, style = AGREEMENT_SERIES[key]
+        _curve(panel, [(step, 100 * value) for step, value in points], label, colour, style)
+    panel.set_ylabel("top-1 agreement\nwith teacher, %")
+    panel.legend(frameon=False)
+
+
+def _draw_rate(panel: Axes, rate: Points) -> None:
+    _curve(panel, rate, "learning rate", GREY, "-")
+    panel.set_ylabel("learning rate")
+    panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    panel.set_ylim(bottom=0)
 
 
 #: File in `plots/` → (function that draws it, files of the run folder that it needs).
@@ -139,7 +156,7 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
     return written
 
 
-def _series(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def _series(history: list[dict[str, Any]], key: str) -> Points:
     """(step, value) of every entry that logged a finite `key`."""
     return [
         (entry["step"], float(entry[key]))

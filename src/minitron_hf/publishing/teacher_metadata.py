@@ -42,9 +42,6 @@ def write_teacher_metadata(
         HubError: if the name is neither a folder nor a model that can be found on the Hub.
         OutputError: if the run folder cannot be written.
     """
-    import yaml
-    from huggingface_hub import metadata_load
-
     run_dir = Path(run_dir)
     folder = local_folder(teacher_name_or_path)
     if folder is not None:
@@ -55,12 +52,7 @@ def write_teacher_metadata(
         hub_id = name = str(teacher_name_or_path)
         revision, files = _fetch_card(hub_id, revision, token)
 
-    try:
-        data = metadata_load(files["README.md"]) if "README.md" in files else None
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        logger.warning("The card of %s cannot be read (%s); its licence is recorded as unknown.", name, error)
-        data = None
-    data = data or {}
+    data = _card_metadata(files.get("README.md"), name)
     teacher: dict[str, Any] = {
         "name_or_path": name,
         "hub_id": hub_id,
@@ -79,6 +71,18 @@ def write_teacher_metadata(
     path = run_dir / "teacher.json"
     write_artefact(path, teacher)
     return path
+
+
+def _card_metadata(card: Path | None, name: str | None) -> dict[str, Any]:
+    """The YAML block of a model card; empty where there is none that can be read."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return (None if card is None else metadata_load(card)) or {}
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        logger.warning("The card of %s cannot be read (%s); its licence is recorded as unknown.", name, error)
+        return {}
 
 
 def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[str | None, dict[str, Path]]:

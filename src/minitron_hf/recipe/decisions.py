@@ -1,4 +1,4 @@
-"""Single recommendations, each with its source in the papers."""
+"""Single decisions of a recommendation, each with its source."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-#: What the sources are.
+#: How the sources are cited.
+PRUNING_PAPER, MINITRON_PAPER = "Muralidharan et al. 2024", "Sreenivas et al. 2024"
+MODEL_OPTIMIZER, MEASURED_HERE = "NVIDIA Model Optimizer", "measured here"
 SOURCES: Mapping[str, str] = {
-    "P1": "arXiv 2407.14679",
-    "P2": "arXiv 2408.11796",
-    "MO": "NVIDIA Model Optimizer, examples/pruning/README.md",
-    "M": "minitron-hf, benchmarks/results/*-repair.json; beyond the papers",
+    PRUNING_PAPER: "Compact Language Models via Pruning and Knowledge Distillation, arXiv 2407.14679",
+    MINITRON_PAPER: "LLM Pruning and Distillation in Practice: The Minitron Approach, arXiv 2408.11796",
+    MODEL_OPTIMIZER: "examples/pruning/README.md",
+    MEASURED_HERE: "minitron-hf, benchmarks/results/*-repair.json; beyond the papers",
 }
 #: From this share of dropped layers on, states and embeddings are compared too.
 MUCH_DEPTH = 1 / 4
 #: The largest teacher that width was compared with depth on, Nemotron-4 15B.
 LARGEST_MEASURED = 16e9
-#: What P2 trained Llama-3.1-8B's students with: tokens, rows of a step, tokens of a row; and the steps that makes.
+#: P2 is Sreenivas et al. 2024: how the students of Llama-3.1-8B were trained.
 P2_TOKENS, P2_ROWS, P2_LENGTH = 94e9, 1152, 8192
 P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)
 P2_WARMUP, P2_CORRECTION_TOKENS = 40, 100e9
-#: Fewer rows make a step too noisy for P2's learning rate.
+#: Fewer rows make a step too noisy for the learning rate of Sreenivas et al.
 LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One thing decided.
+    """One decision of a recommendation.
 
     Attributes:
-        name: what about.
-        value: what is recommended, in few words.
+        name: subject.
+        value: what is recommended, in a few words.
         reason: why.
-        source: where that was found.
-        settings: entries of the recipe that follow, by their dotted names.
+        source: paper or measurement that the reason rests on.
+        settings: the resulting entries of the recipe, by their dotted names.
     """
 
     name: str
@@ -53,20 +55,76 @@ class Decision:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+IMPORTANCE = Decision(
+    "importance",
+    "activations, one forward pass, (L2, mean), 1,024 rows without padding",
+    "The norm over rows of the mean over tokens ranks best or second. Scoring again while cutting gains nothing after "
+    "retraining.",
+    f"{PRUNING_PAPER}, practices 2 and 3, table 13",
+    {
+        "scores.metric": "activation",
+        "scores.batch_reduction": "l2",
+        "scores.sequence_reduction": "mean",
+        "scores.num_samples": 1024,
+        "scores.packing": True,
+    },
+)
+LAYERS = Decision(
+    "layers",
+    "one contiguous block, first and last layer kept, by perplexity without it",
+    "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, before and "
+    "after retraining.",
+    f"{MINITRON_PAPER}; {PRUNING_PAPER}, practice 2",
+    {
+        "prune.contiguous": True,
+        "prune.keep_first_layers": 1,
+        "prune.keep_last_layers": 1,
+        "scores.depth_metric": "perplexity",
+    },
+)
+LOSS = Decision(
+    "loss",
+    "KL(teacher ‖ student) of the logits alone, T = 1, no cross-entropy",
+    "KL alone beats KL with cross-entropy, reverse KL, MSE and cosine; of 0.1, 0.5, 1 and 3, temperature 1 is best.",
+    f"{PRUNING_PAPER}, practice 5, table 15",
+    {
+        "distill.divergence": "forward_kl",
+        "distill.kd_weight": 1.0,
+        "distill.ce_weight": 0.0,
+        "distill.temperature": 1.0,
+    },
+)
+
+
+def teacher_decision(total: int, parameters: int) -> Decision:
+    """Which model to start from.
+
+    Args:
+        total: parameters of the teacher.
+        parameters: parameters of the student.
+    """
+    return Decision(
+        "teacher",
+        f"{_short(total)} parameters → {_short(parameters)}",
+        "Start from the smallest model above the target, as it is after its last phase of training.",
+        f"{PRUNING_PAPER}, practices 8 and 10",
+    )
+
+
 def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
     """One decision where neurons or heads are cut."""
     try:
         if not repaired_axes(spec, spec.sizes(config), last.sizes):
             return []
     except PlanError as error:
-        return [Decision("repair", "none", str(error), "M")]
+        return [Decision("repair", "none", str(error), MEASURED_HERE)]
     return [
         Decision(
             "repair",
             "output projections refitted to what is kept, by least squares",
             "Better than cutting alone in every case of three small models, before distillation and after it, for one "
-            "more forward pass; adding dropped heads to kept ones (P1) was worse in all.",
-            "M",
+            "more forward pass; adding dropped heads to kept ones, as Muralidharan et al. do, was worse in all.",
+            MEASURED_HERE,
             {"prune.repair": "least_squares"},
         )
     ]
@@ -75,29 +133,32 @@ def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decis
 def _search(candidates: Sequence[Shape], tokens: float) -> Decision:
     others = candidates[1:4]
     if not others:
-        return Decision("search", "none", "No other shape meets the target by these axes.", "P1, practice 9")
+        return Decision(
+            "search", "none", "No other shape meets the target by these axes.", f"{PRUNING_PAPER}, practice 9"
+        )
     return Decision(
         "search",
         "also try " + "; ".join(shape.name for shape in others),
-        f"Ranks before retraining deceive: retrain each on about 2% of the tokens ({_short(tokens / 50)}; ranks "
+        f"Ranks before retraining mislead: retrain each on about 2% of the tokens ({_short(tokens / 50)}; ranks "
         "settle after some 300 steps) and keep the best.",
-        "P1, practice 9",
+        f"{PRUNING_PAPER}, practice 9",
     )
 
 
 def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: Decision) -> Decision:
     if own_corpus:
-        return Decision("teacher correction", "none", "The corpus is the teacher's own.", "P2")
+        return Decision("teacher correction", "none", "The teacher was trained on this corpus.", MINITRON_PAPER)
     reason = (
-        "The corpus is not the teacher's own: fine-tuned on it at a fifth of its peak learning rate, it lowers the "
-        "student's loss by over 6%. P2 spent 100B tokens on that and 94B on the student; whether fewer do is open."
+        "The teacher was not trained on this corpus. Fine-tuning it there at a fifth of its peak learning rate lowers "
+        "the student's loss by over 6%. Sreenivas et al. spent 100B tokens on that and 94B on the student; whether "
+        "fewer suffice is not known."
     )
     if rate is None:
         return Decision(
             "teacher correction",
             "yes, once its peak learning rate is known",
             f"{reason} Give it as --teacher-learning-rate; without it the recipe has no correction.",
-            "P2",
+            MINITRON_PAPER,
         )
     correction = min(round(tokens), round(P2_CORRECTION_TOKENS))
     arguments = {
@@ -108,7 +169,7 @@ def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: D
         "teacher correction",
         f"{_short(correction)} tokens at {rate / 5:g}",
         reason,
-        "P2",
+        MINITRON_PAPER,
         {
             "teacher_correction": {
                 "original_learning_rate": rate,
@@ -127,7 +188,7 @@ def _intermediate(share: float) -> Decision:
             "both, by cosine, weighted to equal the logits' loss",
             f"{share:.0%} of the layers go, a quarter or more: states two before the last layer and the embeddings' "
             "output lower the loss further (2.155 → 2.141).",
-            "P1, practice 6, table 17",
+            f"{PRUNING_PAPER}, practice 6, table 17",
             {
                 "distill.hidden_loss": "cosine",
                 "distill.embedding_loss": "cosine",
@@ -138,7 +199,7 @@ def _intermediate(share: float) -> Decision:
         "states and embeddings",
         "not compared",
         f"{share:.0%} of the layers go, less than a quarter: the logits alone are as good.",
-        "P1, practice 7",
+        f"{PRUNING_PAPER}, practice 7",
         {"distill.hidden_loss": None, "distill.embedding_loss": None},
     )
 
@@ -152,9 +213,9 @@ def _schedule(config: PretrainedConfig, tokens: float) -> Decision:
         "schedule",
         f"{_short(tokens)} tokens a round: {steps:,} steps of {rows:,} × {length:,}, {warmup} of them warm-up, "
         "rate 1e-4 → 1e-5, cosine",
-        "P2's schedule for Llama-3.1-8B (94B tokens, 1,152 × 8,192), with smaller steps where there are fewer tokens. "
-        "The rate decides what pruning is worth: try a few on a small model.",
-        "P2",
+        "The schedule of Sreenivas et al. for Llama-3.1-8B (94B tokens, 1,152 × 8,192), with smaller steps where "
+        "there are fewer tokens. The rate decides what pruning is worth: try a few on a small model.",
+        MINITRON_PAPER,
         {
             "distill.max_length": length,
             "distill.per_device_train_batch_size": 1,

@@ -1,9 +1,6 @@
-"""Recommendations: a teacher's config, a target and a budget → decisions with reasons → a recipe.
+"""Recommends how to prune a teacher: its config, a target and a budget become decisions with reasons, and a recipe.
 
-- P1: *Compact Language Models via Pruning and Knowledge Distillation*, arXiv 2407.14679; its ten practices by number.
-- P2: *LLM Pruning and Distillation in Practice: The Minitron Approach*, arXiv 2408.11796.
-- MO: the pruning guidelines of NVIDIA Model Optimizer, `examples/pruning/README.md`.
-- M: measured here, `benchmarks/results`.
+`decisions.SOURCES` names the two papers and the other sources of the decisions.
 """
 
 from __future__ import annotations
@@ -22,8 +19,14 @@ from ..sizes.legality import reason_not_cuttable
 from ..sizes.shapes import TOLERANCE, Shape
 from ..sizes.targets import NEURONS, enumerate_depths, enumerate_widths, select_near_target
 from .decisions import (
+    IMPORTANCE,
     LARGEST_MEASURED,
+    LAYERS,
+    LOSS,
+    MINITRON_PAPER,
+    MODEL_OPTIMIZER,
     P2_TOKENS,
+    PRUNING_PAPER,
     Decision,
     _correction,
     _intermediate,
@@ -31,6 +34,7 @@ from .decisions import (
     _schedule,
     _search,
     _short,
+    teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
 from .schema import Recipe
@@ -39,13 +43,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Goal = Literal["quality", "latency"]
-#: Of every round at least so much stays (MO: "up to 1/3rd parameter reduction").
+#: Share of the parameters that a round keeps at least (Model Optimizer: "up to 1/3rd parameter reduction").
 LEAST_KEPT = 2 / 3
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do with a teacher.
+    """Decisions for a teacher, and the students that they lead to.
 
     Attributes:
         decisions: in the order in which they are taken.
@@ -112,27 +116,62 @@ def recommend(
     own_corpus: bool = False,
     teacher_learning_rate: float | None = None,
 ) -> Recommendation:
-    """What the papers would do with a teacher. Needs its config alone; nothing is random.
+    """Recommend what the two Minitron papers would do with a teacher. Only its config is read; nothing is random.
 
     Args:
-        config: the teacher's.
+        config: the teacher's config.
         target: parameters of the student, tied ones once; below 1: the fraction of the teacher's that stays.
-        tokens: of distillation, in all rounds together. P2 used 94 billion.
+        tokens: number of tokens to distil on, in all rounds together. Sreenivas et al. used 94 billion.
         goal: `"quality"`, the best student of its size, or `"latency"`, the fastest.
-        rounds: how often to prune and distil; None: as often as the target asks for.
-        own_corpus: whether the corpus is the one that the teacher was trained on.
-        teacher_learning_rate: the peak that the teacher was trained with, which its correction needs.
+        rounds: number of prune-and-distil rounds; None: as many as the target asks for.
+        own_corpus: whether the teacher was trained on this corpus.
+        teacher_learning_rate: peak learning rate of the teacher's training, which teacher correction needs.
 
     Raises:
         PlanError: if an argument makes no sense, or the target is out of reach.
         UnsupportedModelError: if the family is unknown.
     """
     total = count_parameters(config)
+    parameters = _num_parameters(target, total)
+    _require_arguments(tokens, goal, rounds, teacher_learning_rate)
+    spec = spec_for(config)
+    by_depth, axes = _axes(spec, config, goal, total)
+    shapes, candidates = _candidates(config, parameters, by_depth)
+    share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
+    wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
+    students = _rounds(spec, config, shapes, candidates[0], total, wanted)
+    depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in students)]
+    dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
+    per_round = tokens / len(students)
+    schedule = _schedule(config, per_round)
+    decisions = (
+        teacher_decision(total, parameters),
+        axes,
+        _shape(spec, config, candidates[0], by_depth),
+        _round_decision(students, total, parameters, len(students) if rounds is None else rounds, rounds is not None),
+        IMPORTANCE,
+        *([LAYERS] if by_depth else []),
+        *_repair(spec, config, students[-1]),
+        _search(candidates, tokens),
+        _correction(own_corpus, teacher_learning_rate, per_round, schedule),
+        LOSS,
+        _intermediate(dropped),
+        schedule,
+    )
+    return Recommendation(decisions, students)
+
+
+def _num_parameters(target: float, total: int) -> int:
+    """The parameters of the student, from a number or a fraction of the teacher's."""
     parameters = round(target * total) if 0 < target < 1 else round(target)
     if not 0 < parameters < total:
         raise PlanError(
             f"target={target:g}: expected less than the teacher's {total:,} parameters, or a fraction of it."
         )
+    return parameters
+
+
+def _require_arguments(tokens: float, goal: str, rounds: int | None, teacher_learning_rate: float | None) -> None:
     if not tokens >= 1:
         raise PlanError(f"tokens={tokens!r}: expected at least 1.")
     if goal not in get_args(Goal):
@@ -141,78 +180,6 @@ def recommend(
         raise PlanError(f"rounds={rounds!r}: expected at least 1.")
     if teacher_learning_rate is not None and not teacher_learning_rate > 0:
         raise PlanError(f"teacher_learning_rate={teacher_learning_rate!r}: expected a number above 0.")
-    spec = spec_for(config)
-    by_depth, axes = _axes(spec, config, goal, total)
-    shapes, candidates = _candidates(config, parameters, by_depth)
-    share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
-    wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
-    steps = _rounds(spec, config, shapes, candidates[0], total, wanted)
-    depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in steps)]
-    dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
-    per_round = tokens / len(steps)
-    schedule = _schedule(config, per_round)
-    decisions = [
-        Decision(
-            "teacher",
-            f"{_short(total)} parameters → {_short(parameters)}",
-            "Start from the smallest model above the target, as it is after its last phase of training.",
-            "P1, practices 8 and 10",
-        ),
-        axes,
-        _shape(spec, config, candidates[0], by_depth),
-        _round_decision(steps, total, parameters, len(steps) if rounds is None else rounds, rounds is not None),
-        Decision(
-            "importance",
-            "activations, one forward pass, (L2, mean), 1,024 rows without padding",
-            "Norm over rows of the mean over tokens ranks best or second; scoring again while cutting gains nothing "
-            "after retraining.",
-            "P1, practices 2 and 3, table 13",
-            {
-                "scores.metric": "activation",
-                "scores.batch_reduction": "l2",
-                "scores.sequence_reduction": "mean",
-                "scores.num_samples": 1024,
-                "scores.packing": True,
-            },
-        ),
-    ]
-    if by_depth:
-        decisions.append(
-            Decision(
-                "layers",
-                "one contiguous block, first and last layer kept, by perplexity without it",
-                "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, "
-                "before and after retraining.",
-                "P2; P1, practice 2",
-                {
-                    "prune.contiguous": True,
-                    "prune.keep_first_layers": 1,
-                    "prune.keep_last_layers": 1,
-                    "scores.depth_metric": "perplexity",
-                },
-            )
-        )
-    decisions += [
-        *_repair(spec, config, steps[-1]),
-        _search(candidates, tokens),
-        _correction(own_corpus, teacher_learning_rate, per_round, schedule),
-        Decision(
-            "loss",
-            "KL(teacher ‖ student) of the logits alone, T = 1, no cross-entropy",
-            "KL alone beats KL with cross-entropy, reverse KL, MSE and cosine; of 0.1, 0.5, 1 and 3, temperature 1 is "
-            "best.",
-            "P1, practice 5, table 15",
-            {
-                "distill.divergence": "forward_kl",
-                "distill.kd_weight": 1.0,
-                "distill.ce_weight": 0.0,
-                "distill.temperature": 1.0,
-            },
-        ),
-        _intermediate(dropped),
-        schedule,
-    ]
-    return Recommendation(tuple(decisions), steps)
 
 
 def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> tuple[bool, Decision]:
@@ -235,7 +202,10 @@ def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> t
     if "experts" in spec.axis:
         reason += " Both papers measured dense models; all experts stay here."
     return by_depth, Decision(
-        "axes", "depth" if by_depth else "width before depth", reason, "P2" if by_depth else "P1, practice 4; P2"
+        "axes",
+        "depth" if by_depth else "width before depth",
+        reason,
+        MINITRON_PAPER if by_depth else f"{PRUNING_PAPER}, practice 4; {MINITRON_PAPER}",
     )
 
 
@@ -299,10 +269,10 @@ def _shape(spec: ArchSpec, config: PretrainedConfig, shape: Shape, by_depth: boo
     reason = (
         "As many layers as the target holds; width stays."
         if by_depth
-        else "Residual stream and MLP narrow, by shares as alike as the target lets them; layers stay, and attention "
-        "heads where they are not as wide together as the stream."
+        else "The residual stream and the MLP become narrower, in proportions as equal as the target allows. The "
+        "layers stay, and so do the attention heads, unless together they must be as wide as the residual stream."
     )
-    return Decision("shape", ", ".join(changed), reason, "P2")
+    return Decision("shape", ", ".join(changed), reason, MINITRON_PAPER)
 
 
 def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted: int, forced: bool) -> Decision:
@@ -312,12 +282,13 @@ def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted:
         reason = f"{cut:.0%} of the parameters go; up to a third goes well at once."
         if cut > 1 - LEAST_KEPT + 1e-9:
             reason = f"{cut:.0%} of the parameters go at once, more than the third that goes well" + (
-                ", as was asked for; P2 cut Llama-3.1-8B so." if forced else ": no shape lies between."
+                ", as was asked for; Sreenivas et al. cut Llama-3.1-8B so." if forced else ": no shape lies between."
             )
     else:
         reason = (
             f"{cut:.0%} of the parameters go, about a third at most in each round: large → medium → small beats one "
-            "cut (MMLU 42.5 against 37.8 at equal compute). P2 cut Llama-3.1-8B by 44% at once, which --rounds 1 does."
+            "cut (MMLU 42.5 against 37.8 at equal compute). Sreenivas et al. cut Llama-3.1-8B by 44% at once, which "
+            "--rounds 1 does."
         )
     cuts = [
         {name: size for name in PRUNER_FIELDS if (size := getattr(shape.request, name)) is not None} for shape in steps
@@ -331,6 +302,6 @@ def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted:
         "rounds",
         f"{len(steps)}: {sequence}",
         reason,
-        "P1, practice 1; MO",
+        f"{PRUNING_PAPER}, practice 1; {MODEL_OPTIMIZER}",
         settings,
     )

@@ -337,8 +337,8 @@ def _require_one_choice(recipe: Recipe) -> None:
         raise DataError("prune.target_parameters and search: leave out one. A search takes max_parameters.")
 
 
-#: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. P2: peak learning
-#: rate 1e-4, cosine schedule, documents joined into full rows.
+#: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. After Sreenivas et
+#: al. 2024: peak learning rate 1e-4, cosine schedule, documents joined into full rows.
 DISTILL_DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
