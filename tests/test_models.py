@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, T5Config
 
 from minitron_hf import hardware, models, weights
+from minitron_hf.compat import commit_hash
 from minitron_hf.errors import DataError, HubError, UnsupportedModelError
+from minitron_hf.models import load_config
 from minitron_hf.pruning.streaming import open_checkpoint
 
 
@@ -422,3 +424,17 @@ def test_what_is_fast_on_a_cpu_follows_the_hardware(monkeypatch: pytest.MonkeyPa
 def test_what_is_fast_elsewhere():
     assert not hardware.is_fast(torch.bfloat16, "meta")
     assert hardware.is_fast(torch.float16, "cuda")
+
+
+def test_the_commit_of_a_config_from_the_hub_is_known(tmp_path):
+    """The snapshot in the cache bears its name; `config.json` does not."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--lab--tiny"
+    pocket_model().config.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for revision in (None, commit):
+        config = load_config("lab/tiny", revision=revision, cache_dir=tmp_path, local_files_only=True)
+        assert commit_hash(config) == commit
+        assert commit not in config.to_json_string(use_diff=False)
+    assert commit_hash(load_config(repository / "snapshots" / commit)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -392,3 +393,27 @@ def test_logs_hold_what_supervised_training_logs(tmp_path):
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert ours[name] == pytest.approx(evaluated[name], rel=1e-5), name
     assert "trl" in trainer.model.model_tags
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ({"story": ["a b c"]}, {}, "train dataset has no column 'text'; its columns are 'story'"),
+        ({"text": ["a b c"]}, {"dataset_text_field": "story"}, "no column 'story'"),
+        ({"prompt": ["a b c"]}, {}, "no column 'completion'"),
+        ({"text": [7]}, {}, "column 'text' of the train dataset holds a int, expected text"),
+        ({"text": ["a b c", None]}, {}, "column 'text' of the train dataset is empty in 1 rows"),
+    ],
+)
+def test_rows_without_their_text_are_refused_by_name(tmp_path, rows, arguments, message):
+    with pytest.raises(DataError, match=message):
+        make_trainer(tmp_path, *models("llama"), Dataset.from_dict(rows), **arguments)
+
+
+def test_nothing_of_ours_warns_of_a_deprecated_attribute(tmp_path):
+    """PEFT reads `is_gradient_checkpointing` of each model that it is put on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=FutureWarning)
+        trainer = make_trainer(tmp_path, *models("llama"), token_dataset(), peft_config=LoraConfig(), max_steps=1)
+        trainer.train()
+        trainer.save_student()

@@ -12,11 +12,14 @@ import contextlib
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # torch 2.13: no public path
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented, without a public path
@@ -24,8 +27,6 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # torch 2.13: no pub
 from torch.utils._pytree import tree_map as tree_map
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import GenerationConfig, PretrainedConfig
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -120,8 +121,18 @@ def commit_hash(config: Any) -> str | None:
 
 @uses("transformers 5.23", "transformers.PretrainedConfig._commit_hash")
 def set_commit_hash(config: Any, commit: str | None) -> None:
-    """Remember the commit that a config was loaded from. Transformers leaves this attribute out of `config.json`."""
+    """Note the commit that a config was loaded from. Transformers leaves this attribute out of `config.json`."""
     config._commit_hash = commit
+
+
+def note_commit(config: Any, repo_id: str, revision: str | None, filename: str, cache_dir: Any = None) -> None:
+    """Note the commit of a config that was just loaded from the Hub: the name of its snapshot in the cache.
+
+    Transformers before 5.23 did so itself.
+    """
+    if commit_hash(config) is None:
+        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        set_commit_hash(config, Path(found).parent.name if isinstance(found, str) else None)
 
 
 @uses("transformers 5.23", "transformers.PretrainedConfig._attn_implementation")
@@ -442,6 +453,23 @@ def dequantised_weight(module: nn.Module) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(module)
+
+
+@contextlib.contextmanager
+@uses("transformers 5.23", "transformers.PreTrainedModel.is_gradient_checkpointing")
+def without_checkpointing_warning() -> Iterator[None]:
+    """Hide that an attribute of models is deprecated, which PEFT 0.21 reads of every model that gets an adapter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
+def add_adapter(model: Any, peft_config: Any, **kwargs: Any) -> Any:
+    """`peft.get_peft_model` without a warning that no caller can act on, see `without_checkpointing_warning`."""
+    from peft import get_peft_model
+
+    with without_checkpointing_warning():
+        return get_peft_model(model, peft_config, **kwargs)
 
 
 # ---- datasets and huggingface_hub ----

@@ -28,6 +28,7 @@ from .compat import (
     forget_autocast,
     forward_before_autocast,
     has_image_text_class,
+    note_commit,
     without_deepspeed_config,
 )
 from .errors import DataError, UnsupportedModelError
@@ -200,15 +201,21 @@ def load_config(
     if isinstance(name_or_path, PretrainedConfig):
         return name_or_path
     name = _checked_name(name_or_path)
-    if Path(name).is_dir() and not (Path(name) / (file := kwargs.get("gguf_file", "config.json"))).is_file():
+    file = kwargs.get("gguf_file", "config.json")
+    if Path(name).is_dir() and not (Path(name) / file).is_file():
         raise UnsupportedModelError(
             f"The folder {name!r} has no {file}, so it is not a Transformers model. "
             "Pass the folder that save_pretrained wrote."
         )
     try:
-        return AutoConfig.from_pretrained(name, **_given(revision=revision), **{"trust_remote_code": False, **kwargs})
+        config = AutoConfig.from_pretrained(
+            name, **_given(revision=revision), **{"trust_remote_code": False, **kwargs}
+        )
     except Exception as error:
         raise loading_error("config", name, error) from error
+    if not Path(name).is_dir():
+        note_commit(config, name, revision, file, kwargs.get("cache_dir"))
+    return config
 
 
 def load_tokenizer(

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from peft import get_peft_model
 from torch import Tensor, nn
 
-from ..compat import commit_hash, dequantised_weight
+from ..compat import add_adapter, commit_hash, dequantised_weight
 from ..errors import MinitronError, OutputError, UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..files import replacing_folder
@@ -92,7 +91,7 @@ def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> 
     """
     whole: Any = empty_model(config)
     names = [model.active_adapter, *(name for name in model.peft_config if name != model.active_adapter)]
-    whole = get_peft_model(whole, copy.deepcopy(model.peft_config[names[0]]), adapter_name=names[0])
+    whole = add_adapter(whole, copy.deepcopy(model.peft_config[names[0]]), adapter_name=names[0])
     for name in names[1:]:
         whole.add_adapter(name, copy.deepcopy(model.peft_config[name]))
     whole.load_state_dict(state_dict, assign=True)
@@ -111,7 +110,7 @@ def merged(model: Any) -> Any:
     config = copy.deepcopy(base.config)
     del config.quantization_config
     whole = empty_model(config)
-    names = get_peft_model(whole, copy.deepcopy(model.peft_config[model.active_adapter])).state_dict().keys()
+    names = add_adapter(whole, copy.deepcopy(model.peft_config[model.active_adapter])).state_dict().keys()
     state_dict = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -170,7 +169,7 @@ def refuse_unmergeable(config: Any, peft_config: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            student = base_model_of(get_peft_model(empty_model(config), trial))
+            student = base_model_of(add_adapter(empty_model(config), trial))
     except Exception:
         return
     refuse_wrapped_head(student)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from ..compat import without_checkpointing_warning
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
@@ -199,14 +200,15 @@ class _Correction:
 
             peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         set_seed(self.args.seed)  # for an adapter, which is made before the trainer seeds itself
-        trainer: Any = CorrectionTrainer(
-            model=self.model,
-            args=self.args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config if self.method == "lora" else None,
-        )
+        with without_checkpointing_warning():
+            trainer: Any = CorrectionTrainer(
+                model=self.model,
+                args=self.args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config if self.method == "lora" else None,
+            )
         require_documents_apart(trainer, teacher=trainer.model)
         trainer.data_collator = WithinContext(trainer.data_collator, context_length(self.model.config))
         weights = fingerprint(trainer.model)

@@ -17,6 +17,7 @@ from ..compat import (
     CPU_ATTENTION_BACKWARD,
     FakeTensorMode,
     TorchDispatchMode,
+    add_adapter,
     grouped_products,
     operator_of,
     tree_leaves,
@@ -270,10 +271,10 @@ def _built(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None =
         # A copy, because building a model may write its attention implementation into the config.
         model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
         if lora_rank is not None:
-            from peft import LoraConfig, get_peft_model
+            from peft import LoraConfig
 
             adapter = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+            model = add_adapter(model, adapter, low_cpu_mem_usage=True)
     seeming: dict[int, Tensor] = {}
     kept = []  # so that no identity is given twice
     for module in model.modules():

@@ -102,6 +102,7 @@ class StartTokensMixin:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         refuse_empty(dataset, dataset_name)
         first = next(iter(dataset))
+        _require_text(dataset, first, "text" if formatting_func else args.dataset_text_field, dataset_name)
         is_rendered = formatting_func is None and (is_conversational(first) or is_conversational_from_value(first))
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
@@ -167,6 +168,35 @@ def refuse_empty(dataset: Any, name: str) -> None:
     """
     if dataset is not None and next(iter(dataset), None) is None:
         raise DataError(f"The {name} dataset holds no rows. Pass more data.")
+
+
+def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: str) -> None:
+    """Refuse rows in which TRL would not find their text, or would find something else.
+
+    Args:
+        dataset: the rows.
+        first: one of them.
+        text_field: column of the text, for rows that are neither tokens, nor conversations, nor prompts.
+        name: of the dataset, for messages.
+
+    Raises:
+        DataError: naming the column.
+    """
+    if "input_ids" in first or is_conversational(first) or is_conversational_from_value(first):
+        return
+    for field in ("prompt", "completion") if "prompt" in first else (text_field,):
+        if field not in first:
+            raise DataError(
+                f"The {name} dataset has no column {field!r}; its columns are {', '.join(map(repr, first))}. Set "
+                "dataset_text_field to the column that holds the text, or pass formatting_func."
+            )
+        if not isinstance(first[field], str):
+            raise DataError(
+                f"The column {field!r} of the {name} dataset holds a {type(first[field]).__name__}, expected text. "
+                "Set dataset_text_field to the column that holds the text, or pass formatting_func."
+            )
+        if isinstance(dataset, Dataset) and (absent := dataset.with_format("arrow")[:][field].null_count):
+            raise DataError(f"The column {field!r} of the {name} dataset is empty in {absent} rows. Leave them out.")
 
 
 def rows_with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:

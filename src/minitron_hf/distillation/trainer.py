@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from ..compat import without_checkpointing_warning
 from ..data.context import shortest_context
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError
@@ -179,22 +180,23 @@ class DistillationTrainer(
         if processing_class is None and self._student_name is None:
             processing_class = processing_class_of(teacher.config, args.trust_remote_code)
         refuse_other_tokenizers(processing_class, student=model, teacher=teacher.model)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        with without_checkpointing_warning():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=data.train,
+                eval_dataset=data.eval,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         self._prepare_student(student_config, teacher.config)
         self._prepare_teacher_side(teacher)
         self._prepare_losses(teacher.config)

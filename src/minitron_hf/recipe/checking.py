@@ -149,14 +149,13 @@ def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
 
 def _check_adapter(adapter: Any, model: Any) -> None:
     """Refuse an adapter that PEFT cannot put onto the student, or that the loss would not see."""
-    from peft import get_peft_model
-
+    from ..compat import add_adapter
     from ..distillation.adapters import refuse_split_tie
     from ..distillation.checks import refuse_adapter
 
     refuse_adapter(model, adapter)
     try:
-        adapted = get_peft_model(model, adapter)
+        adapted = add_adapter(model, adapter)
     except (TypeError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise DataError(f"lora: {first_line(error)}") from error
     refuse_split_tie(adapted)
