@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from minitron_hf.families import ArchSpec
 from minitron_hf.survey.draft import draft_family
+from pockets import Pocket
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "guides" / "add-a-family.md").read_text(encoding="utf-8")
@@ -38,3 +39,13 @@ def test_what_the_page_names_exists():
     assert all(f"`{name}" in PAGE for name in named)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(f"\n{target}:" in makefile for target in re.findall(r"`make ([a-z-]+)`", PAGE))
+
+
+def test_the_page_explains_every_field_of_a_pocket_and_every_file_of_pockets():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", PAGE, flags=re.MULTILINE))
+    for field in fields(Pocket):
+        assert field.name in rows, field.name
+        if field.default is not MISSING:
+            assert rows[field.name] == f"`{field.default!r}`".replace("'", '"'), field.name
+    files = {path.name for path in (ROOT / "tests" / "pockets").glob("*.py")} - {"__init__.py", "base.py"}
+    assert files <= rows.keys()

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from minitron_hf.errors import UnsupportedModelError, VerificationError
 from minitron_hf.families import ArchSpec, families, spec_for
+from minitron_hf.models import empty_model
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.survey.draft import draft_family
+from minitron_hf.survey.draft_source import POCKET_DEFAULTS
 from minitron_hf.survey.probe import sum_of_products
-from pocket import pocket_config, pocket_model
+from pocket import POCKETS, pocket_config, pocket_model
 from test_verification import everything
 
 #: Where the order inside fused dimensions, which a draft can only guess, is guessed right.
 RIGHT = ["llama", "qwen3", "gpt2", "gpt2-untied", "phi3", "mixtral"]
 WRONG = ["gpt_neox"]
+#: Families with something that stands in the modelling code alone.
+READ = ["granite", "gemma", "gemma2", "cohere", "glm4", "olmo2", "phi", "stablelm"]
+ROOT = Path(__file__).parent.parent
 
 
 def executed(text: str) -> ArchSpec:
@@ -28,7 +37,7 @@ def executed(text: str) -> ArchSpec:
 
 @pytest.fixture(scope="module")
 def drafts() -> dict[str, str]:
-    return {name: draft_family(pocket_config(name)) for name in RIGHT + WRONG}
+    return {name: draft_family(pocket_config(name)) for name in RIGHT + WRONG + READ}
 
 
 @pytest.mark.parametrize("name", RIGHT + WRONG)
@@ -65,6 +74,46 @@ def test_the_masks_judge_drafts(name: str, drafts, monkeypatch):
         corrected = {key: text.replace(fused, "heads*3*head_dim") for key, text in draft.layer.items()}
         monkeypatch.setitem(families(), draft.model_type, replace(draft, layer=corrected))
         assert prune_model(teacher, everything(name), metric="random", verify=True)
+
+
+@pytest.mark.parametrize("name", [*RIGHT, *WRONG, *READ])
+def test_drafts_pass_the_linter(name: str, drafts, tmp_path):
+    ruff = pytest.importorskip("ruff").find_ruff_bin()
+    file = ROOT / "src" / "minitron_hf" / "families" / "drafted.py"
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [ruff, *command, "--stdin-filename", str(file), "-"],
+            input=drafts[name],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stdout + drafts[name]
+
+
+@pytest.mark.parametrize("name", [*RIGHT, *WRONG, *READ])
+def test_drafts_propose_a_pocket_that_says_what_the_shipped_one_says(name: str, drafts):
+    """Modules, norms and scales; the drafts themselves are made of the shipped pocket's config."""
+    lines = re.search(r"# TODO: move this pocket to tests/pockets/(\w+)\.py.*\n((?:#     .*\n)+)", drafts[name])
+    text = " ".join(line.removeprefix("#     ") for line in lines[2].splitlines())
+    [proposed] = eval(f"{{{text}}}", vars(importlib.import_module("pockets.base"))).values()
+    shipped = POCKETS[name]
+    for field in (*POCKET_DEFAULTS, "coupled"):
+        assert getattr(proposed, field) == getattr(shipped, field), field
+    spec = spec_for(proposed.config)
+    assert spec.sizes(proposed.config).keys() == spec_for(shipped.config).sizes(shipped.config).keys()
+    spec.check(empty_model(proposed.config))
+    own = importlib.import_module(f"pockets.{lines[1]}").POCKETS
+    assert name in own or name.partition("-")[0] in own
+
+
+@pytest.mark.parametrize("name", READ)
+def test_drafts_read_scales_and_norms_in_the_modelling_code(name: str, drafts):
+    draft, shipped = executed(drafts[name]), spec_for(pocket_config(name))
+    for field in ("logits", "norm_offset", "layer_norms", "equal", "groups"):
+        assert getattr(draft, field) == getattr(shipped, field), field
+    assert draft.stream.scaled_embeddings == shipped.stream.scaled_embeddings
+    assert set(draft.stream.stream_writers) >= set(shipped.stream.stream_writers)
 
 
 def test_drafts_say_what_shapes_cannot_tell(drafts):

@@ -8,45 +8,19 @@ index decides. The tests' oracles prove or refute a draft; nothing is believed b
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..families import PRUNER_FIELDS
 from ..families import base as parts
+from .draft_source import Draft, write_source
+from .modelling_code import CodeHints, read_modelling_code
 from .probe import FIXED_FIELDS, STANDARD, Probe, Shapes, probe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-#: Fields of a table that have no default.
-NEEDED = ("hook_points", "layer_norms", "final_norm")
-
-
-@dataclass
-class Draft:
-    """A table, over axes: what `draft_family` writes down.
-
-    Attributes:
-        axes: field → axis.
-        layers_path: path of the layers.
-        outer: tensor → dimensions.
-        layer: tensor inside a layer → dimensions.
-    """
-
-    axes: dict[str, parts.Axis]
-    layers_path: str
-    outer: dict[str, str]
-    layer: dict[str, str]
-    todo: list[str] = field(default_factory=list)
-    coupled: bool = False
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the axes."""
-        return {axis.name for axis in self.axes.values()}
 
 
 def draft_family(config: PretrainedConfig) -> str:
@@ -62,7 +36,11 @@ def draft_family(config: PretrainedConfig) -> str:
         UnsupportedModelError: if the model cannot be built, or a dimension is no sum of products of config fields.
     """
     found = probe(config)
-    return _write_source(config, found, _draft(config, found))
+    draft = _draft(config, found)
+    hints = read_modelling_code(found.small_config(), draft.layers_path, draft.norms, draft.final_norm)
+    fields = _table_fields(found, draft, hints.output_norms)
+    draft.todo += _notes(found, draft, hints, fields["layer_lists"])
+    return write_source(config, found, draft, fields, hints)
 
 
 def _draft(config: PretrainedConfig, found: Probe) -> Draft:
@@ -81,14 +59,17 @@ def _draft(config: PretrainedConfig, found: Probe) -> Draft:
             raise UnsupportedModelError(f"{name} has another shape in another layer. Write its table by hand.")
     axes = {depth_field: replace(parts.LAYERS, fields=(depth_field,))}
     draft = Draft(axes, layers_path, outer, layer)
-    sized = [name for name in [*standard, *found.slopes] if name in found.slopes]
+    sizes = set(found.slopes)
+    if found.square is not None:
+        sizes = (sizes | {found.square[0]}) - {found.square[1], "head_dim"}
+    sized = [name for name in [*standard, *found.slopes] if name in sizes]
     for name in sorted(dict.fromkeys(sized), key=lambda name: standard.get(name) != "experts"):
         axes[name] = _axis(name, standard.get(name), found, draft)
     heads = next(name for name, axis in standard.items() if axis == "heads")
     draft.coupled = heads in found.values and heads not in axes
     if draft.coupled:
-        axes[heads] = replace(parts.HEADS, fields=(heads,))
-        axes["head_dim"] = parts.HEAD_DIM
+        after = {name: axes.pop(name) for name in [*axes] if axes[name].name == "kv"}  # implied by the heads
+        axes |= {heads: replace(parts.HEADS, fields=(heads,)), "head_dim": parts.HEAD_DIM, **after}
     renamed = {name: axis.name for name, axis in axes.items()}
 
     def over_axes(table: Mapping[str, str]) -> dict[str, str]:
@@ -128,7 +109,7 @@ def _axis(name: str, known: str | None, found: Probe, draft: Draft) -> parts.Axi
     hidden = next((field for field, axis in draft.axes.items() if axis.name == "hidden"), "")
     if (
         known is None
-        and "ffn" not in draft.names
+        and "ffn" not in draft.axis_names
         and {f"{name} {hidden}", f"{hidden} {name}"} <= set(draft.layer.values())
     ):
         known = "ffn"
@@ -170,103 +151,34 @@ def _guess_coupled_heads(draft: Draft) -> None:
     )
 
 
-def _find_hook_points(draft: Draft) -> dict[str, str]:
-    """The last module of a layer that reads an axis and writes to the residual stream; stacked experts as a whole."""
-    hook_points: dict[str, str] = {}
-    for axis in draft.axes.values():
-        if not axis.per_layer:
-            continue
-        for name, text in draft.layer.items():
-            dimensions = text.split()
-            module = name.rpartition(".")[0]
-            if axis.name in ("experts", "moe_ffn"):
-                if len(dimensions) == 3 and axis.name in dimensions:
-                    hook_points[axis.name] = module
-            elif "hidden" in dimensions and any(
-                "+" not in side and axis.name in side.split("*") for side in dimensions
-            ):
-                hook_points[axis.name] = module
-    if "kv" in draft.names and "heads" in hook_points:
-        hook_points["kv"] = hook_points["heads"]
-    return hook_points
-
-
-def _write_source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
-    """The draft as Python."""
-    used = {"ArchSpec", "layer_tables"}
-
-    def axis_source(axis: parts.Axis) -> str:
-        constant, standard = STANDARD.get(axis.name, ("", None))
-        if standard is None:
-            used.add("Axis")
-            implied = "" if axis.implied is None else f", implied={axis.implied!r}"
-            return f"Axis({axis.name!r}, {axis.fields!r}{implied}, prunable=False)"
-        used.add(constant)
-        changes = [
-            f"{name}={getattr(axis, name)!r}"
-            for name in ("fields", "implied")
-            if getattr(axis, name) != getattr(standard, name)
-        ]
-        return f"replace({constant}, {', '.join(changes)})" if changes else constant
-
-    def table_source(table: Mapping[str, str], indent: str) -> list[str]:
-        lines, taken = [], set()
-        for name, text in table.items():
-            module, _, leaf = name.rpartition(".")
-            bias = table.get(f"{module}.bias")
-            if leaf not in ("weight", "bias") or module in taken:
-                lines += [] if module in taken else [f"{{{name!r}: {text!r}}},"]
-                continue
-            taken.add(module)
-            sides = text.split()
-            if leaf == "weight" and len(sides) == 1:
-                helper, arguments = "norm", "" if text == "hidden" else f", width={text!r}"
-            elif leaf == "weight" and len(sides) == 2 and bias in (None, sides[0]):
-                helper, arguments = "linear", f", {sides[0]!r}, {sides[1]!r}"
-            elif leaf == "weight" and len(sides) == 2 and bias == sides[1]:
-                helper, arguments = "conv1d", f", {sides[0]!r}, {sides[1]!r}"
-            else:
-                taken.discard(module)
-                lines.append(f"{{{name!r}: {text!r}}},")
-                continue
-            used.add(helper)
-            fused = any("+" in side for side in sides)
-            lines.append(f"{helper}({module!r}{arguments}),{'  # TODO: the order of the parts' if fused else ''}")
-        return [indent + line for line in lines]
-
-    hook_points = _find_hook_points(draft)
-    hidden = [
-        name.removesuffix(".weight")
-        for name, text in draft.layer.items()
-        if text == "hidden" and name.endswith("weight")
-    ]
-    final = [
-        name.removesuffix(".weight")
-        for name, text in draft.outer.items()
-        if text == "hidden" and name.endswith("weight")
-    ]
+def _table_fields(found: Probe, draft: Draft, output_norms: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of the table beside axes and tensors, as plain values."""
     depth = found.values[next(iter(draft.axes))]
-    lists = [name for name, value in found.values.items() if isinstance(value, list) and len(value) == depth]
-    groups = (("heads", "kv"),) if {"heads", "kv"} <= draft.names else ()
-    fields: dict[str, Any] = {
-        "hook_points": hook_points,
-        "layer_norms": tuple(hidden),
-        "final_norm": final[-1] if final else "",
-        "groups": groups,
+    routed = "experts" in draft.axis_names and "num_experts_per_tok" in found.values
+    return {
+        "hook_points": draft.hook_points(),
+        "layer_norms": tuple(name for name in draft.norms if name not in output_norms),
+        "final_norm": draft.final_norm,
+        "groups": (("heads", "kv"),) if {"heads", "kv"} <= draft.axis_names else (),
         "equal": (("heads*head_dim", "hidden"),) if draft.coupled else (),
         "multiples": () if draft.coupled else _multiples(found, draft),
-        "layer_lists": tuple(lists),
-        "least": (("experts", "num_experts_per_tok"),)
-        if "experts" in draft.names and "num_experts_per_tok" in found.values
-        else (),
+        "layer_lists": tuple(
+            name for name, value in found.values.items() if isinstance(value, list) and len(value) == depth
+        ),
+        "least": (("experts", "num_experts_per_tok"),) if routed else (),
     }
+
+
+def _notes(found: Probe, draft: Draft, hints: CodeHints, layer_lists: tuple[str, ...]) -> list[str]:
+    """What neither shapes nor a look at the modelling code decide."""
+    lines = "; ".join(hints.logit_lines)
     notes = [
-        *draft.todo,
-        "which layer_norms normalise what is written instead of what is read; those do not score the hidden size",
-        "norm_offset, stream and logits: read the forward of norms, embeddings and head",
+        f"logits: {'a guess' if hints.logits else 'nothing found'} in {lines or 'code that cannot be read'}",
+        "norm_offset and stream: whether norms add one to their weights, and what scales the embeddings, are guesses",
+        "layer_norms: norms of what is read score the hidden size; norms of what is written belong to layer alone",
         "what else depends on a size or on a layer's index; refuse what the stock class cannot hold",
     ]
-    known = (*lists, next(iter(draft.axes)))
+    known = (*layer_lists, next(iter(draft.axes)))
     counted = [
         name
         for name, value in found.values.items()
@@ -276,35 +188,9 @@ def _write_source(config: PretrainedConfig, found: Probe, draft: Draft) -> str:
         notes.append(f"which of {', '.join(counted)} count, list or place layers")
     if structural := [name for name in found.structural if name not in draft.axes]:
         notes.append(f"which tensors there are depends on {', '.join(structural)}")
-    if not final:
+    if not draft.final_norm:
         notes.append("no norm has a weight: name layer_norms and final_norm by hand")
-    body = [
-        "SPEC = ArchSpec(",
-        f"    model_type={config.model_type!r},",
-        "    axes=(",
-        *(f"        {axis_source(axis)}," for axis in draft.axes.values()),
-        "    ),",
-        f"    layers_path={draft.layers_path!r},",
-        "    outer=layer_tables(",
-        *table_source(draft.outer, " " * 8),
-        "    ),",
-        "    layer=layer_tables(",
-        *table_source(draft.layer, " " * 8),
-        "    ),",
-        *(f"    {name}={value!r}," for name, value in fields.items() if value or name in NEEDED),
-        ")",
-    ]
-    text = "\n".join(body).replace("'", '"')
-    comments = [textwrap.wrap(f"TODO: {note}.", 115) for note in notes]
-    head = [
-        f'"""{type(config).__name__.removesuffix("Config")}: a draft. TODO: say what is particular about it."""',
-        "",
-        *(["from dataclasses import replace", ""] if "replace(" in text else []),
-        f"from .base import {', '.join(sorted(used))}",
-        "",
-        *(f"# {line}" for lines in comments for line in lines),
-    ]
-    return "\n".join([*head, text, ""])
+    return notes
 
 
 def _multiples(found: Probe, draft: Draft) -> tuple[tuple[str, str], ...]:

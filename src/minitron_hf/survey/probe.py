@@ -40,6 +40,8 @@ class Probe:
         slopes: field → tensor → how much each of its dimensions grows per unit of the field.
         implied: field that the config leaves to None → the expression that it stands for, over fields.
         structural: fields that change which tensors there are.
+        square: fields of the hidden size and of the number of heads, where the stock class derives the head width from
+            both: then `head_dim` is varied instead of the hidden size. Nothing where it does not.
     """
 
     config: PretrainedConfig
@@ -48,11 +50,20 @@ class Probe:
     slopes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     implied: dict[str, str] = field(default_factory=dict)
     structural: list[str] = field(default_factory=list)
+    square: tuple[str, str] | None = None
+
+    def small_config(self) -> PretrainedConfig:
+        """The config that is built, with few layers."""
+        return type(self.config)(**self.values)
 
     def build(self, **changes: Any) -> Shapes | None:
         """Shapes with some fields changed; None where the stock class refuses."""
+        values = {**self.values, **changes}
+        if self.square is not None:
+            hidden, heads = self.square
+            values[hidden] = values[heads] * values["head_dim"]
         try:
-            config = type(self.config)(**{**self.values, **changes})
+            config = type(self.config)(**values)
             return {name: tuple(x.shape) for name, x in named_tensors(empty_model(config), tied=True).items()}
         except Exception:  # whatever a stock class raises, it does not hold these sizes
             return None
@@ -71,6 +82,9 @@ class Probe:
                 f"{tensor} has a dimension of {size} that is no sum of products of {', '.join(grows)}. "
                 "Write its table by hand."
             )
+        if self.square is not None:
+            hidden, heads = self.square
+            found = found.replace(f"{heads}*head_dim", hidden)
         return found
 
 
@@ -152,8 +166,27 @@ def probe(config: PretrainedConfig) -> Probe:
         raise UnsupportedModelError(f"No model of type {config.model_type!r} can be built with fewer layers.")
     found.shapes = shapes
     _write_implied_sizes(found)
+    _measure_slopes(found)
+    heads_field = names["num_attention_heads"]
+    if any(slope < 0 for slopes in found.slopes.get(heads_field, {}).values() for slope in slopes):
+        # More heads of the same hidden size are narrower, and so are the KV heads.
+        found.square = (names["hidden_size"], heads_field)
+        _measure_slopes(found)
+    found.implied = {name: _implied(found, name) for name in found.implied}
+    return found
+
+
+def _measure_slopes(found: Probe) -> None:
+    """Change one field after the other, and note how every dimension grows with it."""
+    found.slopes.clear()
+    found.structural.clear()
     for name, value in found.values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if (
+            (found.square and name == found.square[0])
+            or isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < 1
+        ):
             continue
         for changed in (2 * value, 3 * value, value + 1, value // 2):
             after = found.build(**{name: changed}) if changed > 0 else None
@@ -173,8 +206,6 @@ def probe(config: PretrainedConfig) -> Probe:
                 ):
                     found.slopes[name] = by
             break
-    found.implied = {name: _implied(found, name) for name in found.implied}
-    return found
 
 
 def _write_implied_sizes(found: Probe) -> None:
