@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -216,13 +217,15 @@ def _rules_source(draft: Draft, hints: CodeHints) -> list[str]:
     return lines
 
 
+_DECODER = inspect.signature(parts.decoder).parameters
+_EXPERTS = inspect.signature(parts.stacked_experts).parameters
 #: What `Pocket` assumes of a family, unless told otherwise.
 POCKET_DEFAULTS: Mapping[str, Any] = {
     "layers": "model.layers",
-    "attention_out": "self_attn.o_proj",
-    "mlp_out": "mlp.down_proj",
+    "attention_out": _DECODER["attention_out"].default,
+    "mlp_out": _DECODER["mlp_out"].default,
     "experts": None,
-    "router": "mlp.gate",
+    "router": f"{_EXPERTS['module'].default}.{_EXPERTS['router'].default}",
     "kv": True,
     "norm": "rms",
     "num_norms": 2,
@@ -245,7 +248,7 @@ def _pocket_fields(draft: Draft, hints: CodeHints) -> dict[str, Any]:
         "attention_out": points.get("heads"),
         "mlp_out": points.get("ffn"),
         "experts": points.get("experts"),
-        "router": routers[0] if routers else "mlp.gate",
+        "router": routers[0] if routers else POCKET_DEFAULTS["router"],
         "kv": "kv" in draft.axis_names,
         "norm": ("layer" if hints.is_layer_norm else "rms") + ("1p" if hints.norm_offset else ""),
         "num_norms": len(draft.norms),
