@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,3 +105,13 @@ def test_entry_points_of_other_packages_are_found(table, monkeypatch):
     monkeypatch.setattr(rooms, "entry_points", lambda group: [Entry()] if group == "minitron_hf.families" else [])
     families.cache_clear()
     assert families()["outside"] == table
+
+
+def test_the_page_registers_a_table(table, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/guides/add-a-family.md").read_text(encoding="utf-8")
+    *_, block = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    asked = []
+    monkeypatch.setattr("minitron_hf.load_model", lambda *args, **kwargs: asked.append((args, kwargs)))
+    exec(compile(block, "add-a-family.md", "exec"), {})
+    assert families()["my_model"].axes == families()["llama"].axes
+    assert asked == [(("owner/my-model",), {"trust_remote_code": True})]

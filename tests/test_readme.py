@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,46 +30,64 @@ TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """Code blocks of a language, but for those behind a comment that says why they are not run."""
-    return re.findall(rf"(?<!-->\n)```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    """Code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
-def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """Runs the Python blocks of a page in order, and returns their names; pushes are recorded, not made."""
     monkeypatch.chdir(tmp_path)
-    pushed = []
-    monkeypatch.setattr(
-        trainer_module.DistillationTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(self.args.output_dir)
-    )
     rows = Dataset.from_dict({"text": TEXTS[:16]})
-    names = {
+    names: dict[str, Any] = {
         "teacher": pocket_model("llama", dtype=torch.float32),
         "tokenizer": pocket_tokenizer(),
         "texts": TEXTS,
         "train": rows,
         "val": rows,
+        "pushed": [],
     }
-    code = blocks(page, "python")
-    for block in code:
-        exec(compile(block, page, "exec"), names)
-    if page == "README.md":
-        assert len(code) == 1
-        assert pushed == ["out"]
-        assert names["student"].config.hidden_size < names["teacher"].config.hidden_size
-    else:
-        assert len(code) == 3
-        assert names["student"].config.num_hidden_layers == 4  # 0.75 of 5 layers
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-        assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["student"]
+    names["student"] = names["teacher"]
+    monkeypatch.setattr(
+        trainer_module.DistillationTrainer,
+        "push_to_hub",
+        lambda self, **kwargs: names["pushed"].append(self.args.output_dir),
+    )
+
+    def run(page: str, number: int) -> dict[str, Any]:
+        code = blocks(page, "python")
+        assert len(code) == number
+        for block in code:
+            exec(compile(block, page, "exec"), names)
+        return names
+
+    return run
 
 
-def test_every_python_block_is_run_or_says_why_not():
-    shown = {page for page in PAGES if blocks(page, "python")}
-    elsewhere = {
-        "docs/guides/add-a-family.md",
-        "docs/guides/add-a-metric.md",
-    }  # test_contributing, test_metric_registry
-    assert shown == {"README.md", "docs/tutorial.md", *elsewhere}
+def test_the_block_of_the_readme_runs(shown):
+    names = shown("README.md", 1)
+    assert names["pushed"] == ["out"]
+    assert names["student"].config.hidden_size < names["teacher"].config.hidden_size
+
+
+def test_the_blocks_of_the_tutorial_run(shown, tmp_path):
+    names = shown("docs/tutorial.md", 3)
+    assert names["student"].config.num_hidden_layers == 4  # 0.75 of 5 layers
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["student"]
+
+
+def test_the_block_on_teacher_caches_runs(shown, tmp_path):
+    names = shown("docs/guides/teacher-cache.md", 1)
+    assert names["trainer"].state.global_step > 0
+    assert json.loads((tmp_path / "cache" / "teacher_cache.json").read_text())["settings"]["top_k"] == 64
+
+
+def test_every_python_block_is_run():
+    run_here = {"README.md", "docs/tutorial.md", "docs/guides/teacher-cache.md"}
+    # In test_contributing and test_outside_families, and in test_metric_registry.
+    run_elsewhere = {"docs/guides/add-a-family.md", "docs/guides/add-a-metric.md"}
+    assert {page for page in PAGES if blocks(page, "python")} == run_here | run_elsewhere
 
 
 def test_the_recipe_blocks_are_recipes():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from minitron_hf.errors import DataError, PlanError
+from minitron_hf.evaluation import tasks
 from minitron_hf.recipe.reading import apply_overrides
+from minitron_hf.recipe.runner import run_recipe, try_recipe
 from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.stages import stages_until
+from pocket import pocket_model, pocket_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MINIMAL = {
@@ -102,3 +109,73 @@ def test_shipped_recipes_are_recipes(path):
     recipe = Recipe.from_yaml(path)
     assert recipe.pruner_config
     assert recipe.output_dir
+
+
+#: Sizes of the teachers of shipped recipes, of which pockets keep the same fractions.
+TEACHER_SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+#: What makes a recipe small, wherever the name stands.
+SMALL = {
+    "max_length": 16,
+    "num_samples": 4,
+    "num_rows": 4,
+    "batch_size": 2,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 3,
+    "warmup_steps": 1,
+    "logging_steps": 1,
+    "num_tokens": 64,
+    "speed": False,
+}
+
+
+def at_pocket_size(values: Any, folder: Path, name: str = "") -> Any:
+    """A recipe for the pocket teacher and text in `folder`; every key stays."""
+    if name == "teacher":
+        return str(folder / "teacher")
+    if name in ("train", "eval", "calibration"):
+        return str(folder / "text.jsonl")
+    if name == "output_dir":
+        return str(folder / "run")
+    if name in TEACHER_SIZES and isinstance(values, int):
+        return values / TEACHER_SIZES[name]
+    if name == "space":
+        return {size: listed[:1] if size == "num_hidden_layers" else listed[-2:] for size, listed in values.items()}
+    if name == "max_parameters":
+        return 100_000
+    if name == "tolerance":
+        return 1.0
+    if isinstance(values, dict):
+        return {key: at_pocket_size(value, folder, key) for key, value in values.items()}
+    if isinstance(values, list):
+        return [at_pocket_size(value, folder) for value in values]
+    return SMALL.get(name, values)
+
+
+@pytest.fixture(params=sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
+def pocket_recipe(request, tmp_path, monkeypatch) -> Recipe:
+    """A shipped recipe at pocket size; the tasks of lm-evaluation-harness are not run."""
+    model_type = "qwen3" if request.param.name.startswith("qwen3") else "llama"
+    pocket_model(model_type, dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    pocket_tokenizer().save_pretrained(tmp_path / "teacher")
+    lines = [json.dumps({"text": f"the {a} {b} of {c} is d"}) for a in ("old", "new") for b in "xyz" for c in "abcd"]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    measured = {"acc,none": {"value": 0.5, "stderr": 0.1}}
+    monkeypatch.setattr(tasks, "require_tasks", lambda *args: None)
+    monkeypatch.setattr(tasks, "evaluate_tasks", lambda model, names, **kwargs: dict.fromkeys(names, measured))
+    values = yaml.safe_load(request.param.read_text())
+    shipped, small = Recipe.from_dict(values), Recipe.from_dict(at_pocket_size(values, tmp_path))
+    assert [stage.name for stage in stages_until(small)] == [stage.name for stage in stages_until(shipped)]
+    return small
+
+
+def test_shipped_recipes_pass_every_check_at_pocket_size(pocket_recipe):
+    assert try_recipe(pocket_recipe)["num_parameters"]["teacher"] > 0
+
+
+@pytest.mark.slow
+def test_shipped_recipes_run_at_pocket_size(pocket_recipe):
+    folder = run_recipe(pocket_recipe, show_progress=False, report=lambda line: None)
+    assert "pruned from" in (folder / "README.md").read_text()
+    assert (folder / "model.safetensors").is_file()

@@ -86,8 +86,10 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer."""
-        section = self.whole.recipe.teacher
+        """The teacher's tokenizer, one object for all rounds."""
+        if self is not self.whole:
+            return self.whole.tokenizer
+        section = self.recipe.teacher
         return self._cached("tokenizer", lambda: load_tokenizer(section.model, revision=section.revision))
 
     @property
