@@ -185,8 +185,16 @@ def evaluation() -> dict[str, Any]:
                 num_parameters=1_000_000,
                 num_parameters_without_embeddings=904_000,
                 checkpoint_bytes=2_003_456,
-                prefill_tokens_per_second={"median": 10_000.0, "rounds": [9_900.0, 10_000.0, 10_100.0]},
-                decode_tokens_per_second={"median": 200.0, "rounds": [199.0, 200.0, 201.0]},
+                prefill_tokens_per_second={
+                    "median": 10_000.0,
+                    "quartiles": [9_950.0, 10_050.0],
+                    "rounds": [9_900.0, 10_000.0, 10_100.0],
+                },
+                decode_tokens_per_second={
+                    "median": 200.0,
+                    "quartiles": [199.4, 200.6],
+                    "rounds": [199.0, 200.0, 201.0],
+                },
                 kv_cache_bytes_per_token=2048,
             ),
             "student": model(
@@ -196,8 +204,16 @@ def evaluation() -> dict[str, Any]:
                 num_parameters=420_000,
                 num_parameters_without_embeddings=356_000,
                 checkpoint_bytes=843_456,
-                prefill_tokens_per_second={"median": 19_500.0, "rounds": [19_000.0, 19_500.0, 19_600.0]},
-                decode_tokens_per_second={"median": 310.0, "rounds": [305.0, 310.0, 312.0]},
+                prefill_tokens_per_second={
+                    "median": 19_500.0,
+                    "quartiles": [19_250.0, 19_550.0],
+                    "rounds": [19_000.0, 19_500.0, 19_600.0],
+                },
+                decode_tokens_per_second={
+                    "median": 310.0,
+                    "quartiles": [307.4, 311.0],
+                    "rounds": [305.0, 310.0, 312.0],
+                },
                 kv_cache_bytes_per_token=1536,
             ),
             "pruned": model(

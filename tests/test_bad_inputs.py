@@ -76,7 +76,7 @@ CASES = [
         ("data", "= score {teacher} --data {empty} -o {out}", "is empty"),
         ("data", "= score {teacher} --data {numbers} -o {out}", "expected text"),
         ("data", "--text-field txt", "Did you mean 'text'?"),
-        ("data", "= score {teacher} --data {broken} -o {out}", "Cannot load the dataset"),
+        ("data", "= score {teacher} --data {broken} -o {out}", "line 1, is not valid JSON"),
     ),
     *command(
         "plan",

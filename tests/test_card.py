@@ -81,7 +81,7 @@ def test_numbers_stand_beside_the_teacher(run_dir):
     assert measured["Top-1 agreement with the teacher"][1] == "71.20 ± 0.42 %"
     assert measured["Checkpoint size"][:2] == ["1.91 MiB", "823.69 KiB (0.42×)"]
     assert measured["KV cache per token"] == ["2.00 KiB", "1.50 KiB (0.75×)", "–"]
-    assert measured["Decode, tokens/s"] == ["200", "310 (1.55×)", "–"]
+    assert measured["Decode, tokens/s: median [quartiles]"] == ["200 [199–201]", "310 [307–311] (1.55×)", "–"]
     assert "0.250 nats per token above" in found["Limitations"]
     assert "dropped and 0–3, 6, 7 kept" in found["What was kept"]
 

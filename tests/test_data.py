@@ -427,6 +427,36 @@ def test_load_text_dataset_refuses(tmp_path: Path):
         load_text_dataset(str(tmp_path / "a.pdf"))
     with pytest.raises(DataError, match="does not exist"):
         load_text_dataset(str(tmp_path / "gone.jsonl"))
-    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "no.parquet").write_text("nothing")
     with pytest.raises(DataError, match="Cannot load the dataset"):
-        load_text_dataset(str(tmp_path / "broken.jsonl"))
+        load_text_dataset(str(tmp_path / "no.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', r"a\.jsonl, line 3, .*column 13: .*delimiter"),
+        ("a.jsonl", '{"text": "a"}\n{"te', r"a\.jsonl, line 2, .*Unterminated string"),
+        ("a.jsonl", '{"text": "a"}\n["b"]\n', r"a\.jsonl, line 2, .*a list instead of an object"),
+        ("a.json", '{"text": "a"}\n{"text": b}\n', r"a\.json, line 2, .*column 10"),
+        ("a.json", '[{"text": "a"},\n{"text": b}]', r"a\.json, line 2"),
+        ("a.csv", "text,other\na,b\nc,d,e\n", r"a\.csv.*line 3"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, name: str, content: str, where: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=where):
+        load_text_dataset(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (["a", None], r"Document 1 \(counted from 0\): .*NoneType"),
+        ([{"text": "a"}, {"text": "b"}, {"other": "c"}], r"Document 2 .*columns \['other'\]"),
+        (["a", "b\ud800"], "Document 1 .*not valid text"),
+    ],
+)
+def test_a_document_that_cannot_be_read_is_named_by_its_number(data: list, words: str):
+    with pytest.raises(DataError, match=words):
+        token_rows(data, pocket_tokenizer(), max_length=8)

@@ -19,8 +19,8 @@ from minitron_hf.errors import (
     OutputError,
     UnsupportedModelError,
 )
-from minitron_hf.evaluation import evaluate as evaluation
 from minitron_hf.evaluation.evaluate import evaluate_models
+from minitron_hf.evaluation.limits import Limits
 from minitron_hf.evaluation.samples import generate_samples
 from pocket import POCKETS, VOCAB, float64_throughout, pocket_model, pocket_tokenizer
 
@@ -165,16 +165,15 @@ def test_errors_of_derived_metrics_follow_the_loss(models, tokenizer):
 
 
 def test_default_lengths_fit_the_context():
-    lengths = evaluation._speed_lengths
-    config = LlamaConfig(max_position_embeddings=64)
-    assert lengths(None, None, 64, {"m": config}) == (48, 16)
-    assert lengths(None, None, 4096, {"m": config}) == (512, 64)
-    assert lengths(None, None, None, {}) == (512, 64)
-    assert lengths(60, None, 64, {"m": config}) == (60, 4)
+    limits = {context: Limits({}, {"m": context} if context else {}) for context in (64, 4096, None)}
+    assert limits[64].timed_lengths(None, None) == (48, 16)
+    assert limits[4096].timed_lengths(None, None) == (512, 64)
+    assert limits[None].timed_lengths(None, None) == (512, 64)
+    assert limits[64].timed_lengths(60, None) == (60, 4)
     with pytest.raises(MismatchError, match="context of the model 'm', 64 tokens"):
-        lengths(60, 5, 64, {"m": config})
+        limits[64].timed_lengths(60, 5)
     with pytest.raises(DataError, match="at least 1"):
-        lengths(0, 5, 64, {"m": config})
+        limits[64].timed_lengths(0, 5)
 
 
 def test_evaluation_json(tmp_path: Path, tokenizer):

@@ -276,7 +276,7 @@ def test_a_budget_of_time_is_kept_by_what_is_measured_once(find, tmp_path, monke
         ({"max_parameters": 10}, "max_parameters=10: none of the 4 shapes"),
         ({"train_dataset": TRAIN}, "output_dir"),
         ({"space": {"num_experts": [2]}}, "has no num_experts"),
-        ({"distillation": {"teacher_offload": True}}, "distillation.teacher_offload: every shape is cut out"),
+        ({"distillation": {"teacher_offload": True}}, "distillation.teacher_offload: every shape is cut from"),
     ],
 )
 def test_what_makes_no_sense_is_refused(find, changes, message):

@@ -61,9 +61,8 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
     batch: list[str | Piece] = []
     num_characters = 0
     for number, document in enumerate(data):
-        value = _content(document, text_field, processing_class, start)
+        value = _numbered_content(number, document, text_field, processing_class, start)
         if isinstance(value, str):
-            _require_encodable(value, number)
             if len(value) > BATCH_CHARACTERS:
                 yield from _encoded(batch, processing_class, start, front)
                 batch, num_characters = [], 0
@@ -172,6 +171,23 @@ def _first_bytes(text: str, processing_class: Any) -> int:
         return len(text[: offsets[1][0] if len(offsets) > 1 else len(text)].encode())
     first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
     return len(str(tokenizer.decode(first)).strip().encode())
+
+
+def _numbered_content(
+    number: int, document: Any, text_field: str, processing_class: Any, start: list[int]
+) -> str | Piece:
+    """Content of a document; every refusal names its number.
+
+    Raises:
+        DataError: if the document cannot be read.
+    """
+    try:
+        value = _content(document, text_field, processing_class, start)
+        if isinstance(value, str):
+            _require_encodable(value)
+        return value
+    except DataError as error:
+        raise DataError(f"Document {number} (counted from 0): {error}") from error
 
 
 def _content(document: Any, text_field: str, processing_class: Any, start: list[int]) -> str | Piece:
@@ -287,13 +303,17 @@ def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int])
     return _piece_of_ids(ids, start, add=False, num_context=shared)
 
 
-def _require_encodable(text: str, number: int) -> None:
+def _require_encodable(text: str) -> None:
+    """Refuse text that UTF-8 cannot encode.
+
+    Raises:
+        DataError: naming the character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"Document {number} (counted from 0) is no valid text: {error}. Clean it, for example with "
-            "text.encode('utf-8', 'replace').decode()."
+            f"It is not valid text: {error}. Clean it, for example with text.encode('utf-8', 'replace').decode()."
         ) from error
 
 

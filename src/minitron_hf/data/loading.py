@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,14 +65,50 @@ def load_text_dataset(
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, MinitronError):
             raise
+        if path is not None and path.is_file() and READERS.get(path.suffix) == "json":
+            _require_json(path)
+        reason = str(error.__cause__ or error).rstrip(". \n")  # of a broken file, the line is in the cause alone
         raise DataError(
-            f"Cannot load the dataset {source!r} (split {split!r}): {error}. "
+            f"Cannot load the dataset {source!r} (split {split!r}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
 
 
+def _require_json(path: Path) -> None:
+    """Refuse a file that is neither one JSON document nor lines of JSON objects; `datasets` does not name the line.
+
+    Raises:
+        DataError: naming the file, the first broken line and what is wrong with it.
+    """
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+            return
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # else one document after another: lines
+                raise _broken_line(path, error.lineno, error.msg) from error
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.rstrip("\n"))
+            except json.JSONDecodeError as error:
+                raise _broken_line(path, number, f"column {error.colno}: {error.msg}", line) from error
+            if not isinstance(value, dict):
+                raise _broken_line(path, number, f"a {type(value).__name__} instead of an object", line)
+
+
+def _broken_line(path: Path, number: int, reason: str, line: str = "") -> DataError:
+    shown = f": {line.strip()[:60]!r}" if line else ""
+    return DataError(
+        f"{path}, line {number}, is not valid JSON ({reason}){shown}. Expected one object per line, such as "
+        '{"text": "…"}. Correct the line, or remove it.'
+    )
+
+
 def _require_utf8(path: Path) -> None:
-    """Refuse a text file in another encoding; `datasets` would fail only when it comes to the row."""
+    """Refuse a text file in another encoding, which `datasets` notices only at the row."""
     decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
     try:
         with path.open("rb") as file:

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ from ..weights import stored_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: What stock models call the cache that they return and take: keys and values, or recurrent states. Since Transformers
-#: 5.24 all take it as `cache`; what they return keeps its name.
+#: Names under which stock models return and take their cache of keys and values, or of recurrent states. Since
+#: Transformers 5.24 all take it as `cache`; the returned names have not changed.
 CACHES = ("cache", "past_key_values", "cache_params")
 
 
@@ -35,7 +35,7 @@ def checkpoint_bytes(
     """Bytes of a model's weights: of its files when it is a path or a cached Hub id, else of its unique parameters.
 
     Args:
-        model_or_path: what to measure.
+        model_or_path: the model, or the path or Hub id of one.
         loaded: the model that was loaded from it, for a Hub id whose files are not in the cache.
     """
     if isinstance(model_or_path, str | os.PathLike):
@@ -69,7 +69,7 @@ def _cached_folder(repo_id: str, loaded: PreTrainedModel | None) -> Path | None:
 
 
 @torch.no_grad()
-def measure_cost(
+def measure_speed(
     models: Mapping[str, PreTrainedModel],
     rows: TokenRows,
     *,
@@ -78,7 +78,20 @@ def measure_cost(
     rounds: int,
     show_progress: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Cache size of every model and, with `rounds` > 0, its speed in interleaved rounds."""
+    """Measure the cache size of every model and, with `rounds` > 0, its speed in interleaved rounds.
+
+    Args:
+        models: name → model.
+        rows: the prompt is made of their tokens.
+        prefill_length: tokens of the prompt.
+        decode_tokens: greedy steps after the prompt.
+        rounds: number of timed rounds.
+        show_progress: show a progress bar.
+
+    Returns:
+        name → `prefill_tokens_per_second` and `decode_tokens_per_second`, see `summarize_speeds`, and
+        `kv_cache_bytes_per_token`.
+    """
     stream = [token for row in rows.rows[:prefill_length] for token in row]
     prompt = torch.tensor([(stream * (prefill_length // len(stream) + 1))[:prefill_length]])
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -103,21 +116,30 @@ def measure_cost(
             del output
         names = names[1:] + names[:1]
 
-    def summary(speeds: list[float]) -> dict[str, Any] | None:
-        return {"median": statistics.median(speeds), "rounds": speeds} if speeds else None
-
     return {
         name: {
-            "prefill_tokens_per_second": summary(prefill[name]),
-            "decode_tokens_per_second": summary(decode[name]),
+            "prefill_tokens_per_second": summarize_speeds(prefill[name]),
+            "decode_tokens_per_second": summarize_speeds(decode[name]),
             "kv_cache_bytes_per_token": cache_bytes[name],
         }
         for name in models
     }
 
 
+def summarize_speeds(speeds: Sequence[float]) -> dict[str, Any] | None:
+    """Median, first and third quartile, and the speeds of all rounds; None without rounds.
+
+    >>> summarize_speeds([4.0, 1.0, 2.0, 3.0, 5.0])
+    {'median': 3.0, 'quartiles': [2.0, 4.0], 'rounds': [4.0, 1.0, 2.0, 3.0, 5.0]}
+    """
+    if not speeds:
+        return None
+    quartiles = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else [speeds[0]] * 3
+    return {"median": statistics.median(speeds), "quartiles": quartiles[::2], "rounds": list(speeds)}
+
+
 def _timed_prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, Any]:
-    """Seconds until the logits of the prompt's last token are there, and the model's output."""
+    """Seconds to compute the logits of the prompt's last token, and the model's output."""
     # Generation computes no other logits; a model whose forward cannot leave them out computes all.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
     _synchronize(model.device)

@@ -37,11 +37,11 @@ def evaluate_tasks(
         model: a model, or the path or Hub id of one.
         tasks: names of tasks or groups, or paths of task files.
         processing_class: tokenizer, or the path or Hub id of one; by default that of `model` when it is a path.
-        limit: documents per task (or their share, below 1), for a quick look.
-        num_fewshot: worked examples in the prompt; None: as the task says.
+        limit: number of documents per task, or their fraction below 1, for a quick look.
+        num_fewshot: number of worked examples in the prompt; None: the task's own.
         batch_size: requests per forward pass.
         include_path: folders with further task files.
-        add_bos_token: whether prompts start with the beginning-of-text token; None: as the tokenizer does.
+        add_bos_token: whether prompts start with the beginning-of-text token; None: the tokenizer decides.
         dtype: dtype of a model that is loaded here; by default the stored one, or float32 where the hardware is slow
             in that.
         device: device of a model that is loaded here.
@@ -49,9 +49,9 @@ def evaluate_tasks(
 
     Returns:
         `{task: {metric: {"value": …, "stderr": …, …}}}`. A metric behind a filter other than `none` is named
-        `"metric,filter"`, as in the harness; `stderr` is None where it has none. Every metric says how it was made:
-        `num_documents` of the `num_documents_in_task`, `num_fewshot`, `task_version`, `harness_version`, and
-        `chat_template` where one was applied; None where the harness does not know.
+        `"metric,filter"`, as in the harness; `stderr` is None where the harness gives none. Every metric holds its
+        conditions: `num_documents` of the `num_documents_in_task`, `num_fewshot`, `task_version`, `harness_version`,
+        and `chat_template` where one was applied; None where the harness does not report it.
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
@@ -59,26 +59,37 @@ def evaluate_tasks(
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     manager = require_tasks(names, include_path)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     if processing_class is None:
         if not isinstance(model, str | os.PathLike):
             raise DataError("A model object needs its tokenizer. Pass processing_class=tokenizer.")
         processing_class = model
     tokenizer = load_tokenizer(processing_class)
     model = load_for_inference(model, dtype, common_device({"model": model}, device))
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos_token)
+    settings = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": num_fewshot, **kwargs}
+    wrapping = {"tokenizer": tokenizer, "batch_size": batch_size, "add_bos_token": add_bos_token}
+    return _named_results(_run_harness(model, wrapping, settings), bool(kwargs.get("apply_chat_template")))
+
+
+def _run_harness(model: PreTrainedModel, wrapping: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """What `lm_eval.simple_evaluate` returns.
+
+    Args:
+        model: the model.
+        wrapping: arguments of the harness's model class.
+        settings: arguments of `simple_evaluate`.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     with evaluating([model]):
-        results = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            **{"log_samples": False, "bootstrap_iters": 1000, **kwargs},
+        return lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, **wrapping), **{"log_samples": False, "bootstrap_iters": 1000, **settings}
         )
-    template = {"chat_template": True} if kwargs.get("apply_chat_template") else {}
+
+
+def _named_results(results: Mapping[str, Any], with_template: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    """Task → metric → value, standard error and the conditions of the measurement."""
+    template = {"chat_template": True} if with_template else {}
     return {
         task: {
             metric: {**measured, **_conditions(results, task), **template}
@@ -89,7 +100,7 @@ def evaluate_tasks(
 
 
 def _conditions(results: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """How a task, or all tasks of a group, was measured."""
+    """Conditions under which a task, or all tasks of a group, was measured."""
     counts = [results.get("n-samples", {}).get(name) for name in _parts(results, task)]
     known = counts if counts and None not in counts else []
     return {
@@ -110,7 +121,7 @@ def _parts(results: Mapping[str, Any], task: str) -> list[str]:
 def require_tasks(
     names: Sequence[str], include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
 ) -> Any:
-    """The harness's index of tasks, in which all the names are.
+    """The harness's index of tasks, which holds all the names.
 
     Args:
         names: names of tasks or groups, or paths of task files.
@@ -121,7 +132,7 @@ def require_tasks(
         DataError: if a task or a folder is unknown.
     """
     try:
-        from lm_eval.models import huggingface  # noqa: F401 (what it needs is looked for here, too)
+        from lm_eval.models import huggingface  # noqa: F401 (its dependencies may be missing too)
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingDependencyError(
@@ -133,7 +144,7 @@ def require_tasks(
         if not os.path.isdir(folder):
             raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
     paths = [str(folder) for folder in folders]
-    # The harness needs ten seconds to index its own 15,000 tasks: not where the given folders hold all that is asked.
+    # The harness takes ten seconds to index its own 15,000 tasks, which the given folders may make unnecessary.
     manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
     if manager is None or not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths or None)

@@ -155,17 +155,26 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         ("Prefill, tokens/s", "prefill_tokens_per_second"),
         ("Decode, tokens/s", "decode_tokens_per_second"),
     ):
-        medians = [(models[name].get(key) or {}).get("median") for name in names]
+        speeds = [models[name].get(key) or {} for name in names]
         base = (reference.get(key) or {}).get("median")
-        add(title, [_with_ratio(median, base, md.rate) for median in medians])
+        # Evaluations by older versions have no quartiles.
+        title += ": median [quartiles]" if any("quartiles" in speed for speed in speeds) else ""
+        add(title, [_with_ratio(speed.get("median"), base, md.rate, speed.get("quartiles")) for speed in speeds])
     return rows
 
 
-def _with_ratio(value: float | None, reference: float | None, shown: Callable[[Any], str]) -> str:
+def _with_ratio(
+    value: float | None,
+    reference: float | None,
+    shown: Callable[[Any], str],
+    quartiles: Sequence[float] | None = None,
+) -> str:
+    """A value with its spread, and its ratio to the reference's."""
     if value is None:
         return "–"
+    spread = f" [{'–'.join(map(shown, quartiles))}]" if quartiles else ""
     ratio = f" ({value / reference:.2f}×)" if reference and value != reference else ""
-    return shown(value) + ratio
+    return shown(value) + spread + ratio
 
 
 def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import DataSource, TokenRows, token_rows
 from ..errors import PlanError
-from ..evaluation.speed import measure_cost
+from ..evaluation.speed import measure_speed
 from ..files import digest
 from ..locks import holding
 from ..pruning.candidates import Candidate, Divergence, paired_gap
@@ -277,7 +277,7 @@ def _ranked(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRow
 
 
 def _measure_speed(student: PreTrainedModel, candidate: Candidate, rows: TokenRows) -> None:
-    speed = measure_cost(
+    speed = measure_speed(
         {"student": student}, rows, prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
     )["student"]
     candidate.prefill_tokens_per_second = speed["prefill_tokens_per_second"]["median"]

@@ -10,7 +10,7 @@ import torch
 from ..compat import build_from_config
 from ..data import TokenRows
 from ..errors import PlanError
-from ..evaluation.speed import measure_cost
+from ..evaluation.speed import measure_speed
 from ..models import stored_dtype
 from ..sizes.shapes import Shape, memory_bytes, require_budget
 from ..sizes.student import student_config
@@ -85,7 +85,7 @@ def seconds_per_token(model: PreTrainedModel, config: Any) -> float:
     """Median seconds to decode a token, measured with an untrained model of a shape."""
     with torch.device(input_device(model)):
         empty = build_from_config(type(model), config, model.dtype).eval()
-    speed = measure_cost(
+    speed = measure_speed(
         {"model": empty}, _any_rows(config), prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
     )
     return 1 / speed["model"]["decode_tokens_per_second"]["median"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minitron_hf.errors import HubError, UnsupportedModelError
-from minitron_hf.evaluation import speed as cost
+from minitron_hf.evaluation import speed as speed_module
 from minitron_hf.evaluation.evaluate import evaluate_models
 from pocket import pocket_model
 
@@ -37,7 +38,7 @@ def test_speed_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch):
             return _forward(*args, input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
 
         monkeypatch.setattr(model, "forward", ticking)
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
     result = evaluate_models(
         models,
         [[5, 6, 7]],
@@ -48,12 +49,24 @@ def test_speed_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch):
         show_progress=False,
     )
     for name, entry in result["models"].items():
-        assert entry["prefill_tokens_per_second"] == {"median": 20 / seconds[name], "rounds": [20 / seconds[name]] * 3}
-        assert entry["decode_tokens_per_second"] == {"median": 1 / seconds[name], "rounds": [1 / seconds[name]] * 3}
+        for key, speed in (("prefill", 20 / seconds[name]), ("decode", 1 / seconds[name])):
+            expected = {"median": speed, "quartiles": [speed] * 2, "rounds": [speed] * 3}
+            assert entry[f"{key}_tokens_per_second"] == expected
     prefills = [name for name, length in order if length == 20]
     assert prefills == ["teacher", "student", "student", "teacher"] * 2
     assert [length for _, length in order].count(1) == 4 * 2 * 4
     assert result["settings"]["prefill_length"] == 20
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 8])
+def test_speeds_are_summarised_by_median_and_quartiles(number: int):
+    """Against NumPy's linear interpolation, in any order of the rounds."""
+    speeds = np.random.default_rng(number).uniform(10, 20, number)
+    summary = speed_module.summarize_speeds(speeds.tolist())
+    assert summary["quartiles"] == pytest.approx(np.quantile(speeds, [0.25, 0.75]).tolist())
+    assert summary["median"] == pytest.approx(np.quantile(speeds, 0.5))
+    assert summary["rounds"] == speeds.tolist()
+    assert speed_module.summarize_speeds([]) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba2"])
@@ -61,7 +74,7 @@ def test_decoding_uses_the_cache_and_continues_the_prompt(name: str, monkeypatch
     """The timed steps are the greedy continuation that generate() gives."""
     model = pocket_model(name)
     prompt = torch.tensor([[5, 6, 7, 8, 9]])
-    _, output = cost._timed_prefill(model, prompt)
+    _, output = speed_module._timed_prefill(model, prompt)
     fed = []
     forward = model.forward
 
@@ -71,7 +84,7 @@ def test_decoding_uses_the_cache_and_continues_the_prompt(name: str, monkeypatch
 
     monkeypatch.setattr(model, "forward", spy)
     with torch.no_grad():
-        cost._timed_decode(model, output, 6)
+        speed_module._timed_decode(model, output, 6)
     monkeypatch.undo()
     generated = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert fed == generated[0, 5:].tolist()
@@ -88,21 +101,21 @@ def test_recurrent_models_have_speeds_and_no_keys_and_values():
 def test_models_without_a_cache_are_refused_by_name():
     model = pocket_model("llama")
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM returns no cache .* Pass speed=False"):
-        cost._timed_decode(model, model(torch.tensor([[5, 6]]), use_cache=False), 2)
+        speed_module._timed_decode(model, model(torch.tensor([[5, 6]]), use_cache=False), 2)
 
 
 def test_checkpoint_bytes(tmp_path: Path):
     model = pocket_model("qwen2-tied", dtype=torch.float32)
     in_memory = 4 * sum(parameter.numel() for parameter in model.parameters())  # the tied head counts once
-    assert cost.checkpoint_bytes(model) == in_memory
-    assert cost.checkpoint_bytes(model.half()) == in_memory // 2
+    assert speed_module.checkpoint_bytes(model) == in_memory
+    assert speed_module.checkpoint_bytes(model.half()) == in_memory // 2
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     (tmp_path / "one" / "scores.safetensors").write_bytes(b"not weights")
     one = (tmp_path / "one" / "model.safetensors").stat().st_size
     shards = [file.stat().st_size for file in (tmp_path / "many").glob("model-*.safetensors")]
     assert len(shards) > 1
-    assert cost.checkpoint_bytes(tmp_path / "one") == one > in_memory // 2
-    assert cost.checkpoint_bytes(str(tmp_path / "many")) == sum(shards)
+    assert speed_module.checkpoint_bytes(tmp_path / "one") == one > in_memory // 2
+    assert speed_module.checkpoint_bytes(str(tmp_path / "many")) == sum(shards)
     with pytest.raises(HubError, match="holds no weights"):
-        cost.checkpoint_bytes(tmp_path)
+        speed_module.checkpoint_bytes(tmp_path)
