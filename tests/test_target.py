@@ -148,7 +148,7 @@ def test_unresolved_targets_are_refused_with_what_to_do(teacher, scores):
         ({"target_parameters": 10**9}, {}, "Pruning only removes"),
         ({"target_parameters": 50}, {}, "no shape has between 48 and 50 parameters"),
         ({}, {"iterations": 2}, "iterations=2 cannot be combined with target_parameters"),
-        ({}, {"depth_metric": "perplexity"}, "has to know how many layers go"),
+        ({}, {"depth_metric": "perplexity"}, "has to know the number of dropped layers"),
         ({}, {"calibration_data": None}, "needs calibration_data"),
         ({"nonuniform_sizes": ["intermediate_size"]}, {}, "nonuniform_sizes names intermediate_size"),
         (

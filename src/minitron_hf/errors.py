@@ -66,7 +66,7 @@ class VerificationError(MinitronError, ValueError):
 
 
 def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
-    """A sentence, behind a space, with the known names that are spelt most like the wrong ones; or nothing.
+    """A sentence that suggests the known names that are spelt most like wrong ones, after a space; or nothing.
 
     >>> did_you_mean("learning_rat", ["learning_rate", "seed"]), did_you_mean("colour", ["seed"])
     (" Did you mean 'learning_rate'?", '')

@@ -1,9 +1,9 @@
-"""What went wrong while a model, config or tokenizer was loaded, in one message that says what to do next."""
+"""Turns errors of loading a model, config or tokenizer into one message with the next step."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,48 +11,24 @@ from .errors import DataError, HubError, MinitronError, NotEnoughMemoryError, Un
 
 
 def loading_error(what: str, name: str, error: Exception) -> MinitronError:
-    """Say in one message what went wrong while `what` of `name` was loaded, and what to do next."""
-    from huggingface_hub import constants, errors
+    """The error to raise instead, with one message: what went wrong, and what to do next.
 
+    Args:
+        what: `"model"`, `"config"` or `"tokenizer"`.
+        name: folder or Hub id.
+        error: of Transformers or the Hub.
+    """
     if isinstance(error, MinitronError):
         return error
     chain = list(_causes(error))
-
-    def raised(*types: type[BaseException]) -> bool:
-        return any(isinstance(link, types) for link in chain)
-
-    statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
     start = f"Cannot load the {what} {name!r}"
-    if raised(torch.OutOfMemoryError, MemoryError) or any("can't allocate memory" in str(link) for link in chain):
+    if any(
+        isinstance(link, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(link)
+        for link in chain
+    ):
         return NotEnoughMemoryError(f"{start}: {first_line(error)} Free memory, or take a smaller model or dtype.")
-    if not os.path.isdir(name):
-        host = constants.ENDPOINT
-        if raised(errors.GatedRepoError):
-            return HubError(
-                f"{start}: the repository is gated and this account has no access. "
-                f"Accept its terms at {host}/{name}, then log in with `hf auth login` or set HF_TOKEN."
-            )
-        if raised(errors.RevisionNotFoundError):
-            return HubError(f"{start}: the revision does not exist. Choose one from {host}/{name}/tree/main.")
-        if raised(errors.RepositoryNotFoundError):
-            return HubError(
-                f"{start}: there is no such folder here, and {host} has no such model or it is private. "
-                "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN."
-            )
-        if statuses & {401, 403}:
-            return HubError(f"{start}: {host} refused the token. Use `hf auth login`, or set a valid HF_TOKEN.")
-        if raised(errors.HFValidationError) or "Repo id must" in str(error):
-            return HubError(f"{start}: neither a folder nor a Hub id. Expected an existing folder or 'owner/name'.")
-        if raised(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-            return HubError(
-                f"{start}: HF_HUB_OFFLINE is set and the files are not in the cache ({constants.HF_HUB_CACHE}). "
-                "Pass a local folder, or unset HF_HUB_OFFLINE."
-            )
-        if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
-            return HubError(
-                f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
-                f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({first_line(chain[-1])})"
-            )
+    if not os.path.isdir(name) and (found := _hub_error(start, name, chain)) is not None:
+        return found
     if "trust_remote_code" in str(error):
         return UnsupportedModelError(
             f"{start}: it needs code of its own. Read that code, then pass trust_remote_code=True."
@@ -72,6 +48,50 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
     return UnsupportedModelError(f"{start}: {first_line(error)}")
 
 
+def _hub_error(start: str, name: str, chain: Sequence[BaseException]) -> HubError | None:
+    """The error of a name that is no folder here, if the Hub is the cause.
+
+    Args:
+        start: beginning of the message.
+        name: the name.
+        chain: an error and its causes.
+    """
+    from huggingface_hub import constants, errors
+
+    def raised(*types: type[BaseException]) -> bool:
+        return any(isinstance(link, types) for link in chain)
+
+    statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    host = constants.ENDPOINT
+    if raised(errors.GatedRepoError):
+        return HubError(
+            f"{start}: the repository is gated and this account has no access. "
+            f"Accept its terms at {host}/{name}, then log in with `hf auth login` or set HF_TOKEN."
+        )
+    if raised(errors.RevisionNotFoundError):
+        return HubError(f"{start}: the revision does not exist. Choose one from {host}/{name}/tree/main.")
+    if raised(errors.RepositoryNotFoundError):
+        return HubError(
+            f"{start}: there is no such folder here, and {host} has no such model or it is private. "
+            "Check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN."
+        )
+    if statuses & {401, 403}:
+        return HubError(f"{start}: {host} refused the token. Use `hf auth login`, or set a valid HF_TOKEN.")
+    if raised(errors.HFValidationError) or "Repo id must" in str(chain[0]):
+        return HubError(f"{start}: neither a folder nor a Hub id. Expected an existing folder or 'owner/name'.")
+    if raised(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return HubError(
+            f"{start}: HF_HUB_OFFLINE is set and the files are not in the cache ({constants.HF_HUB_CACHE}). "
+            "Pass a local folder, or unset HF_HUB_OFFLINE."
+        )
+    if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
+        return HubError(
+            f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
+            f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({first_line(chain[-1])})"
+        )
+    return None
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
@@ -80,8 +100,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its further paragraphs, as one sentence."""
+    """The first paragraph of a library's error, as one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A strict config's message names the validator first and what is wrong after it.
+    # A strict config's message names the validator first and the fault after it.
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines[0] if lines else type(error).__name__)
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -42,7 +42,7 @@ from .weights import require_complete, without_gguf_remains
 
 logger = logging.getLogger(__name__)
 
-#: Config fields that say nothing about the network: who wrote it, how it is run, stored or decoded.
+#: Config fields that do not define the network: its author, how it is run, stored or decoded.
 BOOKKEEPING_FIELDS = frozenset(
     {
         CONFIG_NAME_KEY,
@@ -162,7 +162,7 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 
 def plain_model(model: Any) -> Any:
-    """The model as it computes by itself, without what a trainer of this process put around it, or GGUF left.
+    """The model without the wrappers of a trainer in this process, and without traces of GGUF.
 
     Accelerate leaves a trained model under autocast, so that float32 weights would be computed in half precision, and
     a wrapper for several processes around it. The given object is not changed: trained on, it behaves as before.
@@ -178,7 +178,7 @@ def plain_model(model: Any) -> Any:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The Auto class that builds all of a model: of those with a language model inside, not that one alone."""
+    """The Auto class that builds a whole model; for one with a language model inside, not the language model alone."""
     inside = text_config(config) is not config
     whole = inside and has_image_text_class(config)
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
@@ -284,8 +284,8 @@ def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, emb
     Args:
         config_or_model: a config is counted on the meta device, without memory for weights. So is a quantised model,
             whose stored tensors pack several parameters into one element.
-        embeddings: False leaves out the token embedding and the output head (P1 and P2 report both numbers); learned
-            position embeddings stay in.
+        embeddings: False leaves out the token embedding and the output head (the Minitron papers report
+            both numbers); learned position embeddings stay in.
 
     Raises:
         UnsupportedModelError: see `empty_model`.
@@ -304,7 +304,7 @@ def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, emb
 
 
 def architecture_digest(config: PretrainedConfig) -> str:
-    """Digest of the config fields that say which network it is, without `BOOKKEEPING_FIELDS`.
+    """Digest of the config fields that define the network: all but `BOOKKEEPING_FIELDS`.
 
     Returns:
         `"sha256:<hex>"`.

@@ -199,7 +199,7 @@ def _source(processing_class: Any) -> Path | None:
 
 
 def _save_again(kind: Any, source: Path, folder: Path) -> bool:
-    """Save what is in `source` as it is loaded now; False if it cannot be loaded."""
+    """Load the tokenizer in `source` and save it; False if it cannot be loaded."""
     try:
         kind.from_pretrained(source, local_files_only=True).save_pretrained(folder)
     except Exception:  # whatever a tokenizer class raises: the caller writes all files anew
@@ -210,7 +210,7 @@ def _save_again(kind: Any, source: Path, folder: Path) -> bool:
 def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
     """Write the files of `source`, with what differs between `now` and `then`, which was made of `source`."""
     originals = {path.relative_to(source).as_posix(): path for path in _files(source, PROCESSOR_FILES)}
-    # A link out of the folder is not followed: what it leads to is taken as it was understood, if it was at all.
+    # A link out of the folder is not followed: its content is written as the tokenizer class saves it, if at all.
     linked = {name for name, path in originals.items() if leaves_folder(path, source)}
     originals = {name: path for name, path in originals.items() if name not in linked}
     saved, before = ({path.relative_to(root).as_posix() for path in _files(root, ("**/*",))} for root in (now, then))

@@ -20,7 +20,7 @@ DIGEST_SAMPLES = 1024
 
 
 def require_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that is not what its config says; Transformers fills gaps at random and drops what is left.
+    """Refuse a checkpoint that does not fit its config: Transformers fills gaps at random and drops surplus tensors.
 
     Args:
         model: what was loaded.
@@ -106,7 +106,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def without_gguf_remains(model: Any) -> Any:
-    """A model that was read from a GGUF file and dequantised, without what is left of it.
+    """A model that was read from a GGUF file and dequantised, without the traces of GGUF in it.
 
     Transformers 5.23 does not save models that are marked as read from GGUF. The given object is not changed; the
     other one shares its weights.
@@ -127,7 +127,7 @@ def on_meta(model: PreTrainedModel) -> bool:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where to put a model's inputs; the CPU where its embeddings are offloaded, whence Accelerate moves them on."""
+    """The device for a model's inputs; the CPU where its embeddings are offloaded, and Accelerate moves them on."""
     device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -77,7 +77,7 @@ def families() -> Mapping[str, ArchSpec]:
 
 @cache
 def wrapped_families() -> Mapping[tuple[str, str], ArchSpec]:
-    """The tables of models that hold a family's language model, by their `model_type` and that of what they hold."""
+    """Tables of models that hold a family's language model, by both `model_type`s: the outer and the inner one."""
     return {
         (wrapper.model_type, model_type): spec.inside(wrapper)
         for model_type, spec in families().items()

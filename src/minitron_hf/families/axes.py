@@ -4,7 +4,7 @@ A tensor is written as its dimensions, separated by spaces; a dimension is a sum
 nesting) of axis names or integers. A fused q,k,v projection with grouped queries, for example, is
 `"heads*head_dim+kv*head_dim+kv*head_dim hidden"`.
 
-Where every unit of an axis holds several things side by side, they stand in parentheses behind it, and `heads/kv` are
+Where every unit of an axis holds several things side by side, they stand in parentheses after it, and `heads/kv` are
 the heads that belong to that one unit of kv: `"kv*(heads/kv+1+1)*head_dim hidden"` is the same projection, ordered by
 group.
 """
@@ -32,9 +32,9 @@ class Rounding:
 
     Attributes:
         flag: config field that switches this on. A student's config holds the size that results, and False here.
-        share: what is taken of the size, as a fraction: the numerator and the denominator.
+        share: fraction of the size that is taken: numerator and denominator.
         factor: config field of a factor on that, rounded down.
-        multiple: config field of what the size is finally rounded up to a multiple of.
+        multiple: config field; the size is finally rounded up to a multiple of its value.
     """
 
     flag: str

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogitRules:
-    """What a stock class does between its backbone and its logits, beside the output projection.
+    """Scales, caps and modules between the backbone and the logits of a stock class, beside the output projection.
 
-    The same field name means different things in different families, so each table says which it is.
+    The same config field multiplies in one family and divides in another, so each table says which it does.
 
     Attributes:
         multiplied_by: config field (or property) that the logits are multiplied by.
@@ -91,7 +91,7 @@ class LayerRules:
 @accept_old_names(writers="stream_writers")
 @dataclass(frozen=True)
 class StreamRules:
-    """What a cut of the hidden size changes in the residual stream beside the channels that go.
+    """Further changes of the residual stream after a cut of the hidden size.
 
     Attributes:
         scaled_embeddings: whether the stock class multiplies token embeddings by √hidden_size. A cut of the hidden

@@ -59,7 +59,7 @@ class Wrapper:
         stream_writers: those of them that write to the residual stream, where the embeddings are scaled.
         unpruned_prefixes: beginnings of the names of all other tensors, which are kept as they are.
         refused: axis → why it cannot be cut inside this wrapper.
-        logits: what the wrapper does to the logits, where it differs from the language model's own class.
+        logits: scales and caps of the logits, where the wrapper's differ from the language model's own.
     """
 
     model_type: str
@@ -93,7 +93,7 @@ class ArchSpec:
         groups: pairs (inner, outer): every kept outer unit keeps equally many inner units, ordered outer-major.
         equal: pairs of dimensions that the stock class cannot hold at different sizes; one axis of each can be cut.
         gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
-            each of which it takes by itself.
+            each of which it normalises separately.
         readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers. Sizes may be among them.
@@ -101,14 +101,14 @@ class ArchSpec:
         needed_kinds: (config field with one entry per layer, kinds): at least one layer of these kinds has to stay,
             because the stock cache counts tokens there, or the stock config insists.
         layer_rules: config fields that say something of single layers, and layers that depend on others.
-        norm_offset: what the norms add to their weights: 1 in families that store them minus one.
+        norm_offset: number that the norms add to their weights: 1 in families that store them minus one.
         bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
-        stream: what a cut of the hidden size changes in the residual stream beside the kept channels.
+        stream: further changes of the residual stream after a cut of the hidden size.
         config_rules: config fields that follow from sizes.
         wrappers: models that hold this language model beside other parts.
         unpruned_prefixes: beginnings of names of tensors that are no part of the language model, and kept as they are.
-        logits: what the stock class does to its logits beside the output projection.
-        least: (axis, expression of config fields): the student keeps at least so many units (routing picks that many).
+        logits: scales and caps of the logits after the output projection.
+        least: (axis, expression of config fields): the smallest number of units to keep (routing picks that many).
         refused: axis → why it cannot be cut in this family.
         refused_if: (config field, value, axis, reason): refusals that depend on a flag; axis `*` refuses the model.
         equivalent_classes: (model type, fields, changes): other stock classes that hold exactly the same model if the
@@ -201,7 +201,7 @@ class ArchSpec:
         Args:
             config: the config.
             layer: as this layer sees them, where they differ from layer to layer (list-valued fields,
-                `per_layer_config`); None for what the config says of all: the largest entry of a list.
+                `per_layer_config`); None for the whole model: the largest entry of a list.
 
         Raises:
             UnsupportedModelError: if the config lacks a size that has no implied value, or is of a refused variant.

@@ -39,7 +39,7 @@ def own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether the weights are stored in another form than that of their values.
+    """Whether the weights are stored in a packed form instead of as plain values.
 
     A model that was read from a GGUF file and dequantised calls itself quantised, and is not: its weights are plain.
     """

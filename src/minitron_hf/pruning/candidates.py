@@ -35,7 +35,7 @@ SEARCH_NAME = "search.json"
 
 @dataclass
 class Candidate:
-    """One shape and what is known of it.
+    """One shape, and its measurements.
 
     Attributes:
         request: its sizes.
@@ -43,8 +43,8 @@ class Candidate:
         proxy: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
         rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
             held-out text.
-        behind: `value` and `stderr` of its KL minus the best one's, paired on the same rows, where both were measured
-            last: after the same round, or before any; None for the best.
+        behind: `value` and `stderr` of its KL minus the KL of the best candidate, paired on the same rows, after the
+            last round that both took part in; None for the best.
         prefill_tokens_per_second, decode_tokens_per_second: median speed, of the shapes that were retrained.
         row_sums: nats of every row: of the proxy, then of every round.
     """
@@ -90,7 +90,7 @@ class Candidate:
         }
 
     def proxy_dict(self) -> dict[str, Any]:
-        """What is known before any retraining, JSON-ready."""
+        """The measurements before any retraining, JSON-ready."""
         names = ("name", "request", "num_parameters", "proxy", "behind")
         return {name: value for name, value in self.to_dict().items() if name in names}
 
@@ -159,7 +159,7 @@ def _head_on_device(head: OutputHead, device: torch.device) -> OutputHead:
 
 
 def paired_gap(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[str, float]:
-    """How much larger its KL is, row by row on the same tokens, where it was measured last."""
+    """The KL of a candidate minus the KL of the best one, paired by rows, after the candidate's last round."""
     turn = len(candidate.rounds)
     differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]
     value, error = mean_and_error(differences, _counts(rows))

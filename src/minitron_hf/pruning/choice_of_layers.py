@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def choose_layers(
     spec: ArchSpec, teacher: PretrainedConfig, left: int, request: PrunerConfig, scores: ImportanceScores | None
 ) -> tuple[int, ...]:
-    """Teacher indices of the layers that stay: what is dropped has the lowest scores that leave a possible model."""
+    """Teacher indices of the layers to keep: those with the lowest scores go, as far as the model stays possible."""
     depth = spec.sizes(teacher)["layers"]
     num_drop = depth - left
 
@@ -71,7 +71,7 @@ def choose_layers(
 
 
 def tried_layer_sets(scores: ImportanceScores) -> list[dict[str, Any]]:
-    """What the model was worth without every set of layers that was tried, best first."""
+    """The score of the model without each set of layers that was tried, best first."""
     tried: dict[tuple[int, ...], float] = {}
     for first, last in (~scores.blocks.isnan()).nonzero().tolist():
         tried[tuple(range(first, last + 1))] = float(scores.blocks[first, last])

@@ -152,7 +152,9 @@ def choose_partners(
 
 
 def _add_back_pairs(scores: np.ndarray, left: int) -> list[tuple[int, int]]:
-    """Pairs of a kept and a dropped unit, where the `left` units of the highest scores are kept (P1 §2.2).
+    """Pairs of a kept and a dropped unit, where the `left` units of the highest scores are kept.
+
+    After Muralidharan et al. 2024, arXiv 2407.14679, §2.2.
 
     By rank, counted from 1, unit i of K kept out of L goes with 2K - i + 1, for i from 2K - L + 1 to K: the paper
     prints a lower bound that is one too low. With K < L / 2 every kept unit has a partner, and the rest has none.

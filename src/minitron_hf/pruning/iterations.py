@@ -1,4 +1,4 @@
-"""Importance estimated again after every partial cut (P1 §2.3)."""
+"""Importance estimated again after every partial cut (Muralidharan et al. 2024, arXiv 2407.14679, §2.2)."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def iterate_importance(
     iterations: int = 1,
     **importance_kwargs: Any,
 ) -> ImportanceScores:
-    """Score, cut a part, score what is left, and so on (P1 §2.2): round i of T cuts i/T of what is to go in the end.
+    """Score and cut in several rounds: after round i of T, i/T of the whole cut is done.
 
-    P1 found 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and 1.92 for all of them after it.
+    Muralidharan et al. 2024 (§2.2) found a loss of 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and 1.92
+    for all of them after it.
 
     Args:
         model: the teacher; not changed.
@@ -45,7 +46,7 @@ def iterate_importance(
             students may be of other stock classes that hold the same model.
         data: see `estimate_importance`; tokenised once for all rounds.
         iterations: T; 1 is `estimate_importance`.
-        **importance_kwargs: passed on to `estimate_importance`. What a `depth_metric` has to measure follows from
+        **importance_kwargs: passed on to `estimate_importance`. Which layers a `depth_metric` measures follows from
             `config`.
 
     Returns:

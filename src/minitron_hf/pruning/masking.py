@@ -72,7 +72,7 @@ class _Masking:
         #: Name of a tensor → its pattern in the table, and its layer.
         self.located = {name: found for name in self.tensors if (found := self.spec.locate(name)) is not None}
         self.kept = {layer: plan.kept_in(layer) for layer in (None, *plan.layers_kept)}
-        # The student multiplies by powers of its own hidden size, the teacher by those of its.
+        # Stock classes multiply by powers of the hidden size, which differs between student and teacher.
         ratio = plan.sizes["hidden"]["student"] / plan.sizes["hidden"]["teacher"]
         self.scales = dict(plan.scales)
         for name, power in self.spec.stream.hidden_powers:
@@ -234,7 +234,7 @@ def _mask_input(mask: Tensor) -> Callable[..., Any]:
 
 
 def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack) -> None:
-    """Dropped channels are dead from the start; scaled embeddings have the student's scale."""
+    """Zero the dropped channels of the embeddings; scale scaled embeddings as in the student."""
     if "hidden" not in plan.kept:
         return
     spec, hidden = spec_for(model.config), plan.sizes["hidden"]
@@ -264,7 +264,10 @@ def _scale_output(module: nn.Module, of_weight: float, of_bias: float, stack: Ex
 
 
 def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
-    """What makes a norm's eps that of the student's config: x/√(a²·mean x² + eps) ∝ x/√(mean x² + eps/a²)."""
+    """Factor on a norm's input by which its eps acts as the student's.
+
+    x/√(a²·mean x² + eps) ∝ x/√(mean x² + eps/a²).
+    """
     teacher, student = (dict(one).get("text_config", one) for one in (plan.teacher["config"], plan.student["config"]))
     for name in NORM_EPSILONS:
         before, after = teacher.get(name), student.get(name)
@@ -276,8 +279,8 @@ def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
 def _restrict_norm(module: nn.Module, mask: Tensor, scale: float, stack: ExitStack) -> None:
     """Let a norm see the kept units alone.
 
-    Dropped positions are filled with values of the same mean and mean square, so that whatever the norm divides by or
-    subtracts, computed over all positions, is that of the kept ones, be its kind, eps or offset what they may.
+    Dropped positions are filled with values of the same mean and mean square as the kept ones. So the norm's
+    statistics over all positions equal those over the kept ones, whatever its kind, eps or offset.
     """
     dropped = int((~mask).sum())
     spread = torch.zeros(len(mask), dtype=torch.float64)
@@ -302,7 +305,7 @@ def _restrict_norm(module: nn.Module, mask: Tensor, scale: float, stack: ExitSta
 
 def _restrict_gated_norm(module: nn.Module, mask: Tensor, groups: int, stack: ExitStack) -> None:
     """Let a root mean square norm with a gate, in every group of its channels, see the kept ones alone."""
-    one = 1.2784645427610738  # x · sigmoid(x) is 1 there: such a gate lets pass what it is given
+    one = 1.2784645427610738  # x · sigmoid(x) = 1: such a gate changes nothing
 
     def normed(gate: float) -> Tensor:
         ones = torch.ones(1, 1, len(mask)).to(module.get_parameter("weight"))
@@ -340,7 +343,7 @@ def _masked_experts(
 ) -> Tensor | None:
     """Stacked weights with dropped neurons at zero in every expert, where they are a dimension of their own.
 
-    A fused gate and up projection stays as it is: what is not read needs no mask, and its order is what is judged.
+    A fused gate and up projection stays as it is: its order is under test, and units that nothing reads need no mask.
     """
     for position, dimension in enumerate(dimensions):
         for axis in dimension_axes(dimension) & kept.keys():
@@ -353,14 +356,14 @@ def _masked_experts(
 
 
 def _exclude_from_choice(bias: Tensor, dropped: Tensor) -> Tensor:
-    """What is added to scores only to choose, so low at dropped experts that nothing makes up for it."""
+    """A router's bias with a very low value for dropped experts, so that they are never chosen."""
     return bias.masked_fill(dropped.to(bias.device), torch.finfo(bias.dtype).min / 2)
 
 
 def _swap_tensors(
     layer: str, modules: Mapping[str, nn.Module], replacements: Mapping[str, Tensor], stack: ExitStack
 ) -> None:
-    """Let a layer compute with other tensors: they are in their places only while it runs."""
+    """Let a layer compute with other tensors, which replace its own only while it runs."""
     if not replacements:
         return
     kept: dict[str, Tensor] = {}

@@ -27,7 +27,7 @@ PARTNERS = "partners."
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What a student is made of: complete, checked, and independent of weights.
+    """The kept units and layers of a student: complete, checked, and independent of weights.
 
     Attributes:
         model_type: family.
@@ -40,13 +40,13 @@ class PruningPlan:
             `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
             another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones; one
             that keeps fewer than others is filled up with -1.
-        partners: axis → the dropped unit that each kept one gains its difference to (P1's head add-back), in the shape
+        partners: axis → the dropped unit that each kept one gains its difference to (head add-back), in the shape
             of `kept`; -1 for none. Empty without `head_add_back`.
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
         pruner_config: the request.
-        repair: how output projections are to be refitted to the kept units, on data that the plan does not hold; None:
-            they are not.
+        repair: method by which output projections are refitted to the kept units, on data that the plan does not hold;
+            None for no repair.
         selection: how units were ranked (metric), or None if nothing had to be ranked.
         scores: digest, settings and data digest of the scores used, or None.
         candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`, `proxy`
@@ -134,7 +134,7 @@ class PruningPlan:
 
     @property
     def digest(self) -> str:
-        """Digest of what is kept, in which teacher, and whether it is refitted."""
+        """Digest of the teacher, the kept units and layers, and the repair."""
         return digest(
             self.teacher.get("digest"),
             self.student["config"],
@@ -205,12 +205,12 @@ class PruningPlan:
 
 
 def _drop_padding(units: np.ndarray) -> np.ndarray:
-    """One row of `_pad_rows` as it was."""
+    """A row of `_pad_rows` without its padding."""
     return units[units >= 0] if units.ndim == 1 else units
 
 
 def _config_to_dict(config: PretrainedConfig) -> dict[str, Any]:
-    """A config as JSON values, the way `config.json` holds it; where it was loaded from is not its business."""
+    """A config as JSON values, the way `config.json` holds it; without the path that it was loaded from."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop(CONFIG_NAME_KEY, None)
     return values

@@ -64,7 +64,7 @@ def prune_model(
         scores: scores made before by `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
-        iterations: score and cut in so many rounds (`iterate_importance`).
+        iterations: number of rounds of scoring and cutting (`iterate_importance`).
         **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). Which
             layers a `depth_metric` measures follows from `config`.
 
@@ -272,7 +272,7 @@ def prune_with_plan(
     verify: bool = False,
     **row_arguments: Any,
 ) -> PreTrainedModel:
-    """`apply_plan`, with the repair that the plan may have, and verified on demand.
+    """Build the student of a plan: `apply_plan`, then the plan's repair, and a verification on demand.
 
     Args:
         model: the teacher; not changed.

@@ -42,7 +42,7 @@ def repaired_weights(
     batch_size: int = 8,
     ridge: float = 1e-3,
 ) -> dict[str, Tensor]:
-    """Output projections that make up for cut neurons and heads, for `apply_plan(repaired=…)`.
+    """Refit output projections to the kept neurons and heads, for `apply_plan(repaired=…)`.
 
     For every projection that reads cut neurons, heads or groups, with X [N, D] its inputs in the teacher:
     min ‖X W − X_K W'_K‖² + λ‖W'_K − W_K‖², so W'_K = W_K + (X_KᵀX_K + λI)⁻¹ X_KᵀX_C W_C. Only XᵀX is accumulated, in
@@ -50,7 +50,7 @@ def repaired_weights(
 
     Args:
         model: the teacher; not changed.
-        plan: made for it; may cut other axes too, which the fit does not know of.
+        plan: made for it. It may cut other axes, too, which the fit ignores.
         data: calibration texts, token rows, a dataset or a `DataLoader`, as for `estimate_importance`.
         processing_class: tokenizer, needed for texts.
         num_samples: rows to use.
@@ -60,7 +60,7 @@ def repaired_weights(
         ridge: λ as a fraction of the mean of the diagonal of X_KᵀX_K.
 
     Returns:
-        Teacher's tensor name → the tensor with its kept inputs refitted, in its own dtype; nothing for no cut.
+        Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
 
     Raises:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).

@@ -1,8 +1,8 @@
 """Tensors that stay on disk and read any part of themselves from a safetensors checkpoint.
 
-Code that was written for tensors in memory (that of Transformers, which renames, stacks and casts what a checkpoint
-holds, and ours, which cuts it) runs on them unchanged and only takes notes: shapes and dtypes are known at once,
-numbers are read when they are written somewhere else, and only those that are left.
+Code for tensors in memory runs on them unchanged: Transformers renames, stacks and casts the tensors of a checkpoint,
+and this package cuts them. Operations are only recorded. Shapes and dtypes are known at once; numbers are read when
+they are written elsewhere, and only the kept ones.
 """
 
 from __future__ import annotations

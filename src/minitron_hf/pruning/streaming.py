@@ -190,7 +190,7 @@ def _weight_names(folder: Path) -> list[str]:
 def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedModel:
     """The model that Transformers would load, with tensors that stay on disk: shapes at once, numbers when asked for.
 
-    It can be planned with and cut, and its digest is that of the loaded model; it cannot compute.
+    It can be planned with and cut, and has the digest of the loaded model. It cannot compute.
 
     Args:
         source: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
@@ -300,7 +300,7 @@ def _saved_tensors(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: tqdm) -> None:
-    """Write a file as `safetensors.torch.save_file` does, but for what it reads at a time."""
+    """Write the file that `safetensors.torch.save_file` would, reading a block at a time."""
     rank = {dtype: position for position, dtype in enumerate(DTYPES.values())}
     label = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: (-rank[item[1].dtype], item[0]))
@@ -329,7 +329,7 @@ def _read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _require_room(target: Path, size: int) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Refuse a student that the disk cannot hold."""
     parents: Iterable[Path] = (path for path in target.absolute().parents if path.is_dir())
     parent = next(iter(parents))
     free = shutil.disk_usage(parent).free

@@ -98,7 +98,7 @@ def _require_repair(plan: PruningPlan, repaired: Mapping[str, torch.Tensor] | No
 
 
 def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The teacher's class, or that of other stock classes which hold the same model."""
+    """The teacher's class, or another stock class that holds the same model."""
     if config.model_type == model.config.model_type:
         return type(model)
     return type(empty_model(config))
@@ -122,7 +122,7 @@ def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
 def student_tensor(
     tensor: torch.Tensor, name: str, spec: ArchSpec, config: PretrainedConfig, plan: PruningPlan
 ) -> torch.Tensor:
-    """What a tensor of the teacher becomes in the student: its kept units, merged and scaled where the plan says so.
+    """Cut a tensor of the teacher to its kept units, merged and scaled where the plan says so.
 
     Args:
         tensor: the teacher's tensor.
@@ -139,7 +139,7 @@ def student_tensor(
     dimensions = spec.dimensions.get(pattern, ())
     whole, tensor = tensor, cut_tensor(tensor, dimensions, spec.axis, sizes, plan.kept_in(layer))
     if any(not dimension_axes(dimension).isdisjoint(plan.partners) for dimension in dimensions):
-        # Units without a partner stand in its place themselves, and stay what they are: 2x - x is exact.
+        # A unit without a partner is its own partner, and stays unchanged: 2x - x is exact.
         partner = cut_tensor(whole, dimensions, spec.axis, sizes, plan.partners_in(layer))
         wide = torch.promote_types(tensor.dtype, torch.float32)
         tensor = (tensor.to(wide) * 2 - partner.to(wide)).to(tensor.dtype)
@@ -158,7 +158,7 @@ def cut_tensor(
     sizes: Mapping[str, int],
     kept: Mapping[str, np.ndarray],
 ) -> torch.Tensor:
-    """The units of a tensor that stay.
+    """Cut a tensor to its kept units.
 
     Args:
         tensor: any tensor of a layer, or outside the layers.

@@ -1,8 +1,8 @@
 """Verifies a student: its logits must equal those of the teacher with the dropped units masked.
 
-What a plan drops is switched off inside the teacher while it runs: the inputs of output projections are multiplied by
-zero, norms see dropped channels as more of the kept ones, dropped layers hand on what they are given, dropped experts
-are never chosen. A table that is wrong about the order inside a fused projection fits in shape and fails here.
+While the teacher runs, the dropped units are masked: the inputs of output projections are multiplied by zero, norms
+compute their statistics from the kept channels, dropped layers return their inputs, dropped experts are never chosen.
+A table that is wrong about the order inside a fused projection fits in shape and fails here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .plan import PruningPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: How often a gap may exceed what one rounding of the embeddings does to the logits: every layer rounds many times.
+#: The largest allowed gap, in units of the effect of one rounding of the embeddings: every layer rounds many times.
 ROUNDINGS = 30
 #: Tokens that are compared: rows, and tokens in a row.
 NUM_TOKENS = (2, 24)
@@ -92,7 +92,7 @@ def verify_student(
 
 
 def note_verification(teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan) -> PruningPlan:
-    """The plan, with a note of the gap that `verify_student` found, or why there is none to find.
+    """Verify a student, and note the gap in its plan, or why it cannot be verified.
 
     Raises:
         MinitronError: see `verify_student`.

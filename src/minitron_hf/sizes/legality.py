@@ -1,4 +1,4 @@
-"""Which sizes of an axis are legal, and what a refusal offers instead."""
+"""Legal sizes of an axis, and the nearest legal ones that a refusal names."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FEWEST_STEPS = 32
 
 
 def rounding_step(size: int, each: int = 1, multiple_of: int | None = None, fraction: float = 1.0) -> int:
-    """What a fraction of a number of channels or neurons is rounded to a multiple of.
+    """The step to whose multiples a fraction of a number of channels or neurons is rounded.
 
     Args:
         size: the teacher's size.
-        each: what the student's size has to be a multiple of in any case.
+        each: divisor that the student's size must have in any case.
         multiple_of: the user's choice; None for one that follows from the size.
-        fraction: what is asked for. Where it comes out at a multiple of a smaller step by itself, that step suffices.
+        fraction: the requested fraction. If it gives a multiple of a smaller step already, that step is returned.
 
     >>> rounding_step(576), rounding_step(2048), rounding_step(4096), rounding_step(14336)
     (8, 64, 128, 256)
@@ -57,7 +57,7 @@ def _step(
     sizes: Mapping[str, int],
     following: Collection[tuple[str, str]],
 ) -> int:
-    """What any size of an axis has to be a multiple of, given the sizes decided so far.
+    """The step of the legal sizes of an axis, given the sizes decided so far.
 
     Args:
         spec: the family.
@@ -85,7 +85,7 @@ def _step(
 
 
 def _groups_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
-    """Groups (inner, outer) with one inner unit each, of which the outer size is not given: it follows the inner one.
+    """Groups (inner, outer) with one inner unit each whose outer size is not given: it follows the inner size.
 
     Multi-head attention, whose heads have keys and values of their own, is the example.
     """
@@ -111,7 +111,7 @@ def _required_divisors(
 
 
 def _largest_size(spec: ArchSpec, axis: str, before: Mapping[str, int], after: Mapping[str, int]) -> int:
-    """Most units of an axis that the groups kept so far have."""
+    """The largest size of an axis within the groups kept so far."""
     return min(
         [before[axis], *(before[axis] // before[outer] * after[outer] for i, outer in spec.groups if i == axis)]
     )
@@ -127,7 +127,7 @@ def _round_fraction(fraction: float, size: int, step: int) -> int:
 
 
 def _cuttable_axis(spec: ArchSpec, dimension: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """The one axis of a dimension that can be cut, and how much the dimension holds of each of its units."""
+    """The one axis of a dimension that can be cut, and the entries of the dimension per unit of it."""
     [parsed] = parse_dimensions(dimension)
     [axis] = [name for name in dimension_axes(parsed) if spec.axis[name].prunable and name not in spec.refused]
     return axis, dimension_size(parsed, {**sizes, axis: 1})
@@ -185,7 +185,7 @@ def _require_least(
 
 
 def _smallest_size(spec: ArchSpec, config: PretrainedConfig, axis: str) -> tuple[int, str]:
-    """Fewest units that an axis must keep, and the expression that says so; those of missing fields say nothing."""
+    """The smallest size of an axis, and the expression that sets it; expressions with missing fields are ignored."""
     found = [(1, "")]
     for limited, expression in spec.least:
         names = re.findall(r"[a-z_]\w*", expression)
@@ -245,7 +245,7 @@ def _require_change(
     after: Mapping[str, int],
     step: int,
 ) -> None:
-    """Refuse a fraction below 1 that leaves the teacher's size, and say what would change it."""
+    """Refuse a fraction below 1 that rounds to the teacher's size, and name a size that would change it."""
     if after[axis] < before[axis]:
         return
     size, name = before[axis], field_name(spec, axis)

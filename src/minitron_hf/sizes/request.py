@@ -18,7 +18,7 @@ PRUNER_CONFIG_NAME = "pruner_config.json"
 #: Fields of earlier versions → their names now.
 OLD_NAMES = {"uneven": "nonuniform_sizes"}
 
-#: Ways to make up for cut units, and the axes whose units a plain projection reads, which they can change.
+#: Values of `PrunerConfig.repair`.
 REPAIRS = ("least_squares",)
 
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
@@ -46,31 +46,32 @@ class PrunerConfig:
         mamba_head_dim: channels of every state-space head, chosen in each.
         num_hidden_layers: layers to keep.
         layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
-        contiguous: drop one contiguous block of layers, the least important of its length (P2: dropping the 16
-            individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not).
-        keep_first_layers: layers at the beginning that a choice by scores never drops.
-        keep_last_layers: layers at the end, likewise. P2: the first and the last layers matter most, which the cosine
-            of block importance does not always see (`benchmarks/depth.py`).
-        norm_compensation: scale the norms' weights after a cut of the hidden size by √(teacher's / student's), so that
-            they divide by what the teacher would with its dropped channels zeroed, instead of by the root mean square
-            of the kept ones. Exact for RMSNorm, near for LayerNorm. After distillation it was better on two real
-            models and equal on the third (`benchmarks/results/*-norm-compensation.json`).
-        head_add_back: let kept heads take over what sets them apart from dropped ones (P1 §2.2): by importance, with
-            K of L kept, head i gains its difference to head 2K - i + 1, in all that projects into it and out of it.
-            Where KV heads are shared, query heads only, within their group. It is a merge of weights: the student is
-            no longer the masked teacher.
+        contiguous: drop one contiguous block of layers, the least important one of its length. Dropping the 16
+            individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not
+            (Sreenivas et al. 2024).
+        keep_first_layers: number of first layers that a choice by scores never drops.
+        keep_last_layers: number of last layers that a choice by scores never drops. The first and the last layers
+            matter most (Sreenivas et al. 2024), which block importance does not always see (`benchmarks/depth.py`).
+        norm_compensation: scale the norms' weights after a cut of the hidden size by √(teacher's / student's). The
+            student's norms divide by the root mean square of the kept channels; the factor makes up for that, exactly
+            for RMSNorm and nearly for LayerNorm. After distillation it was better on two real models and equal on the
+            third (`benchmarks/results/*-norm-compensation.json`).
+        head_add_back: add to each kept head its difference to a dropped one (Muralidharan et al. 2024, §2.2). With K
+            of L heads kept, and heads ranked by importance, head i gains its difference to head 2K - i + 1, in all
+            projections into it and out of it. Where KV heads are shared, this is done for query heads within their
+            group. It merges weights: the student is no longer the masked teacher.
         repair: `"least_squares"`: refit the output projections of cut neurons and heads on calibration data, so that
-            what is kept reproduces the teacher's layers best (`repaired_weights`).
+            the kept units reproduce the outputs of the teacher's layers (`repaired_weights`).
         nonuniform_sizes: names of sizes that may differ from layer to layer under the same total. Layers whose scores
             are spread over more units get more of it. Only where the stock config holds one size for every layer.
-        model_type: stock classes for the student, where those of another family hold exactly the same model without a
-            limit on sizes that the teacher's config has (a Llama without biases is a Mistral without a window). The
-            refusal of such a size names them.
+        model_type: other stock classes for the student. They must hold exactly the same model; their config lacks a
+            limit on sizes that the teacher's has. For example, a Llama without biases is a Mistral without a window.
+            The refusal of such a size names them.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple. None: 8,
             and where the teacher's size is large, what kernels and quantisers like: 64 from 2,048 on, 128 from 4,096,
             256 from 8,192. Numbers of units are never rounded.
-        target_parameters: parameters of the student at most, or a fraction (< 1) of the teacher's. The sizes that are
-            not given are chosen by `prune_model` and `plan_for_target`, which measure shapes that meet it.
+        target_parameters: the most parameters that the student may have, or a fraction (< 1) of the teacher's.
+            `prune_model` and `plan_for_target` then choose the sizes that are not given, by measuring shapes.
     """
 
     hidden_size: Size = None

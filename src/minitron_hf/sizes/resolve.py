@@ -33,7 +33,7 @@ from .request import PrunerConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: Stacked experts are multiplied by kernels that want rows of 16 bytes: so many 16-bit numbers.
+#: Stacked experts are multiplied by kernels that want rows of 16 bytes, that is this number of 16-bit values.
 EXPERT_ALIGNMENT = 8
 #: Axes whose fractions are rounded to a multiple that is more than legal: channels and neurons.
 ROUNDED_AXES = ("hidden", "ffn", "moe_ffn", "shared_ffn")
@@ -62,14 +62,14 @@ def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> d
 def scoring_arguments(
     config: PretrainedConfig, pruner_config: PrunerConfig, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of `estimate_importance`, completed where a `depth_metric` has to know what is to be cut."""
+    """Arguments of `estimate_importance`, completed by the number of layers to cut where a `depth_metric` needs it."""
     if arguments.get("depth_metric") is None:
         return dict(arguments)
     depth_given = pruner_config.num_hidden_layers is not None or pruner_config.layers_to_drop is not None
     if pruner_config.target_parameters is not None and not depth_given:
         raise PlanError(
-            f"depth_metric={arguments['depth_metric']!r} has to know how many layers go, and target_parameters does "
-            "not say. Give num_hidden_layers too, or leave out depth_metric."
+            f"depth_metric={arguments['depth_metric']!r} has to know the number of dropped layers, which "
+            "target_parameters does not give. Give num_hidden_layers too, or leave out depth_metric."
         )
     wanted = depth_to_measure(config, pruner_config)
     if wanted is None:
@@ -162,7 +162,7 @@ def _round_fractions(
     following: Collection[tuple[str, str]],
     may_stay: bool,
 ) -> list[str]:
-    """Put the sizes that are given as fractions among those of the student; notes on those that are rounded far."""
+    """Round the sizes that are given as fractions into `after`; returns notes on those that are rounded far."""
     before, notes = spec.sizes(config), []
     # Coarse axes first: the legal sizes of the finer ones depend on them.
     for axis in sorted(FIELD_OF_AXIS, key=lambda axis: (axis == "hidden", axis in dict(spec.groups))):
@@ -212,7 +212,7 @@ def _check_options(
     before: Mapping[str, int],
     after: Mapping[str, int],
 ) -> list[str]:
-    """Refuse what a request says beside sizes where these leave it no meaning; notes where it changes nothing."""
+    """Refuse options that the sizes leave without meaning; returns notes on options that change nothing."""
     if request.head_add_back and not add_back_axes(teachers, before, after):
         raise PlanError(
             "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "

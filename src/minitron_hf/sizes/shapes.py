@@ -1,6 +1,6 @@
 """Candidate shapes of a student: enumerates a space of sizes, counts each exactly, keeps those within a budget.
 
-Needs a config alone: no weights, no data. P1 §2.3 (arXiv 2407.14679).
+Needs a config alone: no weights, no data. After Muralidharan et al. 2024, §2.3 (arXiv 2407.14679).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Sizes to try, by their names in `PrunerConfig`: numbers of units, fractions of the teacher's, or multiples of
 #: another size, `"2.5*hidden_size"`.
 Space = Mapping[str, Sequence[int | float | str]]
-#: By how much of a budget or a target a shape may be smaller (P1's search spaces).
+#: By how much of a budget or a target a shape may be smaller (as in the search spaces of Muralidharan et al. 2024).
 TOLERANCE = 0.05
 _MULTIPLE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\*\s*([a-z_]+)\s*")
 
@@ -160,7 +160,7 @@ def filter_by_budget(
         shapes: candidates.
         budget: the most that a student may cost.
         tolerance: by how much of the budget it may cost less.
-        measure: what a shape costs.
+        measure: function that gives the cost of a shape.
     """
     return [shape for shape in shapes if (1 - tolerance) * budget <= measure(shape) <= budget]
 
@@ -189,7 +189,7 @@ def memory_bytes(
 ) -> int:
     """Bytes of weights, and of the cache of keys, values and states when `context_length` tokens are in it.
 
-    The cache is that of the stock model, asked on the meta device.
+    The stock model builds its cache on the meta device, which is measured.
 
     Args:
         config: the model's.

@@ -41,7 +41,8 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     """The student's config, from the teacher's config alone.
 
     Which layers go is decided by scores, and matters here only to lists with one entry per layer; without
-    `layers_to_drop`, the block just before the last layer is taken (P2's choice for Llama-3.1-8B).
+    `layers_to_drop`, the block just before the last layer is taken (the choice of Sreenivas et al. 2024 for
+    Llama-3.1-8B).
 
     Raises:
         UnsupportedModelError: if the family is unknown.
@@ -123,7 +124,7 @@ def layers_without_scores(
 
 
 def resolve_fractions(config: PretrainedConfig, pruner_config: PrunerConfig) -> PrunerConfig:
-    """The request with numbers of units for fractions, of which some may come to no change.
+    """Replace the fractions of a request by numbers of units; some may come to no change.
 
     It names the `model_type` of other stock classes where only these can hold its sizes.
 
@@ -336,7 +337,7 @@ def _nearest_accepted(
 def _norms_are_alike(spec: ArchSpec) -> bool:
     """Whether all norms are over the hidden size, and read a residual stream of the teacher's scale.
 
-    Otherwise the one eps of the config must stay what the others need; it hardly matters.
+    Otherwise the config's one eps is left as it is, for the other norms. The difference is small.
     """
     vectors = {name for name, dims in spec.dimensions.items() if len(dims) == 1 and name.endswith("weight")}
     return vectors == set(spec.residual_norms) and not spec.bare_norms and not spec.stream.scaled_embeddings

@@ -37,8 +37,8 @@ def shapes_near_target(
 
     The residual stream and the attention heads are tried at the coarse fractions of `COARSE`. The numbers of neurons
     are then as large as the target allows, all by the same fraction. Layers stay unless the request says otherwise: a
-    choice before retraining overrates cuts of depth (P1). They are cut where no width is left to choose. Sizes that
-    the request gives are kept.
+    choice before retraining overrates cuts of depth (Muralidharan et al. 2024). They are cut where no width is left to
+    choose. Sizes that the request gives are kept.
 
     Args:
         config: the teacher's.
@@ -189,7 +189,9 @@ def enumerate_widths(config: PretrainedConfig, parameters: int) -> tuple[list[Sh
 
 
 def _fractions(size: int, parts: int, least: float) -> list[int | float | str]:
-    """Sizes to try, as fractions: multiples of the largest power of two that fits into a part (P1's 512 of 6,144).
+    """Sizes to try, as fractions: multiples of the largest power of two that fits into a part.
+
+    Muralidharan et al. 2024 tried multiples of 512 for a hidden size of 6,144.
 
     >>> [round(fraction * 5120) for fraction in _fractions(5120, 8, 0.8)]
     [3584, 4096, 4608, 5120]

@@ -178,7 +178,7 @@ def to_markdown(matrix: Matrix) -> str:
 
 
 def describe_family(model_type: str) -> list[tuple[str, ArchSpec]]:
-    """What a family's file says of it, and its table; several where models of that type hold one of several families.
+    """The description and the table of a family; several where a wrapper of that type holds one of several families.
 
     Raises:
         UnsupportedModelError: if there is no such family.
