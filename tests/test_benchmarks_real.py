@@ -15,7 +15,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import corpora, report
+from benchmarks.real import corpora, report, tasks
 from benchmarks.real.arms import load_experiments
 from benchmarks.real.intervals import Difference, paired_difference, t_quantile, verdict
 from benchmarks.real.measure import unpacked
@@ -304,3 +304,23 @@ def test_a_mix_is_drawn_with_its_seed_and_leaves_the_rest(tmp_path):
     everything = {f"{name}{i}" for name in "ab" for i in range(10)}
     assert {*documents, *left[paths[0]], *left[paths[1]]} == everything
     assert len(documents) == 10
+
+
+def test_students_are_compared_with_the_teacher_document_by_document(tmp_path):
+    """Against counting: 2 of 8 documents are lost and 1 is gained."""
+    teacher = {"piqa": {"correct": "11110000"}}
+    found = tasks.with_differences({"piqa": {"correct": "00111000"}}, teacher)
+    difference = found["piqa"]["difference_to_teacher"]
+    assert difference["value"] == -1 / 8
+    error = statistics.stdev([-1, -1, 0, 0, 1, 0, 0, 0]) / math.sqrt(8)
+    assert difference["high"] == pytest.approx(-1 / 8 + 2.36462425 * error)  # t table, 7 degrees of freedom
+
+
+def test_a_limit_takes_some_of_every_file(tmp_path):
+    files = []
+    for name in "abc":
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(f"{name}{index}\n" for index in range(10)))
+    [some] = tasks.evenly(files, 6, tmp_path)
+    assert some.read_text().split() == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert tasks.evenly(files, None, tmp_path) == files
