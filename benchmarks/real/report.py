@@ -131,18 +131,20 @@ def claims_table(found: Sequence[Finding]) -> list[str]:
 
 
 def arms_table(results: Results, experiments: dict[str, Experiment]) -> list[str]:
-    """Markdown lines: every arm at every budget, in the order of the experiments."""
+    """Markdown lines: every arm at every budget once, in the first experiment that has it."""
     first = results.domains[0]
     heads = [f"bits per byte, {domain}" for domain in results.domains]
     lines = [
         f"| experiment | arm | tokens | seeds | KL on {first}, before | after | agreement | {' | '.join(heads)} |",
         "|---" * (7 + len(heads)) + "|",
     ]
+    known = set()
     for experiment in experiments.values():
         for tokens in results.budgets():
             for arm in experiment.arms:
                 [found] = results.seeds(arm.at(tokens=tokens))
-                if found:
+                if found and (arm.label, tokens) not in known:
+                    known.add((arm.label, tokens))
                     cells = [_cell(results, found, when, first, "kl") for when in ("before", "after")]
                     cells.append(_cell(results, found, "after", first, "agree"))
                     cells += [_cell(results, found, "after", domain, "bits_per_byte") for domain in results.domains]

@@ -38,6 +38,9 @@ RESULTS = Path(__file__).with_name("results")
 #: Held-out rows of a domain, of `ROW_LENGTH` tokens each: 24k tokens of the first domain, half of it of others.
 ROWS, OTHER_ROWS, ROW_LENGTH = 48, 24, 512
 
+#: Steps of the run that measures the speed, and the part of the time that is planned with: the rest is for evaluation.
+FILL_STEPS, FILL_SHARE = 20, 0.8
+
 
 class Bench:
     """A teacher, its texts, and the folders that results and working files go to.
@@ -184,6 +187,14 @@ class Bench:
                 remove(path)
 
 
+def filling(bench: Bench, arm: Arm, seconds: float) -> Arm:
+    """The arm with as many tokens as a time gives: a short run of it measures the speed."""
+    trial = arm.at(tokens=FILL_STEPS * arm["tokens_per_step"])
+    took = bench.run(trial)["seconds"]
+    steps = int(FILL_SHARE * seconds / took * FILL_STEPS)
+    return arm.at(tokens=max(steps, FILL_STEPS) * arm["tokens_per_step"])
+
+
 def commit() -> str | None:
     """The commit of this checkout; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -249,7 +260,7 @@ def main() -> None:
             )
             for index, arm in enumerate(arms):
                 log(f"arm {index + 1} of {len(arms)}")
-                bench.run(arm)
+                bench.run(arm if arguments.fill is None else filling(bench, arm, 60 * arguments.fill))
     except Stopped:
         log("stopped; the same command goes on.")
 
@@ -270,6 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--screen", action="store_true", help=f"{SCREEN_TOKENS:,} tokens and one seed for every arm")
     parser.add_argument("--tokens", type=int, action="append", help="budget instead of the experiment's")
     parser.add_argument("--seeds", type=int, action="append", metavar="SEED", help="seed instead of the experiment's")
+    parser.add_argument("--fill", type=float, metavar="MINUTES", help="as many tokens for an arm as this time gives")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--until", metavar="HH:MM", help="stop at this time of day")
     parser.add_argument("--dtype", help="to compute teacher and evaluation in; default: as the hardware is fast")

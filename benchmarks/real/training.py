@@ -135,7 +135,7 @@ class Workshop:
                 **_adapter(arm),
             )
             trainer.remove_callback(PrinterCallback)  # `Checkpointing` says how far it is
-            trainer.go_on()
+            trainer.train_or_resume()
             if trainer.state.global_step < arm.steps:
                 raise Stopped
             record = {

@@ -1,0 +1,110 @@
+"""On a GPU: scores and losses are those of the CPU, and students train with the attention and compilers of a GPU.
+
+`MINITRON_GPU_TESTS=cpu` runs them on the CPU, which checks the tests themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers.utils import is_flash_attn_2_available
+
+from minitron_hf import DistillationConfig, DistillationTrainer, PrunerConfig, estimate_importance, prune_model
+from minitron_hf.losses.fused import distillation_loss
+from minitron_hf.losses.heads import OutputHead
+from minitron_hf.losses.signals import DenseSignal
+from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+
+pytestmark = pytest.mark.gpu
+ROWS = pocket_tokens(16, 24).tolist()
+
+
+@pytest.fixture
+def device() -> str:
+    named = os.environ.get("MINITRON_GPU_TESTS", "cuda")
+    if named == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return named
+
+
+@pytest.mark.parametrize("metric", ["activation", "contribution", "taylor"])
+def test_scores_are_those_of_the_cpu(device, metric):
+    here, there = (
+        estimate_importance(
+            pocket_model("llama", dtype=torch.float32).to(place), ROWS, metric=metric, show_progress=False
+        ).tensors
+        for place in ("cpu", device)
+    )
+    assert here.keys() == there.keys()
+    for name, values in here.items():
+        torch.testing.assert_close(there[name].cpu(), values, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_losses_and_gradients_are_those_of_the_cpu(device, divergence, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, t_hidden, t_weight = (
+        torch.randn(shape, generator=generator) / 4 for shape in ((64, 32), (512, 32), (64, 48), (512, 48))
+    )
+    labels = torch.randint(512, (64,), generator=generator)
+
+    def run(place: str, kind: torch.dtype) -> tuple[float, torch.Tensor]:
+        states = hidden.detach().clone().to(place, kind).requires_grad_()
+        teacher = DenseSignal(t_hidden.to(place, kind), OutputHead(t_weight.to(place, kind)))
+        losses = distillation_loss(
+            states, OutputHead(weight.to(place, kind)), teacher, labels.to(place), divergence=divergence
+        )
+        losses.total.sum().backward()
+        return losses.total.sum().item(), states.grad.float().cpu()
+
+    expected, found = run("cpu", torch.float32), run(device, dtype)
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    error = (found[1] - expected[1]).norm() / expected[1].norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("way", ["eager", "sdpa", "flash_attention_2", "torch_compile", "kernels"])
+def test_students_train_in_every_way_that_the_gpu_offers(device, way, tmp_path):
+    """Flash attention, `torch.compile` and Liger's layer kernels: four steps, and the loss of the plain way."""
+    if way == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    if way == "kernels" and importlib.util.find_spec("kernels") is None:
+        pytest.skip("the kernels library is not installed")
+    losses = {}
+    for name in ("eager", way):
+        teacher = pocket_model("llama", dtype=torch.float32)
+        student = prune_model(teacher, PrunerConfig(intermediate_size=0.5), calibration_data=ROWS, show_progress=False)
+        folder = tmp_path / name
+        student.save_pretrained(folder / "start")
+        settings = {"attn_implementation": name} if name not in ("torch_compile", "kernels") else {}
+        settings |= {"use_kernels": True} if name == "kernels" else {}
+        trainer = DistillationTrainer(
+            model=str(folder / "start"),
+            teacher_model=teacher,
+            args=DistillationConfig(
+                str(folder),
+                max_steps=4,
+                per_device_train_batch_size=4,
+                max_length=24,
+                torch_compile=name == "torch_compile",
+                model_init_kwargs=settings,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=device == "cpu",
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": ROWS}),
+            processing_class=pocket_tokenizer(),
+        )
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses[way]) == 4
+    assert all(map(math.isfinite, losses[way]))
+    assert losses[way] == pytest.approx(losses["eager"], rel=2e-2)
