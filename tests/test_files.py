@@ -17,11 +17,11 @@ from minitron_hf import files
 from minitron_hf.data.loading import local_dataset
 from minitron_hf.errors import DataError, HubError, OutputError
 from minitron_hf.files import (
-    clear_remains,
-    known_digest,
+    cached_file_digest,
     local_folder,
     local_path,
     remove,
+    remove_abandoned,
     replacing_file,
     replacing_folder,
     require_empty,
@@ -63,7 +63,7 @@ with replacing_file(folder / "a.txt") as file, replacing_folder(folder / "b") as
 
 def test_a_write_of_a_living_process_is_left_alone(tmp_path):
     with replacing_file(tmp_path / "a") as first, replacing_file(tmp_path / "a") as second:
-        clear_remains(tmp_path)
+        remove_abandoned(tmp_path)
         first.write_text("1")
         second.write_text("2")
     assert (tmp_path / "a").read_text() == "1"
@@ -108,29 +108,29 @@ def test_files_and_folders_get_the_users_permissions_without_touching_the_umask(
 
 def test_a_digest_is_computed_anew_when_any_byte_changes(tmp_path, monkeypatch):
     """Also in the middle of the file, with the size and the time of modification as they were."""
-    monkeypatch.setattr(files, "REMEMBERED_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "CACHED_DIGEST_BYTES", 1 << 20)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     path = tmp_path / "weights"
     path.write_bytes(bytes(5 << 20))
-    before, times = known_digest(path), path.stat()
+    before, times = cached_file_digest(path), path.stat()
     assert before == files.file_digest(path)
     with path.open("r+b") as file:
         file.seek(2 << 20)
         file.write(b"\x01")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert known_digest(path) == files.file_digest(path) != before
+    assert cached_file_digest(path) == files.file_digest(path) != before
 
 
 def test_the_digest_of_a_large_file_is_remembered_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "REMEMBERED_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "CACHED_DIGEST_BYTES", 1 << 10)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 12))
-    first = known_digest(path)
+    first = cached_file_digest(path)
     files._digest_in_state.cache_clear()
     hashed = []
     monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path))
-    assert known_digest(path) == first
+    assert cached_file_digest(path) == first
     assert not hashed
 
 

@@ -212,7 +212,7 @@ import json, os, sys, urllib.request
 from minitron_hf.errors import MinitronError
 from minitron_hf.publishing import hub_errors
 from minitron_hf.publishing.hub import push_student_to_hub
-hub_errors.WAITS = (0.0,) * 4
+hub_errors.RETRY_WAITS = (0.0,) * 4
 
 def set_faults(faults):
     request = urllib.request.Request(os.environ["HF_ENDPOINT"] + "/faults", json.dumps(faults).encode())
@@ -278,7 +278,7 @@ import json, os, sys
 from minitron_hf.errors import MinitronError
 from minitron_hf.publishing import hub_errors
 from minitron_hf.publishing.hub import check_push
-hub_errors.WAITS = (0.0,) * 4
+hub_errors.RETRY_WAITS = (0.0,) * 4
 if "--offline" in sys.argv:
     from huggingface_hub import constants
     constants.HF_HUB_OFFLINE = True

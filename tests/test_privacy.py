@@ -15,7 +15,7 @@ from hub_server import hub_server_fixture  # noqa: F401 (a fixture)
 from minitron_hf.errors import DataError, OutputError, UnsupportedModelError
 from minitron_hf.files import public_name
 from minitron_hf.models import load_model, load_tokenizer
-from minitron_hf.privacy import leaves_folder, public_settings, recorded_settings
+from minitron_hf.privacy import is_outside_folder, public_settings, recorded_settings
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.streaming import open_checkpoint, prune_checkpoint
 from minitron_hf.publishing.card import write_model_card
@@ -171,8 +171,8 @@ def test_snapshots_of_the_cache_are_whole(tmp_path):
         (snapshot / name).symlink_to(f"../../blobs/blob-of-{name}")
     (tmp_path / "word").write_text(WORD)
     (snapshot / "NOTICE").symlink_to(tmp_path / "word")
-    assert not leaves_folder(snapshot / "LICENSE", snapshot)
-    assert leaves_folder(snapshot / "NOTICE", snapshot)
+    assert not is_outside_folder(snapshot / "LICENSE", snapshot)
+    assert is_outside_folder(snapshot / "NOTICE", snapshot)
     teacher = json.loads(write_teacher_metadata(tmp_path, snapshot).read_text())
     assert (teacher["license"], teacher["legal_files"]) == ("apache-2.0", ["LICENSE"])
     assert (tmp_path / "LICENSE").read_text() == "Apache"

@@ -211,11 +211,11 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
     first = str(whole.folder / "corrected_teacher") if corrected else values["teacher"]["model"]
     for number, expected in ((1, first), (2, first), (3, str(whole.folder / "rounds" / "2"))):
         run = whole.in_round(number)
-        assert all((run.teacher, run.learned_teacher, whole.teacher))  # loaded by the stages before
+        assert all((run.teacher, run.distillation_teacher, whole.teacher))  # loaded by the stages before
         training.train(run, tmp_path / "student", tmp_path / "out", {})
         teacher, settings = given.pop()
         assert teacher == expected
-        assert not {"teacher", "learned_teacher"} & (whole._cache.keys() | run._cache.keys())
+        assert not {"teacher", "distillation_teacher"} & (whole._cache.keys() | run._cache.keys())
         wanted = {"dtype": "float32"} | ({"revision": "main"} if expected == values["teacher"]["model"] else {})
         wanted |= quantised["teacher_model_init_kwargs"] if number == 1 else {}
         assert settings["teacher_model_init_kwargs"] == wanted
@@ -289,3 +289,12 @@ def test_entries_of_a_round_are_counted_from_one():
         Recipe.from_yaml(EXAMPLE, ["rounds.0.prune.hidden_size=0.5"])
     orders = [recipe.in_round(number).distill.get("data_seed") for number in (1, 2)]
     assert orders == [None, 43]
+
+
+def test_all_rounds_have_one_tokenizer(tmp_path):
+    """Texts that one round has tokenised are read by the next."""
+    pocket_tokenizer().save_pretrained(tmp_path)
+    rounds = [{"prune": {"intermediate_size": 40}}, {"prune": {"intermediate_size": 24}}]
+    values = {"teacher": str(tmp_path), "output_dir": str(tmp_path / "run"), "rounds": rounds}
+    whole = run_module.Run(Recipe.from_dict({**values, "data": {"train": "a.jsonl", "eval": "a.jsonl"}}))
+    assert whole.in_round(2).tokenizer is whole.tokenizer

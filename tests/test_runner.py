@@ -359,7 +359,7 @@ def test_a_cached_teacher_is_asked_once_and_not_loaded_for_training(values, monk
     folder, lines = run(values, until="cache")
     assert [line.split("]")[0] for line in lines] == ["[score", "[plan", "[prune", "[cache"]
     monkeypatch.setattr(
-        run_module.Run, "learned_teacher", property(lambda self: pytest.fail("the teacher was loaded"))
+        run_module.Run, "distillation_teacher", property(lambda self: pytest.fail("the teacher was loaded"))
     )
     changed = {**values, "distill": {**values["distill"], "learning_rate": 2e-4}}
     _, lines = run(changed, until="distill")  # of which the cache is no matter

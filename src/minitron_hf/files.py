@@ -64,10 +64,10 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 #: Digests of files from this size on are remembered on disk; smaller ones take no time.
-REMEMBERED_BYTES = 64 << 20
+CACHED_DIGEST_BYTES = 64 << 20
 
 
-def known_digest(path: str | os.PathLike[str]) -> str:
+def cached_file_digest(path: str | os.PathLike[str]) -> str:
     """`file_digest`, computed once as long as a file stays as it is: large ones once on this machine.
 
     A file counts as unchanged while its size, inode and times are the same; the time of the last change of the inode
@@ -81,7 +81,7 @@ def known_digest(path: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def _digest_in_state(path: Path, state: tuple[int, ...]) -> str:
-    if state[2] < REMEMBERED_BYTES:
+    if state[2] < CACHED_DIGEST_BYTES:
         return file_digest(path)
     from huggingface_hub.constants import HF_HOME
 
@@ -192,7 +192,7 @@ def _written_beside(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        clear_remains(path.parent, path.name)
+        remove_abandoned(path.parent, path.name)
         temporary = _temporary_beside(path)
         yield temporary
     except Exception as error:
@@ -229,7 +229,7 @@ def is_working_file(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith((PARTIAL, ".lock"))
 
 
-def clear_remains(folder: str | os.PathLike[str], name: str | None = None, *, alone: bool = False) -> None:
+def remove_abandoned(folder: str | os.PathLike[str], name: str | None = None, *, alone: bool = False) -> None:
     """Remove what killed processes left of unfinished writes.
 
     Args:
@@ -240,14 +240,14 @@ def clear_remains(folder: str | os.PathLike[str], name: str | None = None, *, al
     """
     pattern = f"**/.*{PARTIAL}" if name is None else f".{glob.escape(name)}.*{PARTIAL}"
     for path in sorted(Path(folder).glob(pattern)):
-        if alone or _left_behind(path):
+        if alone or _is_abandoned(path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _left_behind(path: Path) -> bool:
+def _is_abandoned(path: Path) -> bool:
     """Whether the process that was writing has ended."""
     host, _, rest = path.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")
     process = rest.partition("-")[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from .errors import OutputError
-from .files import clear_remains
+from .files import remove_abandoned
 
 try:
     import fcntl
@@ -53,7 +53,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     before = os.environ.get(_HELD_FOR_CHILDREN)
     os.environ[_HELD_FOR_CHILDREN] = os.pathsep.join([*([before] if before else []), str(folder)])
     try:
-        clear_remains(folder, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+        remove_abandoned(folder, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
         yield
     finally:
         del _held[folder]
@@ -68,7 +68,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def holding(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def with_locked_folder(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator: the function holds the folder that one of its arguments names (`locked_folder`); None holds none."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:

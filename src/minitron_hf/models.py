@@ -37,7 +37,7 @@ from .files import digest, local_folder
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .loading_errors import first_line as first_line
 from .loading_errors import loading_error
-from .privacy import leaves_folder
+from .privacy import is_outside_folder
 from .weights import require_complete, without_gguf_remains
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def load_tokenizer(
 def _require_own_templates(folder: Path) -> None:
     """Refuse chat templates that are links out of their folder: any text is one, and is saved with every student."""
     for path in (*folder.glob("chat_template*"), *folder.glob("additional_chat_templates/*")):
-        if leaves_folder(path, folder):
+        if is_outside_folder(path, folder):
             raise DataError(f"{path} is a link out of its folder. Put a copy of the chat template in its place.")
 
 

@@ -142,7 +142,7 @@ def recorded_settings(value: Any, name: str | None = None) -> Any:
     return value if is_digest or public_settings(value, name) == value else digest(value)[:19]
 
 
-def leaves_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+def is_outside_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     """Whether a file of a folder lies elsewhere: by a link, or because its name leads out of it.
 
     The snapshots of the Hub's cache are folders of links into the `blobs` beside them, and count as whole.

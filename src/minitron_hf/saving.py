@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
-from .privacy import leaves_folder
+from .privacy import is_outside_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -211,7 +211,7 @@ def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
     """Write the files of `source`, with what differs between `now` and `then`, which was made of `source`."""
     originals = {path.relative_to(source).as_posix(): path for path in _files(source, PROCESSOR_FILES)}
     # A link out of the folder is not followed: its content is written as the tokenizer class saves it, if at all.
-    linked = {name for name, path in originals.items() if leaves_folder(path, source)}
+    linked = {name for name, path in originals.items() if is_outside_folder(path, source)}
     originals = {name: path for name, path in originals.items() if name not in linked}
     saved, before = ({path.relative_to(root).as_posix() for path in _files(root, ("**/*",))} for root in (now, then))
     changed = {name for name in saved if _content(now / name) != _content(then / name)}

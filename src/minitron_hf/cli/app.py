@@ -11,7 +11,7 @@ from .._version import __version__
 from .checked import CheckedCommand
 from .distill import distill
 from .evaluate import card, evaluate, publish
-from .failures import explained
+from .failures import error_message
 from .families import families
 from .fit import fit
 from .plan import plan
@@ -36,10 +36,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from ..recipe.launching import leave_message
+        from ..recipe.launching import write_error_message
 
-        text, code = explained(error)
-        if not leave_message(text):
+        text, code = error_message(error)
+        if not write_error_message(text):
             typer.echo(f"minitron-hf: {text}", err=True)
         sys.exit(code)
 

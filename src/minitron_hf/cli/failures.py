@@ -9,7 +9,7 @@ import traceback
 from ..errors import MinitronError
 
 
-def explained(error: BaseException) -> tuple[str, int]:
+def error_message(error: BaseException) -> tuple[str, int]:
     """The message of an error, and the exit code of the command.
 
     Errors that this package or the file system raises say all there is to say: exit code 2, as does a lack of memory.

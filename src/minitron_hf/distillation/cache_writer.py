@@ -23,10 +23,10 @@ from ..compat import commit_hash, dataset_state, on_device
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
-from ..files import digest, known_digest, replacing_file, require_writable, versions, write_json
+from ..files import cached_file_digest, digest, replacing_file, require_writable, versions, write_json
 from ..formats import FORMATS, migrate, write_artefact
 from ..hardware import as_dtype
-from ..locks import holding
+from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, top_k_signal
@@ -63,7 +63,7 @@ class RowMaker(StartTokensMixin, SFTTrainer):
     """TRL's supervised trainer, for the rows and batches that it makes."""
 
 
-@holding("output_dir")
+@with_locked_folder("output_dir")
 def cache_teacher_logits(
     teacher: PreTrainedModel | str | os.PathLike[str],
     dataset: Any,
@@ -353,7 +353,7 @@ def _finish(
     for file in files:
         path = folder / file["file"]
         file["num_bytes"] = path.stat().st_size
-        file["sha256"] = known_digest(path)
+        file["sha256"] = cached_file_digest(path)
         with pa.memory_map(os.fspath(path)) as source:
             reader = pa.ipc.open_stream(source)
             schema = reader.schema

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import MismatchError, OutputError
-from ..files import clear_remains, digest, is_storage_error, is_working_file, read_json, remove, versions
+from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
 from .record import RECORDED_ARGUMENTS
 
@@ -162,7 +162,7 @@ class CheckpointMixin(Trainer):
             self._rotate(run_dir)
 
     def _finish(self, folder: Path, progress: Mapping[str, Any]) -> None:
-        clear_remains(folder)
+        remove_abandoned(folder)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))

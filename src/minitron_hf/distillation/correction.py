@@ -31,7 +31,7 @@ from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions
 from ..formats import write_artefact
 from ..hardware import has_fast_bf16, training_device
-from ..locks import holding
+from ..locks import with_locked_folder
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
@@ -62,7 +62,7 @@ class CorrectionTrainer(CheckpointMixin, RepeatedRowsMixin, StartTokensMixin, SF
     """TRL's supervised trainer, with complete checkpoints, and the same losses in any number of processes."""
 
 
-@holding("output_dir")
+@with_locked_folder("output_dir")
 def correct_teacher(
     teacher: PreTrainedModel | str | os.PathLike[str],
     train_dataset: Any,

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from ..compat import set_commit_hash
 from ..errors import MismatchError, OutputError
-from ..files import known_digest
+from ..files import cached_file_digest
 from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
 from ..losses.signals import TopKSignal
@@ -194,7 +194,8 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
                 "delete that file and the manifest and run cache_teacher_logits."
             )
         # One process of a machine reads all of it, once: the digest is remembered.
-        if os.environ.get("LOCAL_RANK", "0") == "0" and file.get("sha256", known_digest(path)) != known_digest(path):
+        reads_all = os.environ.get("LOCAL_RANK", "0") == "0"
+        if reads_all and file.get("sha256", cached_file_digest(path)) != cached_file_digest(path):
             raise MismatchError(
                 f"{path} has changed since it was written: its SHA-256 is not that of the manifest. Copy the file "
                 "again, or delete it and the manifest and run cache_teacher_logits."

@@ -27,7 +27,7 @@ from ..errors import HubError, OutputError, UnsupportedModelError, shortened
 from ..families import spec_for
 from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
-from ..privacy import leaves_folder
+from ..privacy import is_outside_folder
 from ..publishing.card import LEGAL_FILES
 from ..saving import PROCESSOR_FILES, save_config
 from .stored_tensors import DTYPES, LazyTensor, lazy_tensors
@@ -128,7 +128,7 @@ def _write_weights(
 def _copied_files(folder: Path) -> list[Path]:
     """The teacher's files that go with the student, without links to what lies elsewhere."""
     copied = [path for pattern in COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
-    linked = [path for path in copied if leaves_folder(path, folder)]
+    linked = [path for path in copied if is_outside_folder(path, folder)]
     if linked:
         names = ", ".join(path.name for path in linked)
         logger.warning("%s: links out of the folder are not copied into the student (%s).", folder, names)

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
 from ..formats import read_artefact
-from ..privacy import leaves_folder, public_settings
+from ..privacy import is_outside_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
 from .card_metadata import benchmark_values, dataset_name, is_limited, is_number, is_repo_id, metadata
@@ -89,7 +89,7 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
             f"The files in {run_dir} do not have the expected fields ({type(error).__name__}: {error}). They were "
             "written by another version of this package: run their stages again."
         ) from error
-    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{_owners_part(run_dir / 'README.md') or ''}"
+    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{_text_below_card(run_dir / 'README.md') or ''}"
 
 
 def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
@@ -107,14 +107,14 @@ def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
     _redact_recipe(run_dir / "recipe.yaml")
     path = run_dir / "README.md"
     content = render_model_card(run_dir)
-    _put_aside(path)
+    _keep_foreign_readme(path)
     write_text(path, content)
     return path
 
 
-def _owners_part(path: Path) -> str | None:
+def _text_below_card(path: Path) -> str | None:
     """What stands below `END_OF_CARD` in a card; None where there is no card that was written here."""
-    if not path.is_file() or leaves_folder(path, path.parent):
+    if not path.is_file() or is_outside_folder(path, path.parent):
         return None
     try:
         _, line, below = path.read_text(encoding="utf-8").partition(END_OF_CARD)
@@ -123,9 +123,9 @@ def _owners_part(path: Path) -> str | None:
     return below.removeprefix("\n") if line else None
 
 
-def _put_aside(path: Path) -> None:
+def _keep_foreign_readme(path: Path) -> None:
     """Rename a `README.md` that somebody else wrote, unless it is the form that PEFT leaves beside every adapter."""
-    if not os.path.lexists(path) or _owners_part(path) is not None:
+    if not os.path.lexists(path) or _text_below_card(path) is not None:
         return
     text = path.read_bytes() if path.is_file() else b""
     if b"library_name: peft" in text and b"[More Information Needed]" in text:
@@ -214,7 +214,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template shows."""
     distillation, evaluation = run["distillation"], run["evaluation"]
     last, rounds = run["pruning_plan"], _round_table(run)
-    run = {**run, "pruning_plan": _plan_of_all(run)}
+    run = {**run, "pruning_plan": _combined_plan(run)}
     plan = run["pruning_plan"]
     teacher = _teacher(run)
     repo_id = (run["hub"] or {}).get("repo_id")
@@ -282,7 +282,7 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plan_of_all(run: Mapping[str, Any]) -> dict[str, Any] | None:
+def _combined_plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """The plan; of several rounds, what all of them together have made of the teacher of the first."""
     last, before = run["pruning_plan"], [one["pruning_plan"] for one in run["rounds"]]
     if not before:

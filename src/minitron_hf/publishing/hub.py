@@ -16,7 +16,7 @@ from ..files import local_folder
 from ..formats import read_artefact, write_artefact
 from .card import require_run, write_model_card
 from .card_metadata import is_repo_id
-from .hub_errors import NO_TOKEN, hub_errors, is_passing, is_unclear, patiently
+from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries
 from .teacher_metadata import write_teacher_metadata
 from .uploads import is_owned, require_no_secret, require_student, uploaded_files
 
@@ -74,7 +74,7 @@ def push_student_to_hub(
     api = HfApi(token=token, library_name="minitron-hf")
     if "/" not in repo_id:
         with hub_errors(what):
-            repo_id = f"{_patient_whoami(api)['name']}/{repo_id}"
+            repo_id = f"{_whoami(api)['name']}/{repo_id}"
 
     card, files = _prepare_files(run_dir, repo_id, token)
     message = commit_message or "Upload student, plan, measurements and card"
@@ -83,7 +83,7 @@ def push_student_to_hub(
     if is_empty and not private:
         still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
         with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):
-            patiently(lambda: api.update_repo_settings(repo_id, private=False), again=_may_pass)
+            with_retries(lambda: api.update_repo_settings(repo_id, private=False), is_retriable=_is_retriable)
     return commit
 
 
@@ -104,8 +104,8 @@ def _upload(
     from huggingface_hub import ModelCard
 
     with hub_errors(f"Cannot push to {repo_id}", _REPEAT):
-        patiently(lambda: ModelCard(card).validate(repo_type="model"), again=is_passing)
-        is_empty = patiently(lambda: _make_repository(api, repo_id, private), again=_may_pass)
+        with_retries(lambda: ModelCard(card).validate(repo_type="model"), is_retriable=is_transient)
+        is_empty = with_retries(lambda: _make_repository(api, repo_id, private), is_retriable=_is_retriable)
         return _commit(api, repo_id, files, **options), is_empty
 
 
@@ -130,9 +130,9 @@ def check_push(repo_id: str, *, token: str | None = None) -> str | None:
     if constants.is_offline_mode():
         return f"{unchecked}the Hub is switched off (HF_HUB_OFFLINE)."
     try:
-        account = _patient_whoami(HfApi(token=token, library_name="minitron-hf"))
+        account = _whoami(HfApi(token=token, library_name="minitron-hf"))
     except Exception as error:
-        if is_passing(error) or is_unclear(error):
+        if is_transient(error) or is_unanswered(error):
             return f"{unchecked}the Hub does not answer ({type(error).__name__})."
         with hub_errors(what):
             raise
@@ -157,12 +157,12 @@ def _require_token(repo_id: str, token: str | None, what: str) -> str:
     return token
 
 
-def _may_pass(error: BaseException) -> bool:
-    return is_passing(error) or is_unclear(error)
+def _is_retriable(error: BaseException) -> bool:
+    return is_transient(error) or is_unanswered(error)
 
 
-def _patient_whoami(api: HfApi) -> dict[str, Any]:
-    return patiently(lambda: {**(answer := api.whoami()), "name": answer["name"]}, again=is_passing)
+def _whoami(api: HfApi) -> dict[str, Any]:
+    return with_retries(lambda: {**(answer := api.whoami()), "name": answer["name"]}, is_retriable=is_transient)
 
 
 def _missing_access(account: Mapping[str, Any], repo_id: str) -> str | None:
@@ -233,9 +233,9 @@ def _commit(
         )
 
     try:
-        return patiently(attempt, again=is_passing if create_pr else _may_pass)
+        return with_retries(attempt, is_retriable=is_transient if create_pr else _is_retriable)
     except Exception as error:
-        if create_pr and is_unclear(error):
+        if create_pr and is_unanswered(error):
             raise HubError(
                 f"The Hub did not answer whether it has opened a pull request on {repo_id}. Look at "
                 f"{api.endpoint}/{repo_id}/discussions before you push again."

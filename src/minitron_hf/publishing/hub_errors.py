@@ -19,9 +19,9 @@ NO_TOKEN = (
     "(https://huggingface.co/settings/tokens)."
 )
 #: Answers of a server that may be another one a little later.
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
+TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 #: Seconds to wait before a request is repeated, unless the Hub says for how long; and how long it may make us wait.
-WAITS, LONGEST_WAIT = (1.0, 2.0, 4.0, 8.0), 60.0
+RETRY_WAITS, LONGEST_WAIT = (1.0, 2.0, 4.0, 8.0), 60.0
 
 #: What an answer is not that cannot be understood: it lacks a field, or is no JSON (a `ValueError`, too).
 _STRANGE_ANSWER = (KeyError, TypeError, AttributeError, IndexError)
@@ -40,41 +40,41 @@ def hub_errors(what: str, after_fault: str = "") -> Iterator[None]:
     except MinitronError:
         raise
     except Exception as error:
-        told = _told(error)
+        told = _explain(error)
         if told is None:
             raise
         if isinstance(told, OutputError):
             raise OutputError(f"{what}: {told}") from error
-        advice = f" {after_fault}" if after_fault and (is_passing(error) or is_unclear(error)) else ""
+        advice = f" {after_fault}" if after_fault and (is_transient(error) or is_unanswered(error)) else ""
         raise HubError(f"{what}: {told}{advice}") from error
 
 
-def patiently(call: Callable[[], T], *, again: Callable[[BaseException], bool]) -> T:
+def with_retries(call: Callable[[], T], *, is_retriable: Callable[[BaseException], bool]) -> T:
     """Call, and call again after a fault that may pass, with growing waits.
 
     Args:
         call: something that may be done twice with the same effect.
-        again: whether an error is such a fault.
+        is_retriable: whether an error is such a fault.
     """
-    for wait in WAITS:
+    for wait in RETRY_WAITS:
         try:
             return call()
         except Exception as error:
-            if isinstance(error, MinitronError) or not again(error):
+            if isinstance(error, MinitronError) or not is_retriable(error):
                 raise
-            seconds = _asked_wait(error, wait)
-            logger.warning("%s Trying again in %g s.", _told(error), seconds)
+            seconds = _wait_seconds(error, wait)
+            logger.warning("%s Trying again in %g s.", _explain(error), seconds)
             time.sleep(seconds)
     return call()
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the Hub answered that it cannot do it now: it did nothing."""
     response = getattr(_reason(error), "response", None)
-    return getattr(response, "status_code", None) in PASSING
+    return getattr(response, "status_code", None) in TRANSIENT_STATUSES
 
 
-def is_unclear(error: BaseException) -> bool:
+def is_unanswered(error: BaseException) -> bool:
     """Whether there was no answer, or none that can be understood: it may have been done."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -84,7 +84,7 @@ def is_unclear(error: BaseException) -> bool:
     return isinstance(error, _STRANGE_ANSWER) or _is_bad_json(error) or _is_broken_connection(error, reason)
 
 
-def _told(error: Exception) -> Exception | str | None:
+def _explain(error: Exception) -> Exception | str | None:
     """What an error of the client means for the user; None for errors of other origin."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -131,7 +131,7 @@ def _is_broken_connection(error: BaseException, reason: BaseException) -> bool:
     return not local_file and isinstance(error, OSError | RuntimeError | connection_error())
 
 
-def _asked_wait(error: BaseException, otherwise: float) -> float:
+def _wait_seconds(error: BaseException, otherwise: float) -> float:
     """Seconds that the Hub asks to wait, as far as it is to be believed."""
     headers = getattr(getattr(_reason(error), "response", None), "headers", None) or {}
     try:
@@ -153,6 +153,6 @@ def _http_advice(error: Any) -> str:
         return f"not found, or private and not visible with this token (404).{said} Check the name and the revision."
     if status == 429:
         return f"too many requests in a short time (429).{said} Wait some minutes."
-    if status in PASSING:
+    if status in TRANSIENT_STATUSES:
         return f"the Hub has a fault or is overloaded ({status}).{said} Wait a little (https://status.huggingface.co)."
     return f"the Hub answered {status}.{said or ' ' + str(error)}"

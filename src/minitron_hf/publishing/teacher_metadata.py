@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import local_folder, public_name, replacing_file
 from ..formats import write_artefact
-from ..privacy import leaves_folder
+from ..privacy import is_outside_folder
 from .card import LEGAL_FILES, matches
 from .hub_errors import hub_errors
 
@@ -111,7 +111,7 @@ def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[
 def _own_files(folder: Path) -> dict[str, Path]:
     """Name → path of a folder's files, without links that lead out of it: their targets are not the teacher's."""
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    for name in [name for name, path in files.items() if leaves_folder(path, folder)]:
+    for name in [name for name, path in files.items() if is_outside_folder(path, folder)]:
         del files[name]
         if name == "README.md" or matches(name, LEGAL_FILES):
             logger.warning("%s is a link out of its folder and is left out. Copy the file there.", folder / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import MismatchError, OutputError
 from ..files import read_json
-from ..privacy import SECRET, leaves_folder
+from ..privacy import SECRET, is_outside_folder
 from .card import legal_files, round_folders
 from .plots import PLOTS
 
@@ -95,7 +95,7 @@ def uploaded_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
     run_dir = Path(run_dir)
     found = {name: run_dir / name for name in sorted(_names(run_dir)) if (run_dir / name).is_file()}
     for name, path in found.items():
-        if leaves_folder(path, run_dir):
+        if is_outside_folder(path, run_dir):
             raise OutputError(
                 f"{path} is a link to {path.resolve()}, outside of the folder, and is not published. "
                 f"Replace it by a copy: cp --remove-destination $(readlink -f {name}) {name}"

@@ -104,7 +104,7 @@ def _prune(run: Run) -> None:
             student.pruning_plan.save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
     if run.number > 1:
-        run.forget("teacher")  # whoever needs it still loads it again
+        run.release("teacher")  # whoever needs it still loads it again
 
 
 def _correct(run: Run) -> None:
@@ -120,7 +120,7 @@ def correct(run: Run) -> None:
 
     section = run.recipe.teacher_correction
     assert section is not None
-    run.forget("teacher")
+    run.release("teacher")
     correct_teacher(
         load_model(run.recipe.teacher.model, revision=run.recipe.teacher.revision),
         run.dataset("train"),
@@ -149,7 +149,7 @@ def _cache(run: Run) -> None:
         if which == "eval" and args.eval_packing is not None:
             args.packing = args.eval_packing
         cache_teacher_logits(
-            run.learned_teacher,
+            run.distillation_teacher,
             run.dataset(which),
             run.folder / CACHE_DIR / which,
             top_k=section.top_k,
@@ -157,8 +157,8 @@ def _cache(run: Run) -> None:
             args=args,
             processing_class=run.tokenizer,
         )
-    run.forget("teacher")
-    run.forget("learned_teacher")
+    run.release("teacher")
+    run.release("distillation_teacher")
 
 
 def cached_arguments() -> tuple[str, ...]:
@@ -216,8 +216,8 @@ def _evaluate(run: Run) -> None:
         "student": run.folder,
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
-    run.forget("teacher")
-    run.forget("learned_teacher")
+    run.release("teacher")
+    run.release("distillation_teacher")
     evaluate_models(
         models,
         run.texts("eval"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..compat import commit_hash
 from ..data.loading import local_dataset
-from ..files import digest, known_digest, local_folder
+from ..files import cached_file_digest, digest, local_folder
 from ..models import load_config
 from .schema import DatasetSection, TeacherSection
 
@@ -49,7 +49,7 @@ def model_identity(section: TeacherSection) -> Any:
         config = load_config(section.model, revision=section.revision)
         return {"model": section.model, "revision": commit_hash(config) or section.revision}
     files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return {"files": {path.name: known_digest(path) for path in sorted(files)}}
+    return {"files": {path.name: cached_file_digest(path) for path in sorted(files)}}
 
 
 def dataset_identity(section: DatasetSection) -> Any:
@@ -63,11 +63,11 @@ def dataset_identity(section: DatasetSection) -> Any:
     if path is None:
         return {**values, "commit": hub_commit(section.source, section.revision)}
     if path.is_file():
-        return {**values, "source": known_digest(path)}
+        return {**values, "source": cached_file_digest(path)}
     files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
     return {
         **values,
-        "source": digest([(file.relative_to(path).as_posix(), known_digest(file)) for file in files]),
+        "source": digest([(file.relative_to(path).as_posix(), cached_file_digest(file)) for file in files]),
     }
 
 

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent / "accelerate_configs"
 CONFIG_NAMES = tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 
 #: How long processes may take to end when asked to, in seconds.
-_PATIENCE = 60
+_TERMINATION_SECONDS = 60
 
 
 def accelerate_config(name: str | os.PathLike[str]) -> Path:
@@ -122,7 +122,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
         except BaseException:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE)
+                process.wait(_TERMINATION_SECONDS)
             process.kill()
             raise
         if code == 0:
@@ -138,7 +138,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
     )
 
 
-def leave_message(text: str) -> bool:
+def write_error_message(text: str) -> bool:
     """Leave an error to the process that started this one.
 
     Returns:
@@ -166,7 +166,7 @@ def _accelerate_launch(arguments: Sequence[str]) -> int:
         launch_processes(arguments, "SIGTERM,SIGHUP,SIGQUIT")
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            leave_message(f"exit code {failure.exitcode} of process {rank}{_reason(failure.exitcode)}")
+            write_error_message(f"exit code {failure.exitcode} of process {rank}{_reason(failure.exitcode)}")
         return 1
     except SignalException as error:
         return 128 + error.sigval

@@ -72,7 +72,7 @@ def read_yaml(text: str) -> Any:
         raise
     # A word behind an explicit tag (`!!bool maybe`) fails in whatever its constructor tries.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise DataError(_said(error)) from error
+        raise DataError(_yaml_message(error)) from error
 
 
 def write_yaml(values: Any) -> str:
@@ -86,7 +86,7 @@ def write_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _said(error: Exception) -> str:
+def _yaml_message(error: Exception) -> str:
     """A YAML error in one line: where, and what."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     what = (problem or str(error).partition("\n")[0]).rstrip(".")

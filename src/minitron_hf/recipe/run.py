@@ -68,15 +68,15 @@ class Run:
             self._cache[key] = make()
         return self._cache[key]
 
-    def forget(self, key: str) -> None:
+    def release(self, key: str) -> None:
         """Free something that was loaded; it is loaded again when needed."""
         self._cache.pop(key, None)
 
-    def forget_teachers(self) -> None:
+    def release_teachers(self) -> None:
         """Free every model that was loaded, of this round and of the whole run."""
-        for key in ("teacher", "learned_teacher"):
-            self.forget(key)
-            self.whole.forget(key)
+        for key in ("teacher", "distillation_teacher"):
+            self.release(key)
+            self.whole.release(key)
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -98,32 +98,32 @@ class Run:
         section = self.recipe.teacher
         if self is not self.whole and self.number == 1:
             return self.whole.teacher
-        dtype = None if self.rounds_weights else section.dtype
+        dtype = None if self.narrows_weights else section.dtype
         return self._cached("teacher", lambda: load_for_compute(section.model, dtype=dtype, revision=section.revision))
 
     @property
-    def learned_teacher(self) -> PreTrainedModel:
+    def distillation_teacher(self) -> PreTrainedModel:
         """What the student learns from: the teacher, corrected where the recipe says so; or what it was cut from."""
         if self is not self.whole and not self.learns_from_previous:
-            return self.whole.learned_teacher
+            return self.whole.distillation_teacher
         corrected = self is self.whole and self.recipe.teacher_correction is not None
-        if not corrected and not self.rounds_weights:
+        if not corrected and not self.narrows_weights:
             return self.teacher
         section = self.recipe.teacher
         if corrected:
-            return self._cached("learned_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
-        return self._cached("learned_teacher", lambda: self.load(section.model, revision=section.revision))
+            return self._cached("distillation_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+        return self._cached("distillation_teacher", lambda: self.load(section.model, revision=section.revision))
 
     @property
     def learns_from_previous(self) -> bool:
         """Whether this is a later round whose student learns from the student of the round before."""
         return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
 
-    def unloaded_teacher(self, settings: dict[str, Any]) -> str:
+    def distillation_teacher_path(self, settings: dict[str, Any]) -> str:
         """Where the trainer finds what the student learns from, to load it as the settings say."""
-        self.forget_teachers()
+        self.release_teachers()
         if self is not self.whole and not self.learns_from_previous:
-            return self.whole.unloaded_teacher(settings)
+            return self.whole.distillation_teacher_path(settings)
         section = self.recipe.teacher
         corrected = self is self.whole and self.recipe.teacher_correction is not None
         where = {} if corrected or section.revision is None else {"revision": section.revision}
@@ -137,7 +137,7 @@ class Run:
         return load_for_compute(path, dtype=self.recipe.teacher.dtype, **kwargs)
 
     @property
-    def rounds_weights(self) -> bool:
+    def narrows_weights(self) -> bool:
         """Whether the recipe's dtype is narrower than the stored one, and so for computing alone, not for cutting."""
         import torch
 
@@ -157,7 +157,7 @@ class Run:
 
         section = self.recipe.distributed
         assert section is not None
-        self.forget_teachers()
+        self.release_teachers()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

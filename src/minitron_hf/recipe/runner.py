@@ -80,7 +80,7 @@ def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str],
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
         for stage in wanted:  # every refusal before the first computation
             if redo:
-                _forget(run.folder, stage, digests[stage.name])
+                _clear_unfinished(run.folder, stage, digests[stage.name])
             else:
                 _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
         _drop_rounds(run.folder, recipe, redo)
@@ -90,7 +90,7 @@ def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str],
             if _is_done(run.folder, stage, digests[stage.name]):
                 report(f"[{stage.name}] done before, skipped")
             else:
-                _do(run, stage, digests[stage.name], report)
+                _run_stage(run, stage, digests[stage.name], report)
     return run.folder
 
 
@@ -120,7 +120,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     return shapes
 
 
-def _do(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
+def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
     """Do a stage, or go on with it."""
     record = _record(run.folder, stage.name)
     if record is None or record["digest"] != stage_digest:
@@ -128,7 +128,7 @@ def _do(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]
     report(f"[{stage.name}] {stage.help}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", None)
     start = time.monotonic()
-    with _clear_errors():
+    with _explain_storage_errors():
         stage.run(run)
     _write_record(run.folder, stage, run.recipe, stage_digest, "done", time.monotonic() - start)
     gc.collect()
@@ -165,7 +165,7 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
     return ended and all((folder / output).exists() for output in stage.outputs)
 
 
-def _forget(folder: Path, stage: Stage, stage_digest: str) -> None:
+def _clear_unfinished(folder: Path, stage: Stage, stage_digest: str) -> None:
     """Have a stage begin anew that is not done: of what it has, nothing is gone on from."""
     if not _is_done(folder, stage, stage_digest):
         _clear(folder, stage)
@@ -226,7 +226,7 @@ def _clear(folder: Path, stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
+def _explain_storage_errors() -> Iterator[None]:
     """Turn what the file system says into one clear message; leave everything else alone."""
     try:
         yield

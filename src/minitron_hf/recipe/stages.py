@@ -76,7 +76,7 @@ def _cache_settings(recipe: Recipe) -> Any:
     }
 
 
-def _what_is_trained(recipe: Recipe) -> Any:
+def _distill_settings(recipe: Recipe) -> Any:
     """The arguments of distillation, however the rows of a step are split over processes and batches."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
@@ -171,7 +171,7 @@ STAGES: tuple[Stage, ...] = (
         "train the student to predict like the teacher",
         ("prune", "correct", "cache"),
         lambda recipe: {
-            "distill": _what_is_trained(recipe),
+            "distill": _distill_settings(recipe),
             "lora": recipe.lora,
             "train": dataset_identity(recipe.data.train),
             "eval": dataset_identity(recipe.data.eval),

@@ -14,7 +14,7 @@ from ..files import (
     replacing_folder,
     require_writable,
 )
-from ..locks import holding
+from ..locks import with_locked_folder
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from ..saving import save_model
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-@holding("folder")
+@with_locked_folder("folder")
 def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel | str | None,
@@ -112,9 +112,9 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
     if run.recipe.teacher_cache is None:
         corpora = [run.dataset("train"), run.dataset("eval")]
         if settings.get("teacher_offload") or settings.get("teacher_model_init_kwargs"):
-            teacher = run.unloaded_teacher(settings)
+            teacher = run.distillation_teacher_path(settings)
         else:
-            teacher = run.learned_teacher
+            teacher = run.distillation_teacher
     else:
         from ..distillation.teacher_cache import load_teacher_cache
 

@@ -62,13 +62,13 @@ def register_metric(name: str, *, reads: Reads = "activations") -> Callable[[_Fu
     It is known in this process. A package that offers the function as an entry point of the group
     `minitron_hf.metrics` makes it known everywhere, also to the command line.
 
-    | `reads` | the function is given | and returns |
-    |---|---|---|
-    | `"activations"` | `UnitActivations` of one axis in one layer | one value per token and unit, `[..., U]` |
-    | `"pre_activations"` | the same, but neurons before their nonlinearity | likewise |
-    | `"gradients"` | activations x and ∂L/∂x of the same shape | one term per element, in that shape |
-    | `"weights"` | `ArchSpec` and model | scores of all axes and of blocks, as in `ImportanceScores` |
-    | `"seed"` | `ArchSpec`, model and seed | likewise |
+    What the function is given and returns, by `reads`:
+
+    - `"activations"`: `UnitActivations` of one axis in one layer → one value per token and unit, `[..., U]`.
+    - `"pre_activations"`: the same, but neurons before their nonlinearity.
+    - `"gradients"`: activations x and ∂L/∂x of the same shape → one term per element, in that shape.
+    - `"weights"`: `ArchSpec` and model → scores of all axes and of blocks, as in `ImportanceScores`.
+    - `"seed"`: `ArchSpec`, model and seed → likewise.
 
     Values of activations are reduced over tokens and rows as `estimate_importance` is told to. Terms of gradients are
     summed over the tokens of a row and the dimensions of a unit, then reduced over rows.

@@ -22,7 +22,7 @@ from ..data import DataSource, TokenRows, token_rows
 from ..errors import PlanError
 from ..evaluation.speed import measure_speed
 from ..files import digest
-from ..locks import holding
+from ..locks import with_locked_folder
 from ..pruning.candidates import Candidate, Divergence, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
@@ -62,7 +62,7 @@ class SearchResult:
         return self.candidates[0].request
 
 
-@holding("output_dir")
+@with_locked_folder("output_dir")
 def search_architectures(
     model: PreTrainedModel,
     scores: ImportanceScores,
