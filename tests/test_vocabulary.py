@@ -57,7 +57,7 @@ def test_ids_of_other_tokens_are_refused_everywhere(folder, tmp_path):
         ),
     }
     for way in ways.values():
-        with pytest.raises(MismatchError, match=r"2 mean other tokens; 4 is 'b' and 'a'"):
+        with pytest.raises(MismatchError, match=r"2 mean different tokens; 4 is 'b' and 'a'"):
             way()
 
 

@@ -1,4 +1,4 @@
-"""How many tokens a row may have."""
+"""Context lengths of models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Most tokens of a row that a model was made for; None where its config names no limit."""
+    """Longest row that a model supports, in tokens; None if its config names no limit."""
     config = config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-    if limit and factor and original:  # some configs name the length before scaling
+    if limit and factor and original:  # some configs hold the length before scaling
         limit = max(limit, int(factor * original))
     return limit or None
 
 
 def shortest_context(*configs: PretrainedConfig) -> int | None:
-    """The context of the models that has the fewest tokens."""
+    """The shortest context of several models, in tokens; None if none has a limit."""
     return min((length for config in configs if (length := context_length(config)) is not None), default=None)

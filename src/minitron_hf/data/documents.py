@@ -1,4 +1,4 @@
-"""Documents of any source, one after another, as token ids: texts, conversations, prompts with completions, token ids.
+"""Reads documents of any source as token ids: texts, conversations, prompts with completions, token ids.
 
 Long texts are read in pieces, so memory does not grow with the longest document.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from ..errors import DataError
 from .tokens import added_tokens, missing_start, require_tokenizer, separator_tokens, start_tokens, tokenize
 
-#: Anything `token_rows` reads: texts, conversations, token ids, or a dataset (or rows of one) with such columns.
+#: Everything that `token_rows` reads: texts, conversations, token ids, or a dataset (or its rows) with such columns.
 DataSource = Any
 
-#: Documents, and characters of all of them, that are tokenised at a time.
+#: Most documents, and most characters of all of them, that are tokenised at a time.
 BATCH_SIZE, BATCH_CHARACTERS = 256, 1 << 18
-#: Characters before a cut that are tokenised again, to have the tokens after it as they are in the whole text.
+#: Characters before a cut that are tokenised again, so that the tokens after it equal those of the whole text.
 OVERLAP_CHARACTERS = 64
 
 _CONVERSATION = ("messages", "conversations")
@@ -32,11 +32,10 @@ class Piece:
 
     Attributes:
         ids: token ids.
-        num_context: leading tokens that are context alone: what the tokenizer adds, or a prompt.
-        begins_with_start: whether the document begins with what the tokenizer adds in front of a text, as later rows
-            of it then do too.
-        num_bytes: UTF-8 bytes of the text; None where it was token ids or messages.
-        num_first_bytes: of these, those of the first token, where nothing stands in front of it.
+        num_context: number of leading tokens that are context alone: start tokens, or a prompt.
+        begins_with_start: whether the document, and so each of its rows, begins with the tokenizer's start tokens.
+        num_bytes: UTF-8 bytes of the text; None for token ids and messages.
+        num_first_bytes: UTF-8 bytes of its first token if that is the first token of the document, and so unpredicted.
         is_first: whether the document begins here.
         is_last: whether the document ends here.
     """
@@ -54,7 +53,7 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
     """Yield all documents that are not empty. Texts are tokenised in batches, which is much faster.
 
     Raises:
-        DataError: if a document is nothing that can be read, or a tokenizer is needed and missing.
+        DataError: if a document cannot be read, or a tokenizer is needed and missing.
     """
     start = [] if processing_class is None else start_tokens(processing_class)
     front = start if start or processing_class is None else separator_tokens(processing_class)
@@ -124,7 +123,7 @@ def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int], 
 
 
 def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:
-    """A long text in pieces, whose tokens together are those of the whole text."""
+    """Split a long text into pieces, whose tokens together are those of the whole text."""
     tokenizer = require_tokenizer(processing_class)
 
     def bare(part: str) -> list[int]:
@@ -136,12 +135,12 @@ def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[i
         end = _cut(text, place)
         part, before = text[place:end], text[max(0, place - OVERLAP_CHARACTERS) : place]
         ids, known = bare(before + part), bare(before) if before else []
-        # Where the cut itself changes tokens, the part is tokenised alone.
+        # If the cut changes tokens before it, the part is tokenised alone.
         ids = ids[len(known) :] if ids[: len(known)] == known else bare(part)
         is_first, is_last = place == 0, end == len(text)
-        behind = added_tokens(tokenizer)[1] if is_last else []
+        suffix = added_tokens(tokenizer)[1] if is_last else []
         yield Piece(
-            [*(front if is_first else ()), *ids, *behind],
+            [*(front if is_first else ()), *ids, *suffix],
             num_context=len(start) if is_first else 0,
             begins_with_start=bool(start),
             num_bytes=len(part.encode()),
@@ -153,7 +152,7 @@ def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[i
 
 
 def _cut(text: str, place: int) -> int:
-    """Where a piece that begins at `place` ends: in front of a single space or line break, if there is one."""
+    """End of a piece that begins at `place`: before a single space or line break, if there is one."""
     end = place + BATCH_CHARACTERS
     if end >= len(text):
         return len(text)
@@ -163,7 +162,7 @@ def _cut(text: str, place: int) -> int:
 
 
 def _first_bytes(text: str, processing_class: Any) -> int:
-    """Bytes of the first token, which nothing predicts where nothing stands in front of a text."""
+    """UTF-8 bytes of the first token, which no token predicts."""
     tokenizer = require_tokenizer(processing_class)
     text = text[:1024]
     if tokenizer.is_fast:
@@ -227,20 +226,20 @@ def _piece_of_ids(ids: list[int], start: list[int], *, add: bool, num_context: i
 
     Args:
         ids: token ids.
-        start: what the tokenizer adds in front of a text.
-        add: whether to put it there where it is missing. A conversation begins as its template renders it.
-        num_context: leading tokens that are context alone.
+        start: start tokens of the tokenizer.
+        add: whether to add missing start tokens. A conversation begins as its template renders it.
+        num_context: number of leading tokens that are context alone.
     """
     if not ids:
         return Piece([])
-    lacking = missing_start(ids, start)
-    if add and lacking:
-        ids, lacking = [*lacking, *ids], []
-    begins = bool(start) and not lacking
+    missing = missing_start(ids, start)
+    if add and missing:
+        ids, missing = [*missing, *ids], []
+    begins = bool(start) and not missing
     return Piece(ids, num_context=max(num_context, len(start) if begins else 0), begins_with_start=begins)
 
 
-# Conversations and completions, as TRL's SFTTrainer reads them
+# Conversations and completions, read like TRL's SFTTrainer
 
 
 def _is_conversation(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Token rows: documents cut into rows of at most so many tokens, and batches of them."""
+"""Token rows: documents cut into rows of limited length, and batches of rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class TokenRows:
 
     Attributes:
         rows: token ids, one list per row, each of length ≥ 2.
-        num_bytes: UTF-8 bytes of the text whose tokens the rows predict; None when the source was token ids or
-            messages, or tokens are left out.
-        overlap: how many tokens of every row repeat the end of the row before it (0 or 1). With 1, each token after
-            the first is predicted exactly once, whatever `max_length` is.
-        context: positions of the tokens of every row that are context alone: what the tokenizer adds in front of a
-            text, and prompts. They are neither scored nor counted, and no prediction of them is measured. Empty where
-            there are none in any row.
-        continues: whether a row begins in the middle of a document. Empty where it is not known.
+        num_bytes: UTF-8 bytes of the text whose tokens the rows predict; None for token ids and messages, or if
+            tokens are left out.
+        overlap: number of tokens of every row that repeat the end of the row before it (0 or 1). With 1, each token
+            after the first is predicted exactly once, for every `max_length`.
+        context: positions of the tokens of every row that are context alone: start tokens of the tokenizer, and
+            prompts. They are neither scored nor counted, and no prediction of them is measured. Empty if no row has
+            any.
+        continues: whether each row begins in the middle of a document. Empty if it is unknown.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -43,12 +43,12 @@ class TokenRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all rows, overlaps included, without those that are context alone."""
+        """Number of tokens in all rows, including overlaps, without context."""
         return sum(map(len, self.rows)) - sum(map(len, self.context))
 
     @property
     def digest(self) -> str:
-        """Digest of the token ids, of how they are split into rows, and of which are context alone."""
+        """Digest of the token ids, their split into rows, and the positions of context."""
         return digest(self.rows, self.context) if any(self.context) else digest(self.rows)
 
     def predicted(self, index: int) -> list[int]:
@@ -58,7 +58,7 @@ class TokenRows:
 
     @property
     def num_predicted(self) -> int:
-        """Predictions that all rows together measure."""
+        """Number of predictions that are measured in all rows."""
         return sum(len(self.predicted(index)) for index in range(len(self)))
 
     def select(self, indices: list[int]) -> TokenRows:

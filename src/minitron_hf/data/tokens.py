@@ -1,4 +1,4 @@
-"""What a tokenizer adds to a text, and texts as token ids."""
+"""Tokenises texts, and finds the tokens that a tokenizer adds to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself: of a processor (of texts and images), the one inside."""
+    """The tokenizer; of a processor (of texts and images), its tokenizer."""
     tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer
 
@@ -31,17 +31,17 @@ def added_tokens(processing_class: Any) -> tuple[list[int], list[int]]:
 def start_tokens(processing_class: Any) -> list[int]:
     """Token ids that the tokenizer adds in front of every text: mostly the beginning-of-text token, or none.
 
-    A teacher that was trained with them expects them at the first positions of every row. Without them many teachers
-    are far worse, because their attention rests on that token.
+    A teacher that was trained with them expects them at the first positions of every row. Without them, many teachers
+    are far worse, because they attend to that token.
     """
     return added_tokens(processing_class)[0]
 
 
 def separator_tokens(processing_class: Any) -> list[int]:
-    """Token ids in front of every document: what the tokenizer adds, or else one separator, where it has one.
+    """Token ids in front of every document: the start tokens, or else one separator if the tokenizer has one.
 
     The separator is the beginning-of-text token, or the end-of-text token of tokenizers without one, as in
-    lm-evaluation-harness: it gives the first real token a context, and in a packed stream it parts the documents.
+    lm-evaluation-harness. It gives the first real token a context, and separates documents in a packed stream.
     """
     if start := start_tokens(processing_class):
         return start
@@ -51,7 +51,7 @@ def separator_tokens(processing_class: Any) -> list[int]:
 
 
 def tokenize(texts: Sequence[str], processing_class: Any) -> list[list[int]]:
-    """Token ids of whole documents, each behind its `separator_tokens`."""
+    """Token ids of whole documents, each with its `separator_tokens` in front."""
     front = separator_tokens(processing_class)
     encoded: list[list[int]] = text_tokenizer(processing_class)(list(texts), add_special_tokens=True, verbose=False)[
         "input_ids"
@@ -60,7 +60,7 @@ def tokenize(texts: Sequence[str], processing_class: Any) -> list[list[int]]:
 
 
 def missing_start(ids: Sequence[int], start: Sequence[int]) -> list[int]:
-    """The part of `start` that a row of token ids lacks at its beginning: nothing where it begins with all of it."""
+    """The start tokens that a row of token ids lacks at its beginning; empty if it begins with all of them."""
     for kept in range(len(start), 0, -1):
         if list(ids[:kept]) == list(start[len(start) - kept :]):
             return list(start[: len(start) - kept])

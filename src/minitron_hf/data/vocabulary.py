@@ -1,4 +1,4 @@
-"""Whether several tokenizers give their ids to the same tokens."""
+"""Checks that several tokenizers have the same vocabulary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def refuse_other_tokenizers(processing_class: Any, **models: Any) -> None:
-    """Refuse tokenizers that give an id to different tokens: the one at hand, and those stored beside the models.
+    """Refuse tokenizers that map an id to different tokens: the given one, and those stored beside the models.
 
-    Vocabularies of equal size may hold other tokens, and everything that is computed from their ids is nonsense.
-    Tokens that were added to a tokenizer may differ: special tokens get other names and uses.
+    Vocabularies of equal size may hold different tokens, and then everything that is computed from ids is wrong.
+    Tokens that were added to a tokenizer may differ, because special tokens get other names and uses.
 
     Args:
-        processing_class: tokenizer or processor; None where the models bring theirs.
-        **models: role → model, or a path or Hub id; those that bring no tokenizer are left out.
+        processing_class: tokenizer or processor; None compares the models' own tokenizers.
+        **models: role → model, or a path or Hub id; models without a tokenizer are skipped.
 
     Raises:
         MismatchError: naming an id and its tokens.
@@ -40,19 +40,19 @@ def refuse_other_tokenizers(processing_class: Any, **models: Any) -> None:
         if differing:
             first = differing[0]
             raise MismatchError(
-                f"{known[0][0]} and {who} differ: of {len(tokens.keys() & others.keys())} ids that both know, "
-                f"{len(differing)} mean other tokens; {first} is {tokens[first]!r} and {others[first]!r}. Pass the "
+                f"{known[0][0]} and {who} differ: of {len(tokens.keys() & others.keys())} ids that both have, "
+                f"{len(differing)} mean different tokens; {first} is {tokens[first]!r} and {others[first]!r}. Pass the "
                 "tokenizer that belongs to the models, and models that share one."
             )
 
 
 def stored_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model's folder, or in the cache of a Hub id; None where there is none. Asks no network."""
+    """The tokenizer in a model's folder, or in the cache of a Hub id; None if there is none. Uses no network."""
     from transformers import AutoTokenizer
 
     if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab.*")):
         return None
-    with contextlib.suppress(Exception):  # whatever hinders it, nothing is known then
+    with contextlib.suppress(Exception):  # no tokenizer can be read, for whatever reason
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, local_files_only=True, trust_remote_code=False
         )

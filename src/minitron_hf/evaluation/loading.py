@@ -1,4 +1,4 @@
-"""Loads models for inference: on one device, in evaluation mode, in a dtype whose rounding does not show."""
+"""Loads models for inference: on one device, in a dtype whose rounding is small."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_for_inference(
 
 @contextlib.contextmanager
 def in_float32(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """Compute models in float32, and afterwards in what they were; quantised ones as they are."""
+    """Compute models in float32 for the duration of the context; quantised models keep their dtype."""
     tensors = [
         (tensor, tensor.dtype)
         for model in models
@@ -43,11 +43,15 @@ def in_float32(models: Iterable[PreTrainedModel]) -> Iterator[None]:
         yield
     finally:
         for tensor, dtype in tensors:
-            tensor.data = tensor.data.to(dtype)  # rounds nothing: they came from it
+            tensor.data = tensor.data.to(dtype)  # exact: the values came from this dtype
 
 
 def common_device(models: Mapping[str, Any], device: str | torch.device | None) -> torch.device:
-    """The device of the model objects; for paths alone the one asked for, else `hardware.default_device`."""
+    """The device of the model objects; for paths alone the given device, else `hardware.default_device`.
+
+    Raises:
+        MismatchError: if the models are on several devices.
+    """
     found = {name: model.device for name, model in models.items() if not isinstance(model, str | os.PathLike)}
     if device is not None:
         found["device="] = _indexed(as_device(device))
@@ -58,7 +62,7 @@ def common_device(models: Mapping[str, Any], device: str | torch.device | None) 
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """The device as models name theirs: with its number, where it is an accelerator."""
+    """The device with its index, as models name theirs."""
     if device.index is not None or device.type in ("cpu", "meta"):
         return device
     return torch.device(device.type, torch.accelerator.current_device_index())

@@ -47,7 +47,7 @@ def token_log_probabilities(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> 
 
 
 def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(reference ‖ model) of each token's prediction, Σ_v p_ref (ln p_ref − ln p): P1 §3, at temperature 1.
+    """KL(reference ‖ model) of each token's prediction, Σ_v p_ref (ln p_ref − ln p), at temperature 1.
 
     Args:
         logits_TV: [T, V], any floating dtype; computed in float32 (float64 stays), a chunk of tokens at a time.
@@ -105,7 +105,7 @@ def _chunks(logits: torch.Tensor, other: torch.Tensor) -> tuple[Iterable[torch.T
 
 
 def load_metric(name: str, **kwargs: Any) -> Any:
-    """Load one of this package's metrics with the `evaluate` library, from its script on disk, without a network.
+    """Load a metric of this package with the `evaluate` library, from its script on disk, without a network.
 
     `causal_lm_loss` (predictions: logits [T, V] per document, references: the tokens [T] they predict) gives loss,
     perplexity and, with `compute(num_bytes=…)`, bits per byte. `kl_divergence` (predictions and references: logits
@@ -141,7 +141,7 @@ def load_metric(name: str, **kwargs: Any) -> Any:
 def measure_quality(
     models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, show_progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of every model, in one pass over the rows, longest rows first (they pad each other least)."""
+    """Measure every model in one pass over the rows, longest rows first, which needs the least padding."""
     names = sorted(models, key=lambda name: name != reference)
     compared = [name for name in names if reference is not None and name != reference]
     losses = {name: load_metric("causal_lm_loss") for name in names}
@@ -192,6 +192,6 @@ def measure_quality(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # Causal attention never looks right, where the padding is, so neither a mask nor positions are needed. A mask
-    # could harm: with a sliding window, padding far enough right sees nothing at all, and becomes NaN in some dtypes.
+    # Causal attention never reaches the padding on the right, so neither a mask nor positions are needed. A mask does
+    # harm: with a sliding window, padding far to the right attends to nothing, and becomes NaN in some dtypes.
     return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits

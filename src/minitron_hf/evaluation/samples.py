@@ -32,11 +32,11 @@ def generate_samples(
 
     Args:
         models: name → model, or the path or Hub id of one.
-        processing_class: tokenizer of them all.
+        processing_class: tokenizer that all models share.
         prompts: texts to continue; each begins as documents do in training (see `data.tokenize`).
         max_new_tokens: longest continuation, in tokens.
         do_sample: sample from the models (temperature 1) instead of taking the most probable token.
-        seed: of the sampling; every model starts every prompt from it. The caller's random state is left alone.
+        seed: seed of the sampling, the same for every model and prompt. The caller's random state is not changed.
         dtype: dtype of models that are loaded here; by default the stored one, or float32 where the hardware is slow
             in that.
         device: device of models that are loaded here.

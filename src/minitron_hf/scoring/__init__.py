@@ -1,5 +1,5 @@
 """Importance scores: calibration data and a model → a score for every unit, channel and layer.
 
-Belongs here: metrics and their reductions, the observers that collect activations, depth rankings.
+Belongs here: metrics and their registry, reductions, the passes that observe a model, scores of layers.
 May import: `errors`, `files`, `data`, `models`, `hardware`, `compat`, `families`, `sizes`.
 """

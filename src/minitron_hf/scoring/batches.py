@@ -1,4 +1,4 @@
-"""Batches of calibration rows going through a model, counted over all processes."""
+"""Batches of calibration rows: checks, inputs of the model, and counts over all processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .reductions import wide
 
 
 def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
-    """Refuse token ids that the model does not have.
+    """Refuse token ids outside the model's vocabulary.
 
     Raises:
-        DataError: if there are some.
+        DataError: if the largest id is outside.
     """
     config = text_config(config)
     if largest >= config.vocab_size:
@@ -38,30 +38,31 @@ def require_context(longest: int, config: PretrainedConfig) -> None:
     """Refuse rows that are longer than the model's context.
 
     Raises:
-        DataError: if there are some.
+        DataError: if the longest row is.
     """
     context = context_length(config)
     if context is not None and longest > context:
         raise DataError(
-            f"The calibration rows hold up to {longest} tokens, more than the model's context of {context}. Cut them."
+            f"The calibration rows hold up to {longest} tokens, more than the model's context of {context}. "
+            "Pass shorter rows, or texts with a smaller max_length."
         )
 
 
 def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor, scored_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every predicted token in float32 (float64 stays), 0 elsewhere, and where there are any.
+    """Cross-entropy of every predicted token, in float32 (float64 for float64 logits).
 
     Args:
-        logits_BTV: of the model.
-        ids_BT: token ids.
-        mask_BT: the tokens, without padding.
-        scored_BT: of these, the tokens that are not context alone.
+        logits_BTV: logits of the model, [B, T, V].
+        ids_BT: token ids, [B, T].
+        mask_BT: True at tokens, False at padding, [B, T].
+        scored_BT: True at tokens that are not context alone, [B, T].
 
     Returns:
-        Losses [B, T − 1], and a mask of the same shape.
+        Losses [B, T − 1], 0 where nothing is predicted, and the mask of predicted tokens, [B, T − 1].
     """
     predicted_BT = scored_BT[:, 1:] & mask_BT[:, :-1]
     targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
-    losses = [  # row by row: a copy of all logits in float32 would be the largest tensor of all
+    losses = [  # row by row: a float32 copy of all logits would be the largest tensor
         nn.functional.cross_entropy(
             logits_TV[:-1].to(wide(logits_TV)), targets_T.to(logits_TV.device), reduction="none"
         )
@@ -72,14 +73,14 @@ def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor, scored_BT:
 
 
 class Batches:
-    """The calibration rows that a pass has seen.
+    """The calibration rows that a pass has read.
 
     Attributes:
         rows: the rows of every batch, without padding; rows without tokens are left out.
-        num_tokens: tokens seen, without padding and without those that are context alone (see `TokenRows`).
-        shape_BT: shape of the batch at work.
-        attended_BT: its tokens, without padding.
-        mask_BT: of these, the tokens that are scored: all but those that are context alone.
+        num_tokens: number of tokens, without padding and without context (see `TokenRows`).
+        shape_BT: shape of the current batch.
+        attended_BT: True at its tokens, False at padding.
+        mask_BT: True at its tokens that are scored: all but context.
     """
 
     def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
@@ -95,7 +96,17 @@ class Batches:
         self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
     def begin(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take note of a batch of `input_ids` and, where there are any, the masks of `padded_batches` [B, T]."""
+        """Check and count a batch, and make it the current one.
+
+        Args:
+            batch: `input_ids` and, optionally, the masks of `padded_batches`, each [B, T].
+
+        Returns:
+            `input_ids` and `attention_mask`, each [B, T].
+
+        Raises:
+            DataError: if tokens are outside the vocabulary, or rows longer than the context.
+        """
         ids_BT = batch["input_ids"]
         mask_BT = batch.get("attention_mask")
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
@@ -109,13 +120,13 @@ class Batches:
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a causal model is called with: no mask where it cannot see the padding anyway.
+        """Inputs of a causal model: without a mask where all padding is on the right, which no token attends to.
 
-        Causal attention never looks right, so padding there needs no mask; and with one, padding tokens that a
-        sliding window leaves with nothing to see turn NaN and spoil the keys of the others.
+        A mask there would do harm: padding tokens that a sliding window leaves without any token to attend to become
+        NaN.
         """
         mask_BT = batch["attention_mask"]
-        # A padding token added to the tokenizer alone lies beyond the model's vocabulary.
+        # A padding token that was added to the tokenizer alone lies outside the model's vocabulary.
         inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
         if bool((mask_BT.diff(dim=1) > 0).any()):
             inputs["attention_mask"] = mask_BT
@@ -130,11 +141,11 @@ class Batches:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Observe what has to be observed, for the duration of the context."""
+        """Observe modules for the duration of the context; by default none."""
         yield
 
     def gather(self) -> None:
-        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
+        """Add up the sums of all processes, which took the batches in turns, and restore the order of the rows."""
         everyones: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyones, (self.rows, self.num_tokens))
         self.num_tokens = sum(num_tokens for _, num_tokens in everyones)
@@ -143,12 +154,12 @@ class Batches:
         ]
 
     def _add_up(self, sums: Tensor) -> Tensor:
-        """The same sums of all processes together."""
+        """Sums over all processes."""
         sums = sums.to(input_device(self.model))
         torch.distributed.all_reduce(sums)
         return sums
 
 
 def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
-    """What is handed from layer to layer as [B, T, H]: several residual streams side by side."""
+    """The state between two layers as [B, T, H]; several residual streams are concatenated along H."""
     return x.movedim(0, 2).flatten(2) if spec.stream.stacked_states else x

@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class Calibration(NamedTuple):
-    """Calibration data that can be gone through more than once.
+    """Calibration data that several passes can read.
 
     Attributes:
-        batches: starts again.
-        num_batches: how many there are, where it is known.
-        packing: whether texts were packed here; None where they came as rows.
+        batches: starts a new pass over the batches.
+        num_batches: number of batches; None where it is unknown.
+        packing: whether texts were packed; None for data that came as rows.
     """
 
     batches: Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -50,7 +50,7 @@ def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def _processes() -> tuple[int, int]:
-    """Rank and number of processes; joins those of `accelerate launch` where nothing has done so yet."""
+    """Rank and number of processes; joins the processes of `accelerate launch` unless that was done before."""
     if not torch.distributed.is_available():
         return 0, 1
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
@@ -61,7 +61,7 @@ def _processes() -> tuple[int, int]:
 
 
 def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
-    """Row length for calibration and measurement: `limit`, or the model's positions where they are fewer."""
+    """Row length for calibration and measurement, in tokens: `limit`, or the model's context if that is shorter."""
     return min(limit, context_length(config) or limit)
 
 
@@ -74,7 +74,14 @@ def calibrate(
     packing: bool,
     batch_size: int,
 ) -> Calibration:
-    """Calibration data in batches; the arguments are those of `estimate_importance`."""
+    """Cut calibration data into rows and batches.
+
+    The arguments are those of `estimate_importance`.
+
+    Raises:
+        DataError: if there is no text, too little of it or no tokenizer for it, or an argument is out of range.
+        MismatchError: if the tokenizer is not the model's.
+    """
     if processing_class is not None:
         refuse_other_tokenizers(processing_class, model=model)
     if data is None:
@@ -82,8 +89,8 @@ def calibrate(
     if isinstance(data, torch.utils.data.DataLoader):
         if is_prepared_loader(data) and _processes()[1] > 1:
             raise DataError(
-                "This DataLoader was prepared by Accelerate, so each process sees other batches. Pass the one that "
-                "was given to prepare(); its batches are dealt out here."
+                "This DataLoader was prepared by Accelerate, so each process reads other batches. Pass the original "
+                "DataLoader; its batches are shared out here."
             )
         endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
         return Calibration(lambda: data, None if endless else len(data), None)
@@ -91,10 +98,10 @@ def calibrate(
         if name == "max_length" and number is None:
             continue
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise DataError(f"{name}={number!r}: expected a number of at least 1.")
+            raise DataError(f"{name}={number!r}: expected an integer of at least 1.")
     context = context_length(model.config)
     if max_length is not None and context is not None and max_length > context:
-        logger.warning("max_length=%d exceeds the model's context of %d tokens, which rows have.", max_length, context)
+        logger.warning("max_length=%d exceeds the model's context. Rows have its %d tokens.", max_length, context)
         max_length = context
     max_length = default_max_length(model.config) if max_length is None else max_length
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)

@@ -1,8 +1,8 @@
-"""Ranks layers by the perplexity, the change of the logits, or any function of the model without them.
+"""Measures a model without some layers: its perplexity, or the change of its logits.
 
-Without layers i..j a model computes the same up to layer i. So what the layers were given is kept for one batch at a
-time, and without a block only the layers after it run: all single layers together cost half of what as many passes
-through a shallower model would.
+Without layers i..j a model computes the same states up to layer i. So the inputs of all layers are kept for one batch,
+and only the layers after a block run: measuring all single layers costs half as much as that many passes through a
+shallower model.
 
 Legend of shape suffixes: B rows of a batch, T tokens of a row, V vocabulary, H hidden.
 """
@@ -37,9 +37,9 @@ class DepthPass(Batches):
     """One pass over calibration batches for many candidates: sums over the tokens of each, in float64.
 
     Attributes:
-        candidates: the layers that each candidate goes without, contiguous but for those that are gone already. An
-            empty one is the model without those.
-        dropped: the layers that are gone already.
+        candidates: the layers that each candidate lacks, contiguous except for the dropped layers. An empty candidate
+            is the model without the dropped layers.
+        dropped: layers that were removed before.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DepthPass(Batches):
         self.metric = metric
         self.candidates = list(candidates)
         self.dropped = frozenset(dropped)
-        # Where layers read what earlier ones stored, these have to run.
+        # Where layers read states of earlier layers, the earlier layers must run.
         self.reuses = not (spec.layer_rules.reusing_layers or spec.layer_rules.fixed_layers)
         self.layers: Any = model.get_submodule(spec.layers_path)
         self.sums = torch.zeros(len(self.candidates), 2, dtype=torch.float64)
@@ -77,7 +77,7 @@ class DepthPass(Batches):
         ]
         whole = self.metric == "logit_nmse" or not all(self.candidates)
         try:
-            # Only what the layers are given is needed, where nothing is compared with the whole model's logits.
+            # The head is needed only where something is compared with the whole model's logits.
             output = (self.model if whole else self.model.base_model)(**inputs, use_cache=False)
             full_BTV = output.logits if whole else torch.empty(0)
         finally:
@@ -105,7 +105,7 @@ class DepthPass(Batches):
             if not gone:
                 logits_BTV = full_BTV
             else:
-                # Nothing before the candidate changes; the layers after it run without those that are gone already.
+                # Nothing before the candidate changes; the layers after it run without the dropped ones.
                 start = min(candidate) if candidate else min(passed)
                 with self._without(start, states[start], gone, tuples[0]):
                     logits_BTV = self.model(**inputs, use_cache=False).logits
@@ -115,12 +115,12 @@ class DepthPass(Batches):
     def _without(
         self, start: int, state_BTH: Tensor, gone: frozenset[int] | set[int], as_tuple: bool
     ) -> Iterator[None]:
-        """Hand `state_BTH` to what follows layer `start`, at no cost, and let the layers that are gone do nothing.
+        """Make missing layers return their input; that of the first is stored, so no earlier layer is computed.
 
         Args:
-            start: the first layer that is gone.
-            state_BTH: what it was given.
-            gone: all layers that hand on what they are given.
+            start: the first missing layer.
+            state_BTH: its input.
+            gone: all missing layers.
             as_tuple: whether the layers of this model return tuples.
         """
 
@@ -160,7 +160,7 @@ class DepthPass(Batches):
         self.sums[number] += torch.stack([term.cpu().double() for term in terms])
 
     def gather(self) -> None:
-        """Add up the sums of all processes, which took the batches in turns, and put the rows back in their order."""
+        """Add up the sums of all processes, which took the batches in turns, and restore the order of the rows."""
         self.sums = self._add_up(self.sums).cpu()
         super().gather()
 
@@ -172,10 +172,10 @@ class DepthPass(Batches):
 
 
 def without_layers(spec: ArchSpec, model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
-    """A model without some layers, of the stock class, that shares all tensors with the one it was made of.
+    """A stock model without some layers, which shares all tensors with the original.
 
     Raises:
-        PlanError: if the stock config cannot hold the layers that are left.
+        PlanError: if the stock config cannot describe the remaining layers.
     """
     sizes = spec.sizes(model.config)
     kept = tuple(layer for layer in range(sizes["layers"]) if layer not in gone)

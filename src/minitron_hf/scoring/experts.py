@@ -1,10 +1,10 @@
 """Observes stacked experts: the activations of every expert for the tokens that are routed to it.
 
-Transformers keeps the experts of a layer in 3-D tensors of one module, so there is no module per expert to hook. It
-lets anyone supply the function that computes them (`compat.experts_computed_by`): here one that reports as it goes.
+Transformers keeps the experts of a layer in 3-D tensors of one module, so there is no module per expert to hook. But
+it computes them by an exchangeable function (`compat.experts_computed_by`); the function here reports activations.
 
 Legend of shape suffixes: N tokens, K experts chosen for a token, n tokens routed to one expert, F its neurons,
-D what its neurons are made of (gates beside neurons, where it has gates), H hidden, E experts.
+D inputs of its nonlinearity (neurons, and gates where it has them), H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..weights import tensor_values
 
 
 class Routed(NamedTuple):
-    """What an expert does with the tokens that are routed to it.
+    """Activations of one expert for the tokens that are routed to it.
 
     Attributes:
-        token_n: the tokens.
-        weight_n1: the weights that the router gave it; 1 where they scaled the tokens beforehand.
-        before_nD: what goes into its nonlinearity, gates and neurons as the weights hold them.
-        inner_nF: the input of its down projection.
-        output_nH: its output, times the weights.
+        token_n: indices of the tokens.
+        weight_n1: router weights; 1 where they scaled the tokens beforehand.
+        before_nD: input of the nonlinearity, gates and neurons in the order of the weights.
+        inner_nF: input of the down projection.
+        output_nH: output, times the router weights.
     """
 
     token_n: Tensor
@@ -43,10 +43,10 @@ class Routed(NamedTuple):
     output_nH: Tensor
 
 
-#: Called for every expert with its index and what it did.
+#: Called for every expert with its index and its activations.
 Observer = Callable[[int, Routed], None]
 
-#: How far experts that are computed twice may differ, relative to their norm: the rounding of bfloat16, and no more.
+#: Largest relative difference between two computations of the same experts: the rounding of bfloat16.
 _SAME = 0.03
 
 
@@ -56,16 +56,16 @@ def observed_experts(
 ) -> Iterator[None]:
     """Report what the experts of some modules compute, for the duration of the context.
 
-    Modules that leave the computation to `config._experts_implementation` compute their experts once, here. The few
-    that do not are computed a second time after their own forward, and have to come to the same output.
+    Most modules compute their experts by the function of `config._experts_implementation`, which is replaced. The
+    experts of other modules are computed a second time after their forward, and must give the same output.
 
     Args:
-        observers: module of stacked experts → what to call for each of its experts.
-        transposed: whether the weights of an expert are stored as [in, out], for modules that do not say so.
-        differentiable: what is reported has to be what the output is made of, not a second computation.
+        observers: module of stacked experts → function to call for each of its experts.
+        transposed: whether the weights of an expert are stored as [in, out], for modules without `is_transposed`.
+        differentiable: whether gradients of the reported activations are needed, which a second computation lacks.
 
     Raises:
-        UnsupportedModelError: when a module turns out to compute something else, or is called in an unknown way.
+        UnsupportedModelError: if a module computes something else than its weights suggest, or gives no gradients.
     """
 
     def forward(module: Any, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -78,14 +78,14 @@ def observed_experts(
                 _require_same(module, output, _sorted_experts(module, transposed, observers[module], *inputs))
                 return
             total_NH = _sum_of_experts(module, transposed, observers[module], *inputs)
-        # An index beyond the stacked experts may stand for something that costs nothing, such as the identity.
+        # An index beyond the stacked experts may stand for an expert without weights, such as the identity.
         known_N = (inputs[1] < len(module.down_proj)).all(-1)
         _require_same(module, output.reshape(total_NH.shape)[known_N], total_NH[known_N])
 
     with ExitStack() as stack:
         configs: dict[int, Any] = {}
         for module in observers:
-            if hasattr(module, "has_post_expert_norm"):  # one of the facts that such modules state about themselves
+            if hasattr(module, "has_post_expert_norm"):  # an attribute of all modules that use the function
                 configs[id(module.config)] = module.config
             elif differentiable:
                 raise UnsupportedModelError(
@@ -105,7 +105,7 @@ def stored_transposed(spec: ArchSpec, module: str) -> bool:
 
 
 def expert_inputs(spec: ArchSpec, module: str) -> Dimension:
-    """The dimension in which the table lists what the neurons of an expert are made of, gates included."""
+    """The dimension of the projection that computes the neurons of an expert, gates included."""
     names = [name for name in ("gate_up_proj", "up_proj") if f"{module}.{name}" in spec.dimensions]
     [dimension] = [
         dimension
@@ -134,7 +134,7 @@ def _sum_of_experts(
     num_experts, top_k = len(module.down_proj), index_NK.shape[-1]
     pairs = index_NK.flatten().argsort(stable=True)  # of token and choice, expert by expert
     counts = torch.bincount(index_NK.flatten(), minlength=num_experts).tolist()
-    # An index beyond the last expert says that no expert of this module is meant.
+    # An index beyond the last expert means no expert of this module.
     for expert, pairs_n in enumerate(pairs.split(counts)[:num_experts]):
         if len(pairs_n):
             token_n, weight_n1 = pairs_n // top_k, weights_NK.flatten()[pairs_n][:, None]
@@ -147,7 +147,7 @@ def _sum_of_experts(
 
 
 def _sorted_experts(module: Any, transposed: bool, observer: Observer, hidden: Tensor) -> Tensor:
-    """Outputs of experts that are all given all tokens, scaled beforehand by the router: [E * N, H] → [E * N, H]."""
+    """Outputs of all experts for all tokens, which the router scaled beforehand: [E * N, H] → [E * N, H]."""
     outputs = []
     for expert, hidden_NH in enumerate(hidden.chunk(len(module.down_proj))):
         before_ND, inner_NF, output_NH = _one_expert(module, transposed, expert, hidden_NH)
@@ -160,7 +160,7 @@ def _sorted_experts(module: Any, transposed: bool, observer: Observer, hidden: T
 def _one_expert(module: Any, transposed: bool, expert: int, x_nH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Input of an expert's nonlinearity [n, D], of its down projection [n, F], and its output [n, H].
 
-    The output is normalised where the module does.
+    The output is normalised if the module normalises it.
     """
     transposed = getattr(module, "is_transposed", transposed)
     gated = hasattr(module, "gate_up_proj")

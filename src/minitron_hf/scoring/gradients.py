@@ -1,7 +1,7 @@
 """Scores from activations and their gradients, by a forward and a backward pass: first-order Taylor and the like.
 
 Removing what a unit writes changes the loss by −Σ x·∂L/∂x over its activations x, to first order. Where x is the input
-of a projection, that is Σ w·∂L/∂w over the weights that read it, the Taylor importance of P1 (arXiv 2407.14679 §2.2).
+of a projection, that is Σ w·∂L/∂w over the weights that read it, the Taylor importance of arXiv 2407.14679 §2.2.
 It is read off activations, so no gradient of a weight is ever formed; memory holds the activations of one batch.
 
 Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, H hidden, V vocabulary, L layers,

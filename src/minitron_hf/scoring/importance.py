@@ -1,6 +1,6 @@
 """`estimate_importance`: calibration data → `ImportanceScores` for every width axis and every layer.
 
-One forward pass without the output head gives all of them (P1 §2.2, arXiv 2407.14679).
+One forward pass without the output head gives all of them (Muralidharan et al. 2024, arXiv 2407.14679 §2.2).
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     without gradients of weights. `"magnitude"` and `"random"` are controls that need no data; show every result beside
     `"random"`.
 
-    The same pass scores layers, as blocks of every length, by their block importance (P1 §2.2). With `depth_metric`,
-    layers are scored by the model without them instead.
+    The same pass scores layers, as blocks of every length, by their block importance (arXiv 2407.14679 §2.2). With
+    `depth_metric`, layers are scored by the model without them instead.
 
-    Activations are reduced over the tokens of a row, then over rows (P1 Table 13: batch L2 with sequence mean is best
-    or second). Padding tokens never count: scores do not depend on batch size, padding side or the order of batches.
+    Activations are reduced over the tokens of a row, then over rows (arXiv 2407.14679, table 13: L2 over rows and the
+    mean over tokens are best or second). Padding tokens never count: scores do not depend on batch size, padding side
+    or the order of batches.
 
     Models that `device_map="auto"` spreads over devices, main memory and disk are scored in place. Under `accelerate
     launch`, every process calls this function with the same arguments, takes its share of the batches, and returns the
@@ -90,7 +91,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
         metric: name of a metric, or several names.
         batch_reduction: reduction over rows: `"l2"`, `"mean"` (of absolute values) or `"var"`.
         sequence_reduction: reduction over the tokens of a row, likewise. `"taylor"` sums instead.
-        num_samples: number of rows (P1, P2: 1,024).
+        num_samples: number of rows; arXiv 2407.14679 and 2408.11796 use 1,024.
         max_length: tokens in a row; default 512, or the model's context where it is shorter.
         packing: join texts into full rows instead of one text a row.
         batch_size: rows at a time. Memory grows with `batch_size × max_length × (layers + 1) × hidden_size`.

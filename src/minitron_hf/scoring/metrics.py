@@ -181,7 +181,7 @@ class UnitActivations:
 
 @register_metric("activation")
 def activation(units: UnitActivations) -> Tensor:
-    """Norm of a unit's activation; of a group, the norm of its contribution (P1 §2.2, arXiv 2407.14679).
+    """Norm of a unit's activation; of a group, the norm of its contribution (arXiv 2407.14679 §2.2).
 
     For an expert that is ‖router weight · its output‖₂, as in REAP (arXiv 2510.13999, eq. 5 before its mean).
     """
@@ -190,7 +190,7 @@ def activation(units: UnitActivations) -> Tensor:
 
 @register_metric("pre_activation", reads="pre_activations")
 def pre_activation(units: UnitActivations) -> Tensor:
-    """`activation`, but neurons before their nonlinearity, as in P1 §2.2. Scores of gate and up are added."""
+    """`activation`, but neurons before their nonlinearity (arXiv 2407.14679 §2.2); scores of gate and up are added."""
     return activation(units)
 
 
@@ -204,8 +204,8 @@ def contribution(units: UnitActivations) -> Tensor:
 def taylor(x: Tensor, gradient: Tensor) -> Tensor:
     """First-order change of the loss L without the activation x: x · ∂L/∂x.
 
-    Summed over tokens that is Σ w · ∂L/∂w over the weights that read x: the Taylor importance of P1 §2.2 (Molchanov et
-    al., arXiv 1906.10771).
+    Summed over tokens that is Σ w · ∂L/∂w over the weights that read x: the Taylor importance of arXiv
+    2407.14679 §2.2 and Molchanov et al. (arXiv 1906.10771).
     """
     return x * gradient
 

@@ -27,7 +27,7 @@ def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction)
         count_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1).to(x_BTU.device)
     else:
         count_B1 = torch.full((1, 1), x_BTU.shape[1], device=x_BTU.device)
-    # A row at a time, so that what is in between stays small. `vector_norm` takes five times as long along tokens.
+    # One row at a time keeps intermediate tensors small. `vector_norm` along tokens takes five times as long.
     if reduction == "l2":
         return torch.stack([x_TU.to(dtype).square().sum(0) for x_TU in x_BTU]).sqrt()
     if reduction == "mean":
@@ -40,13 +40,13 @@ def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction)
 
 
 def reduce_routed(x_nU: Tensor, row_n: Tensor, count_B: Tensor, reduction: Reduction) -> Tensor:
-    """`reduce_sequence` of activations that are 0 at all tokens but n → [B, U].
+    """`reduce_sequence` of activations that are 0 at all but n tokens → [B, U].
 
     Args:
-        x_nU: the activations at those tokens.
-        row_n: the row of each of them.
-        count_B: unmasked tokens of every row, on the same device.
-        reduction: how to reduce.
+        x_nU: activations at the n tokens, [n, U].
+        row_n: row of each token, [n].
+        count_B: number of unmasked tokens of every row, [B], on the same device.
+        reduction: reduction over the tokens of a row.
     """
     x_nU = x_nU.to(wide(x_nU))
     count_B1 = count_B.clamp(min=1)[:, None]
@@ -64,7 +64,7 @@ def reduce_routed(x_nU: Tensor, row_n: Tensor, count_B: Tensor, reduction: Reduc
 
 
 def row_terms(reduced_BU: Tensor) -> Tensor:
-    """What `reduce_rows` needs of the reduced rows of one batch: Σ|s|, Σs and Σs², in float64 → [3, U]."""
+    """Sums over the reduced rows of one batch for `reduce_rows`: Σ|s|, Σs and Σs², in float64 → [3, U]."""
     reduced_BU = reduced_BU.double()
     return torch.stack([reduced_BU.abs().sum(0), reduced_BU.sum(0), reduced_BU.square().sum(0)])
 

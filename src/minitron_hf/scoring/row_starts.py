@@ -1,6 +1,6 @@
-"""Whether a teacher is broken on rows that begin in the middle of a document.
+"""Detects teachers that fail on rows that begin in the middle of a document.
 
-Many teachers rest their attention on the first token of a text, and are far worse where it is missing.
+Many teachers attend to the first token of a text, and are far worse without it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Rows that are tried, and tokens of each.
+#: Number of rows that are tested, and of tokens in each.
 NUM_ROWS, NUM_TOKENS = 8, 256
-#: Nats per token that are far: the perplexity is 1.6 times as high.
-FAR = 0.5
+#: Increase of the cross-entropy that causes a warning, in nats per token: the perplexity is 1.6 times as high.
+LARGE_INCREASE = 0.5
 
 
 def warn_of_broken_starts(
     model: PreTrainedModel, rows: TokenRows, name: str, front: Sequence[int] | None = None
 ) -> None:
-    """Warn where rows that begin inside a document would be predicted far better behind the first token of documents.
+    """Warn if rows that begin inside a document are predicted far better after the first token of documents.
 
-    The same tokens are predicted with it and without it: first rows and later rows themselves may differ as texts do.
+    The same tokens are predicted with that token and without it, because first and later rows differ as texts do.
 
     Args:
         model: the teacher.
-        rows: rows that say where they begin (`TokenRows.continues`); others are not looked at, nor are rows in front
-            of which that token was put already.
-        name: of the model, for the message.
-        front: token ids that documents could begin with; by default the token that the first rows begin with.
+        rows: rows that say where they begin (`TokenRows.continues`). Other rows, and rows that begin with that token
+            already, are not tested.
+        name: name of the model in the message.
+        front: token ids that documents could begin with; by default the first token of the first rows.
     """
     firsts = {row[0] for row, is_later in zip(rows.rows, rows.continues) if not is_later}
     firsts = firsts if front is None else set(front)
@@ -47,17 +47,17 @@ def warn_of_broken_starts(
     later = [index for index in later if not (rows.context and rows.context[index])][:NUM_ROWS]
     if len(firsts) != 1 or not later:
         return
-    # One token fewer than the row has, so that the token in front fits into the model's context.
-    tried = [rows.rows[index][:-1][:NUM_TOKENS] for index in later]
+    # One token fewer, so that the token in front fits into the model's context.
+    tested = [rows.rows[index][:-1][:NUM_TOKENS] for index in later]
     plain, led = (
-        sum(_loss(model, (*front, *row), len(front) + 1) for row in tried) / len(tried)
+        sum(_loss(model, (*front, *row), len(front) + 1) for row in tested) / len(tested)
         for front in ((), tuple(firsts))
     )
-    if plain - led > FAR:
+    if plain - led > LARGE_INCREASE:
         logger.warning(
-            "%s has a cross-entropy of %.2f nats per token on rows as they are, and of %.2f on the "
-            "same rows behind the token %d, with which texts begin: what is measured and learned on them is "
-            "wrong. Have the tokenizer add it (tokenizer.add_bos_token = True), or put it before every row of ids.",
+            "%s has a cross-entropy of %.2f nats per token on the rows, and of %.2f on the same rows behind the "
+            "token %d, with which texts begin. Measurements and training on these rows are wrong. Have the tokenizer "
+            "add that token (tokenizer.add_bos_token = True), or put it before every row of ids.",
             name,
             plain,
             led,

@@ -1,4 +1,4 @@
-"""`ImportanceScores`: scores of units, channels and layers, as a file."""
+"""`ImportanceScores`: scores of units, channels and layers, and their file."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SCORES_NAME = "scores.safetensors"
 
 
 def require_finite(spec: ArchSpec, model: PreTrainedModel, axes: Mapping[str, Tensor]) -> None:
-    """Refuse fresh scores that are not numbers, of which a plan would keep arbitrary units.
+    """Refuse scores that are NaN or infinite, from which a plan would keep arbitrary units.
 
     Args:
-        spec: the family.
+        spec: the family's table.
         model: the model that was scored.
-        axes: as of `ImportanceScores`; NaN where a layer has no such unit.
+        axes: as in `ImportanceScores`; NaN where a layer has no such unit is allowed.
 
     Raises:
         UnsupportedModelError: naming the axis.
@@ -60,21 +60,21 @@ def require_finite(spec: ArchSpec, model: PreTrainedModel, axes: Mapping[str, Te
 
 @dataclass(frozen=True)
 class ImportanceScores:
-    """Scores of one model: the higher, the more a unit or layer matters.
+    """Scores of one model: a higher score means a more important unit or layer.
 
     Attributes:
         axes: axis → float32 scores: `[units]` for axes chosen once for the whole model (hidden), `[layers, units]`
             for axes chosen in every layer (ffn, heads, kv), `[layers, outer, units]` for axes chosen inside every
             unit of another (the neurons of every expert). NaN in the rows of layers that have no such units.
         blocks: float32 [L, L]; entry (i, j ≥ i) is the importance of layers i..j together. By default it is their
-            block importance, 1 − E[cos(input of layer i, output of layer j)] (P1 §2.2); otherwise what
-            `settings["depth_metric"]` says. NaN below the diagonal, and where it was not measured.
-        settings: how the scores were made.
-        digests: of `model` (weights), `architecture`, `tokenizer` and `data`.
-        versions: of the libraries that made them.
-        removals: float32 [N, L], where layers were removed one after another: row n holds what the model is worth
-            without the n layers removed before and each other layer; NaN where it may not go, or is gone. The smallest
-            of a row goes.
+            block importance, 1 − E[cos(input of layer i, output of layer j)] (arXiv 2407.14679 §2.2); otherwise the
+            value of `settings["depth_metric"]` without them. NaN below the diagonal, and where it was not measured.
+        settings: how the scores were made: metric, reductions, rows.
+        digests: digests of `model` (weights), `architecture`, `tokenizer` and `data`.
+        versions: versions of the libraries that made them.
+        removals: float32 [N, L], where layers were removed one after another: row n holds the value of the model
+            without the n layers removed before and each other layer; NaN for layers that are removed or protected. The
+            layer with the smallest value of a row is removed.
     """
 
     axes: Mapping[str, Tensor]
@@ -91,12 +91,12 @@ class ImportanceScores:
 
     @property
     def removed_layers(self) -> list[int]:
-        """The layers that were removed one after another, in that order."""
+        """The layers that were removed one after another, in order."""
         return [] if self.removals is None else [index_of_smallest(row) for row in self.removals.tolist()]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a file of scores holds, by name."""
+        """All tensors of a file of scores, by name."""
         depth = {"blocks": self.blocks, **({} if self.removals is None else {"removals": self.removals})}
         return {**self.axes, **depth}
 
@@ -151,7 +151,7 @@ class ImportanceScores:
             ) from error
 
     def require_model(self, model_or_config: PreTrainedModel | PretrainedConfig) -> None:
-        """Refuse to be used with another model than the one that was scored.
+        """Refuse another model than the one that was scored.
 
         A config, or a model on the meta device, can only be compared by architecture; `apply_plan` compares weights.
 
@@ -164,7 +164,7 @@ class ImportanceScores:
             model, config = model_or_config, model_or_config.config
         if architecture_digest(config) != self.digests["architecture"]:
             raise MismatchError(
-                "These importance scores were made for a model of another architecture "
+                "These importance scores belong to a model of another architecture "
                 f"({self.settings.get('model')}). Score this model with estimate_importance(…)."
             )
         if model is not None and not on_meta(model):
@@ -172,18 +172,23 @@ class ImportanceScores:
 
 
 def require_weights(model: PreTrainedModel, expected: str | None, what: str) -> None:
-    """Refuse a model whose weights are not the ones an artefact was made from.
+    """Refuse a model whose weights differ from those that an artefact was made from.
+
+    Args:
+        model: the model.
+        expected: digest of the weights that the artefact was made from; None skips the check.
+        what: the artefact, as the subject of the message.
 
     Raises:
         MismatchError: if the digests differ.
     """
     if expected is not None and model_digest(model) != expected:
         raise MismatchError(
-            f"{what} were made for other weights than those of this {type(model).__name__} "
+            f"{what} were made for other weights than this {type(model).__name__} has "
             f"({model.config.name_or_path or 'in memory'}). Make them again for this model."
         )
 
 
 def index_of_smallest(values: Sequence[float]) -> int:
-    """Index of the smallest value; NaN is none, ties go to the lower index."""
+    """Index of the smallest value; NaN is ignored, ties go to the lower index."""
     return min((index for index, value in enumerate(values) if not math.isnan(value)), key=lambda i: values[i])

@@ -1,11 +1,11 @@
-"""Architecture search: counts shapes within a budget, distils a few briefly, keeps the best (P1 §2.3).
+"""Architecture search: counts shapes within a budget, distils a few briefly, keeps the best (arXiv 2407.14679 §2.3).
 
 enumerate → count → select diverse shapes → prune each and measure it on calibration text → select again → distil
 briefly, drop the worse half, distil longer → rank. One student is in memory at a time, every result is written at
 once, and a search that was stopped resumes.
 
-Ranks before distillation can be wrong: P1 found depth and width together best before it, and width alone after some
-200 steps. So the first selection keeps diverse shapes, and distillation decides.
+Ranks before distillation can be wrong: that paper found depth and width together best before it, and width alone
+after some 200 steps. So the first selection keeps diverse shapes, and distillation decides.
 """
 
 from __future__ import annotations
