@@ -41,8 +41,8 @@ def refuse_other_tokenizers(processing_class: Any, **models: Any) -> None:
             first = differing[0]
             raise MismatchError(
                 f"{known[0][0]} and {who} differ: of {len(tokens.keys() & others.keys())} ids that both have, "
-                f"{len(differing)} mean different tokens; {first} is {tokens[first]!r} and {others[first]!r}. Pass the "
-                "tokenizer that belongs to the models, and models that share one."
+                f"{len(differing)} mean different tokens; {first} is {tokens[first]!r} and {others[first]!r}. Pass "
+                "the tokenizer that belongs to the models, and models that share one."
             )
 
 
