@@ -101,7 +101,9 @@ def calibrate(
             raise DataError(f"{name}={number!r}: expected an integer of at least 1.")
     context = context_length(model.config)
     if max_length is not None and context is not None and max_length > context:
-        logger.warning("max_length=%d exceeds the model's context of %d tokens. Rows are that long.", max_length, context)
+        logger.warning(
+            "max_length=%d exceeds the model's context of %d tokens. Rows have that length.", max_length, context
+        )
         max_length = context
     max_length = default_max_length(model.config) if max_length is None else max_length
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
