@@ -107,10 +107,10 @@ def test_a_named_checkpoint_that_is_torn_is_refused(finished, tmp_path):
     folder = copy_of(finished, tmp_path)
     (folder / "checkpoint-4" / "scheduler.pt").unlink()
     trainer = make_trainer(folder, *models(dtype=torch.float32), text_dataset(), max_steps=4)
-    with pytest.raises(OutputError, match="lacks files"):
+    with pytest.raises(OutputError, match="is incomplete"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     shutil.rmtree(folder / "checkpoint-2")
-    with pytest.raises(OutputError, match="no whole checkpoint"):
+    with pytest.raises(OutputError, match="no complete checkpoint"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -143,7 +143,7 @@ def test_a_finished_run_takes_no_further_step(finished, tmp_path):
 )
 def test_a_checkpoint_of_another_training_is_refused(finished, changes, words):
     before = (finished[0] / "distillation.json").read_bytes()
-    with pytest.raises(MismatchError, match=rf"checkpoint-4 is of another training: {words}.*another output folder"):
+    with pytest.raises(MismatchError, match=rf"checkpoint-4 belongs to another training: {words}.*output folder"):
         distilled(finished[0], **changes)
     assert (finished[0] / "distillation.json").read_bytes() == before
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.quantization_config import GgufConfig
 
-from minitron_hf.distillation.adapters import merged
+from minitron_hf.distillation.adapters import merged_copy
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.correction import correct_teacher
@@ -62,7 +62,7 @@ def test_an_adapter_is_merged_into_the_weights_that_it_was_trained_on():
     adapted = get_peft_model(model, config)
     tokens = pocket_tokens(2, 9)
     expected = adapted.eval()(input_ids=tokens).logits
-    student = merged(adapted)
+    student = merged_copy(adapted)
     assert type(student) is type(plain)
     assert not hasattr(student.config, "quantization_config")
     assert not torch.allclose(expected, plain(input_ids=tokens).logits)

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) on a student: the base model they are stored with, and what a folder with one may hold."""
+"""Adapters (PEFT) of a student: their base model on disk, merging, and the files beside them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "m
 def stored_name(model: Any) -> str | None:
     """Folder or Hub id that holds the weights of a model; None for a model that exists in memory only.
 
-    A model that was cut in this process, or whose config is not that of the folder it names, is stored nowhere: an
-    adapter that names that folder would be loaded on top of another model.
+    A model that was pruned in this process, or whose config differs from the one in its folder, is not stored there:
+    an adapter that names that folder would be loaded on top of another model.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -51,13 +51,13 @@ def stored_name(model: Any) -> str | None:
 
 
 def save_base_model(student: Any, output_dir: str | os.PathLike[str], *, writes: bool) -> None:
-    """Save the base of an adapter to come, so that the adapter's checkpoints can name it.
+    """Save the base model of an adapter before training, so that the adapter's checkpoints can name it.
 
-    PEFT records where a base model was loaded from (`base_model_name_or_path`). A pruned model in memory was loaded
-    from nowhere.
+    PEFT records where a base model was loaded from (`base_model_name_or_path`). A pruned model in memory has
+    no such place.
 
     Args:
-        student: the model, before the adapter is put on it.
+        student: the model, before the adapter is added.
         output_dir: the output folder of the run; the base goes into `base_model/` there.
         writes: whether this process writes files.
 
@@ -67,8 +67,8 @@ def save_base_model(student: Any, output_dir: str | os.PathLike[str], *, writes:
     """
     if is_peft_model(student):
         raise UnsupportedModelError(
-            "The student is an adapter (a PeftModel) on a model that is stored nowhere, so its checkpoints could not "
-            "be loaded. Pass the model itself and peft_config= to the trainer, which stores it; or call "
+            "The student is an adapter (a PeftModel) on a model that exists in memory only, so its checkpoints "
+            "could not be loaded. Pass the model itself and peft_config= to the trainer, which stores it; or call "
             "save_pretrained(folder) before the adapter is added, and put it on from_pretrained(folder)."
         )
     folder = Path(output_dir).resolve() / BASE_NAME
@@ -79,11 +79,11 @@ def save_base_model(student: Any, output_dir: str | os.PathLike[str], *, writes:
 
 
 def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> Any:
-    """The base model of a `PeftModel` with its adapters once more, from weights that were gathered or dequantised.
+    """Build a `PeftModel` again from weights that were gathered or dequantised.
 
     Args:
         model: the trained model, whose weights are not read.
-        state_dict: all of its weights, by the names that it gives them.
+        state_dict: all weights, by the names of `model`.
         config: of the base model.
 
     Returns:
@@ -98,11 +98,11 @@ def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> 
     return whole
 
 
-def merged(model: Any) -> Any:
+def merged_copy(model: Any) -> Any:
     """A copy of a `PeftModel` with its adapter merged; the base model is dequantised first, if it is quantised.
 
-    What the adapter has learned to correct are the quantised weights, so these are what it is merged into, and the
-    student computes what it computed in training. It is as large as a model that never was quantised.
+    The adapter was trained on top of the quantised weights, so it is merged into their dequantised values, and the
+    student computes the same as in training. It is as large as an unquantised model.
     """
     base = base_model_of(model)
     if not is_quantised(base):
@@ -121,14 +121,14 @@ def merged(model: Any) -> Any:
 
 
 def adapter_type(teacher: Any) -> dict[str, str]:
-    """What a record adds to a teacher's name where the teacher is a model with an adapter."""
+    """Entry of a record for a teacher with an adapter; empty for other teachers."""
     if teacher is None or not is_peft_model(teacher):
         return {}
     return {"adapter": str(teacher.peft_config[teacher.active_adapter].peft_type.value)}
 
 
 def disable_peft_card(model: Any) -> None:
-    """Keep PEFT from writing its card, with the base model's path on this machine, over the run's own."""
+    """Keep PEFT from replacing the run's model card by its own, which holds paths of this machine."""
     if is_peft_model(model):
         model.create_or_update_model_card = _no_card
 
@@ -138,10 +138,10 @@ def _no_card(output_dir: str) -> None:
 
 
 def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
-    """Remove what a save into `folder` replaces: a merged student before its adapter is written, and the reverse.
+    """Remove a merged student before its adapter is saved into the same folder, and the reverse.
 
     Raises:
-        OutputError: if the folder holds a model, or an adapter, that no distillation has saved there.
+        OutputError: if the folder holds a model or an adapter without the record of a distillation.
     """
     folder = Path(folder)
     patterns = MODEL_FILES if adapter else ADAPTER_FILES
@@ -149,16 +149,16 @@ def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
     if found and not (folder / RECORD_NAME).is_file():
         raise OutputError(
             f"{folder} holds {', '.join(path.name for path in found)} of another model. A loader that finds an "
-            "adapter and a whole model in one folder puts the one on top of the other. Choose another folder."
+            "adapter and a model in one folder puts the adapter on top of the model. Choose another folder."
         )
     for path in found:
         path.unlink()
 
 
 def refuse_unmergeable(config: Any, peft_config: Any) -> None:
-    """Refuse an adapter that the loss would not see, or that could not be merged, before it is on the student.
+    """Refuse an adapter that the loss would not see, or that could not be merged, before it is added to the student.
 
-    It is put on an empty copy. What PEFT refuses there, it refuses of the student itself, in its own words.
+    It is added to an empty copy. Errors of PEFT are left to the attempt with the student itself.
 
     Raises:
         UnsupportedModelError: see `refuse_wrapped_head` and `refuse_split_tie`.
@@ -179,7 +179,7 @@ def refuse_unmergeable(config: Any, peft_config: Any) -> None:
 def refuse_split_tie(student: Any) -> None:
     """Refuse an adapter that trains the token embedding apart from the output head, where the model ties them.
 
-    A stock model with `tie_word_embeddings` has one matrix for both: merged, the adapter would change the head, too.
+    A stock model with `tie_word_embeddings` has one matrix for both, so a merged adapter would change the head too.
 
     Raises:
         UnsupportedModelError: naming what to do.
@@ -198,12 +198,12 @@ def refuse_split_tie(student: Any) -> None:
     if ends and not trained_as_one:
         raise UnsupportedModelError(
             "The adapter trains the token embedding or the output head, which are one matrix in this model "
-            "(tie_word_embeddings): merged, it would change the other one, too. Take both out of target_modules, "
+            "(tie_word_embeddings): merged, the adapter would change both. Take both out of target_modules, "
             "modules_to_save and trainable_token_indices, or train the whole matrix: "
             "LoraConfig(modules_to_save=[the embedding], ensure_weight_tying=True)."
         )
 
 
 def _inside(module: Any) -> Any:
-    """What an adapter's layer is around."""
+    """The module that an adapter's layer wraps."""
     return getattr(module, "base_layer", None) or getattr(module, "original_module", None)

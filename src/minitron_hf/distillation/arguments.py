@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 def in_training_dtype(
     model: Any, args: DistillationConfig, config: PretrainedConfig, peft_config: Any, quantization_config: Any
 ) -> tuple[Any, DistillationConfig]:
-    """Give a half-precision student float32 weights, where training needs them or the hardware is slow without.
+    """Give a half-precision student float32 weights, if training needs them or the hardware is slow in half precision.
 
     Returns:
-        The model without another trainer's wrappers, or its path; and the arguments, where it is one with the dtype
-        that TRL will load it in.
+        The model, without another trainer's wrappers, or its path; and the arguments, for a path with the dtype in
+        which TRL loads the model.
     """
     if isinstance(model, nn.Module):
         model = plain_model(model)
@@ -115,7 +115,7 @@ def model_name(model: Any) -> str | None:
 
 
 def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
-    """The tokenizer or processor beside the teacher, for a student that is stored nowhere."""
+    """The tokenizer or processor of the teacher, for a student that exists in memory only."""
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code
     }  # without it, Transformers would ask on the terminal
@@ -128,7 +128,7 @@ def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
 
 
 def as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A dict-valued argument; strings of JSON are parsed by the base class already."""
+    """A copy of a dict argument; the base class has parsed JSON already."""
     if isinstance(kwargs, str):
         raise MismatchError(f"Expected a dict of keyword arguments, got the string {kwargs!r}.")
     return dict(kwargs or {})

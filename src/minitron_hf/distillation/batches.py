@@ -18,16 +18,16 @@ from ..losses.fused import next_token_positions
 
 #: Columns of a cached row: tokens and log-probabilities, N * k each, position by position; and N tails.
 TOKENS, LOG_PROBS, LOG_TAIL = "teacher_tokens", "teacher_log_probs", "teacher_log_tail"
-#: What the columns of cached hidden states begin with; their index among the teacher's hidden states follows.
+#: Prefix of the columns of cached hidden states, before their index among the teacher's hidden states.
 STATES = "teacher_states_"
-#: Entries of a batch that are not for the model. Some collators shift the labels beforehand too.
+#: Entries of a batch that are not arguments of the model. Some collators also add shifted labels.
 LABELS, ROW_LENGTHS, CACHED = "labels", "row_lengths", "cached_teacher"
 SHIFTED_LABELS = "shift_labels"
 
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """What a cache says of a batch. No mapping or tensor, so that nothing casts it with the batch.
+    """Cached teacher logits of a batch. Neither a mapping nor a tensor, so that nothing casts it with the batch.
 
     Attributes:
         tokens: int64 [N, k], the most likely one first.
@@ -44,7 +44,7 @@ class CachedTeacher:
 
 @dataclass
 class WithRowLengths:
-    """A collator that also says how long each row of a flattened batch is, so that tokens can be told by row."""
+    """A collator that adds the length of each row of a flattened batch, so that tokens can be assigned to rows."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -56,7 +56,7 @@ class WithRowLengths:
 
 @dataclass
 class WithCachedTeacher:
-    """A collator that also hands on what cached rows say of the teacher."""
+    """A collator that also passes on the cached teacher logits of its rows."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -82,7 +82,7 @@ class WithCachedTeacher:
 
 @dataclass
 class WithKnownTokens:
-    """A collator that refuses tokens that the models have no embedding for."""
+    """A collator that refuses tokens for which the models have no embedding."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     vocab_size: int
@@ -93,14 +93,14 @@ class WithKnownTokens:
         if isinstance(tokens, Tensor) and tokens.numel() and int(tokens.max()) >= self.vocab_size:
             raise DataError(
                 f"A batch holds the token {int(tokens.max())}, and the models have embeddings of {self.vocab_size} "
-                "tokens. Use the tokenizer that belongs to them, a padding token included; or resize both models "
-                "to it with resize_token_embeddings."
+                "tokens. Use the tokenizer that belongs to the models, also for padding; or resize both models "
+                "with resize_token_embeddings."
             )
         return batch
 
 
 def _joined(examples: list[dict[str, Any]], name: str, num_tokens: int | None = None) -> Tensor:
-    """A column of all rows, [N], or [N, its width]."""
+    """A column of all rows: [N], or [N, width] where `num_tokens` is given."""
     values = torch.from_numpy(np.concatenate([np.asarray(example[name]) for example in examples]))
     if num_tokens is None:
         return values
@@ -108,17 +108,17 @@ def _joined(examples: list[dict[str, Any]], name: str, num_tokens: int | None = 
 
 
 def is_cached(columns: Iterable[str] | None) -> bool:
-    """Whether rows with these columns hold what a teacher said."""
+    """Whether rows with these columns hold cached teacher logits."""
     return TOKENS in (columns or ())
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a batch that a model takes."""
+    """The entries of a batch that are arguments of the model."""
     return {key: value for key, value in batch.items() if key not in (LABELS, ROW_LENGTHS, CACHED)}
 
 
 def row_of_positions(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """Row of every position of the flattened batch, int64 [B * T], and the number of rows."""
+    """Row index of every position of the flattened batch, int64 [B * T], and the number of rows."""
     labels = batch[LABELS]
     lengths = batch.get(ROW_LENGTHS)
     if lengths is None:
@@ -128,9 +128,9 @@ def row_of_positions(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
 
 
 def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping[str, Any]:
-    """A batch of one of several processes, in which no token counts of rows that another one has too.
+    """A batch of one process, in which no token counts of rows that another process has too.
 
-    Accelerate fills the last batch of an epoch with the rows that came first, so that all processes get as many.
+    Accelerate fills the last batch of an epoch with rows from its beginning, so that all processes get equally many.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1 or LABELS not in batch:
@@ -141,15 +141,15 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
     repeated = (row >= state.remainder).view_as(labels)
     masked = {name: batch[name].masked_fill(repeated, -100) for name in (LABELS, SHIFTED_LABELS) if name in batch}
     if CACHED in batch:  # repeated rows come last
-        said, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
-        states = {index: values[:count] for index, values in said.states.items()}
-        first = (said.tokens[:count], said.log_probs[:count], said.log_tail[:count])
+        cached, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
+        states = {index: values[:count] for index, values in cached.states.items()}
+        first = (cached.tokens[:count], cached.log_probs[:count], cached.log_tail[:count])
         masked[CACHED] = CachedTeacher(*first, states)
     return {**batch, **masked}
 
 
 class RepeatedRowsMixin:
-    """What makes a `Trainer` count the rows at the end of an epoch once, in however many processes."""
+    """Mixin for a `Trainer` that counts each row at the end of an epoch once, in any number of processes."""
 
     accelerator: Any
 

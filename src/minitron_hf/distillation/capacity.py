@@ -1,9 +1,9 @@
 """Memory per device and tokens per second of distillation, estimated from two configs.
 
 The models' passes are run on fake tensors, which have shapes and no values: every allocation and every product is
-counted, whatever the architecture. At a given length each moment's bytes are a constant plus so many per row, so that
-two passes tell those of any batch. What stays between passes, what several devices share, and the chunks of the loss
-are arithmetic (ZeRO: arXiv 1910.02054 §3).
+counted, whatever the architecture. At a given length the bytes at each moment are linear in the number of rows, so two
+passes give them for any batch. Bytes between passes, sharding, and the chunks of the loss are computed by formulas
+(ZeRO: arXiv 1910.02054 §3).
 
 Legend: B rows, T tokens of a row, N tokens, V vocabulary, H hidden size.
 """
@@ -25,25 +25,25 @@ from .fake_runs import _LOSS, OPTIMIZERS, SHARDINGS, Passes, Setup, run_on_fakes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: Part of the memory that is left for the driver, the libraries' workspaces and fragmentation. An assumption.
+#: Assumed fraction of the memory for the driver, workspaces of libraries and fragmentation.
 RESERVE = 0.08
-#: Part of the device's FLOP/s that is reached. An assumption; large dense models reach 0.35 to 0.5.
+#: Assumed fraction of the device's FLOP/s that is reached; large dense models reach 0.35 to 0.5.
 UTILISATION = 0.4
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a setup needs, on each device.
+    """Memory and speed of a setup, per device.
 
     Attributes:
-        parts: bytes at the worst moment, by what they are.
-        worst_moment: the phase in which it comes.
-        memory: bytes that may be used: the device's without `RESERVE`.
+        parts: kind of memory → bytes at the moment of peak memory.
+        worst_moment: the phase with the peak memory.
+        memory: usable bytes: the device's memory without `RESERVE`.
         largest_batch: the largest B that fits; 0 if none does.
-        tokens_per_second: of all devices, an estimate; communication runs beside the products, and the slower of them
-            counts. None where the device's speed is unknown.
-        limited_by: what the time goes to: `products` or `communication`.
-        assumptions: what is neither counted nor measured, in words.
+        tokens_per_second: estimate for all devices together; communication overlaps with computation, and the slower
+            one counts. None if the device's speed is unknown.
+        limited_by: the slower one: `products` or `communication`.
+        assumptions: assumptions of the estimate, in words.
     """
 
     parts: Mapping[str, int]
@@ -56,24 +56,24 @@ class Capacity:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment."""
+        """Peak memory in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether they are within the memory."""
+        """Whether the peak is within the usable memory."""
         return self.peak <= self.memory
 
 
 def estimate_capacity(
     teacher_config: PretrainedConfig, student_config: PretrainedConfig, setup: Setup | None = None
 ) -> Capacity:
-    """What distilling a student from a teacher needs. Reads configs alone.
+    """Estimate memory and speed of distilling a student from a teacher, from their configs alone.
 
     Args:
-        teacher_config: the teacher's.
-        student_config: the student's.
-        setup: how; by default one H100.
+        teacher_config: the teacher's config.
+        student_config: the student's config.
+        setup: how the student is distilled; by default on one H100.
 
     Raises:
         PlanError: if a model cannot be run on tensors without values, or the two have different vocabularies.
@@ -131,7 +131,7 @@ def _largest(fits: Any) -> int:
 def resident_bytes(
     teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes
 ) -> dict[str, int]:
-    """Bytes on each device that exist between passes, and buffers that the sharding holds, by what they are."""
+    """Kind of memory → bytes on each device that stay between passes, including buffers of the sharding."""
     trained = passes.trained
     weights = passes.student_bytes if setup.lora_rank else 4 * trained
     whole = {
@@ -197,7 +197,7 @@ def step_flops(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setu
 
 
 def communicated_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:
-    """Bytes that each device receives in one pass: reduced gradients and gathered weights, in rings."""
+    """Bytes that each device receives in one pass for reduced gradients and gathered weights, with ring algorithms."""
     share = (setup.devices - 1) / setup.devices
     if setup.sharding == "ddp":  # gradients reduced and handed on
         return share * 2 * 4 * passes.trained

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole: which files one has, how training stood, and what it was trained with.
+"""Complete checkpoints: a manifest of files, the progress of training, and its models, data and arguments.
 
-`checkpoint.json` is written last. A folder without it, or whose files are not as it says, is what a killed process or
-a full disk left: it is never resumed, and removed by the next run.
+`checkpoint.json` is written last. A folder without it, or with other files than it lists, was left by a killed process
+or a full disk. It is never resumed, and the next run removes it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
-#: Recorded arguments that may differ when a run goes on: how rows are split, and what follows from the machine.
+#: Recorded arguments that may differ in a resumed run: how rows are split, and what depends on the machine.
 FREE_ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim")
-#: Those that say how long to train: under a constant schedule, a longer run is a shorter one that goes on.
+#: Arguments for the length of training; under a constant schedule a resumed run may be longer.
 LENGTH_ARGUMENTS = ("max_steps", "num_train_epochs")
-#: Rows of the data, and values of a parameter, that are compared.
+#: Number of rows of the data, and of values of a parameter, that are compared.
 SAMPLED_ROWS, SAMPLED_VALUES = 64, 1024
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by their step."""
+    """All checkpoints in a folder, complete or not, in the order of their steps."""
     found = {path: _NAME.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, match in found.items() if match), key=step_of)
 
@@ -53,12 +53,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end, and has all its files as they were."""
+    """Whether a checkpoint was written to its end, and has all files in their size."""
     try:
         content = read_json(checkpoint / MANIFEST_NAME)
     except (OSError, OutputError, MismatchError):
         return False
-    files = migrate(content, checkpoint / MANIFEST_NAME).get("files", {})  # one of a newer version is whole
+    files = migrate(content, checkpoint / MANIFEST_NAME).get("files", {})  # a newer format counts as complete
     try:
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
     except (OSError, AttributeError):
@@ -66,9 +66,9 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The checkpoint of the most steps in a folder from which training goes on as if never interrupted, if any.
+    """The latest checkpoint in a folder that can be resumed exactly, if any.
 
-    It is whole, and has the state of the optimizer (`save_only_model` leaves that out).
+    It is complete and has the state of the optimizer, which `save_only_model` leaves out.
     """
     for path in checkpoints(folder)[::-1]:
         if is_complete(path) and read_artefact(path / MANIFEST_NAME).get("has_optimizer"):
@@ -77,7 +77,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def remove_incomplete_checkpoints(folder: str | os.PathLike[str]) -> None:
-    """Remove the checkpoints in a folder that are not whole, which nothing can go on from."""
+    """Remove the incomplete checkpoints in a folder, which cannot be resumed."""
     for path in checkpoints(folder):
         if not is_complete(path):
             logger.warning("Removing %s: it was not written to its end.", path)
@@ -85,20 +85,20 @@ def remove_incomplete_checkpoints(folder: str | os.PathLike[str]) -> None:
 
 
 class CheckpointMixin(Trainer):
-    """The part of a trainer that writes checkpoints which are whole, and goes on from them to the same result.
+    """Mixin for a trainer with complete checkpoints, from which a resumed run comes to the same result.
 
-    It adds to the stock trainer: the manifest; rotation by step, not by a clock; what was counted since the last log;
-    and the end: a run that has done its steps takes no further one.
+    It adds to the stock trainer: the manifest; rotation by step instead of time; the sums since the last log; and the
+    end: a run that has done all its steps takes no further one.
     """
 
     _restored_progress: Mapping[str, Any] | None = None
     _start: Mapping[str, Any] = {}
 
     def _record_inputs(self, **what: Any) -> None:
-        """Record what is trained from what; to be called before training.
+        """Record the models, data and arguments of this training; to be called before it starts.
 
         Args:
-            **what: name → `fingerprint` of a model, or other JSON values, beside the arguments.
+            **what: name → `fingerprint` of a model, or another JSON value.
         """
         arguments = self.args.to_dict()
         names = [name for name in RECORDED_ARGUMENTS if name not in FREE_ARGUMENTS]
@@ -117,26 +117,26 @@ class CheckpointMixin(Trainer):
         )
 
     def differences(self, checkpoint: str | os.PathLike[str]) -> list[str]:
-        """What differs between this training and the one that a checkpoint is of, in words."""
+        """Differences between this training and that of a checkpoint, in words."""
         try:
             before = read_artefact(Path(checkpoint) / MANIFEST_NAME)["trained_with"]
         except (OutputError, KeyError):
-            return []  # of the stock trainer
+            return []  # written by the stock trainer
         names = sorted(before.keys() & self._start.keys())
         return [
             _difference(name, before[name], self._start[name]) for name in names if before[name] != self._start[name]
         ]
 
     def require_same_training(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Refuse a checkpoint that was trained from other weights, on other data or with other arguments.
+        """Refuse a checkpoint of other weights, data or arguments.
 
         Raises:
             MismatchError: naming the differences.
         """
         if found := self.differences(checkpoint):
             raise MismatchError(
-                f"{checkpoint} is of another training: {'; '.join(found)}. Choose another output folder, or delete "
-                "its checkpoints to begin anew (minitron-hf run --redo does so)."
+                f"{checkpoint} belongs to another training: {'; '.join(found)}. Choose another output folder, or "
+                "delete its checkpoints to start again (minitron-hf run --redo does so)."
             )
 
     # ---- Writing ----
@@ -145,11 +145,12 @@ class CheckpointMixin(Trainer):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            remove(folder)  # torn, or of the training before: nothing of it may stay
+            remove(folder)  # incomplete, or of an earlier training
         self.accelerator.wait_for_everyone()
         limit = self.args.save_total_limit
         try:
-            self.args.save_total_limit = None  # the stock trainer would delete the last one before this one is whole
+            # The stock trainer would delete the last checkpoint before this one is complete.
+            self.args.save_total_limit = None
             with _clear_errors(folder):
                 super()._save_checkpoint(model, trial)
                 progress = self._progress()
@@ -178,7 +179,7 @@ class CheckpointMixin(Trainer):
         write_artefact(folder / MANIFEST_NAME, manifest)
 
     def _rotate(self, run_dir: Path) -> None:
-        """Delete the oldest checkpoints by their steps, beyond those to keep, the best and the last one."""
+        """Delete the oldest checkpoints beyond `save_total_limit`, except the best and the last one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         remove_incomplete_checkpoints(run_dir)
         found = checkpoints(run_dir)
@@ -189,13 +190,13 @@ class CheckpointMixin(Trainer):
             if path not in kept:
                 remove(path)
 
-    # ---- Going on ----
+    # ---- Resuming ----
 
     def train_or_resume(self) -> Any:
-        """Train from the last whole checkpoint of the output folder, or from the start where there is none.
+        """Resume from the last complete checkpoint of the output folder, or start where there is none.
 
         Raises:
-            MismatchError: if that checkpoint is of another training.
+            MismatchError: if that checkpoint belongs to another training.
         """
         folder = str(self.args.output_dir)
         checkpoint = last_checkpoint(folder)
@@ -209,37 +210,38 @@ class CheckpointMixin(Trainer):
         return result
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`. True takes the last whole checkpoint of the output folder.
+        """See `transformers.Trainer.train`. True takes the last complete checkpoint of the output folder.
 
         Raises:
-            OutputError: if there is none, or the one that is named is not whole.
+            OutputError: if there is none, or the given one is incomplete.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise OutputError(
-                    f"{self.args.output_dir} has no whole checkpoint with the state of the optimizer. Leave out "
-                    "resume_from_checkpoint to begin anew."
+                    f"{self.args.output_dir} has no complete checkpoint with the state of the optimizer. Leave out "
+                    "resume_from_checkpoint to start again."
                 )
         self._restored_progress = None
         if resume_from_checkpoint and (Path(resume_from_checkpoint) / MANIFEST_NAME).is_file():
             if not is_complete(Path(resume_from_checkpoint)):
                 raise OutputError(
-                    f"{resume_from_checkpoint} lacks files, or holds half ones. Name another one, or begin anew."
+                    f"{resume_from_checkpoint} is incomplete: files are missing or cut off. "
+                    "Pass another one, or start again."
                 )
             self._restored_progress = read_artefact(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
             if found := self.differences(resume_from_checkpoint):
-                logger.warning("%s was trained otherwise: %s.", resume_from_checkpoint, "; ".join(found))
-        takes_up = _RestoreProgress(self)
-        self.add_callback(takes_up)
+                logger.warning("%s belongs to another training: %s.", resume_from_checkpoint, "; ".join(found))
+        callback = _RestoreProgress(self)
+        self.add_callback(callback)
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
-            self.remove_callback(takes_up)
+            self.remove_callback(callback)
 
     @property
     def _is_finished(self) -> bool:
-        """Whether this run goes on from the end of training, after which the stock loop would take another step."""
+        """Whether the resumed training had ended; the stock loop would take another step."""
         return self._restored_progress is not None and self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -250,8 +252,8 @@ class CheckpointMixin(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _progress(self) -> dict[str, Any]:
-        """What the stock trainer counts and does not save, over all processes."""
-        tr_loss = getattr(self, "_tr_loss", None)  # Transformers 5.23; earlier versions keep it to themselves
+        """Counts of the stock trainer that its checkpoints lack, over all processes."""
+        tr_loss = getattr(self, "_tr_loss", None)  # an attribute since Transformers 5.23
         sums = getattr(self, "_token_sums", {}).get("train")
         return {
             "loss_since_log": None if tr_loss is None else self.accelerator.gather(tr_loss.detach()).mean().item(),
@@ -263,7 +265,7 @@ class CheckpointMixin(Trainer):
         }
 
     def _restore_progress(self) -> None:
-        """Go on counting where the checkpoint stood."""
+        """Set the counts to those of the checkpoint."""
         progress = self._restored_progress
         if progress is None:
             return
@@ -279,7 +281,7 @@ class CheckpointMixin(Trainer):
             self._metrics["train"].update(progress["metrics"])  # type: ignore[attr-defined] # of TRL's trainer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the stock trainer, with the mean loss of all steps at the end, not of those since it was resumed."""
+        """Log as the stock trainer does; the final mean loss is over all steps, not only those since the resume."""
         if (
             "train_loss" in logs
             and self._restored_progress is not None
@@ -290,7 +292,7 @@ class CheckpointMixin(Trainer):
 
 
 class _RestoreProgress(TrainerCallback):
-    """Takes up what a checkpoint had counted, once the training loop has set everything to zero."""
+    """Restores the counts of a checkpoint after the training loop has set them to zero."""
 
     def __init__(self, trainer: CheckpointMixin) -> None:
         self.trainer = trainer
@@ -300,7 +302,7 @@ class _RestoreProgress(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._is_finished and args.save_strategy == "epoch":
-            # The checkpoint was written here: what comes before it was done.
+            # The checkpoint was written at this point: all of this was done before it.
             control.should_log = control.should_evaluate = control.should_save = False
 
 
@@ -308,9 +310,9 @@ class _RestoreProgress(TrainerCallback):
 
 
 def fingerprint(model: nn.Module | None) -> str | None:
-    """Names, shapes and a sample of the weights that training starts from; without an adapter, which starts at random.
+    """Digest of the names, shapes and a sample of the values of a model's weights, without a trained adapter.
 
-    Unlike `model_digest` it takes any model: values that are quantised, split or elsewhere are left out.
+    Unlike `model_digest` it takes any model: values that are quantised, sharded or offloaded are left out.
     """
     if model is None:
         return None
@@ -335,7 +337,7 @@ def sampled_data(data: Any) -> dict[str, Any] | None:
     rows = []
     for index in range(0, len(data), max(1, len(data) // SAMPLED_ROWS)):
         row = data[index]
-        if isinstance(row, Mapping) and "input_ids" in row:  # a teacher cache has much beside
+        if isinstance(row, Mapping) and "input_ids" in row:  # rows of a teacher cache have large columns beside
             row = {name: row[name] for name in ("input_ids", "labels") if name in row}
         rows.append(json.dumps(row, sort_keys=True, default=_plain))
     return {"num_rows": len(data), "rows": digest(rows)}
@@ -355,7 +357,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 @contextlib.contextmanager
 def _clear_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full disk raises, in whichever library, into one clear message."""
+    """Turn the errors that libraries raise on a full disk into one clear message."""
     try:
         yield
     except Exception as error:

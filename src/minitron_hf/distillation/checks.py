@@ -19,7 +19,7 @@ from ..losses.heads import base_model_of
 
 
 def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config: Any, peft_config: Any) -> None:
-    """Refuse a student and a teacher that cannot be distilled, from what is known before either is loaded.
+    """Refuse a student and a teacher that cannot be distilled, before either is loaded.
 
     Args:
         student: a model, or a path or Hub id.
@@ -43,7 +43,7 @@ def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config:
 
 
 def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None:
-    """Refuse to write a model over one that is read: a student into its own folder, or its teacher's.
+    """Refuse an output folder that holds one of the models.
 
     Args:
         output_dir: the folder to be written.
@@ -63,7 +63,7 @@ def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None
 
 
 def refuse_uncorrectable(teacher: Any) -> None:
-    """Refuse a teacher that is quantised or has an adapter: what is corrected are plain weights, which are saved.
+    """Refuse a teacher that is quantised or has an adapter; correction trains and saves plain weights.
 
     Raises:
         UnsupportedModelError: naming what to do.
@@ -74,13 +74,13 @@ def refuse_uncorrectable(teacher: Any) -> None:
         )
     if is_quantised(teacher):
         raise UnsupportedModelError(
-            "The teacher to be corrected is quantised, and what is saved are plain weights. Load it without "
+            "The teacher to be corrected is quantised, and correction saves plain weights. Load it without "
             "quantization_config; method='lora' or 'norms' needs little memory beside the weights."
         )
 
 
 def refuse_not_finite(values: Iterable[float], step: int) -> None:
-    """Refuse to go on once a loss has become NaN or infinite: the weights are lost, and are not to be saved.
+    """Refuse to continue with a loss that is NaN or infinite: the weights are lost and must not be saved.
 
     Raises:
         DivergedError: if one of the values is not finite.
@@ -88,22 +88,22 @@ def refuse_not_finite(values: Iterable[float], step: int) -> None:
     if not all(map(math.isfinite, values)):
         raise DivergedError(
             f"The loss is not finite at step {step}, or in a step since the last log: training has diverged, or a "
-            "model gives logits that are not finite. Go on from the last checkpoint with a lower learning_rate, with "
+            "model gives logits that are not finite. Resume from the last checkpoint with a lower learning_rate, with "
             "warmup_steps or a lower max_grad_norm, or check both models in float32 (bf16=False)."
         )
 
 
 def refuse_nan_weights(model: nn.Module) -> None:
-    """Refuse to publish weights that are not numbers.
+    """Refuse to publish weights with NaN.
 
     Raises:
-        DivergedError: naming the first of them.
+        DivergedError: naming the first such weight.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise DivergedError(
-                f"The student's weight {name!r} holds NaN: training has diverged. Go on from a checkpoint before "
-                "that with a lower learning_rate."
+                f"The student's weight {name!r} holds NaN: training has diverged. Resume from an earlier "
+                "checkpoint with a lower learning_rate."
             )
 
 
@@ -134,13 +134,13 @@ def refuse_resized(student_config: Any, teacher_config: Any) -> None:
 
 
 def refuse_unknown_tokens(rows: Any, vocab_size: int, processing_class: Any) -> None:
-    """Refuse rows with tokens that the models have no embedding for, before training comes upon them.
+    """Refuse rows with tokens for which the models have no embedding, before training starts.
 
-    They are read only where the tokenizer knows such tokens: a few models have tokenizers with more tokens than
-    embeddings, which no text contains.
+    The rows are read only if the tokenizer has such tokens: tokenizers of a few models have more tokens than there
+    are embeddings, and no text contains them.
 
     Args:
-        rows: a dataset of token rows; a stream is left to `WithKnownTokens`.
+        rows: a dataset of token rows; `WithKnownTokens` checks streams.
         vocab_size: rows of both embeddings.
         processing_class: tokenizer or processor.
 
@@ -187,7 +187,7 @@ def refuse_data_parallel(model: Any, num_gpus: int) -> None:
 
 
 def refuse_frozen(student: Any) -> None:
-    """Refuse a student of which nothing would be trained, such as a model that was a teacher before.
+    """Refuse a student without trainable parameters, such as a model that was a teacher before.
 
     Raises:
         UnsupportedModelError: naming the remedy.
@@ -199,7 +199,7 @@ def refuse_frozen(student: Any) -> None:
 
 
 def refuse_launch(accelerator: Any) -> None:
-    """Refuse a launch that Accelerate has silently made something else of, or whose parallelism is not supported.
+    """Refuse a launch that Accelerate has silently changed, or whose parallelism is not supported.
 
     Raises:
         DistributedError: if every process would train alone, or no model would be split.
@@ -236,7 +236,7 @@ def _refuse_shared_model(model: Any, teacher: Any) -> None:
 
 
 def _refuse_unseen_adapters(model: Any, peft_config: Any) -> None:
-    """Adapters that the loss would not see, because it reads the backbone's states and the head's weight."""
+    """Refuse adapters that the loss would not see: it reads the backbone's states and the head's weight."""
     if is_peft_model(model):
         _refuse_prompt_learning(model.peft_config[model.active_adapter])
         refuse_wrapped_head(base_model_of(model))

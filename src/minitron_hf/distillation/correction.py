@@ -316,7 +316,7 @@ class ConcurrentCorrection(TrainerCallback):
         if not (folder / TEACHER_NAME).is_file() or not (folder / STATE_NAME).is_file():
             raise MismatchError(
                 f"The checkpoint {folder} has no corrected teacher: it was written without teacher correction. "
-                "Resume with the arguments of that run, or begin anew."
+                "Resume with the arguments of that run, or start again."
             )
         load_weights(self.teacher, folder / TEACHER_NAME)
         self.resume_from = folder

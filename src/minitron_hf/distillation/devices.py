@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """What a data sheet says of one device.
+    """Data sheet of one device.
 
     Attributes:
         memory: bytes.
         flops: dense bfloat16 products with float32 sums, FLOP/s. None: unknown, and no speed is estimated.
-        bandwidth: to the other devices of its machine, bytes/s in one direction.
+        bandwidth: to the other devices of the same machine, bytes/s in one direction.
         type: as PyTorch names it. On a CPU everything is in float32, and one process trains.
     """
 

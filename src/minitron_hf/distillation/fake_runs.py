@@ -1,4 +1,4 @@
-"""Runs a training step on tensors without values, to count its operations and saved activations."""
+"""Runs a training step on tensors without values, and counts its operations and the bytes of its activations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: Bytes of the optimizer's states per trained parameter.
 OPTIMIZERS: Mapping[str, int] = {"adamw": 8, "adamw_8bit": 2}
-#: Accelerate configuration → what it splits over the devices.
+#: Accelerate configuration → kinds of memory that it splits over the devices.
 SHARDINGS: Mapping[str, tuple[str, ...]] = {
     "ddp": (),
     "fsdp2": ("student", "gradients", "optimizer", "teacher"),
@@ -47,15 +47,15 @@ class Setup:
     """How a student is to be distilled.
 
     Attributes:
-        devices: how many.
-        device: what each of them is.
+        devices: number of devices.
+        device: type of the devices.
         sharding: one of `SHARDINGS`.
         batch_size: B on each device, per pass.
         max_length: T.
         activation_checkpointing: whether activations within layers are computed anew in the backward pass.
         optimizer: one of `OPTIMIZERS`.
         lora_rank: of an adapter on all linear layers, trained instead of the weights; None trains all.
-        cached_top_k: tokens of a cache that stands for the teacher; None: the teacher is there.
+        cached_top_k: tokens per position of a teacher cache; None trains with the teacher itself.
     """
 
     devices: int = 1
@@ -85,26 +85,25 @@ class Setup:
 
     @property
     def compute_bytes(self) -> int:
-        """Of a number that is multiplied: bfloat16 on accelerators."""
+        """Bytes of a number in matrix products: bfloat16 on accelerators."""
         return 4 if self.device.type == "cpu" else 2
 
     @property
     def stored_bytes(self) -> int:
-        """Of a student's weight when a pass uses it: float32 where whole weights are trained, under autocast."""
+        """Bytes of a student's weight in a pass: float32 where all weights are trained under autocast."""
         return 4 if self.device.type == "cpu" or (self.sharding == "ddp" and self.lora_rank is None) else 2
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The models' passes on one device, as functions of the rows.
+    """Bytes and operations of the passes on one device, as functions of the number of rows.
 
     Attributes:
-        bytes_of: phase → bytes at each of its moments, beside weights and whole gradients: those at no rows, and
-            those for every row.
-        flops_per_row: of all products outside the loss, the recomputed ones included.
-        student_bytes: of the student's weights, as a pass uses them, with the adapter.
-        trained: parameters that are trained.
-        teacher_bytes: of the teacher's weights.
+        bytes_of: phase → for each moment (bytes without rows, bytes per row), without weights and their gradients.
+        flops_per_row: FLOPs of all products outside the loss, including recomputed ones.
+        student_bytes: bytes of the student's weights in a pass, with the adapter.
+        trained: number of trained parameters.
+        teacher_bytes: bytes of the teacher's weights.
     """
 
     bytes_of: Mapping[str, list[tuple[int, int]]]
@@ -114,7 +113,7 @@ class Passes:
     teacher_bytes: int
 
     def peaks(self, batch_size: int) -> dict[str, int]:
-        """The most bytes in each phase, and, as `waiting`, what the student's forward pass leaves for the backward."""
+        """Phase → peak bytes; `waiting` is what the student's forward pass keeps for the backward pass."""
         at = {
             name: [fixed + batch_size * per_row for fixed, per_row in moments]
             for name, moments in self.bytes_of.items()
@@ -127,8 +126,8 @@ class Passes:
 _TEACHER, _FORWARD, _LOSS, _BACKWARD = "teacher's forward pass", "student's forward pass", "loss", "backward pass"
 
 
-class _Counted(TorchDispatchMode):
-    """Bytes of the storages that operations make, while they live, whenever there is a new one; and FLOPs."""
+class _Counter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of living storages whenever an operation makes a new one."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
@@ -168,7 +167,7 @@ def _grouped_backward_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
     return 2 * _grouped_flops(rows, weights)
 
 
-#: FLOPs of operations; PyTorch's table lacks attention that does not store its weights, as it is called on a CPU.
+#: FLOPs of operations; PyTorch's table lacks grouped products and attention on a CPU.
 _FLOPS: Mapping[Any, Any] = {
     **flop_registry,
     **dict(zip(grouped_products(), (_grouped_flops, _grouped_backward_flops), strict=True)),
@@ -178,14 +177,14 @@ _FLOPS: Mapping[Any, Any] = {
 
 
 def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
-    """Run the models' passes over rows without values, as the trainer does, and count what they need.
+    """Run the models' passes over rows without values, as the trainer does, and count bytes and operations.
 
     Raises:
-        PlanError: if a model asks for values.
+        PlanError: if a model depends on values.
         UnsupportedModelError: if Transformers cannot build it.
     """
     for config in (teacher, student):
-        empty_model(config)  # says why, if it cannot be built
+        empty_model(config)  # refuses a config that cannot be built, with the reason
     try:
         with without_value_checks(), FakeTensorMode(allow_non_fake_inputs=True):
             return _run(teacher, student, setup)
@@ -193,14 +192,14 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
         raise
     except Exception as error:
         raise PlanError(
-            f"A step of {student.model_type} cannot be run without values, so its memory cannot be told "
+            f"A step of {student.model_type} cannot be run without values, so its memory is unknown "
             f"({first_line(error)}). Measure one step on a device instead."
         ) from error
 
 
 def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
-    model = _built(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
+    model = _build_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.activation_checkpointing:
         base = base_model_of(model)
         # Transformers 5 renamed it on the way.
@@ -210,14 +209,16 @@ def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> 
             model.enable_input_require_grads()
     frozen = None
     if setup.cached_top_k is None:
-        frozen = _built(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
+        frozen = _build_model(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    # Of one row, some operations make no copies.
-    (two, flops_of_two), (three, flops_of_three) = (_counted(model, frozen, setup, rows) for rows in (2, 3))
+    # Two and three rows: some operations make no copies of a single row.
+    (two, flops_of_two), (three, flops_of_three) = (_count_pass(model, frozen, setup, rows) for rows in (2, 3))
     if any(len(two[name]) != len(three[name]) for name in two):
-        raise PlanError(f"The operations of {student.model_type} depend on the batch, so its memory cannot be told.")
+        raise PlanError(
+            f"The operations of {student.model_type} depend on the batch, so its memory cannot be estimated."
+        )
     return Passes(
         {name: [(3 * a - 2 * b, b - a) for a, b in zip(two[name], three[name], strict=True)] for name in two},
         flops_of_three - flops_of_two,
@@ -227,8 +228,8 @@ def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> 
     )
 
 
-def _counted(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[dict[str, list[int]], int]:
-    """Bytes whenever there is a new storage, by phase, and FLOPs of a pass over so many rows. The loss is left out."""
+def _count_pass(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[dict[str, list[int]], int]:
+    """Phase → bytes whenever there is a new storage, and FLOPs, of a pass over `batch_size` rows without the loss."""
     tokens = torch.zeros(batch_size, setup.max_length, dtype=torch.long)
     positions = torch.arange(tokens.numel()).reshape(tokens.shape)[:, :-1].reshape(-1)
     tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
@@ -240,7 +241,7 @@ def _counted(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[di
         return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
     moments: dict[str, list[int]] = {}
-    with _Counted(tensor for tensor in tensors if tensor is not None) as counted:
+    with _Counter(tensor for tensor in tensors if tensor is not None) as counted:
 
         def end_of(phase: str) -> None:
             moments[phase], counted.moments = [*counted.moments, counted.live], []
@@ -249,12 +250,12 @@ def _counted(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[di
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setup.device.type != "cpu"):
             if frozen is not None:
                 with torch.no_grad():
-                    said = states(frozen)
+                    teacher_states = states(frozen)
                 end_of(_TEACHER)
             h_NH = states(model)
             end_of(_FORWARD)
         if frozen is not None:
-            del said
+            del teacher_states
         gradient = torch.empty_like(h_NH)
         h_NH.backward(gradient)
         end_of(_BACKWARD)
@@ -265,8 +266,8 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _built(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> Any:
-    """A model, in an adapter if it has a rank, whose tensors seem to be on the CPU."""
+def _build_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> Any:
+    """A model, with an adapter if `lora_rank` is given, whose tensors report the CPU as their device."""
     with torch.device("meta"):
         # A copy, because building a model may write its attention implementation into the config.
         model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)

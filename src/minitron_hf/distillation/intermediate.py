@@ -1,4 +1,4 @@
-"""Intermediate losses: the student's hidden states and embeddings beside the teacher's (P1 §3, arXiv 2407.14679).
+"""Intermediate losses: distances between hidden states of student and teacher (arXiv 2407.14679 §3).
 
 Shapes: B rows, T tokens of a row, N tokens that count, H hidden width of the student, H_t of the teacher.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 Distance = Literal["cosine", "mse"]
 
-#: Where the shared linear map lives while the student is trained.
+#: Name of the shared linear map as a module of the student during training.
 PROJECTION = "teacher_projection"
 STATE_NAME = "intermediate_losses.safetensors"
 
-#: Pairs of layers that are compared by default: two before the last. P1 table 17 found one pair enough, two or three
-#: layers from the end, in models of unequal depth too.
+#: Pairs of layers that are compared by default: two before the last. One pair, two or three layers from the end, was
+#: enough in arXiv 2407.14679, table 17, also for models of unequal depth.
 DEFAULT_LAYERS = ((-3, -3),)
 
 
@@ -37,11 +37,11 @@ class StatePair:
     """One place where student and teacher are compared.
 
     Attributes:
-        term: which of the two losses it belongs to, `hidden` or `embedding`.
-        distance: how far apart two states are.
-        teacher: index into the teacher's hidden states: 0 for what comes out of the embeddings, i + 1 for what comes
-            out of layer i. After the last layer it is what the final norm makes of it.
-        student: likewise.
+        term: the loss that it belongs to, `hidden` or `embedding`.
+        distance: name of the distance, see `distance`.
+        teacher: index into the teacher's hidden states: 0 for the output of the embeddings, i + 1 for the output of
+            layer i, after the final norm for the last layer.
+        student: index into the student's hidden states, likewise.
     """
 
     term: Literal["hidden", "embedding"]
@@ -51,12 +51,12 @@ class StatePair:
 
 
 def distance(student_NH: Tensor, teacher_NH: Tensor, kind: str) -> Tensor:
-    """How far states are apart, in float32 (float64 for float64 input) → [N].
+    """Distance between the states of N tokens → [N], in float32 (float64 for float64 input).
 
     Args:
-        student_NH: the student's states, mapped to the teacher's width.
-        teacher_NH: the teacher's.
-        kind: `"cosine"`, one minus the cosine; or `"mse"`, the mean of the squared differences.
+        student_NH: [N, H_t], the student's states, mapped to the teacher's width.
+        teacher_NH: [N, H_t], the teacher's states.
+        kind: `"cosine"`, one minus the cosine; or `"mse"`, the mean squared difference.
     """
     dtype = torch.promote_types(student_NH.dtype, torch.float32)
     s_NH, t_NH = student_NH.to(dtype), teacher_NH.to(dtype)
@@ -72,17 +72,17 @@ def state_pairs(
     depth: int,
     teacher_depth: int,
 ) -> tuple[StatePair, ...]:
-    """The places to compare.
+    """The pairs of states to compare.
 
     Args:
         hidden: distance between outputs of layers; None for no such loss.
-        embedding: distance between the embeddings' outputs, likewise.
+        embedding: distance between outputs of the embeddings; None for no such loss.
         layers: pairs (layer of the teacher, layer of the student), counted from 0, or from the end if negative.
         depth: layers of the student.
         teacher_depth: layers of the teacher.
 
     Raises:
-        PlanError: if there is no such layer.
+        PlanError: if a model has no such layer.
     """
     pairs = []
     if hidden is not None:
@@ -104,17 +104,17 @@ def state_pairs(
 
 
 class IntermediateLosses:
-    """What intermediate losses need between steps: the map to the teacher's width, and their weight.
+    """State of the intermediate losses between steps: the projection to the teacher's width, and the weight.
 
-    The map is shared by all pairs, starts as the channels that the plan kept, is trained with the student as one of
-    its modules, and taken off it afterwards. There is none where both models are equally wide.
+    All pairs share the projection. It starts as the selection of the channels that the plan kept, is trained as a
+    module of the student, and is removed afterwards. Models of equal width need none.
 
-    With a dynamic weight α = L_logits / L_intermediate (P1 §3), both losses are those of the optimiser step before,
-    summed over all its tokens on all processes, so that the gradient does not depend on how a batch is split.
+    A dynamic weight is α = L_logits / L_intermediate (arXiv 2407.14679 §3), with both losses of the optimizer step
+    before, summed over all its tokens on all processes, so that the gradient does not depend on how a batch is split.
 
     Attributes:
-        pairs: the places to compare.
-        projection: the map, or None.
+        pairs: the pairs of states to compare.
+        projection: linear map H → H_t, or None.
         weight: α.
     """
 
@@ -140,13 +140,13 @@ class IntermediateLosses:
         return bool(self.pairs)
 
     def teacher_states(self, hidden_states: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's side of every pair at N positions of the flattened batch: [N, H_t] each."""
+        """The teacher's states of every pair at N positions of the flattened batch: [N, H_t] each."""
         return tuple(hidden_states[pair.teacher].flatten(0, 1).index_select(0, positions) for pair in self.pairs)
 
-    # ---- The map, as a part of the student ----
+    # ---- The projection as a module of the student ----
 
     def attach(self, student: nn.Module) -> None:
-        """Make the map a module of the student, which is trained and wrapped with it, but not saved with it."""
+        """Make the projection a module of the student: trained and wrapped with it, but not saved with it."""
         if self.projection is None:
             return
         reference = next(parameter for parameter in student.parameters() if parameter.is_floating_point())
@@ -156,7 +156,7 @@ class IntermediateLosses:
         set_names_not_saved(student, [*names_not_saved(student), f"{PROJECTION}.weight"])
 
     def detach(self, student: nn.Module) -> None:
-        """Take it off again."""
+        """Remove the projection from the student."""
         if hasattr(student, PROJECTION):
             delattr(student, PROJECTION)
             set_names_not_saved(student, None)
@@ -164,15 +164,15 @@ class IntermediateLosses:
     # ---- The weight ----
 
     def add(self, logit_loss: Tensor, intermediate_loss: Tensor) -> None:
-        """Count the losses of a batch, summed over its tokens, towards the weight of the next step."""
+        """Add the losses of a batch, summed over its tokens, for the weight of the next step."""
         sums = torch.stack([logit_loss.detach(), intermediate_loss.detach()]).double()
         self.step_sums = sums if self.step_sums is None else self.step_sums + sums
 
     def begin_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Set the weight from what was counted since the last call.
+        """Set the weight from the losses added since the last call.
 
         Args:
-            reduce: sum over all processes.
+            reduce: sums a tensor over all processes.
         """
         if self.dynamic and self.step_sums is not None:
             self.weight = self.next_weight(reduce)
@@ -187,25 +187,25 @@ class IntermediateLosses:
 
     # ---- Checkpoints ----
 
-    def save(self, folder: Path, weight: float | None, map_: Tensor | None) -> None:
-        """Write the map and the weight of the next step beside a checkpoint."""
-        tensors = {} if map_ is None else {"projection": map_.detach().cpu().contiguous()}
+    def save(self, folder: Path, weight: float | None, projection: Tensor | None) -> None:
+        """Write the projection and the weight of the next step into a checkpoint."""
+        tensors = {} if projection is None else {"projection": projection.detach().cpu().contiguous()}
         if weight is not None:
             tensors["weight"] = torch.tensor(weight, dtype=torch.float64)
         with replacing_file(folder / STATE_NAME) as temporary:
             save_file(tensors, temporary)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-            MismatchError: if there is nothing, or a map of another shape.
+            MismatchError: if there is no such file, or a projection of another shape.
         """
         path = folder / STATE_NAME
         if not path.is_file():
             raise MismatchError(
                 f"The checkpoint {folder} has no {STATE_NAME}: it was written without intermediate losses. "
-                "Resume with the arguments of that run, or begin anew."
+                "Resume with the arguments of that run, or start again."
             )
         tensors = load_file(path)
         expected = None
@@ -214,7 +214,7 @@ class IntermediateLosses:
         found = tuple(tensors["projection"].shape) if "projection" in tensors else None
         if found != expected:
             raise MismatchError(
-                f"The map to the teacher's width in {path} has the shape {found}, expected {expected}. "
+                f"The projection to the teacher's width in {path} has the shape {found}, expected {expected}. "
                 "Resume with the same teacher and student."
             )
         if self.projection is not None:
@@ -233,11 +233,11 @@ def student_distances(
     """Distances of N tokens, averaged over the pairs of each term → term → [N].
 
     Args:
-        pairs: the places to compare.
+        pairs: the pairs of states to compare.
         hidden_states: of the student, [B, T, H] each.
         teacher_states: [N, H_t] for every pair.
         positions: int64 [N], of the flattened batch.
-        projection: map to the teacher's width.
+        projection: to the teacher's width.
     """
     found: dict[str, list[Tensor]] = {}
     for pair, t_NH in zip(pairs, teacher_states, strict=True):
@@ -248,7 +248,7 @@ def student_distances(
 
 
 def needed_states(pairs: Sequence[StatePair], whose: Literal["teacher", "student"]) -> list[int]:
-    """Indices of the hidden states that a forward pass should return; the others are not kept."""
+    """Indices of the hidden states that a forward pass has to return."""
     return sorted({getattr(pair, whose) for pair in pairs})
 
 
@@ -265,11 +265,11 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _initial_map(width: int, teacher_width: int, plans: Sequence[PruningPlan]) -> Tensor:
-    """Student channel → the teacher's channel that it came from; without plans, any map that keeps lengths."""
+    """Map each student channel to the teacher's channel that it came from; without plans, an orthogonal map."""
     kept = torch.arange(teacher_width)
     for plan in plans:
         if plan.sizes["hidden"]["teacher"] != len(kept):
-            break  # made for another teacher
+            break  # a plan for another teacher
         if "hidden" in plan.kept:
             kept = kept[torch.from_numpy(plan.kept["hidden"])]
     else:

@@ -1,4 +1,4 @@
-"""Intermediate losses in training: the map to the teacher's width on the student, and their weight of each step."""
+"""Intermediate losses in training: attaches the projection to the student, and sets the weight of each step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class IntermediateLossMixin(SFTTrainer):
-    """The part of `DistillationTrainer` that makes intermediate losses, and sets their weight before each step."""
+    """The part of `DistillationTrainer` for intermediate losses and their weight in each step."""
 
     args: DistillationConfig
     model: Any
@@ -51,7 +51,7 @@ class IntermediateLossMixin(SFTTrainer):
 
     @contextlib.contextmanager
     def _projection_attached(self) -> Iterator[None]:
-        """The map to the teacher's width as a module of the student, unless it is one already."""
+        """Attach the projection to the student, unless it is attached already."""
         student = base_model_of(self.accelerator.unwrap_model(self.model))
         if hasattr(student, PROJECTION):
             yield
@@ -71,7 +71,7 @@ class IntermediateLossMixin(SFTTrainer):
         return result
 
     def _add_projection_to_optimizer(self) -> None:
-        """Have an optimizer that was passed in train the map to the teacher's width, too."""
+        """Add the projection to an optimizer that was passed to the trainer."""
         projection = self._intermediate.projection
         if projection is None or self.optimizer is None:
             return
@@ -80,18 +80,18 @@ class IntermediateLossMixin(SFTTrainer):
             return
         if self.lr_scheduler is not None:
             raise MismatchError(
-                "optimizers=(optimizer, scheduler): the scheduler does not know the map to the teacher's width that "
-                "hidden_loss and embedding_loss train. Pass (optimizer, None), or optimizer_cls_and_kwargs."
+                "optimizers=(optimizer, scheduler): the scheduler does not know the projection to the teacher's width "
+                "that hidden_loss and embedding_loss train. Pass (optimizer, None), or optimizer_cls_and_kwargs."
             )
         self.optimizer.add_param_group({"params": [projection.weight]})
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of an optimiser step, before which the weight of the intermediate losses is set."""
+        """The batches of an optimizer step; sets the weight of the intermediate losses before it."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._intermediate:
             if self._intermediate.weight is None and self._intermediate.step_sums is None:
                 self.model.train()
-                with torch.no_grad():  # before the first step there is none to take it from
+                with torch.no_grad():  # the first step has no step before it
                     for batch in batches:
                         self._token_losses(self.model_wrapped, self._prepare_inputs(batch))
             self._intermediate.begin_step(self._sum_over_processes)

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of a packed row apart."""
+"""Checks that a model keeps the documents of a packed row apart."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..models import evaluating, first_line
 from ..weights import input_device
 from .batches import model_inputs
 
-#: Tokens of the two documents that are tried.
+#: Tokens of the two documents of the check.
 LENGTHS = (5, 7)
-#: Relative change of an output that is no rounding: of the same computation, and of one of another length.
+#: Relative change of an output that is more than rounding, in full and in half precision.
 TOLERANCE, HALF_PRECISION_TOLERANCE = 0.01, 0.1
 
 
 def require_documents_apart(trainer: Any, **models: Any) -> None:
-    """Refuse models whose packed documents see each other, where a trainer packs them so; sharded ones are not tried.
+    """Refuse models whose packed documents attend to each other, if the trainer packs; skips sharded models.
 
     Args:
         trainer: with its collator.
@@ -35,7 +35,7 @@ def require_documents_apart(trainer: Any, **models: Any) -> None:
     args = trainer.args
     if args.eval_packing and not trainer.padding_free and args.packing_strategy != "wrapped":
         raise MismatchError(
-            "eval_packing=True without packing=True: the documents of a packed row would see each other in "
+            "eval_packing=True without packing=True: the documents of a packed row would attend to each other in "
             "evaluation. Set packing=True too, or eval_packing=False."
         )
     if trainer.padding_free and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -50,10 +50,10 @@ def try_packing(
     role: str,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Refuse a model whose packed documents see each other, as some stock classes do with some kinds of attention.
+    """Refuse a model whose packed documents attend to each other, as in some classes with some attention functions.
 
-    It is tried: the output at the second of two documents must stay as it is when the first one is exchanged, and be
-    what it is alone.
+    The check runs the model: its output at the second of two documents must not change when the first document is
+    replaced or left out.
 
     Args:
         model: on its device.
@@ -79,7 +79,7 @@ def try_packing(
                 output = backbone(**inputs, use_cache=False)[0][0, -length:]
                 is_half = output.dtype.itemsize == 2 or torch.is_autocast_enabled(output.device.type)
                 outputs.append(output.float())
-    except Exception as error:  # whatever a stock class makes of arguments that it does not know
+    except Exception as error:  # a stock class may fail in any way on arguments that it does not know
         raise UnsupportedModelError(_refusal(model, role, f"fails on ({first_line(error)})")) from error
     changes = [(outputs[0] - other).abs().max() / outputs[0].abs().max().clamp(min=1e-12) for other in outputs[1:]]
     if not (changes[0] < TOLERANCE and changes[1] < (HALF_PRECISION_TOLERANCE if is_half else TOLERANCE)):

@@ -1,4 +1,4 @@
-"""Runs teacher and student through autocast, DDP, FSDP2, DeepSpeed and PEFT wrappers."""
+"""Runs teacher and student inside the wrappers of autocast, DDP, FSDP2, DeepSpeed and PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .intermediate import PROJECTION, StatePair, needed_states, student_distance
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What the student's forward pass needs to compute the loss where its head is: inside the wrapped model."""
+    """Arguments of the loss, which the student's forward pass computes inside the wrapped model, where its head is."""
 
     teacher: TeacherSignal
     positions: Tensor
@@ -78,7 +78,7 @@ def distilling_forward(model_class: Any) -> Callable[..., Any]:
 
 
 def gathered_projection(projection: Any) -> Tensor | None:
-    """The weight of the map to the teacher's width, gathered where it is sharded; to be called on all processes."""
+    """The weight of the projection, gathered if it is sharded; to be called on all processes."""
     if projection is None:
         return None
     from torch.distributed.tensor import DTensor
@@ -122,12 +122,12 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
 
 
 def gathered_model(trainer: Any) -> Any | None:
-    """What a trainer has trained under FSDP or DeepSpeed, whole and with its adapter merged, in CPU memory.
+    """The model that was trained under FSDP or DeepSpeed, gathered in CPU memory, with its adapter merged.
 
     To be called on all processes.
 
     Returns:
-        None on the processes that do not write.
+        None on the processes that do not write files.
     """
     wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     state_dict = trainer.accelerator.get_state_dict(wrapped)
@@ -148,24 +148,25 @@ def gathered_model(trainer: Any) -> Any | None:
 
 
 def keep_losses_in_float32(plugin: Any) -> None:
-    """Keep FSDP2's mixed precision from rounding the losses that the forward pass returns, and sums of gradients."""
+    """Keep FSDP2's mixed precision from rounding losses and sums of gradients."""
     policy = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def offload_layers(teacher: Any, device: torch.device) -> None:
-    """Keep the layers of a frozen model in main memory, and all else of it on a device.
+    """Keep the layers of a frozen model in main memory, and the rest on a device.
 
-    What is fetched at one time is one linear map of one layer. The head and the embeddings stay: the loss reads them.
+    One linear map of one layer is fetched at a time. The head and the embeddings stay on the device: the loss reads
+    them.
 
     Raises:
-        UnsupportedModelError: if its layers cannot be told from the rest, or its weights are in other hands already.
+        UnsupportedModelError: if the model does not name its layers, or something else places its weights.
     """
     if getattr(teacher, "hf_device_map", None) or is_quantised(teacher):
         raise UnsupportedModelError(
-            "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which decide where "
-            "its weights are. Leave out the one or the other."
+            "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which place its "
+            "weights. Leave out teacher_offload, or load the teacher without them."
         )
     classes = layer_class_names(teacher)
     layers = [module for module in teacher.modules() if type(module).__name__ in classes]
@@ -175,7 +176,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
             "Load a quantised teacher, or train from a cache of it."
         )
     teacher.to("cpu")
-    if device.type == "cpu":  # of several processes each may have a number, for which tensors would be copied
+    if device.type == "cpu":  # without the index that a process may give it, for which tensors would be copied
         device = torch.device("cpu")
     for layer in layers:
         cpu_offload(layer, execution_device=device)
@@ -183,7 +184,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
 
 
 def shard_teacher(teacher: Any, accelerator: Any) -> Any:
-    """Shard the frozen teacher as FSDP shards the student; Accelerate leaves models in evaluation mode whole."""
+    """Shard the frozen teacher as FSDP shards the student; Accelerate does not shard models in evaluation mode."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise UnsupportedModelError(

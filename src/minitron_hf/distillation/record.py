@@ -11,7 +11,7 @@ from ..files import digest
 
 RECORD_NAME = "distillation.json"
 
-#: Arguments that `distillation.json` records: those that shape the result.
+#: Arguments that `distillation.json` records because they affect the result.
 RECORDED_ARGUMENTS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -51,7 +51,7 @@ RECORDED_ARGUMENTS = (
 
 
 def describe_data(data: Any) -> dict[str, Any] | None:
-    """Rows and fingerprint of a dataset, as it was given; null where it does not know them (streams)."""
+    """Name, number of rows and fingerprint of a dataset; None for what is unknown, as of streams."""
     if data is None:
         return None
     if isinstance(data, Mapping):

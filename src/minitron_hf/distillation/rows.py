@@ -1,4 +1,4 @@
-"""Training rows: TRL's, but every one begins as the teacher expects and fits into its context."""
+"""Training rows: TRL's, with the start tokens that the teacher expects, within the context of both models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def limit_to_context(args: Any, **configs: PretrainedConfig) -> None:
         return
     role = min(contexts, key=contexts.__getitem__)
     if args.max_length is None and args.padding_free and not args.packing:
-        return  # TRL wants it so; the rows are checked one by one
+        return  # TRL requires this; the collator checks each row
     if args.max_length is None or args.max_length > contexts[role]:
         logger.warning(
             "max_length=%s exceeds the context of the %s, %d tokens. Rows have at most %d tokens.",
@@ -52,7 +52,7 @@ def limit_to_context(args: Any, **configs: PretrainedConfig) -> None:
 
 @dataclass
 class WithinContext:
-    """A collator that refuses rows longer than the models' context, such as those that came tokenised and uncut."""
+    """A collator that refuses rows longer than the models' context, such as uncut rows that came tokenised."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     context: int | None
@@ -66,26 +66,27 @@ class WithinContext:
         longest = max(lengths) or batch["input_ids"].shape[1]
         if self.context is not None and longest > self.context:
             raise DataError(
-                f"A row has {longest} tokens, and the context of the models {self.context}. Cut the rows, or set "
+                f"A row has {longest} tokens, and the context of the models is {self.context}. Cut the rows, or set "
                 f"max_length={self.context}."
             )
         return batch
 
 
 def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
-    """The trainer's collator, which also tells rows apart, hands on cached teachers, and refuses what models lack."""
+    """The trainer's collator, which also adds row lengths and cached teacher logits and checks lengths and tokens."""
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
     collator = WithinContext(WithCachedTeacher(collator), context)
-    # Some models look tokens of images up elsewhere.
+    # Some models have the embeddings of image tokens elsewhere.
     return collator if trains_on_images(trainer) else WithKnownTokens(collator, vocab_size)
 
 
 class StartTokensMixin:
-    """What makes an `SFTTrainer` begin every row with what the tokenizer adds in front of a text.
+    """Mixin for an `SFTTrainer` that begins every row with the tokens that the tokenizer adds in front of a text.
 
     TRL cuts rows in the middle of documents (`packing_strategy="wrapped"` and `"bfd_split"`, and
-    `truncation_mode="keep_end"`), where that token is missing, without which many teachers are broken. It is no
-    target, neither there nor where documents meet inside a row. Rows without any target are left out.
+    `truncation_mode="keep_end"`). The rest of a document lacks the start token, without which many teachers give
+    poor logits. Start tokens are never targets, neither there nor inside a packed row. Rows without any target are
+    left out.
     """
 
     def _prepare_dataset(
@@ -109,17 +110,17 @@ class StartTokensMixin:
         tokens = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         start = start_tokens(processing_class)
         if is_rendered and missing_start(next(iter(tokens))["input_ids"], start):
-            start = []  # a conversation begins as its template renders it
+            start = []  # the chat template decides how a conversation begins
         wrapped = packing and args.packing_strategy == "wrapped"
         maps: dict[str, Any] = {}
-        if isinstance(tokens, Dataset):  # streams know neither
+        if isinstance(tokens, Dataset):  # `map` of a stream takes neither
             maps = {"num_proc": args.dataset_num_proc, "desc": f"Preparing rows of {dataset_name} dataset"}
         cut = copy.copy(args)
         if start:
             if args.max_length is not None and args.max_length <= len(start):
                 raise DataError(
-                    f"max_length={args.max_length}: every row begins with the {len(start)} token(s) that the "
-                    "tokenizer adds. Set a larger max_length."
+                    f"max_length={args.max_length} leaves no room behind the {len(start)} start token(s) that the "
+                    "tokenizer adds to every row. Set a larger max_length."
                 )
             settings = {
                 "start": start,
@@ -144,7 +145,7 @@ class StartTokensMixin:
 
 
 def warn_of_missing_start(trainer: Any) -> None:
-    """Warn where the teacher would read the rows far better behind a token that the tokenizer does not add."""
+    """Warn if the teacher predicts the rows far better behind a token that the tokenizer does not add."""
     rows, teacher = trainer.train_dataset, trainer.teacher_model
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if teacher is None or sharded or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
@@ -200,7 +201,7 @@ def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: st
 
 
 def rows_with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:
-    """The rows in which a token counts, with a message where others are left out.
+    """The rows in which a token counts; a message tells how many others are left out.
 
     Args:
         rows: with labels.
@@ -232,14 +233,14 @@ def _has_target(row: Mapping[str, Any]) -> bool:
 def _with_start_tokens(
     rows: Mapping[str, list[list[int]]], start: Sequence[int], longest: int | None, cuts: str, masks: bool = True
 ) -> dict[str, list[list[int]]]:
-    """Rows that begin with `start`.
+    """Add the start tokens to rows, and cut documents that are too long.
 
     Args:
         rows: `input_ids` and `labels` of each.
-        start: what the tokenizer adds in front of a text.
-        longest: tokens of a row; longer documents are cut. None: they are left as they are.
-        cuts: `"keep_start"` leaves them to be cut at the end, `"keep_end"` keeps the end, `"split"` everything.
-        masks: whether the rows are documents, of which `start` is no target; else pieces of a stream.
+        start: tokens that the tokenizer adds in front of a text.
+        longest: tokens of a row; longer documents are cut. None cuts nothing.
+        cuts: `"keep_start"` leaves the cutting to TRL, `"keep_end"` keeps the end, `"split"` makes several rows.
+        masks: whether the rows are documents, whose start tokens are not targets, or pieces of a stream.
     """
     found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
 

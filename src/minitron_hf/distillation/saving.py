@@ -28,7 +28,7 @@ from ..privacy import public_settings
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import save_model
-from .adapters import adapter_type, keep_one_model, merged
+from .adapters import adapter_type, keep_one_model, merged_copy
 from .checks import refuse_nan_weights, refuse_not_finite, refuse_own_folder
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How a student came to be; kept beside it wherever it is saved.
+#: Files that record how a student was made; copied to every folder it is saved in.
 ORIGIN_FILES = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "scores.safetensors")
 
 #: Config fields that the libraries change for training, and that a saved student gets back.
@@ -72,13 +72,13 @@ class SavingMixin(SFTTrainer):
     teacher_model: Any
     _token_sums: dict[str, Tensor]
 
-    # ---- What is saved ----
+    # ---- Saving ----
 
     @contextlib.contextmanager
     def _stock_config(self) -> Iterator[None]:
-        """The student's config as it was before the libraries set it up for training, and without foreign code.
+        """Give the student the config fields that it had before training, without `auto_map`, while files are written.
 
-        A class with code of its own, which Transformers saves beside the weights, writes its `auto_map` itself.
+        Transformers writes `auto_map` itself for a class whose code it saves beside the weights.
         """
         whole = base_model_of(self.accelerator.unwrap_model(self.model)).config
         config = whole.get_text_config()
@@ -123,7 +123,7 @@ class SavingMixin(SFTTrainer):
 
         Args:
             output_dir: default: the output folder of the run.
-            dtype: of the saved weights, for example that of the teacher's checkpoint. None: the training dtype.
+            dtype: of the saved weights, for example that of the teacher's checkpoint; by default the training dtype.
 
         Raises:
             DataError: if there is no such dtype.
@@ -137,7 +137,7 @@ class SavingMixin(SFTTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
-            base = merged(base)
+            base = merged_copy(base)
         if not self.args.should_save:
             return
         state_dict = base.state_dict()
@@ -169,7 +169,7 @@ class SavingMixin(SFTTrainer):
         write_artefact(folder / RECORD_NAME, self.distillation_record())
 
     def distillation_record(self) -> dict[str, Any]:
-        """What `distillation.json` holds: teacher, arguments, data and everything that was logged."""
+        """Content of `distillation.json`: teacher, arguments, data and all logs."""
         arguments = self.args.to_dict()
         model = self.accelerator.unwrap_model(self.model)
         peft: dict[str, Any] | None = None
@@ -206,16 +206,16 @@ class SavingMixin(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)
-        # Without TRL's card: ours is made from the finished run, in `push_to_hub` or `create_model_card`.
+        # Skips TRL's card; ours is made from the finished run, in `push_to_hub` or `create_model_card`.
         super(SFTTrainer, self)._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self._correction is not None and self.args.should_save:
             self._correction.save(folder)
         if self._intermediate:
             weight = self._intermediate.next_weight(self._sum_over_processes)
-            map_ = gathered_projection(self._intermediate.projection)
+            projection = gathered_projection(self._intermediate.projection)
             if self.args.should_save:
-                self._intermediate.save(folder, weight, map_)
+                self._intermediate.save(folder, weight, projection)
 
     # ---- Card and Hub ----
 
@@ -241,10 +241,10 @@ class SavingMixin(SFTTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Any:
-        """Save the stock student into the output folder and publish it with everything that is known of it.
+        """Save the stock student into the output folder and publish the folder.
 
         Args:
-            commit_message: of the one commit.
+            commit_message: of the commit.
             blocking: False uploads in the background and returns a `Future`.
             token: default: `args.hub_token`, or the stored one.
             revision: branch; default `args.hub_revision`.
@@ -274,7 +274,7 @@ class SavingMixin(SFTTrainer):
         return HfApi().run_as_future(push_student_to_hub, folder, repo_id, **options)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, private: one that is to be public becomes so with its first commit."""
+        """Create a private repository; a public one is made public with its first commit."""
         super().init_hf_repo(token=token, private=True)
 
     def _private(self, private: bool | None) -> bool:
@@ -284,7 +284,7 @@ class SavingMixin(SFTTrainer):
         # `Trainer` would upload the whole output folder, working files included.
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             if is_peft_model(self.accelerator.unwrap_model(self.model)):
-                return  # an adapter alone is no student; the merged one is pushed at the end
+                return  # an adapter alone is not a student; the merged student is pushed at the end
             push_student_to_hub(
                 checkpoint_folder,
                 self.hub_model_id,
@@ -297,7 +297,7 @@ class SavingMixin(SFTTrainer):
 
 @contextlib.contextmanager
 def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a full disk or a forbidden folder raises into one clear error."""
+    """Turn the errors of a full disk or a read-only folder into one clear error."""
     try:
         yield
     except MinitronError:

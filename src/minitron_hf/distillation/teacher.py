@@ -1,4 +1,4 @@
-"""The teacher in training: loaded, placed and frozen like the student; what it says of a batch."""
+"""The teacher in training: loads, places and freezes it, and computes its logits of a batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .teacher_cache import TeacherCache
 
 
 class TeacherMixin(SFTTrainer):
-    """The part of `DistillationTrainer` that holds the teacher."""
+    """The part of `DistillationTrainer` that loads and calls the teacher."""
 
     args: DistillationConfig
     model: Any
@@ -68,7 +68,7 @@ class TeacherMixin(SFTTrainer):
         return shard_teacher(teacher_model, self.accelerator)
 
     def _teacher_correction(self) -> ConcurrentCorrection | None:
-        """What lets the teacher go on learning, if it shall."""
+        """The callback that trains the teacher too; None without `teacher_correction`."""
         if self.args.teacher_correction is None:
             return None
         teacher = self.teacher_model
@@ -90,9 +90,9 @@ class TeacherMixin(SFTTrainer):
     def _teacher_signal(
         self, inputs: dict[str, Any], positions: Tensor, targets: Tensor
     ) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
-        """What the teacher says about the same inputs at `positions` of the flattened batch, and its states there.
+        """The teacher's distributions and hidden states at `positions` of the flattened batch.
 
-        A teacher that goes on learning has its own loss computed on the way, which `compute_loss` takes up.
+        With `teacher_correction` it also computes the teacher's own loss, which `compute_loss` backpropagates.
         """
         learns = self._correction is not None and self.model.training and torch.is_grad_enabled()
         teacher = self.accelerator.unwrap_model(self.teacher_model)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "teacher_cache.json"
-#: Key of the settings in the metadata of every file, by which an interrupted run knows them again.
+#: Key of the settings in the metadata of every file, by which a resumed run recognises its files.
 METADATA_KEY = b"minitron_hf"
 #: These files in `formats.FORMATS`.
 ROWS_KIND = "data-*.arrow"
@@ -69,7 +69,7 @@ def refuse_uncacheable(args: DistillationConfig) -> None:
         )
     if args.teacher_correction:
         raise MismatchError(
-            f"teacher_correction={args.teacher_correction!r}: a cached teacher cannot go on learning. Correct it "
+            f"teacher_correction={args.teacher_correction!r}: a cached teacher cannot be trained. Correct it "
             "beforehand with correct_teacher, then cache it."
         )
     if args.teacher_model_init_kwargs:
@@ -84,11 +84,11 @@ def refuse_uncacheable(args: DistillationConfig) -> None:
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Rows with what the teacher says of them, for `DistillationTrainer`'s `train_dataset` or `eval_dataset`.
+    """Rows with precomputed teacher logits, for `train_dataset` or `eval_dataset` of `DistillationTrainer`.
 
     Attributes:
-        dataset: the rows. `dataclasses.replace(cache, dataset=cache.dataset.select(…))` is a part of a cache.
-        manifest: what it was made from.
+        dataset: the rows; `dataclasses.replace(cache, dataset=cache.dataset.select(…))` selects some of them.
+        manifest: settings, teacher and data of the cache.
     """
 
     dataset: Dataset
@@ -105,16 +105,16 @@ class TeacherCache:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the teacher's distributions."""
+        """Size of the teacher's vocabulary."""
         size: int = self.manifest["settings"]["vocab_size"]
         return size
 
     def require_arguments(self, args: DistillationConfig, *, packing: bool) -> None:
-        """Refuse arguments under which the rows, or what is needed of them, would be others.
+        """Refuse arguments that would make other rows, or need other values of them.
 
         Args:
             args: of the run.
-            packing: whether documents would be packed: of training and evaluation one may be.
+            packing: whether documents would be packed, in training or in evaluation.
 
         Raises:
             MismatchError: naming the argument.
@@ -136,7 +136,7 @@ class TeacherCache:
         """Refuse a cache without hidden states that are to be compared.
 
         Raises:
-            MismatchError: naming them.
+            MismatchError: naming the states.
         """
         kept = self.manifest["settings"]["states"]
         if absent := sorted(set(states) - set(kept)):
@@ -171,7 +171,7 @@ class TeacherCache:
 
 
 def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
-    """Open what `cache_teacher_logits` wrote; the rows stay on disk.
+    """Open a cache that `cache_teacher_logits` wrote; the rows stay on disk.
 
     Raises:
         OutputError: if there is no cache, or an unfinished one.
@@ -225,17 +225,17 @@ def rows_and_caches(data: Any, role: str) -> tuple[Any, list[TeacherCache]]:
 
 
 def cached_signal(batch: Mapping[str, Any], positions: Tensor, vocab_size: int, states: Sequence[int]) -> Any:
-    """What a batch of cached rows says of the teacher at `positions`: the signal, and the hidden states in `states`.
+    """The teacher signal of a batch of cached rows at `positions`, and the teacher's hidden states in `states`.
 
     Raises:
         MismatchError: if other tokens count than when the cache was written.
     """
-    said = batch[CACHED]
-    if len(said.log_tail) != len(positions):
+    cached = batch[CACHED]
+    if len(cached.log_tail) != len(positions):
         raise MismatchError(
-            f"{len(positions)} tokens of a batch count, and the teacher cache holds {len(said.log_tail)}: the rows or "
-            "labels were changed. Pass the cached rows as they are, without a data_collator that changes labels."
+            f"{len(positions)} tokens of a batch count, and the teacher cache holds {len(cached.log_tail)}: the rows "
+            "or labels were changed. Pass the cached rows as they are, without a data_collator that changes labels."
         )
-    tokens, log_probs, log_tail = (x.to(positions.device) for x in (said.tokens, said.log_probs, said.log_tail))
+    tokens, log_probs, log_tail = (x.to(positions.device) for x in (cached.tokens, cached.log_probs, cached.log_tail))
     signal = TopKSignal(tokens, log_probs, log_tail, vocab_size)
-    return signal, tuple(said.states[index].to(positions.device) for index in states)
+    return signal, tuple(cached.states[index].to(positions.device) for index in states)

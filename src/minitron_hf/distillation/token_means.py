@@ -19,10 +19,7 @@ from .checks import refuse_not_finite
 from .config import DistillationConfig
 from .intermediate import IntermediateLosses
 
-if TYPE_CHECKING:
-    pass
-
-#: What is summed over tokens and logged, beside the intermediate losses.
+#: Values that are summed over tokens and logged, beside the intermediate losses.
 COLUMNS = ("divergence", "kl", "ce", "agreement", "entropy", "mean_token_accuracy")
 
 
@@ -60,8 +57,8 @@ class TokenMeansMixin(SFTTrainer):
 
         Args:
             sums: [columns + 1], the last of which counts the tokens.
-            own_weight: take a dynamic weight of the intermediate losses from these very tokens, so that evaluations
-                before, during and after training compare; otherwise it is the one of the training step.
+            own_weight: compute a dynamic weight of the intermediate losses from these tokens, so that evaluations
+                before, during and after training are comparable; otherwise it is the weight of the training step.
         """
         *values, count = sums.double().cpu().tolist()
         if not count:
@@ -87,7 +84,7 @@ class TokenMeansMixin(SFTTrainer):
             refuse_not_finite(means.values(), self.state.global_step)
             self._token_sums["train"] = self._no_sums()
             logs.update((key, value) for key, value in means.items() if key != "loss")
-            if self.args.include_num_input_tokens_seen != "no":  # TRL's own count begins anew when a run is resumed
+            if self.args.include_num_input_tokens_seen != "no":  # TRL's own count restarts at 0 when a run is resumed
                 logs["num_tokens"] = int(self.state.num_input_tokens_seen)
         super().log(logs, start_time)
 
@@ -101,7 +98,7 @@ class TokenMeansMixin(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, positions = self._token_losses(model, inputs)
             loss = losses["total"] / max(len(positions), 1)
-            # Rows, because the processes get equally many: the last batch repeats rows, which the gathering drops.
+            # Sums per row, because gathering drops the rows that the last batch repeats.
             row_of_position, num_rows = row_of_positions(inputs)
             sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=sum_dtype(loss.device), device=loss.device)
             sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))

@@ -239,7 +239,7 @@ class DistillationTrainer(
         peft_config: PeftConfig | None,
         teacher: TeacherSource,
     ) -> None:
-        """Refuse a folder that cannot be written, and save the base model of an adapter that is stored nowhere."""
+        """Refuse a folder that cannot be written, and save a base model that exists in memory only."""
         folder = output_dir_of(args)
         refuse_own_folder(folder, student=model, teacher=teacher.model)
         require_writable(folder)
