@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     refused("packing=False, this run has True", packing=True)
     refused("divergence='mse' compares logits", divergence="mse")
     rate = {"teacher_correction": "concurrent", "teacher_original_learning_rate": 1e-3}
-    refused("a cached teacher cannot go on learning", **rate)
+    refused("a cached teacher cannot be trained", **rate)
     refused(r"hidden states \[3\], and the cache holds none", hidden_loss="cosine")
     refused("written by another teacher", teacher=pocket_model("llama", seed=3, dtype=torch.float32))
     refused("train_dataset is not a teacher cache", train=data)
