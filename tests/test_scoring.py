@@ -17,7 +17,7 @@ from pocket import float64_throughout, pocket_model, pocket_tokens
 TOKENS = pocket_tokens(3, 8)
 
 
-def changed_spec(model: nn.Module, heads: str, axes: tuple[Axis, ...], taps: dict[str, str]) -> ArchSpec:
+def changed_spec(model: nn.Module, heads: str, axes: tuple[Axis, ...], hook_points: dict[str, str]) -> ArchSpec:
     """Llama's table with other axes in the place of its query heads and their dimensions."""
     spec = spec_for(model.config)
     layer = {
@@ -25,7 +25,7 @@ def changed_spec(model: nn.Module, heads: str, axes: tuple[Axis, ...], taps: dic
         for name, dimensions in spec.layer.items()
     }
     kept = tuple(axis for axis in spec.axes if axis.name not in {axis.name for axis in axes})
-    return replace(spec, axes=(*kept, *axes), layer=layer, hook_points=taps, groups=())
+    return replace(spec, axes=(*kept, *axes), layer=layer, hook_points=hook_points, groups=())
 
 
 def scores_of(spec: ArchSpec, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -72,8 +72,8 @@ def test_pieces_of_an_input():
     model = pocket_model("llama")
     model.config.num_left, model.config.num_right = 3, 9
     axes = (Axis("left", ("num_left",), per_layer=True), Axis("right", ("num_right",), per_layer=True))
-    taps = dict.fromkeys(("left", "right", "kv"), "self_attn.o_proj")
-    spec = changed_spec(model, "left*head_dim+right*head_dim", axes, taps)
+    hook_points = dict.fromkeys(("left", "right", "kv"), "self_attn.o_proj")
+    spec = changed_spec(model, "left*head_dim+right*head_dim", axes, hook_points)
     found = scores_of(replace(spec, groups=(("right", "kv"),)), model)
     values = mixed_values(model)
     heads = values.unflatten(-1, (12, 10)).norm(dim=-1).mean((1, 2))

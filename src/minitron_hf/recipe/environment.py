@@ -190,7 +190,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Collection[Disti
             if token is not None and token not in known:
                 raise DataError(f"distill.{name}={token!r}: the teacher's tokenizer has no such token.")
         template = args.chat_template_path
-        if template is None or local_path(template, what="chat template", error=DataError) is not None:
+        if template is None or local_path(template, what="distill.chat_template_path", error=DataError) is not None:
             continue
         if not is_repo_id(template):
             raise DataError(f"distill.chat_template_path={template!r}: there is no such file, folder or Hub id.")
