@@ -207,7 +207,7 @@ CASES = [
         ("missing", "{nowhere}", "no Accelerate configuration"),
         ("extra", "ddp fsdp2", "unexpected extra argument"),
         ("key", "--name ddp", "--name"),
-        ("data", "{teacher}", "no Accelerate configuration"),
+        ("data", "{teacher}", "Accelerate configuration"),
     ),
     *command(
         "card",

@@ -68,7 +68,7 @@ CACHED_DIGEST_BYTES = 64 << 20
 
 
 def cached_file_digest(path: str | os.PathLike[str]) -> str:
-    """`file_digest`, computed once as long as a file stays as it is: large ones once on this machine.
+    """`file_digest`, computed once per unchanged file; for large files, once per machine.
 
     A file counts as unchanged while its size, inode and times are the same; the time of the last change of the inode
     cannot be set back by copying tools.
@@ -207,7 +207,7 @@ def _written_beside(path: Path) -> Iterator[Path]:
             _WRITING.discard(temporary.name)
 
 
-#: How the names of working files end, that only a killed process leaves behind.
+#: Ending of the names of working files; only a killed process leaves them behind.
 PARTIAL = ".partial"
 #: Those that this process is writing.
 _WRITING: set[str] = set()
@@ -225,18 +225,18 @@ def _host() -> str:
 
 
 def is_working_file(path: Path) -> bool:
-    """Whether a name is that of a file which this package makes while it works, and removes."""
+    """Whether this package makes a file of that name while it works, and removes it afterwards."""
     return path.name.startswith(".") and path.name.endswith((PARTIAL, ".lock"))
 
 
 def remove_abandoned(folder: str | os.PathLike[str], name: str | None = None, *, alone: bool = False) -> None:
-    """Remove what killed processes left of unfinished writes.
+    """Remove unfinished files that killed processes left behind.
 
     Args:
         folder: where.
         name: of the file or folder that was being written; None: of all, in `folder` and below.
-        alone: nobody else writes there, so that everything unfinished is a remain; otherwise only what processes of
-            this machine left that have ended.
+        alone: no other process writes there, so every unfinished file is removed; otherwise only those of ended
+            processes of this machine.
     """
     pattern = f"**/.*{PARTIAL}" if name is None else f".{glob.escape(name)}.*{PARTIAL}"
     for path in sorted(Path(folder).glob(pattern)):

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock of the operating system, which ends with the processes that hold it."""
+"""Locks a folder for one run at a time. The operating system releases the lock when the processes end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _held: dict[Path, int] = {}
 
 @contextlib.contextmanager
 def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for one run, and first clear what killed runs left of unfinished writes in it.
+    """Lock a folder for one run, and remove unfinished files that killed runs left in it.
 
     A folder within one that is held already, by this process or by the one that started it, is held with it. Of
     several processes of one launcher, the first one locks for all.
@@ -69,7 +69,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def with_locked_folder(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator: the function holds the folder that one of its arguments names (`locked_folder`); None holds none."""
+    """Decorator: lock the folder that an argument names while the function runs; None locks nothing."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
@@ -86,7 +86,7 @@ def with_locked_folder(argument: str) -> Callable[[Callable[P, T]], Callable[P, 
 
 
 def held_descriptors() -> tuple[int, ...]:
-    """The locks of this process, to be passed on to one that it starts: they last until both have ended."""
+    """The locks of this process. A child process that inherits them keeps the folders locked until it has ended."""
     return tuple(_held.values())
 
 

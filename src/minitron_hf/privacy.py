@@ -1,4 +1,4 @@
-"""What may leave this machine: names without paths, settings by an allow-list, files that lie in their folder."""
+"""Decides what may be published: names without paths, settings on an allow-list, files inside their folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SECRET = re.compile(
 
 
 def public_text(text: str) -> str | None:
-    """A text as it may be published: of a path, its last part; None where it holds what looks like a secret.
+    """The publishable form of a text: the last part of a path; None if it looks like a secret.
 
     >>> public_text("cosine"), public_text("owner/model"), public_text("/home/me/data.jsonl"), public_text("~/x/y")
     ('cosine', 'owner/model', 'data.jsonl', 'y')
@@ -102,7 +102,7 @@ def public_text(text: str) -> str | None:
 
 
 def public_settings(value: Any, name: str | None = None) -> Any:
-    """Settings as they may be published: numbers and booleans, and the text of what `PUBLIC_TEXT` names.
+    """The publishable settings: numbers and booleans, and text under the names in `PUBLIC_TEXT`.
 
     Args:
         value: settings, or the value of one.
@@ -129,7 +129,7 @@ def public_settings(value: Any, name: str | None = None) -> Any:
 
 
 def recorded_settings(value: Any, name: str | None = None) -> Any:
-    """Settings for a record that tells whether they have changed: what is not published stands there as its digest.
+    """Settings for a record that shows changes; values that must not be published are replaced by their digests.
 
     >>> recorded_settings({"hub_token": "x", "seed": 1, "weights": "sha256:0af1"})
     {'hub_token': 'sha256:cae25fbba83d', 'seed': 1, 'weights': 'sha256:0af1'}
@@ -143,7 +143,7 @@ def recorded_settings(value: Any, name: str | None = None) -> Any:
 
 
 def is_outside_folder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
-    """Whether a file of a folder lies elsewhere: by a link, or because its name leads out of it.
+    """Whether a path leads out of a folder, through a link or by its name.
 
     The snapshots of the Hub's cache are folders of links into the `blobs` beside them, and count as whole.
     """

@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: whatever goes wrong is one message; exit code 2, or 1 where it is not known what it means."""
+    """Entry point: every error is one message. The exit code is 2, or 1 for an unexpected error."""
     try:
         app()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the command line says of an error."""
+"""Turns errors into messages of the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error_message(error: BaseException) -> tuple[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of a device did not suffice; PyTorch has an error of its own for that."""
+    """Whether the machine or a device ran out of memory. PyTorch has its own error class for that."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 

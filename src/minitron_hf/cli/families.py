@@ -1,4 +1,4 @@
-"""`minitron-hf families`: what is supported, and drafts of new tables."""
+"""`minitron-hf families`: lists supported families and drafts new tables."""
 
 from __future__ import annotations
 

@@ -41,9 +41,9 @@ def fit(
         typer.Option(help="Train an adapter of that rank (default: all weights)."),
     ] = None,
 ) -> None:
-    """Print what distilling a student takes on each device, and how fast it may be.
+    """Print the memory that distillation needs on each device, and an estimate of its speed.
 
-    The student is a model (--student), or the sizes that would be cut to, as in `minitron-hf plan`.
+    The student is a model (--student), or the sizes to prune to, as in `minitron-hf plan`.
     """
     from ..distillation.capacity import estimate_capacity
     from ..models import load_config

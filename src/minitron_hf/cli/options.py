@@ -78,7 +78,7 @@ def _texts(data: str, split: str, text_field: str, option: str = "--data") -> An
 
 
 def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bool = True) -> Any:
-    """A corpus, refused where its first rows hold no text; or a teacher cache."""
+    """Load a corpus or a teacher cache; refuse a corpus whose first rows hold no text."""
     from itertools import islice
 
     from ..data import load_text_dataset
@@ -140,7 +140,7 @@ def _finite(text: str) -> float:
 def _settings(
     entries: Sequence[str] | None, hints: Mapping[str, Any], takes: str, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The entries of --set, checked against what takes them.
+    """The entries of --set, checked against the function or class that takes them.
 
     Args:
         entries: each `name=value`.

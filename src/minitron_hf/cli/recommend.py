@@ -1,4 +1,4 @@
-"""`minitron-hf recommend`: what the papers would do for a teacher, a target and a budget."""
+"""`minitron-hf recommend`: recommends shapes and settings from the papers for a teacher, a target and a budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recommend(
     ] = False,
     teacher_learning_rate: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="The peak that the teacher was trained with; its correction on the corpus needs it."),
+        typer.Option(help="Peak learning rate of the teacher's training; teacher correction needs it."),
     ] = None,
     train_data: Annotated[Optional[str], typer.Option(help="The recipe's corpus.")] = None,  # noqa: UP045
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
@@ -37,9 +37,9 @@ def recommend(
     set_: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Print what the papers would do with this teacher, each with reason and source.
+    """Print what the papers recommend for this teacher, with reasons and sources.
 
-    With --output, --train-data and --eval-data it also writes a recipe; --set changes its entries.
+    With --output, --train-data and --eval-data, also write a recipe; --set changes its entries.
     """
     from ..files import replacing_file
     from ..models import load_config

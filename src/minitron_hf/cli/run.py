@@ -17,10 +17,10 @@ def run(
     until: Annotated[Optional[str], typer.Option(help="Last stage to run.")] = None,  # noqa: UP045
     set_: Settings = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load configs only, make every refusal, print the shapes.")
+        bool, typer.Option("--dry-run", help="Check everything that needs no weights, and print the shapes.")
     ] = False,
     redo: Annotated[
-        bool, typer.Option("--redo", help="Run stages anew whose inputs have changed, or that did not end.")
+        bool, typer.Option("--redo", help="Repeat stages whose inputs have changed or that did not finish.")
     ] = False,
     accelerate: Accelerate = None,
     num_processes: Processes = None,

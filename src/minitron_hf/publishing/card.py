@@ -256,7 +256,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:
-    """The arguments that were in force: a number of steps overrules the number of epochs, -1 stands for no number."""
+    """The arguments in force: `max_steps` overrules `num_train_epochs`, unless it is -1."""
     arguments = {name: value for name, value in distillation["arguments"].items() if value is not None}
     overruled = "num_train_epochs" if (arguments.get("max_steps") or 0) > 0 else "max_steps"
     return [[name, value] for name, value in arguments.items() if name != overruled]
@@ -283,7 +283,7 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _combined_plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The plan; of several rounds, what all of them together have made of the teacher of the first."""
+    """The plan. Of several rounds, one plan from the first teacher to the last student."""
     last, before = run["pruning_plan"], [one["pruning_plan"] for one in run["rounds"]]
     if not before:
         return last
@@ -306,7 +306,7 @@ def _combined_plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings of the scores, without the teacher (it has its own place) and what was left at nothing."""
+    """Settings of the scores, without the teacher and without unset values."""
     settings = (plan.get("scores") or {}).get("settings") or {}
     return [
         (key.replace("_", " "), value)
@@ -316,7 +316,7 @@ def _calibration(plan: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
-    """How much more the student loses per token than its reference, in nats; None if either was not measured."""
+    """Loss of the student minus loss of its reference, in nats per token; None if either was not measured."""
     models = evaluation["models"]
     losses = []
     for name in ("student", evaluation.get("reference")):
@@ -328,7 +328,7 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
 
 
 def _benchmarked(benchmarks: Mapping[str, Any]) -> str:
-    """With what the benchmarks were measured; empty where it was not recorded."""
+    """A sentence on the harness that measured the benchmarks; empty if it was not recorded."""
     found = [measured for *_, measured in benchmark_values(benchmarks)]
     versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
     if not versions:
@@ -366,7 +366,7 @@ def _stage_versions(run: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _versions(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(stages, versions): the stages that ran with the same versions stand together."""
+    """(stages, versions) for each set of versions."""
     stages: dict[str, list[str]] = {}
     for stage, versions in _stage_versions(run).items():
         text = ", ".join(f"{name} {version}" for name, version in versions.items())

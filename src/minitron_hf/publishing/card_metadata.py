@@ -73,7 +73,7 @@ def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> 
 
 
 def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
-    """Results of the student for the model-index; a value that is not finite has no place in it."""
+    """Finite results of the student, for the model-index."""
     from huggingface_hub import EvalResult
 
     results: list[EvalResult] = []
@@ -131,7 +131,7 @@ def is_limited(measured: Mapping[str, Any]) -> bool:
 
 
 def benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(model, task, metric, what `evaluate_tasks` returns of it) of `benchmarks.json`.
+    """Yield (model, task, metric, result of `evaluate_tasks`) from `benchmarks.json`.
 
     Args:
         benchmarks: the entry `models` of the file, `{model: {task: {metric: …}}}`.
@@ -144,7 +144,7 @@ def benchmark_values(benchmarks: Mapping[str, Any]) -> Iterator[tuple[str, str, 
 
 
 def _dataset_type(name: str | None) -> str:
-    """Id of a dataset in a model-index; what is no id on the Hub becomes a word that is legal there.
+    """Id of a dataset in a model-index. A name that is not a Hub id is changed into a legal one.
 
     >>> _dataset_type("roneneldan/TinyStories"), _dataset_type("/data/my stories.jsonl"), _dataset_type(None)
     ('roneneldan/TinyStories', 'my-stories.jsonl', 'text')
@@ -157,7 +157,7 @@ def _dataset_type(name: str | None) -> str:
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:
-    """Name of the evaluation data for readers: never a path of the machine that measured."""
+    """Name of the evaluation data for readers, without local paths."""
     name = data.get("name")
     if not name:
         return f"held-out text {short_digest(data['digest'])}"

@@ -24,7 +24,7 @@ AXIS_TITLES = {
 
 
 def _round_table(run: Mapping[str, Any]) -> list[list[str]] | None:
-    """What each of several rounds has cut, on how many tokens it was recovered, and what was measured then."""
+    """One row per round: sizes, parameters, tokens of distillation, and quality."""
     if not run["rounds"]:
         return None
     models = (run["evaluation"] or {}).get("models") or {}
@@ -52,7 +52,7 @@ def _round_table(run: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def _depth_table(plan: Mapping[str, Any], most: int = 12) -> list[list[str]] | None:
-    """Layers that could have gone in the place of those that went, and what the model is worth without them."""
+    """Alternatives to the dropped layers, with the depth metric of the model without them."""
     scores = plan.get("scores") or {}
     gone = list(plan.get("layers_dropped") or [])
     rivals = [tried for tried in scores.get("layers") or [] if len(tried["dropped"]) == len(gone)]

@@ -58,7 +58,7 @@ def _figure(width: float, height: float) -> Figure:
 
 @contextlib.contextmanager
 def _own_style() -> Iterator[None]:
-    """Defaults of matplotlib plus ours, whatever the user's matplotlibrc says; everything is restored afterwards."""
+    """Use matplotlib's defaults and this package's style for a while, instead of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():

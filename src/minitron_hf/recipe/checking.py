@@ -148,7 +148,7 @@ def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
 
 
 def _check_adapter(adapter: Any, model: Any) -> None:
-    """Refuse an adapter that PEFT cannot put onto the student, or that the loss would not see."""
+    """Refuse an adapter that PEFT cannot add to the student, or that the loss would ignore."""
     from ..compat import add_adapter
     from ..distillation.adapters import refuse_split_tie
     from ..distillation.checks import refuse_adapter
@@ -181,7 +181,7 @@ def _check_adapter(adapter: Any, model: Any) -> None:
 
 
 def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] | None:
-    """The shapes among which the student is chosen, largest first; None where its sizes are given."""
+    """The candidate shapes of the student, largest first; None if the recipe gives its sizes."""
     request = recipe.pruner_config
     if recipe.search is None:
         return None if request.target_parameters is None else shapes_near_target(config, request)
@@ -198,7 +198,7 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
 
 
 def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:
-    """Configs of every round's student, the last one's sizes, and notes; what cannot be cut is refused here."""
+    """Check the sizes of every round; return the students' configs, the last one's sizes, and notes."""
     if not recipe.rounds:
         sizes, notes = check_sizes(config, recipe.pruner_config)
         return [student_config(config, recipe.pruner_config)], sizes, notes

@@ -1,4 +1,4 @@
-"""Checks what a recipe needs of this machine and of the Hub: corpora, packages, tasks, access, disk space."""
+"""Checks that this machine and the Hub have what a recipe needs: corpora, packages, tasks, access, disk space."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHECKPOINT_BYTES = 12
 def check_environment(
     run: Run, stages: Set[str], arguments: Sequence[DistillationConfig], students: Sequence[PretrainedConfig]
 ) -> list[str]:
-    """Refuse what the stages of a run would look for in vain.
+    """Refuse a run whose stages would not find what they need.
 
     Args:
         run: the run.
@@ -264,7 +264,7 @@ def check_disk(
     teacher: PretrainedConfig,
     students: Sequence[PretrainedConfig],
 ) -> None:
-    """Refuse a run whose checkpoints have no room, as far as that is certain beforehand.
+    """Refuse a run whose checkpoints certainly do not fit on the disk.
 
     Args:
         recipe: the recipe.

@@ -1,4 +1,4 @@
-"""Identities of teachers and datasets, by which a stage knows that its inputs are the same: contents, not names."""
+"""Identities of teachers and datasets, by content instead of name: a stage with equal inputs is not repeated."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def without_publishing(settings: Any) -> Any:
 
 
 def model_identity(section: TeacherSection) -> Any:
-    """What tells one teacher from another: the Hub commit, or the digests of local files."""
+    """The identity of a teacher: its Hub commit, or the digests of its local files."""
     folder = local_folder(section.model)
     if folder is None:
         config = load_config(section.model, revision=section.revision)
@@ -53,7 +53,7 @@ def model_identity(section: TeacherSection) -> Any:
 
 
 def dataset_identity(section: DatasetSection) -> Any:
-    """What tells one corpus from another: the digest of its files, or the Hub commit.
+    """The identity of a corpus: its Hub commit, or the digest of its files.
 
     Raises:
         DataError: if a local one does not exist.
@@ -78,7 +78,7 @@ def _is_hidden(path: Path) -> bool:
 
 @functools.cache
 def hub_commit(repo_id: str, revision: str | None) -> str | None:
-    """Commit of a Hub dataset; where the Hub cannot be asked, that of the local copy; None where neither is known."""
+    """Commit of a Hub dataset. Without access to the Hub, the commit of the local copy; None if there is none."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -66,7 +66,7 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
         kind = yaml.safe_load(path.read_text(encoding="utf-8"))["distributed_type"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path} is no Accelerate configuration: it has no distributed_type. Let `accelerate config` write one."
+            f"{path} is not an Accelerate configuration: no distributed_type. Let `accelerate config` write one."
         ) from error
     devices = torch.accelerator.device_count()
     if num_processes is not None and num_processes < 1:
@@ -90,7 +90,7 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Whether this is the process that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -139,7 +139,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
 
 
 def write_error_message(text: str) -> bool:
-    """Leave an error to the process that started this one.
+    """Write an error message for the process that started this one.
 
     Returns:
         Whether there is one that waits for it.

@@ -13,7 +13,7 @@ from ..errors import DataError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain words: only `true` and `false` are booleans, and no key appears twice.
+    """YAML 1.2: only `true` and `false` are booleans, and no key appears twice.
 
     PyYAML follows YAML 1.1, where `eval_strategy: no` is False, `1:30` is 90, `2024-01-31` is a date and `1e-4`
     is text.
@@ -76,7 +76,7 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(values: Any) -> str:
-    """YAML that `read_yaml`, and readers of version 1.1, read as these values.
+    """Write YAML that readers of versions 1.1 and 1.2 both read as these values.
 
     >>> print(write_yaml({"revision": "1e10", "eval_strategy": "no", "seed": 3}), end="")
     revision: '1e10'
@@ -125,7 +125,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
 
 
 def _key(section: Any, name: str, override: str) -> Any:
-    """Where an entry is in its section; those of a list (rounds) are counted from 1, as their folders are."""
+    """Key or index of an entry in its section. Entries of a list (rounds) count from 1, as their folders do."""
     if not isinstance(section, list):
         return name
     if not name.isdigit() or not 1 <= int(name) <= len(section):

@@ -249,7 +249,7 @@ def _rounds(
 
 
 def _distance(shape: Shape, goal: float, last: Shape, sizes: Mapping[str, int]) -> tuple[bool, float]:
-    """Within the tolerance of the goal or not, and how unevenly the sizes go to those of the last shape."""
+    """Sort key: outside the tolerance or not; then the distance, or the inequality of the cuts."""
     off = abs(shape.num_parameters / goal - 1)
     ways = [
         math.log(shape.sizes[axis] / sizes[axis]) / math.log(last.sizes[axis] / sizes[axis])

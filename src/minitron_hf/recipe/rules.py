@@ -1,4 +1,4 @@
-"""The one check of settings: unknown names, types, choices and ranges, before anything is computed.
+"""Checks settings before anything is computed: unknown names, types, choices and ranges.
 
 Types and choices come from the annotations of whatever takes a setting, a function or a dataclass. Ranges are listed
 here by name, because a name means the same everywhere.
@@ -21,7 +21,7 @@ from ..errors import DataError, did_you_mean
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that make sense.
+    """The allowed numbers of a setting.
 
     Attributes:
         least: the smallest of them.
@@ -134,7 +134,7 @@ def _annotation(annotation: Any, function: Callable[..., Any]) -> Any:
 
 
 def require_settings(values: Any, hints: Mapping[str, Any], prefix: str, takes: str) -> None:
-    """Refuse settings that are unknown, or whose values cannot be meant.
+    """Refuse unknown settings and impossible values.
 
     Args:
         values: name → value, as read from YAML.
@@ -197,7 +197,7 @@ def require_choice(value: str, choices: Collection[str], where: str) -> None:
 
 
 def _refuse_unclear_words(values: Mapping[Any, Any], where: str) -> None:
-    """Nothing says of what type an entry of a free section is, and any text counts as true."""
+    """Refuse words such as `yes` in free sections: they have no declared types, and any text counts as true."""
     for name, value in values.items():
         if isinstance(value, str) and value.lower() in _UNCLEAR:
             raise DataError(f"{where}.{name}={value}: write true or false.")
@@ -263,7 +263,7 @@ def _described(hint: Any) -> str:
 
 
 def _advice(value: Any, hint: Any) -> str:
-    """How the value that was probably meant is written."""
+    """A hint at the value that was probably meant."""
     wanted = _options(hint)
     if isinstance(value, float) and value.is_integer() and int in wanted:
         return f" Write {int(value)}."

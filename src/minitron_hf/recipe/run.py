@@ -33,10 +33,10 @@ CORRECTED_DIR, CACHE_DIR, CANDIDATES_DIR = "corrected_teacher", "teacher_cache",
 
 @dataclass
 class Run:
-    """A recipe at work: models and datasets loaded once, when first needed.
+    """Holds a recipe, and its models and datasets, each loaded once when it is first needed.
 
     Attributes:
-        recipe: what to do. In a round: what that round does (`Recipe.in_round`), whose teacher is what it cuts.
+        recipe: the recipe; in a round, `Recipe.in_round`, whose teacher is the model to prune.
         show_progress: show progress bars.
         whole: the run that this is a round of; itself where there are no rounds.
         number: which round, from 1.
@@ -52,7 +52,7 @@ class Run:
         self.whole = self.whole or self
 
     def in_round(self, number: int) -> Run:
-        """The run of one round. That of another, and the models that it holds, is let go."""
+        """The run of one round. Only one round's models are kept in memory."""
         current = self._cache.get("round")
         if current is None or current.number != number:
             self._cache["round"] = Run(self.recipe.in_round(number), self.show_progress, self, number)
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The teacher that is scored and cut, its weights as they are stored; of a later round: what it cuts."""
+        """The model to score and prune, with its weights as stored: the teacher, or the student before."""
         section = self.recipe.teacher
         if self is not self.whole and self.number == 1:
             return self.whole.teacher
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def distillation_teacher(self) -> PreTrainedModel:
-        """What the student learns from: the teacher, corrected where the recipe says so; or what it was cut from."""
+        """The model that the student learns from: the teacher, perhaps corrected, or the student before."""
         if self is not self.whole and not self.learns_from_previous:
             return self.whole.distillation_teacher
         corrected = self is self.whole and self.recipe.teacher_correction is not None
@@ -120,7 +120,7 @@ class Run:
         return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
 
     def distillation_teacher_path(self, settings: dict[str, Any]) -> str:
-        """Where the trainer finds what the student learns from, to load it as the settings say."""
+        """Name of the model that the student learns from; the trainer loads it with `settings`."""
         self.release_teachers()
         if self is not self.whole and not self.learns_from_previous:
             return self.whole.distillation_teacher_path(settings)
@@ -138,7 +138,7 @@ class Run:
 
     @property
     def narrows_weights(self) -> bool:
-        """Whether the recipe's dtype is narrower than the stored one, and so for computing alone, not for cutting."""
+        """Whether the recipe's dtype is narrower than the stored one: used for computing, never for pruning."""
         import torch
 
         wanted, stored = self.recipe.teacher.dtype, stored_dtype(self.teacher_config)
@@ -148,11 +148,11 @@ class Run:
 
     @property
     def starts_processes(self) -> bool:
-        """Whether what is trained is trained in other processes than this one."""
+        """Whether models are trained in other processes than this one."""
         return self.recipe.distributed is not None and not is_launched()
 
     def start_processes(self, *arguments: str | os.PathLike[str]) -> None:
-        """Run a command of the command line in the recipe's processes, with this one's models out of their way."""
+        """Run a command in the recipe's processes, after this process has released its models."""
         import torch
 
         section = self.recipe.distributed
@@ -200,7 +200,7 @@ class Run:
         return self._cached(f"texts.{which}", wrap)
 
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
-        """The student of a plan, refitted on the rows that were scored where the plan says so."""
+        """Build the student of a plan; a plan with repair refits it on the calibration data."""
         rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
         texts = self.texts("calibration") if plan.repair else None
         return prune_with_plan(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
@@ -212,7 +212,7 @@ class Run:
 
     @property
     def plans(self) -> list[PruningPlan]:
-        """The plans from what the student learns from to the student: of this round, and of those before."""
+        """The plans that lead from the teacher of the distillation to the student, over several rounds if need be."""
         if self is self.whole:
             return [self.plan]
         first = self.number if self.learns_from_previous else 1

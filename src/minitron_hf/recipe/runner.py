@@ -26,7 +26,7 @@ RECORD_KIND = f"{STAGES_DIR}/*.json"
 
 
 def stage_digests(recipe: Recipe) -> dict[str, str]:
-    """Digest of everything each stage depends on: its settings, its external inputs, and the stages before it."""
+    """Digest of each stage's settings, external inputs and earlier stages."""
     digests: dict[str, str] = {}
     for stage in stages_of(recipe):
         if stage.wanted(recipe):
@@ -95,7 +95,7 @@ def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str],
 
 
 def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) -> dict[str, Any]:
-    """Make every refusal of `run_recipe` that needs no weights, those of its folder included, and write nothing.
+    """Check everything that `run_recipe` checks before its first stage, without weights; write nothing.
 
     Args:
         recipe: what is to be done.
@@ -121,7 +121,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
 
 
 def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
-    """Do a stage, or go on with it."""
+    """Run a stage, or resume it."""
     record = _record(run.folder, stage.name)
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
@@ -145,7 +145,7 @@ def _require_own_folder(folder: Path) -> None:
 
 
 def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
-    """Rounds of an earlier run that this one does not have would be published as its own."""
+    """Remove rounds of an earlier run, which would be published as this run's."""
     ours = {str(number) for number in range(1, len(recipe.rounds))}
     for path in [*folder.glob(f"{ROUNDS_DIR}/*"), *(path for path in folder.glob(f"{STAGES_DIR}/*") if path.is_dir())]:
         if path.name in ours:
@@ -166,7 +166,7 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
 
 
 def _clear_unfinished(folder: Path, stage: Stage, stage_digest: str) -> None:
-    """Have a stage begin anew that is not done: of what it has, nothing is gone on from."""
+    """Remove the files of an unfinished stage, so that it starts from the beginning."""
     if not _is_done(folder, stage, stage_digest):
         _clear(folder, stage)
         (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def _clear(folder: Path, stage: Stage) -> None:
 
 @contextlib.contextmanager
 def _explain_storage_errors() -> Iterator[None]:
-    """Turn what the file system says into one clear message; leave everything else alone."""
+    """Turn errors of the file system into one clear message."""
     try:
         yield
     except MinitronError:

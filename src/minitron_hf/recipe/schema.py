@@ -281,11 +281,11 @@ class Recipe:
         return write_yaml(asdict(self))
 
     def to_public_yaml(self) -> str:
-        """The recipe as it is published: paths by their last part, and no text but that of `PUBLIC_TEXT`."""
+        """The publishable recipe: paths reduced to their last part, and only the text that `PUBLIC_TEXT` lists."""
         return write_yaml(public_settings(asdict(self)))
 
     def in_round(self, number: int) -> Recipe:
-        """What one round does, as a recipe of its own: its teacher is what it cuts, the student of the round before.
+        """The recipe of one round. Its teacher is the student of the round before.
 
         Args:
             number: which round, counted from 1.
@@ -315,7 +315,7 @@ class Recipe:
 
 
 def _require_one_choice(recipe: Recipe) -> None:
-    """Refuse sizes from nowhere, and from two places."""
+    """Refuse a recipe without sizes, or with sizes from two sources."""
     search = recipe.search
     if recipe.rounds:
         if search is not None:
@@ -393,7 +393,7 @@ def _section(cls: Any, values: Any, where: str) -> Any:
 
 
 def _text(value: str, name: str, where: str) -> str:
-    """A text that says something; of a path, its full form."""
+    """Refuse empty text; expand `~` in paths."""
     if not value.strip():
         raise DataError(f"{where}={value!r}: expected text. Leave the entry out for its default.")
     return os.path.expanduser(value) if name in _PATHS else value

@@ -1,4 +1,4 @@
-"""Checks the free sections of a recipe, and `--set`, against what takes them."""
+"""Checks the free sections of a recipe, and `--set`, against the functions and classes that take them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def scoring_hints() -> dict[str, Any]:
-    """Arguments of `estimate_importance` that can be written down, and of a recipe's repetition of it."""
+    """Arguments of `estimate_importance` that YAML can hold, and `iterations`."""
     given = ("model", "data", "processing_class", "show_progress")
     return {**hints_of(estimate_importance, without=given), "metric": Literal[metric_names()], "iterations": int}
 
@@ -38,7 +38,7 @@ def distillation_hints() -> dict[str, Any]:
 
 
 def search_hints() -> dict[str, Any]:
-    """Arguments of `search_architectures` that can be written down."""
+    """Arguments of `search_architectures` that YAML can hold."""
     from ..search.architectures import search_architectures
 
     own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
@@ -46,7 +46,7 @@ def search_hints() -> dict[str, Any]:
 
 
 def require_search(values: Mapping[str, Any], prefix: str) -> None:
-    """Refuse arguments of `search_architectures` that cannot be meant."""
+    """Refuse impossible arguments of `search_architectures`."""
     require_settings(values, search_hints(), prefix, "arguments of search_architectures")
     distillation = values.get("distillation") or {}
     require_settings(distillation, distillation_hints(), f"{prefix}distillation.", "fields of DistillationConfig")
@@ -139,7 +139,7 @@ def _require_schedule(args: Any) -> None:
 
 
 def check_settings(recipe: Recipe) -> list[DistillationConfig]:
-    """Refuse arguments that a stage would only stumble over after the ones before it have worked for hours.
+    """Refuse arguments that would otherwise fail in a late stage, after hours of work.
 
     Returns:
         The arguments of distillation, of every round.

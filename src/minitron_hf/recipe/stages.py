@@ -63,7 +63,7 @@ class Stage:
 
 
 def _cache_settings(recipe: Recipe) -> Any:
-    """What shapes the cache, of which the learning rate, for example, is no part."""
+    """The settings that the cache depends on."""
     if recipe.teacher_cache is None:
         return None
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
@@ -77,20 +77,20 @@ def _cache_settings(recipe: Recipe) -> Any:
 
 
 def _distill_settings(recipe: Recipe) -> Any:
-    """The arguments of distillation, however the rows of a step are split over processes and batches."""
+    """The arguments of distillation. The split of a step's rows over processes and batches does not count."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
 
 
 def num_processes(recipe: Recipe) -> int:
-    """In how many processes models are trained."""
+    """Number of processes that train."""
     section = recipe.distributed
     return 1 if section is None else require_launchable(section.config, section.num_processes)
 
 
 def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
-    """What scores depend on beside the model that is scored."""
+    """The settings that scores depend on, beside the model."""
     # What is to be cut matters to what is measured.
     cut = recipe.scores.keys() & {"depth_metric", "iterations"}
     return {
