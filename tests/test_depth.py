@@ -205,7 +205,7 @@ def test_scores_and_plans_know_how_layers_were_chosen(tmp_path: Path):
         ({"depth_metric": "perplexity", "one_by_one": True}, "Pass block_length"),
         (
             {"depth_metric": "perplexity", "one_by_one": True, "block_length": 3, "keep_last_layers": 2},
-            "only 2 of 5 layers may go",
+            "only 2 of 5 layers can be removed",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.scoring.experts import Routed, observed_experts, stored_transposed
+from minitron_hf.scoring.experts import Routed, is_stored_transposed, observed_experts
 from pocket import POCKETS
 
 TOKENS, EXPERTS, NEURONS, HIDDEN = 11, 5, 6, 8
@@ -196,4 +196,4 @@ def test_experts_that_compute_something_else_are_refused(kind: str):
 
 
 def test_the_table_says_how_weights_are_stored():
-    assert not stored_transposed(spec_for(POCKETS["mixtral"].config), "mlp.experts")
+    assert not is_stored_transposed(spec_for(POCKETS["mixtral"].config), "mlp.experts")

@@ -100,7 +100,7 @@ def test_modules_may_be_called_by_keyword():
         torch.testing.assert_close(found[axis], expected[axis], rtol=1e-12, atol=0)
 
 
-def test_taps_that_are_passed_by_are_named():
+def test_hook_points_that_are_not_called_are_named():
     """A fused kernel that takes a projection's weight leaves nothing to observe: no score is better than zeros."""
     model = pocket_model("llama")
     mlp = model.model.layers[3].mlp

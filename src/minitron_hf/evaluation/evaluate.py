@@ -91,7 +91,7 @@ def evaluate_models(
         dtype: dtype of models that are loaded here. By default quality is measured in float32, and speed in the
             stored dtype, or in float32 where the hardware is slow in that. `"bfloat16"` halves the memory, and moves
             losses and divergences by about 0.001 nats.
-        device: device of models that are loaded here; by default that of the model objects, else CUDA if there is one.
+        device: device of models that are loaded here; default the device of the model objects, else CUDA if available.
         speed: whether to time.
         prefill_length: tokens of the timed prompt; by default up to 512, as the models' contexts allow.
         decode_tokens: tokens of the timed generation; by default up to 64.
@@ -107,7 +107,7 @@ def evaluate_models(
 
     Raises:
         MismatchError: if vocabularies or tokenizers differ, the models lack some tokens, or a context is too short.
-        DataError: if there is nothing to read (see `token_rows`), or a setting is out of range.
+        DataError: if there is no text (see `token_rows`), or a setting is out of range.
         UnsupportedModelError: if a model cannot be loaded, or its logits are not finite.
         OutputError: if `output_path` cannot be written.
     """
@@ -204,7 +204,7 @@ def _measure(
         rows: rows to measure quality on.
         reference: name of the model that the others are compared with.
         batch_size: rows per forward pass.
-        timing: what is timed.
+        timing: lengths and number of the timed rounds.
         in_full_precision: names of the models whose quality is computed in float32: half precision moves a KL by 0.001
             nats, more than its standard error where a model is close to its reference.
         show_progress: show progress bars.

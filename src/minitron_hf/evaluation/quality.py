@@ -77,7 +77,7 @@ def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor
 def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
     """Mean per token over documents of different lengths, and its standard error over documents.
 
-    The mean is the ratio r = Σsᵢ/Σnᵢ of two sums over documents, so its standard error is that of a ratio estimator
+    The mean is the ratio r = Σsᵢ/Σnᵢ of two sums over documents, so its standard error is the one of a ratio estimator
     (delta method): √(n/(n−1) · Σ(sᵢ − r·nᵢ)²) / Σnᵢ, with the tokens of one document as dependent as they are. It is
     the usual √(s²/n) when all documents have one length.
 

@@ -36,7 +36,7 @@ def evaluate_tasks(
     Args:
         model: a model, or the path or Hub id of one.
         tasks: names of tasks or groups, or paths of task files.
-        processing_class: tokenizer, or the path or Hub id of one; by default that of `model` when it is a path.
+        processing_class: tokenizer, or the path or Hub id of one; default the tokenizer at the path `model`.
         limit: number of documents per task, or their fraction below 1, for a quick look.
         num_fewshot: number of worked examples in the prompt; None: the task's own.
         batch_size: requests per forward pass.

@@ -18,9 +18,9 @@ from ..families.axes import dimension_index
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration, calibrate
+from ..scoring.hook_points import UnitView
 from ..scoring.hooks import first_input
 from ..scoring.scores import require_weights
-from ..scoring.units import UnitView
 from ..sizes.resolve import repaired_axes
 from ..weights import input_device, tensor_values
 

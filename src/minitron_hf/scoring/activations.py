@@ -21,11 +21,15 @@ from ..families.axes import Dimension
 from ..families.tensors import named_tensors
 from ..weights import tensor_values
 from .batches import Batches, state_of
-from .experts import Observer, Routed, expert_inputs, expert_writer, observed_experts, stored_transposed
-from .hooks import Hooks
-from .metrics import ImportanceMetric, UnitActivations, find_metrics
-from .reductions import Reduction, reduce_routed, reduce_rows, reduce_sequence, row_terms, wide
-from .units import (
+from .experts import (
+    Observer,
+    Routed,
+    expert_down_projections,
+    expert_input_dimension,
+    is_stored_transposed,
+    observed_experts,
+)
+from .hook_points import (
     UnitView,
     holds_stacked_experts,
     norm_paths,
@@ -34,6 +38,9 @@ from .units import (
     unit_slices,
     watch_states,
 )
+from .hooks import Hooks
+from .metrics import ImportanceMetric, UnitActivations, find_metrics
+from .reductions import Reduction, accumulation_dtype, reduce_routed, reduce_rows, reduce_sequence, row_terms
 from .weights import channel_norms
 
 
@@ -65,7 +72,7 @@ class ActivationPass(Batches):
         self.sums: dict[tuple[str, str, int], Tensor] = {}
         # The same keys, until their first value → the module that has to be called.
         self.unseen: dict[tuple[str, str, int], str] = {}
-        self.writer_norms: dict[tuple[str, int, int], Tensor] = {}
+        self.down_projection_norms: dict[tuple[str, int, int], Tensor] = {}
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
@@ -132,7 +139,7 @@ class ActivationPass(Batches):
                     read, _ = self._split_metrics(spec.axis[axis].within is not None)
                     self._expect(read, axis, layer, path)
                 observers[hooks.modules[path]] = self._expert_observer(module, axes, layer)
-            hooks.enter_context(observed_experts(observers, stored_transposed(spec, module)))
+            hooks.enter_context(observed_experts(observers, is_stored_transposed(spec, module)))
 
     def _watch_channels(self, hooks: Hooks) -> None:
         """Observe the hidden channels in the outputs of all norms."""
@@ -164,7 +171,7 @@ class ActivationPass(Batches):
                 nonlocal weight_H
                 if weight_H is None:
                     weight_H = self._head_norms() if layer is None else channel_norms(self.spec, self.model, layer)
-                weight_H = weight_H.to(x_BTH.device, wide(x_BTH))
+                weight_H = weight_H.to(x_BTH.device, accumulation_dtype(x_BTH))
                 return x_BTH * weight_H
 
             units = UnitActivations(x_BTH[..., None], "hidden", layer, is_scalar=True, weigh=weigh)
@@ -194,7 +201,11 @@ class ActivationPass(Batches):
             def weigh() -> Tensor:
                 nonlocal gram_URR
                 if gram_URR is None:
-                    weight = tensor_values(self.model, f"{path}.weight").detach().to(x_BTD.device, wide(x_BTD))
+                    weight = (
+                        tensor_values(self.model, f"{path}.weight")
+                        .detach()
+                        .to(x_BTD.device, accumulation_dtype(x_BTD))
+                    )
                     weight_HUR = view.split(weight if view.position == 1 else weight.T)
                     gram_URR = torch.einsum("hur,hus->urs", weight_HUR, weight_HUR)
                 if view.is_scalar:
@@ -229,13 +240,13 @@ class ActivationPass(Batches):
         All values are 0 at tokens that are routed elsewhere.
         """
         spec, sizes = self.spec, self.layer_sizes[layer]
-        transposed = stored_transposed(spec, module)
+        transposed = is_stored_transposed(spec, module)
         path = spec.layer_parameter(layer, module)
         slices: dict[str, list[slice]] = {}
         for axis in axes:
             _, produced = self._split_metrics(spec.axis[axis].within is not None)
             if produced:
-                slices[axis] = unit_slices(axis, expert_inputs(spec, module), sizes)
+                slices[axis] = unit_slices(axis, expert_input_dimension(spec, module), sizes)
                 for part in range(len(slices[axis])):
                     self._expect(produced, axis, layer + sizes["layers"] * part, path)
 
@@ -251,7 +262,7 @@ class ActivationPass(Batches):
                 x_nF = routed.inner_nF * routed.weight_n1
 
                 def weigh(x_nF: Tensor = x_nF) -> Tensor:
-                    return x_nF * self._writer_norms(path, layer, expert, transposed).to(x_nF)
+                    return x_nF * self._down_projection_norms(path, layer, expert, transposed).to(x_nF)
 
                 add(read, UnitActivations(x_nF[..., None], axis, layer, is_scalar=True, weigh=weigh))
                 for part, piece in enumerate(slices.get(axis, ())):
@@ -260,14 +271,14 @@ class ActivationPass(Batches):
 
         return observe
 
-    def _writer_norms(self, path: str, layer: int, expert: int, transposed: bool) -> Tensor:
+    def _down_projection_norms(self, path: str, layer: int, expert: int, transposed: bool) -> Tensor:
         """L2 norm of what the down projection of an expert holds for each of its neurons, [F]."""
         key = path, layer, expert
-        if key not in self.writer_norms:
-            weight = expert_writer(self.model, path)[expert].detach()
-            dtype = wide(weight)
-            self.writer_norms[key] = torch.linalg.vector_norm(weight, dim=int(transposed), dtype=dtype)
-        return self.writer_norms[key]
+        if key not in self.down_projection_norms:
+            weight = expert_down_projections(self.model, path)[expert].detach()
+            dtype = accumulation_dtype(weight)
+            self.down_projection_norms[key] = torch.linalg.vector_norm(weight, dim=int(transposed), dtype=dtype)
+        return self.down_projection_norms[key]
 
     def _add(self, metrics: Sequence[ImportanceMetric], source: int, units: UnitActivations) -> None:
         mask_BT = self.mask_BT if self.padded else None
@@ -322,7 +333,7 @@ class ActivationPass(Batches):
             x_NLH = torch.stack([x_NH.to(device) for x_NH in chunk], dim=1)
             if self.padded:
                 x_NLH = x_NLH[mask_N.to(device)]
-            x_NLH = x_NLH.to(wide(x_NLH))
+            x_NLH = x_NLH.to(accumulation_dtype(x_NLH))
             products_NLL = x_NLH @ x_NLH.transpose(1, 2)
             scale_NL = products_NLL.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
             cosines_NLL = products_NLL * scale_NL[:, :, None] * scale_NL[:, None, :]

@@ -17,7 +17,7 @@ from ..data.context import context_length
 from ..errors import DataError
 from ..families import ArchSpec, text_config
 from ..weights import input_device
-from .reductions import wide
+from .reductions import accumulation_dtype
 
 
 def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
@@ -64,7 +64,7 @@ def token_losses(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor, scored_BT:
     targets_BT = ids_BT[:, 1:].masked_fill(~predicted_BT, 0)
     losses = [  # row by row: a float32 copy of all logits would be the largest tensor
         nn.functional.cross_entropy(
-            logits_TV[:-1].to(wide(logits_TV)), targets_T.to(logits_TV.device), reduction="none"
+            logits_TV[:-1].to(accumulation_dtype(logits_TV)), targets_T.to(logits_TV.device), reduction="none"
         )
         for logits_TV, targets_T in zip(logits_BTV, targets_BT)
     ]

@@ -98,13 +98,13 @@ def observed_experts(
         yield
 
 
-def stored_transposed(spec: ArchSpec, module: str) -> bool:
+def is_stored_transposed(spec: ArchSpec, module: str) -> bool:
     """Whether the table says that a module stores the down projections of its experts as [in, out]."""
     _, rows, _ = spec.dimensions.get(f"{module}.down_proj", ((), (), ()))
     return any(spec.axis[axis].within is not None for axis in dimension_axes(rows))
 
 
-def expert_inputs(spec: ArchSpec, module: str) -> Dimension:
+def expert_input_dimension(spec: ArchSpec, module: str) -> Dimension:
     """The dimension of the projection that computes the neurons of an expert, gates included."""
     names = [name for name in ("gate_up_proj", "up_proj") if f"{module}.{name}" in spec.dimensions]
     [dimension] = [
@@ -115,7 +115,7 @@ def expert_inputs(spec: ArchSpec, module: str) -> Dimension:
     return dimension
 
 
-def expert_writer(model: PreTrainedModel, path: str) -> Tensor:
+def expert_down_projections(model: PreTrainedModel, path: str) -> Tensor:
     """The down projections of all experts of a module, [E, …]."""
     return tensor_values(model, f"{path}.down_proj")
 

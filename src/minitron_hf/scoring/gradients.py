@@ -22,11 +22,11 @@ from ..errors import DataError, UnsupportedModelError
 from ..families import ArchSpec
 from ..families.tensors import named_tensors
 from .batches import Batches, state_of, token_losses
-from .experts import Observer, Routed, observed_experts, stored_transposed
+from .experts import Observer, Routed, is_stored_transposed, observed_experts
+from .hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes, watch_states
 from .hooks import Hooks
 from .metrics import ImportanceMetric
-from .reductions import Reduction, reduce_rows, row_terms, wide
-from .units import UnitView, holds_stacked_experts, norm_paths, stacked_axes, watch_states
+from .reductions import Reduction, accumulation_dtype, reduce_rows, row_terms
 from .weights import below_diagonal_nan
 
 
@@ -121,7 +121,7 @@ class GradientPass(Batches):
                 for axis in axes:
                     self._expect(axis, layer)
                 observers[hooks.modules[spec.layer_parameter(layer, module)]] = self._expert_observer(axes, layer)
-            hooks.enter_context(observed_experts(observers, stored_transposed(spec, module), differentiable=True))
+            hooks.enter_context(observed_experts(observers, is_stored_transposed(spec, module), differentiable=True))
 
     def _expect(self, axis: str, layer: int) -> None:
         units = self.spec.own_units(axis, self.layer_sizes[layer] if self.spec.axis[axis].per_layer else self.sizes)
@@ -139,7 +139,7 @@ class GradientPass(Batches):
         Raises:
             DataError: if the metric returns something else.
         """
-        terms = self.metric.function(x.detach().to(wide(x)), gradient.to(wide(x)))
+        terms = self.metric.function(x.detach().to(accumulation_dtype(x)), gradient.to(accumulation_dtype(x)))
         if not isinstance(terms, Tensor) or terms.shape != x.shape:
             found = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
             raise DataError(

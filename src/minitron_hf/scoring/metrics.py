@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, did_you_mean
 from ..families import ArchSpec
-from .reductions import wide
+from .reductions import accumulation_dtype
 from .weights import below_diagonal_nan, sum_by_unit, zero_scores
 
 #: What a metric reads: activations, activations with neurons before their nonlinearity, gradients of the loss with
@@ -37,8 +37,8 @@ class ImportanceMetric:
     """A registered metric.
 
     Attributes:
-        name: what users call it.
-        reads: what its function is given, see `register_metric`.
+        name: its name for users.
+        reads: kind of input of its function, see `register_metric`.
         function: the function.
     """
 
@@ -62,7 +62,7 @@ def register_metric(name: str, *, reads: Reads = "activations") -> Callable[[_Fu
     It is known in this process. A package that offers the function as an entry point of the group
     `minitron_hf.metrics` makes it known everywhere, also to the command line.
 
-    What the function is given and returns, by `reads`:
+    Input and result of the function, by `reads`:
 
     - `"activations"`: `UnitActivations` of one axis in one layer → one value per token and unit, `[..., U]`.
     - `"pre_activations"`: the same, but neurons before their nonlinearity.
@@ -74,8 +74,8 @@ def register_metric(name: str, *, reads: Reads = "activations") -> Callable[[_Fu
     summed over the tokens of a row and the dimensions of a unit, then reduced over rows.
 
     Args:
-        name: what users call it.
-        reads: what the function reads.
+        name: its name for users.
+        reads: kind of input of the function.
 
     Returns:
         A decorator that returns the function itself.
@@ -167,7 +167,7 @@ class UnitActivations:
         """[..., U], the L2 norm of each unit; a scalar unit keeps its sign."""
         if self.is_scalar:
             return self.values[..., 0]
-        return torch.linalg.vector_norm(self.values, dim=-1, dtype=wide(self.values))
+        return torch.linalg.vector_norm(self.values, dim=-1, dtype=accumulation_dtype(self.values))
 
     @cached_property
     def contribution(self) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor
 Reduction = Literal["mean", "l2", "var"]
 
 
-def wide(x: Tensor) -> torch.dtype:
+def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Dtype to reduce in: float32, or float64 for float64 values."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def reduce_sequence(x_BTU: Tensor, mask_BT: Tensor | None, reduction: Reduction) -> Tensor:
     """Reduce activations over the unmasked tokens of each row, in float32 (float64 for float64 input) → [B, U]."""
-    dtype = wide(x_BTU)
+    dtype = accumulation_dtype(x_BTU)
     if mask_BT is not None:
         # Filled, not multiplied: attention over nothing but padding may hold NaN.
         x_BTU = x_BTU.masked_fill(~mask_BT.to(x_BTU.device)[..., None], 0)
@@ -48,7 +48,7 @@ def reduce_routed(x_nU: Tensor, row_n: Tensor, count_B: Tensor, reduction: Reduc
         count_B: number of unmasked tokens of every row, [B], on the same device.
         reduction: reduction over the tokens of a row.
     """
-    x_nU = x_nU.to(wide(x_nU))
+    x_nU = x_nU.to(accumulation_dtype(x_nU))
     count_B1 = count_B.clamp(min=1)[:, None]
 
     def row_sums(y_nU: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scores layers by what the model is worth without them, in blocks or one after another.
+"""Scores layers by the value of the model without them, in blocks or one after another.
 
 Legend of shape suffixes: L layers.
 """
@@ -65,9 +65,9 @@ def require_depth(
             "them out."
         )
     if block_length is not None and not 0 < block_length < depth:
-        raise DataError(f"block_length={block_length}: expected 1 to {depth - 1} of the {depth} layers to go.")
+        raise DataError(f"block_length={block_length}: expected 1 to {depth - 1} of the {depth} layers.")
     if one_by_one and block_length is None:
-        raise DataError("one_by_one needs to know how many layers go. Pass block_length.")
+        raise DataError("one_by_one needs the number of layers to remove. Pass block_length.")
 
 
 @dataclass
@@ -86,7 +86,7 @@ class LayerScores:
 
 
 def score_layers(run: ScoringRun, request: DepthRequest) -> LayerScores:
-    """Measure what the model is worth without blocks of layers, or without layers removed one after another.
+    """Measure the model without blocks of layers, or without layers that are removed one after another.
 
     Raises:
         DataError: if fewer layers may go than are asked for, or a function gives NaN.
@@ -126,7 +126,7 @@ class _Removal:
         return layers.scores()
 
     def is_possible(self, gone: Collection[int]) -> bool:
-        """Whether the stock config can hold the layers that are left."""
+        """Whether the stock config can describe the remaining layers."""
         fixed = self._protected(keep_first_layers=0, keep_last_layers=0)
         left = sorted(set(range(self.depth)) - set(gone))
         return fixed.isdisjoint(gone) and not reason_against_layers(self.run.spec, self.run.model.config, left)
@@ -155,8 +155,8 @@ class _Removal:
         assert count is not None
         if self.depth - len(protected) < count:
             raise DataError(
-                f"block_length={count}: only {self.depth - len(protected)} of {self.depth} layers may go, the others "
-                "are protected. Lower it, or keep_first_layers or keep_last_layers."
+                f"block_length={count}: only {self.depth - len(protected)} of {self.depth} layers can be removed, the "
+                "others are protected. Lower it, or keep_first_layers or keep_last_layers."
             )
         removals = torch.full((count, self.depth), torch.nan)
         dropped: list[int] = []
@@ -165,7 +165,7 @@ class _Removal:
             left = [layer for layer in range(self.depth) if layer not in {*dropped, *protected}]
             left = [layer for layer in left if self.is_possible((*dropped, layer))]
             if not left:
-                raise DataError(f"None of the layers can go once {dropped} are gone. Pass a smaller block_length.")
+                raise DataError(f"No other layer can be removed after {dropped}. Pass a smaller block_length.")
             first, *values = self.values([(), *((layer,) for layer in left)], dropped)
             baseline = baseline if step else first
             removals[step, left] = torch.tensor(values)

@@ -14,7 +14,7 @@ import torch
 from ..data import TokenRows
 from ..models import evaluating
 from ..weights import input_device
-from .reductions import wide
+from .reductions import accumulation_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,4 +72,4 @@ def _loss(model: PreTrainedModel, row: Sequence[int], start: int) -> float:
     with evaluating([model]):
         logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, start - 1 : -1]
     targets_T = ids_1T[0, start:].to(logits_TV.device)
-    return float(torch.nn.functional.cross_entropy(logits_TV.to(wide(logits_TV)), targets_T))
+    return float(torch.nn.functional.cross_entropy(logits_TV.to(accumulation_dtype(logits_TV)), targets_T))

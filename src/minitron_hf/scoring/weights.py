@@ -35,7 +35,7 @@ def unit_sums(
         axis: the axis.
         spec: the family's table.
         sizes: sizes of all axes.
-        term: what is summed.
+        term: elementwise function whose values are summed.
 
     Returns:
         float64 `[U]`, or `[O, U]` for units within others; None where no element belongs to a single unit.

@@ -33,7 +33,7 @@ class CausalLMLoss(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            # What is kept of a document: the log-probability of each of its tokens.
+            # Stored per document: the log-probability of each of its tokens.
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
 

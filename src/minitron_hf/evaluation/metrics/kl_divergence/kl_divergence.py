@@ -31,7 +31,7 @@ class KLDivergence(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            # What is kept of a document: the divergence at each of its tokens.
+            # Stored per document: the divergence at each of its tokens.
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
 

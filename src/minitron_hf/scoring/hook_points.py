@@ -1,4 +1,4 @@
-"""Finds the units of an axis in the inputs and outputs of modules.
+"""Finds the units of an axis at the hook points of a family: inputs and outputs of modules.
 
 Legend of shape suffixes: U units of an axis, R dimensions of one unit, D the units and inner dimensions that a
 projection reads or writes.
