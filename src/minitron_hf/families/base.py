@@ -22,13 +22,13 @@ POSITIONS = Axis("positions", ("max_position_embeddings",), prunable=False)
 EXPERTS = Axis("experts", ("num_experts",), per_layer=True)
 MOE_FFN = Axis("moe_ffn", ("moe_intermediate_size",), per_layer=True, within="experts")
 SHARED_FFN = Axis("shared_ffn", ("shared_expert_intermediate_size",), per_layer=True)
-#: The same in families without any other MLP, where `intermediate_size` is that of the experts.
+#: The same in families without any other MLP, where `intermediate_size` is the width of the experts.
 LOCAL_EXPERTS = Axis("experts", ("num_local_experts",), per_layer=True)
 EXPERTS_FFN = Axis("moe_ffn", ("intermediate_size",), per_layer=True, within="experts")
-#: Experts of routers that first choose among groups of them; without a number of groups all are one.
+#: Experts whose router first chooses among groups of them; without a number of groups they are one group.
 ROUTED_EXPERTS = Axis("experts", ("n_routed_experts",), per_layer=True)
 ROUTER_GROUPS = Axis("router_groups", ("n_group",), implied="1", prunable=False)
-#: Shared experts that are one MLP, as wide as so many routed experts.
+#: Shared experts stored as one MLP, whose width is a multiple of the width of a routed expert.
 SHARED_EXPERTS = Axis("shared_experts", ("n_shared_experts",), prunable=False)
 SHARED_EXPERTS_FFN = Axis("shared_ffn", implied="shared_experts*moe_ffn", per_layer=True)
 
@@ -44,7 +44,7 @@ def layer_tables(*parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def move_module(table: Mapping[str, str], module: str, to: str) -> dict[str, str]:
-    """The same table with everything of one module in another place."""
+    """Rename a module in a table."""
     assert all(name.startswith(f"{module}.") for name in table)
     return {to + name.removeprefix(module): dimensions for name, dimensions in table.items()}
 
@@ -84,12 +84,12 @@ def attention(path: str, out: str) -> dict[str, str]:
 #: Heads that are as wide together as the residual stream: the stock code knows only one width for both.
 SQUARE = (("heads*head_dim", "hidden"),)
 _WITH_THE_HEADS = "the heads are as wide together as the residual stream, and "
-#: Refusals where a head's place decides how far it looks.
+#: Refusals for ALiBi, whose attention biases follow from the index of a head.
 ALIBI = {
     "heads": "the attention biases of ALiBi follow from a head's index and the number of heads",
     "hidden": _WITH_THE_HEADS + "the attention biases of ALiBi follow from a head's index and the number of heads",
 }
-#: Refusals where a channel's place decides which position it tells.
+#: Refusals for sinusoidal positions, which follow from the index of a channel.
 SINUSOIDAL = {
     "hidden": "the stock classes compute sinusoidal positions from a channel's index and the number of channels",
     "heads": _WITH_THE_HEADS + "its channels hold sinusoidal positions",
@@ -104,8 +104,8 @@ GROUPED_ATTENTION = layer_tables(
     linear("self_attn.v_proj", "kv*head_dim", "hidden"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
 )
-#: What latent attention is made of: heads without groups, each with a key of a rotated part (common to all heads) and
-#: one that is not, and a value; queries, keys and values come from low ranks. `head_dim` is what a head writes.
+#: Axes of latent attention. Queries, keys and values come from low ranks, and heads have no groups. A key has a rotated
+#: part, common to all heads, and another one. `head_dim` is the width of a head's value and output.
 LATENT_AXES = (
     replace(HEADS, fields=("num_attention_heads", "num_key_value_heads")),
     replace(HEAD_DIM, fields=("v_head_dim",), implied=None),
@@ -116,7 +116,7 @@ LATENT_AXES = (
     Axis("q_rank", ("q_lora_rank",), implied="0", prunable=False),
     Axis("kv_rank", ("kv_lora_rank",), prunable=False),
 )
-#: The keys and values of latent attention, and what writes its heads' outputs back.
+#: The keys and values of latent attention, and its output projection.
 LATENT_KEYS = layer_tables(
     linear("self_attn.kv_a_proj_with_mqa", "kv_rank+rope_dim", "hidden"),
     norm("self_attn.kv_a_layernorm", width="kv_rank"),
@@ -143,14 +143,14 @@ INDEXER_AXES = (
     Axis("index_heads", ("index_n_heads",), prunable=False),
     Axis("index_dim", ("index_head_dim",), prunable=False),
 )
-#: Queries with a gate of the same width beside them, head by head: what attention writes is multiplied by its sigmoid.
+#: Queries with a gate of the same width beside them, head by head: its sigmoid multiplies the output of attention.
 GATED_QUERIES = layer_tables(
     linear("self_attn.q_proj", "heads*2*head_dim", "hidden"),
     linear("self_attn.k_proj", "kv*head_dim", "hidden"),
     linear("self_attn.v_proj", "kv*head_dim", "hidden"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
 )
-#: What linear attention by the gated delta rule is made of; none of it is cut.
+#: Axes of linear attention by the gated delta rule; none of them is cut.
 DELTA_AXES = (
     Axis("linear_keys", ("linear_num_key_heads",), prunable=False),
     Axis("linear_values", ("linear_num_value_heads",), prunable=False),
@@ -176,9 +176,9 @@ QWEN_DELTA = layer_tables(
     linear("linear_attn.out_proj", "hidden", "linear_values*linear_value_dim"),
     norm("linear_attn.norm", width="linear_value_dim"),
 )
-#: A student of layers of linear attention has one of full attention too.
+#: A student with layers of linear attention keeps a layer of full attention, too.
 NEEDS_FULL_ATTENTION = (("layer_types", ("full_attention",)),)
-#: Short convolutions, as wide as the residual stream but for channels of their own: two gates, and what they gate.
+#: Short convolutions, as wide as the residual stream, with channels of their own: two gates and the gated input.
 CONV_DIM = Axis("conv_dim", implied="hidden", per_layer=True)
 CONV_KERNEL = Axis("conv_kernel", ("conv_L_cache",), prunable=False)
 SHORT_CONVOLUTION = layer_tables(
@@ -201,7 +201,7 @@ FUSED_GATED_MLP = layer_tables(
 PLAIN_MLP = layer_tables(linear("mlp.up_proj", "ffn", "hidden"), linear("mlp.down_proj", "hidden", "ffn"))
 #: Stacked experts, gate and up concatenated, and the router that chooses among them.
 EXPERTS_MLP = stacked_experts()
-#: Shared experts beside them, and the bias that balances their load: it is added to choose, and in no weight.
+#: Shared experts beside them, and the bias that balances their load: it decides which experts are chosen, only.
 SHARED_EXPERTS_MLP = layer_tables(
     linear("mlp.shared_experts.gate_proj", "shared_ffn", "hidden"),
     linear("mlp.shared_experts.up_proj", "shared_ffn", "hidden"),
@@ -217,7 +217,7 @@ SHARED_EXPERT_MLP = layer_tables(
 GATED_SHARED_EXPERT = layer_tables(SHARED_EXPERT_MLP, linear("mlp.shared_expert_gate", "1", "hidden"))
 #: Where stacked experts are observed.
 EXPERT_HOOK_POINTS = {"experts": "mlp.experts", "moe_ffn": "mlp.experts"}
-#: Groups are scored by their two best experts, and so many of them are chosen that `topk_group` tells.
+#: Groups are scored by their two best experts, and `topk_group` of them are chosen.
 GROUPED_EXPERTS_LEAST: tuple[tuple[str, str], ...] = (
     ("experts", "num_experts_per_tok"),
     ("experts", "num_experts_per_tok*n_group/topk_group"),
@@ -254,7 +254,7 @@ WIDE_HEAD_NORMS = layer_tables(
 
 #: Embeddings and head of the models that keep everything under `model.`.
 EMBEDDINGS = {"model.embed_tokens.weight": "vocab hidden", **linear("lm_head", "vocab", "hidden")}
-#: Attention and MLP of LFM2, and what it shares with its successors: the names of norms, and layers that all need.
+#: Attention and MLP of LFM2, and the names of norms and needed kinds of layers that its successors share.
 LFM_ATTENTION = layer_tables(
     linear("self_attn.q_proj", "heads*head_dim", "hidden"),
     linear("self_attn.k_proj", "kv*head_dim", "hidden"),
@@ -267,7 +267,7 @@ LFM_MLP = layer_tables(
     linear("feed_forward.w3", "ffn", "hidden"),
     linear("feed_forward.w2", "hidden", "ffn"),
 )
-#: The neurons that LFM2's class makes of its config: two thirds, scaled and rounded.
+#: Neurons of LFM2: its class takes two thirds of the config's number, scaled and rounded.
 LFM_FFN = replace(
     FFN, rounding=Rounding("block_auto_adjust_ff_dim", (2, 3), "block_ffn_dim_multiplier", "block_multiple_of")
 )
@@ -305,9 +305,9 @@ AS_MISTRAL = (("mistral", {"attention_bias": False, "mlp_bias": False}, {"slidin
 
 
 def fixed_width_wrapper(model_type: str, *parts: str) -> Wrapper:
-    """A wrapper whose other parts hold the hidden size where no channel of the residual stream can be told.
+    """A wrapper inside which the hidden size cannot be cut, because other parts derive their sizes from it.
 
-    The projector's neurons are as many as the hidden size, or a field of the vision config says what it writes.
+    The projector has as many neurons as the hidden size, or a field of the vision config holds its output width.
 
     Args:
         model_type: the wrapper's.

@@ -86,7 +86,7 @@ class ArchSpec:
             Biases that a config flag switches off, or experts of a dense layer, are simply not found there.
         hook_points: axis → module (inside a layer) whose input carries that axis' units in its last dimension: the
             projection that writes them back to the residual stream. For `experts` and `moe_ffn` the module that holds
-            the stacked experts. A layer without any tensor of an axis has no such units, and needs no tap.
+            the stacked experts. A layer without any tensor of an axis has no such units, and needs no hook point.
         layer_norms: modules inside a layer whose output scores the hidden axis: the norms of what its sublayers read,
             or of what they write where nothing is normalised before. Every layer has at least one of them.
         final_norm: the last norm, which scores it too.
@@ -94,7 +94,7 @@ class ArchSpec:
         equal: pairs of dimensions that the stock class cannot hold at different sizes; one axis of each can be cut.
         gated_norms: norm inside a layer, called with a gate → axis of the groups of channels, one after the other,
             each of which it normalises separately.
-        readers: pairs (axis, module): another module inside a layer than the tap whose input carries the axis' units.
+        readers: pairs (axis, module): another module inside a layer whose input carries the axis' units.
         multiples: pairs (axis, divisor axis) that the stock config insists on.
         layer_lists: config fields with one entry per layer, sliced with the layers. Sizes may be among them.
         leading_layers: config fields that count layers from the first one, recounted with the layers.

@@ -21,11 +21,11 @@ def ssm_axes(heads: str, head_dim: str, groups: str, state: str, kernel: str) ->
     )
 
 
-#: Most hybrid models call them so.
+#: The names of these fields in most hybrid models.
 SSM_AXES = ssm_axes("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
 
 
-#: Where the stock config insists on state-space heads that are together so many times as wide as the residual stream.
+#: For stock configs in which the state-space heads are together `expand` times as wide as the residual stream.
 SSM_EXPAND = Axis("ssm_expand", ("mamba_expand",), prunable=False)
 SSM_WIDTH: tuple[tuple[str, str], ...] = (("ssm_heads*ssm_dim", "ssm_expand*hidden"),)
 SSM_DIM_FOLLOWS = {"ssm_dim": "the stock config ties it to the hidden size, which the number of heads follows"}
@@ -49,7 +49,7 @@ def state_space(path: str) -> dict[str, str]:
 
 
 def ssm_hook_points(path: str) -> dict[str, str]:
-    """Where the heads of a state-space layer, and their channels, are observed."""
+    """Hook points of the heads of a state-space layer and of their channels."""
     return dict.fromkeys(("ssm_heads", "ssm_dim"), f"{path}.out_proj")
 
 

@@ -58,7 +58,7 @@ class Matrix:
 
     @property
     def legend(self) -> str:
-        """What the marks and columns mean."""
+        """The meaning of the marks and columns."""
         return LEGEND.format(names=", ".join(f"{axis} is `{FIELD_OF_AXIS[axis]}`" for axis in self.axes))
 
 
@@ -66,7 +66,7 @@ def cuttable_axes(spec: ArchSpec) -> dict[str, Cut]:
     """Every size of a family that users can name, and whether it can be cut: axis → `Cut`.
 
     Args:
-        spec: the family's table; what its variants say otherwise becomes a remark.
+        spec: the family's table; differences of its variants become remarks.
     """
     own = _own_cuts(spec)
     found = dict(own)
