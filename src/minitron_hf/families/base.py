@@ -104,8 +104,8 @@ GROUPED_ATTENTION = layer_tables(
     linear("self_attn.v_proj", "kv*head_dim", "hidden"),
     linear("self_attn.o_proj", "hidden", "heads*head_dim"),
 )
-#: Axes of latent attention. Queries, keys and values come from low ranks, and heads have no groups. A key has a rotated
-#: part, common to all heads, and another one. `head_dim` is the width of a head's value and output.
+#: Axes of latent attention. Queries, keys and values come from low ranks, and heads have no groups. A key has a
+#: rotated part, common to all heads, and another one. `head_dim` is the width of a head's value and output.
 LATENT_AXES = (
     replace(HEADS, fields=("num_attention_heads", "num_key_value_heads")),
     replace(HEAD_DIM, fields=("v_head_dim",), implied=None),
