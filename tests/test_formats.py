@@ -193,6 +193,23 @@ def test_benchmarks_of_the_student_alone_are_migrated(run_dir):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("hub.json", {"format": []}, "has format []"),
+        ("hub.json", {"format": "two"}, "has format 'two'"),
+        ("hub.json", {"format": -1}, "has format -1"),
+        ("teacher.json", [1, 2], "does not hold what teacher.json held in format 0"),
+        ("benchmarks.json", {"piqa": 3}, "does not hold what benchmarks.json held in format 0"),
+        ("evaluation.json", [], "has no format number"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, name, content, words):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match=re.escape(words)):
+        read_artefact(tmp_path / name)
+
+
 def test_a_checkpoint_of_a_newer_version_is_not_removed(run_dir):
     path = run_dir / PATHS["checkpoint.json"]
     before = path.read_bytes()

@@ -65,9 +65,15 @@ def migrate(content: Any, path: str | os.PathLike[str], kind: str | None = None)
     found = content.get("format", 0) if isinstance(content, dict) else 0
     number = 0 if isinstance(found, dict) else found  # benchmarks of format 0 may have a task called "format"
     while number != FORMATS[kind]:
-        if (kind, number) not in MIGRATIONS:
+        if not isinstance(number, int) or (kind, number) not in MIGRATIONS:
             raise MismatchError(_format_refusal(path, kind, number))
-        content, number = MIGRATIONS[kind, number](content), number + 1
+        try:
+            content, number = MIGRATIONS[kind, number](content), number + 1
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MismatchError(
+                f"{path} does not hold what {kind} held in format {number} ({error}). Write it again with this "
+                "version."
+            ) from error
     return {**content, "format": number}
 
 
