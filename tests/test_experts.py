@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.families import spec_for
-from minitron_hf.scoring.experts import Routed, is_stored_transposed, observed_experts
+from minitron_hf.scoring.experts import RoutedActivations, is_stored_transposed, observed_experts
 from pocket import POCKETS
 
 TOKENS, EXPERTS, NEURONS, HIDDEN = 11, 5, 6, 8
@@ -77,7 +77,7 @@ def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
 
 
 class Reports(list):
-    def __call__(self, expert: int, seen: Routed) -> None:
+    def __call__(self, expert: int, seen: RoutedActivations) -> None:
         self.append((expert, seen.token_n, seen.inner_nF * seen.weight_n1, seen.output_nH))
 
     def total(self) -> torch.Tensor:

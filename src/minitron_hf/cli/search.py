@@ -62,7 +62,7 @@ def search(
     from ..recipe.settings import require_search
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures
-    from ..search.record import table
+    from ..search.record import candidate_table
 
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
@@ -89,7 +89,7 @@ def search(
         **limits,
         **settings,
     )
-    _console().print(table(found.candidates))
+    _console().print(candidate_table(found.candidates))
     found.best.save_pretrained(output)
     write_plots(output)
     _say(f"Best: {found.candidates[0].name}. Wrote {found.path}")

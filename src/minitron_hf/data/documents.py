@@ -63,16 +63,16 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
         value = _numbered_content(number, document, text_field, processing_class, start)
         if isinstance(value, str):
             if len(value) > BATCH_CHARACTERS:
-                yield from _encoded(batch, processing_class, start, front)
+                yield from _encode(batch, processing_class, start, front)
                 batch, num_characters = [], 0
                 yield from _pieces_of(value, processing_class, start, front)
                 continue
             num_characters += len(value)
         batch.append(value)
         if len(batch) == BATCH_SIZE or num_characters > BATCH_CHARACTERS:
-            yield from _encoded(batch, processing_class, start, front)
+            yield from _encode(batch, processing_class, start, front)
             batch, num_characters = [], 0
-    yield from _encoded(batch, processing_class, start, front)
+    yield from _encode(batch, processing_class, start, front)
 
 
 class TokenizedDocuments:
@@ -101,7 +101,7 @@ class TokenizedDocuments:
             yield self._read[position]
 
 
-def _encoded(batch: list[str | Piece], processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:
+def _encode(batch: list[str | Piece], processing_class: Any, start: list[int], front: list[int]) -> Iterator[Piece]:
     texts = [value for value in batch if isinstance(value, str)]
     if texts:
         require_tokenizer(processing_class)
@@ -126,7 +126,7 @@ def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[i
     """Split a long text into pieces, whose tokens together are those of the whole text."""
     tokenizer = require_tokenizer(processing_class)
 
-    def bare(part: str) -> list[int]:
+    def bare_ids(part: str) -> list[int]:
         ids: list[int] = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -134,9 +134,9 @@ def _pieces_of(text: str, processing_class: Any, start: list[int], front: list[i
     while place < len(text):
         end = _cut(text, place)
         part, before = text[place:end], text[max(0, place - OVERLAP_CHARACTERS) : place]
-        ids, known = bare(before + part), bare(before) if before else []
+        ids, known = bare_ids(before + part), bare_ids(before) if before else []
         # If the cut changes tokens before it, the part is tokenised alone.
-        ids = ids[len(known) :] if ids[: len(known)] == known else bare(part)
+        ids = ids[len(known) :] if ids[: len(known)] == known else bare_ids(part)
         is_first, is_last = place == 0, end == len(text)
         suffix = added_tokens(tokenizer)[1] if is_last else []
         yield Piece(
@@ -193,11 +193,11 @@ def _content(document: Any, text_field: str, processing_class: Any, start: list[
     if isinstance(document, Mapping):
         if "input_ids" in document:
             ids, mask = document["input_ids"], document.get("attention_mask")
-            document = ids if mask is None else [token for token, kept in zip(_listed(ids), _listed(mask)) if kept]
+            document = ids if mask is None else [token for token, kept in zip(_as_list(ids), _as_list(mask)) if kept]
         elif "prompt" in document and "completion" in document:
             return _completion(document, processing_class, start)
         elif name := next((name for name in _CONVERSATION if _is_conversation(document.get(name))), None):
-            ids = _rendered(document[name], document, processing_class)
+            ids = _render(document[name], document, processing_class)
             return _piece_of_ids(ids, start, add=False)
         elif text_field in document:
             document = document[text_field]
@@ -208,13 +208,13 @@ def _content(document: Any, text_field: str, processing_class: Any, start: list[
             )
     if isinstance(document, str):
         return document
-    document = _listed(document)
+    document = _as_list(document)
     if isinstance(document, Iterable):
         ids = list(document)
         if all(isinstance(token, int) for token in ids):
             return _piece_of_ids(ids, start, add=True)
         if _is_conversation(ids):
-            return _piece_of_ids(_rendered(ids, {}, processing_class), start, add=False)
+            return _piece_of_ids(_render(ids, {}, processing_class), start, add=False)
     raise DataError(
         f"Expected a text, a conversation or a sequence of token ids, got {type(document).__name__}: "
         f"{str(document)[:60]!r}."
@@ -249,7 +249,7 @@ def _is_conversation(value: Any) -> bool:
     return "role" in value[0] or {"from", "value"} <= set(value[0])
 
 
-def _rendered(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
+def _render(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
     """Token ids of a conversation under the chat template, with the tools and template arguments of its row."""
     if processing_class is None:
         raise DataError("The data is conversations, so a tokenizer is needed. Pass processing_class=tokenizer.")
@@ -285,8 +285,8 @@ def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int])
     """A prompt, which is context alone, and its completion."""
     prompt, completion = row["prompt"], row["completion"]
     if _is_conversation(prompt):
-        before = _rendered(prompt, row, processing_class, add_generation_prompt=True)
-        ids = _rendered([*prompt, *completion], row, processing_class)
+        before = _render(prompt, row, processing_class, add_generation_prompt=True)
+        ids = _render([*prompt, *completion], row, processing_class)
     elif isinstance(prompt, str) and isinstance(completion, str):
         tokenizer = require_tokenizer(processing_class)
         end = str(tokenizer.eos_token or "")
@@ -316,5 +316,5 @@ def _require_encodable(text: str) -> None:
         ) from error
 
 
-def _listed(values: Any) -> Any:
+def _as_list(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values

@@ -17,7 +17,7 @@ from ..families import named_tensors, spec_for
 from ..families.axes import dimension_index
 from ..models import evaluating
 from ..scoring.batches import Batches
-from ..scoring.calibration import Calibration, calibrate
+from ..scoring.calibration import Calibration, load_calibration
 from ..scoring.hook_points import UnitView
 from ..scoring.hooks import first_input
 from ..scoring.scores import require_weights
@@ -73,7 +73,7 @@ def repaired_weights(
     projections = _cut_projections(model, plan)
     if not projections:
         return {}
-    calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
+    calibration = load_calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
     grams = _gram_matrices(model, projections, calibration)
     repaired = {}
     for path, (layer, view) in projections.items():

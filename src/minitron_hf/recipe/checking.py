@@ -185,11 +185,11 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     request = recipe.pruner_config
     if recipe.search is None:
         return None if request.target_parameters is None else shapes_near_target(config, request)
-    from ..search.budget import only_budget
+    from ..search.budget import single_budget
 
     arguments = search_arguments(recipe)
-    budgets = inspect.signature(only_budget).parameters
-    [(name, limit)] = only_budget(**{one: arguments[one] for one in budgets if one in arguments}).items()
+    budgets = inspect.signature(single_budget).parameters
+    [(name, limit)] = single_budget(**{one: arguments[one] for one in budgets if one in arguments}).items()
     shapes = enumerate_shapes(config, arguments["space"], request).shapes
     if name == "max_parameters":
         tolerance = arguments.get("tolerance", TOLERANCE)

@@ -20,10 +20,10 @@ from ..families import ArchSpec
 from ..families.axes import Dimension
 from ..families.tensors import named_tensors
 from ..weights import tensor_values
-from .batches import Batches, state_of
+from .batches import Batches, stream_states
 from .experts import (
     Observer,
-    Routed,
+    RoutedActivations,
     expert_down_projections,
     expert_input_dimension,
     is_stored_transposed,
@@ -100,7 +100,7 @@ class ActivationPass(Batches):
             self._watch_experts(hooks, names)
             self._watch_channels(hooks)
             watch_states(
-                self.spec, hooks, self.sizes["layers"], lambda x: self.layer_inputs.append(state_of(self.spec, x))
+                self.spec, hooks, self.sizes["layers"], lambda x: self.layer_inputs.append(stream_states(self.spec, x))
             )
             yield
 
@@ -250,7 +250,7 @@ class ActivationPass(Batches):
                 for part in range(len(slices[axis])):
                     self._expect(produced, axis, layer + sizes["layers"] * part, path)
 
-        def observe(expert: int, routed: Routed) -> None:
+        def observe(expert: int, routed: RoutedActivations) -> None:
             def add(metrics: Sequence[ImportanceMetric], units: UnitActivations, part: int = 0) -> None:
                 self._add_routed(metrics, layer + sizes["layers"] * part, units, expert, routed.token_n)
 

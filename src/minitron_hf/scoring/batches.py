@@ -160,6 +160,6 @@ class Batches:
         return sums
 
 
-def state_of(spec: ArchSpec, x: Tensor) -> Tensor:
+def stream_states(spec: ArchSpec, x: Tensor) -> Tensor:
     """The state between two layers as [B, T, H]; several residual streams are concatenated along H."""
     return x.movedim(0, 2).flatten(2) if spec.stream.stacked_states else x

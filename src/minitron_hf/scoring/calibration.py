@@ -65,7 +65,7 @@ def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     return min(limit, context_length(config) or limit)
 
 
-def calibrate(
+def load_calibration(
     model: PreTrainedModel,
     data: DataSource | None,
     processing_class: PreTrainedTokenizerBase | None,

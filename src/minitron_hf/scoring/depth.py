@@ -94,7 +94,7 @@ class DepthPass(Batches):
             ]
             start = min(passed)
             try:
-                with self._without(start, whole_states[start], passed, tuples[0]):
+                with self._removed_layers(start, whole_states[start], passed, tuples[0]):
                     self.model(**inputs, use_cache=False)
             finally:
                 for hook in catch:
@@ -107,12 +107,12 @@ class DepthPass(Batches):
             else:
                 # Nothing before the candidate changes; the layers after it run without the dropped ones.
                 start = min(candidate) if candidate else min(passed)
-                with self._without(start, states[start], gone, tuples[0]):
+                with self._removed_layers(start, states[start], gone, tuples[0]):
                     logits_BTV = self.model(**inputs, use_cache=False).logits
             self._add(number, batch["input_ids"], logits_BTV, full_BTV)
 
     @contextmanager
-    def _without(
+    def _removed_layers(
         self, start: int, state_BTH: Tensor, gone: frozenset[int] | set[int], as_tuple: bool
     ) -> Iterator[None]:
         """Make missing layers return their input; that of the first is stored, so no earlier layer is computed.
@@ -124,16 +124,16 @@ class DepthPass(Batches):
             as_tuple: whether the layers of this model return tuples.
         """
 
-        def given(*args: Any, **kwargs: Any) -> Any:
+        def return_stored(*args: Any, **kwargs: Any) -> Any:
             return (state_BTH, None) if as_tuple else state_BTH
 
-        def nothing(*args: Any, **kwargs: Any) -> Any:
+        def return_input(*args: Any, **kwargs: Any) -> Any:
             x_BTH = first_input(args, kwargs)
             return (x_BTH, None) if as_tuple else x_BTH
 
-        replaced = {layer: given if layer == start else nothing for layer in {*range(start + 1), *gone}}
+        replaced = {layer: return_stored if layer == start else return_input for layer in {*range(start + 1), *gone}}
         if not self.reuses:
-            replaced = dict.fromkeys(gone, nothing)
+            replaced = dict.fromkeys(gone, return_input)
         own = {layer: self.layers[layer].__dict__.get("forward") for layer in replaced}
         try:
             for layer, forward in replaced.items():

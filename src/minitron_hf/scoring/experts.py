@@ -25,7 +25,7 @@ from ..families.axes import Dimension, dimension_axes
 from ..weights import tensor_values
 
 
-class Routed(NamedTuple):
+class RoutedActivations(NamedTuple):
     """Activations of one expert for the tokens that are routed to it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Routed(NamedTuple):
 
 
 #: Called for every expert with its index and its activations.
-Observer = Callable[[int, Routed], None]
+Observer = Callable[[int, RoutedActivations], None]
 
 #: Largest relative difference between two computations of the same experts: the rounding of bfloat16.
 _SAME = 0.03
@@ -71,7 +71,7 @@ def observed_experts(
     def forward(module: Any, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         return _sum_of_experts(module, transposed, observers.get(module), hidden_NH, index_NK, weights_NK)
 
-    def again(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def compute_again(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         inputs = (*args, *kwargs.values())
         with align_module_device(module):
             if len(inputs) == 1:
@@ -93,7 +93,7 @@ def observed_experts(
                     "in a way of its own. Use a metric that reads no gradients, such as 'activation'."
                 )
             else:
-                stack.callback(module.register_forward_hook(again, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(compute_again, with_kwargs=True).remove)
         stack.enter_context(experts_computed_by(forward, configs.values()))
         yield
 
@@ -142,7 +142,7 @@ def _sum_of_experts(
             output_nH = output_nH * weight_n1
             total_NH.index_add_(0, token_n, output_nH.to(total_NH.dtype))
             if observer is not None:
-                observer(expert, Routed(token_n, weight_n1, before_nD, inner_nF, output_nH))
+                observer(expert, RoutedActivations(token_n, weight_n1, before_nD, inner_nF, output_nH))
     return total_NH.to(hidden_NH.dtype)
 
 
@@ -152,7 +152,9 @@ def _sorted_experts(module: Any, transposed: bool, observer: Observer, hidden: T
     for expert, hidden_NH in enumerate(hidden.chunk(len(module.down_proj))):
         before_ND, inner_NF, output_NH = _one_expert(module, transposed, expert, hidden_NH)
         token_N = torch.arange(len(hidden_NH), device=hidden.device)
-        observer(expert, Routed(token_N, hidden_NH.new_ones(len(hidden_NH), 1), before_ND, inner_NF, output_NH))
+        observer(
+            expert, RoutedActivations(token_N, hidden_NH.new_ones(len(hidden_NH), 1), before_ND, inner_NF, output_NH)
+        )
         outputs.append(output_NH)
     return torch.cat(outputs)
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from ..errors import DataError, UnsupportedModelError
 from ..families import ArchSpec
 from ..families.tensors import named_tensors
-from .batches import Batches, state_of, token_losses
-from .experts import Observer, Routed, is_stored_transposed, observed_experts
+from .batches import Batches, stream_states, token_losses
+from .experts import Observer, RoutedActivations, is_stored_transposed, observed_experts
 from .hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes, watch_states
 from .hooks import Hooks
 from .metrics import ImportanceMetric
@@ -165,7 +165,7 @@ class GradientPass(Batches):
         x.register_hook(lambda g: self._add("hidden", 0, self._over_tokens(x, g)))
 
     def _expert_observer(self, axes: list[str], layer: int) -> Observer:
-        def observe(expert: int, routed: Routed) -> None:
+        def observe(expert: int, routed: RoutedActivations) -> None:
             row_n = routed.token_n // self.mask_BT.shape[1]
             seen_n = self.mask_BT.flatten().to(row_n.device)[routed.token_n]
 
@@ -197,7 +197,7 @@ class GradientPass(Batches):
     def _add_blocks(self, position: int, gradient: Tensor) -> None:
         for first in range(position):
             written = self.states[position].detach() - self.states[first].detach().to(gradient.device)
-            terms_B = self._over_tokens(state_of(self.spec, written), state_of(self.spec, gradient)).sum(-1)
+            terms_B = self._over_tokens(stream_states(self.spec, written), stream_states(self.spec, gradient)).sum(-1)
             self.block_terms[:, first, position - 1] = terms_B.double().cpu()
 
     def gather(self) -> None:

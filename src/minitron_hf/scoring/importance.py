@@ -17,7 +17,7 @@ from ..families import spec_for
 from ..files import public_name
 from ..models import plain_model
 from .activations import ActivationPass
-from .calibration import calibrate
+from .calibration import load_calibration
 from .depth import DepthFunction, DepthMetric
 from .gradients import GradientPass
 from .metrics import ImportanceMetric, find_metrics
@@ -125,7 +125,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     run = ScoringRun(spec, model, None, show_progress)
     run.add_digests(processing_class)
     if depth.needs_data or any(each.needs_data for each in metrics):
-        run.calibration = calibrate(model, data, processing_class, num_samples, max_length, packing, batch_size)
+        run.calibration = load_calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
     found = dict(_width_scores(run, metrics, reductions, seed))
     if depth_metric is not None:
         layers = score_layers(run, depth)

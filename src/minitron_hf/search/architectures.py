@@ -33,7 +33,7 @@ from ..sizes.request import PrunerConfig
 from ..sizes.shapes import TOLERANCE, Enumeration, Shape, Space, enumerate_shapes, select_diverse
 from ..weights import model_digest
 from .brief_distillation import BriefDistillation
-from .budget import only_budget, shapes_within_budget
+from .budget import shapes_within_budget, single_budget
 from .record import SearchRecord
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def search_architectures(
         PlanError: if no shape is within the budget, or arguments contradict each other.
         OutputError: if `output_dir` holds another search.
     """
-    budget = only_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
+    budget = single_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
     rows = token_rows(calibration_data, processing_class, max_length=max_length, num_rows=num_rows)
@@ -157,7 +157,7 @@ def search_architectures(
             distil = BriefDistillation(model, record.folder, train_dataset, processing_class, training)
             chosen = search.select(shapes, num_candidates)
             search.distil_rounds(chosen, distil, held_out, [num_tokens << turn for turn in range(num_rounds)])
-    record.candidates = _ranked(record.candidates, rows, held_out)
+    record.candidates = _rank(record.candidates, rows, held_out)
     record.save()
     record.clean()
     return SearchResult(record.candidates, len(shapes), found.refused, record.path)
@@ -267,7 +267,7 @@ def _better_half(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
     return sorted(candidates, key=lambda candidate: candidate.rounds[turn]["kl"])[: -(-len(candidates) // 2)]
 
 
-def _ranked(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRows) -> list[Candidate]:
+def _rank(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRows) -> list[Candidate]:
     """Candidates, best first, each with its gap to the best on the same rows."""
     ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.kl))
     for candidate in ranked:

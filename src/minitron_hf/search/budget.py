@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def only_budget(
+def single_budget(
     max_parameters: float | None = None,
     max_memory_bytes: float | None = None,
     maxseconds_per_token: float | None = None,

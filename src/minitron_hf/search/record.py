@@ -84,7 +84,7 @@ class SearchRecord:
             }
             write_artefact(self.path, values)
         if self.display is not None:
-            self.display.update(table(self.candidates), refresh=True)
+            self.display.update(candidate_table(self.candidates), refresh=True)
 
     def clean(self) -> None:
         """Remove the students; only their shapes are results."""
@@ -92,7 +92,7 @@ class SearchRecord:
             shutil.rmtree(self.folder / CANDIDATES_DIR, ignore_errors=True)
 
 
-def table(candidates: Sequence[Candidate]) -> Table:
+def candidate_table(candidates: Sequence[Candidate]) -> Table:
     """The candidates as a table, best first."""
     made = Table("shape", "parameters", "KL pruned", "KL distilled", "tokens", "behind the best")
     retrained = any(candidate.rounds for candidate in candidates)
