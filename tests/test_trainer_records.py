@@ -156,7 +156,7 @@ def test_an_optimizer_of_ones_own_trains_the_map(tmp_path):
     assert not torch.equal(own._intermediate.projection.weight, before)
     own.train()  # again, with the map in the optimizer already
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(student.parameters(), lr=0.1), lambda step: 1.0)
-    with pytest.raises(MismatchError, match="does not know the map"):
+    with pytest.raises(MismatchError, match="does not know the projection"):
         trainer((schedule.optimizer, schedule)).train()
 
 

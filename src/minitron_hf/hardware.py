@@ -1,7 +1,7 @@
-"""Chooses the device and the dtype of models: the one policy, which every part of the package follows.
+"""Chooses the device and the dtype of models, in one place for the whole package.
 
-Device: an accelerator where there is one, else the CPU. Dtype: the one that the weights are stored in, so that loading
-rounds nothing; float32, which holds every half-precision number, where the hardware is slow in that.
+Device: an accelerator where there is one, else the CPU. Dtype: that of the stored weights, so that loading rounds
+nothing; or float32, which holds every half-precision number, if the hardware is slow in the stored dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .errors import MESSAGES, DataError, MismatchError
 
-#: How `TrainingArguments` and command lines call dtypes.
+#: Names of dtypes in `TrainingArguments` and on command lines.
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -34,14 +34,14 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def one_dtype(dtype: str | torch.dtype | None, kwargs: dict[str, Any]) -> Any:
-    """The dtype that arguments of `from_pretrained` ask for; takes its old name `torch_dtype` out of them.
+    """The dtype in keyword arguments of `from_pretrained`, from which the old name `torch_dtype` is removed.
 
     Returns:
         A dtype, `"auto"` (the checkpoint's), or None where neither name is given.
 
     Raises:
         DataError: if there is no such dtype.
-        MismatchError: if the two names say different things.
+        MismatchError: if the two names have different values.
     """
     given = [
         name if name == "auto" else as_dtype(name)
@@ -73,14 +73,15 @@ def as_device(name: str | torch.device) -> torch.device:
     count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 0
     if (device.index or 0) >= count:
         here = f"{count} of its kind" if count else "cpu" if accelerator is None else f"cpu and {accelerator.type}"
-        raise DataError(f"device={str(name)!r}: there is no such device here, only {here}.")
+        raise DataError(f"device={str(name)!r}: there is no such device here, only {here}. Choose one of those.")
     return device
 
 
 def is_launched() -> bool:
-    """Whether this process is one of those that a launcher has started.
+    """Whether a launcher has started this process.
 
-    A single process that some container or job manager calls rank 0 of 1 was not launched, unless by this package.
+    Containers and job managers may set rank 0 of 1 for a single process. It counts as launched only if this package
+    started it.
     """
     if "RANK" not in os.environ:
         return False
@@ -88,22 +89,22 @@ def is_launched() -> bool:
 
 
 def training_device(use_cpu: bool = False) -> torch.device:
-    """The device that a trainer uses: the CPU where that was asked for, or there is nothing else."""
+    """The device that a trainer uses: the CPU if it was asked for, or if there is no accelerator."""
     asked = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
     accelerator = None if asked else torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
 
 
 def default_device() -> torch.device:
-    """The device that models are put on where none is given.
+    """The device of models if none is given.
 
-    In one of several processes that is the CPU, whence the trainer places or splits the model.
+    With several processes it is the CPU, from which the trainer places or shards the model.
     """
     return torch.device("cpu") if is_launched() else training_device()
 
 
 def has_fast_bf16(device: str | torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself, instead of emulating it.
+    """Whether the hardware has units for products of bfloat16 matrices, instead of emulating them.
 
     On a CPU without AVX512-BF16, AMX or ARM's BF16 emulated bfloat16 is 50 to 100 times slower than float32.
     """
@@ -121,13 +122,13 @@ def has_fast_bf16(device: str | torch.device) -> bool:
 
 
 def is_fast(dtype: torch.dtype, device: str | torch.device) -> bool:
-    """Whether the hardware computes in a dtype itself."""
+    """Whether the hardware has units for a dtype, instead of emulating it."""
     if dtype == torch.bfloat16:
         return has_fast_bf16(device)
     return dtype != torch.float16 or torch.device(device).type not in ("cpu", "meta")
 
 
 def _cpu_has_bf16() -> bool:
-    """Probe the CPU; the one place that tests replace to see the package on another processor."""
+    """Probe the CPU; tests replace this function to simulate another processor."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

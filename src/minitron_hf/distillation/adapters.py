@@ -31,7 +31,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
-def stored_name(model: Any) -> str | None:
+def source_name(model: Any) -> str | None:
     """Folder or Hub id that holds the weights of a model; None for a model that exists in memory only.
 
     A model that was pruned in this process, or whose config differs from the one in its folder, is not stored there:
@@ -137,7 +137,7 @@ def _no_card(output_dir: str) -> None:
     return None
 
 
-def keep_one_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
+def remove_replaced_model(folder: str | os.PathLike[str], *, adapter: bool) -> None:
     """Remove a merged student before its adapter is saved into the same folder, and the reverse.
 
     Raises:
@@ -191,7 +191,7 @@ def refuse_split_tie(student: Any) -> None:
         return
     head = student.get_output_embeddings()
     wrapped = [module for module in student.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    ends = [module for module in wrapped if module is head or isinstance(_inside(module), nn.Embedding)]
+    ends = [module for module in wrapped if module is head or isinstance(_wrapped_module(module), nn.Embedding)]
     trained_as_one = len(ends) == 2 and all(
         isinstance(module, ModulesToSaveWrapper) and module.weight is head.weight for module in ends
     )
@@ -204,6 +204,6 @@ def refuse_split_tie(student: Any) -> None:
         )
 
 
-def _inside(module: Any) -> Any:
+def _wrapped_module(module: Any) -> Any:
     """The module that an adapter's layer wraps."""
     return getattr(module, "base_layer", None) or getattr(module, "original_module", None)

@@ -42,7 +42,7 @@ def in_training_dtype(
             logger.info("The student's %s weights are trained in float32.", model.dtype)
             model.float()
         return model, args
-    kwargs = as_dict(args.model_init_kwargs)
+    kwargs = kwargs_dict(args.model_init_kwargs)
     dtype = one_dtype(kwargs.pop("dtype", None), kwargs) or torch.float32  # TRL's default
     loaded = stored_dtype(config) if dtype == "auto" else dtype
     quantized = quantization_config or kwargs.get("quantization_config") or hasattr(config, "quantization_config")
@@ -127,7 +127,7 @@ def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
     return AutoProcessor.from_pretrained(name, **options)
 
 
-def as_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+def kwargs_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
     """A copy of a dict argument; the base class has parsed JSON already."""
     if isinstance(kwargs, str):
         raise MismatchError(f"Expected a dict of keyword arguments, got the string {kwargs!r}.")

@@ -66,13 +66,13 @@ class WithCachedTeacher:
         # The cached columns are arrays, for speed; the collator expects lists.
         others = [name for name in examples[0] if not name.startswith("teacher_")]
         batch = self.collator([{name: np.asarray(row[name]).tolist() for name in others} for row in examples])
-        tail = _joined(examples, LOG_TAIL)
+        tail = _concatenated(examples, LOG_TAIL)
         batch[CACHED] = CachedTeacher(
-            _joined(examples, TOKENS, len(tail)).long(),
-            _joined(examples, LOG_PROBS, len(tail)),
+            _concatenated(examples, TOKENS, len(tail)).long(),
+            _concatenated(examples, LOG_PROBS, len(tail)),
             tail,
             {
-                int(name.removeprefix(STATES)): _joined(examples, name, len(tail))
+                int(name.removeprefix(STATES)): _concatenated(examples, name, len(tail))
                 for name in examples[0]
                 if name.startswith(STATES)
             },
@@ -99,7 +99,7 @@ class WithKnownTokens:
         return batch
 
 
-def _joined(examples: list[dict[str, Any]], name: str, num_tokens: int | None = None) -> Tensor:
+def _concatenated(examples: list[dict[str, Any]], name: str, num_tokens: int | None = None) -> Tensor:
     """A column of all rows: [N], or [N, width] where `num_tokens` is given."""
     values = torch.from_numpy(np.concatenate([np.asarray(example[name]) for example in examples]))
     if num_tokens is None:

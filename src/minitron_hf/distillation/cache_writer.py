@@ -117,7 +117,7 @@ def cache_teacher_logits(
     refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
     _require_top_k(top_k, model)
-    trainer = _row_maker(model, args, dataset, processing_class, folder)
+    trainer = _row_trainer(model, args, dataset, processing_class, folder)
     _CacheWriter(folder, model, trainer, _settings(model, trainer, top_k, dtype, rows_per_file)).write(dataset)
     return folder
 
@@ -128,7 +128,7 @@ def _require_top_k(top_k: int, model: PreTrainedModel) -> None:
         raise ValueError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
 
 
-def _row_maker(
+def _row_trainer(
     model: PreTrainedModel, args: DistillationConfig, dataset: Any, processing_class: Any, folder: Path
 ) -> Any:
     """A trainer that makes the rows and batches, as it would for training, and the checks that need one."""
@@ -205,13 +205,13 @@ class _CacheWriter:
                 if path.exists():
                     _require_same(path, described)
                 elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
-                    _write(path, rows, self._computed(rows), described)
+                    _write(path, rows, self._teacher_batches(rows), described)
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _finish(self.folder, files, self.settings, self.model.config, dataset)
+            _write_manifest(self.folder, files, self.settings, self.model.config, dataset)
         trainer.accelerator.wait_for_everyone()
 
-    def _computed(self, rows: list[Any]) -> Iterator[Iterable[dict[str, Tensor]]]:
+    def _teacher_batches(self, rows: list[Any]) -> Iterator[Iterable[dict[str, Tensor]]]:
         """The teacher's columns of each row, batch by batch."""
         collator = self.trainer.data_collator
         collator = WithRowLengths(collator) if self.trainer.padding_free else collator
@@ -336,7 +336,7 @@ def _require_same(path: Path, described: Mapping[str, Any]) -> None:
             )
 
 
-def _finish(
+def _write_manifest(
     folder: Path,
     files: Sequence[dict[str, Any]],
     settings: Mapping[str, Any],

@@ -92,7 +92,7 @@ class CheckpointMixin(Trainer):
     """
 
     _restored_progress: Mapping[str, Any] | None = None
-    _start: Mapping[str, Any] = {}
+    _inputs: Mapping[str, Any] = {}
 
     def _record_inputs(self, **what: Any) -> None:
         """Record the models, data and arguments of this training; to be called before it starts.
@@ -105,7 +105,7 @@ class CheckpointMixin(Trainer):
         if str(arguments.get("lr_scheduler_type")).startswith("constant"):
             names = [name for name in names if name not in LENGTH_ARGUMENTS]
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        self._start = json.loads(
+        self._inputs = json.loads(
             json.dumps(
                 {
                     **what,
@@ -122,9 +122,11 @@ class CheckpointMixin(Trainer):
             before = read_artefact(Path(checkpoint) / MANIFEST_NAME)["trained_with"]
         except (OutputError, KeyError):
             return []  # written by the stock trainer
-        names = sorted(before.keys() & self._start.keys())
+        names = sorted(before.keys() & self._inputs.keys())
         return [
-            _difference(name, before[name], self._start[name]) for name in names if before[name] != self._start[name]
+            _describe_difference(name, before[name], self._inputs[name])
+            for name in names
+            if before[name] != self._inputs[name]
         ]
 
     def require_same_training(self, checkpoint: str | os.PathLike[str]) -> None:
@@ -151,18 +153,18 @@ class CheckpointMixin(Trainer):
         try:
             # The stock trainer would delete the last checkpoint before this one is complete.
             self.args.save_total_limit = None
-            with _clear_errors(folder):
+            with _explained_storage_errors(folder):
                 super()._save_checkpoint(model, trial)
                 progress = self._progress()
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._finish(folder, progress)
+                    self._write_manifest(folder, progress)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
             self._rotate(run_dir)
 
-    def _finish(self, folder: Path, progress: Mapping[str, Any]) -> None:
+    def _write_manifest(self, folder: Path, progress: Mapping[str, Any]) -> None:
         remove_abandoned(folder)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
@@ -171,7 +173,7 @@ class CheckpointMixin(Trainer):
         }
         manifest = {
             "versions": versions(),
-            "trained_with": self._start,
+            "trained_with": self._inputs,
             "progress": progress,
             "has_optimizer": not self.args.save_only_model,
             "files": files,
@@ -339,15 +341,15 @@ def sampled_data(data: Any) -> dict[str, Any] | None:
         row = data[index]
         if isinstance(row, Mapping) and "input_ids" in row:  # rows of a teacher cache have large columns beside
             row = {name: row[name] for name in ("input_ids", "labels") if name in row}
-        rows.append(json.dumps(row, sort_keys=True, default=_plain))
+        rows.append(json.dumps(row, sort_keys=True, default=_json_value))
     return {"num_rows": len(data), "rows": digest(rows)}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
-def _difference(name: str, before: Any, now: Any) -> str:
+def _describe_difference(name: str, before: Any, now: Any) -> str:
     if isinstance(now, str) and now.startswith("sha256:"):
         return f"other weights of the {name}"
     if isinstance(before, dict) or isinstance(now, dict):
@@ -356,7 +358,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 @contextlib.contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
+def _explained_storage_errors(folder: Path) -> Iterator[None]:
     """Turn the errors that libraries raise on a full disk into one clear message."""
     try:
         yield

@@ -173,7 +173,7 @@ class _Correction:
     original_learning_rate: float
 
     def train(self, train_dataset: Any, eval_dataset: Any, processing_class: Any, peft_config: Any) -> None:
-        """Train the teacher, or go on from the last checkpoint, and save it; see `correct_teacher`."""
+        """Train the teacher, from the last checkpoint if there is one, and save it; see `correct_teacher`."""
         stored = self.model.dtype
         self._make_trainable()
         refuse_empty(train_dataset, "train")

@@ -187,7 +187,7 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
         empty_model(config)  # refuses a config that cannot be built, with the reason
     try:
         with without_value_checks(), FakeTensorMode(allow_non_fake_inputs=True):
-            return _run(teacher, student, setup)
+            return _run_passes(teacher, student, setup)
     except MinitronError:
         raise
     except Exception as error:
@@ -197,7 +197,7 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
         ) from error
 
 
-def _run(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
+def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
     model = _build_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.activation_checkpointing:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..compat import commit_hash
 from ..errors import MismatchError
-from .arguments import as_dict, config_of, eval_packing, model_name
+from .arguments import config_of, eval_packing, kwargs_dict, model_name
 from .config import DistillationConfig
 from .record import describe_data
 from .rows import refuse_empty
@@ -74,7 +74,7 @@ class TeacherSource:
 
     Attributes:
         model: a model, or a path or Hub id; None where all data is cached.
-        config: the teacher's config, that of the cache where there is no teacher.
+        config: the teacher's config; without a teacher the config in the cache.
         kwargs: keyword arguments of `from_pretrained`.
     """
 
@@ -89,7 +89,7 @@ class TeacherSource:
         Args:
             model: as given to the trainer.
             args: of the trainer.
-            caches: those of the training data.
+            caches: caches of the training data.
 
         Raises:
             MismatchError: if there is neither a teacher nor a cache, or arguments for loading a loaded teacher.
@@ -99,7 +99,7 @@ class TeacherSource:
                 "teacher_model_init_kwargs say how a teacher is loaded, and this one is a model or a cache already. "
                 "Leave them out, or pass the teacher's path or Hub id."
             )
-        kwargs = {"trust_remote_code": args.trust_remote_code, **as_dict(args.teacher_model_init_kwargs)}
+        kwargs = {"trust_remote_code": args.trust_remote_code, **kwargs_dict(args.teacher_model_init_kwargs)}
         if model is not None:
             return cls(model, config_of(model, kwargs), kwargs)
         if not caches:

@@ -218,7 +218,7 @@ class IntermediateLosses:
                 "Resume with the same teacher and student."
             )
         if self.projection is not None:
-            _fill(self.projection.weight, tensors["projection"])
+            _copy_into(self.projection.weight, tensors["projection"])
         if self.dynamic and "weight" in tensors:
             self.weight = tensors["weight"].item()
 
@@ -253,7 +253,7 @@ def needed_states(pairs: Sequence[StatePair], whose: Literal["teacher", "student
 
 
 @torch.no_grad()
-def _fill(parameter: Tensor, whole: Tensor) -> None:
+def _copy_into(parameter: Tensor, whole: Tensor) -> None:
     """Write values into a parameter that FSDP2 may have sharded; DeepSpeed restores its own."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -80,13 +80,13 @@ def try_packing(
                 is_half = output.dtype.itemsize == 2 or torch.is_autocast_enabled(output.device.type)
                 outputs.append(output.float())
     except Exception as error:  # a stock class may fail in any way on arguments that it does not know
-        raise UnsupportedModelError(_refusal(model, role, f"fails on ({first_line(error)})")) from error
+        raise UnsupportedModelError(_refusal_message(model, role, f"fails on ({first_line(error)})")) from error
     changes = [(outputs[0] - other).abs().max() / outputs[0].abs().max().clamp(min=1e-12) for other in outputs[1:]]
     if not (changes[0] < TOLERANCE and changes[1] < (HALF_PRECISION_TOLERANCE if is_half else TOLERANCE)):
-        raise UnsupportedModelError(_refusal(model, role, "does not keep apart"))
+        raise UnsupportedModelError(_refusal_message(model, role, "does not keep apart"))
 
 
-def _refusal(model: Any, role: str, does: str) -> str:
+def _refusal_message(model: Any, role: str, does: str) -> str:
     stock = base_model_of(model)
     attention = attention_implementation(stock.config)
     return (

@@ -28,7 +28,7 @@ from ..privacy import public_settings
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import save_model
-from .adapters import adapter_type, keep_one_model, merged_copy
+from .adapters import adapter_type, merged_copy, remove_replaced_model
 from .checks import refuse_nan_weights, refuse_not_finite, refuse_own_folder
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
@@ -105,12 +105,12 @@ class SavingMixin(SFTTrainer):
         """
         output_dir = os.fspath(output_dir or output_dir_of(self.args))
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
-        with self._stock_config(), _writing(output_dir):
+        with self._stock_config(), _explained_write_errors(output_dir):
             if self.args.should_save:
-                keep_one_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
+                remove_replaced_model(output_dir, adapter=is_peft_model(self.accelerator.unwrap_model(self.model)))
             super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
-            self._save_origin(Path(output_dir))
+            self._save_plan_and_record(Path(output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -152,12 +152,12 @@ class SavingMixin(SFTTrainer):
         refuse_nan_weights(student)
         student.generation_config = base.generation_config
         require_writable(output_dir)
-        keep_one_model(output_dir, adapter=False)
-        with _writing(output_dir):
+        remove_replaced_model(output_dir, adapter=False)
+        with _explained_write_errors(output_dir):
             save_model(student.to(dtype=dtype or student.dtype), output_dir, self.processing_class)
-        self._save_origin(output_dir)
+        self._save_plan_and_record(output_dir)
 
-    def _save_origin(self, folder: Path) -> None:
+    def _save_plan_and_record(self, folder: Path) -> None:
         """Write the plan and the training record into `folder`."""
         if self._plans:
             self._plans[-1].save_pretrained(folder)
@@ -262,7 +262,7 @@ class SavingMixin(SFTTrainer):
             return None
         self._save_teacher_metadata()
         options: dict[str, Any] = {
-            "private": self._private(private),
+            "private": self._is_private(private),
             "token": token or self.args.hub_token,
             "commit_message": commit_message,
             "revision": revision or self.args.hub_revision,
@@ -277,7 +277,7 @@ class SavingMixin(SFTTrainer):
         """Create a private repository; a public one is made public with its first commit."""
         super().init_hf_repo(token=token, private=True)
 
-    def _private(self, private: bool | None) -> bool:
+    def _is_private(self, private: bool | None) -> bool:
         return next(value for value in (private, self.args.hub_private_repo, True) if value is not None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -288,7 +288,7 @@ class SavingMixin(SFTTrainer):
             push_student_to_hub(
                 checkpoint_folder,
                 self.hub_model_id,
-                private=self._private(None),
+                private=self._is_private(None),
                 token=self.args.hub_token,
                 commit_message=f"Training in progress, step {self.state.global_step}",
                 revision=self.args.hub_revision,
@@ -296,7 +296,7 @@ class SavingMixin(SFTTrainer):
 
 
 @contextlib.contextmanager
-def _writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+def _explained_write_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the errors of a full disk or a read-only folder into one clear error."""
     try:
         yield

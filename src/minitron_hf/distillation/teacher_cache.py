@@ -182,7 +182,7 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
         begun = len(list(folder.glob("data-*.arrow")))
         raise OutputError(
             f"{folder} holds no finished teacher cache: no {MANIFEST_NAME}, {begun} file(s) of rows. "
-            "Run cache_teacher_logits, which goes on where it was interrupted."
+            "Run cache_teacher_logits, which resumes where it was interrupted."
         )
     manifest = read_artefact(folder / MANIFEST_NAME)
     for file in manifest["files"]:

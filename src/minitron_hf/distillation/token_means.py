@@ -42,17 +42,17 @@ class TokenMeansMixin(SFTTrainer):
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(sum_dtype(values.device)), "sum")
 
-    def _no_sums(self) -> Tensor:
+    def _zero_sums(self) -> Tensor:
         shape = (len(self._columns) + 1,)
         return torch.zeros(shape, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
 
-    def _sums(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def _values_per_token(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Every logged loss, and 1, per token: [N, columns + 1], ready to be summed."""
         columns = [losses[name].detach() for name in self._columns]
         columns.append(torch.ones_like(columns[0]))
         return torch.stack([column.to(sum_dtype(column.device)) for column in columns], 1)
 
-    def _means(self, sums: Tensor, *, own_weight: bool = False) -> dict[str, float]:
+    def _loss_means(self, sums: Tensor, *, own_weight: bool = False) -> dict[str, float]:
         """Logged values from sums over tokens, on the CPU.
 
         Args:
@@ -80,9 +80,9 @@ class TokenMeansMixin(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the other means over the tokens since the last log to the training loss."""
         if "loss" in logs:  # the training loop logs its loss on all processes
-            means = self._means(self.accelerator.reduce(self._token_sums["train"], "sum"))
+            means = self._loss_means(self.accelerator.reduce(self._token_sums["train"], "sum"))
             refuse_not_finite(means.values(), self.state.global_step)
-            self._token_sums["train"] = self._no_sums()
+            self._token_sums["train"] = self._zero_sums()
             logs.update((key, value) for key, value in means.items() if key != "loss")
             if self.args.include_num_input_tokens_seen != "no":  # TRL's own count restarts at 0 when a run is resumed
                 logs["num_tokens"] = int(self.state.num_input_tokens_seen)
@@ -101,7 +101,7 @@ class TokenMeansMixin(SFTTrainer):
             # Sums per row, because gathering drops the rows that the last batch repeats.
             row_of_position, num_rows = row_of_positions(inputs)
             sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=sum_dtype(loss.device), device=loss.device)
-            sums.index_add_(0, row_of_position[positions].to(loss.device), self._sums(losses))
+            sums.index_add_(0, row_of_position[positions].to(loss.device), self._values_per_token(losses))
             self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
             if prediction_loss_only:
                 return loss.detach(), None, None
@@ -116,12 +116,12 @@ class TokenMeansMixin(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Means over the tokens of the evaluation set, instead of means of batch means."""
-        self._token_sums["eval"] = self._no_sums()
+        self._token_sums["eval"] = self._zero_sums()
         with self._projection_attached():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        means = self._means(self._token_sums["eval"], own_weight=True)
+        means = self._loss_means(self._token_sums["eval"], own_weight=True)
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
         return output._replace(metrics=metrics)
 

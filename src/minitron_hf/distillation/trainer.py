@@ -22,13 +22,13 @@ from ..errors import DataError, MismatchError
 from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
-from .adapters import disable_peft_card, refuse_split_tie, refuse_unmergeable, save_base_model, stored_name
+from .adapters import disable_peft_card, refuse_split_tie, refuse_unmergeable, save_base_model, source_name
 from .arguments import (
-    as_dict,
     as_distillation_config,
     config_of,
     eval_packing,
     in_training_dtype,
+    kwargs_dict,
     processing_class_of,
     refuse_unused_loading_arguments,
 )
@@ -91,22 +91,22 @@ class DistillationTrainer(
 ):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
-    The student learns the teacher's distribution at every token of `train_dataset` that counts (all of them, or those
-    of the completion or the assistant). Everything else is `trl.SFTTrainer`: datasets, packing, chat templates, PEFT,
-    quantised loading, callbacks. The loss runs both output heads over token chunks, so no logits of whole batches
-    exist.
+    The student learns the teacher's distribution at every token of `train_dataset` that counts: all tokens, or only
+    those of the completion or the assistant. Datasets, packing, chat templates, PEFT, quantised loading and callbacks
+    work as in `trl.SFTTrainer`. The loss applies both output heads to chunks of tokens, so the logits of a whole
+    batch are never in memory.
 
-    Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher), where they are part of the loss
-    also `hidden`, `embedding` and their weight `alpha`; as TRL does the student's `entropy`, `mean_token_accuracy`
-    (top-1, with the true tokens) and `num_tokens`; and `eval_…` of each as exact means over the tokens of the
-    evaluation set. What it saves is the stock student, the plan it was pruned by, and `distillation.json`.
+    Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher); `hidden`, `embedding` and their
+    weight `alpha` if they are part of the loss; and TRL's `entropy`, `mean_token_accuracy` (top-1, with the true
+    tokens) and `num_tokens`. Evaluation logs `eval_…` of each as exact means over the tokens of the evaluation set.
+    Saves the stock student, its pruning plan and `distillation.json`.
 
     Args:
         model: the student: a model, or a path or Hub id.
         teacher_model: the teacher: a model, or a path or Hub id. It is put into evaluation mode, frozen, and moved to
-            the training device. It must share the student's vocabulary. None where all data is cached.
+            the training device. It must share the student's vocabulary. None if all data is cached.
         args: a `DistillationConfig`.
-        data_collator: see `trl.SFTTrainer`, like all the following but `pruning_plan`.
+        data_collator: makes batches of rows; by default TRL's collator for the data.
         train_dataset: corpus; or `load_teacher_cache(folder)`, a corpus with precomputed teacher logits.
         eval_dataset: held-out corpus, likewise, or several by name.
         processing_class: tokenizer of both models.
@@ -119,9 +119,9 @@ class DistillationTrainer(
         quantization_config: for a student that is loaded here.
         peft_config: trains an adapter; `save_student` merges it into a stock model.
         formatting_func: makes the text of a row.
-        pruning_plan: how the student was made; by default the one that `prune_model` attached to the model, or the one
-            in the folder it was loaded from. After several rounds of pruning, the plans of all from the teacher on, of
-            which the last is saved.
+        pruning_plan: the plan that the student was made by; by default the one that `prune_model` attached to the
+            model, or the one in its folder. After several rounds of pruning, the plans of all rounds, the first one
+            first; the last one is saved.
 
     Raises:
         MismatchError: if teacher and student have different vocabularies or are the same object; or a cache was
@@ -136,7 +136,7 @@ class DistillationTrainer(
         "title": "LLM Pruning and Distillation in Practice: The Minitron Approach",
         "id": "2408.11796",
     }
-    #: The loss is divided by the token count of the whole optimiser step already.
+    #: `compute_loss` divides by the token count of the whole optimizer step.
     loss_is_scaled_for_ga: bool = True  # type: ignore[assignment]
 
     args: DistillationConfig
@@ -167,7 +167,7 @@ class DistillationTrainer(
         refuse_data_parallel(model, args.n_gpu)
         refuse_unused_loading_arguments(args, model, quantization_config)
         student_config = config_of(
-            model, {"trust_remote_code": args.trust_remote_code, **as_dict(args.model_init_kwargs)}
+            model, {"trust_remote_code": args.trust_remote_code, **kwargs_dict(args.model_init_kwargs)}
         )
         data = TrainingData.of(train_dataset, eval_dataset)
         teacher = TeacherSource.of(teacher_model, args, data.train_caches)
@@ -224,7 +224,7 @@ class DistillationTrainer(
         self._datasets = dict(data.described)
         config = student_config.get_text_config()
         self._stock_fields = {name: getattr(config, name) for name in TRAINING_FIELDS if hasattr(config, name)}
-        self._student_name = stored_name(model)
+        self._student_name = source_name(model)
         if pruning_plan is None:
             pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
         if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
@@ -260,7 +260,7 @@ class DistillationTrainer(
         refuse_split_tie(student)
         refuse_frozen(self.model)
         disable_peft_card(self.model)
-        # In place of TRL's own fused forward, which computes a cross-entropy alone.
+        # Replaces TRL's own fused forward, which computes only a cross-entropy.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
         self.model_accepts_loss_kwargs = True
@@ -286,7 +286,7 @@ class DistillationTrainer(
             cache.require_tokenizer(self.processing_class)
             cache.require_states(needed_states(self._intermediate.pairs, "teacher"))
         self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
-        self._token_sums = {mode: self._no_sums() for mode in ("train", "eval")}
+        self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
 
     # ---- Data ----
 
@@ -329,12 +329,12 @@ class DistillationTrainer(
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.is_deepspeed_enabled and self._intermediate:
-            self._intermediate.load(Path(checkpoint))  # DeepSpeed loads the model itself, and nothing beside it
+            self._intermediate.load(Path(checkpoint))  # DeepSpeed loads only the model
 
     # ---- Loss ----
 
     def _token_losses(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of the tokens that count, from the wrapped student; and their positions in the flattened batch."""
+        """Losses of the tokens that count, and the positions of these tokens in the flattened batch."""
         labels = inputs.get("labels")
         if labels is None:
             raise DataError("A batch has no labels, so no token counts. Use a data collator that returns labels.")
@@ -363,25 +363,25 @@ class DistillationTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum of the token losses over the number of tokens of the optimiser step, all processes included.
+        """Sum of the token losses divided by the number of tokens in the optimizer step, over all processes.
 
         This is the only place where token losses are reduced for training.
         """
         losses, positions = self._token_losses(model, inputs)
         count: Any
-        if num_items_in_batch is None:  # a batch of its own, outside the training loop
+        if num_items_in_batch is None:  # a single batch, outside the training loop
             count = max(len(positions), 1)
             if self.model.training:
                 count = count * self.current_gradient_accumulation_steps
         else:
             count = torch.as_tensor(num_items_in_batch).clamp(min=1).to(losses["total"].device)
             if self.args.average_tokens_across_devices:
-                # The count is that of all processes, over which DDP will take the mean of the gradients.
+                # DDP takes the mean of the gradients over the processes, and the count is over all of them.
                 count = count / self.accelerator.num_processes
         loss = losses["total"] / count
         if self._teacher_loss is not None:
             (self._teacher_loss / count).backward()
             self._teacher_loss = None
         if self.model.training:
-            self._token_sums["train"] += self._sums(losses).sum(0)
+            self._token_sums["train"] += self._values_per_token(losses).sum(0)
         return (loss, losses) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""How many tokens the fused loss takes at a time."""
+"""Sizes of the chunks of tokens in the fused loss."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 
 
 def default_chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logits exist at one time.
+    """Number of tokens whose logits are in memory at one time.
 
-    On a CPU, matrix products gain little beyond 200 tokens. A sixth of the tokens, 224 at most, keeps the logits of
-    both models under 0.4 copies of one float32 [N, V] at 1,024 tokens and under 0.06 at 8,192, at any vocabulary;
-    where the vocabulary is so small that 16 MB hold more, overhead decides. On an accelerator [chunk, V] is about
-    half a GB in bfloat16 however few the tokens: every chunk reads and writes the head's float32 gradient once, which
-    takes as long there as the four products of some 250 tokens (by arithmetic, for an H100), so that smaller chunks
-    would cost more time.
+    On a CPU, matrix products gain little beyond 200 tokens. A sixth of the tokens, 224 at most, keeps the peak
+    logits memory of both models, relative to one float32 [N, V], under 0.4 at 1,024 tokens and under 0.06 at 8,192.
+    With a small vocabulary a chunk holds as many tokens as fit into 16 MB, to limit the overhead.
+
+    On an accelerator [chunk, V] is about half a GB in bfloat16, however few the tokens. Every chunk reads and writes
+    the head's float32 gradient once, which takes as long as the four products of some 250 tokens (by arithmetic, for
+    an H100), so smaller chunks would be slower.
     """
     if device.type == "cpu":
         return max(128, min(224, -(-num_tokens // 6)), (1 << 22) // vocab_size)

@@ -1,7 +1,7 @@
 """Divergences between teacher and student, and their gradients.
 
-Each works on a few rows at a time, in buffers that are there already: `losses` forms the logits. Their gradients are
-written by hand because autograd would keep several copies of every row.
+Each function works in place on a few rows of logits, which `losses.fused` computes. The gradients are written by hand
+because autograd would keep several copies of every row.
 
 Shapes: n rows (tokens), V vocabulary.
 """
@@ -18,21 +18,21 @@ from torch import Tensor
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse", "cosine"]
 
-#: What is compared: the two distributions, at a temperature; or the logits themselves, which have none.
+#: Divergences that compare logits. The others compare probabilities, at a temperature.
 OF_LOGITS: frozenset[Divergence] = frozenset({"mse", "cosine"})
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens, as teacher and student see them.
+    """Logits and probabilities of both models at n tokens.
 
     Attributes:
         teacher: [n, V], the teacher's logits over T.
-        student: [n, V], likewise.
-        difference: [n, V], `teacher - student`; to be turned into the gradient.
+        student: [n, V], the student's logits over T.
+        difference: [n, V], `teacher - student`; replaced by the gradient.
         offset: [n, 1], so that `difference + offset` is log p - log q.
         p: [n, V], the teacher's probabilities.
-        q: [n, V], the student's.
+        q: [n, V], the student's probabilities.
     """
 
     teacher: Tensor
@@ -104,7 +104,7 @@ DIVERGENCES: Mapping[Divergence, Callable[[Rows, float], Tensor]] = {
 
 
 def require_divergence(name: str, beta: float, temperature: float) -> None:
-    """Refuse what is no divergence, or makes no sense for it.
+    """Refuse an unknown divergence, and parameters that do not fit it.
 
     Raises:
         ValueError: naming what is expected.

@@ -30,7 +30,7 @@ class TokenLosses:
     """Losses of N tokens.
 
     Attributes:
-        total: scalar, Σ over tokens of `kd_weight * T² * divergence + ce_weight * ce`; the only differentiable value.
+        total: scalar, sum over tokens of `kd_weight * T² * divergence + ce_weight * ce`; the only differentiable one.
         divergence: float32 [N], at temperature T, without the factor T².
         kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence.
         ce: float32 [N], cross-entropy of the student with the true token in nats, at temperature 1.
@@ -81,7 +81,7 @@ def distillation_loss(
 
     With p_T = softmax(teacher logits / T) and q_T the same of the student, a token contributes
     `kd_weight * T² * D(p_T, q_T) + ce_weight * -log q_1[label]`, by default with D = KL(p_T ‖ q_T), which Minitron
-    found best (arXiv 2407.14679, table 15), as it did T = 1. The factor T² is that of Hinton et al. (arXiv 1503.02531
+    found best (arXiv 2407.14679, table 15), as it did T = 1. The factor T² is from Hinton et al. (arXiv 1503.02531
     §2): gradients of the soft targets shrink as 1/T², so with it `kd_weight` keeps its meaning when the temperature
     changes.
 
@@ -283,7 +283,7 @@ class _Rows:
         for block in even_slices(z_s.shape[0], self.block):
             self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
 
-    def _teacher_over_t(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
+    def _teacher_logits(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
         """The teacher's logits over T of a block, perhaps in `out`.
 
         Of a top-k signal, logits that share its k + 1 outcomes and spread the last one over its tokens as the student
@@ -292,7 +292,7 @@ class _Rows:
         """
         s, signal = self.settings, self.signal
         if isinstance(signal, DenseSignal):
-            return _temper(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
+            return _scaled_logits(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
         tokens = signal.tokens[where]
         out.copy_(student).scatter_(-1, tokens, -torch.inf)
         log_tail = signal.log_tail[where, None].to(out.dtype)
@@ -306,8 +306,8 @@ class _Rows:
         s, found = self.settings, self.found
         scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, : z_s.shape[0]]
         # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
-        student = _temper(z_s, s.scale, s.softcap, s.temperature, scratch_b)
-        teacher = self._teacher_over_t(block, where, student, scratch_a)
+        student = _scaled_logits(z_s, s.scale, s.softcap, s.temperature, scratch_b)
+        teacher = self._teacher_logits(block, where, student, scratch_a)
         max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
         label = student.gather(-1, self.labels[where, None])
         self._compare_best_tokens(block, where, z_s, _Logits(teacher, student, max_t, max_s, label), work)
@@ -409,7 +409,7 @@ def _expected(probabilities: Tensor, logits: Tensor) -> Tensor:
     return torch.linalg.vecdot(probabilities, logits.to(probabilities.dtype))
 
 
-def _temper(z: Tensor, scale: float, softcap: float | None, temperature: float, out: Tensor) -> Tensor:
+def _scaled_logits(z: Tensor, scale: float, softcap: float | None, temperature: float, out: Tensor) -> Tensor:
     """`softcap(scale * z) / T` in the dtype of `out`; `z` itself if that changes nothing, else written to `out`."""
     if softcap is not None:
         return torch.mul(z.to(out.dtype), scale / softcap, out=out).tanh_().mul_(softcap / temperature)

@@ -15,7 +15,7 @@ from ..families.rules import PLAIN_LOGITS, LogitRules
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What turns hidden states after the final norm into logits: `softcap(scale * (hidden @ weightᵀ + bias))`.
+    """Map from hidden states after the final norm to logits: `softcap(scale * (hidden @ weightᵀ + bias))`.
 
     Attributes:
         weight: [V, H].
@@ -36,7 +36,7 @@ class OutputHead:
 
 
 def base_model_of(model: Any) -> Any:
-    """The Transformers model itself, out of the PEFT model around it, if there is one."""
+    """The Transformers model inside a PEFT model; other models are returned as they are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -50,9 +50,9 @@ def _family(config: Any) -> ArchSpec | None:
 
 
 def _logit_rules(config: Any) -> LogitRules:
-    """What the stock class of a model's config does to its logits.
+    """Scale, soft cap and transformation that the stock class of a config applies to its logits.
 
-    Without a family table, nothing is known to be done to them, and `check_output_head` refuses what is.
+    Without a family table none is assumed; `check_output_head` refuses a model that has one.
     """
     family = _family(config)
     return PLAIN_LOGITS if family is None else family.logits
@@ -64,7 +64,7 @@ def backbone_output(model: Any, *args: Any, **kwargs: Any) -> Any:
     Args:
         model: a Transformers model.
         *args: arguments of its forward pass.
-        **kwargs: likewise.
+        **kwargs: keyword arguments of its forward pass.
 
     Returns:
         The backbone's output; its `last_hidden_state` is what the output head's weight multiplies.
@@ -109,7 +109,7 @@ def output_head(model: torch.nn.Module) -> OutputHead:
 
 
 def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
-    """Logits [..., V] of hidden states [..., H]: what the fused loss repeats chunk by chunk."""
+    """Logits [..., V] of hidden states [..., H]; the fused loss computes the same chunk by chunk."""
     logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
@@ -118,12 +118,12 @@ def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
 def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
     """Prove on a few tokens that `head_logits(backbone(tokens), output_head(model))` are the model's own logits.
 
-    A family that does something else between the final norm and its logits would be distilled wrongly without any
-    other sign, so it is refused.
+    A family with another computation between the final norm and its logits would be distilled wrongly without any
+    other sign.
 
     Args:
         model: the causal language model, before it is wrapped for distributed training.
-        role: what to call it in the message.
+        role: name of the model in the message.
 
     Raises:
         UnsupportedModelError: if they differ.
@@ -142,7 +142,7 @@ def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
     finally:
         base.train(was_training)
     # Half precision keeps 8 (bfloat16) to 11 bits, and the models round between the steps that we merge.
-    # A bias of -inf, which rules a token out, is no measure of the others.
+    # A bias of -inf excludes a token and says nothing about the size of the other logits.
     largest = expected.float().abs().nan_to_num(nan=0.0, posinf=0.0).max().clamp(min=1)
     tolerance = 16 * torch.finfo(found.dtype).eps * float(largest)
     if found.shape != expected.shape or not torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance):

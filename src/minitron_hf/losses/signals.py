@@ -13,7 +13,7 @@ from .heads import OutputHead, head_logits
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The teacher's whole distribution, as the hidden states and the head that make it.
+    """The teacher's whole distribution, as hidden states and output head.
 
     Attributes:
         hidden: [N, H_t], hidden states after the final norm.
@@ -28,22 +28,22 @@ class DenseSignal:
 
     @property
     def vocab_size(self) -> int:
-        """V of the teacher."""
+        """Size of the teacher's vocabulary."""
         return self.head.vocab_size
 
 
 @dataclass(frozen=True)
 class TopKSignal:
-    """The teacher's most likely tokens, and how likely all others are together.
+    """The teacher's k most likely tokens, and the total probability of all other tokens.
 
-    What is compared are k + 1 outcomes: the k tokens, and "another one". By the data-processing inequality no
-    divergence of them exceeds that of the whole distributions; it does not fall as k grows, and is the same at k = V.
+    The loss compares k + 1 outcomes: the k tokens, and "another token". By the data-processing inequality their
+    divergence is at most the divergence of the whole distributions; it grows with k, up to equality at k = V.
 
     Attributes:
         tokens: int64 [N, k], distinct in every row, the most likely one first.
         log_probs: [N, k], their log-probabilities at the temperature of the loss.
-        log_tail: [N], log-probability of all other tokens together.
-        vocab_size: V of the teacher.
+        log_tail: [N], log of the total probability of all other tokens.
+        vocab_size: V, size of the teacher's vocabulary.
     """
 
     tokens: Tensor
@@ -55,7 +55,7 @@ class TopKSignal:
         return self.tokens.shape[0]
 
 
-#: What the student learns from. Everything that looks inside a signal is in `top_k_signal` and `_Rows`.
+#: What the student learns from. Only `top_k_signal` and `fused._Rows` depend on the kind of signal.
 TeacherSignal = DenseSignal | TopKSignal
 
 
@@ -63,16 +63,16 @@ TeacherSignal = DenseSignal | TopKSignal
 def top_k_signal(
     signal: DenseSignal, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> TopKSignal:
-    """What `signal` says of its most likely tokens, with the head applied to a chunk of tokens at a time.
+    """Reduce a signal to its k most likely tokens, with the head applied to a chunk of tokens at a time.
 
     Args:
         signal: N hidden states of the teacher, and its head.
         top_k: tokens to keep, V at most.
         temperature: T of the log-probabilities.
-        chunk_size: tokens whose logits exist at one time.
+        chunk_size: tokens whose logits are in memory at one time; by default chosen from the vocabulary size.
 
     Returns:
-        Log-probabilities in float32, or float64 for float64 states.
+        The top-k signal, in float32, or float64 for float64 states.
     """
     hidden, head = signal.hidden, signal.head
     size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device) if chunk_size is None else chunk_size
@@ -85,6 +85,6 @@ def top_k_signal(
         normaliser = logits.logsumexp(-1, keepdim=True)
         values, tokens[chunk] = logits.topk(top_k)
         log_probs[chunk] = values - normaliser
-        # Of the others themselves: one minus the sum of the k would be rounding where the k are nearly all.
+        # Summed over the other tokens: one minus the sum of the k is only rounding error where that sum is nearly 1.
         log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
     return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
