@@ -205,13 +205,13 @@ def test_a_run_that_was_killed_before_it_deleted_the_older_checkpoint_does_so(fi
 
 def test_an_older_checkpoint_is_deleted_only_once_the_new_one_is_whole(tmp_path, monkeypatch):
     seen = []
-    finish = checkpoints_module.CheckpointMixin._finish
+    finish = checkpoints_module.CheckpointMixin._write_manifest
 
     def watched(self, folder, progress):
         seen.append([path.name for path in checkpoints(tmp_path) if is_complete(path)])
         finish(self, folder, progress)
 
-    monkeypatch.setattr(checkpoints_module.CheckpointMixin, "_finish", watched)
+    monkeypatch.setattr(checkpoints_module.CheckpointMixin, "_write_manifest", watched)
     options = {**SETTINGS, "save_total_limit": 1}
     make_trainer(tmp_path, *models(dtype=torch.float32), text_dataset(), **options).train()
     assert seen == [[], ["checkpoint-2"]]
