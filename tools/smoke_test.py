@@ -1,4 +1,4 @@
-"""Tries an installed package outside its repository: prunes and distils a tiny model, and renders its card."""
+"""Tests an installed package outside its repository: prunes and distils a tiny model, and renders its card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def main() -> None:
     """Run the path once; anything missing from the wheel raises."""
     for name in minitron_hf.__all__:
         getattr(minitron_hf, name)
-    subprocess.run([Path(sys.executable).parent / "minitron-hf", "families", "llama"], check=True, capture_output=True)
+    command = Path(sys.executable).parent / "minitron-hf"
+    subprocess.run([command, "families", "llama"], check=True, capture_output=True)
+    for name in ("ddp", "fsdp2", "zero2", "zero3"):
+        found = subprocess.run([command, "accelerate-config", name], check=True, capture_output=True, text=True)
+        assert Path(found.stdout.strip()).is_file(), found.stdout
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(
         LlamaConfig(

@@ -92,12 +92,22 @@ def plan(
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")
+    _require_target_options(target, data, scores)
     _require_no_plan(output, overwrite)
     if device is None or output is not None:
         _plan_and_print(teacher, output, scores, given, set_ or [], target, data, split, text_field)
     if device is not None:
         _say_moved("--device", "fit")
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
+
+
+def _require_target_options(target: str | None, data: str | None, scores: Path | None) -> None:
+    if (target is None) != (data is None) or (target is not None and scores is None):
+        given_options = {"--target": target, "--data": data, "--scores": scores}
+        missing = ", ".join(name for name, value in given_options.items() if value is None)
+        raise DataError(
+            f"plan: --target, --data to measure shapes on, and --scores go together; {missing} is missing."
+        )
 
 
 def _require_no_plan(output: Path | None, overwrite: bool) -> None:
@@ -123,12 +133,6 @@ def _plan_and_print(
     split: str,
     text_field: str,
 ) -> None:
-    if (target is None) != (data is None) or (target is not None and scores is None):
-        given_options = {"--target": target, "--data": data, "--scores": scores}
-        missing = ", ".join(name for name, value in given_options.items() if value is None)
-        raise DataError(
-            f"plan: --target, --data to measure shapes on, and --scores go together; {missing} is missing."
-        )
     if target is not None:
         number = _number("target", target)
         given["target_parameters"] = number if number < 1 else round(number)
