@@ -145,6 +145,10 @@ def _guess_coupled_heads(draft: Draft) -> None:
             draft.layer[name] = f"{rows.replace('hidden', inner)} hidden"
         if bias is not None and name != attention[-1]:
             draft.layer[f"{name.removesuffix('weight')}bias"] = bias.replace("hidden", inner)
+    for name, text in draft.layer.items():
+        # Norms inside attention are over the heads.
+        if text == "hidden" and re.match(r"[^.]*att[^.]*\.\w*norm", name.lower()):
+            draft.layer[name] = inner
     draft.todo.append(
         "the heads are as wide together as the residual stream, which shapes do not show: "
         f"that {', '.join(attention)} hold them is a guess, the order inside fused dimensions, too"

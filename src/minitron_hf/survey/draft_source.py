@@ -234,7 +234,7 @@ POCKET_DEFAULTS: Mapping[str, Any] = {
     "scaled_embeddings": False,
 }
 #: Sizes of pockets that neither `GROUPED` nor `COUPLED` hold, by axis.
-POCKET_SIZES = {"experts": 6, "moe_ffn": 14, "shared_ffn": 20}
+POCKET_SIZES = {"experts": 7, "moe_ffn": 14, "shared_ffn": 20}
 COUPLED_SIZES = {"hidden": 40, "ffn": 52, "layers": 4, "heads": 5, "positions": 64}
 
 
@@ -281,7 +281,9 @@ def _pocket_entry(config: PretrainedConfig, found: Probe, draft: Draft, hints: C
         changes.append("num_experts_per_tok=2")
     if isinstance(found.values.get("layer_types"), list):
         changes.append('layer_types=kinds("sfsff")')
-    if isinstance(found.values.get("sliding_window"), int):
+    if "use_sliding_window" in found.values:
+        changes.append("use_sliding_window=True")
+    if "sliding_window" in found.values:
         changes.append("sliding_window=6")
     changes += [f"{name}={3.0 if 'cap' in name else 0.5}" for name in hints.logits.values()]
     names = " ".join(name for axis in draft.axes.values() for name in axis.fields)
