@@ -25,7 +25,7 @@ from test_verification import everything
 RIGHT = ["llama", "qwen3", "gpt2", "gpt2-untied", "phi3", "mixtral"]
 WRONG = ["gpt_neox"]
 #: Families with something that stands in the modelling code alone.
-READ = ["granite", "gemma", "gemma2", "cohere", "glm4", "olmo2", "phi", "stablelm"]
+READ = ["granite", "gemma", "gemma2", "cohere", "glm4", "helium", "olmo2", "phi", "stablelm"]
 ROOT = Path(__file__).parent.parent
 
 

@@ -81,6 +81,8 @@ def _draft(config: PretrainedConfig, found: Probe) -> Draft:
     draft.outer, draft.layer = over_axes(draft.outer), over_axes(draft.layer)
     if draft.coupled:
         _guess_coupled_heads(draft)
+    elif "heads" in draft.axis_names:
+        _couple_square_output(draft)
     return draft
 
 
@@ -153,6 +155,15 @@ def _guess_coupled_heads(draft: Draft) -> None:
         "the heads are as wide together as the residual stream, which shapes do not show: "
         f"that {', '.join(attention)} hold them is a guess, the order inside fused dimensions, too"
     )
+
+
+def _couple_square_output(draft: Draft) -> None:
+    """An output projection of attention that is as wide as the residual stream on both sides reads the heads."""
+    square = [name for name, text in draft.layer.items() if text == "hidden hidden" and "att" in name.lower()]
+    if square:
+        draft.coupled = True
+        draft.layer[square[-1]] = "hidden heads*head_dim"
+        draft.todo.append(f"that {square[-1]} reads the heads, which are as wide together as its inputs, is a guess")
 
 
 def _table_fields(found: Probe, draft: Draft, output_norms: tuple[str, ...]) -> dict[str, Any]:
