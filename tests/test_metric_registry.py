@@ -194,3 +194,13 @@ def test_scores_that_are_not_finite_are_refused():
     register_metric("nothing")(lambda units: units.norm * float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         estimate_importance(pocket_model("llama"), ROWS, metric="nothing", show_progress=False)
+
+
+def test_metrics_without_data_prune_without_data(guide: dict):
+    model, request = pocket_model("llama"), PrunerConfig(intermediate_size=0.5)
+    student = prune_model(model, request, metric="absolute")
+    scores = estimate_importance(model, metric="absolute")
+    for layer, kept in enumerate(student.pruning_plan.kept["ffn"]):
+        assert set(kept) == set(scores.axes["ffn"][layer].topk(len(kept)).indices.tolist())
+    with pytest.raises(ValueError, match="only used to score calibration_data"):
+        prune_model(model, request, metric="fisher")
