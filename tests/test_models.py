@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -438,3 +439,15 @@ def test_the_commit_of_a_config_from_the_hub_is_known(tmp_path):
         assert commit_hash(config) == commit
         assert commit not in config.to_json_string(use_diff=False)
     assert commit_hash(load_config(repository / "snapshots" / commit)) is None
+
+
+def test_names_of_dtypes_and_devices_are_read_by_hardware_alone():
+    """`hardware.as_dtype` and `as_device` refuse bad names; `getattr(torch, name)` and `torch.device(name)` do not."""
+    package = Path(models.__file__).parent
+    found = [
+        f"{path.relative_to(package)}: {call[0]}"
+        for path in package.rglob("*.py")
+        if path.name not in ("hardware.py", "compat.py")
+        for call in re.finditer(r"getattr\(torch, (?!\")\w+|torch\.device\(str\b", path.read_text(encoding="utf-8"))
+    ]
+    assert not found
