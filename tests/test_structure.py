@@ -98,6 +98,34 @@ def test_files_stay_short(name: str):
     assert len(text.splitlines()) <= MOST_LINES or "Long because" in reason
 
 
+def functions_and_classes() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    for name in sorted(set(MODULES) - TABLES):
+        for node in ast.walk(parsed(MODULES[name])):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield name, node
+
+
+def test_functions_stay_short():
+    long = {
+        f"{name}.{node.name}": lines
+        for name, node in functions_and_classes()
+        if not isinstance(node, ast.ClassDef) and (lines := node.end_lineno - node.lineno + 1) > MOST_FUNCTION_LINES
+        if "Long because" not in (ast.get_docstring(node) or "")
+    }
+    assert not long
+
+
+def test_classes_have_few_methods():
+    large = {
+        f"{name}.{node.name}": methods
+        for name, node in functions_and_classes()
+        if isinstance(node, ast.ClassDef)
+        and (methods := sum(isinstance(inner, ast.FunctionDef) for inner in node.body)) > MOST_METHODS
+        if "Large because" not in (ast.get_docstring(node) or "")
+    }
+    assert not large
+
+
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "evaluate", "accelerate", "matplotlib"}
 
 
