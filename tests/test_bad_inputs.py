@@ -30,6 +30,7 @@ GOOD = {
     "search": "search {teacher} --scores {scores} --space intermediate_size=[0.5] --max-parameters 1M --data {text} "
     "-o {out}",
     "prune": "prune {teacher} --plan {plan} -o {out}",
+    "generate": "generate {teacher} --prompts {text} -o {out} --set max_new_tokens=2",
     "cache": "cache {teacher} --data {text} -o {out}",
     "distill": "distill {teacher} --teacher {other} --train-data {text} -o {out}",
     "evaluate": "evaluate teacher={teacher} --data {text} -o {out} --set speed=false",
@@ -126,6 +127,20 @@ CASES = [
         ("space", "", "No space left"),
         ("model", "= prune {narrow} --plan {plan} -o {out}", "other sizes"),
         ("model", "= prune {bert} --plan {plan} -o {out}", "bert"),
+    ),
+    *command(
+        "generate",
+        ("missing", "= generate {teacher} --prompts {nowhere}.jsonl -o {out}", "does not exist"),
+        ("missing", "= generate {teacher} -o {out} --set max_new_tokens=2", "num_rows has to say"),
+        ("type", "--set temperature=hot", "expected a number"),
+        ("range", "--set temperature=0", "more than 0"),
+        ("range", "--num-rows 0", "expected at least 1"),
+        ("key", "--set temperatur=1", "Did you mean 'temperature'?"),
+        ("encoding", "= generate {teacher} --prompts {latin} -o {out}", "UTF-8"),
+        ("permission", "= generate {teacher} --prompts {text} -o {file}", "is a file"),
+        ("space", "", "No space left"),
+        ("model", "--set chat=true", "no chat template"),
+        ("data", "= generate {teacher} --prompts {other_columns} -o {out}", "has the columns a"),
     ),
     *command(
         "cache",

@@ -91,6 +91,7 @@ def test_help_is_lazy():
         "plan",
         "prune",
         "cache",
+        "generate",
         "distill",
         "evaluate",
         "card",

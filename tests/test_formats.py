@@ -19,6 +19,7 @@ from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError
 from minitron_hf.evaluation import tasks
 from minitron_hf.formats import FORMATS, MIGRATIONS, read_artefact
+from minitron_hf.generation.corpus import generate_corpus
 from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.pruning.candidates import best_shape
 from minitron_hf.pruning.plan import PruningPlan
@@ -37,6 +38,7 @@ MEASURED = {"teacher": {"piqa": {"acc,none": {"value": 0.5, "stderr": 0.1}}}}
 PATHS = {
     "data-*.arrow": "teacher_cache/eval/data-00000.arrow",
     "teacher_cache.json": "teacher_cache/train/teacher_cache.json",
+    "generation.json": "generated/generation.json",
     "teacher_correction.json": "corrected_teacher/teacher_correction.json",
     "checkpoint.json": "checkpoint-4/checkpoint.json",
     "stages/*.json": "stages/plan.json",
@@ -50,6 +52,7 @@ READERS = {
     "teacher_correction.json": read_artefact,
     "data-*.arrow": lambda path: write_cache(path.parents[2], "eval"),
     "teacher_cache.json": lambda path: load_teacher_cache(path.parent),
+    "generation.json": lambda path: write_corpus(path.parents[1]),
     "checkpoint.json": lambda path: last_checkpoint(path.parents[1]),
     "stages/*.json": lambda path: runner._record(path.parents[1], path.stem),
 }
@@ -86,6 +89,13 @@ def write_cache(run_dir: Path, which: str) -> None:
     )
 
 
+def write_corpus(run_dir: Path) -> None:
+    """Generate a corpus, or resume it."""
+    generate_corpus(
+        run_dir.parent / "teacher", ["the old"], run_dir / "generated", max_new_tokens=2, show_progress=False
+    )
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run with all stages, a search and a name on the Hub."""
@@ -99,6 +109,7 @@ def run_dir(tmp_path_factory):
         patch.setattr(tasks, "evaluate_tasks", lambda *args, **kwargs: MEASURED["teacher"])
         made = runner.run_recipe(Recipe.from_dict(values(folder)), show_progress=False, report=lambda line: None)
     hub._prepare_files(made, "owner/student", "no token")
+    write_corpus(made)
     scores = ImportanceScores.from_pretrained(made)
     space = {"intermediate_size": [0.5, 0.25]}
     search_architectures(

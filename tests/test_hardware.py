@@ -270,6 +270,7 @@ def stages(saved, tmp_path_factory):
         ("prune", ["--plan", ".", "--verify"]),
         ("plan", ["--scores", ".", "--target", "0.5", "--data", "text.jsonl"]),
         ("cache", ["--data", "text.jsonl"]),
+        ("generate", ["--prompts", "text.jsonl"]),
         ("distill", ["--train-data", "text.jsonl"]),
         ("evaluate", ["--data", "text.jsonl"]),
         ("prune_model", []),

@@ -44,6 +44,7 @@ _MODULE_OF = {
     "TeacherCache": "distillation.teacher_cache",
     "DistillationTrainer": "distillation.trainer",
     "search_architectures": "search.architectures",
+    "generate_corpus": "generation.corpus",
     "evaluate_models": "evaluation.evaluate",
     "generate_samples": "evaluation.samples",
     "render_model_card": "publishing.card",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples
     from .families import register_family as register_family
+    from .generation.corpus import generate_corpus as generate_corpus
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer

@@ -20,6 +20,7 @@ FORMATS: Mapping[str, int] = {
     "teacher_correction.json": 1,
     "data-*.arrow": 1,
     "teacher_cache.json": 1,
+    "generation.json": 1,
     "checkpoint.json": 1,
     "distillation.json": 1,
     "evaluation.json": 1,

@@ -14,6 +14,7 @@ from .evaluate import card, evaluate, publish
 from .failures import error_message
 from .families import families
 from .fit import fit
+from .generate import generate
 from .plan import plan
 from .prune import prune
 from .recommend import recommend
@@ -68,6 +69,7 @@ COMMANDS = (
     fit,
     search,
     prune,
+    generate,
     cache,
     distill,
     accelerate_config,

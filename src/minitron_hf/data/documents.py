@@ -196,8 +196,8 @@ def _content(document: Any, text_field: str, processing_class: Any, start: list[
             document = ids if mask is None else [token for token, kept in zip(_as_list(ids), _as_list(mask)) if kept]
         elif "prompt" in document and "completion" in document:
             return _completion(document, processing_class, start)
-        elif name := next((name for name in _CONVERSATION if _is_conversation(document.get(name))), None):
-            ids = _render(document[name], document, processing_class)
+        elif name := next((name for name in _CONVERSATION if is_conversation(document.get(name))), None):
+            ids = render_conversation(document[name], document, processing_class)
             return _piece_of_ids(ids, start, add=False)
         elif text_field in document:
             document = document[text_field]
@@ -213,8 +213,8 @@ def _content(document: Any, text_field: str, processing_class: Any, start: list[
         ids = list(document)
         if all(isinstance(token, int) for token in ids):
             return _piece_of_ids(ids, start, add=True)
-        if _is_conversation(ids):
-            return _piece_of_ids(_render(ids, {}, processing_class), start, add=False)
+        if is_conversation(ids):
+            return _piece_of_ids(render_conversation(ids, {}, processing_class), start, add=False)
     raise DataError(
         f"Expected a text, a conversation or a sequence of token ids, got {type(document).__name__}: "
         f"{str(document)[:60]!r}."
@@ -242,14 +242,20 @@ def _piece_of_ids(ids: list[int], start: list[int], *, add: bool, num_context: i
 # Conversations and completions, read like TRL's SFTTrainer
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
     """Whether a value is a list of messages: `{"role": …, "content": …}`, or ShareGPT's `{"from": …, "value": …}`."""
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
     return "role" in value[0] or {"from", "value"} <= set(value[0])
 
 
-def _render(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
+def conversation_of(messages: Any) -> list[dict[str, Any]]:
+    """The messages with the keys `role` and `content`, which ShareGPT calls `from` and `value`."""
+    names = {"from": "role", "value": "content"}
+    return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+
+
+def render_conversation(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
     """Token ids of a conversation under the chat template, with the tools and template arguments of its row."""
     if processing_class is None:
         raise DataError("The data is conversations, so a tokenizer is needed. Pass processing_class=tokenizer.")
@@ -260,8 +266,7 @@ def _render(messages: Any, row: Mapping[str, Any], processing_class: Any, **sett
             "The data is conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or pass "
             "texts."
         )
-    names = {"from": "role", "value": "content"}
-    messages = [{names.get(key, key): value for key, value in message.items()} for message in messages]
+    messages = conversation_of(messages)
     tools = row.get("tools")
     try:
         rendered: Any = tokenizer.apply_chat_template(
@@ -284,9 +289,9 @@ def _render(messages: Any, row: Mapping[str, Any], processing_class: Any, **sett
 def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int]) -> Piece:
     """A prompt, which is context alone, and its completion."""
     prompt, completion = row["prompt"], row["completion"]
-    if _is_conversation(prompt):
-        before = _render(prompt, row, processing_class, add_generation_prompt=True)
-        ids = _render([*prompt, *completion], row, processing_class)
+    if is_conversation(prompt):
+        before = render_conversation(prompt, row, processing_class, add_generation_prompt=True)
+        ids = render_conversation([*prompt, *completion], row, processing_class)
     elif isinstance(prompt, str) and isinstance(completion, str):
         tokenizer = require_tokenizer(processing_class)
         end = str(tokenizer.eos_token or "")
