@@ -9,7 +9,16 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_hf import PrunerConfig, apply_plan, estimate_importance, make_plan, models, weights
+from minitron_hf import (
+    PrunerConfig,
+    apply_plan,
+    estimate_importance,
+    make_plan,
+    models,
+    repaired_weights,
+    weights,
+)
+from minitron_hf.data import TokenRows
 from minitron_hf.errors import MismatchError
 from pocket import cuttable, pocket_model, pocket_tokens
 
@@ -98,3 +107,19 @@ def test_other_weights_are_noticed(pair):
         scores.require_model(model)
     with pytest.raises(MismatchError, match="other weights"):
         estimate_importance(model, metric="random").require_model(offloaded)
+
+
+def test_an_offloaded_model_is_repaired_alike():
+    """A pass ends inside the model, before Accelerate's hooks of the later modules."""
+    model, offloaded = (pocket_model("llama", dtype=torch.float32) for _ in range(2))
+    cpu_offload(offloaded, execution_device="cpu")
+    before = elsewhere(offloaded)
+    scores = estimate_importance(model, metric="random")
+    plan = make_plan(model, PrunerConfig(intermediate_size=0.5, repair="least_squares", multiple_of=1), scores)
+    rows = TokenRows(tuple(map(tuple, ROWS)), None)
+    found, expected = (repaired_weights(each, plan, rows, memory_limit=1) for each in (offloaded, model))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert elsewhere(offloaded) == before
+    ids = torch.tensor(ROWS)
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from minitron_hf.data import TokenRows
-from minitron_hf.errors import PlanError
+from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
-from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.pruning.repair import CutProjection, projection_groups, repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -136,3 +136,67 @@ def test_prune_model_repairs_after_verifying():
         prune_model(teacher, request, scores=estimate_importance(teacher, metric="random"))
     iterated = prune_model(teacher, request, calibration_data=ROWS, iterations=2)
     assert iterated.pruning_plan.repair == "least_squares"
+
+
+def test_a_memory_limit_takes_more_passes_and_gives_the_same():
+    """Each pass ends at its last projection: with one projection a pass, layer l runs in the passes of layers ≥ l."""
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5, num_attention_heads=0.5)
+    whole = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows))
+    calls = dict.fromkeys(range(len(teacher.model.layers)), 0)
+
+    def count(layer: int):
+        def hook(*_):
+            calls[layer] += 1
+
+        return teacher.model.layers[layer].self_attn.q_proj.register_forward_pre_hook(hook)
+
+    handles = [count(layer) for layer in calls]
+    parts = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows), memory_limit=1)
+    for handle in handles:
+        handle.remove()
+    depth = len(calls)
+    assert calls == {layer: 2 * (depth - layer) for layer in calls}  # two projections a layer
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+    with pytest.raises(DataError, match="memory_limit=0"):
+        repaired_weights(teacher, plan, ROWS, memory_limit=0)
+
+
+def test_groups_hold_what_fits():
+    cuts = [CutProjection(str(kept), 1, torch.arange(10), kept) for kept in (4, 4, 2, 8)]
+    groups = [[cut.num_kept for cut in group] for group in projection_groups(cuts, 8 * 10 * 6)]
+    assert groups == [[4], [4, 2], [8]]
+    assert [cut.num_bytes for cut in cuts] == [320, 320, 160, 640]
+
+
+def test_a_float32_teacher_is_refitted_as_exactly_as_float64_would():
+    """Neurons of very different sizes, some of them nearly equal, as in real models; against numpy in float64."""
+    teacher = pocket_model("llama", dtype=torch.float32)
+    path = "model.layers.0.mlp.down_proj"
+    up = teacher.get_submodule("model.layers.0.mlp.up_proj").weight.data
+    up *= torch.logspace(0, 3, len(up))[torch.randperm(len(up), generator=torch.Generator().manual_seed(1)), None]
+    up[1] = up[0] * (1 + 1e-3 * torch.randn(up.shape[1], generator=torch.Generator().manual_seed(0)))
+    plan = planned(teacher, intermediate_size=0.5)
+    ridge = 1e-6
+    found = repaired_weights(teacher, plan, ROWS, ridge=ridge)[f"{path}.weight"].double().numpy().T
+    x, kept = inputs(teacher, path), plan.kept["ffn"][0]
+    weight = teacher.get_submodule(path).weight.detach().double().numpy().T
+    gram = x[:, kept].T @ x[:, kept]
+    gram += ridge * np.mean(np.diag(gram)) * np.eye(len(kept))
+    cut = np.setdiff1d(np.arange(x.shape[1]), kept)
+    expected = weight.copy()
+    expected[kept] += np.linalg.solve(gram, x[:, kept].T @ x[:, cut] @ weight[cut])
+    wanted = x @ weight
+    gap = np.linalg.norm(x[:, kept] @ (found - expected)[kept]) / np.linalg.norm(wanted)
+    assert gap < 1e-5
+    np.testing.assert_array_equal(found[cut], weight[cut])
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    teacher = pocket_model("llama", dtype=torch.float32)
+    plan = planned(teacher, intermediate_size=0.5)
+    teacher.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+    with pytest.raises(UnsupportedModelError, match="down_proj are not finite in float32"):
+        repaired_weights(teacher, plan, ROWS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import psutil
 import torch
 
 from .errors import MESSAGES, DataError, MismatchError
@@ -101,6 +102,15 @@ def default_device() -> torch.device:
     With several processes it is the CPU, from which the trainer places or shards the model.
     """
     return torch.device("cpu") if is_launched() else training_device()
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that are free on a device now; on a CPU, what the system could give without swapping."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
 
 
 def has_fast_bf16(device: str | torch.device) -> bool:
