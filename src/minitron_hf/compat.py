@@ -362,6 +362,20 @@ def experiment_trackers() -> tuple[list[str], list[str]]:
 # ---- Several processes: TRL, Accelerate, DeepSpeed ----
 
 
+@uses("trl 1.16", "trl.chat_template_utils.get_training_chat_template")
+def has_training_template(tokenizer: Any) -> bool:
+    """Whether a chat template marks the assistant's tokens, or TRL knows a version of it that does."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:  # of a template that TRL does not know
+        return False
+    return True
+
+
 @uses("trl 1.16", "trl.trainer.utils.maybe_gather_lm_head_ctx")
 def gathered_parameters(*parameters: Any) -> contextlib.AbstractContextManager[None]:
     """Gather parameters for direct access under DeepSpeed ZeRO-3; elsewhere do nothing."""

@@ -255,8 +255,28 @@ def conversation_of(messages: Any) -> list[dict[str, Any]]:
     return [{names.get(key, key): value for key, value in message.items()} for message in messages]
 
 
-def render_conversation(messages: Any, row: Mapping[str, Any], processing_class: Any, **settings: Any) -> list[int]:
-    """Token ids of a conversation under the chat template, with the tools and template arguments of its row."""
+def render_conversation(
+    messages: Any, row: Mapping[str, Any], processing_class: Any, *, add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of a conversation under the chat template, with the tools and template arguments of its row.
+
+    Raises:
+        DataError: if there is no template, or it cannot render the conversation.
+    """
+    rendered = _render(messages, row, processing_class, add_generation_prompt, tokenize=True, return_dict=True)
+    return list(rendered["input_ids"])
+
+
+def render_text(
+    messages: Any, row: Mapping[str, Any], processing_class: Any, *, add_generation_prompt: bool = False
+) -> str:
+    """The text of a conversation under the chat template; otherwise as `render_conversation`."""
+    return str(_render(messages, row, processing_class, add_generation_prompt, tokenize=False))
+
+
+def _render(
+    messages: Any, row: Mapping[str, Any], processing_class: Any, add_generation_prompt: bool, **settings: Any
+) -> Any:
     if processing_class is None:
         raise DataError("The data is conversations, so a tokenizer is needed. Pass processing_class=tokenizer.")
     template = getattr(processing_class, "chat_template", None)
@@ -269,12 +289,11 @@ def render_conversation(messages: Any, row: Mapping[str, Any], processing_class:
     messages = conversation_of(messages)
     tools = row.get("tools")
     try:
-        rendered: Any = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
-            tokenize=True,
-            return_dict=True,
             chat_template=template,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=add_generation_prompt,
             **settings,
             **(row.get("chat_template_kwargs") or {}),
         )
@@ -283,7 +302,6 @@ def render_conversation(messages: Any, row: Mapping[str, Any], processing_class:
             f"The chat template cannot render the conversation {str(messages)[:120]}: {error}. Check its roles and "
             "their order, or pass texts."
         ) from error
-    return list(rendered["input_ids"])
 
 
 def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int]) -> Piece:

@@ -34,6 +34,7 @@ from ..models import evaluating, load_model, load_tokenizer, make_fast
 from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
 from .arguments import model_name
+from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     LABELS,
     LOG_PROBS,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RowMaker(StartTokensMixin, SFTTrainer):
+class RowMaker(StartTokensMixin, AssistantTurnsMixin, SFTTrainer):
     """TRL's supervised trainer, for the rows and batches that it makes."""
 
 

@@ -136,6 +136,11 @@ class StartTokensMixin:
         if not wrapped:
             tokens = rows_with_targets(tokens, dataset_name, maps)
         rows = prepare(tokens, processing_class, cut, packing, None, dataset_name)
+        if next(iter(rows), None) is None:  # cut to max_length, none holds a target
+            raise DataError(
+                f"No token counts in the first {args.max_length} tokens of any row of the {dataset_name} dataset. Set "
+                "a larger max_length."
+            )
         if wrapped:
             if start:
                 settings = {"start": start, "longest": None, "cuts": "keep_start", "masks": False}

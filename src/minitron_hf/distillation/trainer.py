@@ -32,6 +32,7 @@ from .arguments import (
     processing_class_of,
     refuse_unused_loading_arguments,
 )
+from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     CACHED,
     LOG_PROBS,
@@ -87,6 +88,7 @@ class DistillationTrainer(
     TokenMeansMixin,
     RepeatedRowsMixin,
     StartTokensMixin,
+    AssistantTurnsMixin,
     SFTTrainer,
 ):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
