@@ -35,13 +35,15 @@ def recipe_reference() -> str:
         name = section.__name__
         about = _first_paragraph(section)
         parts.append(f"({name.lower()})=\n## {name}\n\n{about}\n\n" + "\n".join(rows) + "\n")
-    return "# The keys of a recipe\n\n" + "\n".join(parts)
+    about = "This page lists every key of a recipe for users of `minitron-hf run`. A recipe is a YAML file."
+    return f"# The keys of a recipe\n\n{about}\n\n" + "\n".join(parts)
 
 
 def cli_reference() -> str:
     """One section per command: its help, arguments and options."""
     command: Any = get_command(app)
-    parts = ["# The command line\n"]
+    about = "This page lists every command and its options. `minitron-hf COMMAND --help` prints the same."
+    parts = [f"# The command line\n\n{about}\n"]
     for name, one in command.commands.items():
         if one.hidden:
             continue
