@@ -90,7 +90,7 @@ CASES = [
         ("range", "--hidden-size nan", "expected an integer or a fraction"),
         ("range", "--set multiple_of=0", "multiple_of=0"),
         ("key", "--set hiden_size=0.5", "Did you mean 'hidden_size'?"),
-        ("extra", "--target 0.5", "--scores go together"),
+        ("extra", "--target 0.5", "--scores belong together"),
         ("permission", "= plan {teacher} --hidden-size 24 -o {file}/plan", "is a file"),
         ("space", "", "No space left"),
         ("model", "= plan {bert} --hidden-size 24", "bert"),

@@ -93,8 +93,10 @@ def shortened(items: list[str], separator: str = ", ", limit: int = 4) -> str:
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that a public name has a new one and goes with the next release."""
-    warnings.warn(f"{old} is deprecated and goes with the next release: use {new}.", DeprecationWarning, stacklevel)
+    """Warn that a public name was renamed. The old name will be removed in the next release."""
+    warnings.warn(
+        f"{old} is deprecated and will be removed in the next release: use {new}.", DeprecationWarning, stacklevel
+    )
 
 
 def accept_old_names(**new_names: str) -> Callable[[_Callable], _Callable]:

@@ -13,10 +13,13 @@ from .printing import _say
 
 def distill(
     student: Annotated[str, typer.Argument(help="Folder or Hub id of the pruned student.")],
-    train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset, Hub id, or a cache of the teacher.")],
+    train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset, Hub id or teacher cache.")],
     output: Output,
-    teacher: Annotated[Optional[str], typer.Option(help="Hub id or folder; not needed for a cache.")] = None,  # noqa: UP045
-    eval_data: Annotated[Optional[str], typer.Option(help="Held-out corpus, likewise.")] = None,  # noqa: UP045
+    teacher: Annotated[Optional[str], typer.Option(help="Hub id or folder; not needed with a teacher cache.")] = None,  # noqa: UP045
+    eval_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Held-out corpus: file, saved dataset, Hub id or teacher cache."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
     eval_split: Annotated[str, typer.Option(help="Split of the held-out corpus.")] = "train",
     accelerate: Accelerate = None,

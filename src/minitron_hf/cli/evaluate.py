@@ -21,7 +21,7 @@ def evaluate(
     set_: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure models side by side on the same text (evaluate_models)."""
+    """Measure models on the same text (evaluate_models)."""
     from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
     from ..models import load_tokenizer

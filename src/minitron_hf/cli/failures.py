@@ -20,8 +20,8 @@ def error_message(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if is_out_of_memory(error):
         return (
-            f"Out of memory: {_line(error)} Lower the batch size or the length of rows, let activations be computed "
-            "again (activation_checkpointing), or take a smaller model or a larger device.",
+            f"Out of memory: {_line(error)} Lower the batch size or the length of rows, turn on "
+            "activation_checkpointing, or take a smaller model or a larger device.",
             2,
         )
     where = _written_traceback(error)

@@ -15,7 +15,7 @@ from .printing import _print_family, _print_matrix, _say
 def families(
     model_type: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[MODEL_TYPE | draft MODEL]", help="Show this family alone; or draft a new one."),
+        typer.Argument(metavar="[MODEL_TYPE | draft MODEL]", help="Show one family, or draft a new one."),
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
@@ -28,10 +28,9 @@ def families(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Print which sizes can be cut in which model family, and why not where they cannot.
+    """Print which sizes can be pruned in which model family, and the reasons for those that cannot.
 
-    `families draft MODEL` writes the first draft of a family's table, from the shapes of models that are built without
-    memory.
+    `families draft MODEL` writes a first draft of a family's table. It reads shapes only, from models without weights.
     """
     from ..survey.matrix import describe_family, support_matrix, to_markdown
 

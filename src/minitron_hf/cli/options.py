@@ -24,7 +24,7 @@ Accelerate = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp2, zero2, zero3 or a file."),
 ]
-Processes = Annotated[Optional[int], typer.Option(help="How many (default: one for every accelerator).")]  # noqa: UP045
+Processes = Annotated[Optional[int], typer.Option(help="Number of processes (default: one per accelerator).")]  # noqa: UP045
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that this command writes.")]
 Data = Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
@@ -50,7 +50,7 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Refuse to replace files, and whatever belongs to a run.
+    """Refuse to replace existing files and files of a run.
 
     Args:
         folder: the --output of a command.
@@ -61,8 +61,8 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 
     if (folder / STAGES_DIR).is_dir():
         raise DataError(
-            f"{folder} is the folder of a run, whose own files this would replace. Choose another --output, or change "
-            "the recipe and run it again."
+            f"{folder} is the folder of a run, and this command would replace its files. Choose another --output, or "
+            "change the recipe and run it again."
         )
     for name in names:
         if (folder / name).exists() and not overwrite:
@@ -106,7 +106,7 @@ def _sizes(
     num_key_value_heads: str | None,
     num_hidden_layers: str | None,
 ) -> dict[str, int | float]:
-    """The sizes that were given, by their names in `PrunerConfig`."""
+    """The given sizes, by their names in `PrunerConfig`."""
     texts = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,

@@ -74,9 +74,9 @@ def plan(
 ) -> None:
     """Choose the units and layers to keep (make_plan), and print the shapes.
 
-    Without --output nothing is written. With a --target instead of sizes, and calibration text as --data, shapes that
-    meet it are pruned and measured before any retraining, and the best is planned (plan_for_target); --scores is
-    needed, too.
+    Without --output, nothing is written. With --target instead of sizes, several shapes that meet the target are
+    pruned and measured before any retraining, and the best one is planned (plan_for_target). This needs --data
+    (calibration text) and --scores.
     """
     sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
     given = _sizes(*sizes)
@@ -84,8 +84,8 @@ def plan(
         _say_moved("--recommend", "recommend")
         if device is not None or given or scores is not None or target is None:
             raise DataError(
-                "--recommend needs --target, and takes no sizes, no scores and no device: it decides on the sizes. "
-                "`minitron-hf recommend` replaces it."
+                "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
+                "Use `minitron-hf recommend` instead."
             )
         own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, train_data, eval_data, output, set_)
         recommendation(teacher, target, tokens, *own, overwrite)
@@ -105,9 +105,7 @@ def _require_target_options(target: str | None, data: str | None, scores: Path |
     if (target is None) != (data is None) or (target is not None and scores is None):
         given_options = {"--target": target, "--data": data, "--scores": scores}
         missing = ", ".join(name for name, value in given_options.items() if value is None)
-        raise DataError(
-            f"plan: --target, --data to measure shapes on, and --scores go together; {missing} is missing."
-        )
+        raise DataError(f"plan: --target, --data and --scores belong together; {missing} is missing.")
 
 
 def _require_no_plan(output: Path | None, overwrite: bool) -> None:
@@ -119,7 +117,9 @@ def _require_no_plan(output: Path | None, overwrite: bool) -> None:
 
 
 def _say_moved(option: str, command: str) -> None:
-    typer.echo(f"plan {option} is deprecated and goes with the next release: use `minitron-hf {command}`.", err=True)
+    typer.echo(
+        f"plan {option} is deprecated and will be removed in the next release: use `minitron-hf {command}`.", err=True
+    )
 
 
 def _plan_and_print(

@@ -45,9 +45,11 @@ def prune(
     settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
     made = PruningPlan.from_pretrained(plan)
     if made.repair and data is None:
-        raise DataError(f"The plan in {plan} has repair={made.repair!r}: --data names calibration text for it.")
+        raise DataError(f"The plan in {plan} has repair={made.repair!r}, which needs calibration text. Give --data.")
     if (data or set_) and not made.repair:
-        raise DataError(f"The plan in {plan} has no repair, so --data and --set say nothing. Plan with --set repair=…")
+        raise DataError(
+            f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
+        )
     require_empty(output)
     if is_streamable(teacher) and not verify and not made.repair:
         prune_checkpoint(teacher, output, made)

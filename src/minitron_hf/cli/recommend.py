@@ -17,19 +17,21 @@ def recommend(
     target: Annotated[str, typer.Option(metavar="NUMBER|FRACTION", help="Parameters to keep, such as 4.5B or 0.5.")],
     tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NUMBER", help="Tokens to distil on, such as 500M (default: 94B, as the papers)."),
+        typer.Option(
+            metavar="NUMBER", help="Number of tokens for distillation, such as 500M (default: 94B, as in the papers)."
+        ),
     ] = None,
     goal: Annotated[str, typer.Option(help="quality or latency.")] = "quality",
     rounds: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Number of prune-and-distil rounds (default: at most a third goes in each)."),
+        typer.Option(help="Number of prune-and-distil rounds (default: each removes a third at most)."),
     ] = None,
     own_corpus: Annotated[
         bool, typer.Option("--own-corpus", help="The corpus is the one that the teacher was trained on.")
     ] = False,
     teacher_learning_rate: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Peak learning rate of the teacher's training; teacher correction needs it."),
+        typer.Option(help="Peak learning rate of the teacher's training, for teacher correction."),
     ] = None,
     train_data: Annotated[Optional[str], typer.Option(help="The recipe's corpus.")] = None,  # noqa: UP045
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
@@ -46,9 +48,9 @@ def recommend(
     from ..recipe.recommendations import recommend as decide
 
     if output is not None and (train_data is None or eval_data is None):
-        raise DataError("A recipe names its corpora: --output needs --train-data and --eval-data.")
+        raise DataError("A recipe needs its corpora: give --train-data and --eval-data with --output.")
     if output is None and (set_ or train_data or eval_data):
-        raise DataError("--set, --train-data and --eval-data are entries of the recipe: --output names its file.")
+        raise DataError("--set, --train-data and --eval-data are entries of the recipe. Give its file with --output.")
     if output is not None:
         _require_free(output.parent, [output.name], overwrite)
     made = decide(

@@ -17,7 +17,7 @@ def run(
     until: Annotated[Optional[str], typer.Option(help="Last stage to run.")] = None,  # noqa: UP045
     set_: Settings = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything that needs no weights, and print the shapes.")
+        bool, typer.Option("--dry-run", help="Check the recipe without reading weights, and print the shapes.")
     ] = False,
     redo: Annotated[
         bool, typer.Option("--redo", help="Repeat stages whose inputs have changed or that did not finish.")
@@ -72,7 +72,7 @@ def stage(
     round_: Annotated[Optional[int], typer.Option("--round")] = None,  # noqa: UP045
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
-    """Run one stage in several processes: `correct`, or `distill` the student in one folder into another."""
+    """Run the stage `correct` or `distill` in several processes; `distill` reads and writes the given folders."""
     from ..recipe.actions import correct
     from ..recipe.progress import progress_bars
     from ..recipe.reading import apply_overrides

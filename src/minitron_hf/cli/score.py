@@ -41,7 +41,7 @@ def score(
     from ..scoring.scores import SCORES_NAME
 
     hints = scoring_hints()
-    del hints["iterations"]  # of a recipe, which says what will be cut
+    del hints["iterations"]  # needs the sizes to prune, which only a recipe has
     settings = _settings(set_, hints, "arguments of estimate_importance")
     _require_free(output, [SCORES_NAME], overwrite)
     with locked_folder(output):
@@ -62,7 +62,7 @@ def cache(
 ) -> None:
     """Store the teacher's top-k logits for a corpus (cache_teacher_logits); --set takes the arguments of distill.
 
-    Resumes what was interrupted.
+    The same command resumes an interrupted cache.
     """
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.teacher_cache import refuse_uncacheable

@@ -16,7 +16,7 @@ Space = Annotated[
 ]
 MaxParameters = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B; or another budget."),
+    typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B. Exactly one budget is needed."),
 ]
 MaxMemory = Annotated[
     Optional[str],  # noqa: UP045
@@ -32,7 +32,7 @@ TrainData = Annotated[
 ]
 EvalData = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Held-out text that decides (default: the calibration text)."),
+    typer.Option(help="Held-out text to rank shapes on (default: the calibration text)."),
 ]
 
 
@@ -52,10 +52,10 @@ def search(
     device: Device = None,
     set_: Settings = None,
 ) -> None:
-    """Compare shapes within a budget: prune, distil a little, keep the better half (search_architectures).
+    """Find the best shape within a budget: prune, distil briefly, keep the better half (search_architectures).
 
     --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
-    Resumes what was interrupted.
+    The same command resumes an interrupted search.
     """
     from ..publishing.plots import write_plots
     from ..recipe.reading import apply_overrides, read_yaml

@@ -29,8 +29,8 @@ class TeacherSection:
     Attributes:
         model: Hub id or folder.
         revision: branch, tag or commit.
-        dtype: dtype to compute in; "auto": the checkpoint's where the hardware is fast in it, else float32. A narrower
-            one than the checkpoint's is for distillation and evaluation: what is scored and cut is never rounded.
+        dtype: dtype for computation. "auto" takes the checkpoint's dtype if the hardware is fast in it, else float32.
+            A narrower dtype is used for distillation and evaluation only; weights are scored and pruned as stored.
     """
 
     model: str
@@ -45,7 +45,7 @@ class DatasetSection:
     Attributes:
         source: path or Hub id.
         name: configuration name.
-        split: split, slices allowed.
+        split: split of the dataset, also a slice such as `train[:1%]`.
         revision: Hub revision.
         text_field: column with the text.
         num_rows: use the first rows only.
@@ -64,9 +64,9 @@ class DataSection:
     """The corpora of a run.
 
     Attributes:
-        train: for distillation.
-        eval: held out: the trainer's evaluation and the final measurement.
-        calibration: for importance scores; default: the beginning of `train`.
+        train: corpus for distillation.
+        eval: held-out text for the trainer's evaluation and the final measurement.
+        calibration: calibration data for importance scores; default: the beginning of `train`.
     """
 
     train: DatasetSection
@@ -78,11 +78,11 @@ class DataSection:
 class CorrectionSection:
     """Fine-tuning of the teacher on the training corpus before the student learns from it (`correct_teacher`).
 
-    While the student learns, it is `distill.teacher_correction: concurrent`.
+    To correct the teacher during distillation instead, set `distill.teacher_correction: concurrent`.
 
     Attributes:
-        original_learning_rate: the peak learning rate that the teacher was trained with; a fifth is used.
-        num_tokens: budget.
+        original_learning_rate: peak learning rate of the teacher's own training; a fifth of it is used.
+        num_tokens: number of training tokens.
         method: `"full"`, `"lora"` or `"norms"`.
         arguments: fields of `trl.SFTConfig`.
     """
@@ -101,7 +101,7 @@ class CacheSection:
 
     Attributes:
         top_k: number of tokens to store per position.
-        dtype: of the stored log-probabilities, `"float16"` or `"float32"`.
+        dtype: dtype of the stored log-probabilities, `"float16"` or `"float32"`.
     """
 
     top_k: int = 64
@@ -110,11 +110,11 @@ class CacheSection:
 
 @dataclass(frozen=True)
 class DistributedSection:
-    """Several processes for the stages that train, started by `accelerate launch`; the others run in one.
+    """Several processes for the stages that train, started by `accelerate launch`. The other stages use one process.
 
     Attributes:
         config: name of a packaged Accelerate configuration (`ddp`, `fsdp2`, `zero2`, `zero3`), or a file.
-        num_processes: None: one for every accelerator.
+        num_processes: number of processes; None: one per accelerator.
     """
 
     config: str
@@ -128,13 +128,13 @@ class EvaluateSection:
     Attributes:
         max_length: tokens in a row.
         num_rows: rows to measure; None: all.
-        batch_size: rows at a time.
+        batch_size: rows per batch.
         speed: measure prefill and decode speed.
         tasks: lm-evaluation-harness tasks (needs the extra `eval`).
-        task_limit: examples per task, or their share, below 1.
-        num_fewshot: worked examples in the prompts of tasks; None: as each task says.
+        task_limit: number of examples per task, or a fraction below 1.
+        num_fewshot: number of few-shot examples in the prompts of tasks; None: each task's default.
         include_path: folder with further task files.
-        apply_chat_template: put the tasks' prompts into the tokenizer's chat template.
+        apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
         prompts: prompts to complete for the model card.
     """
 
@@ -157,7 +157,7 @@ class PublishSection:
     Attributes:
         repo_id: "owner/name".
         private: make a new repository private.
-        revision: branch.
+        revision: branch to push to.
     """
 
     repo_id: str
@@ -173,14 +173,14 @@ ROUND_TEACHERS = ("original", "previous")
 
 @dataclass(frozen=True)
 class RoundSection:
-    """One of several rounds: the sizes to cut to, and how the result is distilled.
+    """One of several rounds of pruning and distillation. Its entries are added to the recipe's or replace them.
 
     Attributes:
-        prune: fields of `PrunerConfig`, on top of the recipe's. Fractions are of the student of the round before.
-        scores: arguments of `estimate_importance`, likewise.
-        distill: fields of `DistillationConfig`, likewise. By default each round reads the corpus in another order.
-        teacher: the teacher of the round: `"original"`, the recipe's teacher (corrected where the recipe says so),
-            or `"previous"`, the student of the round before.
+        prune: fields of `PrunerConfig`. Fractions refer to the student of the previous round.
+        scores: arguments of `estimate_importance`.
+        distill: fields of `DistillationConfig`. By default, each round reads the corpus in another order.
+        teacher: teacher of the round. `"original"` is the recipe's teacher, after its correction if the recipe has
+            one; `"previous"` is the student of the previous round.
     """
 
     prune: dict[str, Any]
@@ -198,18 +198,19 @@ class Recipe:
         data: the corpora.
         output_dir: the run folder.
         prune: fields of `PrunerConfig`.
-        search: arguments of `search_architectures`: `space`, a budget, …; the sizes that it finds join `prune`'s. It
-            distils as `distill` says, but briefly and at a constant learning rate. None: no search.
-        rounds: prune and distil in several rounds, from large to small; empty: one round.
-        verify: compare the pruned student with the masked teacher before it is trained (`verify_student`); both are
-            loaded into memory.
+        search: arguments of `search_architectures`, such as `space` and a budget. The sizes that it finds are added to
+            `prune`. It uses the settings of `distill`, but trains briefly and at a constant learning rate. None: no
+            search.
+        rounds: several rounds of pruning and distillation, from large to small; empty: one round.
+        verify: compare the pruned student with the masked teacher before training (`verify_student`). This loads both
+            into memory.
         scores: arguments of `estimate_importance`.
-        teacher_correction: fine-tune the teacher on the corpus before distillation; None: do not.
+        teacher_correction: fine-tune the teacher on the corpus before distillation; None: no correction.
         teacher_cache: precomputed top-k teacher logits on disk; None: the teacher runs during distillation.
-        distill: fields of `DistillationConfig`, beyond `DISTILL_DEFAULTS`.
-        lora: fields of `peft.LoraConfig`; None trains all weights. The adapter is merged into the student.
-        controls: names from `CONTROLS`, trained like the student.
-        distributed: several processes for the stages that train; None: this one. The results do not depend on it.
+        distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
+        lora: fields of `peft.LoraConfig`; the adapter is merged into the student. None: train all weights.
+        controls: controls to train with the student's settings: `random_pruning`, `random_init`, `cross_entropy`.
+        distributed: several processes for the stages that train; None: one process. The results do not depend on it.
         evaluate: the final measurement.
         publish: the Hub repository; None: nothing is uploaded.
     """
@@ -262,7 +263,7 @@ class Recipe:
             overrides: `"section.key=value"`, the value in YAML; applied in order.
 
         Raises:
-            DataError: if the file is missing or no valid recipe.
+            DataError: if the file is missing or not a valid recipe.
         """
         try:
             values = read_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -277,11 +278,11 @@ class Recipe:
         return cls.from_dict(apply_overrides(values, overrides or []))
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, every default written out."""
+        """The recipe as YAML, with all defaults."""
         return write_yaml(asdict(self))
 
     def to_public_yaml(self) -> str:
-        """The publishable recipe: paths reduced to their last part, and only the text that `PUBLIC_TEXT` lists."""
+        """The recipe for publication: paths are reduced to their last part; only text of listed settings is kept."""
         return write_yaml(public_settings(asdict(self)))
 
     def in_round(self, number: int) -> Recipe:
@@ -294,7 +295,7 @@ class Recipe:
         folder = Path(self.output_dir) / ROUNDS_DIR
         distill = {**self.distill, **one.distill}
         if number > 1:
-            # The same order would show a round that reads a part of the corpus what the one before has read.
+            # With the same order, a round that reads a part of the corpus would read the part of the previous round.
             distill = {"data_seed": int(distill.get("seed", 42)) + number - 1, **distill}
         return replace(
             self,
