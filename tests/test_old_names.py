@@ -11,6 +11,8 @@ from minitron_hf.families import families
 from minitron_hf.families.base import decoder
 from minitron_hf.families.rules import ConfigRules, StreamRules
 from minitron_hf.families.spec import Wrapper
+from minitron_hf.pruning.candidates import Candidate
+from minitron_hf.recipe.settings import require_search
 from minitron_hf.sizes.request import PrunerConfig
 
 
@@ -46,3 +48,14 @@ def test_old_fields_of_family_tables():
         assert ConfigRules(widened=()) == ConfigRules()
     with pytest.warns(DeprecationWarning, match="unpruned_prefixes"):
         assert Wrapper("a", prefix="b.", opaque=("c.",)).unpruned_prefixes == ("c.",)
+
+
+def test_old_names_of_searches():
+    with pytest.warns(DeprecationWarning, match="pruned_kl"):
+        candidate = Candidate(PrunerConfig(hidden_size=8), 9, proxy={"value": 1.0, "stderr": 0.1})
+    with pytest.warns(DeprecationWarning, match="kl_above_best"):
+        assert candidate.behind is None
+    assert Candidate.from_dict(candidate.to_dict()) == candidate
+    with pytest.warns(DeprecationWarning, match="num_pruned"), pytest.raises(TypeError, match="missing"):
+        minitron_hf.search_architectures(num_proxied=2)
+    require_search({"space": {"hidden_size": [8]}, "max_parameters": 9, "num_proxied": 2}, "search.")

@@ -1,4 +1,4 @@
-"""Architecture search: the proxy and its comparison in pairs against naive ones, halving, budgets, going on."""
+"""Architecture search: KL before retraining against a naive one, paired comparison, halving, budgets, resuming."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def naive_error(differences):
     return mean.item(), (n * variance).sqrt().item() / counts.sum().item()
 
 
-def test_the_proxy_ranks_by_the_divergence_of_pruned_students(find, teacher, scores):
+def test_pruned_shapes_rank_by_the_divergence_of_pruned_students(find, teacher, scores):
     found = find()
     assert len(found.candidates) == found.num_shapes == 4
     naive = {}
@@ -145,7 +145,7 @@ def test_the_proxy_ranks_by_the_divergence_of_pruned_students(find, teacher, sco
         assert candidate.num_parameters == count_parameters(student)
         naive[candidate.name] = naive_kl(teacher, student, ROWS)
         mean, error = naive_error(naive[candidate.name])
-        assert candidate.proxy == {
+        assert candidate.pruned_kl == {
             "value": pytest.approx(mean, rel=1e-4),
             "stderr": pytest.approx(error, rel=1e-4),
         }
@@ -153,12 +153,12 @@ def test_the_proxy_ranks_by_the_divergence_of_pruned_students(find, teacher, sco
     assert [candidate.name for candidate in found.candidates] == sorted(means, key=means.__getitem__)
     best, *others = found.candidates
     assert found.best == best.request
-    assert best.behind is None
+    assert best.kl_above_best is None
     for candidate in others:
         paired = [one - other for one, other in zip(naive[candidate.name], naive[best.name], strict=True)]
         mean, error = naive_error(paired)
-        assert candidate.behind["value"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
-        assert candidate.behind["stderr"] == pytest.approx(error, rel=1e-3)
+        assert candidate.kl_above_best["value"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+        assert candidate.kl_above_best["stderr"] == pytest.approx(error, rel=1e-3)
 
 
 def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_path):
@@ -170,10 +170,10 @@ def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_
     best, second, *_ = found.candidates
     assert [turn["num_tokens"] for turn in best.rounds] == [64, 128]
     assert best.kl == best.rounds[1]["kl"] < second.kl
-    assert best.behind is None
-    assert second.behind["value"] == pytest.approx(second.kl - best.kl, rel=1e-4)
+    assert best.kl_above_best is None
+    assert second.kl_above_best["value"] == pytest.approx(second.kl - best.kl, rel=1e-4)
     for candidate in found.candidates[2:]:
-        assert candidate.behind["value"] == pytest.approx(candidate.kl - best.rounds[0]["kl"], rel=1e-4)
+        assert candidate.kl_above_best["value"] == pytest.approx(candidate.kl - best.rounds[0]["kl"], rel=1e-4)
     assert best.decode_tokens_per_second > 0
     assert not (tmp_path / "search" / "candidates").exists()
 
@@ -293,7 +293,7 @@ def test_a_recipe_that_keeps_its_teacher_elsewhere_searches_with_it_at_hand():
 
 
 def test_more_shapes_than_are_to_be_measured_are_chosen_to_differ(find):
-    found = find(space={"intermediate_size": [0.25, 0.5, 0.75, 1.0], "num_hidden_layers": [3, 4, 5]}, num_proxied=4)
+    found = find(space={"intermediate_size": [0.25, 0.5, 0.75, 1.0], "num_hidden_layers": [3, 4, 5]}, num_pruned=4)
     assert found.num_shapes == 12
     assert len(found.candidates) == 4
     assert len({(one.request.intermediate_size, one.request.num_hidden_layers) for one in found.candidates}) == 4

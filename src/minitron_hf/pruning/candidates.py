@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import TokenRows, padded_batches
+from ..errors import accept_old_names
 from ..evaluation.quality import mean_and_error
 from ..formats import read_artefact
 from ..losses.fused import distillation_loss
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 SEARCH_NAME = "search.json"
 
 
+#: Keys of `search.json` whose fields have another name.
+FIELD_OF_KEY = {"proxy": "pruned_kl", "behind": "kl_above_best"}
+
+
+@accept_old_names(proxy="pruned_kl", behind="kl_above_best")
 @dataclass
 class Candidate:
     """One shape, and its measurements.
@@ -40,20 +46,20 @@ class Candidate:
     Attributes:
         request: its sizes.
         num_parameters: exact.
-        proxy: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
+        pruned_kl: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
         rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
             held-out text.
-        behind: `value` and `stderr` of its KL minus the KL of the best candidate, paired on the same rows, after the
-            last round that both took part in; None for the best.
+        kl_above_best: `value` and `stderr` of its KL minus the KL of the best candidate, paired on the same rows,
+            after the last round that both took part in; None for the best.
         prefill_tokens_per_second, decode_tokens_per_second: median speed, of the shapes that were retrained.
-        row_sums: nats of every row: of the proxy, then of every round.
+        row_sums: nats of every row: before any retraining, then of every round.
     """
 
     request: PrunerConfig
     num_parameters: int
-    proxy: dict[str, float] | None = None
+    pruned_kl: dict[str, float] | None = None
     rounds: list[dict[str, float]] = field(default_factory=list)
-    behind: dict[str, float] | None = None
+    kl_above_best: dict[str, float] | None = None
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     row_sums: list[list[float]] = field(default_factory=list, repr=False)
@@ -68,12 +74,12 @@ class Candidate:
         """The last KL that was measured."""
         if self.rounds:
             return self.rounds[-1]["kl"]
-        return self.proxy_kl
+        return self.pruned_kl_or_infinity
 
     @property
-    def proxy_kl(self) -> float:
-        """KL before any retraining."""
-        return math.inf if self.proxy is None else self.proxy["value"]
+    def pruned_kl_or_infinity(self) -> float:
+        """KL before any retraining; infinite where it was not measured."""
+        return math.inf if self.pruned_kl is None else self.pruned_kl["value"]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -81,15 +87,15 @@ class Candidate:
             "name": self.name,
             "request": {k: v for k, v in self.request.to_dict().items() if v is not None},
             "num_parameters": self.num_parameters,
-            "proxy": self.proxy,
+            "proxy": self.pruned_kl,
             "rounds": self.rounds,
-            "behind": self.behind,
+            "behind": self.kl_above_best,
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "row_sums": self.row_sums,
         }
 
-    def proxy_dict(self) -> dict[str, Any]:
+    def pruned_dict(self) -> dict[str, Any]:
         """The measurements before any retraining, JSON-ready."""
         names = ("name", "request", "num_parameters", "proxy", "behind")
         return {name: value for name, value in self.to_dict().items() if name in names}
@@ -97,7 +103,7 @@ class Candidate:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
         """The reverse of `to_dict`."""
-        known = {key: value for key, value in values.items() if key not in ("name", "request")}
+        known = {FIELD_OF_KEY.get(k, k): value for k, value in values.items() if k not in ("name", "request")}
         return cls(request=PrunerConfig.from_dict(values["request"]), **known)
 
 

@@ -205,13 +205,13 @@ def plan_for_target(
         raise PlanError(
             f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
         )
-    best, *others = sorted(candidates, key=lambda candidate: candidate.proxy_kl)
+    best, *others = sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)
     for other in others:
-        other.behind = paired_gap(other, best, rows)
+        other.kl_above_best = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores)
     return replace(
         plan,
-        candidates=tuple(candidate.proxy_dict() for candidate in (best, *others)),
+        candidates=tuple(candidate.pruned_dict() for candidate in (best, *others)),
         notes=(*plan.notes, _choice_note(request.target_parameters, best, others)),
     )
 
@@ -244,22 +244,22 @@ def _measure_shapes(
             refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
             continue
         student = apply_plan(model, plan)
-        candidate.proxy = divergence(student, candidate)
+        candidate.pruned_kl = divergence(student, candidate)
         candidates.append(candidate)
         del student
     return candidates, refusals
 
 
 def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) -> str:
-    assert best.proxy is not None
+    assert best.pruned_kl is not None
     note = (
         f"Sizes for target_parameters={target:,}: {best.name} ({best.num_parameters:,} parameters), KL "
-        f"{best.proxy['value']:.3f} ± {best.proxy['stderr']:.3f} before retraining, the lowest of "
+        f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, the lowest of "
         f"{len(others) + 1} measured"
     )
-    if not others or others[0].behind is None:
+    if not others or others[0].kl_above_best is None:
         return f"{note}."
-    gap = others[0].behind
+    gap = others[0].kl_above_best
     return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 
 

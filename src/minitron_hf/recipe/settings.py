@@ -42,7 +42,8 @@ def search_hints() -> dict[str, Any]:
     from ..search.architectures import search_architectures
 
     own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
-    return hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
+    hints = hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
+    return {**hints, "num_proxied": hints["num_pruned"]}  # its old name, for one release
 
 
 def require_search(values: Mapping[str, Any], prefix: str) -> None:

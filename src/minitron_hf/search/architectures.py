@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import DataSource, TokenRows, token_rows
-from ..errors import PlanError
+from ..errors import PlanError, accept_old_names
 from ..evaluation.speed import measure_speed
 from ..files import digest
 from ..locks import with_locked_folder
@@ -62,6 +62,7 @@ class SearchResult:
         return self.candidates[0].request
 
 
+@accept_old_names(num_proxied="num_pruned")
 @with_locked_folder("output_dir")
 def search_architectures(
     model: PreTrainedModel,
@@ -78,7 +79,7 @@ def search_architectures(
     eval_data: DataSource | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     output_dir: str | os.PathLike[str] | None = None,
-    num_proxied: int = 32,
+    num_pruned: int = 32,
     num_candidates: int = 8,
     num_rounds: int = 3,
     num_tokens: int = 1_000_000,
@@ -109,7 +110,7 @@ def search_architectures(
             calibration data.
         processing_class: tokenizer of texts.
         output_dir: folder for results and unfinished students. A search with the same inputs resumes there.
-        num_proxied: number of shapes that are pruned and measured; a diverse selection, if there are more.
+        num_pruned: number of shapes that are pruned and measured; a diverse selection, if there are more.
         num_candidates: number of those that are distilled.
         num_rounds: number of rounds of distillation; each keeps the better half.
         num_tokens: number of tokens of the first round; each round doubles the total.
@@ -141,7 +142,7 @@ def search_architectures(
         "tolerance": tolerance,
         "base": None if base is None else base.to_dict(),
         "distillation": dict(distillation or {}),
-        "rounds": [num_proxied, num_candidates, num_rounds, num_tokens, max_length],
+        "rounds": [num_pruned, num_candidates, num_rounds, num_tokens, max_length],
         "distils": train_dataset is not None,
         "context_length": context_length,
     }
@@ -150,7 +151,7 @@ def search_architectures(
     shapes = shapes_within_budget(model, found.shapes, budget, tolerance, context_length, record)
     search = _Search(model, scores, record)
     with record.live():
-        search.measure_pruned(select_diverse(shapes, num_proxied), rows, found, budget)
+        search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budget)
         if train_dataset is not None:
             assert record.folder is not None
             training = {**(distillation or {}), "max_length": max_length}
@@ -202,7 +203,7 @@ class _Search:
         measure = Divergence(self.model, rows)
         for shape in shapes:
             candidate = self.record.candidate(shape)
-            if candidate.proxy is not None:
+            if candidate.pruned_kl is not None:
                 continue
             plan = self.plan(candidate)
             # Where layers are not alike, the number of parameters depends on which of them the scores keep.
@@ -212,7 +213,7 @@ class _Search:
                 found.refused[TOO_LARGE] = found.refused.get(TOO_LARGE, 0) + 1
                 continue
             student = apply_plan(self.model, plan)
-            candidate.proxy = measure(student, candidate)
+            candidate.pruned_kl = measure(student, candidate)
             del student
             gc.collect()
             self.record.save()
@@ -222,11 +223,11 @@ class _Search:
     def select(self, shapes: Sequence[Shape], number: int) -> list[Candidate]:
         """A diverse selection of the candidates with a low KL."""
         sizes = {shape.name: shape.sizes for shape in shapes}
-        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.proxy_kl)}
+        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.pruned_kl_or_infinity)}
         chosen = select_diverse(
             [Shape(one.request, sizes[name], one.num_parameters) for name, one in by_name.items()],
             number,
-            cost=lambda shape: by_name[shape.name].proxy_kl,
+            cost=lambda shape: by_name[shape.name].pruned_kl_or_infinity,
         )
         return [by_name[shape.name] for shape in chosen]
 
@@ -272,7 +273,7 @@ def _rank(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRows)
     ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.kl))
     for candidate in ranked:
         measured_on = held_out if candidate.rounds else rows
-        candidate.behind = None if candidate is ranked[0] else paired_gap(candidate, ranked[0], measured_on)
+        candidate.kl_above_best = None if candidate is ranked[0] else paired_gap(candidate, ranked[0], measured_on)
     return ranked
 
 

@@ -98,11 +98,13 @@ def candidate_table(candidates: Sequence[Candidate]) -> Table:
     retrained = any(candidate.rounds for candidate in candidates)
     for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.kl)):
         last = candidate.rounds[-1] if candidate.rounds else None
-        gap = candidate.behind if last or not retrained else None
+        gap = candidate.kl_above_best if last or not retrained else None
         made.add_row(
             candidate.name,
             f"{candidate.num_parameters:,}",
-            "–" if candidate.proxy is None else f"{candidate.proxy['value']:.3f} ± {candidate.proxy['stderr']:.3f}",
+            "–"
+            if candidate.pruned_kl is None
+            else f"{candidate.pruned_kl['value']:.3f} ± {candidate.pruned_kl['stderr']:.3f}",
             "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
             "–" if last is None else f"{last['num_tokens']:,}",
             "–" if gap is None else f"{gap['value']:.3f} ± {gap['stderr']:.3f}",
