@@ -83,11 +83,11 @@ def test_numbers_stand_beside_the_teacher(run_dir):
     assert measured["KV cache per token"] == ["2.00 KiB", "1.50 KiB (0.75×)", "–"]
     assert measured["Decode, tokens/s: median [quartiles]"] == ["200 [199–201]", "310 [307–311] (1.55×)", "–"]
     assert "0.250 nats per token above" in found["Limitations"]
-    assert "dropped and 0–3, 6, 7 kept" in found["What was kept"]
+    assert "dropped and 0–3, 6, 7 kept" in found["Kept units and layers"]
 
 
 def test_shapes_that_were_compared_are_listed_best_first(run_dir):
-    lines = sections(render_model_card(run_dir))["What was kept"].split("These shapes were compared")[1]
+    lines = sections(render_model_card(run_dir))["Kept units and layers"].split("These shapes were compared")[1]
     rows = table(lines)
     assert list(rows) == ["shape", *(f"intermediate_size={n}" for n in (160, 96, 128, 64))]
     assert rows["intermediate_size=160"] == ["420,000", "5.500 ± 0.100", "0.610 ± 0.020", "2,000", "–"]
@@ -375,9 +375,9 @@ def test_benchmarks_say_how_they_were_measured(run_dir):
     assert "| Task | Metric | Shots | Documents | Teacher | Student |" in shown
     assert "| piqa | acc | 5 | 1,838 | 0.610 ± 0.012 | 0.610 ± 0.012 |" in shown
     assert "| arc | acc | 5 | 100 of 1,838 |" in shown
-    assert "Measured with lm-evaluation-harness 0.4.13. The chat template was applied. Where documents" in shown
+    assert "Measured with lm-evaluation-harness 0.4.13. The chat template was applied. A value that" in shown
     found = {result.dataset_name: result for result in ModelCard(content).data.eval_results}
-    assert "arc" not in found, "a part of the documents compares with nothing"
+    assert "arc" not in found, "a value on a part of the documents cannot be compared"
     how = {"num_fewshot": 5, "num_documents": 1838, "task_version": 1.0, "harness_version": "0.4.13"}
     assert found["piqa"].dataset_args == how
 

@@ -37,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 #: Legal texts that go with the teacher's weights, as patterns of file names.
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-#: Names under which an owner adds a legal text; those that came from the teacher stand in `teacher.json`.
+#: Names under which an owner adds a legal text; the names of the teacher's legal texts are in `teacher.json`.
 _LEGAL_NAMES = {
     f"{stem}{end}" for stem in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")
 }
 
-#: The last line of what is written into a `README.md`; what stands below it is the owner's, and stays.
+#: Last line of a card in `README.md`. The text below it is the owner's and is kept.
 END_OF_CARD = "<!-- minitron-hf writes everything above this line anew; what you write below it stays. -->"
 
-#: Files that only a run, or one of its commands, leaves.
+#: Files that only a run or its commands write.
 _MADE_BY_A_RUN = ("pruning_plan", "distillation")
 
-#: What licences ask of a derived model beyond passing them on: start of the licence id or name → sentence.
+#: Further duties that a licence puts on derived models: start of the licence id or name → sentence.
 LICENCE_DUTIES = {
     "llama3": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
     "llama4": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
@@ -60,9 +60,8 @@ LICENCE_DUTIES = {
 def render_model_card(run_dir: str | os.PathLike[str]) -> str:
     """The model card of a run folder: YAML metadata and Markdown.
 
-    A pure function of the files in `run_dir` (and of this package's template): no clock, no network, no environment,
-    and not the name of the folder. A section whose file is missing is absent or says “not measured”. What the owner
-    wrote into `README.md` below `END_OF_CARD` is part of it.
+    The result depends only on the files in `run_dir` and on this package's template. A section whose file is missing
+    is absent or says “not measured”. Text below `END_OF_CARD` in an existing `README.md` is kept.
 
     Raises:
         OutputError: if the folder holds no student, or one that was neither pruned nor distilled here.
@@ -87,7 +86,7 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
     except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise MismatchError(
             f"The files in {run_dir} do not have the expected fields ({type(error).__name__}: {error}). They were "
-            "written by another version of this package: run their stages again."
+            "written by another version of this package. Run their stages again."
         ) from error
     return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{_text_below_card(run_dir / 'README.md') or ''}"
 
@@ -95,7 +94,7 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
 def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
     """Draw the plots whose inputs are in the run folder, render the card, and write it to `README.md`.
 
-    What the owner wrote below `END_OF_CARD` stays; a `README.md` without that line is kept beside the new one.
+    Text below `END_OF_CARD` is kept. A `README.md` without that line is renamed.
 
     Raises:
         OutputError: if the folder holds no student, or one that was neither pruned nor distilled here; or if it cannot
@@ -113,7 +112,7 @@ def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def _text_below_card(path: Path) -> str | None:
-    """What stands below `END_OF_CARD` in a card; None where there is no card that was written here."""
+    """The text below `END_OF_CARD` in a card; None if there is no card that this package wrote."""
     if not path.is_file() or is_outside_folder(path, path.parent):
         return None
     try:
@@ -134,14 +133,15 @@ def _keep_foreign_readme(path: Path) -> None:
     free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     path.rename(free)
     logger.warning(
-        "%s was not written by minitron-hf. It is now %s; what the card should keep belongs below its last line.",
+        "%s was not written by minitron-hf and was renamed to %s. Text that the card should keep belongs below its last "
+        "line.",
         path,
         free.name,
     )
 
 
 def _redact_recipe(path: Path) -> None:
-    """Write a recipe as it is published, wherever it came from."""
+    """Remove private values from a recipe."""
     import yaml
 
     if not path.is_file():
@@ -171,10 +171,10 @@ def legal_files(run_dir: Path) -> list[str]:
 
 
 def require_run(run_dir: Path) -> None:
-    """Refuse a folder with a model that nobody has pruned or distilled here.
+    """Refuse a folder whose model was neither pruned nor distilled by this package.
 
     Raises:
-        OutputError: naming the files that are looked for.
+        OutputError: naming the missing files.
     """
     if not any((run_dir / f"{name}.json").is_file() for name in _MADE_BY_A_RUN):
         raise OutputError(
@@ -263,7 +263,7 @@ def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What `teacher.json` says, or else the name in the plan, with a label and the Hub id if there is one."""
+    """The fields of `teacher.json`, or else the name in the plan; with a label, and the Hub id if there is one."""
     known = run["teacher"] or {}
     plan = run["pruning_plan"] or {}
     name = known.get("name_or_path") or (plan.get("teacher") or {}).get("name_or_path")
@@ -333,7 +333,7 @@ def _benchmarked(benchmarks: Mapping[str, Any]) -> str:
     versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
     if not versions:
         return ""
-    limited = " Where documents are given as a part of all, the value compares with no other."
+    limited = " A value that was measured on a part of the documents cannot be compared with other values."
     template = " The chat template was applied." if any(measured.get("chat_template") for measured in found) else ""
     return (
         f"Measured with lm-evaluation-harness {' and '.join(versions)}.{template}"
@@ -342,7 +342,7 @@ def _benchmarked(benchmarks: Mapping[str, Any]) -> str:
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last logged value of every evaluation number that says something about quality."""
+    """The last logged value of every quality metric of the evaluations."""
     last: dict[str, float] = {}
     for entry in history:
         for key in ("eval_loss", "eval_kl", "eval_agreement"):
@@ -388,7 +388,7 @@ def _digests(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a file name is one of those that shell patterns describe."""
+    """Whether a file name matches one of the shell patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -1,8 +1,8 @@
 """The YAML block of a model card, with the student's results as a model-index.
 
-Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. Those files need the id of a
-registered benchmark dataset, which `benchmarks.json` does not carry, and perplexity, KL or speed are no registered
-benchmarks; so nothing is written there and all results stand in the card and its model-index.
+Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. This module does not
+write them: they need the id of a registered benchmark dataset, which `benchmarks.json` does not have, and perplexity,
+KL and speed are not registered benchmarks. All results are in the card and its model-index.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[str, str, float, str]] = {
     "top1_agreement": ("Top-1 agreement with the teacher", "Top-1 agreement with the teacher", 100.0, " %"),
 }
 
-#: How a benchmark was measured, as far as it goes into the model-index.
+#: Settings of a benchmark that go into the model-index.
 BENCHMARK_ARGUMENTS = ("num_fewshot", "num_documents", "chat_template", "task_version", "harness_version")
 
 #: Ids that the Hub accepts for a dataset in a model-index.
@@ -120,12 +120,12 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def is_number(value: float | None) -> bool:
-    """Whether a value can be published: files hold null for what is not finite."""
+    """Whether a value is a finite number. Files hold null for other values."""
     return value is not None and math.isfinite(value)
 
 
 def is_limited(measured: Mapping[str, Any]) -> bool:
-    """Whether a benchmark was measured on a part of its documents: a number that compares with no other."""
+    """Whether a benchmark was measured on a part of its documents. Its value then cannot be compared with others."""
     count, whole = measured.get("num_documents"), measured.get("num_documents_in_task")
     return count is not None and whole is not None and count < whole
 

@@ -8,10 +8,10 @@ from typing import Any
 from . import markdown as md
 from .card_metadata import METRICS, benchmark_values, is_limited
 
-#: What is shown of every round of several.
+#: Metrics in the table of rounds.
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
 
-#: Titles of the axes in tables; an axis that is not named here stands under its own name.
+#: Titles of the axes in tables. Other axes are shown under their own names.
 AXIS_TITLES = {
     "layers": "Layers",
     "hidden": "Hidden size",
@@ -29,7 +29,7 @@ def _round_table(run: Mapping[str, Any]) -> list[list[str]] | None:
         return None
     models = (run["evaluation"] or {}).get("models") or {}
     rounds = [*run["rounds"], {"pruning_plan": run["pruning_plan"], "distillation": run["distillation"] or {}}]
-    rows = [["Round", "Cut", "Parameters", "Tokens", *(METRICS[key][0] for key in ROUND_METRICS)]]
+    rows = [["Round", "Pruned sizes", "Parameters", "Tokens", *(METRICS[key][0] for key in ROUND_METRICS)]]
 
     def measured(name: str) -> list[str]:
         found = (models.get(name) or {}).get("metrics") or {}
@@ -67,7 +67,7 @@ def _depth_table(plan: Mapping[str, Any], most: int = 12) -> list[list[str]] | N
 
 
 def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> list[list[str]] | None:
-    """The shapes that were compared, best first."""
+    """The compared shapes, best first."""
     if not candidates:
         return None
     retrained = any(one.get("rounds") for one in candidates)
@@ -88,7 +88,7 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
                 md.count(one["num_parameters"]),
                 _uncertain(**one["proxy"]) if one["proxy"] else "–",
                 *(distilled if retrained else []),
-                # Before retraining it says little of one after, and next to others' it would be read so.
+                # A difference before retraining must not be read as one after retraining.
                 _uncertain(**one["behind"]) if one["behind"] and (last or not retrained) else "–",
             ]
         )
