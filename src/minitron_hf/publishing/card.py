@@ -133,8 +133,8 @@ def _keep_foreign_readme(path: Path) -> None:
     free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     path.rename(free)
     logger.warning(
-        "%s was not written by minitron-hf and was renamed to %s. Text that the card should keep belongs below its last "
-        "line.",
+        "%s was not written by minitron-hf and was renamed to %s. Put text that the card should keep below the card's "
+        "last line.",
         path,
         free.name,
     )
