@@ -13,7 +13,7 @@ from minitron_hf.errors import PlanError
 from minitron_hf.models import count_parameters
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
-from minitron_hf.pruning.prune import plan_for_target, prune_model
+from minitron_hf.pruning.prune import plan_for_target, prune_model, prune_with_plan
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -35,10 +35,10 @@ def scores(teacher):
 
 
 @torch.no_grad()
-def naive_kl(teacher, student):
+def naive_kl(teacher, student, rows=ROWS):
     """Mean over all predicted tokens, from whole logits, one row at a time."""
     found = []
-    for row in ROWS.rows:
+    for row in rows.rows:
         log_p, log_q = (
             model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1) for model in (teacher, student)
         )
@@ -123,6 +123,20 @@ def test_the_shape_of_the_lowest_divergence_is_chosen_and_all_are_noted(teacher,
     plan.save_pretrained(tmp_path)
     assert PruningPlan.from_pretrained(tmp_path).candidates == plan.candidates
     assert json.loads((tmp_path / "pruning_plan.json").read_text())["candidates"][0]["name"] == best["name"]
+
+
+def test_shapes_are_compared_as_they_will_be_repaired(teacher, scores):
+    """Repaired on every other row, measured on the rest."""
+    request = PrunerConfig(target_parameters=0.6, multiple_of=1, repair="least_squares")
+    plan = plan_for_target(teacher, request, scores, ROWS, max_length=16, tolerance=0.1)
+    measured, seen = ROWS.select([0, 2]), ROWS.select([1, 3])
+    for one in plan.candidates:
+        own = make_plan(teacher, PrunerConfig.from_dict(one["request"]), scores)
+        assert own.repair == "least_squares"
+        naive = naive_kl(teacher, prune_with_plan(teacher, own, seen), measured)
+        assert one["proxy"]["value"] == pytest.approx(naive, rel=1e-4)
+    with pytest.raises(PlanError, match="two rows"):
+        plan_for_target(teacher, request, scores, ROWS.select([0]), max_length=16, tolerance=0.1)
 
 
 def test_prune_model_takes_a_target(teacher, caplog):

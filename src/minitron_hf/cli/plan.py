@@ -87,8 +87,20 @@ def plan(
                 "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
                 "Use `minitron-hf recommend` instead."
             )
-        own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, train_data, eval_data, output, set_)
-        recommendation(teacher, target, tokens, *own, overwrite)
+        recommendation(
+            teacher,
+            target,
+            tokens,
+            goal=goal or "quality",
+            rounds=rounds,
+            own_corpus=own_corpus,
+            teacher_learning_rate=teacher_learning_rate,
+            train_data=train_data,
+            eval_data=eval_data,
+            output=output,
+            set_=set_,
+            overwrite=overwrite,
+        )
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")

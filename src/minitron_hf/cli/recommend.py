@@ -1,9 +1,9 @@
-"""`minitron-hf recommend`: recommends shapes and settings from the papers for a teacher, a target and a budget."""
+"""`minitron-hf recommend`: recommends shapes and settings for a teacher, a target and a number of tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -13,7 +13,7 @@ from .printing import _print_recommendation, _say
 
 
 def recommend(
-    teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder. Only its config is read, unless --measure.")],
     target: Annotated[str, typer.Option(metavar="NUMBER|FRACTION", help="Parameters to keep, such as 4.5B or 0.5.")],
     tokens: Annotated[
         Optional[str],  # noqa: UP045
@@ -24,7 +24,7 @@ def recommend(
     goal: Annotated[str, typer.Option(help="quality or latency.")] = "quality",
     rounds: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Number of prune-and-distil rounds (default: each removes a third at most)."),
+        typer.Option(help="Number of prune-and-distil rounds (default: by target and tokens)."),
     ] = None,
     own_corpus: Annotated[
         bool, typer.Option("--own-corpus", help="The corpus is the one that the teacher was trained on.")
@@ -33,13 +33,19 @@ def recommend(
         Optional[float],  # noqa: UP045
         typer.Option(help="Peak learning rate of the teacher's training, for teacher correction."),
     ] = None,
-    train_data: Annotated[Optional[str], typer.Option(help="The recipe's corpus.")] = None,  # noqa: UP045
+    train_data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The recipe's corpus. A local one decides the length of the rows."),
+    ] = None,
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the teacher, and compare shapes on --train-data before retraining.")
+    ] = False,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Recipe file to write.")] = None,  # noqa: UP045
     set_: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Print what the papers recommend for this teacher, with reasons and sources.
+    """Print how to prune this teacher and distil the student on so many tokens, with reasons and sources.
 
     With --output, --train-data and --eval-data, also write a recipe; --set changes its entries.
     """
@@ -48,11 +54,16 @@ def recommend(
     from ..recipe.recommendations import recommend as decide
 
     if output is not None and (train_data is None or eval_data is None):
-        raise DataError("A recipe needs its corpora: give --train-data and --eval-data with --output.")
-    if output is None and (set_ or train_data or eval_data):
-        raise DataError("--set, --train-data and --eval-data are entries of the recipe. Give its file with --output.")
+        raise DataError("A recipe names its corpora: --output needs --train-data and --eval-data.")
+    if output is None and (set_ or eval_data):
+        raise DataError("--set and --eval-data are entries of the recipe: --output names its file.")
+    if measure and train_data is None:
+        raise DataError("--measure compares shapes on text: it needs --train-data.")
     if output is not None:
         _require_free(output.parent, [output.name], overwrite)
+    given: dict[str, Any] = {} if train_data is None else _measures(teacher, train_data, measure)
+    if tokens is not None:
+        given["tokens"] = _number("tokens", tokens)
     made = decide(
         load_config(teacher),
         _number("target", target),
@@ -60,7 +71,7 @@ def recommend(
         rounds=rounds,
         own_corpus=own_corpus,
         teacher_learning_rate=teacher_learning_rate,
-        **({} if tokens is None else {"tokens": _number("tokens", tokens)}),
+        **given,
     )
     _print_recommendation(teacher, made)
     if output is None:
@@ -71,3 +82,23 @@ def recommend(
     with replacing_file(output) as temporary:
         temporary.write_text(made.to_yaml(recipe), encoding="utf-8")
     _say(f"Wrote {output}")
+
+
+def _measures(teacher: str, train_data: str, measure: bool) -> dict[str, Any]:
+    """The arguments of `recommend` that a corpus gives: its lengths if it is a local one, and how to measure on it."""
+    from ..data import load_text_dataset
+    from ..data.loading import local_dataset
+    from ..errors import MinitronError
+    from ..models import load_tokenizer
+    from ..recipe.measuring import measure_corpus, measure_on_text
+
+    if not measure:  # the corpus, or the tokenizer, may be on another machine
+        try:
+            local = local_dataset(train_data) is not None
+            return {"corpus": measure_corpus(train_data, load_tokenizer(teacher))} if local else {}
+        except MinitronError as error:
+            _say(f"Note: the lengths of the documents are not known here: {error}")
+            return {}
+    tokenizer = load_tokenizer(teacher)
+    corpus = measure_corpus(train_data, tokenizer)
+    return {"corpus": corpus, "measure": measure_on_text(teacher, load_text_dataset(train_data), tokenizer)}

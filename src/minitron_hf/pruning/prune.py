@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import DataSource, token_rows, tokenize_once
+from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..errors import PlanError
 from ..models import (
     count_parameters,
@@ -171,8 +171,8 @@ def plan_for_target(
     """Choose the sizes for `request.target_parameters` by the KL before retraining, and plan them.
 
     Shapes that meet the target (`shapes_near_target`) are cut one after another and compared with the teacher before
-    any retraining, on the same tokens, without a repair. The lowest KL wins. Ranks before retraining can deceive:
-    `search_architectures` retrains the best.
+    any retraining, on the same tokens. With `request.repair` they are repaired first, on other rows than those that
+    measure. The lowest KL wins. Ranks before retraining can deceive: `search_architectures` retrains the best.
 
     Args:
         model: the teacher; not changed.
@@ -196,11 +196,14 @@ def plan_for_target(
         raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
-    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
+    both = 2 * num_rows if request.repair else num_rows
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=both)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
+    rows, repair_rows = _split_rows(rows) if request.repair else (rows, None)
     total = count_parameters(model)
     limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
-    candidates, refusals = _measure_shapes(model, shapes, scores, Divergence(model, rows), limit)
+    divergence = Divergence(model, rows)
+    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, repair_rows=repair_rows)
     if not candidates:
         raise PlanError(
             f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
@@ -216,10 +219,27 @@ def plan_for_target(
     )
 
 
-def _measure_shapes(
-    model: PreTrainedModel, shapes: Sequence[Shape], scores: ImportanceScores, divergence: Divergence, limit: float
+def _split_rows(rows: TokenRows) -> tuple[TokenRows, TokenRows]:
+    """Every other row to measure on, and the rest to repair on.
+
+    Raises:
+        PlanError: if there is a single row.
+    """
+    if len(rows) < 2:
+        raise PlanError("repair with target_parameters needs two rows of calibration data or more. Pass more text.")
+    return rows.select(list(range(0, len(rows), 2))), rows.select(list(range(1, len(rows), 2)))
+
+
+def measure_shapes(
+    model: PreTrainedModel,
+    shapes: Sequence[Shape],
+    scores: ImportanceScores,
+    divergence: Divergence,
+    limit: float,
+    *,
+    repair_rows: TokenRows | None = None,
 ) -> tuple[list[Candidate], list[str]]:
-    """Prune a model to each of some shapes, without a repair, and measure the students.
+    """Prune a model to each of some shapes, and measure the students before retraining.
 
     Args:
         model: the teacher.
@@ -227,6 +247,7 @@ def _measure_shapes(
         scores: importance of the teacher's units.
         divergence: from the teacher.
         limit: the most parameters that a student may have.
+        repair_rows: rows for the repairs that the shapes ask for; None measures them without.
 
     Returns:
         The measured candidates, and why other shapes cannot be cut.
@@ -235,7 +256,8 @@ def _measure_shapes(
     refusals: list[str] = []
     for shape in shapes:
         try:
-            plan = make_plan(model, replace(shape.request, repair=None), scores)
+            request = shape.request if repair_rows is not None else replace(shape.request, repair=None)
+            plan = make_plan(model, request, scores)
         except PlanError as error:
             refusals.append(str(error))
             continue
@@ -243,7 +265,7 @@ def _measure_shapes(
         if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
             refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
             continue
-        student = apply_plan(model, plan)
+        student = prune_with_plan(model, plan, repair_rows)
         candidate.pruned_kl = divergence(student, candidate)
         candidates.append(candidate)
         del student

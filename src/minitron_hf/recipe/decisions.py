@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..families import ArchSpec, text_config
+from ..families import ArchSpec
+from ..scoring.calibration import default_max_length
 from ..sizes.resolve import repaired_axes
 from ..sizes.shapes import Shape
+from .schedules import Corpus, Schedule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,18 +24,16 @@ SOURCES: Mapping[str, str] = {
     PRUNING_PAPER: "Compact Language Models via Pruning and Knowledge Distillation, arXiv 2407.14679",
     MINITRON_PAPER: "LLM Pruning and Distillation in Practice: The Minitron Approach, arXiv 2408.11796",
     MODEL_OPTIMIZER: "examples/pruning/README.md",
-    MEASURED_HERE: "minitron-hf, benchmarks/results/*-repair.json; beyond the papers",
+    MEASURED_HERE: "minitron-hf, beyond the papers",
 }
 #: From this share of dropped layers on, states and embeddings are compared too.
 MUCH_DEPTH = 1 / 4
 #: The largest teacher that width was compared with depth on, Nemotron-4 15B.
 LARGEST_MEASURED = 16e9
-#: P2 is Sreenivas et al. 2024: how the students of Llama-3.1-8B were trained.
-P2_TOKENS, P2_ROWS, P2_LENGTH = 94e9, 1152, 8192
-P2_STEPS = P2_TOKENS / (P2_ROWS * P2_LENGTH)
-P2_WARMUP, P2_CORRECTION_TOKENS = 40, 100e9
-#: Fewer rows make a step too noisy for the learning rate of Sreenivas et al.
-LEAST_ROWS = 8
+#: Tokens of teacher correction (Sreenivas et al. 2024, §2.1).
+CORRECTION_TOKENS = 100e9
+#: Fewer tokens than this do not rank shapes by brief retraining.
+RANKING_TOKENS = 1e6
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,16 @@ class Decision:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-IMPORTANCE = Decision(
-    "importance",
-    "activations, one forward pass, (L2, mean), 1,024 rows without padding",
-    "The norm over rows of the mean over tokens ranks best or second. Scoring again while cutting gains nothing after "
-    "retraining.",
-    f"{PRUNING_PAPER}, practices 2 and 3, table 13",
-    {
-        "scores.metric": "activation",
-        "scores.batch_reduction": "l2",
-        "scores.sequence_reduction": "mean",
-        "scores.num_samples": 1024,
-        "scores.packing": True,
-    },
-)
+#: Rows of calibration data: of Muralidharan et al. 2024, §2.2, and the fewest for short budgets.
+PAPER_CALIBRATION, LEAST_CALIBRATION = 1024, 64
+#: Tokens of calibration data, as a share of the tokens to distil on.
+CALIBRATION_SHARE = 0.05
 LAYERS = Decision(
     "layers",
     "one contiguous block, first and last layer kept, by perplexity without it",
     "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, before and "
     "after retraining.",
-    f"{MINITRON_PAPER}; {PRUNING_PAPER}, practice 2",
+    f"{MINITRON_PAPER}, depth pruning; {PRUNING_PAPER}, practice 2",
     {
         "prune.contiguous": True,
         "prune.keep_first_layers": 1,
@@ -96,6 +86,10 @@ LOSS = Decision(
 )
 
 
+#: Measurements of the repair.
+_REPAIR_FILES = "benchmarks/results/*-repair.json"
+
+
 def teacher_decision(total: int, parameters: int) -> Decision:
     """Which model to start from.
 
@@ -111,43 +105,76 @@ def teacher_decision(total: int, parameters: int) -> Decision:
     )
 
 
+def _importance(config: PretrainedConfig, plan: Schedule, tokens: float) -> Decision:
+    """How to score units; on fewer rows where the budget is short."""
+    length = min(default_max_length(config), plan.length)
+    fitting = round(CALIBRATION_SHARE * tokens / length)
+    rows = max(LEAST_CALIBRATION, min(PAPER_CALIBRATION, fitting))
+    shorter = {} if length == default_max_length(config) else {"scores.max_length": length}
+    reason = (
+        "The norm over rows of the mean over tokens ranks best or second. Scoring again while cutting gains nothing "
+        "after retraining."
+    )
+    if rows < PAPER_CALIBRATION:
+        reason += f" The papers took 1,024 rows; here they would be more than {CALIBRATION_SHARE:.0%} of the tokens."
+    return Decision(
+        "importance",
+        f"activations, one forward pass, (L2, mean), {rows:,} rows without padding",
+        reason,
+        f"{PRUNING_PAPER}, practices 2 and 3, table 13",
+        {
+            "scores.metric": "activation",
+            "scores.batch_reduction": "l2",
+            "scores.sequence_reduction": "mean",
+            "scores.num_samples": rows,
+            **shorter,
+            "scores.packing": True,
+        },
+    )
+
+
 def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
     """One decision where neurons or heads are cut."""
     try:
         if not repaired_axes(spec, spec.sizes(config), last.sizes):
             return []
     except PlanError as error:
-        return [Decision("repair", "none", str(error), MEASURED_HERE)]
+        return [Decision("repair", "none", str(error), f"{MEASURED_HERE}, {_REPAIR_FILES}")]
     return [
         Decision(
             "repair",
             "output projections refitted to what is kept, by least squares",
             "Better than cutting alone in every case of three small models, before distillation and after it, for one "
             "more forward pass; adding dropped heads to kept ones, as Muralidharan et al. do, was worse in all.",
-            MEASURED_HERE,
+            f"{MEASURED_HERE}, {_REPAIR_FILES}",
             {"prune.repair": "least_squares"},
         )
     ]
 
 
-def _search(candidates: Sequence[Shape], tokens: float) -> Decision:
-    others = candidates[1:4]
+def _search(others: Sequence[Shape], tokens: float) -> Decision:
+    """Which other shapes are worth a try."""
     if not others:
         return Decision(
             "search", "none", "No other shape meets the target by these axes.", f"{PRUNING_PAPER}, practice 9"
         )
-    return Decision(
-        "search",
-        "also try " + "; ".join(shape.name for shape in others),
+    value = "also try " + "; ".join(shape.name for shape in others[:3])
+    reason = (
         f"Ranks before retraining mislead: retrain each on about 2% of the tokens ({_short(tokens / 50)}; ranks "
-        "settle after some 300 steps) and keep the best.",
-        f"{PRUNING_PAPER}, practice 9",
+        "settle after some 300 steps) and keep the best."
     )
+    if tokens / 50 < RANKING_TOKENS:
+        reason = (
+            "Ranks settle after some 300 steps of retraining, for which this budget is too short: compare whole "
+            "runs, or the divergence before retraining (--measure)."
+        )
+    return Decision("search", value, reason, f"{PRUNING_PAPER}, §2.3 and practice 9")
 
 
 def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: Decision) -> Decision:
+    source = f"{MINITRON_PAPER}, §2.1"
     if own_corpus:
-        return Decision("teacher correction", "none", "The teacher was trained on this corpus.", MINITRON_PAPER)
+        return Decision("teacher correction", "none", "The teacher was trained on this corpus.", source)
     reason = (
         "The teacher was not trained on this corpus. Fine-tuning it there at a fifth of its peak learning rate lowers "
         "the student's loss by over 6%. Sreenivas et al. spent 100B tokens on that and 94B on the student; whether "
@@ -158,9 +185,9 @@ def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: D
             "teacher correction",
             "yes, once its peak learning rate is known",
             f"{reason} Give it as --teacher-learning-rate; without it the recipe has no correction.",
-            MINITRON_PAPER,
+            source,
         )
-    correction = min(round(tokens), round(P2_CORRECTION_TOKENS))
+    correction = min(round(tokens), round(CORRECTION_TOKENS))
     arguments = {
         name: schedule.settings[f"distill.{name}"]
         for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -169,7 +196,7 @@ def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: D
         "teacher correction",
         f"{_short(correction)} tokens at {rate / 5:g}",
         reason,
-        MINITRON_PAPER,
+        source,
         {
             "teacher_correction": {
                 "original_learning_rate": rate,
@@ -204,27 +231,31 @@ def _intermediate(share: float) -> Decision:
     )
 
 
-def _schedule(config: PretrainedConfig, tokens: float) -> Decision:
-    length = min(P2_LENGTH, getattr(text_config(config), "max_position_embeddings", None) or P2_LENGTH)
-    rows = min(P2_ROWS, max(LEAST_ROWS, round(tokens / (P2_STEPS * length))))
-    steps = max(1, round(tokens / (rows * length)))
-    warmup = min(P2_WARMUP, steps // 10)
+def _schedule(plan: Schedule, tokens: float, num_rounds: int, corpus: Corpus | None) -> Decision:
+    """How to train on a number of tokens in all rounds together."""
+    in_all = f", {num_rounds * plan.steps:,} in all" if num_rounds > 1 else ""
+    lengths = f"{plan.length_limit[0].upper()}{plan.length_limit[1:]} decides the length of a row"
+    if corpus is None:
+        lengths += "; the documents were not looked at"
+    elif (passes := tokens / corpus.num_tokens) > 1:
+        lengths += f"; the corpus has about {_short(corpus.num_tokens)} tokens and is read {passes:.1f} times"
     return Decision(
         "schedule",
-        f"{_short(tokens)} tokens a round: {steps:,} steps of {rows:,} × {length:,}, {warmup} of them warm-up, "
-        "rate 1e-4 → 1e-5, cosine",
-        "The schedule of Sreenivas et al. for Llama-3.1-8B (94B tokens, 1,152 × 8,192), with smaller steps where "
-        "there are fewer tokens. The rate decides what pruning is worth: try a few on a small model.",
-        MINITRON_PAPER,
+        f"{plan.steps:,} steps a round{in_all}, of {plan.rows:,} × {plan.length:,} tokens, {plan.warmup} of them "
+        "warm-up, rate 1e-4 → 1e-5, cosine",
+        "Steps and their size grow with the budget, from 4,096 tokens at 1M in all (short runs here) to 9.4M at 94B "
+        f"(Sreenivas et al., who took 40 steps of warm-up). {lengths}. The rate is the papers'; for short budgets it "
+        "is not measured yet on a real teacher: try 3e-4 too.",
+        f"{MINITRON_PAPER}, §3; {MEASURED_HERE}, benchmarks/real/experiments.yaml",
         {
-            "distill.max_length": length,
-            "distill.per_device_train_batch_size": 1,
-            "distill.gradient_accumulation_steps": rows,
-            "distill.max_steps": steps,
+            "distill.max_length": plan.length,
+            "distill.per_device_train_batch_size": plan.batch_size,
+            "distill.gradient_accumulation_steps": plan.accumulation,
+            "distill.max_steps": plan.steps,
             "distill.learning_rate": 1e-4,
             "distill.lr_scheduler_type": "cosine_with_min_lr",
             "distill.lr_scheduler_kwargs": {"min_lr": 1e-5},
-            "distill.warmup_steps": warmup,
+            "distill.warmup_steps": plan.warmup,
         },
     )
 

@@ -8,27 +8,24 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from ..families import PRUNER_FIELDS, spec_for
 from ..models import count_parameters
-from ..sizes.legality import reason_not_cuttable
-from ..sizes.shapes import TOLERANCE, Shape
-from ..sizes.targets import NEURONS, enumerate_depths, enumerate_widths, select_near_target
+from ..pruning.candidates import Candidate
+from ..sizes.shapes import Shape
 from .decisions import (
-    IMPORTANCE,
-    LARGEST_MEASURED,
     LAYERS,
     LOSS,
-    MINITRON_PAPER,
+    MEASURED_HERE,
     MODEL_OPTIMIZER,
-    P2_TOKENS,
     PRUNING_PAPER,
     Decision,
     _correction,
+    _importance,
     _intermediate,
     _repair,
     _schedule,
@@ -37,7 +34,9 @@ from .decisions import (
     teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
+from .schedules import LEAST_ROUND_STEPS, PAPER_TOKENS, Corpus, most_rounds, plan_schedule
 from .schema import Recipe
+from .shape_choice import Choice, choose_shape, cut_of, shape_decision, shapes_of_rounds, shapes_to_measure
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -110,22 +109,30 @@ def recommend(
     config: PretrainedConfig,
     target: float,
     *,
-    tokens: float = P2_TOKENS,
+    tokens: float = PAPER_TOKENS,
     goal: Goal = "quality",
     rounds: int | None = None,
     own_corpus: bool = False,
     teacher_learning_rate: float | None = None,
+    corpus: Corpus | None = None,
+    measure: Callable[[list[Shape]], list[Candidate]] | None = None,
 ) -> Recommendation:
-    """Recommend what the two Minitron papers would do with a teacher. Only its config is read; nothing is random.
+    """Recommend how to prune a teacher and how to distil the student on a number of tokens.
+
+    The recommendations rest on the two Minitron papers, and on measurements of this project where it says so. Only the
+    config is read, unless `measure` is given; nothing is random.
 
     Args:
         config: the teacher's config.
         target: parameters of the student, tied ones once; below 1: the fraction of the teacher's that stays.
         tokens: number of tokens to distil on, in all rounds together. Sreenivas et al. used 94 billion.
         goal: `"quality"`, the best student of its size, or `"latency"`, the fastest.
-        rounds: number of prune-and-distil rounds; None: as many as the target asks for.
+        rounds: number of prune-and-distil rounds; None: as many as target and tokens ask for.
         own_corpus: whether the teacher was trained on this corpus.
         teacher_learning_rate: peak learning rate of the teacher's training, which teacher correction needs.
+        corpus: lengths of the training corpus, which limit the length of a row; None if it is not at hand.
+        measure: measures shapes on text and returns them, best first (`measure_on_text`); None chooses by what was
+            measured elsewhere.
 
     Raises:
         PlanError: if an argument makes no sense, or the target is out of reach.
@@ -135,30 +142,46 @@ def recommend(
     parameters = _num_parameters(target, total)
     _require_arguments(tokens, goal, rounds, teacher_learning_rate)
     spec = spec_for(config)
-    by_depth, axes = _axes(spec, config, goal, total)
-    shapes, candidates = _candidates(config, parameters, by_depth)
+    choice = choose_shape(config, goal, tokens, total, parameters)
+    if measure is not None:
+        choice = _choose_by_measuring(config, choice, parameters, measure)
     share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
-    wanted = rounds or max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
-    students = _rounds(spec, config, shapes, candidates[0], total, wanted)
+    wanted = max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
+    number = rounds or min(wanted, most_rounds(tokens))
+    students = shapes_of_rounds(config, choice, total, number)
     depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in students)]
     dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
-    per_round = tokens / len(students)
-    schedule = _schedule(config, per_round)
-    decisions = (
-        teacher_decision(total, parameters),
-        axes,
-        _shape(spec, config, candidates[0], by_depth),
-        _round_decision(students, total, parameters, len(students) if rounds is None else rounds, rounds is not None),
-        IMPORTANCE,
-        *([LAYERS] if by_depth else []),
-        *_repair(spec, config, students[-1]),
-        _search(candidates, tokens),
-        _correction(own_corpus, teacher_learning_rate, per_round, schedule),
-        LOSS,
-        _intermediate(dropped),
-        schedule,
+    plan = plan_schedule(config, tokens, num_rounds=len(students), corpus=corpus)
+    schedule = _schedule(plan, tokens, len(students), corpus)
+    return Recommendation(
+        (
+            teacher_decision(total, parameters),
+            *choice.decisions,
+            _round_decision(students, total, parameters, _Rounds(wanted, number, rounds is not None, plan.steps)),
+            _importance(config, plan, tokens),
+            *([LAYERS] if dropped else []),
+            *_repair(spec, config, students[-1]),
+            _search(choice.candidates[1:], tokens),
+            _correction(own_corpus, teacher_learning_rate, tokens / len(students), schedule),
+            LOSS,
+            _intermediate(dropped),
+            schedule,
+        ),
+        students,
     )
-    return Recommendation(decisions, students)
+
+
+def _choose_by_measuring(
+    config: PretrainedConfig, choice: Choice, parameters: int, measure: Callable[[list[Shape]], list[Candidate]]
+) -> Choice:
+    """The choice with the shapes that were measured, best first, and a decision that says so."""
+    shapes = {shape.name: shape for shape in shapes_to_measure(config, choice, parameters)}
+    measured = measure(list(shapes.values()))
+    candidates = [shapes[one.name] for one in measured]
+    cut = cut_of(config, candidates[0])
+    return replace(
+        choice, cut=cut, candidates=candidates, decisions=(shape_decision(config, candidates[0], cut, measured),)
+    )
 
 
 def _num_parameters(target: float, total: int) -> int:
@@ -182,126 +205,65 @@ def _require_arguments(tokens: float, goal: str, rounds: int | None, teacher_lea
         raise PlanError(f"teacher_learning_rate={teacher_learning_rate!r}: expected a number above 0.")
 
 
-def _axes(spec: ArchSpec, config: PretrainedConfig, goal: Goal, total: int) -> tuple[bool, Decision]:
-    """Whether to cut depth rather than width."""
-    width = [name for name in ("hidden_size", *NEURONS) if not reason_not_cuttable(spec, config, name)]
-    no_depth = reason_not_cuttable(spec, config, "num_hidden_layers")
-    if not width and no_depth:
-        raise PlanError(f"Neither width nor depth of this '{spec.model_type}' model can be cut: {no_depth}")
-    by_depth = not width or (goal == "latency" and not no_depth)
-    if by_depth and goal == "latency":
-        reason = "At equal size fewer layers are faster: 2.7 times the teacher's speed, where width gives 1.8 times."
-    elif by_depth:
-        reason = f"Width would be better, but cannot be cut: {reason_not_cuttable(spec, config, 'hidden_size')}"
-    else:
-        reason = "At equal size width keeps more than depth (MMLU 60.5 against 58.7 at half of Llama-3.1-8B)."
-        if total > LARGEST_MEASURED:
-            reason += " That was measured up to 15B: try depth as well on a teacher of this size."
-        if goal == "latency":
-            reason = f"Depth would be faster, but cannot be cut: {no_depth}"
-    if "experts" in spec.axis:
-        reason += " Both papers measured dense models; all experts stay here."
-    return by_depth, Decision(
-        "axes",
-        "depth" if by_depth else "width before depth",
-        reason,
-        MINITRON_PAPER if by_depth else f"{PRUNING_PAPER}, practice 4; {MINITRON_PAPER}",
-    )
+@dataclass(frozen=True)
+class _Rounds:
+    """Numbers of rounds.
+
+    Attributes:
+        by_target: as many as the target asks for.
+        wanted: as many as were to be planned.
+        forced: whether the user gave the number.
+        steps: optimiser steps of each.
+    """
+
+    by_target: int
+    wanted: int
+    forced: bool
+    steps: int
 
 
-def _candidates(config: PretrainedConfig, parameters: int, by_depth: bool) -> tuple[list[Shape], list[Shape]]:
-    """All shapes considered, and those at the target, the best first."""
-    if by_depth:
-        shapes = enumerate_depths(config)
-        return shapes, select_near_target(shapes, parameters)[:1]
-    shapes, names = enumerate_widths(config, parameters)
-    before = spec_for(config).sizes(config)
-
-    def inequality(shape: Shape) -> float:
-        """How differently stream and neurons are cut."""
-        shares = [math.log(shape.sizes[axis] / before[axis]) for axis in map(PRUNER_FIELDS.__getitem__, names)]
-        return max(shares) - min(shares)
-
-    widest: dict[int, Shape] = {}
-    for shape in select_near_target(shapes, parameters):  # largest first
-        widest.setdefault(shape.sizes["hidden"], shape)
-    return shapes, sorted(widest.values(), key=inequality)
-
-
-def _rounds(
-    spec: ArchSpec, config: PretrainedConfig, shapes: Sequence[Shape], last: Shape, total: int, wanted: int
-) -> tuple[Shape, ...]:
-    """Students on the way to the last one, in equal ratios: every size between the round before and the last."""
-    steps: list[Shape] = []
-    sizes = spec.sizes(config)
-    for number in range(1, wanted):
-        goal = total * (last.num_parameters / total) ** (number / wanted)
-        between = [
-            shape
-            for shape in shapes
-            if last.num_parameters < shape.num_parameters < (steps[-1].num_parameters if steps else total)
-            and all(last.sizes[axis] <= size <= sizes[axis] for axis, size in shape.sizes.items())
-        ]
-        if between:
-            steps.append(min(between, key=lambda shape: _distance(shape, goal, last, sizes)))
-            sizes = dict(steps[-1].sizes)
-    return (*steps, last)
-
-
-def _distance(shape: Shape, goal: float, last: Shape, sizes: Mapping[str, int]) -> tuple[bool, float]:
-    """Sort key: outside the tolerance or not; then the distance, or the inequality of the cuts."""
-    off = abs(shape.num_parameters / goal - 1)
-    ways = [
-        math.log(shape.sizes[axis] / sizes[axis]) / math.log(last.sizes[axis] / sizes[axis])
-        for axis in sizes
-        if last.sizes[axis] < sizes[axis]
-    ]
-    return off > TOLERANCE, off if off > TOLERANCE else max(ways) - min(ways)
-
-
-def _shape(spec: ArchSpec, config: PretrainedConfig, shape: Shape, by_depth: bool) -> Decision:
-    before = spec.sizes(config)
-    changed = [
-        f"{FIELD_OF_AXIS[axis]} {before[axis]:,} → {size:,}"
-        for axis, size in shape.sizes.items()
-        if size < before[axis] and axis in FIELD_OF_AXIS
-    ]
-    reason = (
-        "As many layers as the target holds; width stays."
-        if by_depth
-        else "The residual stream and the MLP become narrower, in proportions as equal as the target allows. The "
-        "layers stay, and so do the attention heads, unless together they must be as wide as the residual stream."
-    )
-    return Decision("shape", ", ".join(changed), reason, MINITRON_PAPER)
-
-
-def _round_decision(steps: Sequence[Shape], total: int, parameters: int, wanted: int, forced: bool) -> Decision:
-    sequence = " → ".join([_short(total), *(_short(shape.num_parameters) for shape in steps)])
-    cut = 1 - parameters / total
-    if len(steps) == 1:
-        reason = f"{cut:.0%} of the parameters go; up to a third goes well at once."
-        if cut > 1 - LEAST_KEPT + 1e-9:
-            reason = f"{cut:.0%} of the parameters go at once, more than the third that goes well" + (
-                ", as was asked for; Sreenivas et al. cut Llama-3.1-8B so." if forced else ": no shape lies between."
-            )
-    else:
-        reason = (
-            f"{cut:.0%} of the parameters go, about a third at most in each round: large → medium → small beats one "
-            "cut (MMLU 42.5 against 37.8 at equal compute). Sreenivas et al. cut Llama-3.1-8B by 44% at once, which "
-            "--rounds 1 does."
-        )
+def _round_decision(shapes: Sequence[Shape], total: int, parameters: int, rounds: _Rounds) -> Decision:
+    """How many rounds, and the student of each."""
     cuts = [
-        {name: size for name in PRUNER_FIELDS if (size := getattr(shape.request, name)) is not None} for shape in steps
+        {name: size for name in PRUNER_FIELDS if (size := getattr(shape.request, name)) is not None}
+        for shape in shapes
     ]
     settings: dict[str, Any] = {f"prune.{name}": size for name, size in cuts[0].items()}
-    if len(steps) > 1:
+    if len(shapes) > 1:
         settings = {"rounds": [{"prune": sizes} for sizes in cuts]}
-    if len(steps) < wanted:
-        reason += " There are no more shapes in between."
+    source = f"{PRUNING_PAPER}, practice 1; {MODEL_OPTIMIZER}, examples/pruning/README.md"
+    if not rounds.forced and rounds.wanted < rounds.by_target:
+        source += f"; {MEASURED_HERE}, benchmarks/results/babyllama-105-rounds.json"
+    sequence = " → ".join([_short(total), *(_short(shape.num_parameters) for shape in shapes)])
     return Decision(
-        "rounds",
-        f"{len(steps)}: {sequence}",
-        reason,
-        f"{PRUNING_PAPER}, practice 1; {MODEL_OPTIMIZER}",
-        settings,
+        "rounds", f"{len(shapes)}: {sequence}", _why_rounds(shapes, 1 - parameters / total, rounds), source, settings
     )
+
+
+def _why_rounds(shapes: Sequence[Shape], cut: float, rounds: _Rounds) -> str:
+    """Why there are so many rounds."""
+    limited = not rounds.forced and rounds.wanted < rounds.by_target
+    if len(shapes) > 1:
+        reason = (
+            f"{cut:.0%} of the parameters go, {'' if limited else 'about a third at most in each round: '}large → "
+            "medium → small beats one cut (MMLU 42.5 against 37.8 at equal compute). Sreenivas et al. cut "
+            "Llama-3.1-8B by 44% at once, which --rounds 1 does."
+        )
+    elif cut <= 1 - LEAST_KEPT + 1e-9:
+        reason = f"{cut:.0%} of the parameters go; up to a third goes well at once."
+    else:
+        reason = f"{cut:.0%} of the parameters go at once, more than the third that goes well"
+        if rounds.forced:
+            reason += ", as was asked for; Sreenivas et al. cut Llama-3.1-8B so."
+        else:
+            reason += "." if limited else ": no shape lies between."
+    if limited:
+        reason += (
+            f" {rounds.by_target} rounds of a third each would have fewer than {LEAST_ROUND_STEPS} steps: two rounds "
+            "of 80 steps still paid on a model of 0.9M parameters."
+        )
+    if len(shapes) < rounds.wanted:
+        reason += " There are no more shapes in between."
+    if rounds.forced and rounds.steps < LEAST_ROUND_STEPS and len(shapes) > 1:
+        reason += f" {rounds.steps} steps a round are few: take fewer rounds, or more tokens."
+    return reason

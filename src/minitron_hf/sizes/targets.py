@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,11 @@ COARSE: Mapping[str, Sequence[float]] = {
     "hidden_size": (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4),
     "num_attention_heads": (1.0, 3 / 4, 1 / 2),
 }
+#: Shares of the layers that are tried together with fewer neurons. Beyond a quarter, dropped layers need states and
+#: embeddings in the loss to recover (Muralidharan et al. 2024, table 17).
+LAYER_SHARES = (1.0, 15 / 16, 7 / 8, 13 / 16, 3 / 4)
+#: Share of the neurons that stays at least beside fewer layers.
+LEAST_NEURONS = 0.5
 
 
 def shapes_near_target(
@@ -80,27 +85,38 @@ def _largest_shapes(config: PretrainedConfig, base: PrunerConfig, limit: float) 
     build_shape = shape_builder(spec, config, base, {finest: others}, may_stay=True)
     reasons: dict[str, None] = {}
 
-    def largest(given: Mapping[str, float]) -> Shape | None:
-        found, low, high = None, 0, len(steps)
-        while low < high:
-            middle = (low + high) // 2
-            try:
-                shape = build_shape({**given, finest: steps[middle]})
-            except PlanError as error:
-                reasons.setdefault(str(error))
-                shape = None
-            if shape is not None and shape.num_parameters <= limit:
-                found, low = shape, middle + 1
-            else:
-                high = middle
-        return found
+    def build(values: Mapping[str, float]) -> Shape | None:
+        try:
+            return build_shape(values)
+        except PlanError as error:
+            reasons.setdefault(str(error))
+            return None
 
     shapes = {
         tuple(shape.sizes.values()): shape
         for values in itertools.product(*coarse.values())
-        if (shape := largest(dict(zip(coarse, values)))) is not None
+        if (shape := _largest(build, dict(zip(coarse, values)), finest, steps, limit)) is not None
     }
     return list(shapes.values()), list(reasons)
+
+
+def _largest(
+    build: Callable[[Mapping[str, float]], Shape | None],
+    given: Mapping[str, float],
+    finest: str,
+    steps: Sequence[float],
+    limit: float,
+) -> Shape | None:
+    """The largest shape below a limit with the given sizes; by bisection over the finest one."""
+    found, low, high = None, 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        shape = build({**given, finest: steps[middle]})
+        if shape is not None and shape.num_parameters <= limit:
+            found, low = shape, middle + 1
+        else:
+            high = middle
+    return found
 
 
 def _sizes_to_choose(
@@ -219,3 +235,40 @@ def select_near_target(shapes: Sequence[Shape], parameters: int) -> list[Shape]:
             "attention stay. Choose a larger target, the other goal, or a smaller teacher."
         )
     return filter_by_budget(below, parameters, TOLERANCE, lambda shape: shape.num_parameters) or below[:1]
+
+
+def shapes_with_fewer_layers(config: PretrainedConfig, parameters: int) -> list[Shape]:
+    """Shapes just below a target with `LAYER_SHARES` of the layers, each with as many neurons as the target allows.
+
+    Residual stream and attention heads stay.
+
+    Args:
+        config: the teacher's config.
+        parameters: the target, in parameters.
+
+    Returns:
+        The shapes, deepest first; empty where neurons cannot be cut.
+    """
+    spec = spec_for(config)
+    neurons = free_widths(spec, config, NEURONS)
+    if not neurons:
+        return []
+    before = spec.sizes(config)
+    build_shape = shape_builder(spec, config, PrunerConfig(), {neurons[0]: neurons[1:]}, may_stay=True)
+    size = before[PRUNER_FIELDS[neurons[0]]]
+    step = rounding_step(size, 1, None)
+    steps = [count * step / size for count in range(1, -(-size // step))]
+
+    def build(values: Mapping[str, float]) -> Shape | None:
+        try:
+            return build_shape(values)
+        except PlanError:  # no such number of layers, or too few neurons
+            return None
+
+    found = []
+    for layers in sorted({math.ceil(share * before["layers"]) for share in LAYER_SHARES}, reverse=True):
+        depth = {} if layers == before["layers"] else {"num_hidden_layers": layers}
+        shape = _largest(build, depth, neurons[0], steps, parameters)
+        if shape is not None and shape.num_parameters >= (1 - TOLERANCE) * parameters:
+            found.append(shape)
+    return found

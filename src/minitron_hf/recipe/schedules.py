@@ -1,0 +1,125 @@
+"""Chooses the steps, rows and warm-up of distillation for a number of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..data.context import context_length
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Sreenivas et al. 2024, §3: tokens, rows of a step, tokens of a row, warm-up steps.
+PAPER_TOKENS, PAPER_ROWS, PAPER_LENGTH, PAPER_WARMUP = 94e9, 1152, 8192, 40
+#: Tokens in all and tokens of a step of the short runs (`benchmarks/real/experiments.yaml`: 8 rows of 512).
+SHORT_TOKENS, SHORT_STEP = 1e6, 4096
+#: Fewest tokens and rows of a step.
+LEAST_STEP, LEAST_ROWS = 2048, 8
+#: Tokens of one pass on a device where rows are short; more rows are accumulated.
+PASS_TOKENS = 4096
+#: Fewest steps of a round. Two rounds of 80 steps beat one round of 160 on a model of 0.9M parameters
+#: (`benchmarks/results/babyllama-105-rounds.json`).
+LEAST_ROUND_STEPS = 100
+#: Documents that a row should hold whole, as a share of all.
+WHOLE_DOCUMENTS = 0.9
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The length of a corpus.
+
+    Attributes:
+        document_lengths: tokens of some documents.
+        num_documents: number of all documents.
+    """
+
+    document_lengths: Sequence[int]
+    num_documents: int
+
+    @property
+    def num_tokens(self) -> float:
+        """Estimated number of tokens of all documents."""
+        return sum(self.document_lengths) / len(self.document_lengths) * self.num_documents
+
+    @property
+    def row_length(self) -> int:
+        """The power of two that holds `WHOLE_DOCUMENTS` of the documents whole; at least 128."""
+        ordered = sorted(self.document_lengths)
+        length = ordered[max(math.ceil(WHOLE_DOCUMENTS * len(ordered)), 1) - 1]
+        return max(128, 2 ** math.ceil(math.log2(max(length, 1))))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and rows of one round of distillation.
+
+    Attributes:
+        length: tokens of a row.
+        batch_size: rows of a pass.
+        accumulation: passes of a step.
+        steps: optimiser steps of each round.
+        warmup: warm-up steps among them.
+        length_limit: what decided the length of a row.
+    """
+
+    length: int
+    batch_size: int
+    accumulation: int
+    steps: int
+    warmup: int
+    length_limit: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return self.batch_size * self.accumulation
+
+
+def tokens_per_step(tokens: float) -> float:
+    """Tokens of a step for a number of tokens in all rounds.
+
+    A power law through the short runs here (4,096 at 1M tokens) and Sreenivas et al. 2024, §3 (9.4M at 94B tokens),
+    so that both the steps and their size grow with the budget.
+
+    >>> [round(tokens / tokens_per_step(tokens)) for tokens in (1e6, 10e6, 1e9, 94e9)]
+    [244, 515, 2298, 9961]
+    """
+    paper_step = PAPER_ROWS * PAPER_LENGTH
+    exponent = math.log(paper_step / SHORT_STEP) / math.log(PAPER_TOKENS / SHORT_TOKENS)
+    return min(paper_step, max(LEAST_STEP, SHORT_STEP * (tokens / SHORT_TOKENS) ** exponent))
+
+
+def most_rounds(tokens: float) -> int:
+    """Number of rounds that can share a number of tokens and have `LEAST_ROUND_STEPS` steps each; at least 1."""
+    return max(1, int(tokens / tokens_per_step(tokens)) // LEAST_ROUND_STEPS)
+
+
+def plan_schedule(
+    config: PretrainedConfig, tokens: float, *, num_rounds: int = 1, corpus: Corpus | None = None
+) -> Schedule:
+    """Choose the steps, rows and warm-up of each round.
+
+    Args:
+        config: the teacher's config.
+        tokens: tokens of all rounds together.
+        num_rounds: rounds that share them.
+        corpus: the training corpus; None if it is not at hand.
+    """
+    wanted = tokens_per_step(tokens)
+    limits = {
+        "the size of a step": min(PAPER_LENGTH, 2 ** int(math.log2(wanted / LEAST_ROWS))),
+        "the context of the model": context_length(config) or PAPER_LENGTH,
+        **({} if corpus is None else {"the length of the documents": corpus.row_length}),
+    }
+    reason = min(limits, key=limits.__getitem__)
+    length = limits[reason]
+    rows = max(LEAST_ROWS, 4 * int(wanted / length / 4 + 1e-6))  # rounded down, for more steps rather than fewer
+    batch_size = max(
+        size for size in range(1, rows + 1) if rows % size == 0 and size * length <= max(PASS_TOKENS, length)
+    )
+    steps = max(1, round(tokens / num_rounds / (rows * length)))
+    warmup = max(math.ceil(steps / 100), min(PAPER_WARMUP, round(steps / 20)))
+    return Schedule(length, batch_size, rows // batch_size, steps, warmup, reason)
