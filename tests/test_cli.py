@@ -253,11 +253,15 @@ def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path)
     corpora = ["--train-data", text, "--eval-data", text]
     result = minitron(*wish, *corpora, "-o", recipe, "--set", f"output_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
-    for words in ("width before depth", "Muralidharan et al. 2024", "arXiv 2408.11796"):
+    for words in ("layers and neurons", "Muralidharan et al. 2024", "arXiv 2408.11796"):
         assert words in result.stdout
+    measured = minitron(*wish, "--train-data", text, "--measure")
+    assert measured.returncode == 0, measured.stderr
+    assert ("±" in measured.stdout, "±" in result.stdout) == (True, False)  # measured divergences
+    refused(minitron(*wish, "--measure"), "--train-data")
     dry = minitron("run", recipe, "--dry-run")
     assert dry.returncode == 0, dry.stderr
-    assert "hidden_size" in dry.stdout
+    assert "num_hidden_layers" in dry.stdout
     refused(minitron(*wish, "-o", recipe), "--train-data")
     refused(minitron(*wish, *corpora), "--output")
     refused(minitron("recommend", workshop / "teacher", "--target", "half"), "--target half")

@@ -87,20 +87,9 @@ def plan(
                 "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
                 "Use `minitron-hf recommend` instead."
             )
-        recommendation(
-            teacher,
-            target,
-            tokens,
-            goal=goal or "quality",
-            rounds=rounds,
-            own_corpus=own_corpus,
-            teacher_learning_rate=teacher_learning_rate,
-            train_data=train_data,
-            eval_data=eval_data,
-            output=output,
-            set_=set_,
-            overwrite=overwrite,
-        )
+        corpora = (train_data, eval_data, False)
+        own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, *corpora, output, set_)
+        recommendation(teacher, target, tokens, *own, overwrite)
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")

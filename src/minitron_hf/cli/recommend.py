@@ -49,16 +49,11 @@ def recommend(
 
     With --output, --train-data and --eval-data, also write a recipe; --set changes its entries.
     """
-    from ..files import replacing_file
+    from ..files import write_text
     from ..models import load_config
     from ..recipe.recommendations import recommend as decide
 
-    if output is not None and (train_data is None or eval_data is None):
-        raise DataError("A recipe names its corpora: --output needs --train-data and --eval-data.")
-    if output is None and (set_ or eval_data):
-        raise DataError("--set and --eval-data are entries of the recipe: --output names its file.")
-    if measure and train_data is None:
-        raise DataError("--measure compares shapes on text: it needs --train-data.")
+    _require_corpora(output, train_data, eval_data, set_, measure)
     if output is not None:
         _require_free(output.parent, [output.name], overwrite)
     given: dict[str, Any] = {} if train_data is None else _measures(teacher, train_data, measure)
@@ -74,14 +69,23 @@ def recommend(
         **given,
     )
     _print_recommendation(teacher, made)
-    if output is None:
-        return
-    recipe = made.recipe(
-        teacher, train=train_data, eval=eval_data, output_dir=f"runs/{output.stem}", overrides=set_ or []
-    )
-    with replacing_file(output) as temporary:
-        temporary.write_text(made.to_yaml(recipe), encoding="utf-8")
-    _say(f"Wrote {output}")
+    if output is not None:
+        corpora = {"train": train_data, "eval": eval_data}
+        recipe = made.recipe(teacher, **corpora, output_dir=f"runs/{output.stem}", overrides=set_ or [])
+        write_text(output, made.to_yaml(recipe))
+        _say(f"Wrote {output}")
+
+
+def _require_corpora(
+    output: Path | None, train_data: str | None, eval_data: str | None, set_: list[str] | None, measure: bool
+) -> None:
+    """Refuse a recipe without corpora, entries of a recipe that is not written, and a measurement without text."""
+    if output is not None and (train_data is None or eval_data is None):
+        raise DataError("A recipe needs its corpora: give --train-data and --eval-data with --output.")
+    if output is None and (set_ or eval_data):
+        raise DataError("--set and --eval-data are entries of the recipe. Give its file with --output.")
+    if measure and train_data is None:
+        raise DataError("--measure compares shapes on text. Give it with --train-data.")
 
 
 def _measures(teacher: str, train_data: str, measure: bool) -> dict[str, Any]:

@@ -196,14 +196,13 @@ def plan_for_target(
         raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
-    both = 2 * num_rows if request.repair else num_rows
-    rows = token_rows(data, processing_class, max_length=max_length, num_rows=both)
+    num_rows *= 2 if request.repair else 1
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
     rows, repair_rows = _split_rows(rows) if request.repair else (rows, None)
     total = count_parameters(model)
     limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
-    divergence = Divergence(model, rows)
-    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, repair_rows=repair_rows)
+    candidates, refusals = measure_shapes(model, shapes, scores, Divergence(model, rows), limit, repair_rows)
     if not candidates:
         raise PlanError(
             f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
@@ -236,7 +235,6 @@ def measure_shapes(
     scores: ImportanceScores,
     divergence: Divergence,
     limit: float,
-    *,
     repair_rows: TokenRows | None = None,
 ) -> tuple[list[Candidate], list[str]]:
     """Prune a model to each of some shapes, and measure the students before retraining.

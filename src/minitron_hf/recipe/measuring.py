@@ -77,7 +77,7 @@ def measure_on_text(
         scores = estimate_importance(model, calibration, max_length=length, show_progress=False)
         divergence, limit = Divergence(model, measured), count_parameters(model)
         shapes = [_repaired(model.config, shape) for shape in shapes]
-        candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, repair_rows=calibration)
+        candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, calibration)
         if not candidates:
             raise PlanError(f"None of {len(shapes)} shapes can be cut: {refusals[0]}")
         return sorted(candidates, key=lambda candidate: candidate.proxy_kl)

@@ -119,8 +119,7 @@ def recommend(
 ) -> Recommendation:
     """Recommend how to prune a teacher and how to distil the student on a number of tokens.
 
-    The recommendations rest on the two Minitron papers, and on measurements of this project where it says so. Only the
-    config is read, unless `measure` is given; nothing is random.
+    Every decision names its paper or measurement. Only the config is read, unless `measure` is given.
 
     Args:
         config: the teacher's config.
@@ -131,22 +130,19 @@ def recommend(
         own_corpus: whether the teacher was trained on this corpus.
         teacher_learning_rate: peak learning rate of the teacher's training, which teacher correction needs.
         corpus: lengths of the training corpus, which limit the length of a row; None if it is not at hand.
-        measure: measures shapes on text and returns them, best first (`measure_on_text`); None chooses by what was
-            measured elsewhere.
+        measure: measures shapes on text, best first (`measure_on_text`); None goes by what was measured elsewhere.
 
     Raises:
         PlanError: if an argument makes no sense, or the target is out of reach.
         UnsupportedModelError: if the family is unknown.
     """
     total = count_parameters(config)
-    parameters = _num_parameters(target, total)
+    parameters, spec = _num_parameters(target, total), spec_for(config)
     _require_arguments(tokens, goal, rounds, teacher_learning_rate)
-    spec = spec_for(config)
     choice = choose_shape(config, goal, tokens, total, parameters)
     if measure is not None:
         choice = _choose_by_measuring(config, choice, parameters, measure)
-    share = target if target < 1 else parameters / total  # unrounded, so that two thirds are two thirds
-    wanted = max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
+    wanted = _rounds_by_target(target if target < 1 else parameters / total)
     number = rounds or min(wanted, most_rounds(tokens))
     students = shapes_of_rounds(config, choice, total, number)
     depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in students)]
@@ -169,6 +165,11 @@ def recommend(
         ),
         students,
     )
+
+
+def _rounds_by_target(share: float) -> int:
+    """Number of rounds that each keep `LEAST_KEPT` of the parameters or more; `share` is not rounded before."""
+    return max(1, math.ceil(math.log(share) / math.log(LEAST_KEPT) - 1e-9))
 
 
 def _choose_by_measuring(
