@@ -11,6 +11,14 @@ from ..errors import DataError
 from .options import Overwrite, Settings, _number, _require_free
 from .printing import _print_recommendation, _say
 
+TrainData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The recipe's corpus. A local one decides the length of the rows."),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Load the teacher, and compare shapes on --train-data before retraining.")
+]
+
 
 def recommend(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder. Only its config is read, unless --measure.")],
@@ -33,14 +41,9 @@ def recommend(
         Optional[float],  # noqa: UP045
         typer.Option(help="Peak learning rate of the teacher's training, for teacher correction."),
     ] = None,
-    train_data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The recipe's corpus. A local one decides the length of the rows."),
-    ] = None,
+    train_data: TrainData = None,
     eval_data: Annotated[Optional[str], typer.Option(help="The recipe's held-out corpus.")] = None,  # noqa: UP045
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Load the teacher, and compare shapes on --train-data before retraining.")
-    ] = False,
+    measure: Measure = False,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Recipe file to write.")] = None,  # noqa: UP045
     set_: Settings = None,
     overwrite: Overwrite = False,
