@@ -215,7 +215,7 @@ def test_the_shape_is_measured_where_there_is_text():
         kls = [1.5 - 0.1 * number for number, _ in enumerate(shapes)]
         pairs = zip(shapes, kls)
         found = [Candidate(one.request, one.num_parameters, {"value": kl, "stderr": 0.01}) for one, kl in pairs]
-        return sorted(found, key=lambda one: one.proxy["value"])
+        return sorted(found, key=lambda one: one.pruned_kl["value"])
 
     found = recommend(WIDE, 0.7, tokens=10e6, rounds=1, measure=measure)
     assert found.rounds[-1] == asked[-1]
@@ -240,7 +240,7 @@ def test_shapes_are_measured_repaired_on_rows_that_the_repair_has_not_seen(tmp_p
     target = PrunerConfig(target_parameters=0.7, multiple_of=1)
     shapes = shapes_near_target(teacher.config, target, tolerance=0.1)
     candidates = measure_on_text(tmp_path, texts, tokenizer)(shapes)
-    kls = [one.proxy["value"] for one in candidates]
+    kls = [one.pruned_kl["value"] for one in candidates]
     assert kls == sorted(kls)
     assert len(kls) == len(shapes) > 1
 

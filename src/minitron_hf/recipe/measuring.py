@@ -80,7 +80,7 @@ def measure_on_text(
         candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, calibration)
         if not candidates:
             raise PlanError(f"None of {len(shapes)} shapes can be cut: {refusals[0]}")
-        return sorted(candidates, key=lambda candidate: candidate.proxy_kl)
+        return sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)
 
     return measure
 

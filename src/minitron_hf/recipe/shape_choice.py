@@ -205,7 +205,9 @@ def shape_decision(config: PretrainedConfig, shape: Shape, cut: Cut, measured: S
     value = ", ".join(changed)
     if measured:
         results = "; ".join(
-            f"{one.name} {one.proxy['value']:.3f} ± {one.proxy['stderr']:.3f}" for one in measured if one.proxy
+            f"{one.name} {one.pruned_kl['value']:.3f} ± {one.pruned_kl['stderr']:.3f}"
+            for one in measured
+            if one.pruned_kl
         )
         reason = f"The lowest KL before retraining, repaired, on your text: {results}."
         return Decision("shape", value, reason, f"{MEASURED_HERE}, now, on your text")
