@@ -84,7 +84,7 @@ def evaluate_models(
             first. A single model has no reference.
         max_length: longest row, in tokens; by default the shortest context of the models, at most 2,048.
         num_rows: number of rows after which to stop reading; None: all.
-        batch_size: rows per forward pass; one batch of logits [B, T, V] of two models must fit into memory.
+        batch_size: rows per forward pass; logits exist for one row of two models at a time.
         text_field: column that holds the text.
         dataset_name: name to record, such as the Hub id.
         descriptions: name → description of a model for the model card.

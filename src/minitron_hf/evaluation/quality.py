@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data import TokenRows, padded_batches
 from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
+from ..scoring.logits import run_backbone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,21 +155,19 @@ def measure_quality(
             first = index * batch_size
             places = [torch.tensor(ordered.predicted(first + i)) for i in range(len(batch["input_ids"]))]
             targets = [ids[place] for ids, place in zip(batch["input_ids"], places)]
-            reference_rows: list[torch.Tensor] = []
-            reference_tokens: list[list[int]] = []
-            for name in names:
-                logits_BTV = _logits(models[name], batch)
-                # Padding is on the right: each position predicts the token after it.
-                predictions = [logits[place.to(logits.device) - 1] for logits, place in zip(logits_BTV, places)]
-                losses[name].add_batch(predictions=predictions, references=targets)
-                if len(names) == 1:
-                    continue
-                tokens = [logits_TV.argmax(-1).tolist() for logits_TV in predictions]
-                if name == reference:
-                    reference_rows, reference_tokens = predictions, tokens
-                else:
-                    divergences[name].add_batch(predictions=predictions, references=reference_rows)
-                    agreements[name].add_batch(predictions=tokens, references=reference_tokens)
+            by_row = {name: _logits_by_row(models[name], batch, places) for name in names}
+            for target in targets:
+                compared_with = None
+                for name in names:  # the reference comes first
+                    logits_TV = next(by_row[name])
+                    losses[name].add_batch(predictions=[logits_TV], references=[target])
+                    if name == reference:
+                        compared_with = logits_TV, logits_TV.argmax(-1).tolist()
+                    elif compared_with is not None:
+                        reference_TV, tokens = compared_with
+                        divergences[name].add_batch(predictions=[logits_TV], references=[reference_TV])
+                        agreements[name].add_batch(predictions=[logits_TV.argmax(-1).tolist()], references=[tokens])
+                    del logits_TV  # before the next model's
             bar.update(sum(map(len, places)))
 
     def entry(result: Mapping[str, Any], key: str) -> dict[str, Any] | None:
@@ -190,8 +189,25 @@ def measure_quality(
     return found
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # Causal attention never reaches the padding on the right, so neither a mask nor positions are needed. A mask does
-    # harm: with a sliding window, padding far to the right attends to nothing, and becomes NaN in some dtypes.
-    return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
+def _logits_by_row(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], places: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Logits that predict the given places of every row, [n, V] of one row at a time.
+
+    Causal attention never reaches the padding on the right, so neither a mask nor positions are needed. A mask does
+    harm: with a sliding window, padding far to the right attends to nothing, and becomes NaN in some dtypes.
+    """
+    inputs = {"input_ids": batch["input_ids"].to(model.device)}
+    positions = [place - 1 for place in places]  # each position predicts the token after it
+    with torch.no_grad():
+        try:
+            output = run_backbone(model, inputs)
+        except UnsupportedModelError:  # of an unknown family: all rows at once
+            logits_BTV = model(**inputs, use_cache=False).logits
+            yield from (logits[place.to(logits.device)] for logits, place in zip(logits_BTV, positions))
+            return
+    for row, position in enumerate(positions):
+        with torch.no_grad():  # not around the yield, where it would reach the caller
+            logits_TV = output.logits(row, position)
+        yield logits_TV
+        del logits_TV  # before the next row's

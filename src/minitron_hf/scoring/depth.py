@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..sizes.student import build_student_config
 from ..weights import input_device, set_tensor, tensor_values
 from .batches import Batches, token_losses
 from .hooks import first_input
+from .logits import BackboneOutput, run_backbone
 
 DepthMetric = Literal["perplexity", "logit_nmse"]
 #: Any function of a model; the lower, the better the model is.
@@ -63,53 +64,41 @@ class DepthPass(Batches):
         """Run the model, and every candidate, on one batch of `input_ids` and, where padded, `attention_mask`."""
         batch = self.begin(batch)
         inputs = self.inputs(batch)
+        whole, states, as_tuple = self._observed_run(inputs)
+        dropped = self.dropped
+        if dropped:
+            start = min(dropped)
+            with self._removed_layers(start, states[start], dropped, as_tuple):
+                _, shorter, _ = self._observed_run(inputs)
+            states[start + 1 :] = shorter[start + 1 :]
+        for number, candidate in enumerate(self.candidates):
+            gone = dropped | set(candidate)
+            found = whole
+            if gone:
+                # Nothing before the candidate changes; the layers after it run without the dropped ones.
+                start = min(candidate) if candidate else min(dropped)
+                with self._removed_layers(start, states[start], gone, as_tuple):
+                    found = run_backbone(self.model, inputs)
+            self._add(number, batch["input_ids"], found, whole)
+
+    def _observed_run(self, inputs: Mapping[str, Tensor]) -> tuple[BackboneOutput, list[Tensor], bool]:
+        """Run the backbone.
+
+        Returns:
+            Its output, the inputs of all layers, and whether the layers return tuples.
+        """
         states: list[Tensor] = []
         tuples: list[bool] = []
-        hooks = [
-            hook
-            for layer in self.layers
-            for hook in (
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: states.append(first_input(args, kwargs)), with_kwargs=True
-                ),
-                layer.register_forward_hook(lambda _, __, output: tuples.append(isinstance(output, tuple))),
-            )
-        ]
-        whole = self.metric == "logit_nmse" or not all(self.candidates)
-        try:
-            # The head is needed only where something is compared with the whole model's logits.
-            output = (self.model if whole else self.model.base_model)(**inputs, use_cache=False)
-            full_BTV = output.logits if whole else torch.empty(0)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        passed = self.dropped
-        if passed:
-            whole_states, states[:] = list(states), []
-            catch = [
-                layer.register_forward_pre_hook(
+        with ExitStack() as stack:
+            for layer in self.layers:
+                before = layer.register_forward_pre_hook(
                     lambda _, args, kwargs: states.append(first_input(args, kwargs)), with_kwargs=True
                 )
-                for layer in self.layers
-            ]
-            start = min(passed)
-            try:
-                with self._removed_layers(start, whole_states[start], passed, tuples[0]):
-                    self.model(**inputs, use_cache=False)
-            finally:
-                for hook in catch:
-                    hook.remove()
-            states[: start + 1] = whole_states[: start + 1]
-        for number, candidate in enumerate(self.candidates):
-            gone = passed | set(candidate)
-            if not gone:
-                logits_BTV = full_BTV
-            else:
-                # Nothing before the candidate changes; the layers after it run without the dropped ones.
-                start = min(candidate) if candidate else min(passed)
-                with self._removed_layers(start, states[start], gone, tuples[0]):
-                    logits_BTV = self.model(**inputs, use_cache=False).logits
-            self._add(number, batch["input_ids"], logits_BTV, full_BTV)
+                after = layer.register_forward_hook(lambda _, __, output: tuples.append(isinstance(output, tuple)))
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            output = run_backbone(self.model, inputs)
+        return output, states, tuples[0]
 
     @contextmanager
     def _removed_layers(
@@ -146,18 +135,19 @@ class DepthPass(Batches):
                 else:  # Accelerate's, which fetches offloaded weights
                     self.layers[layer].forward = forward
 
-    def _add(self, number: int, ids_BT: Tensor, logits_BTV: Tensor, full_BTV: Tensor) -> None:
-        if self.metric == "perplexity":
-            losses_BT, predicted_BT = token_losses(logits_BTV, ids_BT, self.attended_BT, self.mask_BT)
-            terms = [losses_BT.sum(dtype=torch.float64), predicted_BT.sum()]
-        else:
-            terms = [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
-            for row, mask_T in enumerate(self.mask_BT):
-                full_nV = full_BTV[row][mask_T.to(full_BTV.device)].double()
-                change_nV = logits_BTV[row][mask_T.to(logits_BTV.device)].double() - full_nV.to(logits_BTV.device)
-                terms[0] += change_nV.square().sum().cpu()
-                terms[1] += full_nV.square().sum().cpu()
-        self.sums[number] += torch.stack([term.cpu().double() for term in terms])
+    def _add(self, number: int, ids_BT: Tensor, found: BackboneOutput, whole: BackboneOutput) -> None:
+        """Add the terms of a candidate, row by row; the whole model's logits of a row are computed again."""
+        for row in range(len(ids_BT)):
+            own, logits_TV = slice(row, row + 1), found.logits(row)
+            if self.metric == "perplexity":
+                losses_1T, predicted_1T = token_losses(
+                    logits_TV[None], ids_BT[own], self.attended_BT[own], self.mask_BT[own]
+                )
+                terms = [losses_1T.sum(dtype=torch.float64), predicted_1T.sum()]
+            else:
+                terms = list(_squared_change(logits_TV, whole.logits(row), self.mask_BT[row]))
+            del logits_TV  # before the next row's
+            self.sums[number] += torch.stack([term.cpu().double() for term in terms])
 
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and restore the order of the rows."""
@@ -169,6 +159,18 @@ class DepthPass(Batches):
         above, below = self.sums.unbind(1)
         ratios = (above / below).tolist()
         return [math.exp(min(ratio, 700.0)) for ratio in ratios] if self.metric == "perplexity" else ratios
+
+
+def _squared_change(logits_TV: Tensor, full_TV: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the unmasked tokens of (change of the logits)² and (logits of the whole model)², in float64."""
+    size = max(1, (1 << 22) // full_TV.shape[1])  # logits converted to float64 at a time: 32 MB
+    change = full = torch.zeros((), dtype=torch.float64)
+    for logits, whole, mask in zip(logits_TV.split(size), full_TV.split(size), mask_T.split(size)):
+        whole_nV = whole[mask.to(whole.device)].double()
+        change_nV = logits[mask.to(logits.device)].double() - whole_nV.to(logits.device)
+        change = change + change_nV.square().sum().cpu()
+        full = full + whole_nV.square().sum().cpu()
+    return change, full
 
 
 def without_layers(spec: ArchSpec, model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 Removing what a unit writes changes the loss by −Σ x·∂L/∂x over its activations x, to first order. Where x is the input
 of a projection, that is Σ w·∂L/∂w over the weights that read it, the Taylor importance of arXiv 2407.14679 §2.2.
-It is read off activations, so no gradient of a weight is ever formed; memory holds the activations of one batch.
+It is read off activations, so no gradient of a weight is ever formed; memory holds the activations of one batch, and
+the logits of one row.
 
 Legend of shape suffixes: B rows of a batch, T tokens of a row, U units of an axis, H hidden, V vocabulary, L layers,
 D the units and inner dimensions that a projection reads, n tokens routed to one expert.
@@ -25,6 +26,7 @@ from .batches import Batches, stream_states, token_losses
 from .experts import Observer, RoutedActivations, is_stored_transposed, observed_experts
 from .hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes, watch_states
 from .hooks import Hooks
+from .logits import run_backbone
 from .metrics import ImportanceMetric
 from .reductions import Reduction, accumulation_dtype, reduce_rows, row_terms
 from .weights import below_diagonal_nan
@@ -62,9 +64,7 @@ class GradientPass(Batches):
         self.states.clear()
         depth = self.sizes["layers"]
         self.block_terms = torch.zeros(len(self.mask_BT), depth, depth, dtype=torch.float64)
-        logits_BTV = self.model(**self.inputs(batch), use_cache=False).logits
-        losses_BT, predicted_BT = token_losses(logits_BTV, batch["input_ids"], self.attended_BT, self.mask_BT)
-        (losses_BT.sum(1) / predicted_BT.sum(1).clamp(min=1)).sum().backward()
+        self._run_backwards(batch)
         if missing := sorted({f"{axis} of layer {layer}" for axis, layer in self.sums.keys() - self.terms.keys()}):
             raise UnsupportedModelError(
                 f"The backward pass of this {type(self.model).__name__} did not reach {', '.join(missing[:4])}. "
@@ -77,6 +77,19 @@ class GradientPass(Batches):
         self.block_sums += row_terms(self.block_terms.flatten(1)[counted])
         self.terms.clear()
         self.states.clear()
+
+    def _run_backwards(self, batch: Mapping[str, Tensor]) -> None:
+        """Backward pass of the mean losses of all rows; the logits of one row exist at a time, like their gradient."""
+        backbone = run_backbone(self.model, self.inputs(batch))
+        states_BTH = backbone.states_BTH.detach().requires_grad_()
+        for row in range(len(states_BTH)):
+            own = slice(row, row + 1)
+            logits_TV = backbone.logits(row, states_BTH=states_BTH)
+            masks = self.attended_BT[own], self.mask_BT[own]
+            losses_1T, predicted_1T = token_losses(logits_TV[None], batch["input_ids"][own], *masks)
+            (losses_1T.sum() / predicted_1T.sum().clamp(min=1)).backward()
+            del logits_TV, losses_1T  # before the next row's
+        backbone.states_BTH.backward(states_BTH.grad)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

@@ -94,7 +94,8 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
         num_samples: number of rows; arXiv 2407.14679 and 2408.11796 use 1,024.
         max_length: tokens in a row; default 512, or the model's context where it is shorter.
         packing: join texts into full rows instead of one text a row.
-        batch_size: rows at a time. Memory grows with `batch_size × max_length × (layers + 1) × hidden_size`.
+        batch_size: rows at a time. Memory grows with `batch_size × max_length × (layers + 1) × hidden_size`; logits,
+            where a metric needs them, exist for one row at a time.
         depth_metric: score of a model without some layers, the lower the better: `"perplexity"`; `"logit_nmse"`,
             Σ(change of the logits)² / Σ(logits)²; or a function `model -> float`, called with stock models. None:
             block importance, or the block scores of the metric itself.
