@@ -1,8 +1,8 @@
-"""Does importance pruning matter? Importance pruning + distillation against the controls, at equal tokens.
+"""Compares importance pruning and distillation with controls, at an equal number of tokens.
 
-Arms: importance pruning + KD; random pruning + KD; random initialisation + KD; importance pruning + cross-entropy
-(P2's four controls). Every arm sees the same number of tokens; a seed decides the order of the data, what random
-pruning keeps and the random initialisation. Run from the repository root, for example:
+Arms: importance pruning + KD; random pruning + KD; random initialisation + KD; importance pruning + cross-entropy.
+These are the four controls of Sreenivas et al. 2024 (arXiv 2408.11796). A seed sets the order of the data, the units
+that random pruning keeps, and the random initialisation. Run from the repository root, for example:
 
     python benchmarks/controls.py --teacher MODEL --train train.jsonl --eval valid.jsonl \
         --prune hidden_size=0.75 --prune intermediate_size=0.65 --tokens 2000000 --seeds 3 --output results.json

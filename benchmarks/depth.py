@@ -1,7 +1,7 @@
-"""Does block importance find the layers that matter least? Its score against the loss with the block removed.
+"""Compares the block importance of every contiguous block of layers with the loss of the model without the block.
 
-For every contiguous block of layers: block importance (one forward pass) and the loss of the model without the block,
-on held-out text, before any retraining. Run from the repository root:
+Block importance takes one forward pass. The loss is measured on held-out text before any retraining. Run from the
+repository root:
 
     python benchmarks/depth.py --teacher MODEL [--teacher MODEL …] --train train.jsonl --eval valid.jsonl
 """

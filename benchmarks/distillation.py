@@ -1,13 +1,16 @@
-"""What does a distillation step cost beside what no implementation can avoid, and how much memory does its loss take?
+"""Measures time and memory of a distillation step, relative to the computation that no implementation can avoid.
 
-The floor: forward pass of the teacher's backbone, forward and backward pass of the student's, and the four products
-with the output heads (two for the logits, two for the gradients), tokens in chunks, and nothing for the loss. Beside
-it: the losses of this package, and others as they are published. Every arm gets the same hidden states of the same
-tokens. Its gradients are compared with those of a plain implementation first; rounds then alternate between all arms,
-and the median over rounds of the ratio to the floor of the same round counts. On a CPU the ratio is that of CPU
-seconds, which other work on the machine changes little. Memory is the peak of head, loss and their gradients beyond
-the hidden states and one gradient of the weight, each in a process of its own, in copies of one float32
-[tokens, vocabulary]. A run is added to those that the output file holds. Run from the repository root, for example:
+That computation is called the floor: the forward pass of the teacher's backbone, the forward and backward pass of the
+student's backbone, and the four matrix products with the output heads (two for the logits, two for the gradients)
+over chunks of tokens, without any loss. The arms are this package's losses and published losses of other libraries.
+All arms get the same hidden states of the same tokens. First, their gradients are compared with a plain
+implementation.
+
+Time: rounds alternate between all arms. The result is the median over rounds of the ratio to the floor of the same
+round. On a CPU these are CPU seconds, which other work on the machine changes little. Memory: the peak of head, loss
+and their gradients, without the hidden states and one gradient of the weight, relative to one float32 [tokens,
+vocabulary]. Each arm is measured in its own process. The run is added to the output file. Run from the repository
+root, for example:
 
     python benchmarks/distillation.py --shape narrow --vocab 128256 --tokens 1024 --output results.json
 """
@@ -48,7 +51,7 @@ TOP_K = 64
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a loss sees of a batch: hidden states of N tokens after the final norms, both heads, and next tokens."""
+    """Inputs of a loss: hidden states of N tokens after the final norms, both heads, and next tokens."""
 
     hidden: Tensor
     weight: Tensor
@@ -64,7 +67,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Arm:
-    """A loss, summed over the tokens; the plain loss that it must equal; and what else it needs.
+    """A loss, summed over the tokens; the plain loss that it must equal; and its other requirements.
 
     `copies` of one float32 [N, V] are what a loss of whole logits may take in a trainer, about.
     """
@@ -81,7 +84,7 @@ class Arm:
 
 
 def log_probabilities(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Of the teacher and of the student: [N, V]."""
+    """Log-probabilities of teacher and student, [N, V] each."""
     return (
         functional.linear(inputs.teacher_hidden, inputs.teacher_weight).log_softmax(-1),
         functional.linear(inputs.hidden, inputs.weight).log_softmax(-1),
@@ -127,7 +130,7 @@ def plain_states(inputs: Inputs) -> Tensor:
 
 
 class Products(torch.autograd.Function):
-    """The four products with the heads, chunk by chunk; the student's logits stand for their own gradient."""
+    """The four products with the heads, chunk by chunk; the student's logits are used in place of their gradient."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -231,7 +234,7 @@ ARMS = {
 
 
 def main() -> None:
-    """Check, time and weigh the arms of one setting, and print the table."""
+    """Check the arms of one setting, measure time and memory, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="narrow")
     parser.add_argument("--vocab", type=int, default=128_256)
@@ -288,7 +291,7 @@ def main() -> None:
 
 
 def why_not(name: str, arguments: argparse.Namespace) -> str | None:
-    """Why an arm cannot run here."""
+    """The reason why an arm cannot run here, or None."""
     arm = ARMS[name]
     needed = arm.copies * 4 * arguments.tokens * arguments.vocab / 1e9
     if needed > arguments.memory_limit:
@@ -363,7 +366,7 @@ class Setting:
 
 
 def make_setting(arguments: argparse.Namespace) -> Setting:
-    """Two random Llamas whose next tokens are as uncertain as those of trained ones, and random tokens."""
+    """Two random Llamas, with an entropy of the next token as in trained models, and random tokens."""
     torch.manual_seed(0)
     models = []
     for sizes in SHAPES[arguments.shape]:
@@ -389,7 +392,7 @@ def make_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def time_arms(arms: list[str], arguments: argparse.Namespace) -> dict[str, dict]:
-    """Seconds of each, and the median over rounds of the ratio to the floor of the same round."""
+    """Seconds of each arm, and its median ratio to the floor of the same round."""
     setting = make_setting(arguments)
     with torch.no_grad():
         seen = setting.inputs(ARMS[FLOOR])
@@ -436,7 +439,7 @@ def check(arms: list[str], setting: Setting, num_tokens: int = 160) -> dict[str,
     """Largest relative error of a gradient against the plain loss in float64.
 
     Raises:
-        AssertionError: if it is more than rounding: in float32, more than twice that of the plain loss in float32.
+        AssertionError: if the error exceeds rounding: twice the error of the plain loss, both in float32.
     """
     found: dict[str, dict] = {name: {} for name in arms}
     plain: dict[Callable, tuple[list[Tensor], list[float]]] = {}
@@ -469,7 +472,7 @@ def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def part(inputs: Inputs, num_tokens: int) -> Inputs:
-    """Tokens enough for two chunks, and as much of the vocabulary as fits in float64."""
+    """A part of the inputs: two chunks of tokens, and as much of the vocabulary as fits into memory in float64."""
     rows = min(len(inputs.weight), (1 << 27) // inputs.teacher_weight.shape[1])
     first = {name: getattr(inputs, name)[:num_tokens] for name in ("hidden", "teacher_hidden", "labels")}
     first["labels"] = first["labels"] % rows
@@ -501,7 +504,7 @@ def gradients(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> list[Tensor]:
 
 
 def memory_of(name: str, arguments: argparse.Namespace) -> int:
-    """Bytes that `loss_bytes` finds in a process of its own."""
+    """The result of `loss_bytes`, computed in a new process."""
     sizes = ("shape", "vocab", "tokens", "threads", "device", "dtype")
     given = [word for size in sizes for word in (f"--{size}", str(getattr(arguments, size)))]
     done = subprocess.run(
@@ -513,7 +516,7 @@ def memory_of(name: str, arguments: argparse.Namespace) -> int:
 def loss_bytes(name: str, arguments: argparse.Namespace) -> int:
     """Peak of one loss and its gradients, beyond its inputs and one gradient of the states and of the weight."""
     arm = ARMS[name]
-    random_step(arm, arguments, 16, 4096)  # what libraries take once
+    random_step(arm, arguments, 16, 4096)  # memory that libraries allocate once
     inputs = random_inputs(arm, arguments, arguments.tokens, arguments.vocab)
     kept = [inputs.hidden, inputs.weight, *inputs.states, *([inputs.projection.weight] if arm.states else [])]
     before = peak_bytes(arguments, reset=True)
@@ -555,7 +558,7 @@ def random_inputs(arm: Arm, arguments: argparse.Namespace, tokens: int, vocab: i
 
 
 def peak_bytes(arguments: argparse.Namespace, *, reset: bool = False) -> int:
-    """Most memory since the last reset."""
+    """Peak memory since the last reset."""
     if arguments.device != "cpu":
         if reset:
             torch.cuda.reset_peak_memory_stats()

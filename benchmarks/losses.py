@@ -1,8 +1,9 @@
-"""What is best to lose? The same pruned student, distilled with each loss at equal tokens; and a corrected teacher.
+"""Compares distillation losses and corrected teachers on the same pruned student, at an equal number of tokens.
 
-Arms: every divergence alone; KL with cross-entropy; KL with hidden states, and with embeddings too (P1 tables 15 and
-17); with `--original-learning-rate`, KL from a teacher that was corrected on the corpus before, or that learns it
-while the student does (P2 §2.1). A seed decides the order of the data. Run from the repository root, for example:
+Arms: each divergence alone; KL with cross-entropy; KL with hidden states, and also with embeddings (Muralidharan et
+al. 2024, arXiv 2407.14679, tables 15 and 17). With `--original-learning-rate`, the arms are teachers instead:
+unchanged, corrected before distillation, and corrected during distillation (Sreenivas et al. 2024, arXiv 2408.11796,
+§2.1). A seed sets the order of the data. Run from the repository root, for example:
 
     python benchmarks/losses.py --teacher MODEL --train train.jsonl --eval valid.jsonl \
         --prune num_hidden_layers=3 --tokens 100000 --seeds 2 --output results.json

@@ -1,12 +1,12 @@
-"""What do the options save that keep memory down? Activation checkpointing, and a teacher that takes less.
+"""Measures the memory that activation checkpointing, an offloaded teacher and a quantised teacher save.
 
-Activations: the bytes that wait for the backward pass, per token and layer of a student of Llama 3.1 8B's shape with
-float32 weights under bf16 autocast, counted on fake tensors, which have shapes and no values. Between two lengths, so
-that what does not grow with the tokens cancels out.
+Activations: bytes that are stored for the backward pass, per token and layer of a student with the shape of Llama 3.1
+8B, float32 weights and bf16 autocast. They are counted on fake tensors, which have shapes and no values. The
+difference between two lengths is used, so that memory that does not grow with the tokens cancels out.
 
-Teacher: the bytes of its weights that stay on the device, with its layers in main memory (`offload_layers`, counted on
-a model without values), and quantised by each library that is installed, loaded as a recipe would from a small model
-of random weights; per parameter, so that the size does not matter. Run from the repository root, in a minute:
+Teacher: bytes per parameter of its weights that stay on the device. With its layers in main memory
+(`offload_layers`), they are counted on a model without values. Quantised teachers are small models of random weights,
+loaded with each installed library as in a recipe. Run from the repository root; it takes a minute:
 
     python benchmarks/memory.py --output results.json
 """
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def activation_bytes(checkpointed: bool) -> float:
-    """Bytes per token and layer that are saved in the forward pass, with and without activation checkpointing."""
+    """Bytes per token and layer that are stored for the backward pass, with and without activation checkpointing."""
     saved = {
         (layers, tokens): saved_bytes(layers, tokens, checkpointed) for layers in (2, 4) for tokens in (1024, 2048)
     }
@@ -80,7 +80,7 @@ def activation_bytes(checkpointed: bool) -> float:
 
 
 def saved_bytes(layers: int, tokens: int, checkpointed: bool) -> int:
-    """Bytes of different storages that autograd keeps."""
+    """Bytes of all distinct storages that autograd keeps."""
     storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def saved_bytes(layers: int, tokens: int, checkpointed: bool) -> int:
 
 
 def offloaded() -> dict[str, int]:
-    """Parameters that stay on the device where layers are in main memory, and the most that is fetched at once."""
+    """Parameters that stay on the device with offloaded layers, and the largest number that is fetched at once."""
     model = empty_model(LlamaConfig(**SHAPE))
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     counts = [sum(weight.numel() for weight in module.parameters()) for module in (model, *layers)]
@@ -139,7 +139,7 @@ def torchao_int8():
 
 
 def parts_of(model: torch.nn.Module, name: str) -> list[torch.Tensor]:
-    """The tensors that a quantised weight is made of: its numbers and their scales."""
+    """The tensors inside a quantised weight: values and scales."""
     weight = model.get_parameter(name)
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -150,7 +150,7 @@ def parts_of(model: torch.nn.Module, name: str) -> list[torch.Tensor]:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, or of the tensors that one of TorchAO's is made of."""
+    """Bytes of a tensor, or of all tensors inside a TorchAO tensor."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

@@ -1,8 +1,9 @@
-"""Which importance to prune by? Loss of students before any retraining, by metric, beside random pruning.
+"""Compares importance metrics by the loss of pruned students before any retraining. The control is random pruning.
 
-One set of scores per metric, one cut per request; `--seeds` random choices are the control. `--vary reduction`
-compares the nine reductions over tokens and rows (P1, Table 13) instead, `--vary iterations` one, two and four rounds
-of scoring. Run from the repository root, for example:
+Each metric is scored once, and each request is pruned by its scores. `--seeds` is the number of random prunings.
+`--vary reduction` compares the nine reductions over tokens and rows instead (Muralidharan et al. 2024, arXiv
+2407.14679, table 13). `--vary iterations` compares one, two and four rounds of scoring. Run from the repository root,
+for example:
 
     python benchmarks/metrics.py --teacher MODEL --train train.jsonl --eval valid.jsonl --output results.json
 """
@@ -35,7 +36,7 @@ from minitron_hf.scoring.metrics import metric_names
 from minitron_hf.scoring.reductions import Reduction
 from reporting import command
 
-#: What is cut, each by itself and all together.
+#: Requests: each size alone, and all together.
 REQUESTS = {
     "neurons": "{intermediate_size: 0.5}",
     "heads": "{num_attention_heads: 0.5}",
@@ -43,7 +44,7 @@ REQUESTS = {
     "channels": "{hidden_size: 0.75}",
     "neurons and channels": "{intermediate_size: 0.65, hidden_size: 0.75}",
 }
-#: What is compared, and the arguments of scoring behind each name.
+#: Variants to compare: name → arguments of scoring.
 VARIANTS: dict[str, dict[str, dict]] = {
     "metric": {metric: {"metric": metric} for metric in metric_names() if metric != "random"},
     "reduction": {
@@ -83,7 +84,7 @@ def main() -> None:
         models, seconds = {"teacher": teacher}, {}
         for variant, how in variants.items():
             start = time.monotonic()
-            if "iterations" in how:  # each round depends on what is cut
+            if "iterations" in how:  # each round depends on the pruned sizes
                 scores = {
                     cut: iterate_importance(teacher, request, rows, show_progress=False, **how)
                     for cut, request in requests.items()

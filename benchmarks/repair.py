@@ -1,7 +1,8 @@
-"""What makes up for cut heads and neurons: head add-back (P1 §2.2), refitted output projections, both against neither.
+"""Compares repairs of pruned heads and neurons: none, head add-back, and refitted output projections.
 
-Loss and KL of the student before any retraining, and with `--tokens` after the same distillation; a seed decides the
-order of the data. Run from the repository root, for example:
+Head add-back is the method of Muralidharan et al. 2024 (arXiv 2407.14679, §2.2). The script measures loss and KL of
+the student before any retraining, and with `--tokens` also after the same distillation. A seed sets the order of the
+data. Run from the repository root, for example:
 
     python benchmarks/repair.py --teacher MODEL --train train.jsonl --eval valid.jsonl --tokens 100000 \
         --output results.json
@@ -33,7 +34,7 @@ from minitron_hf.data import token_rows
 from minitron_hf.files import versions, write_json
 from reporting import command, spread
 
-#: What is cut: each by itself, both together, and what the tables of `controls.py` cut.
+#: Requests: heads; heads and neurons; and the sizes in the tables of `controls.py`.
 REQUESTS = {
     "neurons": {"intermediate_size": 0.5},
     "heads": {"num_attention_heads": 0.5},
@@ -43,7 +44,7 @@ REQUESTS = {
 
 
 def main() -> None:
-    """Measure every cut with every remedy."""
+    """Measure every request with every repair."""
     arguments = parse_arguments()
     teacher = load_model(arguments.teacher, dtype=torch.float32)
     tokenizer = load_tokenizer(arguments.teacher)

@@ -1,4 +1,4 @@
-"""What benchmarks share: the command that makes their numbers again, how they scatter, and the memory of a process."""
+"""Helpers of all benchmarks: the command of a run, the spread over seeds, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def command(arguments: argparse.Namespace, *, together: tuple[str, ...] = ()) -> str:
-    """The command line again, with the folder of test data as a variable.
+    """The command line of this run, with the folder of test data as a variable.
 
     Args:
-        arguments: parsed.
-        together: options that take several values at once; of others with several, each has its own flag.
+        arguments: the parsed arguments.
+        together: options whose values follow one flag; other options repeat the flag for every value.
     """
     words = [f"python benchmarks/{Path(sys.argv[0]).name}"]
     for name, value in vars(arguments).items():
@@ -39,6 +39,6 @@ def spread(values: list[float]) -> str:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had at any time: what `ru_maxrss` is, without that of its parent."""
+    """Peak memory of this process in bytes. `ru_maxrss` would include the parent's peak."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

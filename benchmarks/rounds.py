@@ -1,17 +1,17 @@
-"""Is it better to cut in rounds? Two rounds of pruning and distillation against one, at equal tokens in all.
+"""Compares two rounds of pruning and distillation with one round, at an equal total number of tokens.
 
-Arms, all to the same final shape, all distilled from the original teacher but where it is said otherwise:
+All arms have the same final shape. Their teacher is the original one unless stated otherwise:
 
-- one round: cut at once, distilled on all tokens;
-- one round, distilled twice: cut at once, distilled on half of the tokens, and with the schedule begun anew on the
-  other half. It differs from two rounds by the shape between alone;
-- two rounds: cut to the shape between, distilled on half of the tokens; that student is scored and cut again, and
-  distilled on the other half;
-- two rounds, from the previous: its second round learns from the student of the first;
-- two rounds, random: both cuts keep units at random.
+- one round: pruned once, distilled on all tokens;
+- one round, distilled twice: pruned once, distilled on half of the tokens, then with a restarted schedule on the
+  other half. Only the intermediate shape distinguishes it from two rounds;
+- two rounds: pruned to the intermediate shape and distilled on half of the tokens; then the student is scored, pruned
+  again, and distilled on the other half;
+- two rounds, from the previous: the teacher of the second round is the student of the first;
+- two rounds, random: units are kept at random in both rounds.
 
-A seed decides the order of the data (another in the second half) and what random pruning keeps. Run from the
-repository root, for example:
+A seed sets the order of the data (another order in the second half) and the units that random pruning keeps. Run from
+the repository root, for example:
 
     python benchmarks/rounds.py --teacher MODEL --train train.jsonl --eval valid.jsonl --between hidden_size=104 \
         --between intermediate_size=280 --prune hidden_size=80 --prune intermediate_size=208 --output results.json
@@ -65,7 +65,7 @@ def main() -> None:
     results["num_parameters"]["teacher"] = count_parameters(teacher)
 
     def cut(model, request, *, random: int | None):
-        """The model scored and cut: by importance, or at random with this seed."""
+        """Score and prune the model: by importance, or at random with this seed."""
         texts = (row["text"] for row in train)
         how = {"metric": "random", "seed": random} if random is not None else {"data": texts}
         scores = estimate_importance(
@@ -79,7 +79,7 @@ def main() -> None:
         return apply_plan(model, make_plan(model, request, scores)).float()
 
     def learn(student, source, part: int, order: int):
-        """The student after a part of the tokens."""
+        """Distil the student on a part of the tokens."""
         tokens = argparse.Namespace(**{**vars(arguments), "tokens": arguments.tokens // part})
         with tempfile.TemporaryDirectory() as folder:
             distil(student, source, train, folder, tokenizer, order, tokens, lr_scheduler_type="cosine")

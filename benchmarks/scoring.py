@@ -1,7 +1,7 @@
-"""How long scoring takes beside the plain forward pass of the same tokens, and a sweep of depth beside the naive one.
+"""Compares the time of scoring with a plain forward pass, and the perplexity sweep over layers with a naive sweep.
 
-Rounds alternate between what is compared, so that a machine that slows down slows all of them down; the median of the
-rounds counts. Run from the repository root, for example:
+Rounds alternate between the compared functions, so that a slow phase of the machine affects all of them. The result
+is the median over rounds. Run from the repository root, for example:
 
     python benchmarks/scoring.py --output benchmarks/results/scoring.json
 """
@@ -78,7 +78,7 @@ def model_of(shape: str, arguments: argparse.Namespace):
 
 
 def compare_passes(arguments: argparse.Namespace) -> dict:
-    """All width axes and block importance in one pass, beside the plain forward pass without the head."""
+    """Time one scoring pass (all width axes and block importance) and one plain forward pass without the head."""
     model, batch = model_of("wide", arguments)
     spec = spec_for(model.config)
 
@@ -113,7 +113,7 @@ def compare_passes(arguments: argparse.Namespace) -> dict:
 
 
 def compare_sweeps(arguments: argparse.Namespace) -> dict:
-    """Perplexity without every single layer: prefixes reused, beside a student for every layer."""
+    """Time the perplexity without each layer: with reused prefixes, and with one student per layer."""
     model, batch = model_of("deep", arguments)
     spec = spec_for(model.config)
     depth = model.config.num_hidden_layers
@@ -149,7 +149,7 @@ def compare_sweeps(arguments: argparse.Namespace) -> dict:
 
 
 def describe(model, batch) -> dict:
-    """What was measured."""
+    """Description of a measurement."""
     return {
         "num_parameters": model.num_parameters(),
         "tokens": batch["input_ids"].numel(),
@@ -158,7 +158,7 @@ def describe(model, batch) -> dict:
 
 
 def rounds(timed: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict:
-    """Median seconds of each, and the median over rounds of its ratio to the first one of the same round."""
+    """Median seconds of each function, and its median ratio to the first function of the same round."""
     taken: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(arguments.rounds + 1):
         for name, run in timed.items():

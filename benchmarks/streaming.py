@@ -1,10 +1,10 @@
-"""How much memory and time does it take to prune a checkpoint that is larger than memory is wide?
+"""Measures memory and time of pruning a large checkpoint from disk to disk.
 
-Makes a checkpoint in the shape of Llama-3.1-8B (16 GB of synthetic bfloat16 weights), prunes it to the published 4B
-width and depth shapes, and reports peak memory, and wall time beside a plain copy. A copy reads and writes exactly as
-many bytes as the pruning does, in pieces of as many bytes, and syncs its file as the pruning does; the two take turns,
-each in a process of its own, and the page cache is emptied of the teacher before each. Run from the repository root;
-needs 26 GB of disk:
+The script makes a checkpoint with the shape of Llama-3.1-8B (16 GB of synthetic bfloat16 weights) and prunes it to
+the published 4B width and depth shapes. It reports the peak memory, and the wall time compared with a plain copy. The
+copy reads and writes the same number of bytes in pieces of the same size, and syncs its file in the same way. Pruning
+and copying alternate, each in its own process, and the teacher is removed from the page cache before each. Run from
+the repository root; it needs 26 GB of disk:
 
     python benchmarks/streaming.py --work /tmp/streaming --output benchmarks/results/streaming.json
 """
@@ -58,7 +58,7 @@ def main() -> None:
         }
         for number in range(arguments.rounds):
             for shape, values in results["shapes"].items():
-                # The first pruning says how much there is to copy; later the copy goes first in every other round.
+                # The first pruning gives the number of bytes to copy. Later, copy and pruning take turns to go first.
                 order = ["prune", "copy"] if number % 2 == 0 else ["copy", "prune"]
                 values["rounds"].append({name: step(name, shape, arguments.work) for name in order})
                 print(f"{shape}, round {number + 1}: {values['rounds'][-1]}", flush=True)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def step(name: str, shape: str, work: Path) -> dict:
-    """One step in a process of its own, with nothing of the teacher in the page cache."""
+    """Run one step in a new process, after the teacher was removed from the page cache."""
     for path in (work / "teacher").glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -144,7 +144,7 @@ def make(work: Path, _: str) -> dict:
 
 
 def prune(work: Path, shape: str) -> dict:
-    """Prune, the comparison of the weights with the plan's digest included."""
+    """Prune; this includes the comparison of the weights with the plan's digest."""
     from minitron_hf import PruningPlan, prune_checkpoint
 
     plan = PruningPlan.from_pretrained(work / shape)
@@ -159,7 +159,7 @@ def prune(work: Path, shape: str) -> dict:
 
 
 def check(work: Path, shape: str, plan) -> None:
-    """The published number of parameters, and one matrix of one layer by hand."""
+    """Check the number of parameters against the published one, and one matrix against a computation by hand."""
     import torch
     from safetensors import safe_open
 

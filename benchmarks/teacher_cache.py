@@ -1,9 +1,9 @@
-"""What does a cached teacher cost, and save? Online distillation against caches of k tokens, with and without a tail.
+"""Compares distillation from teacher caches with online distillation: quality, size and time.
 
-Arms: online; a cache of the k most likely tokens and one more outcome for all others ("tail"); the same k tokens,
-renormalised, as if there were no others ("no tail"). All start from the same pruned student and see the same rows; a
-seed decides their order. Also measured: bytes per token, CPU seconds and elapsed seconds of a step (median; data
-loading included), and CPU seconds to write a cache. Run from the repository root, for example:
+Arms: online; a cache of the k most likely tokens with one more outcome for all others ("tail"); the same k tokens
+with probabilities that sum to 1 ("no tail"). All arms start from the same pruned student and train on the same rows;
+a seed sets their order. The script also measures bytes per token, CPU seconds and elapsed seconds per step (median,
+with data loading), and CPU seconds to write a cache. Run from the repository root, for example:
 
     python benchmarks/teacher_cache.py --teacher MODEL --train train.jsonl --eval valid.jsonl --output results.json
 """
@@ -130,23 +130,23 @@ def main() -> None:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds and elapsed seconds from the end of one step to that of the next."""
+    """CPU seconds and elapsed seconds from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """A step is over."""
+        """Record the times at the end of a step."""
         self.times.append((time.process_time(), time.perf_counter()))
 
     def medians(self) -> dict[str, float]:
-        """Of all steps but the first."""
+        """Medians over all steps but the first."""
         cpu, elapsed = np.median(np.diff(np.array(self.times), axis=0), axis=0).tolist()
         return {"cpu_seconds_per_step": cpu, "seconds_per_step": elapsed}
 
 
 def without_tail(cache: TeacherCache) -> TeacherCache:
-    """The k tokens alone, with probabilities that sum to 1."""
+    """The cache without the tail: k tokens with probabilities that sum to 1."""
     top_k = cache.manifest["settings"]["top_k"]
 
     def renormalised(row: dict) -> dict:

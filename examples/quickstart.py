@@ -1,4 +1,4 @@
-"""The whole path in Python: prune, distil, measure, write the card.
+"""Prunes, distils and measures a model in Python, and writes the model card.
 
     python examples/quickstart.py TEACHER TRAIN EVAL OUTPUT_DIR [MAX_STEPS]
 
@@ -22,7 +22,7 @@ from minitron_hf import (
 
 
 def main(teacher_id: str, train_source: str, eval_source: str, output_dir: str, max_steps: str = "200") -> None:
-    """Compress `teacher_id` into `output_dir`."""
+    """Prune and distil `teacher_id`; write the student to `output_dir`."""
     teacher, tokenizer = load_model(teacher_id, dtype="float32"), load_tokenizer(teacher_id)
     train, held_out = load_text_dataset(train_source), load_text_dataset(eval_source)
 

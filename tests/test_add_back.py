@@ -1,4 +1,4 @@
-"""Head add-back (P1 §2.2): the formula written out head by head, on stock modules."""
+"""Head add-back (Muralidharan et al. 2024, §2.2): the formula written out head by head, on stock modules."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def llama(heads: int, kv: int, **kwargs):
 
 
 def merged(heads: list[Tensor], importance: list[float], left: int) -> list[Tensor]:
-    """P1's formula with its one-based numbers, then the heads in the order in which they stood."""
+    """The paper's formula with its one-based numbers, then the heads in the order in which they stood."""
     total = len(heads)
     by_rank = [None, *sorted(range(total), key=lambda head: -importance[head])]
     made = {}

@@ -172,9 +172,9 @@ def large(**sizes) -> LlamaConfig:
 @pytest.mark.parametrize(
     ("teacher", "fraction", "expected"),
     [
-        (14336, 0.65, 9216),  # Llama-3.1-8B, as P2 cut it to 4B
-        (14336, 0.8, 11520),  # Mistral-NeMo-12B, as P2 cut it to 8B
-        (24576, 0.375, 9216),  # Nemotron-4-15B, as P1 cut it to 4B
+        (14336, 0.65, 9216),  # Llama-3.1-8B, as Sreenivas et al. 2024 pruned it to 4B
+        (14336, 0.8, 11520),  # Mistral-NeMo-12B, as Sreenivas et al. 2024 pruned it to 8B
+        (24576, 0.375, 9216),  # Nemotron-4-15B, as Muralidharan et al. 2024 pruned it to 4B
         (11008, 0.5, 5504),  # Llama-2-7B, as Sheared-LLaMA cut it to 1.3B
         (11008, 0.628, 6912),  # and to 2.7B
         (4096, 0.75, 3072),

@@ -275,7 +275,7 @@ NEMO_12B = {
     ],
 )
 def test_published_parameter_counts(config, total: int, without_embeddings: int):
-    """P2 Table 1 and the published checkpoints."""
+    """Sreenivas et al. 2024, table 1, and the published checkpoints."""
     assert models.count_parameters(config) == total
     assert models.count_parameters(config, embeddings=False) == without_embeddings
 

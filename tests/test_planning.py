@@ -450,7 +450,7 @@ def test_a_teacher_without_head_dim_keeps_it():
     assert student.head_dim == 12
 
 
-# Published shapes (P2 Table 1)
+# Published shapes (Sreenivas et al. 2024, table 1)
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,

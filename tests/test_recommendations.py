@@ -66,7 +66,7 @@ def prune(recommendation):
 
 @pytest.fixture(scope="module")
 def published():
-    """Llama-3.1-8B to the size of its published width student, in one round as P2 did."""
+    """Llama-3.1-8B to the size of its published width student, in one round, as in the paper."""
     return recommend(LLAMA, 4_512_746_496, rounds=1, teacher_learning_rate=3e-4)
 
 

@@ -23,7 +23,7 @@ from minitron_hf.sizes.shapes import (
 from minitron_hf.sizes.student import student_config
 from pocket import POCKETS, cuttable, pocket_config, pocket_model, pocket_tokens
 
-#: Nemotron-4 15B (P1).
+#: Nemotron-4 15B (Muralidharan et al. 2024).
 NEMOTRON = NemotronConfig(
     num_hidden_layers=32,
     hidden_size=6144,
