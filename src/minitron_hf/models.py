@@ -77,13 +77,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, complete or not at all.
 
-    Transformers fills parameters that a checkpoint lacks, or holds in another shape, with random values and a warning;
-    here that is an error.
+    If a checkpoint lacks parameters or holds them in another shape, Transformers fills them with random values and
+    warns. Here this is an error.
 
     Args:
         model_or_path: a folder or a Hub id; a model object is returned without a trainer's wrappers (`plain_model`).
-        dtype: None or `"auto"` keeps the checkpoint's.
-        device: where to move the model; None leaves it where `from_pretrained` puts it.
+        dtype: None or `"auto"` keeps the dtype of the checkpoint.
+        device: device to move the model to; None: the device that `from_pretrained` chose.
         revision: branch, tag or commit on the Hub.
         **kwargs: passed on to `from_pretrained` (`token`, `quantization_config`, …).
 
@@ -92,9 +92,9 @@ def load_model(
 
     Raises:
         HubError: if the folder or repository cannot be found or read.
-        UnsupportedModelError: if it holds no complete causal language model that Transformers knows.
+        UnsupportedModelError: if it does not hold a complete causal language model of a class in Transformers.
         DataError: if there is no such dtype.
-        MismatchError: if `torch_dtype`, the old name of `dtype`, is given and says something else.
+        MismatchError: if `torch_dtype`, the old name of `dtype`, is given with another value.
     """
     if isinstance(model_or_path, torch.nn.Module):
         return plain_model(model_or_path)
@@ -224,7 +224,8 @@ def load_tokenizer(
     """Load a tokenizer.
 
     Args:
-        name_or_path: a folder or a Hub id; a tokenizer object is returned as it is, and of a processor its tokenizer.
+        name_or_path: a folder or a Hub id; or a tokenizer, which is returned; or a processor, whose tokenizer is
+            returned.
         revision: branch, tag or commit on the Hub.
         **kwargs: passed on to `AutoTokenizer.from_pretrained`.
 

@@ -68,10 +68,11 @@ CALL_SETTINGS = ("padding", "truncation")
 def save_model(
     model: PreTrainedModel, folder: str | os.PathLike[str], processing_class: Any = None, **kwargs: Any
 ) -> None:
-    """Save a model, and its tokenizer beside it, as a checkpoint that Transformers 4.57 and 5 load alike.
+    """Save a model, and its tokenizer beside it, as a checkpoint that both Transformers 4.57 and 5 can load.
 
-    Architectures that only version 5 has need version 5. The files differ from those of `model.save_pretrained` in
-    config keys that version 5 ignores, and in tokenizer files that are copied from where the tokenizer was loaded.
+    An architecture that is new in version 5 still needs version 5. The files differ from those of
+    `model.save_pretrained` in config keys that version 5 ignores, and in tokenizer files that are copied from where
+    the tokenizer was loaded.
 
     Args:
         model: a student, or any other model.

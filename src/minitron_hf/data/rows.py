@@ -91,7 +91,7 @@ def token_rows(
             applied as by TRL's `SFTTrainer`, and a prompt is context alone.
         processing_class: tokenizer, or a processor with one; needed for text. Every row begins with the tokens that it
             adds in front of a text (mostly the beginning-of-text token), also a row that begins inside a document,
-            because many teachers are far worse without. These tokens are context alone, see `TokenRows`.
+            because many teachers are far worse without them. These tokens are context alone, see `TokenRows`.
         max_length: longest row, in tokens, including those.
         num_rows: number of rows after which to stop; None: all.
         packing: join documents (each behind a separator, see `separator_tokens`) and cut them into full rows, which

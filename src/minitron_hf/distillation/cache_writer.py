@@ -78,29 +78,29 @@ def cache_teacher_logits(
 ) -> Path:
     """Write the top-k teacher logits of a corpus to disk; an interrupted call resumes.
 
-    Every file is complete when it appears, and the manifest is written last. A second call writes the missing files,
-    with the same bytes, and refuses a folder that was begun with other settings or data. Under `accelerate launch`
+    Files are written atomically, the manifest last. A second call writes the missing files with the same bytes. It
+    refuses a folder that was begun with other settings or data. Under `accelerate launch`
     the processes take turns at the files.
 
     Args:
         teacher: a model, or a path or Hub id; moved to the training device.
         dataset: corpus, as for `DistillationTrainer`.
         output_dir: folder of the cache.
-        top_k: number of tokens to keep of every distribution; with the whole vocabulary nothing is lost.
-        args: of the run that will train from the cache. They decide how documents become rows, the `temperature`, the
-            precision and the batch size (`per_device_eval_batch_size`). With `hidden_loss` or `embedding_loss` the
-            cache also holds the teacher's hidden states that they need: 2 bytes per channel and token, which is much.
+        top_k: number of most likely tokens to store per position; the whole vocabulary stores the exact distribution.
+        args: arguments of the run that will train from the cache. They set the packing into rows, the `temperature`,
+            the precision and the batch size (`per_device_eval_batch_size`). With `hidden_loss` or `embedding_loss` the
+            cache also holds the teacher's hidden states: 2 bytes per channel and token, which needs much space.
         processing_class: tokenizer; by default the one in the teacher's folder.
-        dtype: of log-probabilities and states: `"float16"` (at a log-probability of -8, rounding changes the
-            probability by 0.4 %) or `"float32"`.
-        rows_per_file: rows that are computed again after an interruption, at most. The token rows of a file are held
-            in memory, their logits are not.
+        dtype: dtype of log-probabilities and hidden states: `"float16"` (at a log-probability of -8, rounding changes
+            the probability by 0.4 %) or `"float32"`.
+        rows_per_file: rows per file; an interruption loses at most so many. The token rows of a file are held in
+            memory, their logits are not.
 
     Returns:
         The folder, for `load_teacher_cache`.
 
     Raises:
-        ValueError: if a number or dtype makes no sense.
+        ValueError: if a number is out of range or the dtype is unknown.
         MismatchError: if the folder was begun with other settings or data, or the arguments cannot be trained from a
             cache.
         OutputError: if the folder cannot be written.

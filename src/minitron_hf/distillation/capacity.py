@@ -73,7 +73,7 @@ def estimate_capacity(
     Args:
         teacher_config: the teacher's config.
         student_config: the student's config.
-        setup: how the student is distilled; by default on one H100.
+        setup: devices and settings of the distillation; default: one H100.
 
     Raises:
         PlanError: if a model cannot be run on tensors without values, or the two have different vocabularies.

@@ -25,10 +25,11 @@ class DistillationConfig(SFTConfig):
     """Arguments of `DistillationTrainer`: those of `trl.SFTConfig`, the ones below, and defaults that fit the machine.
 
     Loss of a token: `kd_weight * T² * divergence + ce_weight * cross-entropy + α * (hidden + embedding)`, by default
-    KL(teacher ‖ student) alone; see `losses.distillation_loss` and `intermediate.IntermediateLosses`. Minitron found
-    the divergence alone best where few layers are dropped, and all three where a quarter or more are.
+    KL(teacher ‖ student) alone; see `losses.distillation_loss` and `intermediate.IntermediateLosses`. In
+    Muralidharan et al. 2024, the divergence alone was best if few layers are dropped, and all three terms if a quarter
+    or more are dropped.
 
-    By default `bf16` is on only where the hardware computes in it, and `activation_checkpointing` and
+    By default `bf16` is on only if the hardware computes it, and `activation_checkpointing` and
     `dataloader_pin_memory` only with an accelerator. TRL turns all three on everywhere, which makes training on a CPU
     without bfloat16 units 50 to 100 times slower.
     """
@@ -234,7 +235,7 @@ class DistillationConfig(SFTConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments as JSON values; the base class expects dict arguments that it may change."""
+        """The arguments as JSON values. Dict arguments are copied, because the base class changes them."""
         kept = {name: getattr(self, name) for name in self._VALID_DICT_FIELDS}
         for name, value in kept.items():
             if isinstance(value, dict):

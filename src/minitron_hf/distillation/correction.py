@@ -82,22 +82,22 @@ def correct_teacher(
     Args:
         teacher: a path or Hub id, or a model, which is trained in place.
         train_dataset: corpus, as for `trl.SFTTrainer`.
-        output_dir: folder of the checkpoints, and in the end of the corrected teacher and its tokenizer.
-        original_learning_rate: the peak learning rate that the teacher was trained with; a fifth of it is used.
-        num_tokens: tokens to train on; Minitron used about 100 billion (arXiv 2408.11796).
-        method: what is trained: `"full"`, all weights; `"lora"`, an adapter, which is merged; `"norms"`, the norms
-            alone. Which of them suffices is an open question of the paper.
+        output_dir: folder for the checkpoints, then for the corrected teacher and its tokenizer.
+        original_learning_rate: peak learning rate of the teacher's own training; a fifth of it is used.
+        num_tokens: number of training tokens; Sreenivas et al. 2024 (arXiv 2408.11796) used about 100 billion.
+        method: weights to train: `"full"`, all of them; `"lora"`, an adapter, which is merged; `"norms"`, the norms
+            only. The paper leaves open which method suffices.
         processing_class: tokenizer; by default the one in the teacher's folder.
         eval_dataset: held-out corpus.
         max_length: tokens of a row; texts are joined into full rows.
-        peft_config: of the adapter; by default LoRA of rank 16 on all linear layers.
-        **arguments: of `trl.SFTConfig` (`per_device_train_batch_size`, `seed`, …).
+        peft_config: config of the adapter; default: LoRA of rank 16 on all linear layers.
+        **arguments: fields of `trl.SFTConfig` (`per_device_train_batch_size`, `seed`, …).
 
     Returns:
         The folder of the corrected teacher, a stock model in the dtype of the given one.
 
     Raises:
-        ValueError: if the method or a number makes no sense.
+        ValueError: if the method is unknown or a number is out of range.
         OutputError: if the folder cannot be written, is the teacher's own, or another run uses it.
         UnsupportedModelError: if the teacher is quantised, or has an adapter.
         MismatchError: if the folder holds a checkpoint of another training.

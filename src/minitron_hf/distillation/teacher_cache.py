@@ -110,10 +110,10 @@ class TeacherCache:
         return size
 
     def require_arguments(self, args: DistillationConfig, *, packing: bool) -> None:
-        """Refuse arguments that would make other rows, or need other values of them.
+        """Refuse arguments that need other rows or other cached values.
 
         Args:
-            args: of the run.
+            args: arguments of the run.
             packing: whether documents would be packed, in training or in evaluation.
 
         Raises:
@@ -133,7 +133,7 @@ class TeacherCache:
                 )
 
     def require_states(self, states: Sequence[int]) -> None:
-        """Refuse a cache without hidden states that are to be compared.
+        """Refuse a cache that lacks hidden states which the loss needs.
 
         Raises:
             MismatchError: naming the states.

@@ -93,8 +93,8 @@ class DistillationTrainer(
 ):
     """Distil on a corpus, unlike TRL's trainer of the same name, which samples from the student and needs prompts.
 
-    The student learns the teacher's distribution at every token of `train_dataset` that counts: all tokens, or only
-    those of the completion or the assistant. Datasets, packing, chat templates, PEFT, quantised loading and callbacks
+    The student learns the teacher's distribution at every token of `train_dataset`, or only at the tokens of the
+    completion or the assistant. Datasets, packing, chat templates, PEFT, quantised loading and callbacks
     work as in `trl.SFTTrainer`. The loss applies both output heads to chunks of tokens, so the logits of a whole
     batch are never in memory.
 
@@ -110,7 +110,7 @@ class DistillationTrainer(
         args: a `DistillationConfig`.
         data_collator: makes batches of rows; by default TRL's collator for the data.
         train_dataset: corpus; or `load_teacher_cache(folder)`, a corpus with precomputed teacher logits.
-        eval_dataset: held-out corpus, likewise, or several by name.
+        eval_dataset: held-out corpus or teacher cache, or several by name.
         processing_class: tokenizer of both models.
         compute_metrics: metrics from the student's logits; costs a second forward pass and [batch, length, vocabulary]
             memory in evaluation.
@@ -118,12 +118,11 @@ class DistillationTrainer(
         optimizers: optimizer and scheduler.
         optimizer_cls_and_kwargs: optimizer class and arguments.
         preprocess_logits_for_metrics: reduces logits before they are gathered for `compute_metrics`.
-        quantization_config: for a student that is loaded here.
+        quantization_config: quantisation of a student that is loaded from a path or Hub id.
         peft_config: trains an adapter; `save_student` merges it into a stock model.
-        formatting_func: makes the text of a row.
-        pruning_plan: the plan that the student was made by; by default the one that `prune_model` attached to the
-            model, or the one in its folder. After several rounds of pruning, the plans of all rounds, the first one
-            first; the last one is saved.
+        formatting_func: function that returns the text of a row.
+        pruning_plan: the plan of the student; default: the one that `prune_model` attached to the model, or the one in
+            its folder. After several rounds of pruning, the plans of all rounds in order; the last one is saved.
 
     Raises:
         MismatchError: if teacher and student have different vocabularies or are the same object; or a cache was

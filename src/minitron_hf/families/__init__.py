@@ -41,10 +41,10 @@ _REGISTERED: dict[str, ArchSpec] = {}
 
 
 def register_family(spec: ArchSpec) -> None:
-    """Make a family table known without changing this package.
+    """Register a family table from outside this package.
 
-    The table is known in this process. A package that offers it as an entry point of the group `minitron_hf.families`
-    makes it known everywhere, also to the command line.
+    This registers the table in the current process. To use it on the command line too, offer it as an entry point of
+    the group `minitron_hf.families` in your package.
 
     Args:
         spec: the table, made of the parts in `minitron_hf.families.base`.

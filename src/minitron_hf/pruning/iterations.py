@@ -35,26 +35,26 @@ def iterate_importance(
     iterations: int = 1,
     **importance_kwargs: Any,
 ) -> ImportanceScores:
-    """Score and cut in several rounds: after round i of T, i/T of the whole cut is done.
+    """Score and prune in several rounds: after round i of T, i/T of the whole cut is done.
 
-    Muralidharan et al. 2024 (§2.2) found a loss of 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and 1.92
-    for all of them after it.
+    Muralidharan et al. 2024 (§2.2) report a loss of 5.43, 5.55 and 5.24 for T = 1, 2 and 4 before retraining, and of
+    1.92 for each T after retraining.
 
     Args:
         model: the teacher; not changed.
-        config: the student's sizes. Those of the rounds before the last are rounded as fractions are, and their
-            students may be of other stock classes that hold the same model.
+        config: the student's sizes. The sizes of the rounds before the last are rounded like fractions, and
+            their students may have other stock classes that hold the same model.
         data: see `estimate_importance`; tokenised once for all rounds.
         iterations: T; 1 is `estimate_importance`.
         **importance_kwargs: passed on to `estimate_importance`. Which layers a `depth_metric` measures follows from
             `config`.
 
     Returns:
-        Scores of the teacher's units by the last round, NaN where a unit was cut before, for `make_plan` with the same
-        `config`. Blocks without all layers that were cut before are infinite.
+        The scores of the last round for the teacher's units, for `make_plan` with the same `config`. Units that were
+        pruned in earlier rounds have NaN. Blocks that lack layers that were dropped in earlier rounds have infinity.
 
     Raises:
-        PlanError: if the rounds cannot be followed for this request.
+        PlanError: if the request does not allow several rounds.
     """
     require_iterations(config, iterations)
     data = tokenize_once(data, importance_kwargs.get("processing_class"))

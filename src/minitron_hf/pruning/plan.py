@@ -27,32 +27,32 @@ PARTNERS = "partners."
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The kept units and layers of a student: complete, checked, and independent of weights.
+    """The kept units and layers of a student. A plan is complete, checked, and independent of weights.
 
     Attributes:
-        model_type: family.
+        model_type: model type of the family.
         teacher: `name_or_path`, `revision`, `digest` of the weights (None if planned from a config without scores),
             parameter counts, `config`.
         student: parameter counts, `config`.
         sizes: axis → {"teacher": size, "student": size}.
         layers_kept: teacher indices of the student's layers.
-        kept: axis → int64 teacher indices of the units that stay, ascending: `[units]` for axes of the whole model,
+        kept: axis → int64 teacher indices of the kept units, ascending: `[units]` for axes of the whole model,
             `[kept layers, units]` for axes of each layer, `[kept layers, kept outer units, units]` for axes within
-            another. Axes that are not cut are absent; a layer that has no units of an axis holds arbitrary ones; one
-            that keeps fewer than others is filled up with -1.
-        partners: axis → the dropped unit that each kept one gains its difference to (head add-back), in the shape
-            of `kept`; -1 for none. Empty without `head_add_back`.
+            another. Axes that are not pruned are absent. The entries of a layer without units of an axis are
+            arbitrary. The entries of a layer that keeps fewer units than others end with -1.
+        partners: axis → for each kept unit, the dropped unit whose difference is added to it (head add-back), in the
+            shape of `kept`; -1 for none. Empty without `head_add_back`.
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
         pruner_config: the request.
-        repair: method by which output projections are refitted to the kept units, on data that the plan does not hold;
-            None for no repair.
-        selection: how units were ranked (metric), or None if nothing had to be ranked.
+        repair: method that refits output projections to the kept units; None: no repair. The plan does not hold the
+            data.
+        selection: metric that ranked the units; None if no units were ranked.
         scores: digest, settings and data digest of the scores used, or None.
-        candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`, `proxy`
-            (KL before retraining) and `behind` (how much more that is than the best one's), each with its error.
-        notes: decisions the reader should know of.
-        versions: of the libraries that made it.
+        candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`,
+            `proxy` (KL before retraining) and `behind` (difference to the best shape), with standard errors.
+        notes: decisions that the user should know.
+        versions: versions of the libraries that made the plan.
     """
 
     model_type: str
@@ -73,11 +73,11 @@ class PruningPlan:
 
     @property
     def layers_dropped(self) -> tuple[int, ...]:
-        """Teacher indices of the layers that go."""
+        """Teacher indices of the dropped layers."""
         return tuple(sorted(set(range(self.sizes["layers"]["teacher"])) - set(self.layers_kept)))
 
     def kept_in(self, layer: int | None) -> dict[str, np.ndarray]:
-        """Kept units of every cut axis, as seen from one teacher layer (None: outside the layers)."""
+        """Kept units of every pruned axis in one teacher layer (None: outside the layers)."""
         position = None if layer is None else self.layers_kept.index(layer)
         kept = {
             axis: units if units.ndim == 1 else _drop_padding(units[position])
@@ -89,7 +89,7 @@ class PruningPlan:
         return kept
 
     def partners_in(self, layer: int | None) -> dict[str, np.ndarray]:
-        """`kept_in`, with its partner in the place of each unit that has one; empty where none has."""
+        """Like `kept_in`, but with each unit replaced by its partner, if any; empty if no unit has a partner."""
         if layer is None or not self.partners:
             return {}
         position, kept = self.layers_kept.index(layer), self.kept_in(layer)
@@ -102,7 +102,7 @@ class PruningPlan:
         """The student's config as an object of the stock class.
 
         Args:
-            teacher: the teacher's config, for a model type that only remote code knows: its class is the student's.
+            teacher: the teacher's config, needed for model types with remote code; its class is used for the student.
         """
         from transformers import AutoConfig
 
@@ -113,7 +113,7 @@ class PruningPlan:
         return AutoConfig.for_model(model_type, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the indices of units, JSON-ready."""
+        """All fields except the indices of units, JSON-ready."""
         return {
             "format": FORMATS[PLAN_NAME],
             "versions": dict(self.versions),

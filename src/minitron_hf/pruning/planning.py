@@ -38,14 +38,14 @@ def make_plan(
     Args:
         model_or_config: the teacher.
         config: the student's sizes.
-        scores: importance of the teacher's units; needed for every axis that is cut by choice.
+        scores: importance scores of the teacher; needed if units or layers have to be chosen.
 
     Returns:
         The plan, with the exact parameter counts of the student.
 
     Raises:
-        UnsupportedModelError: if the family is unknown or the model is not what its table says.
-        PlanError: if the sizes cannot be cut, or the stock config cannot hold them; the message names legal sizes.
+        UnsupportedModelError: if the family is unknown or the model differs from its table.
+        PlanError: if the sizes cannot be pruned or are not legal in the stock config; the message names legal ones.
         MismatchError: if the scores belong to another model.
     """
     teacher, teacher_config = _checked_teacher(model_or_config, scores)

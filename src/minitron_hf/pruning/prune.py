@@ -52,16 +52,16 @@ def prune_model(
     iterations: int = 1,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
-    """Score, plan and cut in one call. The plan's notes are logged as warnings.
+    """Score, plan and prune in one call. The plan's notes are logged as warnings.
 
     Args:
         model_or_path: the teacher: a model, which is not changed; or a folder or a Hub id, loaded onto an accelerator
-            where there is one, and computed in float32 where the hardware is slow in the stored dtype.
+            if there is one, and computed in float32 if the hardware is slow in the stored dtype.
         config: the student's sizes, or a target for them (`plan_for_target`).
         calibration_data: texts, token rows or a dataset to score the teacher on, unless `scores` are given. They
             are tokenised once.
-        processing_class: tokenizer for the texts; loaded from the teacher's path when left out.
-        scores: scores made before by `estimate_importance`.
+        processing_class: tokenizer for the texts; default: the one in the teacher's folder.
+        scores: earlier results of `estimate_importance`.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: number of rounds of scoring and cutting (`iterate_importance`).
@@ -74,7 +74,7 @@ def prune_model(
 
     Raises:
         MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
-            refused before any compute.
+            refused before any computation.
 
     Example:
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
@@ -170,23 +170,23 @@ def plan_for_target(
 ) -> PruningPlan:
     """Choose the sizes for `request.target_parameters` by the KL before retraining, and plan them.
 
-    Shapes that meet the target (`shapes_near_target`) are cut one after another and compared with the teacher before
-    any retraining, on the same tokens. With `request.repair` they are repaired first, on other rows than those that
-    measure. The lowest KL wins. Ranks before retraining can deceive: `search_architectures` retrains the best.
+    Shapes that meet the target (`shapes_near_target`) are pruned one after another and compared with the teacher
+    before any retraining, on the same tokens. With `request.repair`, they are repaired first, on other rows. The shape
+    with the lowest KL is chosen. The order can change in retraining: `search_architectures` retrains the best shapes.
 
     Args:
         model: the teacher; not changed.
-        request: with a target. Sizes that it gives are kept.
+        request: a request with `target_parameters`. Its sizes are kept.
         scores: importance of the teacher's units.
         data: texts or token rows to measure on.
         processing_class: tokenizer of texts.
-        tolerance: by how much of the target the student may be smaller; it is never larger.
-        num_shapes: shapes to measure; of more, some that differ are taken.
+        tolerance: fraction of the target by which the student may be smaller; it is never larger.
+        num_shapes: number of shapes to measure; if there are more, a diverse selection.
         num_rows: rows to measure on.
         max_length: tokens of a row.
 
     Returns:
-        The plan of the best shape; all that were measured are its `candidates`, KL ± standard error in its notes.
+        The plan of the best shape. All measured shapes are its `candidates`; the KL ± standard error is in its notes.
 
     Raises:
         PlanError: if the target is out of reach, no size is left to choose, or none of the shapes can be planned.
@@ -292,15 +292,15 @@ def prune_with_plan(
     verify: bool = False,
     **row_arguments: Any,
 ) -> PreTrainedModel:
-    """Build the student of a plan: `apply_plan`, then the plan's repair, and a verification on demand.
+    """Build the student of a plan: `apply_plan`, the plan's repair, and an optional verification.
 
     Args:
         model: the teacher; not changed.
-        plan: made for it.
+        plan: plan for this teacher.
         data: calibration data for a repair (`repaired_weights`).
         processing_class: tokenizer for texts.
         verify: compare the student, before any repair, with the masked teacher (`verify_student`), and note it.
-        **row_arguments: which rows of the data a repair sees: `num_samples`, `max_length`, `packing`, `batch_size`.
+        **row_arguments: settings of the rows for a repair: `num_samples`, `max_length`, `packing`, `batch_size`.
 
     Returns:
         The student, with the plan and its notes as `student.pruning_plan`.

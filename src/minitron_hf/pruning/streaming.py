@@ -62,10 +62,10 @@ def prune_checkpoint(
     Args:
         source: the teacher: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
         target: folder for the student: weights, configs, the plan, and the teacher's tokenizer and legal texts.
-        plan: made for this teacher.
+        plan: plan for this teacher.
         revision: branch, tag or commit on the Hub.
         max_shard_size: as in `save_pretrained`.
-        overwrite: replace what `target` holds, instead of refusing.
+        overwrite: replace the content of `target`.
         show_progress: show a progress bar.
 
     Returns:
@@ -75,7 +75,7 @@ def prune_checkpoint(
         HubError: if the teacher cannot be found or downloaded.
         UnsupportedModelError: see `open_checkpoint`.
         MismatchError: if the plan was made for another architecture or other weights.
-        OutputError: if `target` holds files already, or the disk has no room for the student.
+        OutputError: if `target` holds files already, or the disk has too little space for the student.
     """
     target = Path(target)
     if not overwrite:

@@ -34,24 +34,24 @@ def apply_plan(
 ) -> PreTrainedModel:
     """Build the student: a new stock model with indexed copies of the teacher's tensors.
 
-    It is of the teacher's class, unless the plan names other stock classes that hold the same model.
+    The student has the teacher's class, unless the plan names another stock class for the same model.
 
-    Dtypes and devices follow the teacher's parameters (offloaded ones are cut on the CPU), tied heads stay tied, and
-    the plan is attached as `student.pruning_plan`.
+    Dtypes and devices follow the teacher's parameters (offloaded ones are pruned on the CPU), tied heads stay tied,
+    and the plan is attached as `student.pruning_plan`.
 
     Args:
         model: the teacher; not changed.
-        plan: made for this teacher.
-        repaired: tensors to take instead of the teacher's, by name, before they are cut (`repaired_weights`), for a
-            plan with a repair.
+        plan: plan for this teacher.
+        repaired: name → unpruned tensor to use instead of the teacher's (`repaired_weights`), for a plan with a
+            repair.
 
     Returns:
         The student, in evaluation mode.
 
     Raises:
         MismatchError: if the plan was made for another architecture or other weights.
-        PlanError: if the plan has a repair and there is none here, or the reverse.
-        UnsupportedModelError: if the model is not what its family table says.
+        PlanError: if the plan has a repair and `repaired` is missing, or the reverse.
+        UnsupportedModelError: if the model differs from its family table.
     """
     _require_repair(plan, repaired)
     spec = spec_for(model.config)

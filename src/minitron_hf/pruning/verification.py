@@ -39,19 +39,20 @@ def verify_student(
     Compensated norms and embeddings (`plan.scales`) are taken into account. Neither model is changed.
 
     Args:
-        teacher: the model that was cut, in memory.
-        student: what `apply_plan` made of it, before any training.
+        teacher: the teacher, in memory.
+        student: the student that `apply_plan` made, before any training.
         plan: the plan.
         input_ids: token ids [rows, tokens]; default: a few random ones.
 
     Returns:
-        The largest difference of two logits, relative to the largest logit. Below float32 the median over tokens of
-        the largest difference at each: a rounding may send single tokens to another expert.
+        The largest difference of two logits, relative to the largest logit. In dtypes below float32, the median over
+        tokens of this difference, because rounding may send single tokens to another expert.
 
     Raises:
-        VerificationError: if it is more than rounding explains. The tolerance is 30 times what one rounding of the
-            embeddings does to the logits of this model in its dtype.
-        UnsupportedModelError: if a model cannot be masked: weights are offloaded, or routers compute unlike others.
+        VerificationError: if the difference exceeds rounding. The tolerance is 30 times the change of the logits by
+            one rounding of the embeddings, for this model and dtype.
+        UnsupportedModelError: if a model cannot be masked, because weights are offloaded or its routers are not
+            supported.
         PlanError: if the plan merges heads.
     """
     if plan.partners:

@@ -44,23 +44,23 @@ def run_recipe(
     report: Callable[[str], None] = print,
     report_shapes: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
-    """Run the stages of a recipe, skipping those that are done for the same inputs.
+    """Run the stages of a recipe, and skip stages that are finished for the same inputs.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         until: last stage to run; None: all of them.
-        redo: begin stages anew that are not done for these inputs, instead of refusing other inputs and of going on
-            where a stage was interrupted.
+        redo: restart all stages that are not finished for these inputs. Otherwise changed inputs are refused, and
+            interrupted stages resume.
         show_progress: show progress bars.
         report: receives one line per stage.
-        report_shapes: receives what `check_recipe` found, before the first stage.
+        report_shapes: receives the result of `check_recipe`, before the first stage.
 
     Returns:
         The run folder.
 
     Raises:
         OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
-        MinitronError: whatever a stage refuses.
+        MinitronError: errors of the stages.
     """
     with progress_bars(show_progress):
         shapes = check_recipe(recipe, until=until)

@@ -116,7 +116,7 @@ def search_architectures(
         num_tokens: number of tokens of the first round; each round doubles the total.
         num_rows: number of rows on which KL is measured.
         max_length: tokens in a row.
-        base: the settings of the requests that are no sizes (`contiguous`, `norm_compensation`, …). Candidates are
+        base: settings of the requests other than sizes (`contiguous`, `norm_compensation`, …). Candidates are
             compared without its `repair`.
         distillation: fields of `DistillationConfig`.
         show_progress: show the table of candidates as it fills.

@@ -35,13 +35,13 @@ class PrunerConfig:
     Attributes:
         hidden_size: width of the residual stream; one choice of channels for the whole model.
         intermediate_size: MLP neurons, chosen in every layer.
-        num_attention_heads: query heads, chosen in every layer; every kept KV head keeps equally many.
+        num_attention_heads: query heads, chosen in every layer; every kept KV head keeps the same number.
         num_key_value_heads: KV heads (query groups), chosen in every layer.
         num_experts: routed experts, chosen in every layer.
         moe_intermediate_size: neurons of every routed expert, chosen in each.
         shared_expert_intermediate_size: neurons of the shared experts, chosen in every layer.
-        conv_dim: channels of short convolutions, chosen in every layer; the stock classes hold as many as the residual
-            stream has, so that each size follows the other.
+        conv_dim: channels of short convolutions, chosen in every layer. The stock classes need as many as
+            channels of the residual stream, so the two sizes are pruned together.
         mamba_num_heads: state-space heads, chosen in every layer.
         mamba_head_dim: channels of every state-space head, chosen in each.
         num_hidden_layers: layers to keep.
@@ -52,25 +52,25 @@ class PrunerConfig:
         keep_first_layers: number of first layers that a choice by scores never drops.
         keep_last_layers: number of last layers that a choice by scores never drops. The first and the last layers
             matter most (Sreenivas et al. 2024), which block importance does not always see (`benchmarks/depth.py`).
-        norm_compensation: scale the norms' weights after a cut of the hidden size by √(teacher's / student's). The
-            student's norms divide by the root mean square of the kept channels; the factor makes up for that, exactly
-            for RMSNorm and nearly for LayerNorm. After distillation it was better on two real models and equal on the
-            third (`benchmarks/results/*-norm-compensation.json`).
-        head_add_back: add to each kept head its difference to a dropped one (Muralidharan et al. 2024, §2.2). With K
+        norm_compensation: after the hidden size was pruned, multiply the norms' weights by √(teacher's / student's).
+            The student's norms divide by the root mean square of the kept channels; the factor compensates for that,
+            exactly for RMSNorm and approximately for LayerNorm. After distillation it was better on two real models
+            and equal on the third (`benchmarks/results/*-norm-compensation.json`).
+        head_add_back: add the difference to a dropped head to each kept head (Muralidharan et al. 2024, §2.2). With K
             of L heads kept, and heads ranked by importance, head i gains its difference to head 2K - i + 1, in all
-            projections into it and out of it. Where KV heads are shared, this is done for query heads within their
-            group. It merges weights: the student is no longer the masked teacher.
-        repair: `"least_squares"`: refit the output projections of cut neurons and heads on calibration data, so that
-            the kept units reproduce the outputs of the teacher's layers (`repaired_weights`).
-        nonuniform_sizes: names of sizes that may differ from layer to layer under the same total. Layers whose scores
-            are spread over more units get more of it. Only where the stock config holds one size for every layer.
-        model_type: other stock classes for the student. They must hold exactly the same model; their config lacks a
-            limit on sizes that the teacher's has. For example, a Llama without biases is a Mistral without a window.
-            The refusal of such a size names them.
+            projections into it and out of it. If KV heads are shared, this is done for query heads within their
+            group. The weights are merged, so the student no longer equals the masked teacher.
+        repair: `"least_squares"`: refit the output projections of pruned neurons and heads on calibration data, so
+            that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`).
+        nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
+            are spread over more units get more units. This needs a stock config with a list of sizes per layer.
+        model_type: another stock class for the student. It must hold exactly the same model, but without a limit on
+            sizes that the teacher's class has. For example, a Llama without biases is a Mistral without a window.
+            The error about such a size suggests the class.
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple. None: 8,
-            and where the teacher's size is large, what kernels and quantisers like: 64 from 2,048 on, 128 from 4,096,
-            256 from 8,192. Numbers of units are never rounded.
-        target_parameters: the most parameters that the student may have, or a fraction (< 1) of the teacher's.
+            and more for large sizes of the teacher, because kernels and quantisers need it: 64 from 2,048, 128 from
+            4,096, 256 from 8,192. Numbers of units are never rounded.
+        target_parameters: maximum number of parameters of the student, or a fraction (< 1) of the teacher's.
             `prune_model` and `plan_for_target` then choose the sizes that are not given, by measuring shapes.
     """
 

@@ -40,9 +40,8 @@ NORM_EPSILONS = (
 def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> PretrainedConfig:
     """The student's config, from the teacher's config alone.
 
-    Which layers go is decided by scores, and matters here only to lists with one entry per layer; without
-    `layers_to_drop`, the block just before the last layer is taken (the choice of Sreenivas et al. 2024 for
-    Llama-3.1-8B).
+    The dropped layers matter here only for lists with one entry per layer. Without `layers_to_drop`, the block just
+    before the last layer is assumed (the choice of Sreenivas et al. 2024 for Llama-3.1-8B).
 
     Raises:
         UnsupportedModelError: if the family is unknown.
