@@ -467,3 +467,47 @@ def test_arguments_that_another_overrules_are_not_shown(run_dir):
     card = render_model_card(run_dir)
     assert "| num_train_epochs | 3.0 |" in card
     assert "| max_steps |" not in card
+
+
+def with_evaluation(folder, **changes):
+    """Add entries to the models of a run's evaluation: name → entries."""
+    found = evaluation()
+    for name, entries in changes.pop("models").items():
+        found["models"][name] |= entries
+    write_json(folder / "evaluation.json", {**found, **changes})
+
+
+def test_chat_and_positions_are_shown_beside_the_teacher(tmp_path):
+    folder = write_run(tmp_path)
+    assert "### Chat" not in render_model_card(folder)
+    assert "### By position" not in render_model_card(folder)
+    number = {"value": 0.75, "stderr": 0.0625}
+    chat = dict.fromkeys(("perplexity", "top1_agreement", "stopping", "format", "answer_tokens"), number)
+    part = {"begin": 0, "end": 128, "num_tokens": 1000, "loss": {"value": 2.5, "stderr": 0.5}}
+    parts = [part, {**part, "begin": 128, "end": 256, "num_tokens": 400}]
+    kl = {"kl_divergence": number}
+    with_evaluation(
+        folder,
+        chat={"num_prompts": 8, "max_new_tokens": 64, "digest": "sha256:0"},
+        models={
+            "teacher": {"chat": {**chat, "kl_divergence": None}, "positions": parts},
+            "student": {"chat": {**chat, **kl}, "positions": [{**one, **kl} for one in parts]},
+        },
+    )
+    card = render_model_card(folder)
+    assert "| Own answers that end within the limit | 75.0 ± 6.2 % | 75.0 ± 6.2 % |" in card
+    assert "| KL(teacher ‖ model) on the teacher's answers, nats per token | – | 0.750 ± 0.062 |" in card
+    assert "answered 8 prompts greedily under the chat template, with at most 64 tokens" in card
+    assert "| 128–255 | 400 | 2.50 ± 0.50 | 2.50 ± 0.50 | 0.750 ± 0.062 |" in card
+    assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(("context", "warns"), [(8192, True), (512, False), (513, True)])
+def test_rows_far_shorter_than_the_context_are_told(tmp_path, context, warns):
+    folder = write_run(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "max_position_embeddings": context})
+    card = render_model_card(folder)
+    text = f"**Training rows have at most 256 tokens of a context of {context:,}: positions from 256"
+    assert (f"{text} on are not trained.**" in card) == warns
+    assert "\n\n\n" not in card

@@ -95,9 +95,10 @@ def test_every_range_belongs_to_something():
     from peft import LoraConfig
 
     from minitron_hf.evaluation.evaluate import evaluate_models
+    from minitron_hf.generation.corpus import generate_corpus
     from minitron_hf.pruning.repair import repaired_weights
 
-    for target in (LoraConfig, evaluate_models, repaired_weights):
+    for target in (LoraConfig, evaluate_models, generate_corpus, repaired_weights):
         known |= set(hints_of(target))
     assert {name for name in RANGES if name not in known} == set()
 

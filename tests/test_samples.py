@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from minitron_hf.evaluation.samples import generate_samples
 from pocket import pocket_model, pocket_tokenizer
@@ -33,6 +34,17 @@ def test_samples_are_the_greedy_continuation(models, tokenizer):
                     ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
             expected = tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
             assert sample["completions"][name] == expected
+
+
+def test_penalties_of_the_models_do_not_apply(models, tokenizer):
+    expected = generate_samples(models, tokenizer, ["Once"], max_new_tokens=9)
+    before = {name: model.generation_config for name, model in models.items()}
+    for model in models.values():
+        model.generation_config = GenerationConfig(repetition_penalty=50.0)
+    found = generate_samples(models, tokenizer, ["Once"], max_new_tokens=9)
+    for name, model in models.items():
+        model.generation_config = before[name]
+    assert found == expected
 
 
 def test_sampling_depends_on_the_seed_alone(models, tokenizer):

@@ -18,6 +18,10 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out text: file, saved dataset or Hub id.")],
     output: Output,
     split: Split = "train",
+    chat_prompts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Dataset of prompts that the models answer under the chat template."),
+    ] = None,
     set_: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -29,15 +33,19 @@ def evaluate(
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
     _require_free(output, [EVALUATION_NAME], overwrite)
-    own = ("models", "dataset", "processing_class", "output_path", "descriptions", "checkpoints", "show_progress")
+    given = ("models", "dataset", "processing_class", "output_path", "chat_prompts")
+    own = (*given, "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")
     named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
     if not all(named) or not all(named.values()) or len(named) < len(models):
         raise DataError(f"Expected NAME=MODEL for every model, each name once, got {' '.join(models)}.")
     rows = _corpus(data, split, settings.get("text_field", "text"), "--data", cached=False)
+    prompts = None
+    if chat_prompts is not None:
+        prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
     tokenizer = load_tokenizer(next(iter(named.values())))
     with locked_folder(output):
-        evaluate_models(named, rows, processing_class=tokenizer, output_path=output, **settings)
+        evaluate_models(named, rows, processing_class=tokenizer, chat_prompts=prompts, output_path=output, **settings)
     _print_measurement(output)
 
 

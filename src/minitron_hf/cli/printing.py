@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
+    from rich.table import Table
 
     from ..distillation.capacity import Capacity
     from ..distillation.fake_runs import Setup
@@ -188,7 +189,52 @@ def _print_measurement(folder: Path) -> None:
             )
         ]
         table.add_row(name, f"{values['num_parameters']:,}", *cells)
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    if "chat" in evaluation:
+        console.print(_chat_table(evaluation))
+    if any("positions" in values for values in evaluation["models"].values()):
+        console.print(_position_table(evaluation))
+
+
+def _chat_table(evaluation: Mapping[str, Any]) -> Table:
+    """Answers of the models, and what they predict of the reference's answers."""
+    from rich.table import Table
+
+    columns = {
+        "perplexity": ("perplexity", 2),
+        "kl_divergence": ("KL to teacher", 3),
+        "stopping": ("ended", 2),
+        "format": ("kept the format", 2),
+        "answer_tokens": ("tokens", 0),
+    }
+    chat = evaluation["chat"]
+    table = Table(
+        "model",
+        title=f"Answers to {chat['num_prompts']:,} prompts, at most {chat['max_new_tokens']:,} tokens each",
+        title_justify="left",
+    )
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for name, values in evaluation["models"].items():
+        table.add_row(name, *(_with_error(values["chat"][key], digits) for key, (_, digits) in columns.items()))
+    return table
+
+
+def _position_table(evaluation: Mapping[str, Any]) -> Table:
+    """Loss, and KL to the reference, by position in the row."""
+    from rich.table import Table
+
+    table = Table("positions", title="By position in the row: loss, and KL to the teacher", title_justify="left")
+    models = {name: values["positions"] for name, values in evaluation["models"].items() if "positions" in values}
+    for name in models:
+        table.add_column(name, justify="right")
+    for parts in zip(*models.values()):
+        cells = [
+            "; ".join(_with_error(part[key], 3) for key in ("loss", "kl_divergence") if key in part) for part in parts
+        ]
+        table.add_row(f"{parts[0]['begin']:,} to {parts[0]['end'] - 1:,}", *cells)
+    return table
 
 
 def _print_results(folder: Path) -> None:

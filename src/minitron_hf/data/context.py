@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+#: Training rows below this share of the context are called short.
+SHORT_ROWS = 0.5
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -11,8 +15,15 @@ if TYPE_CHECKING:
 def context_length(config: PretrainedConfig) -> int | None:
     """Longest row that a model supports, in tokens; None if its config names no limit."""
     config = config.get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    names = ("max_position_embeddings", "rope_parameters")
+    return stored_context_length({name: getattr(config, name, None) for name in names})
+
+
+def stored_context_length(config: Mapping[str, Any]) -> int | None:
+    """`context_length` of a config as it is stored in `config.json`."""
+    config = config.get("text_config") or config
+    limit: int | None = config.get("max_position_embeddings")
+    rope = config.get("rope_parameters") or {}
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
     if limit and factor and original:  # some configs hold the length before scaling
         limit = max(limit, int(factor * original))
@@ -22,3 +33,23 @@ def context_length(config: PretrainedConfig) -> int | None:
 def shortest_context(*configs: PretrainedConfig) -> int | None:
     """The shortest context of several models, in tokens; None if none has a limit."""
     return min((length for config in configs if (length := context_length(config)) is not None), default=None)
+
+
+def short_rows_note(max_length: int | None, context: int | None) -> str | None:
+    """A warning that training does not reach most of the context; None if it does.
+
+    Args:
+        max_length: longest training row, in tokens.
+        context: tokens of the model's context.
+
+    >>> short_rows_note(512, 8192)
+    'Training rows have at most 512 tokens of a context of 8,192: positions from 512 on are not trained.'
+    >>> short_rows_note(4096, 8192), short_rows_note(512, None)
+    (None, None)
+    """
+    if max_length is None or context is None or max_length >= SHORT_ROWS * context:
+        return None
+    return (
+        f"Training rows have at most {max_length:,} tokens of a context of {context:,}: positions from {max_length:,} "
+        "on are not trained."
+    )

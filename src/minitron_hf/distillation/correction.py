@@ -36,6 +36,7 @@ from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
 from ..saving import save_model
+from .assistant_turns import AssistantTurnsMixin
 from .batches import RepeatedRowsMixin
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import refuse_own_folder, refuse_uncorrectable
@@ -58,7 +59,7 @@ RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
 
 
-class CorrectionTrainer(CheckpointMixin, RepeatedRowsMixin, StartTokensMixin, SFTTrainer):
+class CorrectionTrainer(CheckpointMixin, RepeatedRowsMixin, StartTokensMixin, AssistantTurnsMixin, SFTTrainer):
     """TRL's supervised trainer, with complete checkpoints, and the same losses in any number of processes."""
 
 

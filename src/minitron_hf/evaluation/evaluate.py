@@ -19,6 +19,7 @@ from ..formats import FORMATS, write_artefact
 from ..models import count_parameters, evaluating, load_tokenizer
 from ..scoring.row_starts import warn_of_broken_starts
 from ..weights import model_digest
+from .chat import ChatTest
 from .limits import Limits, checked_reference, require_positive
 from .loading import common_device, in_float32, load_for_inference
 from .quality import measure_quality
@@ -50,6 +51,9 @@ def evaluate_models(
     decode_tokens: int | None = None,
     rounds: int = 5,
     checkpoints: Mapping[str, str | os.PathLike[str]] | None = None,
+    chat_prompts: DataSource | None = None,
+    chat_max_new_tokens: int = 256,
+    num_chat_prompts: int | None = None,
     output_path: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -68,6 +72,15 @@ def evaluate_models(
       tokens per byte as given. None when the data is token ids.
     - `kl_divergence`: KL(reference ‖ model), nats per token. `top1_agreement`: share of tokens where the model's most
       probable token is the reference's. None for the reference itself.
+
+    `positions` has `loss` and `kl_divergence` by the position of the predicted token in its row, if rows are longer
+    than 128 tokens: 0–127, 128–255, 256–511, and so on.
+
+    Chat, with `chat_prompts`: every model answers the prompts greedily under the chat template. `stopping` is the
+    share of answers that end with an end-of-turn token within the limit. `format` is the share of answers that hold
+    text and no special token before that end. `answer_tokens` is the length of an answer. `loss`, `perplexity`,
+    `kl_divergence` and `top1_agreement` are measured on the answers of the reference, answer tokens only. Standard
+    errors are over prompts.
 
     Size and speed: parameters; bytes of the checkpoint; `prefill_tokens_per_second` of one prompt of `prefill_length`
     tokens up to the logits of its last token; `decode_tokens_per_second` of the `decode_tokens` greedy steps after it,
@@ -98,6 +111,10 @@ def evaluate_models(
         rounds: number of timed rounds.
         checkpoints: name → path or Hub id that a model object was loaded from. It is recorded as the model's name, and
             its files are the checkpoint's size; by default that is the size of the object's parameters.
+        chat_prompts: prompts to answer: a dataset with `messages`, `prompt` or `text_field`, as for `generate_corpus`;
+            answers in it are left out. Needs a tokenizer with a chat template. None: chat is not measured.
+        chat_max_new_tokens: longest answer, in tokens.
+        num_chat_prompts: number of prompts to answer; None: all.
         output_path: folder for `evaluation.json`, or the file itself.
         show_progress: show progress bars.
 
@@ -135,11 +152,21 @@ def evaluate_models(
         text_field=text_field,
     )
     limits.require_known(rows)
+    chat = None
+    if chat_prompts is not None:
+        chat = ChatTest.of(
+            chat_prompts,
+            processing_class,
+            context=limits.context,
+            max_new_tokens=chat_max_new_tokens,
+            num_prompts=num_chat_prompts,
+            text_field=text_field,
+        )
     device = common_device(models, device)
     loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     measured = _measure(
-        loaded, rows, reference, batch_size, timing, by_path if dtype in (None, "auto") else [], show_progress
+        loaded, rows, reference, batch_size, timing, by_path if dtype in (None, "auto") else [], chat, show_progress
     )
     result = {
         "format": FORMATS[EVALUATION_NAME],
@@ -157,6 +184,7 @@ def evaluate_models(
             "speed": speed,
             **{name: value if speed else None for name, value in asdict(timing).items()},
         },
+        **({} if chat is None else {"chat": chat.described}),
         "reference": reference,
         "models": {
             name: {
@@ -195,6 +223,7 @@ def _measure(
     batch_size: int,
     timing: Timing,
     in_full_precision: Sequence[str],
+    chat: ChatTest | None,
     show_progress: bool,
 ) -> _Measured:
     """Measure quality and speed.
@@ -207,6 +236,7 @@ def _measure(
         timing: lengths and number of the timed rounds.
         in_full_precision: names of the models whose quality is computed in float32: half precision moves a KL by 0.001
             nats, more than its standard error where a model is close to its reference.
+        chat: prompts to answer.
         show_progress: show progress bars.
     """
     with evaluating(models.values()):
@@ -214,9 +244,18 @@ def _measure(
             judged = reference or next(iter(models))
             warn_of_broken_starts(models[judged], rows, f"The model {judged!r}")
             quality = measure_quality(models, rows, reference, batch_size, show_progress)
+            positions = {name: quality[name].pop("positions") for name in models}
+            answers = {} if chat is None else chat.measure(models, reference, batch_size, show_progress)
             dtypes = _dtypes(models)
         speeds = measure_speed(models, rows, **asdict(timing), show_progress=show_progress)
-    return _Measured({name: {"metrics": quality[name], **speeds[name]} for name in models}, dtypes)
+    found = {}
+    for name in models:
+        found[name] = {"metrics": quality[name], **speeds[name]}
+        if positions[name]:
+            found[name]["positions"] = positions[name]
+        if answers:
+            found[name]["chat"] = answers[name]
+    return _Measured(found, dtypes)
 
 
 def _sources(models: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from ..data import TokenRows, padded_batches
 from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from ..scoring.logits import run_backbone
+from .means import mean_and_error as mean_and_error
+from .positions import PositionSums, by_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,27 +77,6 @@ def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor
     return torch.cat(found)
 
 
-def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Mean per token over documents of different lengths, and its standard error over documents.
-
-    The mean is the ratio r = Σsᵢ/Σnᵢ of two sums over documents, so its standard error is the one of a ratio estimator
-    (delta method): √(n/(n−1) · Σ(sᵢ − r·nᵢ)²) / Σnᵢ, with the tokens of one document as dependent as they are. It is
-    the usual √(s²/n) when all documents have one length.
-
-    Returns:
-        (mean, standard error); the error of a single document is None.
-
-    >>> mean_and_error([2.0, 6.0], [2, 2])
-    (2.0, 1.0)
-    """
-    total = sum(counts)
-    value = math.fsum(sums) / total
-    if len(counts) < 2:
-        return value, None
-    squares = math.fsum((s - value * n) ** 2 for s, n in zip(sums, counts))
-    return value, math.sqrt(squares * len(counts) / (len(counts) - 1)) / total
-
-
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
@@ -142,13 +123,13 @@ def load_metric(name: str, **kwargs: Any) -> Any:
 def measure_quality(
     models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, show_progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Measure every model in one pass over the rows, longest rows first, which needs the least padding."""
-    names = sorted(models, key=lambda name: name != reference)
-    compared = [name for name in names if reference is not None and name != reference]
-    losses = {name: load_metric("causal_lm_loss") for name in names}
-    divergences = {name: load_metric("kl_divergence") for name in compared}
-    agreements = {name: load_metric("token_agreement") for name in compared}
+    """Measure every model in one pass over the rows, longest rows first, which needs the least padding.
 
+    Returns:
+        Name → metrics; those by position under `positions`.
+    """
+    names = sorted(models, key=lambda name: name != reference)
+    measured = {name: _Quality(is_compared=reference not in (None, name)) for name in names}
     ordered = rows.select(sorted(range(len(rows)), key=lambda index: len(rows.rows[index]), reverse=True))
     with tqdm(total=rows.num_predicted, desc="Evaluating", unit="token", disable=not show_progress) as bar:
         for index, batch in enumerate(padded_batches(ordered, batch_size)):
@@ -156,36 +137,24 @@ def measure_quality(
             places = [torch.tensor(ordered.predicted(first + i)) for i in range(len(batch["input_ids"]))]
             targets = [ids[place] for ids, place in zip(batch["input_ids"], places)]
             by_row = {name: _logits_by_row(models[name], batch, places) for name in names}
-            for target in targets:
-                compared_with = None
+            for target, place in zip(targets, places):
+                reference_TV = None
                 for name in names:  # the reference comes first
                     logits_TV = next(by_row[name])
-                    losses[name].add_batch(predictions=[logits_TV], references=[target])
+                    measured[name].add(logits_TV, target, place, reference_TV)
                     if name == reference:
-                        compared_with = logits_TV, logits_TV.argmax(-1).tolist()
-                    elif compared_with is not None:
-                        reference_TV, tokens = compared_with
-                        divergences[name].add_batch(predictions=[logits_TV], references=[reference_TV])
-                        agreements[name].add_batch(predictions=[logits_TV.argmax(-1).tolist()], references=[tokens])
+                        reference_TV = logits_TV
                     del logits_TV  # before the next model's
             bar.update(sum(map(len, places)))
-
-    def entry(result: Mapping[str, Any], key: str) -> dict[str, Any] | None:
-        return None if result[key] is None else {"value": result[key], "stderr": result[f"{key}_stderr"]}
-
     found = {}
     for name in models:
-        loss = losses[name].compute(num_bytes=rows.num_bytes)
-        if not math.isfinite(loss["loss"]):
+        found[name] = measured[name].result(rows.num_bytes)
+        loss = found[name]["loss"]["value"]
+        if not math.isfinite(loss):
             raise UnsupportedModelError(
-                f"The model {name!r} gives a loss of {loss['loss']}: its logits are not finite in "
+                f"The model {name!r} gives a loss of {loss}: its logits are not finite in "
                 f"{models[name].dtype}. Load it in a wider dtype (dtype='float32'), or check its weights."
             )
-        found[name] = {key: entry(loss, key) for key in ("loss", "perplexity", "bits_per_byte")}
-        found[name]["kl_divergence"] = found[name]["top1_agreement"] = None
-        if name in divergences:
-            found[name]["kl_divergence"] = entry(divergences[name].compute(), "kl_divergence")
-            found[name]["top1_agreement"] = entry(agreements[name].compute(), "token_agreement")
     return found
 
 
@@ -211,3 +180,60 @@ def _logits_by_row(
             logits_TV = output.logits(row, position)
         yield logits_TV
         del logits_TV  # before the next row's
+
+
+class _Quality:
+    """Metrics of one model over the rows that were added.
+
+    Args:
+        is_compared: whether there is a reference that the model is compared with.
+    """
+
+    def __init__(self, *, is_compared: bool) -> None:
+        self.is_compared = is_compared
+        self.loss = load_metric("causal_lm_loss")
+        self.divergence, self.agreement = load_metric("kl_divergence"), load_metric("token_agreement")
+        self.by_position = {"loss": PositionSums(), "kl_divergence": PositionSums()}
+
+    def add(
+        self,
+        logits_TV: torch.Tensor,
+        tokens_T: torch.Tensor,
+        places_T: torch.Tensor,
+        reference_TV: torch.Tensor | None,
+    ) -> None:
+        """Add a row.
+
+        Args:
+            logits_TV: logits of the row's predictions, [T, V].
+            tokens_T: the tokens that they predict, int64 [T].
+            places_T: positions of these tokens in the row, int64 [T].
+            reference_TV: the reference's logits, [T, V]; None without a comparison.
+        """
+        positions = places_T.tolist()
+        self.loss.add_batch(predictions=[logits_TV], references=[tokens_T])
+        self.by_position["loss"].add(positions, -token_log_probabilities(logits_TV, tokens_T))
+        if self.is_compared and reference_TV is not None:
+            self.divergence.add_batch(predictions=[logits_TV], references=[reference_TV])
+            self.agreement.add_batch(
+                predictions=[logits_TV.argmax(-1).tolist()], references=[reference_TV.argmax(-1).tolist()]
+            )
+            self.by_position["kl_divergence"].add(positions, token_divergences(logits_TV, reference_TV))
+
+    def result(self, num_bytes: int | None) -> dict[str, Any]:
+        """Metric → value and standard error; None where there is none.
+
+        Args:
+            num_bytes: UTF-8 bytes of the text that was predicted, if they are known.
+        """
+
+        def entry(result: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+            return None if result[key] is None else {"value": result[key], "stderr": result[f"{key}_stderr"]}
+
+        loss = self.loss.compute(num_bytes=num_bytes)
+        found: dict[str, Any] = {key: entry(loss, key) for key in ("loss", "perplexity", "bits_per_byte")}
+        found["kl_divergence"] = found["top1_agreement"] = None
+        if self.is_compared:
+            found["kl_divergence"] = entry(self.divergence.compute(), "kl_divergence")
+            found["top1_agreement"] = entry(self.agreement.compute(), "token_agreement")
+        return {**found, "positions": by_position(**self.by_position)}

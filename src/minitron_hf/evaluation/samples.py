@@ -10,6 +10,7 @@ import torch
 
 from ..data import tokenize
 from ..data.tokens import text_tokenizer
+from ..generation.decoding import without_generation_defaults
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
 
@@ -62,7 +63,7 @@ def generate_samples(
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=do_sample, eos_token_id=end, pad_token_id=pad, use_cache=True
         )
-        with evaluating([model]), torch.random.fork_rng(), torch.no_grad():
+        with evaluating([model]), without_generation_defaults(model), torch.random.fork_rng(), torch.no_grad():
             for sample, ids in zip(samples, tokenize(prompts, tokenizer)):
                 torch.manual_seed(seed)
                 input_ids = torch.tensor([ids], device=model.device)

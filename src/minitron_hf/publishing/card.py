@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.context import short_rows_note, stored_context_length
 from ..errors import MismatchError, OutputError
 from ..files import read_json, write_text
 from ..formats import read_artefact
@@ -25,9 +26,11 @@ from .card_metadata import benchmark_values, dataset_name, is_limited, is_number
 from .card_tables import (
     _architecture_table,
     _benchmark_table,
+    _chat_table,
     _depth_table,
     _measurement_table,
     _model_title,
+    _position_table,
     _round_table,
     _search_table,
 )
@@ -236,6 +239,9 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "search": _search_table((run["search"] or plan or {}).get("candidates") or []),
         "depth": _depth_table(last) if last else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
+        "chat": _chat_table(evaluation) if evaluation else None,
+        "positions": _position_table(evaluation) if evaluation else None,
+        "short_rows": _short_rows(run),
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
         "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,
@@ -253,6 +259,15 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _versions(run),
         "digests": _digests(run),
     }
+
+
+def _short_rows(run: Mapping[str, Any]) -> str | None:
+    """A warning where the training rows were far shorter than the context that the student claims."""
+    trained = [one["distillation"] for one in (*run["rounds"], run) if one["distillation"]]
+    lengths = [one["arguments"].get("max_length") for one in trained]
+    if not lengths or None in lengths or not run["config"]:
+        return None
+    return short_rows_note(max(lengths), stored_context_length(run["config"]))
 
 
 def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:

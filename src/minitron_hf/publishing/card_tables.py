@@ -163,6 +163,49 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+#: Rows of the table on chat: key → title, factor and unit.
+CHAT_METRICS: Mapping[str, tuple[str, float, str]] = {
+    "perplexity": ("Perplexity of the teacher's answers, per token", 1.0, ""),
+    "kl_divergence": ("KL(teacher ‖ model) on the teacher's answers, nats per token", 1.0, ""),
+    "top1_agreement": ("Top-1 agreement on the teacher's answers", 100.0, " %"),
+    "stopping": ("Own answers that end within the limit", 100.0, " %"),
+    "format": ("Own answers that keep the template's turns", 100.0, " %"),
+    "answer_tokens": ("Tokens of an own answer", 1.0, ""),
+}
+
+
+def _chat_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+    """The check of the chat ability, a column per model."""
+    models = {name: model["chat"] for name, model in evaluation["models"].items() if model.get("chat")}
+    if not models:
+        return None
+    names = _model_order(models)
+    rows = [
+        [title, *(md.measured(models[name].get(key), factor, unit) for name in names)]
+        for key, (title, factor, unit) in CHAT_METRICS.items()
+    ]
+    return [["", *map(_model_title, names)], *(row for row in rows if {*row[1:]} != {"–"})]
+
+
+def _position_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+    """Loss and KL by position in the row: of the reference and the student."""
+    models = {name: model["positions"] for name, model in evaluation["models"].items() if model.get("positions")}
+    names = [name for name in _model_order(models) if name in (evaluation.get("reference"), "teacher", "student")]
+    if not names:
+        return None
+    columns = [(name, key) for name in names for key in ("loss", "kl_divergence") if key in models[name][0]]
+    titles = [f"{_model_title(name)}, {'loss' if key == 'loss' else 'KL'}" for name, key in columns]
+    rows = [
+        [
+            f"{part['begin']:,}–{part['end'] - 1:,}",
+            md.count(part["num_tokens"]),
+            *(md.measured(models[name][number].get(key)) for name, key in columns),
+        ]
+        for number, part in enumerate(models[names[0]])
+    ]
+    return [["Positions", "Tokens", *titles], *rows]
+
+
 def _with_ratio(
     value: float | None,
     reference: float | None,

@@ -206,7 +206,6 @@ def _evaluate(run: Run) -> None:
     from ..evaluation.tasks import evaluate_tasks
 
     section, source, last = run.recipe.evaluate, run.recipe.teacher, len(run.recipe.rounds)
-    last_round = " in the last round" if last > 1 else ""
     models: dict[str, Any] = {
         # By path where possible, so that the size of a checkpoint is that of its files.
         "teacher": source.model if source.revision is None else run.load(source.model, revision=source.revision),
@@ -226,17 +225,10 @@ def _evaluate(run: Run) -> None:
         num_rows=section.num_rows,
         batch_size=section.batch_size,
         dataset_name=run.dataset_section("eval").source,
-        descriptions={
-            "pruned": f"the student before distillation{last_round}",
-            "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
-            **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
-            **{
-                name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}"
-                for name in run.recipe.controls
-            },
-        },
+        descriptions=_descriptions(run.recipe),
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
+        **_chat_arguments(run),
         output_path=run.folder,
         show_progress=run.show_progress,
     )
@@ -260,6 +252,31 @@ def _evaluate(run: Run) -> None:
             for name, model in compared.items()
         }
         write_artefact(run.folder / "benchmarks.json", {"models": results})
+
+
+def _descriptions(recipe: Recipe) -> dict[str, str]:
+    """Descriptions of the models for the card."""
+    last = len(recipe.rounds)
+    last_round = " in the last round" if last > 1 else ""
+    return {
+        "pruned": f"the student before distillation{last_round}",
+        "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
+        **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
+        **{name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}" for name in recipe.controls},
+    }
+
+
+def _chat_arguments(run: Run) -> dict[str, Any]:
+    """Arguments of `evaluate_models` for the chat prompts of the recipe."""
+    section = run.recipe.evaluate.chat
+    if section is None:
+        return {}
+    return {
+        "chat_prompts": run.dataset("chat"),
+        "chat_max_new_tokens": section.max_new_tokens,
+        "num_chat_prompts": section.num_prompts,
+        "text_field": section.prompts.text_field,
+    }
 
 
 def _card(run: Run) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.context import context_length
+from ..data.context import context_length, short_rows_note
 from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
@@ -66,6 +66,8 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     _check_tokenizer(run.tokenizer, recipe, text_config(config).vocab_size)
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
+    if "distill" in {name.rpartition("/")[2] for name in names}:
+        notes = [*_short_rows(config, arguments), *notes]
     if chosen is None:
         return {
             "model_type": spec.model_type,
@@ -137,6 +139,14 @@ def _check_against_model(
     adapter = lora_config(recipe)
     if adapter is not None:
         _check_adapter(adapter, empty_model(students[-1]))
+
+
+def _short_rows(teacher: PretrainedConfig, arguments: Sequence[DistillationConfig]) -> list[str]:
+    """A warning where distillation reads rows far shorter than the context that the student claims."""
+    longest = max((args.max_length for args in arguments if args.max_length is not None), default=None)
+    note = short_rows_note(longest, context_length(teacher))
+    remedy = "Raise distill.max_length, or measure them: evaluate.max_length, with documents of that length."
+    return [] if note is None else [f"{note} {remedy}"]
 
 
 def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:

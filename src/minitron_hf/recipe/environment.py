@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import token_rows
+from ..data.context import context_length
 from ..data.loading import local_dataset
 from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
@@ -18,6 +19,7 @@ from ..models import count_parameters, first_line
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
 from .launching import require_launchable
+from .run import place_of
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def check_environment(
         require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
     if "evaluate" in stages:
         check_benchmarks(recipe, run.tokenizer)
+        skipped += check_chat_prompts(run)
     if "publish" in stages:
         skipped += check_publishing(recipe)
     if "search" not in stages:
@@ -100,6 +103,28 @@ def check_corpora(
     return skipped
 
 
+def check_chat_prompts(run: Run) -> list[str]:
+    """Refuse chat prompts that cannot be read, or that leave no room for an answer.
+
+    Returns:
+        What could not be checked.
+    """
+    section, where = run.recipe.evaluate.chat, "evaluate.chat.prompts"
+    if section is None:
+        return []
+    context = context_length(run.teacher_config)
+    if context is not None and section.max_new_tokens >= context:
+        raise DataError(
+            f"evaluate.chat.max_new_tokens={section.max_new_tokens}: the teacher's context has {context} tokens. "
+            "Lower it."
+        )
+    rows = _first_rows(run, "chat", section.prompts)
+    if isinstance(rows, str):
+        return [f"{where}: {rows}"]
+    require_text(rows, section.prompts.source, section.prompts.text_field, where)
+    return []
+
+
 def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | str:
     """The first rows of a corpus, or why they are not looked at."""
     from datasets import load_dataset
@@ -119,8 +144,8 @@ def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | st
         return list(islice(stream, 64))
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"data.{which}: {section.source!r} is neither a file here nor a dataset that can be read from the Hub: "
-            f"{first_line(error)} Check the path, or the name, split and revision."
+            f"{place_of(which)}: {section.source!r} is neither a file here nor a dataset that can be read from the "
+            f"Hub: {first_line(error)} Check the path, or the name, split and revision."
         ) from error
 
 
@@ -230,10 +255,13 @@ def check_benchmarks(recipe: Recipe, tokenizer: Any) -> None:
     from ..evaluation.tasks import require_tasks
 
     section = recipe.evaluate
-    if section.apply_chat_template and section.tasks and getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            "evaluate.apply_chat_template: the teacher's tokenizer has no chat template. Leave the entry out."
-        )
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    for name, wanted in (
+        ("apply_chat_template", section.apply_chat_template and section.tasks),
+        ("chat", section.chat),
+    ):
+        if wanted and not has_template:
+            raise DataError(f"evaluate.{name}: the teacher's tokenizer has no chat template. Leave the entry out.")
     if section.include_path is not None and not Path(section.include_path).is_dir():
         raise DataError(f"evaluate.include_path: the folder {section.include_path!r} does not exist.")
     if section.tasks:

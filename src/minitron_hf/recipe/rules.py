@@ -64,13 +64,13 @@ RANGES: Mapping[str, Range] = {
     # rows and batches
     **dict.fromkeys(
         (
-            "batch_size", "block_length", "context_length", "dataset_num_proc", "decode_tokens", "devices",
-            "eval_accumulation_steps", "gradient_accumulation_steps", "iterations", "loss_chunk_size",
-            "num_candidates", "num_processes", "num_proxied", "num_pruned", "num_rounds", "num_rows", "num_samples",
-            "num_tokens",
-            "per_device_eval_batch_size", "per_device_train_batch_size", "prefill_length", "rounds",
-            "save_total_limit", "top_k", "torch_empty_cache_steps", "r", "lora_rank", "qalora_group_size",
-            "dataloader_prefetch_factor", "max_memory_bytes", "max_parameters",
+            "batch_size", "block_length", "chat_max_new_tokens", "context_length", "dataset_num_proc",
+            "decode_tokens", "devices", "eval_accumulation_steps", "gradient_accumulation_steps", "iterations",
+            "loss_chunk_size", "max_new_tokens", "max_prompt_length", "num_candidates", "num_chat_prompts",
+            "num_prompts", "num_processes", "num_proxied", "num_pruned", "num_rounds", "num_rows", "rows_per_file",
+            "num_samples", "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",
+            "prefill_length", "rounds", "save_total_limit", "top_k", "torch_empty_cache_steps", "r", "lora_rank",
+            "qalora_group_size", "dataloader_prefetch_factor", "max_memory_bytes", "max_parameters",
         ),
         _COUNT,
     ),

@@ -31,6 +31,11 @@ STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "cont
 CORRECTED_DIR, CACHE_DIR, CANDIDATES_DIR = "corrected_teacher", "teacher_cache", "candidates"
 
 
+def place_of(which: str) -> str:
+    """Where a dataset stands in the recipe, for messages."""
+    return "evaluate.chat.prompts" if which == "chat" else f"data.{which}"
+
+
 @dataclass
 class Run:
     """Holds a recipe, and its models and datasets, each loaded once when it is first needed.
@@ -176,7 +181,7 @@ class Run:
             columns = data.column_names or []
             if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
                 raise DataError(
-                    f"data.{which}: {section.source} has the columns {', '.join(columns)}, and no "
+                    f"{place_of(which)}: {section.source} has the columns {', '.join(columns)}, and no "
                     f"{section.text_field!r}.{did_you_mean(section.text_field, columns)} Name the text column with "
                     "text_field."
                 )
@@ -186,6 +191,9 @@ class Run:
 
     def dataset_section(self, which: str) -> DatasetSection:
         """The section of one of the corpora; calibration falls back to train."""
+        if which == "chat":
+            assert self.recipe.evaluate.chat is not None
+            return self.recipe.evaluate.chat.prompts
         return getattr(self.recipe.data, which) or self.recipe.data.train
 
     def texts(self, which: str) -> Any:

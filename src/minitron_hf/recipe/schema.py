@@ -122,6 +122,21 @@ class DistributedSection:
 
 
 @dataclass(frozen=True)
+class ChatSection:
+    """Check that the student can still chat: its greedy answers to prompts, beside the teacher's.
+
+    Attributes:
+        prompts: dataset with the columns `messages`, `prompt` or `text_field`; answers in it are left out.
+        num_prompts: number of prompts to answer; None: all.
+        max_new_tokens: longest answer, in tokens.
+    """
+
+    prompts: DatasetSection
+    num_prompts: int | None = 64
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True)
 class EvaluateSection:
     """The final measurement.
 
@@ -136,6 +151,7 @@ class EvaluateSection:
         include_path: folder with further task files.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
         prompts: prompts to complete for the model card.
+        chat: prompts that the models answer under the chat template; None: chat is not measured.
     """
 
     max_length: int | None = None
@@ -148,6 +164,7 @@ class EvaluateSection:
     include_path: str | None = None
     apply_chat_template: bool = False
     prompts: list[str] = field(default_factory=list)
+    chat: ChatSection | None = None
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,11 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _evaluation_settings(recipe: Recipe) -> Any:
-    return {"evaluate": asdict(recipe.evaluate), "data": dataset_identity(recipe.data.eval)}
+    settings = asdict(recipe.evaluate)
+    del settings["chat"]
+    if recipe.evaluate.chat is not None:
+        settings["chat"] = {**asdict(recipe.evaluate.chat), "prompts": dataset_identity(recipe.evaluate.chat.prompts)}
+    return {"evaluate": settings, "data": dataset_identity(recipe.data.eval)}
 
 
 STAGES: tuple[Stage, ...] = (
