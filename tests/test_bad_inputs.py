@@ -377,7 +377,7 @@ CASES = [
         (
             "extra",
             "teacher_correction={{num_tokens: 9, original_learning_rate: 1, arguments: {{max_steps: 1}}}}",
-            "num_tokens says how long",
+            "num_tokens sets the number of steps",
         ),
     ),
     *section(

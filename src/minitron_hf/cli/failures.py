@@ -12,9 +12,9 @@ from ..errors import MinitronError
 def error_message(error: BaseException) -> tuple[str, int]:
     """The message of an error, and the exit code of the command.
 
-    Errors that this package or the file system raises say all there is to say: exit code 2, as does a lack of memory.
-    So do those by which libraries refuse an argument (ValueError). For any other, code 1. Of the last two kinds the
-    traceback goes into a file, whose name is in the message.
+    The exit code is 2 for errors of this package, errors of the file system, lack of memory, and arguments that a
+    library refuses (ValueError). It is 1 for all other errors. For the last two kinds, the traceback is written to a
+    file, and the message names the file.
     """
     if isinstance(error, MinitronError | OSError):
         return str(error), 2

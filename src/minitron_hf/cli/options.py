@@ -55,7 +55,7 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     Args:
         folder: the --output of a command.
         names: files that the command writes there.
-        overwrite: whether the user allows to replace them.
+        overwrite: whether existing files may be replaced.
     """
     from ..recipe.run import STAGES_DIR
 
@@ -72,7 +72,7 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 
 
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
-    """Calibration texts one by one, or rows of tokens."""
+    """Load calibration data: an iterator of texts, or token rows."""
     rows = _corpus(data, split, text_field, option, cached=False)
     return (row[text_field] for row in rows) if text_field in (rows.column_names or []) else rows
 
@@ -145,8 +145,8 @@ def _settings(
     Args:
         entries: each `name=value`.
         hints: name → annotation, see `recipe.rules.hints_of`.
-        takes: what the names are.
-        defaults: entries that these change.
+        takes: description of the names for error messages.
+        defaults: entries that are overridden.
     """
     from ..recipe.reading import apply_overrides
     from ..recipe.rules import require_settings

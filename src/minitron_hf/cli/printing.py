@@ -167,7 +167,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
 
 
 def _print_measurement(folder: Path) -> None:
-    """Print the table of `evaluation.json`, where there is one."""
+    """Print the table of `evaluation.json`, if the file exists."""
     from rich.table import Table
 
     from ..formats import read_artefact
@@ -238,7 +238,7 @@ def _position_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 def _print_results(folder: Path) -> None:
-    """Print the results of a run: the table, the samples and where the card is, as far as they exist."""
+    """Print the results of a run, if they exist: the table, the samples and the path of the card."""
     from ..formats import read_artefact
 
     console = _console()
@@ -253,7 +253,7 @@ def _print_results(folder: Path) -> None:
 
 
 def _console() -> Console:
-    """A console that does not fold tables where the output is not a terminal."""
+    """A console that does not fold tables if the output is not a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120)

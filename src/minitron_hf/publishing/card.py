@@ -104,7 +104,7 @@ def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
             be written.
     """
     run_dir = Path(run_dir)
-    _read_run(run_dir)  # refuses a folder before anything is drawn in it
+    _read_run(run_dir)  # refuses a wrong folder before any plot is drawn
     write_plots(run_dir)
     _redact_recipe(run_dir / "recipe.yaml")
     path = run_dir / "README.md"
@@ -126,7 +126,7 @@ def _text_below_card(path: Path) -> str | None:
 
 
 def _keep_foreign_readme(path: Path) -> None:
-    """Rename a `README.md` that somebody else wrote, unless it is the form that PEFT leaves beside every adapter."""
+    """Rename a `README.md` that this package did not write, unless it is the template of PEFT adapters."""
     if not os.path.lexists(path) or _text_below_card(path) is not None:
         return
     text = path.read_bytes() if path.is_file() else b""
@@ -214,7 +214,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the template shows."""
+    """The values of the template."""
     distillation, evaluation = run["distillation"], run["evaluation"]
     last, rounds = run["pruning_plan"], _round_table(run)
     run = {**run, "pruning_plan": _combined_plan(run)}
@@ -284,7 +284,7 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
     name = known.get("name_or_path") or (plan.get("teacher") or {}).get("name_or_path")
     if "hub_id" in known:
         hub_id = known["hub_id"]
-    else:  # not recorded: an `owner/name` is taken for what it looks like, a bare name or a path is not
+    else:  # not recorded: only an `owner/name` is taken for a Hub id
         hub_id = name if name and name.count("/") == 1 and is_repo_id(name) else None
     fields = ("license", "license_name", "license_link", "language", "datasets")
     label = re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name else None

@@ -165,7 +165,7 @@ def dataset_name(data: Mapping[str, Any]) -> str:
 
 
 def _significant(value: float) -> float:
-    """Six significant digits: more are noise, and less would not tell close models apart."""
+    """Round to six significant digits; fewer would not distinguish close models."""
     return float(f"{value:.6g}")
 
 

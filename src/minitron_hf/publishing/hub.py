@@ -1,4 +1,4 @@
-"""Publishes run folders on the Hub, and checks before any work whether it could.
+"""Publishes run folders on the Hub, and checks before any work whether publishing is possible.
 
 A run folder is laid out like the repository that it becomes.
 """
@@ -43,14 +43,14 @@ def push_student_to_hub(
     """Publish a run folder in one commit: weights, tokenizer, plan, scores, plots, evaluation, recipe and card.
 
     Only files under names that this package writes are uploaded. The card is rendered first, and the Hub checks its
-    metadata before anything is uploaded. A push that the Hub does not answer is repeated for some seconds. You can
-    repeat an interrupted push: nothing is sent twice, and a repository that holds exactly these files gets no commit.
+    metadata before anything is uploaded. Requests without an answer are repeated for some seconds. You can repeat
+    an interrupted push: no file is sent twice, and a repository with exactly these files gets no second commit.
 
     Args:
         run_dir: the run folder. `hub.json` (the repository's name) and `README.md` are written into it.
         repo_id: `owner/name`, or `name` for the owner of the token.
-        private: make a new repository private. A public one, new or empty, is private until its commit is made. The
-            visibility of any other is not changed.
+        private: make a new repository private. A new or empty public repository is private until its commit
+            is made. The visibility of other repositories is not changed.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
         commit_message: first line of the commit.
         revision: branch to push to; created if it does not exist.
@@ -110,17 +110,17 @@ def _upload(
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> str | None:
-    """Refuse a push that cannot succeed, before the work that it would publish.
+    """Refuse a push that cannot succeed, before the run starts.
 
     Args:
         repo_id: `owner/name`, or `name` for the owner of the token.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
 
     Returns:
-        What could not be checked and why, as a sentence; None if everything was.
+        A sentence on checks that were not possible, with the reason; None if all checks were made.
 
     Raises:
-        HubError: if the Hub would not take the name, there is no token, or it has no write access to the owner.
+        HubError: if the name is invalid, there is no token, or the token has no write access to the owner.
     """
     from huggingface_hub import HfApi, constants
 
@@ -143,7 +143,7 @@ def check_push(repo_id: str, *, token: str | None = None) -> str | None:
 
 
 def _require_token(repo_id: str, token: str | None, what: str) -> str:
-    """The token to push with; refuses names that the Hub would not take."""
+    """The access token; refuses invalid repository names."""
     from huggingface_hub import get_token
 
     if not is_repo_id(repo_id):
@@ -166,7 +166,7 @@ def _whoami(api: HfApi) -> dict[str, Any]:
 
 
 def _missing_access(account: Mapping[str, Any], repo_id: str) -> str | None:
-    """Why an account, as the Hub describes it, may not write to a repository; None if nothing speaks against it."""
+    """The reason why an account may not write to a repository, from its description by the Hub; None if it may."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     owner = repo_id.split("/")[0] if "/" in repo_id else account["name"]
     if token.get("role") == "read":
@@ -187,7 +187,7 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
     """Create a private repository unless there is one.
 
     Returns:
-        Whether it holds nothing yet: it is new, or left by a push that broke, or by a trainer that has just begun.
+        Whether the repository is empty: new, or created by a push or a trainer that has not committed yet.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -209,8 +209,8 @@ def _commit(
 ) -> CommitInfo:
     """Upload files and delete stale ones, in one commit.
 
-    A commit whose answer was lost is asked for again: if it was made, the Hub has all files, and makes no second one.
-    A pull request would be opened twice.
+    If the answer is lost, the commit is requested again. If it was made, the Hub has all files and makes no second
+    commit. This does not hold for pull requests: a second one would be opened.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -244,7 +244,7 @@ def _commit(
 
 
 def _require_teacher_metadata(run_dir: Path, token: str) -> None:
-    """Look up the teacher's licence if the run did not; a student is not published without having asked."""
+    """Look up the teacher's licence, unless the run did. No student is published without this look-up."""
     if (run_dir / "teacher.json").is_file() or not (run_dir / "pruning_plan.json").is_file():
         return
     teacher = read_artefact(run_dir / "pruning_plan.json").get("teacher") or {}

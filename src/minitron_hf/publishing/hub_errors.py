@@ -1,4 +1,4 @@
-"""Errors of the Hub's client as messages that say what to do; repeats requests after faults that pass."""
+"""Turns errors of the Hub's client into messages that say what to do; repeats requests after temporary errors."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ NO_TOKEN = (
     "Log in with `hf auth login`, or set HF_TOKEN or pass token= with a token that has write access "
     "(https://huggingface.co/settings/tokens)."
 )
-#: Answers of a server that may be another one a little later.
+#: HTTP status codes of temporary errors.
 TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-#: Seconds to wait before a request is repeated, unless the Hub says for how long; and how long it may make us wait.
+#: Seconds to wait before repeated requests, unless the Hub gives a time; and the longest time that is accepted.
 RETRY_WAITS, LONGEST_WAIT = (1.0, 2.0, 4.0, 8.0), 60.0
 
-#: What an answer is not that cannot be understood: it lacks a field, or is no JSON (a `ValueError`, too).
+#: Errors of invalid answers: a missing field, or invalid JSON (also a `ValueError`).
 _STRANGE_ANSWER = (KeyError, TypeError, AttributeError, IndexError)
 
 
 @contextlib.contextmanager
 def hub_errors(what: str, after_fault: str = "") -> Iterator[None]:
-    """Turn what the Hub client raises into a `HubError` that says what to do; everything else passes.
+    """Turn errors of the Hub client into a `HubError` that says what to do. Other errors pass unchanged.
 
     Args:
-        what: what could not be done; begins the message.
-        after_fault: what to do after a fault that may pass, such as a broken connection.
+        what: the failed action; the message begins with it.
+        after_fault: what to do after a temporary error, such as a broken connection.
     """
     try:
         yield
@@ -50,11 +50,11 @@ def hub_errors(what: str, after_fault: str = "") -> Iterator[None]:
 
 
 def with_retries(call: Callable[[], T], *, is_retriable: Callable[[BaseException], bool]) -> T:
-    """Call, and call again after a fault that may pass, with growing waits.
+    """Call a function, and repeat it after temporary errors, with increasing waits.
 
     Args:
-        call: something that may be done twice with the same effect.
-        is_retriable: whether an error is such a fault.
+        call: an idempotent function.
+        is_retriable: whether an error is temporary.
     """
     for wait in RETRY_WAITS:
         try:
@@ -69,13 +69,13 @@ def with_retries(call: Callable[[], T], *, is_retriable: Callable[[BaseException
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the Hub answered that it cannot do it now: it did nothing."""
+    """Whether the Hub answered with a temporary error. Then it did nothing."""
     response = getattr(_reason(error), "response", None)
     return getattr(response, "status_code", None) in TRANSIENT_STATUSES
 
 
 def is_unanswered(error: BaseException) -> bool:
-    """Whether there was no answer, or none that can be understood: it may have been done."""
+    """Whether there was no valid answer. Then the request may have been executed."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     reason = _reason(error)
@@ -85,7 +85,7 @@ def is_unanswered(error: BaseException) -> bool:
 
 
 def _explain(error: Exception) -> Exception | str | None:
-    """What an error of the client means for the user; None for errors of other origin."""
+    """The meaning of an error of the client for the user; None for other errors."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     reason = _reason(error)
@@ -132,7 +132,7 @@ def _is_broken_connection(error: BaseException, reason: BaseException) -> bool:
 
 
 def _wait_seconds(error: BaseException, otherwise: float) -> float:
-    """Seconds that the Hub asks to wait, as far as it is to be believed."""
+    """Seconds that the Hub asks to wait, within a limit."""
     headers = getattr(getattr(_reason(error), "response", None), "headers", None) or {}
     try:
         return min(max(float(headers["Retry-After"]), 0.0), LONGEST_WAIT)
@@ -141,7 +141,7 @@ def _wait_seconds(error: BaseException, otherwise: float) -> float:
 
 
 def _http_advice(error: Any) -> str:
-    """What a refusal of the Hub means for the user; `error` is an `HfHubHTTPError`."""
+    """Advice for an error answer of the Hub; `error` is an `HfHubHTTPError`."""
     status = error.response.status_code
     message = (error.server_message or "").rstrip(".")
     said = f" The Hub says: {message}." if message else ""

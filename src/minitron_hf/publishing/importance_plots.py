@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Title of each axis; an axis that is not named here is shown under its own name.
+#: Title of each axis. Other axes are shown under their own names.
 AXIS_TITLES = {
     "hidden": "Embedding channels (one score for the whole network)",
     "ffn": "MLP neurons, by layer",
@@ -176,7 +176,7 @@ def _draw_sorted(figure: Figure, panel: Axes, values: np.ndarray, kept: int | No
 
     num_layers, units = values.shape
     ranked = -np.sort(-values.astype(np.float64), axis=1)
-    # More points than a picture is wide only cost time: the first, the last, and evenly spaced ones between.
+    # Draw at most one point per pixel: the first, the last, and evenly spaced ones between.
     shown = np.unique(np.linspace(0, units - 1, min(units, MAX_POINTS)).round().astype(int))
     ranks, ranked = shown + 1, ranked[:, shown]
     if num_layers == 1:
@@ -226,7 +226,7 @@ def _draw_map(
 ) -> None:
     """Map of `values` [layers, units]; `kept` [kept layers, kept units] or [kept units] are the surviving units."""
     num_layers, units = values.shape
-    # Layers differ by orders of magnitude and a choice is made within each: show what is compared.
+    # Scores of layers differ by orders of magnitude, and units are compared within a layer only.
     peak = np.abs(values).max(axis=1, keepdims=True)
     relative = values / np.where(peak > 0, peak, 1)
     least = min(0, np.nanmin(relative))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: (step, value) of what was logged.
+#: (step, value) of a logged quantity.
 Points = list[tuple[float, float]]
 
 #: Keys of the training log that are drawn beside the losses: key → (label, colour, line style).
@@ -61,7 +61,7 @@ def plot_training(run_dir: str | os.PathLike[str]) -> Figure:
     losses = _logged(history, styles)
     if not losses:
         raise NothingToDrawError(f"{path} logs no loss; expected at least one entry with `loss` or `eval_loss`.")
-    # The total loss is the KL itself when nothing else is in it: one line, not two on top of each other.
+    # If the loss is the KL alone, draw one line instead of two equal ones.
     for total, part in (("loss", "kl"), ("eval_loss", "eval_kl")):
         if part in losses and total in losses and np.allclose(losses[part], losses[total], rtol=1e-3):
             del losses[part]
@@ -150,7 +150,7 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
             continue
         path = run_dir / "plots" / name
         with replacing_file(path) as temporary, _own_style():
-            # `Software` would carry matplotlib's version, and nothing else in a PNG depends on when it was made.
+            # `Software` would hold matplotlib's version. Without it, the bytes are reproducible.
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
         written.append(path)
     return written

@@ -46,7 +46,7 @@ def write_teacher_metadata(
     folder = local_folder(teacher_name_or_path)
     if folder is not None:
         hub_id, files = None, _own_files(folder)
-        # A path would tell the world about this machine, and nothing about the teacher.
+        # A local path must not be published.
         name = public_name(folder)
     else:
         hub_id = name = str(teacher_name_or_path)

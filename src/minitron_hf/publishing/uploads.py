@@ -19,7 +19,7 @@ ADAPTER_NAME = "adapter_model.safetensors"
 #: Names of the parts of weights that are too large for one file.
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-#: Any one of these is a tokenizer that Transformers can load.
+#: Files of tokenizers; Transformers can load a tokenizer that has any one of them.
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -49,10 +49,10 @@ SETTINGS = (
     "bpe.codes",
     "emoji.json",
 )
-#: Folder of the named chat templates of a tokenizer, which loads every one that is there.
+#: Folder of the named chat templates of a tokenizer. The tokenizer loads all files in it.
 TEMPLATES = "additional_chat_templates"
 
-#: What the stages leave, at the root and in the folder of every round before the last.
+#: Files of the stages, at the root and in the folder of every round before the last.
 ROUND_ARTEFACTS = ("pruning_plan.json", "pruning_plan.safetensors", "pruner_config.json", "distillation.json")
 ARTEFACTS = (
     *ROUND_ARTEFACTS,
@@ -68,8 +68,9 @@ ARTEFACTS = (
     *(f"plots/{name}" for name in PLOTS),
 )
 
-#: Files that a push owns in the repository: one that an earlier push left and this one has not is deleted, in the same
-#: commit. A stale shard would be loaded, and a stale artefact would change the card when it is rendered again.
+#: Files that a push manages in the repository. It deletes files of earlier pushes that the folder no longer has, in
+#: the same commit. Otherwise a stale shard would be loaded, and a stale file would change a card that is rendered
+#: again.
 _OWNED = re.compile(
     "|".join(
         (

@@ -53,7 +53,7 @@ def _search(run: Run) -> None:
 
 def search_arguments(recipe: Recipe) -> dict[str, Any]:
     """Arguments of `search_architectures`: it distils as the run will, but for how long and by which schedule."""
-    # The teacher is cut anew for every shape, and so stays loaded and whole.
+    # The teacher stays loaded, because every shape is pruned from it.
     of_teacher = ("teacher_correction", "teacher_offload", "teacher_model_init_kwargs")
     own = ("max_steps", "num_train_epochs", "max_length", *of_teacher)
     schedules = ("lr_scheduler", "warmup", "eval_", "save_", "logging", "load_best", "metric_for_best", "greater_is")
@@ -207,7 +207,7 @@ def _evaluate(run: Run) -> None:
 
     section, source, last = run.recipe.evaluate, run.recipe.teacher, len(run.recipe.rounds)
     models: dict[str, Any] = {
-        # By path where possible, so that the size of a checkpoint is that of its files.
+        # By path if possible, so that the size of a checkpoint is the size of its files.
         "teacher": source.model if source.revision is None else run.load(source.model, revision=source.revision),
         "pruned": run.folder / PRUNED_DIR,
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),

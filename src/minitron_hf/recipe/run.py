@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-#: The recipe as it is published, and the whole of it: secrets and paths, for other processes of the run.
+#: The published recipe, and the complete one with secrets and paths, for other processes of the run.
 RECIPE_NAME, PRIVATE_RECIPE_NAME = "recipe.yaml", "stages/recipe.private.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
@@ -43,7 +43,7 @@ class Run:
     Attributes:
         recipe: the recipe; in a round, `Recipe.in_round`, whose teacher is the model to prune.
         show_progress: show progress bars.
-        whole: the run that this is a round of; itself where there are no rounds.
+        whole: the run that this round belongs to; the run itself if there are no rounds.
         number: which round, from 1.
     """
 
@@ -74,7 +74,7 @@ class Run:
         return self._cache[key]
 
     def release(self, key: str) -> None:
-        """Free something that was loaded; it is loaded again when needed."""
+        """Free a loaded model or dataset; it is loaded again when needed."""
         self._cache.pop(key, None)
 
     def release_teachers(self) -> None:
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def distillation_teacher(self) -> PreTrainedModel:
-        """The model that the student learns from: the teacher, perhaps corrected, or the student before."""
+        """The teacher of the distillation: the (corrected) teacher, or the student of the previous round."""
         if self is not self.whole and not self.learns_from_previous:
             return self.whole.distillation_teacher
         corrected = self is self.whole and self.recipe.teacher_correction is not None
@@ -121,11 +121,11 @@ class Run:
 
     @property
     def learns_from_previous(self) -> bool:
-        """Whether this is a later round whose student learns from the student of the round before."""
+        """Whether the teacher of this round is the student of the previous round."""
         return self.number > 1 and self.whole.recipe.rounds[self.number - 1].teacher == "previous"
 
     def distillation_teacher_path(self, settings: dict[str, Any]) -> str:
-        """Name of the model that the student learns from; the trainer loads it with `settings`."""
+        """Name of the teacher of the distillation; the trainer loads it with `settings`."""
         self.release_teachers()
         if self is not self.whole and not self.learns_from_previous:
             return self.whole.distillation_teacher_path(settings)
@@ -171,7 +171,7 @@ class Run:
         launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
 
     def dataset(self, which: str) -> Dataset:
-        """One of the recipe's corpora, reduced to its text (or whatever TRL understands)."""
+        """One of the recipe's corpora, reduced to the columns that TRL reads."""
         if self is not self.whole:
             return self.whole.dataset(which)
         section = self.dataset_section(which)
@@ -197,7 +197,7 @@ class Run:
         return getattr(self.recipe.data, which) or self.recipe.data.train
 
     def texts(self, which: str) -> Any:
-        """The documents of one of the corpora, which all stages together tokenise once, as far as they need them."""
+        """The documents of one of the corpora. All stages share their tokens, computed once on demand."""
         if self is not self.whole:
             return self.whole.texts(which)
 
@@ -215,12 +215,12 @@ class Run:
 
     @property
     def plan(self) -> PruningPlan:
-        """The plan that the stage `plan` left."""
+        """The plan that the stage `plan` wrote."""
         return PruningPlan.from_pretrained(self.folder)
 
     @property
     def plans(self) -> list[PruningPlan]:
-        """The plans that lead from the teacher of the distillation to the student, over several rounds if need be."""
+        """The plans of all rounds between the teacher of the distillation and the student."""
         if self is self.whole:
             return [self.plan]
         first = self.number if self.learns_from_previous else 1

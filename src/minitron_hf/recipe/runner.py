@@ -70,7 +70,7 @@ def run_recipe(
 
 
 def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str], None]) -> Path:
-    """Refuse what does not fit the run folder, then do the stages that are not done."""
+    """Check the run folder, then run the unfinished stages."""
     recipe = run.recipe
     hub_commit.cache_clear()
     digests = stage_digests(recipe)
@@ -78,7 +78,7 @@ def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str],
     wanted = stages_until(recipe, until)
     with locked_folder(require_writable(run.folder)):
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
-        for stage in wanted:  # every refusal before the first computation
+        for stage in wanted:  # check everything before the first computation
             if redo:
                 _clear_unfinished(run.folder, stage, digests[stage.name])
             else:
@@ -98,7 +98,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     """Check everything that `run_recipe` checks before its first stage, without weights; write nothing.
 
     Args:
-        recipe: what is to be done.
+        recipe: the recipe.
         until: last stage to run; None: all of them.
         redo: see `run_recipe`.
 
@@ -106,7 +106,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
         What `check_recipe` found.
 
     Raises:
-        MinitronError: whatever `run_recipe` would refuse before its first stage.
+        MinitronError: errors of the checks.
     """
     shapes = check_recipe(recipe, until=until)
     folder = Run(recipe).folder
@@ -145,7 +145,7 @@ def _require_own_folder(folder: Path) -> None:
 
 
 def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
-    """Remove rounds of an earlier run, which would be published as this run's."""
+    """Remove rounds of an earlier run, so that they are not published with this run."""
     ours = {str(number) for number in range(1, len(recipe.rounds))}
     for path in [*folder.glob(f"{ROUNDS_DIR}/*"), *(path for path in folder.glob(f"{STAGES_DIR}/*") if path.is_dir())]:
         if path.name in ours:
@@ -159,7 +159,7 @@ def _drop_rounds(folder: Path, recipe: Recipe, redo: bool) -> None:
 
 
 def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
-    """Whether a stage has ended for the same inputs, and what it wrote is there."""
+    """Whether a stage has finished for the same inputs, and its output files exist."""
     record = _record(folder, stage.name)
     ended = record is not None and record["status"] == "done" and record["digest"] == stage_digest
     return ended and all((folder / output).exists() for output in stage.outputs)
@@ -199,13 +199,13 @@ def _write_record(
 def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
     record = _record(folder, stage.name)
     if record is None or record["digest"] == stage_digest or record["status"] != "done":
-        return  # what never ended may take corrected inputs
+        return  # an unfinished stage accepts corrected inputs
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.dependencies(recipe)))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
-        "Choose another output_dir, or pass --redo to do this stage and those after it again."
+        "Choose another output_dir, or pass --redo to repeat this stage and the later ones."
     )
 
 
@@ -219,7 +219,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _clear(folder: Path, stage: Stage) -> None:
-    """Remove what an earlier run of a stage left, so that nothing stale is resumed or published."""
+    """Remove files of an earlier run of a stage, so that they are not resumed or published."""
     for pattern in (*stage.outputs, *stage.leftovers):
         for path in folder.glob(pattern):
             remove(path)

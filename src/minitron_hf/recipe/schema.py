@@ -14,7 +14,7 @@ from ..sizes.request import PrunerConfig
 from .reading import apply_overrides, read_yaml, write_yaml
 from .rules import require_choice, require_value
 
-#: Controls that a run can train with exactly the student's distillation settings, to stand beside its result.
+#: Controls that a run can train with the student's distillation settings, for comparison.
 CONTROLS: Mapping[str, str] = {
     "random_pruning": "the same sizes, units and layers kept at random",
     "random_init": "the same sizes, weights initialised at random",
@@ -355,7 +355,7 @@ def _require_one_choice(recipe: Recipe) -> None:
         raise DataError("prune.target_parameters and search: leave out one. A search takes max_parameters.")
 
 
-#: What `distill` means where the recipe says nothing; anything in `DistillationConfig` can be set. After Sreenivas et
+#: Defaults of `distill`; the recipe can set any field of `DistillationConfig`. After Sreenivas et
 #: al. 2024: peak learning rate 1e-4, cosine schedule, documents joined into full rows.
 DISTILL_DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-4,

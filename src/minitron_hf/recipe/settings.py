@@ -57,7 +57,7 @@ def distillation_config(folder: Path, values: Mapping[str, Any], prefix: str) ->
     """The checked arguments of distillation.
 
     Raises:
-        DataError: naming what is wrong.
+        DataError: naming the wrong setting.
         MissingDependencyError: if a package that they ask for is not installed.
     """
     from ..distillation.config import DistillationConfig
@@ -86,7 +86,7 @@ def _built(config: Any, folder: Path, values: Mapping[str, Any], prefix: str) ->
 
 
 def _entries(name: str) -> frozenset[str] | None:
-    """Names that a setting of keyword arguments takes; None where they are checked elsewhere, or unknown."""
+    """Names that a setting of keyword arguments takes; None if they are checked elsewhere or unknown."""
     if name == "teacher_model_init_kwargs":
         from ..compat import loading_arguments
 
@@ -103,7 +103,7 @@ def _entries(name: str) -> frozenset[str] | None:
 
 
 def _require_possible(args: Any) -> None:
-    """Refuse what Accelerate cannot do here, and keyword arguments that nothing takes."""
+    """Refuse settings that Accelerate does not support here, and unknown keyword arguments."""
     if args.fp16 and training_device(args.use_cpu).type == "cpu":
         raise DataError("fp16=True: no accelerator here computes in it. Leave it out.")
     for one in fields(args):
@@ -120,7 +120,7 @@ def _require_possible(args: Any) -> None:
 
 
 def _require_schedule(args: Any) -> None:
-    """Build the learning rate's schedule and look up the optimizer, with nothing to train."""
+    """Check scheduler and optimizer by building them without a model."""
     import torch
     from transformers import Trainer, get_scheduler
 
@@ -187,7 +187,7 @@ def _check_correction(recipe: Recipe) -> None:
     hints = hints_of(SFTConfig, without=(*own, "output_dir", "max_steps", "model_init_kwargs"))
     prefix = "teacher_correction.arguments."
     if "max_steps" in section.arguments:
-        raise DataError(f"{prefix}max_steps: teacher_correction.num_tokens says how long. Leave it out.")
+        raise DataError(f"{prefix}max_steps: teacher_correction.num_tokens sets the number of steps. Leave it out.")
     require_settings(section.arguments, hints, prefix, "fields of trl.SFTConfig")
     on_any = {"bf16": False, "use_cpu": False, "report_to": "none"}
     made = _built(SFTConfig, Path(recipe.output_dir), {**on_any, **section.arguments}, prefix)

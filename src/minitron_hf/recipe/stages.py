@@ -38,14 +38,14 @@ class Stage:
     """One step of a run.
 
     Attributes:
-        name: what `--until` calls it.
-        help: one line.
+        name: name for `--until`.
+        help: description in one line.
         inputs: stages whose results it reads.
         settings: the part of the recipe that it depends on.
         outputs: files or folders (relative) that exist once it is done.
         run: does the work.
-        leftovers: patterns of what it may also write, to be removed before it is done anew.
-        wanted: whether the recipe asks for it.
+        leftovers: patterns of other files that it may write; they are removed before it is repeated.
+        wanted: whether the recipe has this stage.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Stage:
     leftovers: tuple[str, ...] = ()
 
     def dependencies(self, recipe: Recipe) -> Any:
-        """The settings that the results depend on: no secrets, and nothing about where they are published."""
+        """The settings that the results depend on, without secrets and publishing settings."""
         return without_publishing(self.settings(recipe))
 
 
@@ -77,7 +77,7 @@ def _cache_settings(recipe: Recipe) -> Any:
 
 
 def _distill_settings(recipe: Recipe) -> Any:
-    """The arguments of distillation. The split of a step's rows over processes and batches does not count."""
+    """The arguments of distillation, without the split of a step's rows over processes and batches."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
@@ -91,7 +91,7 @@ def num_processes(recipe: Recipe) -> int:
 
 def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that scores depend on, beside the model."""
-    # What is to be cut matters to what is measured.
+    # The layers to measure depend on the sizes to prune.
     cut = recipe.scores.keys() & {"depth_metric", "iterations"}
     return {
         "scores": recipe.scores,
@@ -213,7 +213,7 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: recipe.publish is not None,
     ),
 )
-#: Those that every round has, and those that come once, before the first distillation; the others come at the end.
+#: Stages of every round, and stages that run once before the first distillation. The others run at the end.
 ROUND_STAGES, TEACHER_STAGES = ("score", "plan", "prune", "distill"), ("correct", "cache")
 
 
@@ -232,7 +232,7 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def stages_until(recipe: Recipe, until: str | None = None) -> list[Stage]:
-    """The stages that a recipe asks for, as far as the last one to run.
+    """The stages of a recipe, up to the last one to run.
 
     Raises:
         DataError: if there is no such stage, or the recipe does not ask for it.
@@ -262,7 +262,7 @@ def _in_round(stage: Stage, number: int, last: int) -> Stage:
         own = recipe.in_round(number)
         if number == 1:
             return stage.settings(own)
-        if stage.name == "score":  # what is scored is made by the stages before
+        if stage.name == "score":  # the scored model is the output of earlier stages
             return _scoring_settings(own)
         teacher = recipe.rounds[number - 1].teacher
         changed = {"teacher": teacher} if stage.name == "distill" and teacher != "original" else {}

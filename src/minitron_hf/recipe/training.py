@@ -41,17 +41,17 @@ def distill(
     peft_config: Any = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Distil into `folder`, resuming from its last checkpoint; the student appears there whole or not at all.
+    """Distil into `folder`, and resume from its last checkpoint. The student is written atomically.
 
     Args:
         student: the pruned model; trained in float32 weights.
-        teacher: what it learns from; None where both corpora are caches of it.
-        folder: where checkpoints and the final student go.
-        tokenizer: of both.
+        teacher: the teacher; None if both corpora are teacher caches.
+        folder: folder for checkpoints and the final student.
+        tokenizer: tokenizer of both models.
         settings: fields of `DistillationConfig`.
         train_dataset: corpus.
         eval_dataset: held-out corpus.
-        plans: how the student was cut, saved beside it; of several rounds, those of all of them from the teacher on.
+        plans: pruning plans of all rounds, in order; saved with the student.
         peft_config: a `peft` config; the adapter is merged into the student.
         dtype: dtype of the saved student; None: float32.
 
@@ -83,7 +83,7 @@ def distill(
             trainer.save_student(temporary, dtype=dtype)
         move_into(folder / UNFINISHED_DIR, folder)
     else:
-        trainer.save_student(folder)  # takes part in gathering what is split, and writes nothing
+        trainer.save_student(folder)  # takes part in gathering shards; writes nothing
 
 
 def _training_settings(run: Run) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def lora_config(recipe: Recipe) -> Any:
     """The adapter's configuration, or None.
 
     Raises:
-        DataError: if it makes no sense.
+        DataError: if a field is unknown or has a wrong value.
     """
     if recipe.lora is None:
         return None
