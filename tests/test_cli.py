@@ -284,7 +284,7 @@ def test_families_are_shown_together_and_alone():
     together = minitron("families")
     assert together.returncode == 0, together.stderr
     assert "qwen2_moe" in together.stdout
-    assert "only together: `hidden_size` = `num_attention_heads` × head_dim" in together.stdout
+    assert "only together, so that `hidden_size` = `num_attention_heads` × head_dim" in together.stdout
     alone = minitron("families", "falcon")
     assert alone.returncode == 0, alone.stderr
     assert "one key and value head for all queries" in alone.stdout

@@ -53,16 +53,16 @@ def test_cells_say_whether_and_why():
         equal=(("heads*head_dim", "hidden"),),
         multiples=(("shared_ffn", "kv"),),
     )
-    heads = "only together: `hidden_size` = `num_attention_heads` × head_dim"
+    heads = "only together, so that `hidden_size` = `num_attention_heads` × head_dim"
     assert cuttable_axes(spec) == {
         "layers": Cut(False, ("the layers share their keys",)),
         "hidden": Cut(True, (heads,)),
         "ffn": Cut(True, ("not with `alibi=True`: biases",)),
-        "heads": Cut(True, (heads, "to equally many for every kept unit of `num_key_value_heads`")),
+        "heads": Cut(True, (heads, "the same number for every kept unit of `num_key_value_heads`")),
         "kv": Cut(True),
-        "experts": Cut(True, ("to no fewer than num_experts_per_tok",)),
+        "experts": Cut(True, ("at least num_experts_per_tok",)),
         "moe_ffn": Cut(True),
-        "shared_ffn": Cut(True, ("to a multiple of `num_key_value_heads`",)),
+        "shared_ffn": Cut(True, ("only multiples of `num_key_value_heads`",)),
     }
     mistral = families()["mistral"]
     matrix = support_matrix([spec, mistral, replace(mistral, model_type="kin")])
@@ -75,7 +75,7 @@ def test_cells_say_whether_and_why():
 
 
 def test_variants_are_remarks():
-    heads = "only together: `hidden_size` = `num_attention_heads` × head_dim"
+    heads = "only together, so that `hidden_size` = `num_attention_heads` × head_dim"
     mistral = families()["mistral"]
     narrow = replace(mistral, axes=tuple(axis for axis in mistral.axes if axis.name != "kv"), groups=())
     square = replace(mistral, equal=(("heads*head_dim", "hidden"),), refused={"ffn": "four times the width"})

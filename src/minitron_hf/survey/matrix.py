@@ -89,31 +89,31 @@ def cuttable_axes(spec: ArchSpec) -> dict[str, Cut]:
 def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     remarks: dict[str, list[str]] = {axis: [] for axis in FIELD_OF_AXIS if axis in spec.axis}
     for left, right in spec.equal:
-        together = f"only together: {_in_user_names(right, spec)} = {_in_user_names(left, spec)}"
+        together = f"only together, so that {_in_user_names(right, spec)} = {_in_user_names(left, spec)}"
         moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
         for axis in moving & remarks.keys():
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
         if multiple in remarks:
             others = " or ".join(f'`model_type="{other}"`' for other, *_ in spec.equivalent_classes)
-            unless = f", unless the student is given {others}" if others else ""
-            remarks[multiple].append(f"to a multiple of {_in_user_names(divisor, spec)}{unless}")
+            unless = f", or any size with {others}" if others else ""
+            remarks[multiple].append(f"only multiples of {_in_user_names(divisor, spec)}{unless}")
     for inner, outer in spec.groups:
         if inner in remarks:
-            remarks[inner].append(f"to equally many for every kept unit of {_in_user_names(outer, spec)}")
+            remarks[inner].append(f"the same number for every kept unit of {_in_user_names(outer, spec)}")
     for axis, expression in spec.least:
         if axis in remarks:
-            remarks[axis].append(f"to no fewer than {_in_user_names(expression, spec)}")
+            remarks[axis].append(f"at least {_in_user_names(expression, spec)}")
     for names in spec.layer_rules.sparse_ranges:
-        remarks["layers"].append(f"to an order of layers that {', '.join(names)} describe")
+        remarks["layers"].append(f"only to an order of layers that {', '.join(names)} can describe")
     for _, rule in spec.layer_rules.derived_kinds:
-        remarks["layers"].append(f"to an order of layers that {rule} describe")
+        remarks["layers"].append(f"only to an order of layers that {rule} can describe")
     for layer in spec.layer_rules.fixed_ends:
         remarks["layers"].append(
-            f"all but the {'last' if layer < 0 else 'first'}, which the stock classes treat unlike the others"
+            f"all but the {'last' if layer < 0 else 'first'}, which the stock classes treat differently"
         )
     for name, kinds in spec.needed_kinds:
-        remarks["layers"].append(f"to layers of which at least one has `{name}` {' or '.join(map(repr, kinds))}")
+        remarks["layers"].append(f"at least one kept layer needs `{name}` {' or '.join(map(repr, kinds))}")
     for name, value, axis, why in spec.refused_if:
         if axis in remarks:
             remarks[axis].append(f"not with `{name}={value!r}`: {why}")
