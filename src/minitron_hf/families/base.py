@@ -83,7 +83,7 @@ def attention(path: str, out: str) -> dict[str, str]:
 
 #: Heads that are as wide together as the residual stream: the stock code knows only one width for both.
 SQUARE = (("heads*head_dim", "hidden"),)
-_WITH_THE_HEADS = "the heads are as wide together as the residual stream, and "
+_WITH_THE_HEADS = "all heads together are as wide as the residual stream, and "
 #: Refusals for ALiBi, whose attention biases follow from the index of a head.
 ALIBI = {
     "heads": "the attention biases of ALiBi follow from a head's index and the number of heads",
@@ -96,7 +96,7 @@ SINUSOIDAL = {
 }
 #: Neurons that no config field counts.
 FOURFOLD_FFN = replace(FFN, fields=(), implied="4*hidden")
-FOURFOLD = {"ffn": "the stock classes hold four neurons to a channel of the residual stream"}
+FOURFOLD = {"ffn": "the stock classes fix the number of neurons at four times the hidden size"}
 #: Separate q, k, v and output projections with grouped queries.
 GROUPED_ATTENTION = layer_tables(
     linear("self_attn.q_proj", "heads*head_dim", "hidden"),

@@ -36,5 +36,5 @@ SPEC = decoder(
     mlp_hook_points={"ffn": "mlp.down_proj", **EXPERT_HOOK_POINTS},
     groups=GROUPED_EXPERTS["groups"],
     least=GROUPED_EXPERTS["least"],
-    refused={"layers": "a layer weighs what it adds, and what came before, by its own number"},
+    refused={"layers": "a layer scales its output and the residual stream by factors that depend on its index"},
 )

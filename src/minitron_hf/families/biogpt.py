@@ -33,5 +33,5 @@ SPEC = decoder(
             "fc2.bias",
         ),
     ),
-    refused_if=(("scale_embedding", False, "hidden", "the table makes up for scaled embeddings"),),
+    refused_if=(("scale_embedding", False, "hidden", "the table assumes scaled embeddings"),),
 )

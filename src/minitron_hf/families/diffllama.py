@@ -2,7 +2,7 @@
 
 from .base import GATED_MLP, GROUPED_ATTENTION, decoder, layer_tables
 
-HALVES = "the first half of the heads has the second subtracted from it, one from one, and values are shared by halves"
+HALVES = "attention subtracts each head of the second half from a head of the first half, and the halves share values"
 
 SPEC = decoder(
     "diffllama",
@@ -18,7 +18,7 @@ SPEC = decoder(
     ),
     bare_norms=True,
     refused={
-        "layers": "what attention subtracts is scaled by the layer's index, which changes when layers are dropped",
+        "layers": "the subtracted attention is scaled by the layer's index, which changes when layers are dropped",
         "heads": HALVES,
         "kv": HALVES,
     },

@@ -11,6 +11,6 @@ SPEC = decoder(
         linear("self_attn.dt_proj", "kv", "kv*head_dim"),
         {"self_attn.A": "kv", "input_residual": "hidden", "post_attention_residual": "hidden"},
     ),
-    refused={"kv": "what a key head masks is computed from the values of all of them"},
+    refused={"kv": "the mask of a key head is computed from the values of all key heads"},
     refused_if=(("is_moe", True, "*", "routing mixes the tokens of a batch"),),
 )

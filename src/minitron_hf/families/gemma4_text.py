@@ -80,8 +80,8 @@ DENSE = decoder(
     ),
     config_rules=ConfigRules(size_multipliers=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
     refused={
-        "kv": "its last layers read the keys and values of earlier ones, and would have to keep the same groups; "
-        "and layers with full attention hold another number of them",
+        "kv": "its last layers read the keys and values of earlier layers, so all would have to keep the same groups; "
+        "and layers with full attention have another number of KV heads",
     },
 )
 SPEC = replace(

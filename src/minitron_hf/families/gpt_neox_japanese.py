@@ -39,6 +39,6 @@ SPEC = decoder(
     refused={
         "ffn": MULTIPLE,
         "hidden": MULTIPLE,
-        "heads": "the heads are as wide together as the residual stream, which cannot be cut",
+        "heads": "all heads together are as wide as the residual stream, which cannot be cut",
     },
 )

@@ -54,5 +54,7 @@ SPEC = decoder(
         "layer_lists": ("layer_types", "mlp_layer_types", "indexer_types"),
     },
     layer_rules=LayerRules(reusing_layers=(("indexer_types", "shared"),)),
-    refused={"hidden": "its streams are normalised together, by a norm without weights that could make up for it"},
+    refused={
+        "hidden": "its streams are normalised together by a norm without weights, so a cut cannot be compensated"
+    },
 )

@@ -20,8 +20,8 @@ from .base import (
     move_module,
 )
 
-_TWO = "every layer has two of them, and only one choice for both would fit one number in the config"
-_ROWS = "the stock class numbers the identity experts, and stores unused weights for them, behind the routed ones"
+_TWO = "every layer has two of them, and the config has one number for both"
+_ROWS = "the stock class places identity experts, with unused weights, after the routed experts"
 
 SPEC = decoder(
     "longcat_flash",

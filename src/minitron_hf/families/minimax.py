@@ -17,8 +17,8 @@ from .base import (
 )
 
 LIGHTNING = (
-    "layers of lightning attention normalise all their heads together and do not group them, "
-    "but have to be as many as in layers that do"
+    "layers of lightning attention normalise all their heads together, without KV groups, "
+    "but need as many heads as the other layers"
 )
 SPEC = decoder(
     "minimax",
