@@ -152,7 +152,7 @@ class GradientPass(Batches):
         Raises:
             DataError: if the metric returns something else.
         """
-        terms = self.metric.function(x.detach().to(accumulation_dtype(x)), gradient.to(accumulation_dtype(x)))
+        terms = self.metric.function(x.to(accumulation_dtype(x)), gradient.to(accumulation_dtype(x)))
         if not isinstance(terms, Tensor) or terms.shape != x.shape:
             found = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
             raise DataError(
@@ -170,12 +170,14 @@ class GradientPass(Batches):
         view = UnitView(self.spec, axis, module, self.layer_sizes[layer])
 
         def observe(x: Tensor) -> None:
-            x.register_hook(lambda g: self._add(axis, layer, view.split(self._over_tokens(x, g)).sum(-1)))
+            values = _values(x)
+            x.register_hook(lambda g: self._add(axis, layer, view.split(self._over_tokens(values, g)).sum(-1)))
 
         return observe
 
     def _channel_observer(self, x: Tensor) -> None:
-        x.register_hook(lambda g: self._add("hidden", 0, self._over_tokens(x, g)))
+        values = _values(x)
+        x.register_hook(lambda g: self._add("hidden", 0, self._over_tokens(values, g)))
 
     def _expert_observer(self, axes: list[str], layer: int) -> Observer:
         def observe(expert: int, routed: RoutedActivations) -> None:
@@ -183,8 +185,10 @@ class GradientPass(Batches):
             seen_n = self.mask_BT.flatten().to(row_n.device)[routed.token_n]
 
             def watch(axis: str, x_nD: Tensor, whole: bool) -> None:
+                values_nD = _values(x_nD)
+
                 def add(gradient: Tensor) -> None:
-                    terms_nD = self._term(x_nD, gradient).masked_fill(~seen_n[:, None], 0)
+                    terms_nD = self._term(values_nD, gradient).masked_fill(~seen_n[:, None], 0)
                     terms_nU = terms_nD.sum(-1, keepdim=True) if whole else terms_nD
                     terms_BU = terms_nU.new_zeros(len(self.mask_BT), terms_nU.shape[1])
                     terms_BU.index_add_(0, row_n, terms_nU)
@@ -203,13 +207,13 @@ class GradientPass(Batches):
     def _state_observer(self, x_BTH: Tensor) -> None:
         """Inputs of all layers and the last output: without a block i..j, the input of j + 1 is the input of i."""
         position = len(self.states)
-        self.states.append(x_BTH)
+        self.states.append(_values(x_BTH))
         if position:
             x_BTH.register_hook(lambda g: self._add_blocks(position, g))
 
     def _add_blocks(self, position: int, gradient: Tensor) -> None:
         for first in range(position):
-            written = self.states[position].detach() - self.states[first].detach().to(gradient.device)
+            written = self.states[position] - self.states[first].to(gradient.device)
             terms_B = self._over_tokens(stream_states(self.spec, written), stream_states(self.spec, gradient)).sum(-1)
             self.block_terms[:, first, position - 1] = terms_B.double().cpu()
 
@@ -239,6 +243,14 @@ class GradientPass(Batches):
         depth = self.sizes["layers"]
         blocks = reduce_rows(self.block_sums, self.num_rows, batch_reduction).float().reshape(depth, depth)
         return below_diagonal_nan(blocks)
+
+
+def _values(x: Tensor) -> Tensor:
+    """Values of a tensor for its own gradient hook.
+
+    A hook that held the tensor itself would be part of a cycle through the graph, which Python never frees.
+    """
+    return x.detach()
 
 
 def _begin_graph(embedded_BTH: Tensor) -> None:
