@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -10,14 +11,17 @@ import signal
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import minitron_hf
 from minitron_hf import PrunerConfig, count_parameters, student_config
 from minitron_hf.cli.app import main
+from minitron_hf.cli.failures import IN_COMMANDS
 from minitron_hf.models import load_config
 from pocket import pocket_model, pocket_tokenizer
 
@@ -393,6 +397,52 @@ def test_a_tokenizer_without_end_of_text_is_refused(workshop, tmp_path):
         "end-of-text",
         "tokenizer.eos_token",
     )
+
+
+def test_messages_advise_commands(workshop, tmp_path):
+    teacher, text = workshop / "teacher", workshop / "text.jsonl"
+    refused(
+        minitron("plan", teacher, "--hidden-size", 24, "-o", tmp_path / "plan"),
+        "`minitron-hf score",
+        "--scores FOLDER",
+    )
+    refused(
+        minitron("distill", teacher, "--train-data", text, "-o", tmp_path / "out"), "--teacher MODEL", "--train-data"
+    )
+    refused(minitron("plan", teacher), "--hidden-size 0.75", "--target")
+    refused(minitron("prune", teacher, "--plan", tmp_path, "-o", tmp_path / "out"), "`minitron-hf plan`")
+
+
+def test_advice_that_is_reworded_is_given_somewhere():
+    texts = []
+    for path in Path(minitron_hf.__file__).parent.rglob("*.py"):
+        if path.name != "failures.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts.append("".join(str(part.value) for part in parts if isinstance(part, ast.Constant)))
+    for advice in IN_COMMANDS:
+        assert any(advice in text for text in texts), advice
+
+
+def test_a_misspelt_option_brings_one_suggestion(workshop):
+    message = minitron("plan", workshop / "teacher", "--hiden-size", 24).stderr
+    assert "--hidden-size" in message
+    assert "--batch-size" not in message  # moved to another command, and hidden
+    assert "--device" not in message
+
+
+def test_a_missing_tokenizer_is_named_plainly(workshop, tmp_path):
+    shutil.copytree(workshop / "teacher", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    result = minitron("score", tmp_path / "bare", "--data", workshop / "text.jsonl", "-o", tmp_path / "out")
+    refused(result, "there are no tokenizer files", "tokenizer.json")
+    assert "backend" not in result.stderr
+
+
+def test_the_package_runs_as_a_module():
+    made = subprocess.run(
+        [sys.executable, "-m", "minitron_hf", "--version"], capture_output=True, text=True, check=True
+    )
+    assert made.stdout.strip() == f"minitron-hf {minitron_hf.__version__}"
 
 
 def test_a_full_disk_leaves_nothing_half_written(workshop, tmp_path):

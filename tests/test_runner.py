@@ -207,6 +207,24 @@ def test_a_stage_whose_output_is_gone_is_done_again(values):
     assert ["skipped" in line for line in lines] == [True, False]
 
 
+@pytest.mark.parametrize("number", [None, 99])
+def test_a_stage_whose_files_cannot_be_read_is_not_skipped(values, number):
+    folder, _ = run(values, until="prune")
+    path = folder / "pruning_plan.json"
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "format"}
+    path.write_text(json.dumps(content if number is None else {"format": number, **content}))
+    shapes = []
+    with pytest.raises(
+        MismatchError, match=r"stage 'plan'.*pruning_plan\.json has (no )?format.*`minitron-hf plan`.*--redo"
+    ):
+        run(values, until="prune", report_shapes=shapes.append)
+    with pytest.raises(MismatchError, match="--redo"):
+        runner.try_recipe(Recipe.from_dict(values), until="prune")
+    assert not shapes  # nothing is announced before the refusal
+    _, lines = run(values, until="prune", redo=True)
+    assert ["skipped" in line for line in lines] == [True, False, False]
+
+
 def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(values, tmp_path):
     values["distill"] = {**values["distill"], "max_steps": 8, "save_steps": 2, "eval_strategy": "no", "bf16": False}
     whole, _ = run(values, until="distill")

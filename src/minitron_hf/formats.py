@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import MismatchError
+from .errors import MismatchError, OutputError
 from .files import parse_json, versions, write_json
 
 #: Format number that this version writes into each artefact, by file name. Raise it when an older reader would
@@ -29,6 +31,26 @@ FORMATS: Mapping[str, int] = {
     "teacher.json": 1,
     "hub.json": 1,
     "stages/*.json": 1,
+}
+
+#: What writes each kind of file again, for messages.
+WRITERS: Mapping[str, str] = {
+    "scores.safetensors": "`minitron-hf score`",
+    "search.json": "`minitron-hf search`",
+    "pruner_config.json": "`minitron-hf plan`",
+    "pruning_plan.json": "`minitron-hf plan`",
+    "teacher_correction.json": "the stage `correct` of `minitron-hf run`",
+    "data-*.arrow": "`minitron-hf cache`, into an empty folder",
+    "teacher_cache.json": "`minitron-hf cache`, into an empty folder",
+    "generation.json": "`minitron-hf generate`, into an empty folder",
+    "checkpoint.json": "`minitron-hf distill`, into an empty folder",
+    "distillation.json": "`minitron-hf distill`, into an empty folder",
+    "evaluation.json": "`minitron-hf evaluate`",
+    "samples.json": "the stage `evaluate` of `minitron-hf run`",
+    "benchmarks.json": "the stage `evaluate` of `minitron-hf run`",
+    "teacher.json": "`minitron-hf card`, after this file is deleted",
+    "hub.json": "`minitron-hf publish`, after this file is deleted",
+    "stages/*.json": "`minitron-hf run --redo`",
 }
 
 
@@ -72,8 +94,8 @@ def migrate(content: Any, path: str | os.PathLike[str], kind: str | None = None)
             content, number = MIGRATIONS[kind, number](content), number + 1
         except (TypeError, ValueError, AttributeError) as error:
             raise MismatchError(
-                f"{path} does not hold what {kind} held in format {number} ({error}). Write it again with this "
-                "version."
+                f"{path} does not hold what {kind} held in format {number} ({error}). Write it again with "
+                f"{WRITERS[kind]}."
             ) from error
     return {**content, "format": number}
 
@@ -85,7 +107,7 @@ def _format_refusal(path: str | os.PathLike[str], kind: str, number: Any) -> str
         f"{path} has {f'format {number!r}' if number != 0 else 'no format number'}, and minitron-hf "
         f"{versions()['minitron_hf']} reads format {' and '.join(map(str, readable))} of {kind}. "
         f"{'Install a newer minitron-hf' if is_newer else 'Take the file as minitron-hf wrote it'}, or write it again "
-        "with this version."
+        f"with {WRITERS[kind]}."
     )
 
 
@@ -96,9 +118,48 @@ def read_artefact(path: str | os.PathLike[str], kind: str | None = None) -> dict
         OutputError: if the file is missing.
         MismatchError: if it is not valid JSON, or its format cannot be read.
     """
+    if not Path(path).is_file():
+        raise OutputError(f"{path} does not exist. Write it with {WRITERS[kind or Path(path).name]}.")
     return migrate(parse_json(path), path, kind)
 
 
 def write_artefact(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str | None = None) -> None:
     """Write a JSON artefact with its format number (see `FORMATS`)."""
     write_json(path, {"format": FORMATS[kind or Path(path).name], **content})
+
+
+def require_readable(path: str | os.PathLike[str]) -> None:
+    """Refuse an artefact, or a folder that holds one, in a format that this version cannot read.
+
+    Files that are not listed in `FORMATS` are passed over.
+
+    Raises:
+        MismatchError: naming the first such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for inner in sorted(path.rglob("*")):
+            if not inner.is_dir():
+                require_readable(inner)
+        return
+    kind = next((kind for kind in FORMATS if fnmatch.fnmatchcase(path.name, kind)), None)
+    if kind is not None:
+        migrate(_read_header(path, kind), path, kind)
+
+
+def _read_header(path: Path, kind: str) -> Any:
+    """The part of an artefact that holds its format number."""
+    if path.suffix == ".json":
+        return parse_json(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "np") as stored:
+                return json.loads(stored.metadata()["minitron_hf"])
+        import pyarrow as pa
+
+        with pa.memory_map(os.fspath(path)) as source:
+            return json.loads(pa.ipc.open_stream(source).schema.metadata[b"minitron_hf"])
+    except Exception as error:
+        raise MismatchError(f"{path} cannot be read ({error!r}). Write it again with {WRITERS[kind]}.") from error

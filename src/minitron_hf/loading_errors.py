@@ -33,6 +33,11 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
         return UnsupportedModelError(
             f"{start}: it needs code of its own. Read that code, then pass trust_remote_code=True."
         )
+    if "instantiate the backend tokenizer" in str(error):  # Transformers goes on with a list of file formats
+        return DataError(
+            f"{start}: there are no tokenizer files. Expected tokenizer.json or the files of a slow tokenizer. Copy "
+            "those of the model that it was made from, or save them with tokenizer.save_pretrained(folder)."
+        )
     if what == "tokenizer":
         return DataError(
             f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."

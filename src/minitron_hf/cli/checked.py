@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,16 @@ WRITES_A_FILE = ("recommend", "families")
 
 class CheckedCommand(TyperCommand):
     """A command whose arguments are checked by their names; `~` is the user's home in all of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; after a misspelt option, suggest the closest options that `--help` shows."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # NoSuchOption, which Typer 0.20 to 0.27 keep in different modules
+                shown = [name for one in self.params if not getattr(one, "hidden", False) for name in one.opts]
+                error.possibilities = difflib.get_close_matches(getattr(error, "option_name", ""), shown, 1, 0.7)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Check, then run."""

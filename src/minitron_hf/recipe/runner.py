@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import MinitronError, MismatchError, OutputError
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
-from ..formats import read_artefact, write_artefact
+from ..formats import read_artefact, require_readable, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from .checking import check_recipe
@@ -53,24 +53,30 @@ def run_recipe(
             interrupted stages resume.
         show_progress: show progress bars.
         report: receives one line per stage.
-        report_shapes: receives the result of `check_recipe`, before the first stage.
+        report_shapes: receives the result of `check_recipe`, after every check and before the first stage.
 
     Returns:
         The run folder.
 
     Raises:
-        OutputError: if the folder holds something else, or a stage made from other inputs (without `redo`).
+        OutputError: if the folder holds something else.
+        MismatchError: without `redo`, if a stage was made from other inputs, or this version cannot read its files.
         MinitronError: errors of the stages.
     """
     with progress_bars(show_progress):
         shapes = check_recipe(recipe, until=until)
-        if report_shapes is not None:
-            report_shapes(shapes)
-        return _run_stages(Run(recipe, show_progress=show_progress), until, redo, report)
+
+        def announce() -> None:
+            if report_shapes is not None:
+                report_shapes(shapes)
+
+        return _run_stages(Run(recipe, show_progress=show_progress), until, redo, report, announce)
 
 
-def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str], None]) -> Path:
-    """Check the run folder, then run the unfinished stages."""
+def _run_stages(
+    run: Run, until: str | None, redo: bool, report: Callable[[str], None], announce: Callable[[], None]
+) -> Path:
+    """Check the run folder, announce the run, then run the unfinished stages."""
     recipe = run.recipe
     hub_commit.cache_clear()
     digests = stage_digests(recipe)
@@ -78,12 +84,12 @@ def _run_stages(run: Run, until: str | None, redo: bool, report: Callable[[str],
     wanted = stages_until(recipe, until)
     with locked_folder(require_writable(run.folder)):
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
-        for stage in wanted:  # check everything before the first computation
-            if redo:
-                _clear_unfinished(run.folder, stage, digests[stage.name])
-            else:
-                _require_same_inputs(run.folder, stage, recipe, digests[stage.name])
+        if redo:
+            _clear_unfinished(run.folder, wanted, digests)
+        else:  # check everything before the first computation
+            _require_usable(run.folder, wanted, recipe, digests)
         _drop_rounds(run.folder, recipe, redo)
+        announce()
         write_text(run.folder / PRIVATE_RECIPE_NAME, recipe.to_yaml(), private=True)
         write_text(run.folder / RECIPE_NAME, recipe.to_public_yaml())
         for stage in wanted:
@@ -113,9 +119,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     _require_own_folder(folder)
     if (folder / STAGES_DIR).is_dir() and not redo:
         hub_commit.cache_clear()
-        digests = stage_digests(recipe)
-        for stage in stages_until(recipe, until):
-            _require_same_inputs(folder, stage, recipe, digests[stage.name])
+        _require_usable(folder, stages_until(recipe, until), recipe, stage_digests(recipe))
         _drop_rounds(folder, recipe, redo)
     return shapes
 
@@ -165,11 +169,43 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
     return ended and all((folder / output).exists() for output in stage.outputs)
 
 
-def _clear_unfinished(folder: Path, stage: Stage, stage_digest: str) -> None:
-    """Remove the files of an unfinished stage, so that it starts from the beginning."""
-    if not _is_done(folder, stage, stage_digest):
-        _clear(folder, stage)
-        (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
+def _clear_unfinished(folder: Path, stages: list[Stage], digests: dict[str, str]) -> None:
+    """Remove the files of unfinished and unreadable stages, and of those after an unreadable one."""
+    unreadable: set[str] = set()
+    for stage in stages:
+        try:
+            _require_readable(folder, stage)
+        except MismatchError:
+            unreadable.add(stage.name)
+        if not unreadable.isdisjoint(stage.inputs):
+            unreadable.add(stage.name)
+        if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
+            _clear(folder, stage)
+            (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
+
+
+def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
+    """Refuse finished stages that this run can neither skip nor replace unasked."""
+    for stage in stages:
+        try:
+            _require_readable(folder, stage)
+        except MismatchError as error:
+            raise MismatchError(
+                f"The stage '{stage.name}' cannot be skipped: {error} In this run, --redo does the stage and those "
+                "after it again."
+            ) from error
+        _require_same_inputs(folder, stage, recipe, digests[stage.name])
+
+
+def _require_readable(folder: Path, stage: Stage) -> None:
+    """Refuse a finished stage if this version cannot read its files."""
+    record = _record(folder, stage.name)
+    if record is None or record["status"] != "done":
+        return
+    optional = (path for pattern in stage.leftovers for path in folder.glob(pattern) if path.is_file())
+    for path in (*(folder / output for output in stage.outputs), *optional):
+        if path.exists():
+            require_readable(path)
 
 
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
