@@ -63,7 +63,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What it changes of the base arm, with tokens and seed: a file name."""
+        """The changes of the base arm, with tokens and seed, as a file name."""
         changed = [
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in self.settings.items()
@@ -73,7 +73,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """What it changes of the base arm, for tables: without tokens and seed."""
+        """The changes of the base arm, without tokens and seed, for tables."""
         changed = [part for part in self.name.split(",") if not part.startswith(("tokens=", "seed="))]
         return ", ".join(part.replace("=", " ") for part in changed) or "base"
 
@@ -88,12 +88,12 @@ class Arm:
         return max(1, self["tokens_per_step"] // self["length"])
 
     def start(self) -> dict[str, Any]:
-        """What decides the student before distillation, with the seed where chance has a part in it."""
+        """The settings that determine the student before distillation, with the seed if it is random."""
         values = {name: self[name] for name in START_FIELDS if name != "shape"} | {"shape": dict(self.shape)}
         return {**values, "seed": self["seed"] if self["metric"] in ("random", "none") else None}
 
     def identity(self) -> dict[str, Any]:
-        """All that decides its result besides teacher and data: names of tables as what they hold."""
+        """Settings that determine the result, besides teacher and data, with the contents of named tables."""
         return {**self.settings, "shape": dict(self.shape), "loss": dict(self.loss)}
 
     def at(self, **changes: Any) -> Arm:
@@ -103,7 +103,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` has a lower, or the same, `measure` as `than`; both are changes of the base arm."""
+    """A claim that `better` has a lower or the same `measure` as `than`. Both are changes of the base arm."""
 
     text: str
     source: str
@@ -125,7 +125,7 @@ class Experiment:
     seeds: Sequence[int]
 
     def runs(self, tokens: Sequence[int] | None = None, seeds: Sequence[int] | None = None) -> Iterator[Arm]:
-        """Its arms at every budget and seed, smallest budget first; those given instead of its own."""
+        """Its arms at every budget and seed, smallest budget first. Given budgets and seeds replace its own."""
         for budget, seed, arm in itertools.product(tokens or self.tokens, seeds or self.seeds, self.arms):
             yield arm.at(tokens=budget, seed=seed)
 
@@ -181,5 +181,5 @@ def load_experiments(path: str | Path = TABLE) -> dict[str, Experiment]:
 
 
 def key(*parts: Any) -> str:
-    """A short name for contents, for files that are used again only where all of them are the same."""
+    """A short name computed from contents, for files that are reused only if all contents are equal."""
     return digest(*parts).removeprefix("sha256:")[:12]

@@ -38,11 +38,11 @@ def read_texts(source: str) -> list[str]:
 
 
 def mixed(sources: Sequence[tuple[str, int]], seed: int = 0) -> tuple[list[str], dict[str, list[str]]]:
-    """A shuffled mix of documents, and what is left of each source.
+    """A shuffled mix of documents, and the unused documents of each source.
 
     Args:
         sources: source and number of documents, in the order in which they are shuffled.
-        seed: of all shuffles.
+        seed: seed of all shuffles.
     """
     order, documents, left = random.Random(seed), [], {}
     for source, count in sources:
@@ -57,7 +57,7 @@ def mixed(sources: Sequence[tuple[str, int]], seed: int = 0) -> tuple[list[str],
 
 
 class Corpora:
-    """Writes the files of a folder and remembers where their documents come from."""
+    """Writes the files of a folder and records the origin of their documents."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

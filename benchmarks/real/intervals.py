@@ -13,7 +13,7 @@ from typing import Literal
 
 from minitron_hf.evaluation.quality import mean_and_error
 
-#: A difference within this part of the value that it is compared with makes none.
+#: A difference within this fraction of the reference counts as none.
 EQUIVALENCE = 0.02
 CONFIDENCE = 0.95
 
@@ -29,7 +29,7 @@ class Difference:
         low: lower end of the 95 % interval.
         high: upper end.
         reference: mean of the reference.
-        num_seeds: seeds that both arms have; with one, the interval knows of rows alone.
+        num_seeds: number of seeds that both arms have; with one, the interval includes the variation over rows only.
     """
 
     value: float
@@ -51,9 +51,9 @@ def paired_difference(
     """The difference of two arms that were measured on the same rows with the same seeds.
 
     The error has two parts: that of the rows, from differences averaged over the seeds (ratio estimator, see
-    `mean_and_error`), and that of the seeds, from differences averaged over the rows, √(Var_s / S). They are added as
-    variances, which counts what rows and seeds share twice, on the safe side. The interval is Student's t with the
-    degrees of freedom of Welch and Satterthwaite.
+    `mean_and_error`), and that of the seeds, from differences averaged over the rows, √(Var_s / S). Their variances
+    are added. This counts variation shared by rows and seeds twice, so the interval is rather too wide. The interval
+    is Student's t with the degrees of freedom of Welch and Satterthwaite.
 
     Args:
         other: sums over each row, [S][R].
@@ -79,7 +79,7 @@ def paired_difference(
 
 
 def verdict(difference: Difference, expect: str) -> Verdict:
-    """What a difference `better - than` says about a claim.
+    """The verdict on a claim, from the difference `better - than`.
 
     `"lower"`: confirmed where the whole interval is below 0; refuted where it is above 0 or within ±2 % of the
     reference around it. `"same"`: confirmed where it lies within ±2 %; refuted where it excludes 0 and does not.

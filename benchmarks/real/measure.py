@@ -132,11 +132,11 @@ def _targets(rows: TokenRows) -> list[Tensor]:
     return [torch.tensor([rows.rows[index][place] for place in rows.predicted(index)]) for index in range(len(rows))]
 
 
-# ---- What is kept ----
+# ---- Storage ----
 
 
 def packed(values: list[float] | list[int]) -> str:
-    """Numbers in one string, six digits each: a column of rows on one line of JSON.
+    """Pack numbers with six digits into one string, so that the values of all rows are one line of JSON.
 
     >>> packed([511, 1234.5678]), unpacked("511 1234.57")
     ('511 1234.57', [511.0, 1234.57])
@@ -164,5 +164,5 @@ def summary(sums: Mapping[str, list[float]], counts: list[int], num_bytes: int |
 
 
 def bits_per_byte(counts: list[int], num_bytes: int) -> float:
-    """What nats per token are multiplied by to give bits per byte."""
+    """Factor from nats per token to bits per byte."""
     return sum(counts) / (num_bytes * math.log(2))

@@ -44,7 +44,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> list[Results]:
-        """The results of a folder; those with another teacher, dtype or held-out rows are apart."""
+        """The results of a folder, grouped by teacher, dtype and held-out rows."""
         groups: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.rglob("*.json")):
             result = read_json(path)
@@ -77,7 +77,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim at one budget: the paired difference, and what it says."""
+    """A claim at one budget: the paired difference and the verdict."""
 
     claim: Claim
     tokens: int

@@ -101,7 +101,7 @@ class Bench:
         )
 
     def key(self, arm: Arm) -> str:
-        """Short name of all that decides an arm's result."""
+        """Short name of everything that determines an arm's result."""
         rows = [domain.rows.digest for domain in self.domains]
         start = self.starts.name(arm)
         corpus = self.corpora["train"][arm["corpus"]]["digest"]
@@ -112,7 +112,7 @@ class Bench:
         return self.results / f"{arm.name}.{self.key(arm)}.json"
 
     def run(self, arm: Arm) -> dict[str, Any]:
-        """Prune, distil and measure an arm, or go on with it; nothing is done where its JSON is there."""
+        """Prune, distil and measure an arm, or resume it. Nothing is done if its JSON file exists."""
         path = self.result_path(arm)
         if path.is_file():
             return read_json(path)
@@ -132,7 +132,7 @@ class Bench:
         return result
 
     def _measure(self, model_folder: Path, folder: Path) -> dict[str, RowSums]:
-        """Row sums of every domain; those that are in the folder are read."""
+        """Row sums of every domain; sums in the folder are read instead of computed."""
         found, model = {}, None
         for domain in self.domains:
             path = folder / f"{domain.name}-{key(domain.rows.digest)}.json"
@@ -188,7 +188,7 @@ class Bench:
 
 
 def filling(bench: Bench, arm: Arm, seconds: float) -> Arm:
-    """The arm with as many tokens as a time gives: a short run of it measures the speed."""
+    """The arm with as many tokens as fit into a time. A short run measures the speed."""
     trial = arm.at(tokens=FILL_STEPS * arm["tokens_per_step"])
     took = bench.run(trial)["seconds"]
     steps = int(FILL_SHARE * seconds / took * FILL_STEPS)

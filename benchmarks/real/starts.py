@@ -26,7 +26,7 @@ from .stopping import log
 
 
 class Starts:
-    """Makes the student that an arm starts from, in a folder named by all that decides it.
+    """Makes the student that an arm starts from, in a folder named by its inputs.
 
     Args:
         teacher: not changed.
@@ -89,5 +89,5 @@ class Starts:
         )
 
     def _calibration_corpus(self, arm: Arm) -> str:
-        """The base arm's corpus for all arms: what an arm is trained on must not change its start."""
+        """The base arm's corpus, for all arms: the training corpus of an arm must not change its start."""
         return arm.base["corpus"]

@@ -23,7 +23,7 @@ class Stop:
 
     @property
     def wanted(self) -> bool:
-        """Whether to stop at the next good place."""
+        """Whether to stop at the next safe point."""
         return self._wanted
 
     def check(self) -> None:
@@ -33,7 +33,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the body look at `wanted` itself: a signal does not interrupt it."""
+        """Do not interrupt the body at a signal; it checks `wanted` itself."""
         self._deferred = True
         try:
             yield

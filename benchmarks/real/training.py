@@ -40,7 +40,7 @@ LOGGED = 20
 
 
 class Checkpointing(TrainerCallback):
-    """Saves before a step would end later than so many seconds after the last save, and where the run should stop."""
+    """Saves a checkpoint every so many seconds at the latest, and when the run should stop."""
 
     def __init__(self, stop: Stop, folder: Path, seconds: float) -> None:
         self.stop, self.timing, self.seconds = stop, folder / TIMING_NAME, seconds
@@ -51,7 +51,7 @@ class Checkpointing(TrainerCallback):
         self.begun = self.saved = self.ended = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint, and for the end where the run should stop."""
+        """Request a checkpoint, and the end of training if the run should stop."""
         now = time.monotonic()
         took, self.ended = now - self.ended, now
         if state.global_step >= state.max_steps:
@@ -67,7 +67,7 @@ class Checkpointing(TrainerCallback):
         write_json(self.timing, {"seconds": self.total})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Say how far it is."""
+        """Log the progress."""
         if logs and "loss" in logs:
             log(f"  step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, {self.total:.0f} s")
 
@@ -79,7 +79,7 @@ class Checkpointing(TrainerCallback):
 
 @dataclass
 class Workshop:
-    """What the arms share: the teacher, the tokenizer, the corpora, and a folder for what is used again.
+    """Objects that the arms share: the teacher, the tokenizer, the corpora, and a folder for reused files.
 
     Attributes:
         teacher_path: folder or Hub id.
@@ -159,7 +159,7 @@ class Workshop:
         return student
 
     def _teacher(self, arm: Arm, data: Documents, arguments: DistillationConfig) -> tuple[Any, Any]:
-        """The teacher that an arm learns from, and the rows: a cache holds both."""
+        """The teacher and the rows of an arm; a teacher cache holds both."""
         kind = arm["teacher"]
         if kind == "as-is":
             return self.teacher, data.dataset
