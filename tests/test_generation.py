@@ -70,8 +70,9 @@ def test_greedy_batches_equal_one_row_at_a_time(name):
     assert found == [naive(model, ids, 7) for ids in prompts]
 
 
-def test_a_model_that_reads_padding_is_noticed(monkeypatch):
-    model = pocket_model("llama", dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_padding_is_noticed(monkeypatch, dtype):
+    model = pocket_model("llama", dtype=dtype)
     assert not reads_padding(model, [5, 6, 7], 0)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, attention_mask=None, **rest: forward(*args, **rest))

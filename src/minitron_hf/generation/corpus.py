@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -207,6 +208,7 @@ class _Corpus:
         self.tokenizer = text_tokenizer(prompts.tokenizer)
         self.end_tokens = end_tokens_of(model, self.tokenizer)
         self.pad_token = pad_token_of(self.tokenizer, self.end_tokens)
+        self.num_new_tokens, self.started = 0, time.monotonic()
         self.equal_lengths: bool | None = None  # found out with the first prompts of different lengths
 
     def write(self, prompts_name: str | None, show_progress: bool) -> Path:
@@ -307,7 +309,8 @@ class _Corpus:
                 new = [(row, digests[place]) for row, place in zip(rows, places) if row["index"] in wanted]
                 shard.append(new)
                 bar.update(len(new))
-                bar.set_postfix_str(f"{sum(row['num_new_tokens'] for row in rows)} tokens in the last batch")
+                self.num_new_tokens += sum(row["num_new_tokens"] for row in rows)
+                bar.set_postfix_str(f"{self.num_new_tokens / (time.monotonic() - self.started):.0f} tokens/s")
         shard.finish()
         return shard.entry(whole)
 

@@ -217,8 +217,10 @@ def reads_padding(model: PreTrainedModel, ids: Sequence[int], pad_token_id: int)
         return logits
 
     alone, padded = next_logits([ids]), next_logits([ids, [*ids, *ids, *ids]])
+    # The spread of the difference, not its largest value: in bfloat16 SmolLM2-135M differs by 0.03 from itself in
+    # another batch (largest 0.2), and by 0.7 where it reads the padding.
     tolerance = torch.finfo(model.dtype).eps ** 0.5
-    return not bool((alone - padded).abs().max() <= tolerance * alone.std())
+    return not bool((alone - padded).std() <= tolerance * alone.std())
 
 
 @contextlib.contextmanager
