@@ -86,6 +86,18 @@ def test_the_plan_warns_of_rows_far_shorter_than_the_context(folder, length, war
     assert any(text in note for note in notes) == warns
 
 
+def test_templates_whose_turns_cannot_be_found_are_refused_before_the_run(folder, tmp_path):
+    pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
+    rewriting = CHAT.replace("m['content']", "(m['content'] if loop.last else '...')")
+    pocket_tokenizer(chat_template=rewriting).save_pretrained(tmp_path / "teacher")
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}))
+    data = dict.fromkeys(("train", "eval"), str(tmp_path / "talks.jsonl"))
+    recipe = values(folder, teacher=str(tmp_path / "teacher"), data=data, evaluate={})
+    with pytest.raises(DataError, match="differently when a turn follows"):
+        check_recipe(Recipe.from_dict(recipe))
+
+
 @pytest.mark.parametrize(
     ("chat", "words"),
     [

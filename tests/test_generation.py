@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 
 from minitron_hf import DistillationConfig, DistillationTrainer, generate_corpus, load_text_dataset
 from minitron_hf.errors import DataError, MismatchError, OutputError
@@ -300,12 +299,16 @@ def test_a_generated_corpus_is_distilled_from(teacher, tokenizer, tmp_path):
     folder = generate_corpus(
         teacher, QUESTIONS, tmp_path / "corpus", processing_class=tokenizer, max_new_tokens=8, show_progress=False
     )
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    other = Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]}
+    )
+    concatenate_datasets([load_text_dataset(str(folder)), other]).save_to_disk(tmp_path / "mix")
     args = DistillationConfig(str(tmp_path / "out"), max_steps=1, report_to="none", disable_tqdm=True)
     trainer = DistillationTrainer(
         model=pocket_model("llama", dtype=torch.float32, seed=1), teacher_model=teacher, args=args,
-        train_dataset=load_text_dataset(str(folder)), processing_class=tokenizer,
+        train_dataset=load_text_dataset(str(tmp_path / "mix")), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
     row = trainer.train_dataset[0]["input_ids"]
     assert tokenizer.decode(row).startswith("<s>user: what is old a</s><s>assistant: ")
+    assert tokenizer.decode(trainer.train_dataset[-1]["input_ids"]) == "<s>user: a</s><s>assistant: b</s>"

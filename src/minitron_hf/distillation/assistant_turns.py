@@ -101,6 +101,23 @@ def labelled_turns(row: Mapping[str, Any], processing_class: Any, completion_onl
     return {"input_ids": list(encoded["input_ids"]), "labels": labels}
 
 
+def require_turns(rows: Sequence[Mapping[str, Any]], processing_class: Any) -> None:
+    """Refuse conversations whose assistant turns cannot be found, before anything is computed.
+
+    Args:
+        rows: the first rows of a corpus; rows of token ids are skipped.
+        processing_class: tokenizer.
+
+    Raises:
+        DataError: see `labelled_turns`.
+    """
+    if "input_ids" in rows[0] or has_training_template(text_tokenizer(processing_class)):
+        return
+    for row in rows:
+        if is_conversational(dict(row)) or is_conversational_from_value(dict(row)):
+            labelled_turns(row, processing_class, False)
+
+
 def _span(
     messages: Sequence[Mapping[str, Any]], place: int, whole: str, row: Mapping[str, Any], processing_class: Any
 ) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import token_rows
 from ..data.context import context_length
 from ..data.loading import local_dataset
+from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
@@ -100,6 +101,8 @@ def check_corpora(
                 _require_chat_template(rows, tokenizer, f"data.{which}: {section.source}")
             if which != "calibration":
                 _require_columns(rows[0], arguments, f"data.{which}: {section.source}")
+                if any(args.assistant_only_loss and args.chat_template_path is None for args in arguments):
+                    require_turns(rows, tokenizer)
     return skipped
 
 
