@@ -211,14 +211,16 @@ class _Quality:
             reference_TV: the reference's logits, [T, V]; None without a comparison.
         """
         positions = places_T.tolist()
-        self.loss.add_batch(predictions=[logits_TV], references=[tokens_T])
-        self.by_position["loss"].add(positions, -token_log_probabilities(logits_TV, tokens_T))
+        log_probabilities_T = token_log_probabilities(logits_TV, tokens_T)
+        self.loss.add_values([log_probabilities_T.numpy()])
+        self.by_position["loss"].add(positions, -log_probabilities_T)
         if self.is_compared and reference_TV is not None:
-            self.divergence.add_batch(predictions=[logits_TV], references=[reference_TV])
+            divergences_T = token_divergences(logits_TV, reference_TV)
+            self.divergence.add_values([divergences_T.numpy()])
+            self.by_position["kl_divergence"].add(positions, divergences_T)
             self.agreement.add_batch(
                 predictions=[logits_TV.argmax(-1).tolist()], references=[reference_TV.argmax(-1).tolist()]
             )
-            self.by_position["kl_divergence"].add(positions, token_divergences(logits_TV, reference_TV))
 
     def result(self, num_bytes: int | None) -> dict[str, Any]:
         """Metric → value and standard error; None where there is none.

@@ -43,7 +43,11 @@ class CausalLMLoss(evaluate.Metric):
             token_log_probabilities(torch.as_tensor(logits), torch.as_tensor(tokens)).numpy()
             for logits, tokens in zip(predictions, references, strict=True)
         ]
-        evaluate.Metric.add_batch(self, predictions=kept)
+        self.add_values(kept)
+
+    def add_values(self, values: Any) -> None:
+        """Add documents whose log-probabilities are known: float64 [T] each."""
+        evaluate.Metric.add_batch(self, predictions=values)
 
     def add(self, *, prediction: Any, reference: Any) -> None:
         """Add one document."""

@@ -41,7 +41,11 @@ class KLDivergence(evaluate.Metric):
             token_divergences(torch.as_tensor(logits), torch.as_tensor(reference)).numpy()
             for logits, reference in zip(predictions, references, strict=True)
         ]
-        evaluate.Metric.add_batch(self, predictions=kept)
+        self.add_values(kept)
+
+    def add_values(self, values: Any) -> None:
+        """Add documents whose divergences are known: float64 [T] each."""
+        evaluate.Metric.add_batch(self, predictions=values)
 
     def add(self, *, prediction: Any, reference: Any) -> None:
         """Add one document."""
