@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from minitron_hf.cli.app import main
 from minitron_hf.distillation.capacity import estimate_capacity, step_flops
 from minitron_hf.distillation.config import DistillationConfig
-from minitron_hf.distillation.devices import DEVICES, Device
 from minitron_hf.distillation.fake_runs import SHARDINGS, Setup, run_on_fakes
+from minitron_hf.distillation.gpu_data_sheets import DEVICES, Device
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import PlanError
 from minitron_hf.losses.fused import distillation_loss, next_token_positions

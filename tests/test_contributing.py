@@ -24,6 +24,12 @@ def test_the_worked_family_is_the_shipped_one():
     assert pocket in (ROOT / "tests" / "pockets" / "dense.py").read_text(encoding="utf-8")
 
 
+def test_no_family_is_left_a_draft():
+    for folder in ("src/minitron_hf/families", "tests/pockets"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert "TODO" not in path.read_text(encoding="utf-8"), f"{path} still has a TODO of `families draft`"
+
+
 def test_what_the_page_names_exists():
     spec_fields = {field.name for field in fields(ArchSpec)}
     named = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import subprocess
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from minitron_hf.errors import UnsupportedModelError, VerificationError
 from minitron_hf.families import ArchSpec, families, spec_for
@@ -134,3 +136,18 @@ def test_what_cannot_be_built_is_refused():
     config.hidden_act = "nothing"
     with pytest.raises(UnsupportedModelError, match="cannot build"):
         draft_family(config)
+
+
+def test_a_draft_prints_no_warnings_about_special_tokens():
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, eos_token_id=95)
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        draft_family(config)
+        assert not seen
+        LlamaConfig(vocab_size=48, eos_token_id=95)  # what a probe builds; warnings are on again
+        assert seen
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)

@@ -11,13 +11,21 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    T5Config,
+    tokenization_utils_base,
+)
 
 from minitron_hf import hardware, models, weights
 from minitron_hf.compat import commit_hash
 from minitron_hf.errors import DataError, HubError, UnsupportedModelError
-from minitron_hf.models import load_config
+from minitron_hf.models import load_config, load_tokenizer
 from minitron_hf.pruning.streaming import open_checkpoint
+from pocket import pocket_tokenizer
 
 
 def pocket_config(**changes) -> LlamaConfig:
@@ -451,3 +459,14 @@ def test_names_of_dtypes_and_devices_are_read_by_hardware_alone():
         for call in re.finditer(r"getattr\(torch, (?!\")\w+|torch\.device\(str\b", path.read_text(encoding="utf-8"))
     ]
     assert not found
+
+
+def test_documents_longer_than_the_context_bring_no_warning(tmp_path, monkeypatch):
+    tokenizer = pocket_tokenizer()
+    tokenizer.model_max_length = 4
+    tokenizer.save_pretrained(tmp_path)
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *args: said.append(args))
+    loaded = load_tokenizer(tmp_path)
+    assert len(loaded("the old x of a is d the old x of a is d")["input_ids"]) > loaded.model_max_length == 4
+    assert not said

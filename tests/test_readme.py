@@ -85,8 +85,8 @@ def test_the_block_on_teacher_caches_runs(shown, tmp_path):
 
 def test_every_python_block_is_run():
     run_here = {"README.md", "docs/tutorial.md", "docs/guides/teacher-cache.md"}
-    # In test_contributing and test_outside_families, and in test_metric_registry.
-    run_elsewhere = {"docs/guides/add-a-family.md", "docs/guides/add-a-metric.md"}
+    # In test_contributing and test_outside_families, in test_metric_registry, and in test_divergence_registry.
+    run_elsewhere = {"docs/guides/add-a-family.md", "docs/guides/add-a-metric.md", "docs/guides/add-a-divergence.md"}
     assert {page for page in PAGES if blocks(page, "python")} == run_here | run_elsewhere
 
 

@@ -23,6 +23,7 @@ _MODULE_OF = {
     "register_family": "families",
     "ImportanceScores": "scoring.scores",
     "estimate_importance": "scoring.importance",
+    "register_divergence": "losses.divergences",
     "register_metric": "scoring.metrics",
     "PrunerConfig": "sizes.request",
     "PruningPlan": "pruning.plan",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .evaluation.samples import generate_samples as generate_samples
     from .families import register_family as register_family
     from .generation.corpus import generate_corpus as generate_corpus
+    from .losses.divergences import register_divergence as register_divergence
     from .models import count_parameters as count_parameters
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer

@@ -244,6 +244,8 @@ def load_tokenizer(
         )
     except Exception as error:
         raise loading_error("tokenizer", name, error) from error
+    # Documents may be longer than the context: rows are cut from them. TRL and chat templates pass no `verbose=False`.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
     return tokenizer
 

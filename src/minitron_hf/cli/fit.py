@@ -75,8 +75,8 @@ def fit(
 
 def _setup(device: str, setup: Mapping[str, Any]) -> Setup:
     """The setup of a device, given by its name or the size of its memory."""
-    from ..distillation.devices import DEVICES, Device
     from ..distillation.fake_runs import Setup
+    from ..distillation.gpu_data_sheets import DEVICES, Device
 
     known = DEVICES.get(device.lower())
     if known is None:

@@ -166,9 +166,11 @@ def _first_bytes(text: str, processing_class: Any) -> int:
     tokenizer = require_tokenizer(processing_class)
     text = text[:1024]
     if tokenizer.is_fast:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         return len(text[: offsets[1][0] if len(offsets) > 1 else len(text)].encode())
-    first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    first = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:1]
     return len(str(tokenizer.decode(first)).strip().encode())
 
 

@@ -26,7 +26,7 @@ from ..compat import (
 from ..errors import MinitronError, PlanError
 from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
-from .devices import DEVICES, Device
+from .gpu_data_sheets import DEVICES, Device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,7 +1,8 @@
 """Divergences between teacher and student, and their gradients.
 
-Each function works in place on a few rows of logits, which `losses.fused` computes. The gradients are written by hand
-because autograd would keep several copies of every row.
+Each function works in place on a few rows of logits, which `losses.fused` computes. The gradients of the built-in
+divergences are written by hand, because autograd would keep several copies of every row. Autograd computes those of
+registered ones (`register_divergence`).
 
 Shapes: n rows (tokens), V vocabulary.
 """
@@ -9,17 +10,23 @@ Shapes: n rows (tokens), V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from importlib.metadata import entry_points
 
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse", "cosine"]
+from ..errors import DataError, did_you_mean
 
 #: Divergences that compare logits. The others compare probabilities, at a temperature.
-OF_LOGITS: frozenset[Divergence] = frozenset({"mse", "cosine"})
+OF_LOGITS: frozenset[str] = frozenset({"mse", "cosine"})
+
+#: Other packages offer divergences under this group of entry points; each names a registered function.
+ENTRY_POINTS = "minitron_hf.divergences"
+
+#: Log-probabilities of teacher and student, both [n, V] → values [n].
+DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def _cosine(rows: Rows, beta: float) -> Tensor:
 
 #: Value [n, 1] of some rows; `difference` becomes the gradient with respect to the student's logits over T. The KL of
 #: the teacher to the student is not here: `losses` computes it in any case, for the report, and at fewer passes.
-DIVERGENCES: Mapping[Divergence, Callable[[Rows, float], Tensor]] = {
+DIVERGENCES: dict[str, Callable[[Rows, float], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
     "tv": _total_variation,
@@ -103,14 +110,91 @@ DIVERGENCES: Mapping[Divergence, Callable[[Rows, float], Tensor]] = {
 }
 
 
+#: The functions of `register_divergence`, by name.
+REGISTERED: dict[str, DivergenceFunction] = {}
+
+
+def register_divergence(name: str) -> Callable[[DivergenceFunction], DivergenceFunction]:
+    """Make a function a divergence: `DistillationConfig(divergence=name)`, recipes and the command line take it.
+
+    It is known in this process. A package that offers the function as an entry point of the group
+    `minitron_hf.divergences` makes it known everywhere, also to the command line.
+
+    The function takes the log-probabilities of teacher and student at the temperature, both `[n, V]` for n tokens and
+    a vocabulary of V, in float32. It returns one value per token, `[n]`. Autograd differentiates it with respect to the
+    student's logits, a few rows at a time.
+
+    Args:
+        name: its name for users.
+
+    Returns:
+        A decorator that returns the function itself.
+
+    Raises:
+        DataError: if the name belongs to another function.
+
+    Example:
+        >>> @register_divergence("hellinger")  # doctest: +SKIP
+        ... def hellinger(teacher, student):
+        ...     return 1 - ((teacher + student) / 2).exp().sum(-1)
+    """
+
+    def register(function: DivergenceFunction) -> DivergenceFunction:
+        known = REGISTERED.get(name)
+        # A notebook cell that is run again defines the same.
+        same = known is not None and _origin(known) == _origin(function)
+        if name == "forward_kl" or (name in DIVERGENCES and not same):
+            raise DataError(f"There is a divergence {name!r} already. Choose another name.")
+        REGISTERED[name] = function
+        DIVERGENCES[name] = _differentiated(name, function)
+        return function
+
+    return register
+
+
+def _origin(function: DivergenceFunction) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
+
+
+def _differentiated(name: str, function: DivergenceFunction) -> Callable[[Rows, float], Tensor]:
+    """A function of log-probabilities as an entry of `DIVERGENCES`."""
+
+    def evaluate(rows: Rows, beta: float) -> Tensor:
+        dtype = rows.p.dtype
+        with torch.enable_grad():
+            student = rows.student.detach().to(dtype, copy=True).requires_grad_()
+            teacher = torch.log_softmax(rows.teacher.detach(), -1, dtype=dtype)
+            value = function(teacher, torch.log_softmax(student, -1))
+            if not isinstance(value, Tensor) or value.shape != student.shape[:1]:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise DataError(
+                    f"divergence={name!r} returned {shape}; expected one value per token: {[len(student)]}."
+                )
+            rows.difference.copy_(torch.autograd.grad(value.sum(), student)[0])
+        return value.detach()[:, None]
+
+    return evaluate
+
+
+def divergence_names() -> tuple[str, ...]:
+    """Names of all divergences: of this package, of entry points, and registered in this process."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()
+    return ("forward_kl", *DIVERGENCES)
+
+
 def require_divergence(name: str, beta: float, temperature: float) -> None:
     """Refuse an unknown divergence, and parameters that do not fit it.
 
     Raises:
         ValueError: naming what is expected.
     """
-    if name not in get_args(Divergence):
-        raise ValueError(f"divergence={name!r}: expected one of {', '.join(get_args(Divergence))}.")
+    names = divergence_names()
+    if name not in names:
+        raise ValueError(
+            f"divergence={name!r}: expected one of {', '.join(names)}.{did_you_mean(str(name), names)} "
+            "register_divergence adds one."
+        )
     if not 0 < beta < 1:
         raise ValueError(
             f"jsd_beta={beta}: expected a number between 0 and 1; the limits are the forward and the reverse KL."

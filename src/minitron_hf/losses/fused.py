@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import MismatchError
 from .chunks import default_chunk_size, even_slices
-from .divergences import DIVERGENCES, OF_LOGITS, Divergence, Rows
+from .divergences import DIVERGENCES, OF_LOGITS, Rows
 from .heads import OutputHead
 from .signals import DenseSignal, TeacherSignal, TopKSignal
 
@@ -70,7 +70,7 @@ def distillation_loss(
     teacher: TeacherSignal,
     labels: Tensor,
     *,
-    divergence: Divergence = "forward_kl",
+    divergence: str = "forward_kl",
     jsd_beta: float = 0.5,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -95,7 +95,7 @@ def distillation_loss(
         labels: int64 [N], the true next token of each position.
         divergence: D: `"forward_kl"`; `"reverse_kl"`, KL(q ‖ p); `"jsd"`, the Jensen-Shannon divergence generalised
             as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
-            mean squared difference, and `"cosine"`, one minus the cosine.
+            mean squared difference, and `"cosine"`, one minus the cosine; or a name of `register_divergence`.
         jsd_beta: β of `"jsd"`, the weight of the teacher in the mixture.
         temperature: T. The log-probabilities of a `TopKSignal` are at this temperature already.
         kd_weight: weight of the divergence.
@@ -117,7 +117,7 @@ def distillation_loss(
 
 
 def _require_comparable(
-    hidden: Tensor, head: OutputHead, teacher: TeacherSignal, labels: Tensor, divergence: Divergence
+    hidden: Tensor, head: OutputHead, teacher: TeacherSignal, labels: Tensor, divergence: str
 ) -> None:
     """Refuse models with different vocabularies, a cache where logits are needed, and unequal numbers of tokens."""
     if teacher.vocab_size != head.vocab_size:
@@ -141,7 +141,7 @@ def _require_comparable(
 class _Settings:
     scale: float
     softcap: float | None
-    divergence: Divergence
+    divergence: str
     jsd_beta: float
     temperature: float
     kd_weight: float

@@ -7,10 +7,13 @@ index decides. The tests' oracles prove or refute a draft; nothing is believed b
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 from ..families import PRUNER_FIELDS
@@ -35,6 +38,22 @@ def draft_family(config: PretrainedConfig) -> str:
     Raises:
         UnsupportedModelError: if the model cannot be built, or a dimension is no sum of products of config fields.
     """
+    with _without_warnings():  # about special tokens outside of small vocabularies
+        return _source(config)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence the warnings of Transformers."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _source(config: PretrainedConfig) -> str:
     found = probe(config)
     draft = _draft(config, found)
     hints = read_modelling_code(found.small_config(), draft.layers_path, draft.norms, draft.final_norm)
