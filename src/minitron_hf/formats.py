@@ -27,6 +27,7 @@ FORMATS: Mapping[str, int] = {
     "distillation.json": 1,
     "evaluation.json": 1,
     "samples.json": 1,
+    "costs.json": 1,
     "benchmarks.json": 1,
     "teacher.json": 1,
     "hub.json": 1,

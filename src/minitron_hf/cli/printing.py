@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..distillation.capacity import Capacity
     from ..distillation.fake_runs import Setup
     from ..families import ArchSpec
+    from ..recipe.estimates import Estimate
     from ..recipe.recommendations import Recommendation
 
 
@@ -104,6 +106,33 @@ def _bytes(size: float) -> str:
         if size >= 0.99995 * scale:
             return f"{size / scale:,.1f} {unit}"
     return f"{size:.0f} B"
+
+
+def _print_estimate(estimate: Estimate) -> None:
+    """Print what a run will cost, in 80 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..publishing.markdown import duration
+
+    def size(number: float) -> str:
+        return "?" if math.isnan(number) else _bytes(number) if number else ""
+
+    machine = estimate.machine
+    table = Table("stage", title=f"Estimate on this machine ({machine.device}, {machine.dtype})", title_justify="left")
+    for column in ("time", "memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("of")
+    for one in estimate.stages:
+        seconds = "?" if math.isnan(one.seconds) else duration(one.seconds)
+        table.add_row(one.stage, seconds, size(one.memory), size(one.disk), one.formula)
+    table.add_section()
+    table.add_row("all", duration(estimate.seconds), "", size(estimate.disk), "of what is known")
+    table.add_row("free", "", size(machine.memory), size(machine.disk), "")
+    console = Console(width=80)
+    console.print(table, markup=False, highlight=False)
+    for note in estimate.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
 
 
 def _print_matrix() -> None:

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import DataError
 from .options import Accelerate, Processes, Settings, _distributed
-from .printing import _print_results, _print_shapes, _say
+from .printing import _print_estimate, _print_results, _print_shapes, _say
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
     until: Annotated[Optional[str], typer.Option(help="Last stage to run.")] = None,  # noqa: UP045
     set_: Settings = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe without reading weights, and print the shapes.")
+        bool, typer.Option("--dry-run", help="Check the recipe without reading weights; print shapes and costs.")
     ] = False,
     redo: Annotated[
         bool, typer.Option("--redo", help="Repeat stages whose inputs have changed or that did not finish.")
@@ -32,6 +32,7 @@ def run(
     so in several processes (`distributed` in the recipe).
     """
     from ..hardware import is_launched
+    from ..recipe.estimates import estimate_recipe
     from ..recipe.progress import progress_bars
     from ..recipe.runner import run_recipe, try_recipe
     from ..recipe.schema import Recipe
@@ -42,10 +43,17 @@ def run(
     if dry_run:
         with progress_bars(not quiet):
             _print_shapes(try_recipe(loaded, until=until, redo=redo))
+            _print_estimate(estimate_recipe(loaded, until=until))
         return
     try:
         folder = run_recipe(
-            loaded, until=until, redo=redo, show_progress=not quiet, report=_say, report_shapes=_print_shapes
+            loaded,
+            until=until,
+            redo=redo,
+            show_progress=not quiet,
+            report=_say,
+            report_shapes=_print_shapes,
+            report_estimate=_print_estimate,
         )
     except KeyboardInterrupt:
         _say("Interrupted. The same command resumes where this one stopped.")

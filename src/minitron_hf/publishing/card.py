@@ -27,6 +27,7 @@ from .card_tables import (
     _architecture_table,
     _benchmark_table,
     _chat_table,
+    _cost_table,
     _depth_table,
     _measurement_table,
     _model_title,
@@ -188,8 +189,8 @@ def require_run(run_dir: Path) -> None:
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
     """The files that the card is made from: JSON documents (None if missing), names of plots and legal texts."""
-    artefacts = ("pruning_plan", "teacher", "distillation", "evaluation", "samples", "benchmarks", "hub", "search")
-    paths = {name: run_dir / f"{name}.json" for name in ("config", *artefacts)}
+    measured = ("distillation", "evaluation", "samples", "benchmarks", "search", "costs")
+    paths = {name: run_dir / f"{name}.json" for name in ("config", "pruning_plan", "teacher", "hub", *measured)}
     run: dict[str, Any] = {
         name: None if not path.is_file() else read_json(path) if name == "config" else read_artefact(path)
         for name, path in paths.items()
@@ -236,6 +237,8 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": sum((one["distillation"] or {}).get("num_input_tokens_seen") or 0 for one in (*run["rounds"], run)),
         "calibration": _calibration(plan) if plan else None,
         "architecture": _architecture_table(plan) if plan else None,
+        "costs": _cost_table(run["costs"]) if run["costs"] else None,
+        "costs_machine": ((run["costs"] or {}).get("estimate") or {}).get("machine"),
         "search": _search_table((run["search"] or plan or {}).get("candidates") or []),
         "depth": _depth_table(last) if last else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,

@@ -95,6 +95,26 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
     return rows
 
 
+def _cost_table(costs: Mapping[str, Any]) -> list[list[str]] | None:
+    """What every stage took, beside the estimate from before the run."""
+    if not costs["stages"]:
+        return None
+    estimate = costs["estimate"] or {"stages": []}
+    expected = {one["stage"]: one for one in estimate["stages"]}
+    rows = [["Stage", "Time", "Estimated", "Peak memory", "Estimated", "Written"]]
+    for one in costs["stages"]:
+        before = expected.get(one["stage"], {})
+        times = [md.duration(each.get("seconds")) for each in (one, before)]
+        memory = [_bytes_or_dash(one["peak_memory_bytes"]), _bytes_or_dash(before.get("memory"))]
+        rows.append([one["stage"], *times, *memory, _bytes_or_dash(one["bytes_written"])])
+    total = sum(one["seconds"] or 0 for one in costs["stages"])
+    return [*rows, ["all", md.duration(total), "", "", "", ""]]
+
+
+def _bytes_or_dash(value: float | None) -> str:
+    return md.binary_size(value) if value else "–"
+
+
 def _uncertain(value: float, stderr: float) -> str:
     return f"{value:.3f} ± {stderr:.3f}"
 

@@ -44,6 +44,25 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def duration(seconds: float | None) -> str:
+    """A time in the units that people use.
+
+    >>> duration(0.4), duration(42), duration(600), duration(9000), duration(2e6), duration(None)
+    ('0.4 s', '42 s', '10 min', '2.5 h', '23 days', '–')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    for limit, scale, digits, unit in (
+        (10, 1, 1, "s"),
+        (120, 1, 0, "s"),
+        (7200, 60, 0, "min"),
+        (172800, 3600, 1, "h"),
+    ):
+        if seconds < limit:
+            return f"{seconds / scale:.{digits}f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
+
+
 def measured(result: Mapping[str, Any] | None, factor: float = 1.0, unit: str = "") -> str:
     """A value with its standard error, both to two digits of the error.
 

@@ -61,6 +61,7 @@ ARTEFACTS = (
     "evaluation.json",
     "benchmarks.json",
     "samples.json",
+    "costs.json",
     "search.json",
     "recipe.yaml",
     "hub.json",

@@ -40,7 +40,11 @@ def measure_corpus(source: str, processing_class: PreTrainedTokenizerBase, text_
     Raises:
         DataError: if it cannot be read.
     """
-    rows = load_text_dataset(source)
+    return measure_documents(load_text_dataset(source), processing_class, text_field)
+
+
+def measure_documents(rows: Any, processing_class: PreTrainedTokenizerBase, text_field: str = "text") -> Corpus:
+    """Tokenise some documents of a dataset, spread over the whole of it; see `measure_corpus`."""
     number = len(rows)
     sample = rows.select(range(0, number, max(1, number // SAMPLED_DOCUMENTS)))
     lengths = [0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from ..formats import read_artefact, require_readable, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from .checking import check_recipe
+from .estimates import Estimate, estimate_recipe
 from .identity import hub_commit
 from .progress import progress_bars
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import Stage, stages_of, stages_until
+from .usage import Usage, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
 RECORD_KIND = f"{STAGES_DIR}/*.json"
@@ -43,6 +45,7 @@ def run_recipe(
     show_progress: bool = True,
     report: Callable[[str], None] = print,
     report_shapes: Callable[[dict[str, Any]], None] | None = None,
+    report_estimate: Callable[[Estimate], None] | None = None,
 ) -> Path:
     """Run the stages of a recipe, and skip stages that are finished for the same inputs.
 
@@ -54,6 +57,8 @@ def run_recipe(
         show_progress: show progress bars.
         report: receives one line per stage.
         report_shapes: receives the result of `check_recipe`, after every check and before the first stage.
+        report_estimate: receives what the run will cost (`estimate_recipe`), which then goes into `costs.json`; None
+            estimates nothing.
 
     Returns:
         The run folder.
@@ -69,6 +74,11 @@ def run_recipe(
         def announce() -> None:
             if report_shapes is not None:
                 report_shapes(shapes)
+            folder = Path(recipe.output_dir)
+            if report_estimate is not None and (redo or read_costs(folder)["estimate"] is None):
+                estimate = estimate_recipe(recipe, until=until)
+                report_estimate(estimate)
+                write_estimate(folder, estimate)
 
         return _run_stages(Run(recipe, show_progress=show_progress), until, redo, report, announce)
 
@@ -130,11 +140,13 @@ def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str]
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
     report(f"[{stage.name}] {stage.help}")
-    _write_record(run.folder, stage, run.recipe, stage_digest, "running", None)
-    start = time.monotonic()
-    with _explain_storage_errors():
+    _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
+    if stage.name == "card":  # says what the stages before have taken
+        records = [_record(run.folder, one.name) for one in stages_of(run.recipe) if one.name != stage.name]
+        write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])
+    with measured_usage(run.folder) as usage, _explain_storage_errors():
         stage.run(run)
-    _write_record(run.folder, stage, run.recipe, stage_digest, "done", time.monotonic() - start)
+    _write_record(run.folder, stage, run.recipe, stage_digest, "done", usage)
     gc.collect()
 
 
@@ -213,9 +225,7 @@ def _record(folder: Path, name: str) -> dict[str, Any] | None:
     return read_artefact(path, RECORD_KIND) if path.is_file() else None
 
 
-def _write_record(
-    folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, seconds: float | None
-) -> None:
+def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, usage: Usage) -> None:
     path = folder / STAGES_DIR / f"{stage.name}.json"
     path.parent.mkdir(exist_ok=True)
     write_artefact(
@@ -224,7 +234,7 @@ def _write_record(
             "stage": stage.name,
             "status": status,
             "digest": stage_digest,
-            "seconds": None if seconds is None else round(seconds, 2),
+            **asdict(usage),
             "settings": recorded_settings(stage.dependencies(recipe)),
             "versions": versions(),
         },

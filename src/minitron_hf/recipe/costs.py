@@ -1,0 +1,125 @@
+"""Formulas of what computing a model costs: floating-point operations of a token, bytes of a training step.
+
+A product of [a, b] and [b, c] counts 2·a·b·c operations. Element-wise operations, scans of state-space layers and
+convolutions over time are not counted: they take time by the memory that they move.
+
+Legend: T tokens of a row, V vocabulary, H hidden size, P parameters of a model, S optimiser steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..families import named_tensors, spec_for, text_config
+from ..models import count_parameters, empty_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Bytes that AdamW moves per parameter in a step: it reads weight, gradient and two moments and writes three of them.
+OPTIMIZER_TRAFFIC = 28
+#: Bytes per parameter of a checkpoint to resume from: float32 weights and two moments.
+CHECKPOINT_BYTES = 12
+#: Bytes that the loss moves per token and entry of the vocabulary, softmaxes of both models and their gradient.
+LOSS_TRAFFIC = 40
+
+
+def layer_flops(config: PretrainedConfig, length: int) -> float:
+    """Operations per token of a forward pass without the head: 2 × (active matrix parameters) + attention.
+
+    Attention of a layer over full rows is 2·T·(query width + value width): the scores, and their product with the
+    values. The upper triangle is counted too, as kernels without a mask structure compute it, and counters count it.
+    Of stacked experts, as many are active as a token is routed to.
+
+    Args:
+        config: the model's config.
+        length: T.
+    """
+    model = empty_model(config)
+    spec = spec_for(config)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    skipped = tables if head is None else tables | {id(parameter) for parameter in head.parameters()}
+    tensors = named_tensors(model)
+    products = 0.0
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or id(tensor) in skipped:
+            continue
+        products += tensor.numel() * (_active_share(config) if _is_stacked(name, tensor, config) else 1.0)
+    layers = spec.layers_with("heads", list(tensors)) if "heads" in spec.axis else ()
+    return 2 * products + sum(_attention_flops(config, layer, length) for layer in layers)
+
+
+def head_flops(config: PretrainedConfig) -> float:
+    """Operations per token of the output head: 2·H·V."""
+    text = text_config(config)
+    return 2.0 * text.hidden_size * text.vocab_size
+
+
+def training_flops(student: PretrainedConfig, length: int, *, recomputed: bool = False, lora: bool = False) -> float:
+    """Operations per token of the student's passes without the head: forward, and twice as much backward.
+
+    Args:
+        student: the student's config.
+        length: T.
+        recomputed: whether activations are computed anew in the backward pass.
+        lora: whether only an adapter is trained, so that weights need no gradient.
+    """
+    return layer_flops(student, length) * (1 + (1 if lora else 2) + (1 if recomputed else 0))
+
+
+def loss_flops(teacher: PretrainedConfig | None, student: PretrainedConfig, *, lora: bool = False) -> float:
+    """Operations per token of both heads: logits of both, and the gradients of the student's states and head.
+
+    Args:
+        teacher: the teacher's config; None reads its logits from a cache.
+        student: the student's config.
+        lora: whether the head is not trained.
+    """
+    own = head_flops(student) * (2 if lora else 3)
+    return own + (0 if teacher is None else head_flops(teacher))
+
+
+def decode_bytes(config: PretrainedConfig, itemsize: int) -> float:
+    """Bytes that decoding one token reads: every active weight, embeddings other than the head's aside."""
+    return itemsize * (layer_flops(config, 0) + head_flops(config)) / 2
+
+
+def optimizer_bytes(num_parameters: int) -> int:
+    """Bytes that a step of AdamW moves: `OPTIMIZER_TRAFFIC`·P."""
+    return OPTIMIZER_TRAFFIC * num_parameters
+
+
+def checkpoint_bytes(config: PretrainedConfig) -> int:
+    """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P."""
+    return CHECKPOINT_BYTES * count_parameters(config)
+
+
+def _is_stacked(name: str, tensor: Any, config: PretrainedConfig) -> bool:
+    """Whether a tensor holds the weights of all experts."""
+    spec = spec_for(config)
+    if "experts" not in spec.axis or tensor.ndim < 3:
+        return False
+    found = spec.locate(name)
+    return found is not None and tensor.shape[0] == spec.sizes(config, found[1])["experts"]
+
+
+def _active_share(config: PretrainedConfig) -> float:
+    """Share of the routed experts that a token uses."""
+    spec, text = spec_for(config), text_config(config)
+    fields = [field for axis, field in spec.least if axis == "experts" and field.isidentifier()]
+    known = [value for field in (*fields, "num_experts_per_tok") if (value := getattr(text, field, None))]
+    if not known:
+        return 1.0
+    active = known[0] if isinstance(known[0], int) else sum(known[0]) / len(known[0])  # a number for every layer
+    return min(1.0, active / spec.sizes(config)["experts"])
+
+
+def _attention_flops(config: PretrainedConfig, layer: int, length: int) -> float:
+    sizes, text = spec_for(config).sizes(config, layer), text_config(config)
+    default = sizes.get("head_dim") or text.hidden_size // sizes["heads"]
+    query = getattr(text, "qk_head_dim", None) or default
+    value = getattr(text, "v_head_dim", None) or default
+    return 2.0 * length * sizes["heads"] * (query + value)

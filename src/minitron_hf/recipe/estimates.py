@@ -1,0 +1,434 @@
+"""Estimates time, memory and disk of every stage of a recipe on this machine, from formulas and measured speeds.
+
+Every number is `operations / speed`, `bytes / traffic`, or a sum of them. The module `costs` has the operations of a
+token, `machine` the speeds.
+
+Legend: N tokens, T tokens of a row, P parameters, S optimiser steps; D inputs of a repaired projection, K kept ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..distillation.capacity import estimate_capacity
+from ..distillation.config import checkpointing_field
+from ..distillation.devices import Device
+from ..distillation.fake_runs import Setup
+from ..errors import MinitronError
+from ..families import spec_for
+from ..hardware import training_device
+from ..models import count_parameters
+from ..scoring.calibration import default_max_length
+from ..sizes.student import student_config
+from ..sizes.targets import shapes_near_target
+from . import costs
+from .machine import Machine, measure_machine
+from .measuring import measure_documents
+from .run import Run
+from .schedules import Corpus
+from .schema import Recipe
+from .settings import check_settings
+from .stages import stages_until
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..distillation.config import DistillationConfig
+
+#: Time of scoring relative to a forward pass without the head, and of ranking a block of layers relative to the
+#: forward pass of a model without it (`benchmarks/results/scoring.json`).
+SCORING, BLOCK_RANKING = 1.07, 0.52
+#: Seconds to import libraries, load models and build a trainer, of every stage that has a model.
+START_SECONDS = 2.0
+#: Bytes of a cached position beside `top_k` entries of six bytes each.
+CACHED_ENTRY, CACHED_POSITION = 6, 2
+#: Shapes and rows that are measured for `target_parameters` (`plan_for_target`).
+TARGET_SHAPES, TARGET_ROWS = 16, 32
+#: Timed decoding of `evaluate_models`: tokens and rounds, with the one that is not counted.
+DECODED_TOKENS, DECODE_ROUNDS = 64, 6
+UNKNOWN = math.nan
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage is expected to take.
+
+    Attributes:
+        stage: its name.
+        seconds: time; NaN where it is unknown.
+        memory: peak bytes on the device that computes; NaN where it is unknown.
+        disk: bytes that it leaves in the run folder, and the largest that it needs meanwhile.
+        formula: how the time was computed, in words.
+    """
+
+    stage: str
+    seconds: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    formula: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; unknown numbers are None."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of all stages.
+
+    Attributes:
+        machine: speeds that they were computed with.
+        stages: in the order in which they run.
+        notes: what could not be known.
+    """
+
+    machine: Machine
+    stages: tuple[StageCost, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages whose time is known."""
+        return sum(one.seconds for one in self.stages if not math.isnan(one.seconds))
+
+    @property
+    def disk(self) -> float:
+        """Bytes of all stages."""
+        return sum(one.disk for one in self.stages if not math.isnan(one.disk))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the name of the machine's folders."""
+        return {
+            "machine": {name: value for name, value in asdict(self.machine).items() if name != "notes"},
+            "stages": [one.to_dict() for one in self.stages],
+            "notes": list(self.notes),
+        }
+
+
+def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machine | None = None) -> Estimate:
+    """Estimate what a run will cost on this machine. Nothing but a temporary file is written.
+
+    Args:
+        recipe: the recipe, checked (`check_recipe`).
+        until: last stage to run; None: all of them.
+        machine: speeds; by default they are measured, which takes a few seconds.
+    """
+    arguments = check_settings(recipe)
+    run = Run(recipe)
+    last = arguments[-1]
+    length = last.max_length or 1024
+    if machine is None:
+        rows = last.per_device_train_batch_size
+        machine = measure_machine(run.teacher_config, recipe.output_dir, length=length, rows=rows)
+    corpora = {which: _corpus(run, which) for which in ("train", "eval")}
+    facts = _Facts(recipe, run.teacher_config, _students(recipe, run.teacher_config), arguments, machine, corpora)
+    stages = tuple(_stage_cost(facts, stage.name) for stage in stages_until(recipe, until))
+    notes = [*machine.notes]
+    notes += [f"data.{which}: its number of tokens is not known here." for which in corpora if corpora[which] is None]
+    return Estimate(machine, stages, tuple(notes))
+
+
+def _corpus(run: Run, which: str) -> Corpus | None:
+    section = run.dataset_section(which)
+    try:
+        return measure_documents(run.dataset(which), run.tokenizer, section.text_field)
+    except MinitronError:
+        return None
+
+
+def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The student of every round; of a target the largest shape, of a search the teacher, as upper bounds."""
+    if recipe.search is not None:
+        return [config]
+    if recipe.pruner_config.target_parameters is not None:
+        return [student_config(config, shapes_near_target(config, recipe.pruner_config)[0].request)]
+    students = []
+    for one in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
+        config = student_config(config, one.pruner_config)
+        students.append(config)
+    return students
+
+
+@dataclass
+class _Facts:
+    """What the formulas need of a recipe."""
+
+    recipe: Recipe
+    teacher: PretrainedConfig
+    students: Sequence[PretrainedConfig]
+    arguments: Sequence[DistillationConfig]
+    machine: Machine
+    corpora: Mapping[str, Corpus | None]
+    _trained: dict[int, StageCost] = field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a stored weight."""
+        dtype = self.teacher.dtype
+        return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a weight in memory."""
+        return 2 if self.machine.dtype == "bfloat16" and self.stored_bytes == 2 else 4
+
+    def tokens(self, which: str) -> float:
+        """N of a corpus, with as many rows as the recipe takes."""
+        corpus = self.corpora[which]
+        return UNKNOWN if corpus is None else corpus.num_tokens
+
+    def in_round(self, number: int) -> tuple[Recipe, PretrainedConfig, PretrainedConfig, DistillationConfig]:
+        """Recipe, model to prune, student and arguments of a round, counted from 0."""
+        recipe = self.recipe.in_round(number + 1) if self.recipe.rounds else self.recipe
+        before = self.teacher if number == 0 else self.students[number - 1]
+        return recipe, before, self.students[number], self.arguments[number]
+
+
+def _stage_cost(facts: _Facts, name: str) -> StageCost:
+    """The cost of a stage, by its name in the run."""
+    prefix, _, kind = name.rpartition("/")
+    number = int(prefix) - 1 if prefix else len(facts.students) - 1
+    found: StageCost = _FORMULAS[kind](facts, number)
+    return StageCost(name, found.seconds, found.memory, found.disk, found.formula)
+
+
+def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
+    """Rows of calibration data and T."""
+    recipe, model, *_ = facts.in_round(number)
+    length = recipe.scores.get("max_length") or default_max_length(model)
+    rows = recipe.scores.get("num_samples", 1024)
+    corpus = facts.corpora["train"] if recipe.data.calibration is None else None
+    if corpus is not None:
+        rows = min(rows, max(1, math.ceil(corpus.num_tokens / length)))
+    return rows, length
+
+
+def _score(facts: _Facts, number: int) -> StageCost:
+    """N × forward operations × `SCORING`; a `depth_metric` adds a forward pass for every block of layers."""
+    recipe, model, student, _ = facts.in_round(number)
+    rows, length = _calibration(facts, number)
+    flops = costs.layer_flops(model, length)
+    passes = SCORING
+    metric = recipe.scores.get("metric", "activation")
+    formula = f"{rows:,} × {length:,} tokens"
+    if metric == "taylor":
+        passes *= 3
+    if metric in ("random", "magnitude"):
+        passes = 0.0
+    depths = [spec_for(model).sizes(one)["layers"] for one in (model, student)]
+    if recipe.scores.get("depth_metric") not in (None, "cosine") and depths[1] < depths[0]:
+        blocks = depths[1] + 1
+        passes += BLOCK_RANKING * blocks * (1 + costs.head_flops(model) / flops)
+        formula += f", {blocks} blocks of layers"
+    passes *= recipe.scores.get("iterations", 1)
+    seconds = passes * rows * length * flops / facts.machine.forward_flops
+    memory = count_parameters(model) * facts.compute_bytes
+    return StageCost("score", seconds + START_SECONDS, memory, 0.0, formula)
+
+
+def _search(facts: _Facts, number: int) -> StageCost:
+    """The first round distils all candidates; each later one half of them on twice the tokens in all."""
+    from .actions import search_arguments
+
+    given = search_arguments(facts.recipe)
+    candidates, rounds = given.get("num_candidates", 8), given.get("num_rounds", 3)
+    tokens, measured = given.get("num_tokens", 1_000_000), given.get("num_proxied", given.get("num_pruned", 32))
+    length = given.get("max_length") or default_max_length(facts.teacher)
+    trained = sum(candidates / 2**turn * tokens * (1 if turn == 0 else 2 ** (turn - 1)) for turn in range(rounds))
+    seconds = trained * _seconds_per_token(facts, facts.teacher, length, lora=False)
+    seconds += measured * given.get("num_rows", 32) * length * _forward_seconds(facts, facts.teacher, length)
+    disk = costs.checkpoint_bytes(facts.teacher)
+    return StageCost("search", seconds, UNKNOWN, disk, f"up to {trained:,.0f} tokens of distillation")
+
+
+def _plan(facts: _Facts, number: int) -> StageCost:
+    """Nothing to compute, unless shapes are measured for a target."""
+    recipe, model, *_ = facts.in_round(number)
+    if recipe.pruner_config.target_parameters is None:
+        return StageCost("plan", 0.5, 0.0, 0.0, "no weights")
+    length = recipe.scores.get("max_length") or default_max_length(model)
+    passes = 2 if recipe.pruner_config.repair else 1
+    tokens = TARGET_SHAPES * TARGET_ROWS * length * passes
+    seconds = tokens * _forward_seconds(facts, model, length)
+    memory = 2 * count_parameters(model) * facts.compute_bytes
+    return StageCost("plan", seconds, memory, 0.0, f"up to {TARGET_SHAPES} shapes on {TARGET_ROWS} rows each")
+
+
+def _prune(facts: _Facts, number: int) -> StageCost:
+    """P × stored bytes / disk traffic; a repair adds a forward pass, 2·N·K·D per projection, and a solve of size K."""
+    recipe, model, student, _ = facts.in_round(number)
+    disk = count_parameters(student) * facts.stored_bytes
+    seconds, formula = START_SECONDS + disk / facts.machine.disk_traffic, "writes the student"
+    memory = (count_parameters(model) + count_parameters(student)) * facts.compute_bytes
+    if recipe.pruner_config.repair:
+        rows, length = _calibration(facts, number)
+        seconds += rows * length * costs.layer_flops(model, length) / facts.machine.forward_flops
+        before, after = spec_for(model).sizes(model), spec_for(model).sizes(student)
+        for axis in {"ffn", "moe_ffn"} & before.keys():
+            if after[axis] < before[axis]:
+                kept, whole = after[axis], before[axis]
+                work = 2 * rows * length * kept * whole + kept**3 / 3 + 2 * kept**2 * (whole - kept)
+                seconds += after["layers"] * work / (facts.machine.float32_flops / 2)  # float64
+        formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
+    return StageCost("prune", seconds, memory, disk, formula)
+
+
+def _correct(facts: _Facts, number: int) -> StageCost:
+    """N × (three forward passes of the teacher and its head) / training speed."""
+    section = facts.recipe.teacher_correction
+    assert section is not None
+    length = section.arguments.get("max_length", 1024)
+    lora = section.method != "full"
+    flops = costs.training_flops(facts.teacher, length, lora=lora)
+    per_token = flops / facts.machine.training_flops
+    per_token += costs.loss_flops(None, facts.teacher, lora=lora) / facts.machine.product_flops
+    size = count_parameters(facts.teacher)
+    disk = size * facts.stored_bytes + (0 if lora else costs.checkpoint_bytes(facts.teacher))
+    memory = size * (16 if not lora else 4)
+    seconds = START_SECONDS + section.num_tokens * per_token
+    return StageCost("correct", seconds, memory, disk, f"{section.num_tokens:,} tokens of training")
+
+
+def _cache(facts: _Facts, number: int) -> StageCost:
+    """N × the teacher's forward pass with its head; N × (6·k + 2) bytes."""
+    section = facts.recipe.teacher_cache
+    assert section is not None
+    tokens = facts.tokens("train") + facts.tokens("eval")
+    length = facts.arguments[-1].max_length or 1024
+    disk = tokens * (section.top_k * CACHED_ENTRY + CACHED_POSITION)
+    seconds = START_SECONDS + tokens * _forward_seconds(facts, facts.teacher, length)
+    seconds += disk / facts.machine.disk_traffic
+    memory = count_parameters(facts.teacher) * facts.compute_bytes
+    return StageCost("cache", seconds, memory, disk, f"{tokens:,.0f} tokens, top {section.top_k}")
+
+
+def _distill(facts: _Facts, number: int) -> StageCost:
+    """S × (N of a step × operations / speed + 28·P / memory traffic), evaluations, and checkpoints of 12·P bytes."""
+    if number not in facts._trained:
+        facts._trained[number] = _training_cost(facts, number)
+    return facts._trained[number]
+
+
+def _training_cost(facts: _Facts, number: int) -> StageCost:
+    recipe, _, student, args = facts.in_round(number)
+    length, size = args.max_length or 1024, count_parameters(student)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = float(args.max_steps)
+    if steps <= 0:
+        steps = args.num_train_epochs * facts.tokens("train") / (rows * length)
+    lora = recipe.lora is not None
+    seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora)
+    seconds += 0 if lora else steps * costs.optimizer_bytes(size) / facts.machine.memory_traffic
+    if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
+        evaluations = _times(args.eval_steps, steps)
+        both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
+        seconds += evaluations * facts.tokens("eval") * both
+    kept = 0.0
+    if _is_by_steps(args.save_strategy):
+        saves = _times(args.save_steps, steps)
+        seconds += saves * costs.checkpoint_bytes(student) / facts.machine.disk_traffic
+        kept = costs.checkpoint_bytes(student) * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
+    disk = size * facts.stored_bytes + kept
+    formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
+    return StageCost("distill", START_SECONDS + seconds, _training_memory(facts, number), disk, formula)
+
+
+def _is_by_steps(strategy: Any) -> bool:
+    return getattr(strategy, "value", strategy) == "steps"
+
+
+def _times(every: float | None, steps: float) -> float:
+    """How often something happens that comes every so many steps, or every such share of them."""
+    if not every:
+        return 0.0
+    return steps / every if every >= 1 else 1 / every
+
+
+def _training_memory(facts: _Facts, number: int) -> float:
+    """Peak bytes of a step, from `estimate_capacity`."""
+    recipe, _, student, args = facts.in_round(number)
+    device = Device(facts.machine.memory, type=training_device().type)
+    setup = Setup(
+        device=device,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.max_length or 1024,
+        activation_checkpointing=bool(getattr(args, checkpointing_field())),
+        lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
+        cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.top_k,
+    )
+    try:
+        return estimate_capacity(facts.teacher, student, setup).peak
+    except MinitronError:
+        return UNKNOWN
+
+
+def _controls(facts: _Facts, number: int) -> StageCost:
+    """As many distillations as there are controls."""
+    one, count = _distill(facts, len(facts.students) - 1), len(facts.recipe.controls)
+    return StageCost("controls", count * one.seconds, one.memory, count * one.disk, f"{count} × distill")
+
+
+def _evaluate(facts: _Facts, number: int) -> StageCost:
+    """N × forward passes of all models in float32, and decoding at weights / memory traffic."""
+    section, recipe = facts.recipe.evaluate, facts.recipe
+    length = section.max_length or min(default_max_length(facts.teacher, 2048), 2048)
+    tokens = facts.tokens("eval")
+    if section.num_rows is not None:
+        most = section.num_rows * length
+        tokens = most if math.isnan(tokens) else min(most, tokens)
+    student = facts.students[-1]
+    models = [facts.teacher, student, student, *[student] * len(recipe.controls), *facts.students[:-1]]
+    models += [facts.teacher] if recipe.teacher_correction is not None else []
+    slower = facts.machine.product_flops / facts.machine.float32_flops
+    seconds = 0.0
+    for model in models:
+        layers = costs.layer_flops(model, length) * max(1.0, slower) / facts.machine.forward_flops
+        layers = min(layers, costs.layer_flops(model, length) / (facts.machine.float32_flops / 2))
+        seconds += START_SECONDS + tokens * (layers + costs.head_flops(model) / facts.machine.float32_flops)
+        if section.speed:
+            read = costs.decode_bytes(model, facts.compute_bytes)
+            seconds += DECODE_ROUNDS * DECODED_TOKENS * 2 * read / facts.machine.memory_traffic
+    memory = 4 * (count_parameters(facts.teacher) + count_parameters(student))
+    formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
+    return StageCost("evaluate", seconds, memory, 0.0, formula)
+
+
+def _card(facts: _Facts, number: int) -> StageCost:
+    return StageCost("card", 5.0, 0.0, 0.0, "plots and card")
+
+
+def _publish(facts: _Facts, number: int) -> StageCost:
+    size = count_parameters(facts.students[-1]) * facts.stored_bytes
+    return StageCost("publish", UNKNOWN, 0.0, 0.0, f"uploads {size / 1e9:,.2f} GB")
+
+
+_FORMULAS: Mapping[str, Callable[[_Facts, int], StageCost]] = {
+    "score": _score, "search": _search, "plan": _plan, "prune": _prune, "correct": _correct, "cache": _cache,
+    "distill": _distill, "controls": _controls, "evaluate": _evaluate, "card": _card, "publish": _publish,
+}  # fmt: skip
+
+
+def _forward_seconds(facts: _Facts, model: PretrainedConfig, length: int) -> float:
+    """Seconds of a token's forward pass with the head."""
+    layers = costs.layer_flops(model, length) / facts.machine.forward_flops
+    return layers + costs.head_flops(model) / facts.machine.product_flops
+
+
+def _seconds_per_token(facts: _Facts, student: PretrainedConfig, length: int, *, lora: bool) -> float:
+    """Seconds of a token of distillation: the teacher's pass, the student's passes, and the loss."""
+    teacher = None if facts.recipe.teacher_cache is not None else facts.teacher
+    recomputed = bool(getattr(facts.arguments[-1], checkpointing_field()))
+    seconds = costs.training_flops(student, length, recomputed=recomputed, lora=lora) / facts.machine.training_flops
+    seconds += costs.loss_flops(teacher, student, lora=lora) / facts.machine.product_flops
+    seconds += costs.LOSS_TRAFFIC * student.get_text_config().vocab_size / facts.machine.memory_traffic
+    if teacher is not None:
+        seconds += costs.layer_flops(teacher, length) / facts.machine.forward_flops
+    return seconds

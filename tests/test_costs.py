@@ -1,0 +1,160 @@
+"""What a run will cost: formulas against counted operations, the stages' estimates, and what the stages took."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from minitron_hf.distillation.capacity import step_flops
+from minitron_hf.distillation.devices import Device
+from minitron_hf.distillation.fake_runs import Setup, run_on_fakes
+from minitron_hf.models import count_parameters
+from minitron_hf.recipe import costs
+from minitron_hf.recipe.estimates import estimate_recipe
+from minitron_hf.recipe.machine import Machine, measure_machine
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.usage import measured_usage
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
+from pocket import POCKETS, pocket_config, pocket_model, pocket_tokenizer, pocket_tokens
+
+#: Families whose operations the formula does not know: scans and linear attention, double attention, and experts that
+#: all compute every token.
+NOT_COUNTED = {
+    "diffllama", "llama4_text", "mamba2", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+}  # fmt: skip
+#: A machine of round numbers.
+MACHINE = Machine("a test", "float32", 1e9, 5e8, 2e9, 2e9, 1e8, 1e7, 4e9, 1e12)
+
+
+@pytest.mark.parametrize("name", sorted(POCKETS.keys() - NOT_COUNTED))
+def test_operations_of_a_forward_pass(name):
+    """Within a tenth of what PyTorch counts, for every family."""
+    config = pocket_config(name)
+    model, tokens = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), pocket_tokens(2, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(tokens, use_cache=False)
+    formula = costs.layer_flops(config, 16) + costs.head_flops(config)
+    assert formula == pytest.approx(counted.get_total_flops() / tokens.numel(), rel=0.1)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_operations_of_a_training_step(recomputed):
+    """Within a tenth of those of `estimate_capacity`, which runs the passes on tensors without values."""
+    config = pocket_config("llama", attn_implementation="sdpa")
+    student = student_config(config, PrunerConfig(intermediate_size=0.5, multiple_of=1))
+    setup = Setup(device=Device(1e9, type="cpu"), batch_size=2, max_length=32, activation_checkpointing=recomputed)
+    counted = step_flops(config, student, setup, run_on_fakes(config, student, setup)) / (2 * 32)
+    formula = costs.layer_flops(config, 32)
+    formula += costs.training_flops(student, 32, recomputed=recomputed)
+    formula += costs.loss_flops(config, student) * 31 / 32  # the last token predicts nothing
+    assert formula == pytest.approx(counted, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A pocket teacher, 4,000 tokens to train on, 1,000 held out."""
+    folder = tmp_path_factory.mktemp("costs")
+    pocket_model("llama", dtype=torch.float32).save_pretrained(folder / "teacher")
+    pocket_tokenizer().save_pretrained(folder / "teacher")
+    for name, count in (("train", 80), ("eval", 20)):
+        (folder / f"{name}.txt").write_text("a line of fifty characters, counted from one to it\n" * count)
+    return Recipe.from_dict(
+        {
+            "teacher": str(folder / "teacher"),
+            "output_dir": str(folder / "run"),
+            "data": {"train": str(folder / "train.txt"), "eval": str(folder / "eval.txt")},
+            "prune": {"intermediate_size": 0.5, "multiple_of": 1},
+            "scores": {"num_samples": 16, "max_length": 32},
+            "controls": ["cross_entropy"],
+            "distill": {
+                "max_length": 32, "per_device_train_batch_size": 4, "max_steps": 100, "eval_strategy": "no",
+                "save_strategy": "no", "bf16": False, "activation_checkpointing": False,
+            },
+        }
+    )  # fmt: skip
+
+
+def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
+    config = pocket_config("llama")
+    student = student_config(config, PrunerConfig(intermediate_size=0.5, multiple_of=1))
+    found = {one.stage: one for one in estimate_recipe(recipe, machine=MACHINE).stages}
+    assert list(found) == ["score", "plan", "prune", "distill", "controls", "evaluate", "card"]
+    scoring = 1.07 * 16 * 32 * costs.layer_flops(config, 32) / 1e9
+    assert found["score"].seconds == pytest.approx(2 + scoring)
+    assert found["prune"].disk == 4 * count_parameters(student)
+    per_token = costs.training_flops(student, 32) / 5e8 + costs.loss_flops(config, student) / 2e9
+    per_token += costs.layer_flops(config, 32) / 1e9 + 40 * config.vocab_size / 1e8
+    step = 4 * 32 * per_token + 28 * count_parameters(student) / 1e8
+    assert found["distill"].seconds == pytest.approx(2 + 100 * step)
+    assert found["controls"].seconds == pytest.approx(found["distill"].seconds)
+    assert found["distill"].formula == "100 steps of 4 × 32 tokens"
+    assert found["distill"].memory > 16 * count_parameters(student)
+    assert not math.isnan(found["evaluate"].seconds)
+
+
+def test_faster_machines_and_fewer_tokens_take_less(recipe):
+    slow = estimate_recipe(recipe, machine=MACHINE, until="distill")
+    faster = {name: 10 * getattr(MACHINE, name) for name in ("forward_flops", "training_flops", "memory_traffic")}
+    fast = estimate_recipe(recipe, machine=replace(MACHINE, **faster), until="distill")
+    short = estimate_recipe(
+        replace(recipe, distill={**recipe.distill, "max_steps": 10}), machine=MACHINE, until="distill"
+    )
+    for other in (fast, short):
+        assert {one.stage: one.seconds for one in other.stages}["distill"] < 0.9 * slow.stages[3].seconds
+    saving = replace(recipe, distill={**recipe.distill, "save_strategy": "steps"})
+    saved = estimate_recipe(saving, machine=MACHINE, until="distill")
+    assert saved.disk > slow.disk
+
+
+def test_unknown_corpora_are_said_to_be_unknown(recipe):
+    elsewhere = replace(recipe, data=replace(recipe.data, eval=replace(recipe.data.eval, source="nobody/nothing.txt")))
+    found = estimate_recipe(elsewhere, machine=MACHINE)
+    by_name = {one.stage: one for one in found.stages}
+    assert math.isnan(by_name["evaluate"].seconds)
+    assert any("data.eval" in note for note in found.notes)
+    assert found.to_dict()["stages"][5]["seconds"] is None
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "mamba2"])
+def test_the_machine_is_measured_on_layers_of_the_model(name, tmp_path):
+    found = measure_machine(pocket_config(name), tmp_path / "not" / "there", length=16, rows=4)
+    assert found.notes == ()
+    for field in ("forward_flops", "training_flops", "product_flops", "memory_traffic", "disk_traffic"):
+        assert 1e4 < getattr(found, field) < 1e16
+    assert found.memory > 1e6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_is_measured(tmp_path):
+    (tmp_path / "before").write_bytes(b"0" * 5000)
+    os.utime(tmp_path / "before", (1, 1))
+    with measured_usage(tmp_path) as usage:
+        held = torch.ones(50_000_000)  # 200 MB, touched
+        (tmp_path / "after").write_bytes(b"0" * 1234)
+        del held
+    assert usage.bytes_written == 1234
+    assert usage.seconds is not None
+    if usage.peak_memory_bytes is not None:
+        assert usage.peak_memory_bytes > 2e8
+
+
+@pytest.mark.slow
+def test_the_estimate_of_a_pocket_run_is_near(recipe, tmp_path):
+    """Within a factor of four, most of which is the time to start each stage."""
+    from minitron_hf.recipe.runner import run_recipe
+    from minitron_hf.recipe.usage import read_costs
+
+    run_recipe(replace(recipe, output_dir=str(tmp_path / "run")), show_progress=False, report_estimate=lambda _: None)
+    found = read_costs(tmp_path / "run")
+    took = sum(one["seconds"] for one in found["stages"])
+    expected = sum(one["seconds"] for one in found["estimate"]["stages"] if one["stage"] != "card")
+    assert took / 4 < expected < 4 * took
+    assert "What the run took" in (tmp_path / "run" / "README.md").read_text()
