@@ -327,17 +327,18 @@ def _training_cost(facts: _Facts, number: int) -> StageCost:
     lora = recipe.lora is not None
     seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora)
     seconds += 0 if lora else steps * costs.optimizer_bytes(size) / facts.machine.memory_traffic
+    formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
         evaluations = _times(args.eval_steps, steps)
         both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
         seconds += evaluations * facts.tokens("eval") * both
+        formula += f"; {evaluations:.0f} evaluations on {facts.tokens('eval'):,.0f}"
     kept = 0.0
     if _is_by_steps(args.save_strategy):
         saves = _times(args.save_steps, steps)
         seconds += saves * costs.checkpoint_bytes(student) / facts.machine.disk_traffic
         kept = costs.checkpoint_bytes(student) * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
     disk = size * facts.stored_bytes + kept
-    formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     return StageCost("distill", START_SECONDS + seconds, _training_memory(facts, number), disk, formula)
 
 
@@ -395,7 +396,7 @@ def _evaluate(facts: _Facts, number: int) -> StageCost:
         seconds += START_SECONDS + tokens * (layers + costs.head_flops(model) / facts.machine.float32_flops)
         if section.speed:
             read = costs.decode_bytes(model, facts.compute_bytes)
-            seconds += DECODE_ROUNDS * DECODED_TOKENS * 2 * read / facts.machine.memory_traffic
+            seconds += DECODE_ROUNDS * DECODED_TOKENS * read / facts.machine.memory_traffic
     memory = 4 * (count_parameters(facts.teacher) + count_parameters(student))
     formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
     return StageCost("evaluate", seconds, memory, 0.0, formula)
