@@ -48,6 +48,7 @@ WRITERS: Mapping[str, str] = {
     "distillation.json": "`minitron-hf distill`, into an empty folder",
     "evaluation.json": "`minitron-hf evaluate`",
     "samples.json": "the stage `evaluate` of `minitron-hf run`",
+    "costs.json": "`minitron-hf run`, after this file is deleted",
     "benchmarks.json": "the stage `evaluate` of `minitron-hf run`",
     "teacher.json": "`minitron-hf card`, after this file is deleted",
     "hub.json": "`minitron-hf publish`, after this file is deleted",
