@@ -68,7 +68,9 @@ def _print_recommendation(teacher: str, made: Recommendation) -> None:
         table.add_row(decision.name, decision.value, decision.reason, decision.source)
     console = _console()
     console.print(table, markup=False, highlight=False)
-    console.print("; ".join(f"{name}: {where}" for name, where in SOURCES.items()), markup=False, highlight=False)
+    console.print(
+        "Sources:", *(f"- {name}: {where}" for name, where in SOURCES.items()), sep="\n", markup=False, highlight=False
+    )
 
 
 def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
@@ -91,7 +93,8 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
     none = "It does not fit, whatever the batch."
     console.print(fits if found.fits else smaller if found.largest_batch else none, highlight=False)
     if found.tokens_per_second is not None:
-        speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {found.limited_by}."
+        limit = "matrix products" if found.limited_by == "products" else found.limited_by
+        speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {limit}."
         console.print(speed, highlight=False)
     console.print(f"Assumed: {'; '.join(found.assumptions)}.", markup=False, highlight=False)
 

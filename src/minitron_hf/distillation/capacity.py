@@ -109,7 +109,7 @@ def estimate_capacity(
     if speed is not None:
         assumptions += [
             f"{UTILISATION:.0%} of the device's peak FLOP/s is reached: an estimate, no measurement",
-            "all devices are in one machine; every pass communicates, beside the products",
+            "all devices are in one machine; every pass communicates while it computes",
         ]
     return Capacity(parts, worst, memory, _largest(fits), speed, limit, tuple(assumptions))
 

@@ -121,8 +121,8 @@ def register_divergence(name: str) -> Callable[[DivergenceFunction], DivergenceF
     `minitron_hf.divergences` makes it known everywhere, also to the command line.
 
     The function takes the log-probabilities of teacher and student at the temperature, both `[n, V]` for n tokens and
-    a vocabulary of V, in float32. It returns one value per token, `[n]`. Autograd differentiates it with respect to the
-    student's logits, a few rows at a time.
+    a vocabulary of V, in float32. It returns one value per token, `[n]`. Autograd differentiates it with respect to
+    the student's logits, a few rows at a time.
 
     Args:
         name: its name for users.
