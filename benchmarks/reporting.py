@@ -42,3 +42,14 @@ def peak_memory() -> int:
     """Peak memory of this process in bytes. `ru_maxrss` would include the parent's peak."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024

@@ -126,7 +126,7 @@ class Passes:
 _TEACHER, _FORWARD, _LOSS, _BACKWARD = "teacher's forward pass", "student's forward pass", "loss", "backward pass"
 
 
-class _Counter(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):
     """Counts FLOPs, and the bytes of living storages whenever an operation makes a new one."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -199,7 +199,7 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
 
 def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
-    model = _build_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
+    model = build_fake_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.activation_checkpointing:
         base = base_model_of(model)
         # Transformers 5 renamed it on the way.
@@ -209,7 +209,7 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
             model.enable_input_require_grads()
     frozen = None
     if setup.cached_top_k is None:
-        frozen = _build_model(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
+        frozen = build_fake_model(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
@@ -241,7 +241,7 @@ def _count_pass(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple
         return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
     moments: dict[str, list[int]] = {}
-    with _Counter(tensor for tensor in tensors if tensor is not None) as counted:
+    with AllocationCounter(tensor for tensor in tensors if tensor is not None) as counted:
 
         def end_of(phase: str) -> None:
             moments[phase], counted.moments = [*counted.moments, counted.live], []
@@ -266,7 +266,7 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _build_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> Any:
+def build_fake_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> Any:
     """A model, with an adapter if `lora_rank` is given, whose tensors report the CPU as their device."""
     with torch.device("meta"):
         # A copy, because building a model may write its attention implementation into the config.

@@ -1,0 +1,73 @@
+"""Memory of the stages on paper, against passes on real tensors, laws, and (slow) the resident bytes of a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from minitron_hf.distillation.fake_runs import AllocationCounter
+from minitron_hf.distillation.stage_memory import Workload, stage_memory
+from minitron_hf.distillation.stage_passes import backward_bytes, forward_bytes
+from pocket import pocket_config
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 3}
+TEACHER = LlamaConfig(**SHAPE, hidden_size=64, intermediate_size=192)
+STUDENT = LlamaConfig(**SHAPE, hidden_size=64, intermediate_size=120)
+LOAD = Workload(batch_size=2, max_length=32, eval_length=32, dtype=torch.float32, device="cpu")
+
+
+def test_a_forward_pass_allocates_what_is_estimated():
+    model = AutoModelForCausalLM.from_config(TEACHER, dtype=torch.float32).eval()
+    tokens = torch.zeros(3, 40, dtype=torch.long)
+    with torch.no_grad(), AllocationCounter([*model.parameters(), *model.buffers(), tokens]) as counted:
+        model.model(input_ids=tokens, use_cache=False)
+    assert forward_bytes(TEACHER, torch.float32, 3, 40) == pytest.approx(max(counted.moments), rel=0.01)
+
+
+def test_states_that_are_kept_add_their_bytes():
+    plain, kept = (forward_bytes(TEACHER, torch.float32, 2, 64, keep_states=keep) for keep in (False, True))
+    state = 2 * 64 * 64 * 4
+    # The inputs of the layers before the last one; a pass itself holds the others at its peak.
+    assert kept - plain == pytest.approx(2 * state, abs=state)
+
+
+def test_a_limit_bounds_the_sums_of_the_repair():
+    sums = 8 * 120 * 192
+    found = {
+        limit: stage_memory(TEACHER, STUDENT, replace(LOAD, memory_limit=limit))["repair"]["sums"]
+        for limit in (None, 2 * sums, 1)
+    }
+    assert found == {None: 3 * sums, 2 * sums: 2 * sums, 1: sums}
+
+
+def test_bytes_grow_with_the_batch_and_not_with_its_logits():
+    """Twice the rows need twice the activations, and no more logits."""
+    one, two = (stage_memory(TEACHER, STUDENT, replace(LOAD, batch_size=rows)) for rows in (4, 8))
+    assert two["score depth"].get("logits of a row") == one["score depth"].get("logits of a row")
+    [first, second] = (backward_bytes(TEACHER, torch.float32, rows, 32)[1] for rows in (4, 8))
+    assert second == pytest.approx(2 * first, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_other_families_are_estimated(name: str):
+    config = pocket_config(name)
+    found = stage_memory(config, config, LOAD)
+    assert all(sum(parts.values()) > parts["weights"] for stage, parts in found.items() if stage != "repair")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_takes_what_is_estimated():
+    """Resident bytes of every stage of a model of 78M parameters, as `benchmarks/stage_memory.py` measures them."""
+    command = [sys.executable, str(ROOT / "benchmarks/stage_memory.py"), "--check", "768x4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratios = json.loads(done.stdout.splitlines()[-1])
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.1)
