@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from minitron_hf.distillation.capacity import step_flops
-from minitron_hf.distillation.devices import Device
 from minitron_hf.distillation.fake_runs import Setup, run_on_fakes
+from minitron_hf.distillation.gpu_data_sheets import Device
 from minitron_hf.models import count_parameters
 from minitron_hf.recipe import costs
 from minitron_hf.recipe.estimates import estimate_recipe

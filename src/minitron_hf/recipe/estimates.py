@@ -17,8 +17,8 @@ import torch
 
 from ..distillation.capacity import estimate_capacity
 from ..distillation.config import checkpointing_field
-from ..distillation.devices import Device
 from ..distillation.fake_runs import Setup
+from ..distillation.gpu_data_sheets import Device
 from ..errors import MinitronError
 from ..families import spec_for
 from ..hardware import training_device
