@@ -30,7 +30,7 @@ class TeacherSection:
         model: Hub id or folder.
         revision: branch, tag or commit.
         dtype: dtype in which the teacher computes. "auto": the checkpoint's dtype, or float32 if the hardware is slow
-            in it. Only distillation and evaluation use a narrower dtype; scoring and pruning read the weights as stored.
+            in it. Only distillation and evaluation use a narrower dtype; the weights are scored and pruned as stored.
     """
 
     model: str
