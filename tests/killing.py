@@ -31,8 +31,8 @@ TIME_FIELDS = (
     "*_per_second",
     "*_seconds",
 )
-#: Files of a run folder that are no part of its result: records of stages, how training stood, and the figure that
-#: draws measured times.
+#: Files of a run folder that are no part of its result: records of stages, how training stood, and what draws
+#: or lists measured times.
 NOT_RESULTS = (
     "stages/",
     "optimizer.pt",
@@ -41,6 +41,7 @@ NOT_RESULTS = (
     "training_args.bin",
     "checkpoint.json",
     "search.png",
+    "costs.json",
 )
 
 WARM = [

@@ -165,6 +165,27 @@ def test_defaults_are_what_is_recommended(published):
     assert deep["distill.intermediate_weight"] == defaults["distill.intermediate_weight"]
 
 
+#: Defaults that follow from the machine, or that only say where something comes from.
+OF_THE_MACHINE = {
+    "loss_chunk_size", "teacher_model_init_kwargs", "teacher_offload", "upcast_student", "bf16",
+    "gradient_checkpointing", "activation_checkpointing", "dataloader_pin_memory", "include_num_input_tokens_seen", "router_aux_loss_coef",
+}  # fmt: skip
+
+
+def test_defaults_name_their_source():
+    """A part of a paper, a file of results, or that nothing has been measured."""
+    evidence = r"et al\. 2024, (§|table|practice)|benchmarks/results/|[Nn]ot measured yet"
+    own = set(DistillationConfig.__annotations__) - OF_THE_MACHINE
+    for field in fields(DistillationConfig):
+        if field.name in own:
+            assert re.search(evidence, field.metadata["help"]), field.name
+    described = PrunerConfig.__doc__ or ""
+    for name in ("contiguous", "keep_last_layers", "norm_compensation", "head_add_back", "repair", "nonuniform_sizes"):
+        text = re.search(rf"\n        {name}: (.*?)(?=\n        \w|\n    \Z|\Z)", described, re.DOTALL)
+        assert text is not None
+        assert re.search(evidence, text[1]), name
+
+
 def test_correction_needs_a_foreign_corpus_and_the_rate():
     for changes, words in (({"own_corpus": True}, "was trained on this corpus"), ({}, "--teacher-learning-rate")):
         found = recommend(DEEP, 0.8, goal="latency", **changes)

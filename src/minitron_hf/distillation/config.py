@@ -39,59 +39,83 @@ class DistillationConfig(SFTConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "Divergence between the two distributions: 'forward_kl', KL(teacher || student), which Minitron "
-            "found best; 'reverse_kl', 'jsd' or 'tv'; or distance between the logits: 'mse' or 'cosine'."
+            "help": "Divergence between the two distributions: 'forward_kl', KL(teacher || student), best of five in "
+            "Muralidharan et al. 2024, table 15; 'reverse_kl', 'jsd' or 'tv'; or distance between the logits: "
+            "'mse' or 'cosine'."
         },
     )
     jsd_beta: float = field(
-        default=0.5, metadata={"help": "Weight of the teacher in the mixture of the Jensen-Shannon divergence."}
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher in the mixture of the Jensen-Shannon divergence. 0.5 is its "
+            "symmetric form; not measured yet on a real teacher."
+        },
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions in the divergence. Minitron found 1 best."}
+        default=1.0,
+        metadata={
+            "help": "Temperature of both distributions in the divergence. 1 was the best of 0.1, 0.5, 1 and 3 "
+            "(Muralidharan et al. 2024, practice 5)."
+        },
     )
     kd_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the divergence KL(teacher || student), times temperature squared."}
+        default=1.0,
+        metadata={
+            "help": "Weight of the divergence KL(teacher || student), times temperature squared. Alone by default: "
+            "Muralidharan et al. 2024, practice 5."
+        },
     )
     ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy with the true tokens. Minitron uses none."}
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy with the true tokens. 0 was better than 1 in Muralidharan et al. "
+            "2024, table 15; here KL was lower, bits per byte higher (benchmarks/results/stories260K-losses.json). "
+            "Not measured yet on a real teacher."
+        },
     )
     hidden_loss: str | None = field(
         default=None,
         metadata={
-            "help": "Distance between hidden states of student and teacher: 'cosine', which Minitron found best, or "
-            "'mse'. If not set, they are not compared."
+            "help": "Distance between hidden states of student and teacher: 'cosine', the best in Muralidharan et al. "
+            "2024, table 17, or 'mse'. If not set, they are not compared: the logits alone are as good while less "
+            "than a quarter of the layers go (the same, practices 6 and 7)."
         },
     )
     hidden_layers: list[list[int]] | str | None = field(
         default=None,
         metadata={
             "help": "Pairs [layer of the teacher, layer of the student] whose outputs are compared, counted from 0, "
-            "or from the end if negative. On a command line as JSON. If not set, [[-3, -3]]: two before the last."
+            "or from the end if negative. On a command line as JSON. If not set, [[-3, -3]]: two before the last "
+            "(Muralidharan et al. 2024, table 17)."
         },
     )
     embedding_loss: str | None = field(
         default=None,
-        metadata={"help": "Distance between the embeddings' outputs: 'cosine' or 'mse'. If not set, not compared."},
+        metadata={
+            "help": "Distance between the embeddings' outputs: 'cosine' or 'mse'. If not set, not compared, as for "
+            "hidden_loss (Muralidharan et al. 2024, practices 6 and 7)."
+        },
     )
     intermediate_weight: str = field(
         default="dynamic",
         metadata={
             "help": "Weight of hidden_loss and embedding_loss: a number, or 'dynamic' for the ratio of the weighted "
-            "divergence to them in the step before, as Minitron used."
+            "divergence to them in the step before (Muralidharan et al. 2024, §3)."
         },
     )
     teacher_correction: str | None = field(
         default=None,
         metadata={
             "help": "'concurrent': the teacher is trained on the corpus, by cross-entropy, while the student learns "
-            "from it. `correct_teacher` does so beforehand. If not set, the teacher does not change."
+            "from it. `correct_teacher` does so beforehand. If not set, the teacher does not change: "
+            "whether few tokens of it pay is not known (Sreenivas et al. 2024, §2.1)."
         },
     )
     teacher_original_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "The peak learning rate that the teacher was trained with, needed by teacher_correction; a fifth "
-            "of it is used."
+            "of it is used (Sreenivas et al. 2024, §3)."
         },
     )
     loss_chunk_size: int | None = field(
@@ -125,9 +149,15 @@ class DistillationConfig(SFTConfig):
 
     # Defaults of the base classes that are changed.
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "The initial learning rate for AdamW. 1e-4 is the peak that Minitron used."}
+        default=1e-4,
+        metadata={
+            "help": "The initial learning rate for AdamW. 1e-4 is the peak of Sreenivas et al. 2024, §3; not measured "
+            "yet on a real teacher here."
+        },
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "The scheduler type to use: cosine as in Sreenivas et al. 2024, §3."}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Whether to use bf16 mixed precision. If not set, only where the hardware computes in it."},

@@ -48,10 +48,12 @@ class PrunerConfig:
         layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
         contiguous: drop one contiguous block of layers, the least important one of its length. Dropping the 16
             individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not
-            (Sreenivas et al. 2024).
-        keep_first_layers: number of first layers that a choice by scores never drops.
+            (Sreenivas et al. 2024, depth pruning). Not measured yet on a real teacher here.
+        keep_first_layers: number of first layers that a choice by scores never drops: 1, for the same reasons as
+            `keep_last_layers`.
         keep_last_layers: number of last layers that a choice by scores never drops. The first and the last layers
-            matter most (Sreenivas et al. 2024), which block importance does not always see (`benchmarks/depth.py`).
+            matter most (Sreenivas et al. 2024), which block importance does not always see
+            (`benchmarks/results/depth.json`).
         norm_compensation: after the hidden size was pruned, multiply the norms' weights by √(teacher's / student's).
             The student's norms divide by the root mean square of the kept channels; the factor compensates for that,
             exactly for RMSNorm and approximately for LayerNorm. After distillation it was better on two real models
@@ -59,11 +61,15 @@ class PrunerConfig:
         head_add_back: add the difference to a dropped head to each kept head (Muralidharan et al. 2024, §2.2). With K
             of L heads kept, and heads ranked by importance, head i gains its difference to head 2K - i + 1, in all
             projections into it and out of it. If KV heads are shared, this is done for query heads within their
-            group. The weights are merged, so the student no longer equals the masked teacher.
+            group. The weights are merged, so the student no longer equals the masked teacher. Off: after the same
+            distillation it was worse than plain pruning in every case (`benchmarks/results/*-repair.json`).
         repair: `"least_squares"`: refit the output projections of pruned neurons and heads on calibration data, so
-            that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`).
+            that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`). It was better than
+            plain pruning in every case (`benchmarks/results/*-repair.json`), and is off because it needs calibration
+            data beside the scores; `recommend` switches it on.
         nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
-            are spread over more units get more units. This needs a stock config with a list of sizes per layer.
+            are spread over more units get more units. This needs a stock config with a list of sizes per layer. None
+            by default: not measured yet on a real teacher.
         model_type: another stock class for the student. It must hold exactly the same model, but without a limit on
             sizes that the teacher's class has. For example, a Llama without biases is a Mistral without a window.
             The error about such a size suggests the class.
