@@ -168,7 +168,8 @@ def test_defaults_are_what_is_recommended(published):
 #: Defaults that follow from the machine, or that only say where something comes from.
 OF_THE_MACHINE = {
     "loss_chunk_size", "teacher_model_init_kwargs", "teacher_offload", "upcast_student", "bf16",
-    "gradient_checkpointing", "activation_checkpointing", "dataloader_pin_memory", "include_num_input_tokens_seen", "router_aux_loss_coef",
+    "gradient_checkpointing", "activation_checkpointing", "dataloader_pin_memory", "include_num_input_tokens_seen",
+    "router_aux_loss_coef",
 }  # fmt: skip
 
 
