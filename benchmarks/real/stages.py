@@ -136,7 +136,7 @@ def _stream(work: Work) -> Callable[[], Any]:
     from minitron_hf import prune_checkpoint
 
     plan = replace(work.plan(), repair=None)  # streaming does not repair
-    return lambda: prune_checkpoint(work.arguments.teacher, plan, work.folder / "streamed")
+    return lambda: prune_checkpoint(work.arguments.teacher, work.folder / "streamed", plan)
 
 
 def _cache(work: Work) -> Callable[[], Any]:
