@@ -220,7 +220,7 @@ def test_every_stage_by_hand(workshop, tmp_path):
     ok("distill", tmp_path / "pruned", "--train-data", tmp_path / "cache", "-o", tmp_path / "cached", *settings)
     assert json.loads((tmp_path / "cached" / "distillation.json").read_text())["teacher_cache"][0]["top_k"] == 9
     nobody = minitron("distill", tmp_path / "pruned", "--train-data", text, "-o", tmp_path / "none", *settings)
-    refused(nobody, "teacher_model is None, and train_dataset is not a teacher cache")
+    refused(nobody, "There is no teacher: --teacher is missing, and --train-data is not a teacher cache")
     table = ok(
         "evaluate", f"teacher={teacher}", f"student={tmp_path / 'out'}", "--data", text, "-o", tmp_path / "out",
         "--set", "speed=false",

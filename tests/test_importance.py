@@ -670,7 +670,7 @@ def test_files_that_hold_no_scores_are_refused(tmp_path: Path):
         ),
     ):
         save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
-        with pytest.raises(MismatchError, match="does not hold importance scores"):
+        with pytest.raises(MismatchError, match=r"does not hold importance scores|has no format number|has format 2"):
             ImportanceScores.from_pretrained(tmp_path)
 
 
@@ -708,5 +708,5 @@ def test_digest_is_of_the_values():
 )
 def test_numbers_that_make_no_sense_are_named(wrong: dict):
     [(name, value)] = wrong.items()
-    with pytest.raises(DataError, match=f"{name}={value!r}: expected a number of at least 1"):
+    with pytest.raises(DataError, match=f"{name}={value!r}: expected an integer of at least 1"):
         estimate_importance(pocket_model("llama"), pocket_tokens(4, 8).tolist(), show_progress=False, **wrong)

@@ -182,7 +182,7 @@ def test_missing_and_damaged_weights(saved: Path):
 
 
 def test_no_tokenizer(saved: Path):
-    with pytest.raises(DataError, match="save it there"):
+    with pytest.raises(DataError, match="there are no tokenizer files"):
         models.load_tokenizer(saved)
 
 

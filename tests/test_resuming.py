@@ -168,7 +168,7 @@ def test_redo_begins_a_search_and_a_correction_anew(values):  # noqa: F811
     for name in ("search", "correct"):
         record = {"status": "running", "digest": "the same", "settings": {}}
         (folder / "stages" / f"{name}.json").write_text(json.dumps(record))
-        runner._clear_unfinished(folder, stages[name], "the same")
+        runner._clear_unfinished(folder, [stages[name]], {name: "the same"})
     assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
