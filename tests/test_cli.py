@@ -260,6 +260,7 @@ def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path)
     for words in ("layers and neurons", "Muralidharan et al. 2024", "arXiv 2408.11796"):
         assert words in result.stdout
     assert "\n- measured here: the benchmarks of minitron-hf, in the files that are named\n" in result.stdout
+    assert "Estimate on this machine" in result.stdout
     measured = minitron(*wish, "--train-data", text, "--measure")
     assert measured.returncode == 0, measured.stderr
     assert ("±" in measured.stdout, "±" in result.stdout) == (True, False)  # measured divergences

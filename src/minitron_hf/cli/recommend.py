@@ -9,7 +9,7 @@ import typer
 
 from ..errors import DataError
 from .options import Overwrite, Settings, _number, _require_free
-from .printing import _print_recommendation, _say
+from .printing import _print_estimate, _print_recommendation, _say
 
 TrainData = Annotated[
     Optional[str],  # noqa: UP045
@@ -76,7 +76,20 @@ def recommend(
         corpora = {"train": train_data, "eval": eval_data}
         recipe = made.recipe(teacher, **corpora, output_dir=f"runs/{output.stem}", overrides=set_ or [])
         write_text(output, made.to_yaml(recipe))
+        _print_costs(recipe)
         _say(f"Wrote {output}")
+
+
+def _print_costs(recipe: dict[str, Any]) -> None:
+    """Print what a recipe will cost on this machine, if this machine has what it needs."""
+    from ..errors import MinitronError
+    from ..recipe.estimates import estimate_recipe
+    from ..recipe.schema import Recipe
+
+    try:
+        _print_estimate(estimate_recipe(Recipe.from_dict(recipe)))
+    except MinitronError as error:
+        _say(f"Note: the costs cannot be estimated here: {error}")
 
 
 def _require_corpora(
