@@ -87,12 +87,12 @@ def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
     found = {one.stage: one for one in estimate_recipe(recipe, machine=MACHINE).stages}
     assert list(found) == ["score", "plan", "prune", "distill", "controls", "evaluate", "card"]
     scoring = 1.07 * 16 * 32 * costs.layer_flops(config, 32) / 1e9
-    assert found["score"].seconds == pytest.approx(2 + scoring)
+    assert found["score"].seconds == pytest.approx(0.3 + scoring)
     assert found["prune"].disk == 4 * count_parameters(student)
     per_token = costs.training_flops(student, 32) / 5e8 + costs.loss_flops(config, student) / 2e9
     per_token += costs.layer_flops(config, 32) / 1e9 + 40 * config.vocab_size / 1e8
     step = 4 * 32 * per_token + 28 * count_parameters(student) / 1e8
-    assert found["distill"].seconds == pytest.approx(2 + 100 * step)
+    assert found["distill"].seconds == pytest.approx(0.3 + 100 * step)
     assert found["controls"].seconds == pytest.approx(found["distill"].seconds)
     assert found["distill"].formula == "100 steps of 4 × 32 tokens"
     assert found["distill"].memory > 16 * count_parameters(student)
@@ -148,7 +148,7 @@ def test_a_stage_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_estimate_of_a_pocket_run_is_near(recipe, tmp_path):
-    """Within a factor of four, most of which is the time to start each stage."""
+    """Within a factor of four; a busy machine is not equally busy while it is measured and while it runs."""
     from minitron_hf.recipe.runner import run_recipe
     from minitron_hf.recipe.usage import read_costs
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 #: Time of scoring relative to a forward pass without the head, and of ranking a block of layers relative to the
 #: forward pass of a model without it (`benchmarks/results/scoring.json`).
 SCORING, BLOCK_RANKING = 1.07, 0.52
-#: Seconds to import libraries, load models and build a trainer, of every stage that has a model.
-START_SECONDS = 2.0
+#: Seconds to start a stage that has a model, beside its work; a stage of a pocket model takes 0.1 to 1.
+START_SECONDS = 0.3
 #: Bytes of a cached position beside `top_k` entries of six bytes each.
 CACHED_ENTRY, CACHED_POSITION = 6, 2
 #: Shapes and rows that are measured for `target_parameters` (`plan_for_target`).
@@ -253,7 +253,7 @@ def _plan(facts: _Facts, number: int) -> StageCost:
     """Nothing to compute, unless shapes are measured for a target."""
     recipe, model, *_ = facts.in_round(number)
     if recipe.pruner_config.target_parameters is None:
-        return StageCost("plan", 0.5, 0.0, 0.0, "no weights")
+        return StageCost("plan", START_SECONDS, 0.0, 0.0, "no weights")
     length = recipe.scores.get("max_length") or default_max_length(model)
     passes = 2 if recipe.pruner_config.repair else 1
     tokens = TARGET_SHAPES * TARGET_ROWS * length * passes
