@@ -222,7 +222,7 @@ def draw(found: Sequence[Finding], path: Path) -> None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-        figure = Figure(figsize=(10, 1.2 + 0.32 * len(found)), layout="constrained")
+        figure = Figure(figsize=(10, 1.2 + 0.42 * len(found)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvspan(-100 * EQUIVALENCE, 100 * EQUIVALENCE, color=GREY, alpha=0.2, linewidth=0)
         axes.axvline(0, color="black", linewidth=0.8)
@@ -233,11 +233,10 @@ def draw(found: Sequence[Finding], path: Path) -> None:
             axes.plot([value], [place], "o", color=colour, markersize=4)
         axes.set_yticks(range(len(found)))
         axes.set_yticklabels(
-            [f"{one.claim.text}; {one.claim.measure}, {_thousands(one.tokens)}: {one.verdict}" for one in found]
+            [f"{one.claim.text}\n{one.claim.measure}, {_thousands(one.tokens)}: {one.verdict}" for one in found]
         )
-        axes.set_xscale("symlog", linthresh=10)
         axes.invert_yaxis()
-        axes.set_xlabel("difference in % of the arm that it is compared with (lower is better), 95 % interval")
+        axes.set_xlabel("difference, % (lower is better), with 95 % interval")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
