@@ -563,15 +563,21 @@ def tree(folder: Path) -> dict[Path, int]:
 
 
 @pytest.fixture
-def barred(monkeypatch, tmp_path):
+def barred(monkeypatch, offline):
     """No forward pass, no Hub, no token."""
-    import datasets
-    import huggingface_hub
 
     def computed(*args, **kwargs):
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(torch.nn.Linear, "forward", computed)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No Hub, no token. A dry run that refuses nothing times this machine, so it may compute."""
+    import datasets
+    import huggingface_hub
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -724,7 +730,7 @@ def test_what_nobody_has_foreseen_leaves_its_traceback_in_a_file(yard, tmp_path,
     assert "KeyError: 'surprise'" in log.read_text()
 
 
-def test_benchmarks_are_looked_for_beforehand(yard, barred, monkeypatch):
+def test_benchmarks_are_looked_for_beforehand(yard, offline, monkeypatch):
     """Without the harness, whether or not it is installed here."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = minitron("run", yard["recipe"], "--dry-run", "--set=evaluate.tasks=[piqa]")
@@ -742,7 +748,7 @@ def test_home_is_meant_by_a_tilde(yard, monkeypatch):
     assert minitron("plan", "~/teacher", "--set=layers_to_drop=[1]").returncode == 0
 
 
-def test_corpora_on_the_hub_are_not_checked_offline_and_it_says_so(yard, barred):
+def test_corpora_on_the_hub_are_not_checked_offline_and_it_says_so(yard, offline):
     result = minitron("run", yard["recipe"], "--dry-run", "--set=data.train=someone/corpus")
     assert result.returncode == 0, result.stderr
     assert "Not checked: data.train: someone/corpus" in " ".join(result.stdout.split())
