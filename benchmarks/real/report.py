@@ -193,10 +193,10 @@ def text(groups: Sequence[Results], experiments: dict[str, Experiment], figure: 
         found = list(findings(results, experiments))
         parts += [described(results), ""]
         if found:
-            parts += ["### Claims", "", *claims_table(found), ""]
+            parts += ["## Claims", "", *claims_table(found), ""]
             if figure and results is groups[0]:
                 parts += [f"![Relative differences of the claims, with 95 % intervals]({figure})", ""]
-        parts += ["### Arms", "", *arms_table(results, experiments), ""]
+        parts += ["## Arms", "", *arms_table(results, experiments), ""]
     return "\n".join(parts)
 
 
