@@ -300,12 +300,14 @@ def without_value_checks() -> Iterator[None]:
     "torch.ops.transformers.grouped_mm_fallback",
     "torch.ops.transformers.grouped_mm_fallback_backward",
 )
-def grouped_products() -> tuple[Any, Any]:
+def grouped_products() -> tuple[Any, ...]:
     """Transformers' operators for the product of groups and for its backward pass, whose operations are counted."""
     from transformers.integrations import moe  # noqa: F401 (registers them)
 
     operators = torch.ops.transformers
-    return operators.grouped_mm_fallback, operators.grouped_mm_fallback_backward
+    # The oldest supported releases register no operator for the backward pass.
+    names = ("grouped_mm_fallback", "grouped_mm_fallback_backward")
+    return tuple(getattr(operators, name) for name in names if hasattr(operators, name))
 
 
 @functools.cache

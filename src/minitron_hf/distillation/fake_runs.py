@@ -170,7 +170,7 @@ def _grouped_backward_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
 #: FLOPs of operations; PyTorch's table lacks grouped products and attention on a CPU.
 _FLOPS: Mapping[Any, Any] = {
     **flop_registry,
-    **dict(zip(grouped_products(), (_grouped_flops, _grouped_backward_flops), strict=True)),
+    **dict(zip(grouped_products(), (_grouped_flops, _grouped_backward_flops))),
     CPU_ATTENTION: _attention_flops,
     CPU_ATTENTION_BACKWARD: _attention_backward_flops,
 }
