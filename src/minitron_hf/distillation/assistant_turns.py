@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from trl import is_conversational, is_conversational_from_value
 
 from ..compat import column_names, has_training_template
 from ..data.documents import conversation_of, render_text
 from ..data.tokens import text_tokenizer
 from ..errors import DataError
+from .rows import holds_conversation
 
 #: The role whose turns count.
 ASSISTANT = "assistant"
@@ -50,7 +50,7 @@ class AssistantTurnsMixin:
     ) -> Any:
         if self._finds_turns and formatting_func is None and "input_ids" not in column_names(dataset):
             first = next(iter(dataset))
-            if not (is_conversational(first) or is_conversational_from_value(first)):
+            if not holds_conversation(first):
                 raise DataError(
                     f"assistant_only_loss: the {dataset_name} dataset has the columns {', '.join(first)}, expected "
                     "conversations in 'messages', or in 'prompt' and 'completion'. Leave assistant_only_loss out."
@@ -114,7 +114,7 @@ def require_turns(rows: Sequence[Mapping[str, Any]], processing_class: Any) -> N
     if "input_ids" in rows[0] or has_training_template(text_tokenizer(processing_class)):
         return
     for row in rows:
-        if is_conversational(dict(row)) or is_conversational_from_value(dict(row)):
+        if holds_conversation(row):
             labelled_turns(row, processing_class, False)
 
 

@@ -80,6 +80,11 @@ def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any
     return collator if trains_on_images(trainer) else WithKnownTokens(collator, vocab_size)
 
 
+def holds_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether TRL renders a row by the chat template, in either of the formats that it knows."""
+    return is_conversational(dict(row)) or is_conversational_from_value(dict(row))
+
+
 class StartTokensMixin:
     """Mixin for an `SFTTrainer` that begins every row with the tokens that the tokenizer adds in front of a text.
 
@@ -104,7 +109,7 @@ class StartTokensMixin:
         refuse_empty(dataset, dataset_name)
         first = next(iter(dataset))
         _require_text(dataset, first, "text" if formatting_func else args.dataset_text_field, dataset_name)
-        is_rendered = formatting_func is None and (is_conversational(first) or is_conversational_from_value(first))
+        is_rendered = formatting_func is None and holds_conversation(first)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         tokens = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -188,7 +193,7 @@ def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: st
     Raises:
         DataError: naming the column.
     """
-    if "input_ids" in first or is_conversational(first) or is_conversational_from_value(first):
+    if "input_ids" in first or holds_conversation(first):
         return
     for field in ("prompt", "completion") if "prompt" in first else (text_field,):
         if field not in first:

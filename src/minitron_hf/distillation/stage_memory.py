@@ -20,7 +20,7 @@ import torch
 
 from ..families import spec_for
 from ..losses.chunks import default_chunk_size
-from ..models import empty_model
+from ..models import count_parameters, empty_model
 from ..pruning.repair import CutProjection, projection_groups
 from .stage_passes import backward_bytes, forward_bytes
 
@@ -52,7 +52,7 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """B."""
+        """Bytes of a number, b."""
         return self.dtype.itemsize
 
 
@@ -216,7 +216,7 @@ def _input_position(spec: Any, module: str) -> int:
 
 
 def _weights(config: PretrainedConfig, load: Workload) -> int:
-    return sum(parameter.numel() for parameter in empty_model(config).parameters()) * load.itemsize
+    return count_parameters(config) * load.itemsize
 
 
 def _vocab(config: PretrainedConfig) -> int:
