@@ -18,7 +18,8 @@ from minitron_hf.models import count_parameters
 from minitron_hf.recipe import costs
 from minitron_hf.recipe.estimates import estimate_recipe
 from minitron_hf.recipe.machine import Machine, measure_machine
-from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.schema import DISTILL_DEFAULTS, Recipe
+from minitron_hf.recipe.stages import STAGES
 from minitron_hf.recipe.usage import measured_usage
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
@@ -111,6 +112,21 @@ def test_faster_machines_and_fewer_tokens_take_less(recipe):
     saving = replace(recipe, distill={**recipe.distill, "save_strategy": "steps"})
     saved = estimate_recipe(saving, machine=MACHINE, until="distill")
     assert saved.disk > slow.disk
+
+
+def test_training_evaluates_few_rows(recipe):
+    """By default, five times at most 64 rows, however large the held-out text is."""
+    by_steps = {**recipe.distill, "eval_strategy": "steps"}
+    for most, text in ((None, "5 evaluations on 1,020"), (2, "5 evaluations on 64"), (64, "5 evaluations on 1,020")):
+        changed = replace(recipe, distill={**by_steps, "max_eval_rows": most})
+        found = estimate_recipe(changed, machine=MACHINE, until="distill").stages[3]
+        assert found.formula.endswith(text)
+    assert DISTILL_DEFAULTS["max_eval_rows"] == 64
+    few, all_rows = ({**by_steps, "max_eval_rows": most} for most in (2, None))
+    stage = next(stage for stage in STAGES if stage.name == "distill")
+    for more, same in (({}, True), ({"load_best_model_at_end": True}, False)):
+        kept = [stage.dependencies(replace(recipe, distill=settings | more)) for settings in (few, all_rows)]
+        assert (kept[0] == kept[1]) == same  # a finished student stays valid if only the log would change
 
 
 def test_unknown_corpora_are_said_to_be_unknown(recipe):

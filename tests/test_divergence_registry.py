@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minitron_hf import DistillationConfig, register_divergence
 from minitron_hf.errors import DataError
@@ -50,6 +51,30 @@ def test_the_example_of_the_guide_equals_its_naive_reference():
     torch.testing.assert_close(found, value.detach(), rtol=1e-11, atol=1e-13)
     for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["recorded", *divergences.DIVERGENCES])
+def test_evaluation_computes_values_and_no_gradients(name):
+    """The same values as in training; the products are those of the two heads alone, and autograd records nothing."""
+    recorded = []
+
+    @register_divergence("recorded")
+    def reverse(teacher, student):
+        recorded.append(student.requires_grad)
+        return (student.exp() * (student - teacher)).sum(-1)
+
+    hidden, head, teacher, labels = problem(bias=True, scale=0.4, softcap=4.0)
+    trained = distillation_loss(hidden, head, teacher, labels, divergence=name, ce_weight=0.4)
+    assert head.weight.requires_grad
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        evaluated = distillation_loss(hidden, head, teacher, labels, divergence=name, ce_weight=0.4)
+    assert counter.get_total_flops() == 2 * len(hidden) * (head.weight.numel() + teacher.head.weight.numel())
+    for name_of, value in vars(evaluated).items():
+        expected = getattr(trained, name_of)
+        torch.testing.assert_close(value, expected.detach(), rtol=0, atol=0)
+    if name == "recorded":
+        half = len(recorded) // 2
+        assert recorded == [True] * half + [False] * half
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

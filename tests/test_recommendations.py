@@ -165,11 +165,11 @@ def test_defaults_are_what_is_recommended(published):
     assert deep["distill.intermediate_weight"] == defaults["distill.intermediate_weight"]
 
 
-#: Defaults that follow from the machine, or that only say where something comes from.
+#: Defaults that follow from the machine, or that do not change the student.
 OF_THE_MACHINE = {
     "loss_chunk_size", "teacher_model_init_kwargs", "teacher_offload", "upcast_student", "bf16",
     "gradient_checkpointing", "activation_checkpointing", "dataloader_pin_memory", "include_num_input_tokens_seen",
-    "router_aux_loss_coef",
+    "router_aux_loss_coef", "max_eval_rows",
 }  # fmt: skip
 
 

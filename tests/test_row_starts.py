@@ -119,6 +119,22 @@ def test_a_teacher_that_is_broken_on_later_rows_is_warned_about(packing: bool, a
         assert "behind the token 1" in message
 
 
+def test_the_cost_of_looking_is_bounded(tmp_path):
+    """Eight forward passes of 128 tokens and those in front, whatever the number and the length of the rows."""
+
+    class Counted(Sensitive):
+        lengths: list[int] = []  # noqa: RUF012
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> types.SimpleNamespace:
+            self.lengths.append(input_ids.numel())
+            return super().forward(input_ids)
+
+    rows = token_rows([[BOS, *[5, 6, 7, 8] * 2000] for _ in range(3)], max_length=500)
+    assert len(rows) > 40
+    warn_of_broken_starts(Counted(), rows, "The teacher")  # type: ignore[arg-type]
+    assert sorted(Counted.lengths) == [128] * 4 + [129] * 4
+
+
 @pytest.mark.parametrize("first", [[], [BOS]])
 def test_a_teacher_that_reads_later_rows_as_well_is_not_warned_about(first: list[int], caplog):
     """Nor one whose documents have easy beginnings."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minitron_hf.distillation import saving
 from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.rows import some_rows
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
 from minitron_hf.pruning.plan import PruningPlan
@@ -314,6 +315,22 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path, packing, labels):
     assert metrics["eval_ce"] == pytest.approx(ce.item() / count, rel=1e-11)
     assert metrics["eval_agreement"] == agreements.item() / count
     assert labels or 0 < metrics["eval_agreement"] < 1
+
+
+@pytest.mark.usefixtures("float64")
+def test_training_evaluates_some_rows_at_equal_distances(tmp_path):
+    student, teacher = models()
+    data = token_dataset()
+    assert len(data) == 8
+    trainer = make_trainer(tmp_path, student, teacher, data, {"a": data, "b": data.select([1])}, max_eval_rows=3)
+    metrics = trainer.evaluate()
+    for name, rows in (("a", [0, 2, 5]), ("b", [1])):
+        kl, _, _, count = naive_sums(student, teacher, data.select(rows))
+        assert metrics[f"eval_{name}_kl"] == pytest.approx(kl.item() / count, rel=1e-11)
+    assert [row["input_ids"] for row in some_rows(data.to_iterable_dataset(), 2)] == data[:2]["input_ids"]
+    assert some_rows(data, None) is some_rows(data, 8) is data
+    with pytest.raises(ValueError, match="max_eval_rows=0"):
+        DistillationConfig(str(tmp_path), max_eval_rows=0)
 
 
 @pytest.mark.usefixtures("float64")

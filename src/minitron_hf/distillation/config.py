@@ -124,6 +124,14 @@ class DistillationConfig(SFTConfig):
             "help": "Tokens whose logits are in memory at one time. If not set, chosen from the vocabulary size."
         },
     )
+    max_eval_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of each held-out dataset that are evaluated, at equal distances in it. If not set, all. "
+            "Recipes and `minitron-hf distill` take 64, because training evaluates several times; `minitron-hf "
+            "evaluate` and the stage `evaluate` measure all rows once."
+        },
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -224,6 +232,8 @@ class DistillationConfig(SFTConfig):
         require_divergence(self.divergence, self.jsd_beta, self.temperature)
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
+        if self.max_eval_rows is not None and self.max_eval_rows < 1:
+            raise ValueError(f"max_eval_rows={self.max_eval_rows}: expected at least 1 row, or None for all.")
 
     def _require_correction(self) -> None:
         if self.teacher_correction not in (None, "concurrent"):

@@ -17,7 +17,7 @@ from ..data import TokenRows
 from ..data.context import context_length
 from ..data.tokens import missing_start, separator_tokens, start_tokens
 from ..errors import DataError
-from ..scoring.row_starts import warn_of_broken_starts
+from ..scoring.row_starts import NUM_ROWS, NUM_TOKENS, warn_of_broken_starts
 from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
 
 if TYPE_CHECKING:
@@ -163,12 +163,26 @@ def warn_of_missing_start(trainer: Any) -> None:
     front = separator_tokens(trainer.processing_class)
     if start_tokens(trainer.processing_class) or not front:
         return
-    some = [row[:128] for row in rows.select(range(min(4, len(rows))))["input_ids"]]
+    some = [row[: NUM_TOKENS + 1] for row in rows.select(range(min(NUM_ROWS, len(rows))))["input_ids"]]
     some = [tuple(row) for row in some if row[:1] != front]
     with trainer.accelerator.autocast():
         warn_of_broken_starts(
             teacher, TokenRows(tuple(some), None, continues=(True,) * len(some)), "The teacher", front
         )
+
+
+def some_rows(data: Any, count: int | None) -> Any:
+    """At most `count` rows at equal distances, of every dataset if there are several by name; None: all.
+
+    A stream is cut after them, because its length is not known.
+    """
+    if data is None or count is None:
+        return data
+    if isinstance(data, Mapping):
+        return {name: some_rows(part, count) for name, part in data.items()}
+    if not hasattr(data, "__len__"):
+        return data.take(count)
+    return data if len(data) <= count else data.select([index * len(data) // count for index in range(count)])
 
 
 def refuse_empty(dataset: Any, name: str) -> None:

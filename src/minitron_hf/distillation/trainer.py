@@ -64,7 +64,7 @@ from .parallel import (
     distilling_forward,
     keep_losses_in_float32,
 )
-from .rows import StartTokensMixin, limit_to_context, training_collator, warn_of_missing_start
+from .rows import StartTokensMixin, limit_to_context, some_rows, training_collator, warn_of_missing_start
 from .saving import TRAINING_FIELDS, SavingMixin, output_dir_of
 from .teacher import TeacherMixin
 from .teacher_cache import TeacherCache, cached_signal, rows_and_caches
@@ -198,12 +198,12 @@ class DistillationTrainer(
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
+        self.eval_dataset = some_rows(self.eval_dataset, args.max_eval_rows)
         self._prepare_student(student_config, teacher.config)
         self._prepare_teacher_side(teacher)
         self._prepare_losses(teacher.config)
-        known = [cache.manifest["settings"]["teacher"] for cache in data.train_caches]
-        weights = {"student": fingerprint(self.model), "teacher": self._teacher_fingerprint or known}
-        self._record_inputs(**weights, data=sampled_data(data.train))
+        known = self._teacher_fingerprint or [cache.manifest["settings"]["teacher"] for cache in data.train_caches]
+        self._record_inputs(student=fingerprint(self.model), teacher=known, data=sampled_data(data.train))
 
     # ---- Setting up ----
 

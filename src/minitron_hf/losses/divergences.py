@@ -40,6 +40,7 @@ class Rows:
         offset: [n, 1], so that `difference + offset` is log p - log q.
         p: [n, V], the teacher's probabilities.
         q: [n, V], the student's probabilities.
+        with_gradient: whether the gradient is needed. Without it, `difference` may hold anything afterwards.
     """
 
     teacher: Tensor
@@ -48,13 +49,15 @@ class Rows:
     offset: Tensor
     p: Tensor
     q: Tensor
+    with_gradient: bool = True
 
 
 def _reverse_kl(rows: Rows, beta: float) -> Tensor:
     """Σ q (log q - log p); with r = log p - log q its gradient is -q (r + D)."""
     ratio = rows.difference.add_(rows.offset)
     value = -torch.linalg.vecdot(rows.q, ratio)[:, None]
-    ratio.add_(value).mul_(rows.q).neg_()
+    if rows.with_gradient:
+        ratio.add_(value).mul_(rows.q).neg_()
     return value
 
 
@@ -69,7 +72,8 @@ def _jensen_shannon(rows: Rows, beta: float) -> Tensor:
     kl = torch.linalg.vecdot(rows.p, ratio)[:, None]
     torch.logaddexp(ratio.add_(math.log(beta / (1 - beta))), torch.zeros_like(rows.offset), out=ratio)
     of_p, of_q = (torch.linalg.vecdot(probabilities, ratio)[:, None] for probabilities in (rows.p, rows.q))
-    ratio.sub_(of_q).mul_(rows.q).mul_(beta - 1)
+    if rows.with_gradient:
+        ratio.sub_(of_q).mul_(rows.q).mul_(beta - 1)
     return beta * (kl - of_p) - (1 - beta) * of_q - math.log1p(-beta)
 
 
@@ -77,8 +81,9 @@ def _total_variation(rows: Rows, beta: float) -> Tensor:
     """½ Σ |p - q|; its gradient with respect to q is ½ sign(q - p)."""
     sign = torch.sub(rows.q, rows.p, out=rows.difference)
     value = 0.5 * torch.linalg.vector_norm(sign, ord=1, dim=-1, keepdim=True)
-    sign.sign_().mul_(0.5)
-    sign.sub_(torch.linalg.vecdot(rows.q, sign)[:, None]).mul_(rows.q)
+    if rows.with_gradient:
+        sign.sign_().mul_(0.5)
+        sign.sub_(torch.linalg.vecdot(rows.q, sign)[:, None]).mul_(rows.q)
     return value
 
 
@@ -86,7 +91,8 @@ def _mean_squared_error(rows: Rows, beta: float) -> Tensor:
     """Mean over the vocabulary of the squared difference of the logits."""
     size = rows.difference.shape[-1]
     value = torch.linalg.vecdot(rows.difference, rows.difference)[:, None] / size
-    rows.difference.mul_(-2 / size)
+    if rows.with_gradient:
+        rows.difference.mul_(-2 / size)
     return value
 
 
@@ -95,12 +101,13 @@ def _cosine(rows: Rows, beta: float) -> Tensor:
     t, s = rows.teacher, rows.student
     norm_t, norm_s = (torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=rows.p.dtype) for z in (t, s))
     cosine = torch.linalg.vecdot(t.to(rows.p.dtype), s.to(rows.p.dtype))[:, None] / (norm_t * norm_s)
-    rows.difference.copy_(s).mul_(cosine / norm_s.square()).sub_(t / (norm_t * norm_s))
+    if rows.with_gradient:
+        rows.difference.copy_(s).mul_(cosine / norm_s.square()).sub_(t / (norm_t * norm_s))
     return 1 - cosine
 
 
-#: Value [n, 1] of some rows; `difference` becomes the gradient with respect to the student's logits over T. The KL of
-#: the teacher to the student is not here: `losses` computes it in any case, for the report, and at fewer passes.
+#: Value [n, 1] of some rows; `difference` becomes the gradient with respect to the student's logits over T, if it is
+#: needed. The KL of the teacher to the student is not here: `losses` computes it in any case, and at fewer passes.
 DIVERGENCES: dict[str, Callable[[Rows, float], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
@@ -121,8 +128,8 @@ def register_divergence(name: str) -> Callable[[DivergenceFunction], DivergenceF
     `minitron_hf.divergences` makes it known everywhere, also to the command line.
 
     The function takes the log-probabilities of teacher and student at the temperature, both `[n, V]` for n tokens and
-    a vocabulary of V, in float32. It returns one value per token, `[n]`. Autograd differentiates it with respect to
-    the student's logits, a few rows at a time.
+    a vocabulary of V, in float32. It returns one value per token, `[n]`. In training, autograd differentiates it with
+    respect to the student's logits, a few rows at a time.
 
     Args:
         name: its name for users.
@@ -161,8 +168,8 @@ def _differentiated(name: str, function: DivergenceFunction) -> Callable[[Rows, 
 
     def evaluate(rows: Rows, beta: float) -> Tensor:
         dtype = rows.p.dtype
-        with torch.enable_grad():
-            student = rows.student.detach().to(dtype, copy=True).requires_grad_()
+        with torch.set_grad_enabled(rows.with_gradient):
+            student = rows.student.detach().to(dtype, copy=True).requires_grad_(rows.with_gradient)
             teacher = torch.log_softmax(rows.teacher.detach(), -1, dtype=dtype)
             value = function(teacher, torch.log_softmax(student, -1))
             if not isinstance(value, Tensor) or value.shape != student.shape[:1]:
@@ -170,7 +177,8 @@ def _differentiated(name: str, function: DivergenceFunction) -> Callable[[Rows, 
                 raise DataError(
                     f"divergence={name!r} returned {shape}; expected one value per token: {[len(student)]}."
                 )
-            rows.difference.copy_(torch.autograd.grad(value.sum(), student)[0])
+            if rows.with_gradient:
+                rows.difference.copy_(torch.autograd.grad(value.sum(), student)[0])
         return value.detach()[:, None]
 
     return evaluate

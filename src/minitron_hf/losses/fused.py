@@ -113,7 +113,10 @@ def distillation_loss(
     if chunk_size is None:
         chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device)
     settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
-    return TokenLosses(*_FusedLoss.apply(hidden, head.weight, head.bias, labels, teacher, settings))
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # `needs_input_grad` is true of a parameter even then
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return TokenLosses(*_FusedLoss.apply(hidden, weight, bias, labels, teacher, settings))
 
 
 def _require_comparable(
@@ -324,7 +327,8 @@ class _Rows:
         if s.temperature == 1:
             found.ce[where] = (lse_s - label)[:, 0]
             found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)
-        rows = Rows(teacher, student, work, lse_s - lse_t, probabilities_t, probabilities_s)
+        offset = lse_s - lse_t
+        rows = Rows(teacher, student, work, offset, probabilities_t, probabilities_s, self.with_gradient)
         gradient = self._divergence_gradient(where, rows)
         free = work if gradient is probabilities_s else probabilities_s
         if s.temperature != 1:

@@ -329,10 +329,12 @@ def _training_cost(facts: _Facts, number: int) -> StageCost:
     seconds += 0 if lora else steps * costs.optimizer_bytes(size) / facts.machine.memory_traffic
     formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
-        evaluations = _times(args.eval_steps, steps)
+        evaluations, tokens = _times(args.eval_steps, steps), facts.tokens("eval")
+        if args.max_eval_rows is not None:
+            tokens = min(tokens, args.max_eval_rows * length)
         both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
-        seconds += evaluations * facts.tokens("eval") * both
-        formula += f"; {evaluations:.0f} evaluations on {facts.tokens('eval'):,.0f}"
+        seconds += evaluations * tokens * both
+        formula += f"; {evaluations:.0f} evaluations on {tokens:,.0f}"
     kept = 0.0
     if _is_by_steps(args.save_strategy):
         saves = _times(args.save_steps, steps)

@@ -356,7 +356,8 @@ def _require_one_choice(recipe: Recipe) -> None:
 
 
 #: Defaults of `distill`; the recipe can set any field of `DistillationConfig`. After Sreenivas et
-#: al. 2024: peak learning rate 1e-4, cosine schedule, documents joined into full rows.
+#: al. 2024: peak learning rate 1e-4, cosine schedule, documents joined into full rows. Training evaluates often and on
+#: few rows; the stage `evaluate` measures all rows once.
 DISTILL_DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
@@ -365,6 +366,7 @@ DISTILL_DEFAULTS: Mapping[str, Any] = {
     "logging_steps": 0.02,
     "eval_strategy": "steps",
     "eval_steps": 0.2,
+    "max_eval_rows": 64,
     "save_strategy": "steps",
     "save_steps": 0.2,
     "save_total_limit": 1,

@@ -77,8 +77,10 @@ def _cache_settings(recipe: Recipe) -> Any:
 
 
 def _distill_settings(recipe: Recipe) -> Any:
-    """The arguments of distillation, without the split of a step's rows over processes and batches."""
+    """The arguments that the student depends on; the split of a step's rows over processes and batches is none."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
+    if not settings.get("load_best_model_at_end"):
+        settings.pop("max_eval_rows")  # changes the log alone
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
 
