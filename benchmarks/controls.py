@@ -59,7 +59,7 @@ def main() -> None:
         iterations=arguments.iterations,
         processing_class=tokenizer,
         max_length=length,
-        num_samples=1024,
+        num_rows=1024,
         metric=arguments.metric,
         depth_metric=arguments.depth_metric,
         sequence_reduction=arguments.sequence_reduction,

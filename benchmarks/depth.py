@@ -37,7 +37,7 @@ def main() -> None:
     for name in arguments.teacher:
         teacher, tokenizer = load_for_compute(name), load_tokenizer(name)
         texts = [row["text"] for row in load_text_dataset(arguments.train, split="train[:500]")]
-        scores = estimate_importance(teacher, texts, processing_class=tokenizer, num_samples=256, max_length=128)
+        scores = estimate_importance(teacher, texts, processing_class=tokenizer, num_rows=256, max_length=128)
         depth = teacher.config.num_hidden_layers
         blocks = [(i, i + n - 1) for n in range(1, arguments.longest + 1) for i in range(depth - n + 1)]
         models = {"teacher": teacher}

@@ -69,7 +69,7 @@ def main() -> None:
     request = PrunerConfig.from_dict(dict(yaml.safe_load(p.replace("=", ": ", 1)).popitem() for p in arguments.prune))
     length = arguments.max_length
     scores = estimate_importance(
-        teacher, (row["text"] for row in train), processing_class=tokenizer, num_samples=1024, max_length=length
+        teacher, (row["text"] for row in train), processing_class=tokenizer, num_rows=1024, max_length=length
     )
     plan = make_plan(teacher, request, scores)
     results: dict = {

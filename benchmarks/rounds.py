@@ -72,7 +72,7 @@ def main() -> None:
             model,
             processing_class=tokenizer,
             max_length=arguments.max_length,
-            num_samples=1024,
+            num_rows=1024,
             show_progress=False,
             **how,
         )

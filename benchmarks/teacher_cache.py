@@ -50,7 +50,7 @@ def main() -> None:
     held_out = load_text_dataset(arguments.eval).select(range(arguments.eval_documents))
     length = arguments.max_length
     scores = estimate_importance(
-        teacher, (row["text"] for row in train), processing_class=tokenizer, num_samples=512, max_length=length
+        teacher, (row["text"] for row in train), processing_class=tokenizer, num_rows=512, max_length=length
     )
     plan = make_plan(teacher, PrunerConfig(hidden_size=0.75, intermediate_size=0.65), scores)
     results: dict = {

@@ -31,7 +31,7 @@ def main(teacher_id: str, train_source: str, eval_source: str, output_dir: str, 
         PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
         calibration_data=train,
         processing_class=tokenizer,
-        num_samples=128,
+        num_rows=128,
         max_length=128,
     )
     trainer = DistillationTrainer(

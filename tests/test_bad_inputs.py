@@ -63,9 +63,9 @@ CASES = [
         ("missing", "= score {teacher} --data {text}", "--output"),
         ("missing", "= score {nowhere} --data {text} -o {out}", "does not exist"),
         ("missing", "= score {teacher} --data {nowhere}.jsonl -o {out}", "does not exist"),
-        ("type", "--set num_samples=many", "num_samples='many': expected an integer"),
-        ("range", "--set num_samples=0", "expected at least 1"),
-        ("key", "--set num_sample=3", "Did you mean 'num_samples'?"),
+        ("type", "--set num_rows=many", "num_rows='many': expected an integer"),
+        ("range", "--set num_rows=0", "expected at least 1"),
+        ("key", "--set num_row=3", "Did you mean 'num_rows'?"),
         ("key", "--set metric=magnitud", "Did you mean 'magnitude'?"),
         ("extra", "surplus", "unexpected extra argument"),
         ("encoding", "= score {teacher} --data {latin} -o {out}", "line 2"),
@@ -118,7 +118,7 @@ CASES = [
     *command(
         "prune",
         ("missing", "= prune {teacher} --plan {nowhere} -o {out}", "does not exist"),
-        ("type", "--set num_samples=x", "expected an integer"),
+        ("type", "--set num_rows=x", "expected an integer"),
         ("range", "--set batch_size=-1", "expected at least 1"),
         ("key", "--set samples=3", "arguments of repaired_weights"),
         ("extra", "--data {text}", "no repair"),
@@ -323,7 +323,7 @@ CASES = [
         ("range", "scores.max_length=100000", "context"),
         ("range", "scores.batch_size=0", "at least 1"),
         ("key", "scores.metric=acivation", "Did you mean 'activation'?"),
-        ("key", "scores.num_sample=3", "Did you mean 'num_samples'?"),
+        ("key", "scores.num_row=3", "Did you mean 'num_rows'?"),
         ("range", "scores.iterations=0", "at least 1"),
         ("extra", "scores.block_length=2", "depth_metric"),
         ("extra", "scores.data=x", "data is unknown"),
@@ -535,7 +535,7 @@ def yard(tmp_path_factory) -> dict[str, Path]:
         "data": {"train": str(at["text"]), "eval": str(at["text"])},
         "output_dir": str(at["out"]),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {"max_steps": 2, "max_length": 16, "per_device_train_batch_size": 2},
         "evaluate": {"num_rows": 4, "speed": False},
     }
@@ -543,7 +543,7 @@ def yard(tmp_path_factory) -> dict[str, Path]:
     at["latin_recipe"].write_bytes(b"teacher: caf\xe9")
     at["twice"].write_text(f"{at['recipe'].read_text()}verify: true\nverify: false\n")
     at["scores"], at["plan"] = folder / "scores", folder / "plan"
-    score = f"score {at['teacher']} --data {at['text']} -o {at['scores']} --set max_length=16 --set num_samples=4"
+    score = f"score {at['teacher']} --data {at['text']} -o {at['scores']} --set max_length=16 --set num_rows=4"
     plan = f"plan {at['teacher']} --scores {at['scores']} --intermediate-size 0.5 -o {at['plan']}"
     for line in (score, plan):
         made = minitron(*line.split())

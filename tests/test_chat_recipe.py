@@ -34,7 +34,7 @@ def values(folder, **changes):
         "data": {"train": str(folder / "generated"), "eval": str(folder / "generated")},
         "output_dir": str(folder / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 4, "max_length": 16},
+        "scores": {"num_rows": 4, "max_length": 16},
         "distill": {"max_steps": 1, "max_length": 60, "packing": False, "assistant_only_loss": True},
         "evaluate": {
             "speed": False,

@@ -49,7 +49,7 @@ teacher: {folder / "teacher"}
 data: {{train: {folder / "text.jsonl"}, eval: {folder / "text.jsonl"}}}
 output_dir: {folder / "run"}
 prune: {{intermediate_size: 0.5}}
-scores: {{num_samples: 8, max_length: 16}}
+scores: {{num_rows: 8, max_length: 16}}
 distill: {{max_steps: 2, max_length: 16, per_device_train_batch_size: 2}}
 evaluate: {{num_rows: 4, speed: false}}
 """
@@ -107,7 +107,7 @@ def test_help_is_lazy():
 
 def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
     teacher, text, scores = workshop / "teacher", workshop / "text.jsonl", tmp_path / "scores"
-    done = minitron("score", teacher, "--data", text, "-o", scores, "--set", "max_length=16", "--set", "num_samples=8")
+    done = minitron("score", teacher, "--data", text, "-o", scores, "--set", "max_length=16", "--set", "num_rows=8")
     assert done.returncode == 0, done.stderr
     common = ("--scores", scores, "--data", text, "-o", tmp_path / "found")
     settings = ("--set", "tolerance=1.0", "--set", "num_rows=4", "--set", "max_length=16")
@@ -132,7 +132,7 @@ def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
 
 def test_no_command_replaces_files_unasked(workshop, tmp_path):
     teacher, text, out = workshop / "teacher", workshop / "text.jsonl", tmp_path / "out"
-    settings = ("--set", "max_length=16", "--set", "num_samples=4")
+    settings = ("--set", "max_length=16", "--set", "num_rows=4")
     corpora = ("--train-data", text, "--eval-data", text)
     commands = {
         out / "scores.safetensors": ("score", teacher, "--data", text, "-o", out, *settings),

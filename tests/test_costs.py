@@ -72,7 +72,7 @@ def recipe(tmp_path_factory):
             "output_dir": str(folder / "run"),
             "data": {"train": str(folder / "train.txt"), "eval": str(folder / "eval.txt")},
             "prune": {"intermediate_size": 0.5, "multiple_of": 1},
-            "scores": {"num_samples": 16, "max_length": 32},
+            "scores": {"num_rows": 16, "max_length": 32},
             "controls": ["cross_entropy"],
             "distill": {
                 "max_length": 32, "per_device_train_batch_size": 4, "max_steps": 100, "eval_strategy": "no",

@@ -64,7 +64,7 @@ def values(folder: Path) -> dict:
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "train.jsonl")},
         "output_dir": str(folder / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {"max_steps": 4, "max_length": 16, "per_device_train_batch_size": 2},
         "teacher_cache": {"top_k": 8},
         "teacher_correction": {

@@ -514,7 +514,7 @@ def test_texts_are_packed_into_rows():
 
 def test_num_samples_limits_the_rows():
     model = pocket_model("llama")
-    some = scores_of(model, pocket_tokens(9, 8).tolist(), num_samples=4, max_length=8)
+    some = scores_of(model, pocket_tokens(9, 8).tolist(), num_rows=4, max_length=8)
     assert some.settings["num_rows"] == 4
     assert_equal_scores(some, scores_of(model, pocket_tokens(9, 8)[:4].tolist(), max_length=8))
 
@@ -704,7 +704,7 @@ def test_digest_is_of_the_values():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_samples": "abc"}, {"num_samples": 0}, {"max_length": 0}, {"batch_size": -1}], ids=str
+    "wrong", [{"num_rows": "abc"}, {"num_rows": 0}, {"max_length": 0}, {"batch_size": -1}], ids=str
 )
 def test_numbers_that_make_no_sense_are_named(wrong: dict):
     [(name, value)] = wrong.items()

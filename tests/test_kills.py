@@ -64,7 +64,7 @@ def recipe(workshop: Path, **changes: Any) -> dict[str, Any]:
         "data": {"train": str(workshop / "train.jsonl"), "eval": str(workshop / "eval.jsonl")},
         "output_dir": str(workshop / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 4, "max_length": 16},
+        "scores": {"num_rows": 4, "max_length": 16},
         "distill": {**training, "max_steps": 3, "save_steps": 1, "eval_steps": 3, "lr_scheduler_type": "constant"},
         "evaluate": {"num_rows": 4, "speed": False, "prompts": ["the old"]},
         **changes,
@@ -217,7 +217,7 @@ def test_every_command_survives_kills(workshop):
     training = ["--set=max_length=16", "--set=per_device_train_batch_size=2"]
     search = [f"--set={entry}" for entry in ("num_tokens=64", "num_candidates=2", "num_rounds=1", "num_rows=4")]
     search += ["--set=max_length=16", "--set=tolerance=1.0", "--set=distillation.per_device_train_batch_size=2"]
-    scoring = ["--set=num_samples=4", "--set=max_length=16"]
+    scoring = ["--set=num_rows=4", "--set=max_length=16"]
     commands = {
         "score": ["score", teacher, "--data", train, "-o", f"{out}/scores", *scoring],
         "plan": ["plan", teacher, "--scores", f"{out}/scores", "--intermediate-size", "0.5", "-o", f"{out}/plan"],

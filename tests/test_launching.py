@@ -105,7 +105,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
         "data": {name: str(tmp_path / "text.jsonl") for name in ("train", "eval")},
         "output_dir": str(tmp_path / "one"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         # Three steps on 6 rows: the last batch of an epoch is filled up, and one process has nothing new in it.
         "teacher_correction": {"original_learning_rate": 1e-3, "num_tokens": 3 * 4 * 512},
         "distill": {

@@ -64,7 +64,7 @@ def values(home, tmp_path):
         },
         "output_dir": str(tmp_path / USER / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {
             "max_steps": 2,
             "max_length": 16,

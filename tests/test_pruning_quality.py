@@ -25,7 +25,7 @@ def measured():
         sys.path.remove(str(DEMO))
     teacher, tokenizer = load_model(DEMO / "teacher", dtype=torch.float32), load_tokenizer(DEMO / "teacher")
     scores = estimate_importance(
-        teacher, documents("calibration"), processing_class=tokenizer, num_samples=32, max_length=128
+        teacher, documents("calibration"), processing_class=tokenizer, num_rows=32, max_length=128
     )
     rows = token_rows(documents("validation"), tokenizer, max_length=128, num_rows=24)
     tokens = torch.tensor(rows.rows)

@@ -83,7 +83,7 @@ def test_a_run_from_the_command_line_leaves_a_published_student(teacher: Path, t
         "data": {"train": texts, "eval": texts},
         "output_dir": str(tmp_path / "run"),
         "prune": {"intermediate_size": 0.5, "num_hidden_layers": 4},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {"max_steps": 2, "max_length": 16, "per_device_train_batch_size": 2},
         "evaluate": {"num_rows": 2, "speed": False, "prompts": ["the old"]},
     }

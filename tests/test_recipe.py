@@ -116,7 +116,6 @@ TEACHER_SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_la
 #: What makes a recipe small, wherever the name stands.
 SMALL = {
     "max_length": 16,
-    "num_samples": 4,
     "num_rows": 4,
     "batch_size": 2,
     "per_device_train_batch_size": 2,

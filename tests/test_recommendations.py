@@ -203,7 +203,7 @@ def test_small_budgets_take_small_steps():
     assert (chosen["distill.per_device_train_batch_size"], chosen["distill.gradient_accumulation_steps"]) == (8, 1)
     assert chosen["distill.max_steps"] == round(1e6 / (8 * 512))
     assert chosen["distill.warmup_steps"] == 12  # a twentieth
-    assert chosen["scores.num_samples"] == 98
+    assert chosen["scores.num_rows"] == 98
 
 
 def test_short_budgets_cut_layers_and_neurons_long_ones_width():

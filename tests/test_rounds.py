@@ -46,7 +46,7 @@ def values(workshop, tmp_path):
             {"prune": {"intermediate_size": 0.75, "hidden_size": 0.75}, "distill": {"max_steps": 3}},
             {"prune": {"intermediate_size": 0.5, "hidden_size": 0.5, "num_hidden_layers": 4}},
         ],
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {"max_steps": 2, "max_length": 16, "per_device_train_batch_size": 2, "eval_strategy": "no"},
         "evaluate": {"num_rows": 4, "speed": False},
     }
@@ -69,7 +69,7 @@ def test_the_shipped_example_runs_at_pocket_size(workshop, tmp_path, monkeypatch
         f"teacher={workshop / 'teacher'}",
         f"data={{train: {workshop / 'train.jsonl'}, eval: {workshop / 'eval.jsonl'}}}",
         f"output_dir={tmp_path / 'run'}",
-        "scores={num_samples: 8, max_length: 16}",
+        "scores={num_rows: 8, max_length: 16}",
         "distill={max_steps: 2, max_length: 16, per_device_train_batch_size: 2, eval_strategy: 'no'}",
         "rounds.1.prune={hidden_size: 0.7, intermediate_size: 0.75}",  # multiples of the 12 heads
         "rounds.2.distill={max_steps: 3}",

@@ -49,7 +49,7 @@ def values(workshop, tmp_path):
         "data": {"train": str(workshop / "train.jsonl"), "eval": str(workshop / "eval.jsonl")},
         "output_dir": str(tmp_path / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "distill": {"max_steps": 4, "max_length": 16, "per_device_train_batch_size": 2},
         "evaluate": {"num_rows": 4, "speed": False, "prompts": ["the old"]},
     }
@@ -321,7 +321,7 @@ def test_a_folder_with_other_files_is_refused(values):
         ({"distill": {"learning_rat": 1}}, DataError, "learning_rat"),
         ({"distill": {"temperature": -1.0}}, DataError, "temperature"),
         ({"lora": {"rank": 3}}, DataError, "lora"),
-        ({"scores": {"num_sample": 3}}, DataError, "num_sample"),
+        ({"scores": {"num_row": 3}}, DataError, "num_row"),
         ({"search": {"space": {"num_hidden_layers": [3]}}}, PlanError, "exactly one budget"),
         (
             {"search": {"space": {"num_hidden_layers": [3]}, "max_parameters": 1, "x": 1}},

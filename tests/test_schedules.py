@@ -95,9 +95,9 @@ def test_whole_recommendations_agree(name, tokens):
     assert trained == pytest.approx(tokens, rel=0.02)
     assert settings["distill.max_steps"] >= 100
     assert found.rounds[-1].num_parameters <= 0.6 * total
-    assert 64 <= settings["scores.num_samples"] <= 1024
+    assert 64 <= settings["scores.num_rows"] <= 1024
     if tokens == 1e6:
-        assert settings["scores.num_samples"] * settings["distill.max_length"] <= 0.051 * tokens
+        assert settings["scores.num_rows"] * settings["distill.max_length"] <= 0.051 * tokens
     counts = [total, *(shape.num_parameters for shape in found.rounds)]
     assert counts == sorted(counts, reverse=True)
     layers = found.rounds[-1].sizes["layers"] / config.num_hidden_layers

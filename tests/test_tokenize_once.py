@@ -84,7 +84,7 @@ def test_a_generator_is_scored_measured_and_refitted_on(counted: Counter[str], r
     model = pocket_model("llama", dtype=torch.float32)
     config = PrunerConfig(**request_, repair="least_squares")
     iterations = {} if "target_parameters" in request_ else {"iterations": 2}
-    settings = {"processing_class": pocket_tokenizer(), "num_samples": 8, "max_length": 16, "show_progress": False}
+    settings = {"processing_class": pocket_tokenizer(), "num_rows": 8, "max_length": 16, "show_progress": False}
     once = prune_model(model, config, calibration_data=iter(TEXTS), **settings, **iterations)
     assert {counted[text] for text in TEXTS} == {1}
     listed = prune_model(model, config, calibration_data=TEXTS, **settings, **iterations)
@@ -129,7 +129,7 @@ def test_a_run_tokenises_each_corpus_once(counted: Counter[str], tmp_path: Path)
         "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "calibration")},
         "output_dir": str(tmp_path / "run"),
         "prune": {"repair": "least_squares"},
-        "scores": {"num_samples": 8, "max_length": 16},
+        "scores": {"num_rows": 8, "max_length": 16},
         "search": {
             "space": {"intermediate_size": [0.5, 0.6]},
             "max_parameters": 1e9,

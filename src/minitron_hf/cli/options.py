@@ -149,8 +149,8 @@ def _settings(
         defaults: entries that are overridden.
     """
     from ..recipe.reading import apply_overrides
-    from ..recipe.rules import require_settings
+    from ..recipe.rules import require_settings, with_new_names
 
-    found = apply_overrides(defaults or {}, list(entries or ()))
+    found = with_new_names(apply_overrides(defaults or {}, list(entries or ())), "--set ")
     require_settings(found, hints, "--set ", takes)
     return found

@@ -31,7 +31,7 @@ def prune(
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
     Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
-    (prune_with_plan). --set takes num_samples, max_length, packing and batch_size of a repair.
+    (prune_with_plan). --set takes num_rows, max_length, packing and batch_size of a repair.
     """
     from ..files import replacing_folder, require_empty
     from ..pruning.plan import PruningPlan

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Arguments of `estimate_importance` that say which rows of the data are read, and how.
-CALIBRATION_ARGUMENTS = ("num_samples", "max_length", "packing", "batch_size")
+CALIBRATION_ARGUMENTS = ("num_rows", "max_length", "packing", "batch_size")
 
 
 def iterate_importance(

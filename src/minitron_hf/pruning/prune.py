@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
-from ..errors import PlanError
+from ..errors import PlanError, accept_old_names
 from ..models import (
     count_parameters,
     load_config,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@accept_old_names(num_samples="num_rows")
 def prune_model(
     model_or_path: PreTrainedModel | str | os.PathLike[str],
     config: PrunerConfig,
@@ -65,7 +66,7 @@ def prune_model(
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: number of rounds of scoring and cutting (`iterate_importance`).
-        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_samples`, …). Which
+        **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_rows`, …). Which
             layers a `depth_metric` measures follows from `config`.
 
     Returns:
@@ -300,7 +301,7 @@ def prune_with_plan(
         data: calibration data for a repair (`repaired_weights`).
         processing_class: tokenizer for texts.
         verify: compare the student, before any repair, with the masked teacher (`verify_student`), and note it.
-        **row_arguments: settings of the rows for a repair: `num_samples`, `max_length`, `packing`, `batch_size`.
+        **row_arguments: settings of the rows for a repair: `num_rows`, `max_length`, `packing`, `batch_size`.
 
     Returns:
         The student, with the plan and its notes as `student.pruning_plan`.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, accept_old_names
 from ..families import named_tensors, spec_for
 from ..families.axes import dimension_index
 from ..hardware import free_memory
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 SHARE_OF_FREE_MEMORY = 0.5
 
 
+@accept_old_names(num_samples="num_rows")
 def repaired_weights(
     model: PreTrainedModel,
     plan: PruningPlan,
     data: DataSource,
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
-    num_samples: int = 1024,
+    num_rows: int = 1024,
     max_length: int | None = None,
     packing: bool = True,
     batch_size: int = 8,
@@ -64,7 +65,7 @@ def repaired_weights(
         plan: made for it. It may cut other axes, too, which the fit ignores.
         data: calibration texts, token rows, a dataset or a `DataLoader`, as for `estimate_importance`.
         processing_class: tokenizer, needed for texts.
-        num_samples: rows to use.
+        num_rows: rows to use.
         max_length: tokens in a row.
         packing: join texts into full rows.
         batch_size: rows at a time.
@@ -88,7 +89,7 @@ def repaired_weights(
     projections = _cut_projections(model, plan)
     if not projections:
         return {}
-    calibration = load_calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
+    calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
     repaired = {}
     for group in projection_groups(projections, limit):

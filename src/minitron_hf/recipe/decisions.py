@@ -126,7 +126,7 @@ def _importance(config: PretrainedConfig, plan: Schedule, tokens: float) -> Deci
             "scores.metric": "activation",
             "scores.batch_reduction": "l2",
             "scores.sequence_reduction": "mean",
-            "scores.num_samples": rows,
+            "scores.num_rows": rows,
             **shorter,
             "scores.packing": True,
         },

@@ -204,7 +204,7 @@ def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
     """Rows of calibration data and T."""
     recipe, model, *_ = facts.in_round(number)
     length = recipe.scores.get("max_length") or default_max_length(model)
-    rows = recipe.scores.get("num_samples", 1024)
+    rows = recipe.scores.get("num_rows", 1024)
     corpus = facts.corpora["train"] if recipe.data.calibration is None else None
     if corpus is not None:
         rows = min(rows, max(1, math.ceil(corpus.num_tokens / length)))

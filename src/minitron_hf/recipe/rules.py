@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, warn_renamed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ RANGES: Mapping[str, Range] = {
             "decode_tokens", "devices", "eval_accumulation_steps", "gradient_accumulation_steps", "iterations",
             "loss_chunk_size", "max_new_tokens", "max_prompt_length", "num_candidates", "num_chat_prompts",
             "num_prompts", "num_processes", "num_proxied", "num_pruned", "num_rounds", "num_rows", "rows_per_file",
-            "num_samples", "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",
+            "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",
             "prefill_length", "rounds", "save_total_limit", "top_k", "torch_empty_cache_steps", "r", "lora_rank",
             "qalora_group_size", "dataloader_prefetch_factor", "max_eval_rows", "max_memory_bytes", "max_parameters",
         ),
@@ -96,6 +96,9 @@ RANGES: Mapping[str, Range] = {
     "max_steps": Range(least=1, also=-1),
 }  # fmt: skip
 
+#: Old name of a setting of `scores`, and of `--set` of `score` and `prune` → its name, for one release.
+OLD_NAMES: Mapping[str, str] = {"num_samples": "num_rows"}
+
 #: Settings whose annotation is narrower or wider than what is understood.
 _UNDERSTOOD: Mapping[str, Any] = {
     "intermediate_weight": float | str,
@@ -103,6 +106,20 @@ _UNDERSTOOD: Mapping[str, Any] = {
 }
 #: Words that YAML 1.1 takes for booleans and YAML 1.2 for text.
 _UNCLEAR = ("yes", "no", "on", "off")
+
+
+def with_new_names(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The settings with new names for old ones (`OLD_NAMES`), with a `DeprecationWarning`.
+
+    Raises:
+        DataError: if a setting is given under both names.
+    """
+    for old, new in OLD_NAMES.items():
+        if old in values:
+            if new in values:
+                raise DataError(f"{prefix}{old} is the old name of {prefix}{new}, which is given, too. Leave it out.")
+            warn_renamed(f"{prefix}{old}", f"{prefix}{new}")
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def hints_of(target: Any, without: Collection[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..errors import DataError, did_you_mean
 from ..privacy import public_settings
 from ..sizes.request import PrunerConfig
 from .reading import apply_overrides, read_yaml, write_yaml
-from .rules import require_choice, require_value
+from .rules import require_choice, require_value, with_new_names
 
 #: Controls that a run can train with the student's distillation settings, for comparison.
 CONTROLS: Mapping[str, str] = {
@@ -404,6 +404,7 @@ def _section(cls: Any, values: Any, where: str) -> Any:
             built[name] = _section(nested, value, at)
         else:
             require_value(value, hints[name], at)
+            value = with_new_names(value, f"{at}.") if name == "scores" else value
             built[name] = _text(value, name, at) if isinstance(value, str) else value
     try:
         return cls(**built)

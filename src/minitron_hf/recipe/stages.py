@@ -29,6 +29,7 @@ from .actions import (
 )
 from .identity import dataset_identity, model_identity, without_publishing
 from .launching import require_launchable
+from .rules import OLD_NAMES
 from .run import CACHE_DIR, CANDIDATES_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 
@@ -95,8 +96,9 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that scores depend on, beside the model."""
     # The layers to measure depend on the sizes to prune.
     cut = recipe.scores.keys() & {"depth_metric", "iterations"}
+    old_names = {new: old for old, new in OLD_NAMES.items()}  # finished stages have recorded these
     return {
-        "scores": recipe.scores,
+        "scores": {old_names.get(name, name): value for name, value in recipe.scores.items()},
         **({"prune": recipe.pruner_config.to_dict()} if cut else {}),
         "data": dataset_identity(recipe.data.calibration or recipe.data.train),
     }

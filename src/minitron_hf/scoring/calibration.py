@@ -69,7 +69,7 @@ def load_calibration(
     model: PreTrainedModel,
     data: DataSource | None,
     processing_class: PreTrainedTokenizerBase | None,
-    num_samples: int,
+    num_rows: int,
     max_length: int | None,
     packing: bool,
     batch_size: int,
@@ -94,7 +94,7 @@ def load_calibration(
             )
         endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
         return Calibration(lambda: data, None if endless else len(data), None)
-    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
+    for name, number in (("num_rows", num_rows), ("max_length", max_length), ("batch_size", batch_size)):
         if name == "max_length" and number is None:
             continue
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -106,7 +106,7 @@ def load_calibration(
         )
         max_length = context
     max_length = default_max_length(model.config) if max_length is None else max_length
-    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_samples, packing=packing)
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows, packing=packing)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
         raise DataError(
             f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "

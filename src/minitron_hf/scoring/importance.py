@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError
+from ..errors import DataError, accept_old_names
 from ..families import spec_for
 from ..files import public_name
 from ..models import plain_model
@@ -42,7 +42,8 @@ def estimate_importance(
 ) -> dict[str, ImportanceScores]: ...
 
 
-def estimate_importance(  # type: ignore[misc] # the overloads leave out what is the same in both
+@accept_old_names(num_samples="num_rows")  # type: ignore[misc] # the overloads leave out what is the same in both
+def estimate_importance(
     model: PreTrainedModel,
     data: DataSource | None = None,
     *,
@@ -50,7 +51,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     metric: Metric | Sequence[Metric] = "activation",
     batch_reduction: Reduction = "l2",
     sequence_reduction: Reduction = "mean",
-    num_samples: int = 1024,
+    num_rows: int = 1024,
     max_length: int | None = None,
     packing: bool = True,
     batch_size: int = 8,
@@ -91,7 +92,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
         metric: name of a metric, or several names.
         batch_reduction: reduction over rows: `"l2"`, `"mean"` (of absolute values) or `"var"`.
         sequence_reduction: reduction over the tokens of a row, likewise. `"taylor"` sums instead.
-        num_samples: number of rows; arXiv 2407.14679 and 2408.11796 use 1,024.
+        num_rows: number of rows; arXiv 2407.14679 and 2408.11796 use 1,024.
         max_length: tokens in a row; default 512, or the model's context where it is shorter.
         packing: join texts into full rows instead of one text a row.
         batch_size: rows at a time. Memory grows with `batch_size × max_length × (layers + 1) × hidden_size`; logits,
@@ -126,7 +127,7 @@ def estimate_importance(  # type: ignore[misc] # the overloads leave out what is
     run = ScoringRun(spec, model, None, show_progress)
     run.add_digests(processing_class)
     if depth.needs_data or any(each.needs_data for each in metrics):
-        run.calibration = load_calibration(model, data, processing_class, num_samples, max_length, packing, batch_size)
+        run.calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     found = dict(_width_scores(run, metrics, reductions, seed))
     if depth_metric is not None:
         layers = score_layers(run, depth)
