@@ -474,6 +474,16 @@ def test_chunks_of_both_models_are_a_small_part_of_all_logits(num_tokens, copies
     assert 2 * largest < copies * num_tokens
 
 
+@pytest.mark.parametrize("num_tokens", [1024, 4096, 65_536])
+@pytest.mark.parametrize("vocab_size", [32_000, 128_256, 256_000])
+def test_half_precision_chunks_of_both_models_are_bounded(num_tokens, vocab_size):
+    largest = default_chunk_size(num_tokens, vocab_size, torch.device("cpu"), torch.bfloat16)
+    assert largest >= 128
+    num_bytes = 2 * 2 * largest * vocab_size  # two models, two bytes
+    assert num_bytes <= num_tokens * vocab_size * 4 / 4
+    assert num_bytes <= 1.1e9
+
+
 @pytest.mark.parametrize("vocab_size", [100, 32_000, 128_256, 256_000])
 def test_chunks_are_large_enough_for_efficient_products(vocab_size):
     for device in (torch.device("cpu"), torch.device("cuda")):

@@ -161,7 +161,8 @@ def loss_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setu
     device = torch.device(setup.device.type)
     vocab_size, width = student.get_text_config().vocab_size, student.get_text_config().hidden_size
     compute, stored = setup.compute_bytes, setup.stored_bytes
-    num_chunks = -(-num_tokens // default_chunk_size(num_tokens, vocab_size, device))
+    dtype = torch.float32 if compute == 4 else torch.bfloat16
+    num_chunks = -(-num_tokens // default_chunk_size(num_tokens, vocab_size, device, dtype))
     logits = -(-num_tokens // num_chunks) * vocab_size * compute * (1 if setup.cached_top_k else 2)
     block = max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // vocab_size)
     softmaxes = 4 * min(block, num_tokens) * vocab_size * 4

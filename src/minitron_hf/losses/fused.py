@@ -12,7 +12,7 @@ linear losses, arXiv 2410.10989 §3.2, for two heads).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +111,8 @@ def distillation_loss(
     """
     _require_comparable(hidden, head, teacher, labels, divergence)
     if chunk_size is None:
-        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device)
+        dtype = _compute_dtype(hidden.device, head.weight)
+        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device, dtype)
     settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
     weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # `needs_input_grad` is true of a parameter even then
@@ -238,16 +239,6 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-class _Logits(NamedTuple):
-    """Logits over T of n tokens: [n, V] of both models, their maxima [n, 1], and the true token's [n, 1]."""
-
-    teacher: Tensor
-    student: Tensor
-    max_t: Tensor
-    max_s: Tensor
-    label: Tensor
-
-
 class _Rows:
     """The part of the loss between the matrix products: softmaxes, divergences, and the gradient of the logits.
 
@@ -311,9 +302,8 @@ class _Rows:
         # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
         student = _scaled_logits(z_s, s.scale, s.softcap, s.temperature, scratch_b)
         teacher = self._teacher_logits(block, where, student, scratch_a)
-        max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
+        max_t, max_s = self._compare_best_tokens(where, teacher, student, z_s.dtype, work)
         label = student.gather(-1, self.labels[where, None])
-        self._compare_best_tokens(block, where, z_s, _Logits(teacher, student, max_t, max_s, label), work)
 
         # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
         torch.sub(teacher, student, out=work)
@@ -337,20 +327,37 @@ class _Rows:
             self._finish_gradient(where, student, gradient, free)
             z_s.copy_(gradient)
 
-    def _compare_best_tokens(self, block: slice, where: slice, z_s: Tensor, logits: _Logits, work: Tensor) -> None:
-        """Fill in whether the student's most likely token is the teacher's, and whether it is the true one."""
-        found = self.found
-        if isinstance(self.signal, DenseSignal) and self.z_t.dtype == z_s.dtype == work.dtype:
-            # An argmax costs more than an exponential on a CPU; this finds a shared maximum at a fifth of the price.
-            largest_sum = torch.add(logits.teacher, logits.student, out=work).amax(-1, keepdim=True)
-            found.agreement[where] = (largest_sum == logits.max_t + logits.max_s)[:, 0]
-            found.accuracy[where] = (logits.label == logits.max_s)[:, 0]
-            return
-        # Half-precision logits have ties, and a tie is not an agreement.
-        best = logits.student.argmax(-1)
-        of_teacher = self.signal.tokens[where, 0] if isinstance(self.signal, TopKSignal) else logits.teacher.argmax(-1)
-        found.agreement[where] = of_teacher == best
-        found.accuracy[where] = best == self.labels[where]
+    def _compare_best_tokens(
+        self, where: slice, teacher: Tensor, student: Tensor, dtype: torch.dtype, work: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fill in whether the student's most likely token is the teacher's, and whether it is the true one.
+
+        Args:
+            where: rows of the block.
+            teacher: [n, V], the teacher's logits over T.
+            student: [n, V], the student's logits over T.
+            dtype: in which the student's logits were computed.
+            work: [n, V], scratch memory.
+
+        Returns:
+            The largest logits [n, 1] of the teacher and of the student.
+        """
+        found, labels = self.found, self.labels[where, None]
+        if isinstance(self.signal, DenseSignal) and self.z_t.dtype == dtype == work.dtype:
+            # An index of the maximum costs more than an exponential on a CPU; this finds a shared maximum without.
+            max_t, max_s = teacher.amax(-1, keepdim=True), student.amax(-1, keepdim=True)
+            largest_sum = torch.add(teacher, student, out=work).amax(-1, keepdim=True)
+            found.agreement[where] = (largest_sum == max_t + max_s)[:, 0]
+            found.accuracy[where] = (student.gather(-1, labels) == max_s)[:, 0]
+            return max_t, max_s
+        # Half-precision logits have ties, and a tie is not an agreement. `max` is three times faster than `argmax`.
+        max_s, best = student.max(-1, keepdim=True)
+        max_t, of_teacher = teacher.max(-1, keepdim=True)
+        if isinstance(self.signal, TopKSignal):
+            of_teacher = self.signal.tokens[where, :1]
+        found.agreement[where] = (of_teacher == best)[:, 0]
+        found.accuracy[where] = (best == labels)[:, 0]
+        return max_t, max_s
 
     def _divergence_gradient(self, where: slice, rows: Rows) -> Tensor:
         """Fill in the divergence, and return its weighted gradient with respect to the student's logits over T.
