@@ -7,7 +7,9 @@ import math
 import random
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +17,17 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import corpora, report, tasks
-from benchmarks.real.arms import load_experiments
+from benchmarks.real import corpora, report, tasks, tasks_report
+from benchmarks.real.arms import SCREEN_TOKENS, load_experiments
 from benchmarks.real.intervals import Difference, paired_difference, t_quantile, verdict
 from benchmarks.real.measure import unpacked
 from benchmarks.real.optimizers import MuonWithAdamW, split_parameters
-from benchmarks.real.run import Bench
+from benchmarks.real.run import RESULTS, Bench
+from benchmarks.real.starts import Starts
 from benchmarks.real.stopping import Stop, Stopped
 
 from minitron_hf import evaluate_models
+from minitron_hf.files import digest
 from pocket import pocket_model, pocket_tokenizer
 
 WORDS = ["the", "old", "house", "by", "a", "river", "was", "full", "of", "small", "green", "birds", "and", "a", "cat"]
@@ -175,6 +179,7 @@ def test_the_paired_interval_of_equal_rows_is_the_textbook_one():
     half = 2.20098516 * statistics.stdev(differences) / math.sqrt(12)  # t table, 11 degrees of freedom
     assert found.value == pytest.approx(statistics.mean(differences))
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    assert found.error == pytest.approx(half / 2.20098516)
 
 
 def test_the_paired_interval_covers_the_truth_as_often_as_it_says():
@@ -201,7 +206,7 @@ def test_the_paired_interval_covers_the_truth_as_often_as_it_says():
     ],
 )
 def test_verdicts(low, high, lower, same):
-    difference = Difference((low + high) / 2, low, high, 1.0, 1)
+    difference = Difference((low + high) / 2, low, high, 1.0, 1, 0.1)
     assert (verdict(difference, "lower"), verdict(difference, "same")) == (lower, same)
 
 
@@ -243,19 +248,72 @@ def test_a_report_is_the_same_every_time_and_says_what_the_rows_say(tmp_path):
         [results] = report.Results.read(folder)
         found = list(report.findings(results, experiments))
         report.draw(found, tmp_path / f"{attempt}.png")
-        report.write_page(tmp_path / "page.md", report.text([results], experiments, "figure.png"))
+        report.write_page(tmp_path / "page.md", report.text([results], experiments, "figure.png", folder / "tasks"))
         made.append(((tmp_path / "page.md").read_text(), (tmp_path / f"{attempt}.png").read_bytes()))
     assert made[0] == made[1]
     page = made[0][0]
     # -30/210 of 0.7 nats; s of the differences 10, 11, 9 is 1, so the interval is ± 4.303·(1/√3)/70.
-    assert "| KL | -14.3 % [-17.8, -10.7] | **confirmed** |" in page.replace("wikitext2, ", "")
-    assert "bits per byte | +0.0 % [+0.0, +0.0] | **refuted** |" in page
+    assert "| base – loss ce | 1k | 1 | wikitext2, KL | -14.3 % [-17.8, -10.7] | for the claim |" in page
+    assert "bits per byte | +0.0 % [+0.0, +0.0] | against it |" in page
+    assert "0 of 27 claims have a verdict, 2 a tendency, 25 are not measured yet" in page
+    assert "Verdicts" not in page
+    assert "## Tasks" not in page
     assert "| controls | loss ce | 1k | 1 | 0.700 ± 0.055 |" in page
     assert page.startswith("# Real teachers")
     edited = page.replace("# Real teachers", "# Another title")
     (tmp_path / "page.md").write_text(edited)
-    report.write_page(tmp_path / "page.md", report.text([results], experiments, "figure.png"))
+    report.write_page(tmp_path / "page.md", report.text([results], experiments, "figure.png", folder / "tasks"))
     assert (tmp_path / "page.md").read_text() == edited
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seeds", "is_final"), [(131072, 3, False), (262144, 2, False), (262144, 3, True), (1048576, 3, True)]
+)
+def test_a_verdict_needs_three_seeds_and_more_than_a_screening(tmp_path, tokens, seeds, is_final):
+    """And a claim that has a verdict is not listed again with its tendency."""
+    experiments = load_experiments()
+    base, _, cross_entropy, _ = experiments["controls"].arms
+    runs = [(tokens, seed) for seed in range(seeds)] + [(131072, 0)]
+    for number, (budget, seed) in enumerate(dict.fromkeys(runs)):
+        for arm, kl in ((base, [50, 60, 70]), (cross_entropy, [60, 71, 79])):
+            result = result_of(arm.at(tokens=budget, seed=seed), [value + number / 10 for value in kl])
+            (tmp_path / f"{arm['loss']}{number}.json").write_text(json.dumps(result))
+    [results] = report.Results.read(tmp_path)
+    page = report.text([results], experiments, None, tmp_path / "tasks")
+    verdicts, _, tendencies = page.partition("### Tendencies")
+    assert ("### Verdicts" in verdicts, "| **confirmed** |" in verdicts) == (is_final, is_final)
+    assert ("| for the claim |" in tendencies) != is_final
+    report.draw(list(report.findings(results, experiments)), tmp_path / "figure.png")
+
+
+def test_committed_results_belong_to_the_arms_of_the_table():
+    """Name, settings and key of every file follow from the table: a run would find it and do nothing."""
+    arms = {
+        run.name: run
+        for experiment in load_experiments().values()
+        for tokens in (None, [SCREEN_TOKENS])
+        for run in experiment.runs(tokens)
+    }
+    results = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert results
+    [mixed] = {result["corpus"]["digest"] for result in results.values() if result["arm"]["corpus"] == "mixed"}
+    for path, result in results.items():
+        arm = arms[path.stem.rpartition(".")[0]]
+        assert (dict(arm.settings), dict(arm.shape), dict(arm.loss)) == (
+            result["arm"],
+            result["shape"],
+            result["loss"],
+        )
+        teacher = SimpleNamespace(dtype=getattr(torch, result["teacher"]["computed_in"]))
+        train = {"mixed": {"digest": mixed}, arm["corpus"]: result["corpus"]}
+        made_on = SimpleNamespace(
+            digest=result["teacher"]["digest"],
+            teacher=teacher,
+            corpora={"train": train},
+            domains=[SimpleNamespace(rows=SimpleNamespace(**domain)) for domain in result["held_out"].values()],
+            starts=Starts(teacher, result["teacher"]["digest"], None, train, path),
+        )
+        assert path.stem == f"{arm.name}.{result['key']}" == f"{arm.name}.{Bench.key(made_on, arm)}"
 
 
 # ---- Parts ----
@@ -306,21 +364,110 @@ def test_a_mix_is_drawn_with_its_seed_and_leaves_the_rest(tmp_path):
     assert len(documents) == 10
 
 
-def test_students_are_compared_with_the_teacher_document_by_document(tmp_path):
-    """Against counting: 2 of 8 documents are lost and 1 is gained."""
-    teacher = {"piqa": {"correct": "11110000"}}
-    found = tasks.with_differences({"piqa": {"correct": "00111000"}}, teacher)
-    difference = found["piqa"]["difference_to_teacher"]
-    assert difference["value"] == -1 / 8
-    error = statistics.stdev([-1, -1, 0, 0, 1, 0, 0, 0]) / math.sqrt(8)
-    assert difference["high"] == pytest.approx(-1 / 8 + 2.36462425 * error)  # t table, 7 degrees of freedom
+# ---- Tasks ----
+
+
+def scores_file(model: str, correct: str, documents: str = "d") -> dict:
+    """A file of `tasks.py` on one task."""
+    accuracy = {"value": correct.count("1") / len(correct), "stderr": 0.1}
+    task = {"accuracy": accuracy, "chance": 0.5, "num_documents": len(correct), "correct": correct}
+    digest = "x" if model == "teacher" else model
+    return {
+        "model": model,
+        "digest": digest,
+        "computed_in": "float32",
+        "tasks": {"piqa": task | {"documents": documents}},
+    }
+
+
+def test_students_are_compared_with_the_teacher_document_by_document():
+    """Against counting: with one seed 2 of 8 documents are lost and 1 is gained; with the other 1 and none."""
+    files = [scores_file("teacher", "11110000"), scores_file("a", "00111000"), scores_file("b", "01110000")]
+    scores = tasks_report.TaskScores(files, "x", "float32")
+    lost = [[-1, -1, 0, 0, 1, 0, 0, 0], [-1, 0, 0, 0, 0, 0, 0, 0]]
+    errors = [statistics.stdev(lost[0]) / math.sqrt(8)]
+    means = [statistics.mean(column) for column in zip(*lost)]
+    by_seed = statistics.stdev(map(statistics.mean, lost)) / math.sqrt(2)
+    errors.append(math.hypot(statistics.stdev(means) / math.sqrt(8), by_seed))
+    for models, value, error in ((["a"], -0.125, errors[0]), (["a", "b"], -0.125, errors[1])):
+        [(task, count, cells)] = scores.rows(models)
+        assert (task, count) == ("piqa", len(models))
+        assert cells[1:] == ["0.50", f"{value:+.3f} ± {error:.3f}", "8"]
+    assert cells[0].startswith("0.375 ± ")
+    assert scores.at_chance() == ["piqa"]
+    lines = tasks_report.tasks_table(scores, [(["base", "1k"], ["a"])])
+    assert lines[2].startswith("| teacher |  |  | piqa | 0.500 ± ")
+    assert lines[3].startswith("| base | 1k | 1 | piqa | 0.375 ± ")
+
+
+def test_only_the_same_documents_and_the_same_teacher_are_compared():
+    files = [scores_file("teacher", "111"), scores_file("a", "1010", "others"), scores_file("a", "110")]
+    for teacher, dtype, expected in (
+        ("x", "float32", [["-0.333 ± 0.333", "3"]]),
+        ("another", "float32", [["", "4"]]),
+        ("x", "bfloat16", []),
+    ):
+        found = tasks_report.TaskScores(files, teacher, dtype).rows(["a"])
+        assert [cells[2:] for _, _, cells in found] == expected
 
 
 def test_a_limit_takes_some_of_every_file(tmp_path):
-    files = []
     for name in "abc":
-        files.append(tmp_path / f"{name}.jsonl")
-        files[-1].write_text("".join(f"{name}{index}\n" for index in range(10)))
-    [some] = tasks.evenly(files, 6, tmp_path)
-    assert some.read_text().split() == ["a0", "a1", "b0", "b1", "c0", "c1"]
-    assert tasks.evenly(files, None, tmp_path) == files
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{name}{index}\n" for index in range(10)))
+    task = tasks.Task("*.jsonl", 0.5)
+    assert tasks.documents(task, tmp_path, 6) == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert len(tasks.documents(task, tmp_path, None)) == 30
+    with pytest.raises(FileNotFoundError, match=r"no file x\.jsonl"):
+        tasks.documents(tasks.Task("x.jsonl", 0.5), tmp_path, None)
+
+
+def test_no_task_is_measured_twice_and_a_stop_loses_one(bench_files, tmp_path, monkeypatch):
+    """Tasks that a file has are skipped; other documents or weights are measured anew."""
+    teacher, measured = str(bench_files[0] / "teacher"), []
+
+    def score(model, tokenizer, name, lines):
+        measured.append(name)
+        if name == "broken":
+            raise Stopped
+        return scores_file("a", "10", digest(*lines))["tasks"]["piqa"]
+
+    monkeypatch.setattr(tasks, "score", score)
+
+    def run(lines, place=teacher, **described):
+        measured.clear()
+        scores = tasks.Scores(tmp_path / "a.json", place, {"model": "a", **described})
+        scores.fill(lines, None, "float32")
+        return list(measured)
+
+    lines = {"piqa": ["1", "2"], "broken": ["3"], "blimp": ["4"]}
+    with pytest.raises(Stopped):
+        run(lines)
+    assert measured == ["piqa", "broken"]
+    del lines["broken"]
+    assert run(lines) == ["blimp"]
+    assert run(lines) == []
+    assert run(lines | {"piqa": ["1"]}) == ["piqa"]
+    assert run(lines, limit=3) == ["piqa", "blimp"]
+    other = pocket_model("llama", seed=5, dtype=torch.float32)
+    other.save_pretrained(tmp_path / "other")
+    assert run(lines | {"piqa": ["9"]}, str(tmp_path / "other"), limit=3) == ["piqa", "blimp"]
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
+def test_tasks_of_the_harness_on_local_files():
+    """A naive oracle: the sum of the log-probabilities of both sentences."""
+    model, tokenizer = pocket_model("llama", dtype=torch.float32), pocket_tokenizer()
+    pairs = [(f"a {one} b", f"b {one} a") for one in ("cat", "river", "old house", "bird")]
+    lines = [json.dumps({"sentence_good": good, "sentence_bad": bad}) for good, bad in pairs]
+
+    def log_likelihood(text: str) -> float:
+        ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]  # as after a question
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        logits = model(torch.tensor([[start, *ids]])).logits[0, :-1].log_softmax(-1)
+        return sum(logits[place, token].item() for place, token in enumerate(ids))
+
+    found = tasks.score(model, tokenizer, "blimp", lines)
+    assert found["correct"] == "".join(str(int(log_likelihood(a) > log_likelihood(b))) for a, b in pairs)
+    assert found["num_documents"] == 4
+    words = [json.dumps({"text": text}) for text in texts(3, 7)]
+    assert set(tasks.score(model, tokenizer, "stories_lastword", words)["correct"]) <= {"0", "1"}

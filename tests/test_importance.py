@@ -512,7 +512,7 @@ def test_texts_are_packed_into_rows():
     assert ragged.settings["num_rows"] == 2
 
 
-def test_num_samples_limits_the_rows():
+def test_num_rows_limits_the_rows():
     model = pocket_model("llama")
     some = scores_of(model, pocket_tokens(9, 8).tolist(), num_rows=4, max_length=8)
     assert some.settings["num_rows"] == 4

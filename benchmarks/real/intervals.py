@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minitron_hf.evaluation.quality import mean_and_error
+from minitron_hf.evaluation.means import mean_and_error
 
 #: A difference within this fraction of the reference counts as none.
 EQUIVALENCE = 0.02
@@ -30,6 +30,7 @@ class Difference:
         high: upper end.
         reference: mean of the reference.
         num_seeds: number of seeds that both arms have; with one, the interval includes the variation over rows only.
+        error: standard error of the value, from the same parts as the interval.
     """
 
     value: float
@@ -37,6 +38,7 @@ class Difference:
     high: float
     reference: float
     num_seeds: int
+    error: float
 
     @property
     def relative(self) -> tuple[float, float, float]:
@@ -75,7 +77,7 @@ def paired_difference(
     else:
         half = 0.0
     mean = statistics.fmean(math.fsum(row) / total for row in reference)
-    return Difference(value, value - half, value + half, mean, num_seeds)
+    return Difference(value, value - half, value + half, mean, num_seeds, math.sqrt(variance))
 
 
 def verdict(difference: Difference, expect: str) -> Verdict:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minitron_hf import token_rows
 from minitron_hf.data import TokenRows, padded_batches
-from minitron_hf.evaluation.quality import mean_and_error, token_divergences, token_log_probabilities
+from minitron_hf.evaluation.means import mean_and_error
+from minitron_hf.evaluation.quality import token_divergences, token_log_probabilities
 from minitron_hf.files import replacing_file
 from minitron_hf.losses.heads import OutputHead, backbone_output, head_logits, output_head
 from minitron_hf.models import evaluating

@@ -1,6 +1,7 @@
 """Writes the tables and the figure of the measurements on real teachers from their JSON files.
 
-Claims are judged by paired differences on the same rows, see `intervals`. Run from the repository root:
+Claims are judged by paired differences on the same rows, see `intervals`. A verdict needs three seeds and more tokens
+than a screening has; other findings are tendencies. Run from the repository root:
 
     python -m benchmarks.real.report --page docs/explanation/real-teachers.md --figure docs/_static/real-teachers.png
 """
@@ -9,25 +10,33 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_hf.evaluation.quality import mean_and_error
+from minitron_hf.evaluation.means import mean_and_error
 from minitron_hf.files import read_json, replacing_file, write_text
 from minitron_hf.publishing.drawing import BLUE, DPI, GREY, ORANGE
 
-from .arms import TABLE, Arm, Claim, Experiment, load_experiments
+from .arms import SCREEN_TOKENS, TABLE, Arm, Claim, Experiment, load_experiments
 from .intervals import EQUIVALENCE, Difference, Verdict, paired_difference, verdict
 from .measure import bits_per_byte, unpacked
 from .run import RESULTS
+from .tasks_report import FOLDER as TASKS_FOLDER
+from .tasks_report import TaskScores, tasks_section
 
 BEGIN, END = "<!-- results of benchmarks/real: begin -->", "<!-- results of benchmarks/real: end -->"
 
 #: Measure of a claim → the value that is kept of every row.
 KEPT_AS = {"kl": "kl", "loss": "loss", "bits_per_byte": "loss", "disagreement": "agree"}
 COLOURS: dict[Verdict, str] = {"confirmed": BLUE, "refuted": ORANGE, "undecided": GREY}
+
+#: Seeds that a verdict needs.
+VERDICT_SEEDS = 3
+#: What a finding is called that is no verdict.
+TENDENCIES: dict[Verdict, str] = {"confirmed": "for the claim", "refuted": "against it", "undecided": "open"}
 
 
 class Results:
@@ -50,6 +59,7 @@ class Results:
             result = read_json(path)
             if "rows" not in result:  # of another kind
                 continue
+            result["name"] = path.stem
             rows = [domain["digest"] for domain in result["held_out"].values()]
             groups.setdefault(str([result["teacher"]["digest"], result["teacher"]["computed_in"], *rows]), []).append(
                 result
@@ -84,6 +94,27 @@ class Finding:
     difference: Difference
     verdict: Verdict
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it is a verdict; otherwise a tendency."""
+        return self.difference.num_seeds >= VERDICT_SEEDS and self.tokens > SCREEN_TOKENS
+
+    @property
+    def words(self) -> str:
+        """The verdict or the tendency."""
+        return self.verdict if self.is_final else TENDENCIES[self.verdict]
+
+    @property
+    def measure(self) -> str:
+        """The measure in words."""
+        return self.claim.measure.replace(".", ", ").replace("_", " ").replace("kl", "KL")
+
+    @property
+    def numbers(self) -> str:
+        """Relative difference and interval in words."""
+        value, low, high = (f"{100 * part:+.1f}" for part in self.difference.relative)
+        return f"{value} % [{low}, {high}]"
+
 
 def findings(results: Results, experiments: dict[str, Experiment]) -> Iterator[Finding]:
     """All claims at all budgets at which both arms were run."""
@@ -113,31 +144,72 @@ def _settings(settings: Any) -> str:
 # ---- Tables ----
 
 
-def claims_table(found: Sequence[Finding]) -> list[str]:
-    """Markdown lines."""
+def claims_table(found: Sequence[Finding], last: str) -> list[str]:
+    """Markdown lines; `last` is the head of the last column."""
     lines = [
-        "| claim | source | tokens | seeds | measure | difference, 95 % interval | verdict |",
-        "|---|---|---|---|---|---|---|",
+        f"| claim | source | arms | tokens | seeds | measure | difference, 95 % interval | {last} |",
+        "|---" * 8 + "|",
     ]
     for finding in found:
-        claim, difference = finding.claim, finding.difference
-        value, low, high = (f"{100 * part:+.1f}" for part in difference.relative)
-        measure = claim.measure.replace(".", ", ").replace("_", " ").replace("kl", "KL")
+        claim, words = finding.claim, f"**{finding.words}**" if finding.is_final else finding.words
         lines.append(
-            f"| {claim.text} | {claim.source} | {_thousands(finding.tokens)} | {difference.num_seeds} | {measure} | "
-            f"{value} % [{low}, {high}] | **{finding.verdict}** |"
+            f"| {claim.text} | {claim.source} | {claim.better.label} – {claim.than.label} | "
+            f"{_thousands(finding.tokens)} | {finding.difference.num_seeds} | {finding.measure} | {finding.numbers} | "
+            f"{words} |"
         )
     return lines
 
 
-def arms_table(results: Results, experiments: dict[str, Experiment]) -> list[str]:
-    """Markdown lines: every arm at every budget once, in the first experiment that has it."""
-    first = results.domains[0]
-    heads = [f"bits per byte, {domain}" for domain in results.domains]
+def claims_section(found: Sequence[Finding], experiments: dict[str, Experiment], figure: str | None) -> list[str]:
+    """Verdicts, tendencies and the figure, as Markdown lines."""
+    final, tendencies = by_strength(found)
+    total = sum(len(experiment.claims) for experiment in experiments.values())
+    seen = {id(finding.claim) for finding in found}
+    decided = {id(finding.claim) for finding in final}
     lines = [
-        f"| experiment | arm | tokens | seeds | KL on {first}, before | after | agreement | {' | '.join(heads)} |",
-        "|---" * (7 + len(heads)) + "|",
+        "## Claims",
+        "",
+        f"{len(decided)} of {total} claims have a verdict, {len(seen - decided)} a tendency, {total - len(seen)} are "
+        "not measured yet. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
+        "value. Lower is better; within 2 % counts as equal.",
+        "",
     ]
+    if figure:
+        lines += [f"![Relative differences of the claims, with 95 % intervals]({figure})", ""]
+    if final:
+        lines += [
+            "### Verdicts",
+            "",
+            f"At least {VERDICT_SEEDS} seeds and more than {SCREEN_TOKENS:,} tokens. The interval counts rows and "
+            "seeds.",
+            "",
+            *claims_table(final, "verdict"),
+            "",
+        ]
+    if tendencies:
+        lines += [
+            "### Tendencies",
+            "",
+            f"From a screening: fewer than {VERDICT_SEEDS} seeds, or {SCREEN_TOKENS:,} tokens. With one seed, the "
+            "interval counts the held-out rows alone, not the chance in training. **These are no verdicts.**",
+            "",
+            *claims_table(tendencies, "tendency"),
+            "",
+        ]
+    return lines
+
+
+def by_strength(found: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """Verdicts; and the tendencies of claims that have none."""
+    final = [finding for finding in found if finding.is_final]
+    decided = {id(finding.claim) for finding in final}
+    return final, [finding for finding in found if id(finding.claim) not in decided]
+
+
+def measured_arms(
+    results: Results, experiments: dict[str, Experiment]
+) -> Iterator[tuple[Experiment, Arm, int, dict[int, dict[str, Any]]]]:
+    """Experiment, arm, budget and results by seed: every arm at every budget once, in the first experiment with it."""
     known = set()
     for experiment in experiments.values():
         for tokens in results.budgets():
@@ -145,11 +217,23 @@ def arms_table(results: Results, experiments: dict[str, Experiment]) -> list[str
                 [found] = results.seeds(arm.at(tokens=tokens))
                 if found and (arm.label, tokens) not in known:
                     known.add((arm.label, tokens))
-                    cells = [_cell(results, found, when, first, "kl") for when in ("before", "after")]
-                    cells.append(_cell(results, found, "after", first, "agree"))
-                    cells += [_cell(results, found, "after", domain, "bits_per_byte") for domain in results.domains]
-                    head = [experiment.name, arm.label, _thousands(tokens), str(len(found))]
-                    lines.append(f"| {' | '.join(head + cells)} |")
+                    yield experiment, arm, tokens, found
+
+
+def arms_table(results: Results, experiments: dict[str, Experiment]) -> list[str]:
+    """Markdown lines."""
+    first = results.domains[0]
+    heads = [f"bits per byte, {domain}" for domain in results.domains]
+    lines = [
+        f"| experiment | arm | tokens | seeds | KL on {first}, before | after | agreement | {' | '.join(heads)} |",
+        "|---" * (7 + len(heads)) + "|",
+    ]
+    for experiment, arm, tokens, found in measured_arms(results, experiments):
+        cells = [_cell(results, found, when, first, "kl") for when in ("before", "after")]
+        cells.append(_cell(results, found, "after", first, "agree"))
+        cells += [_cell(results, found, "after", domain, "bits_per_byte") for domain in results.domains]
+        head = [experiment.name, arm.label, _thousands(tokens), str(len(found))]
+        lines.append(f"| {' | '.join(head + cells)} |")
     teacher = [_cell(results, {0: results.any}, "teacher", domain, "bits_per_byte") for domain in results.domains]
     lines.append(f"| | teacher | | | 0 | 0 | 1 | {' | '.join(teacher)} |")
     return lines
@@ -186,17 +270,21 @@ def described(results: Results) -> str:
     )
 
 
-def text(groups: Sequence[Results], experiments: dict[str, Experiment], figure: str | None) -> str:
-    """The generated region of the page."""
+def text(groups: Sequence[Results], experiments: dict[str, Experiment], figure: str | None, tasks: Path) -> str:
+    """The generated region of the page; `tasks` is the folder of the scores on tasks."""
     parts = []
     for results in groups:
         found = list(findings(results, experiments))
         parts += [described(results), ""]
         if found:
-            parts += ["## Claims", "", *claims_table(found), ""]
-            if figure and results is groups[0]:
-                parts += [f"![Relative differences of the claims, with 95 % intervals]({figure})", ""]
+            parts += claims_section(found, experiments, figure if results is groups[0] else None)
         parts += ["## Arms", "", *arms_table(results, experiments), ""]
+        teacher = results.any["teacher"]
+        models = [
+            ([arm.label, _thousands(tokens)], [result["name"] for result in seeds.values()])
+            for _, arm, tokens, seeds in measured_arms(results, experiments)
+        ]
+        parts += tasks_section(TaskScores.read(tasks, teacher["digest"], teacher["computed_in"]), models)
     return "\n".join(parts)
 
 
@@ -214,32 +302,67 @@ def write_page(page: Path, region: str) -> None:
 # ---- Figure ----
 
 
+#: Differences beyond this, in percent, are drawn as arrows at the edge; their numbers stand beside them.
+EDGE = 25
+
+
 def draw(found: Sequence[Finding], path: Path) -> None:
-    """Forest plot: relative difference and interval of every claim, and the band that counts as equal."""
+    """Forest plot: relative difference and interval of every claim, and the band that counts as equal.
+
+    Verdicts come first, with filled points and bold words; tendencies have hollow points and thin lines.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
+    parts = [part for part in by_strength(found) if part]
+    num_lines = sum(len(part) for part in parts)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-        figure = Figure(figsize=(10, 1.2 + 0.42 * len(found)), layout="constrained")
-        axes = figure.add_subplot()
-        axes.axvspan(-100 * EQUIVALENCE, 100 * EQUIVALENCE, color=GREY, alpha=0.2, linewidth=0)
-        axes.axvline(0, color="black", linewidth=0.8)
-        for place, finding in enumerate(found):
-            value, low, high = (100 * part for part in finding.difference.relative)
-            colour = COLOURS[finding.verdict]
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot([value], [place], "o", color=colour, markersize=4)
-        axes.set_yticks(range(len(found)))
-        axes.set_yticklabels(
-            [f"{one.claim.text}\n{one.claim.measure}, {_thousands(one.tokens)}: {one.verdict}" for one in found]
-        )
-        axes.invert_yaxis()
-        axes.set_xlabel("difference, % (lower is better), with 95 % interval")
+        figure = Figure(figsize=(11, 0.6 + 0.35 * len(parts) + 0.4 * num_lines), layout="constrained")
+        heights = [len(part) for part in parts]
+        rows = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, part in zip(rows, parts, strict=True):
+            _draw_findings(axes, part)
+        rows[-1].set_xlabel("difference, % (below 0: as claimed; grey: counts as equal), with 95 % interval")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": None})
+
+
+def _draw_findings(axes: Any, found: Sequence[Finding]) -> None:
+    """Verdicts, or tendencies, into one plot."""
+    final = found[0].is_final
+    kind = f"Verdicts: {VERDICT_SEEDS} seeds or more" if final else "Tendencies from the screening: no verdicts"
+    axes.set_title(kind, loc="left", fontsize=9, fontweight="bold" if final else "normal")
+    axes.axvspan(-100 * EQUIVALENCE, 100 * EQUIVALENCE, color=GREY, alpha=0.2, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-EDGE, EDGE)
+    for place, finding in enumerate(found):
+        value, low, high = (100 * part for part in finding.difference.relative)
+        colour = COLOURS[finding.verdict]
+        face = colour if final else "white"
+        if abs(value) > EDGE:
+            edge = EDGE if value > 0 else -EDGE
+            style = {"marker": ">" if value > 0 else "<", "clip_on": False}
+            axes.plot([edge], [place], color=colour, markerfacecolor=face, markersize=6, **style)
+        else:
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.5 if final else 1)
+            axes.plot([value], [place], "o", color=colour, markerfacecolor=face, markersize=5)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_yticks(range(len(found)), [_label(finding) for finding in found])
+    right = axes.twinx()
+    right.set_ylim(axes.get_ylim())
+    right.set_yticks(range(len(found)), [f"{finding.numbers}\n{finding.words}" for finding in found])
+    right.tick_params(length=0)
+    for text_of, finding in zip(right.get_yticklabels(), found, strict=True):
+        text_of.set(color=COLOURS[finding.verdict], fontweight="bold" if final else "normal")
+
+
+def _label(finding: Finding) -> str:
+    seeds = finding.difference.num_seeds
+    small = f"{finding.measure}, {_thousands(finding.tokens)} tokens, {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{textwrap.shorten(finding.claim.text, 80, placeholder='…')}\n{small}"
 
 
 def main() -> None:
@@ -253,7 +376,7 @@ def main() -> None:
     if arguments.figure is not None:
         draw(list(findings(groups[0], experiments)), arguments.figure)
         name = f"../_static/{arguments.figure.name}"
-    region = text(groups, experiments, name)
+    region = text(groups, experiments, name, arguments.results / TASKS_FOLDER)
     if arguments.page is None:
         print(region)
     else:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import MismatchError
 from .chunks import default_chunk_size, even_slices
 from .divergences import DIVERGENCES, OF_LOGITS, Rows
-from .heads import OutputHead
+from .heads import OutputHead, finite_bias
 from .signals import DenseSignal, TeacherSignal, TopKSignal
 
 
@@ -188,7 +188,7 @@ class _FusedLoss(torch.autograd.Function):
         sum_dtype = torch.promote_types(compute_dtype, torch.float32)
 
         h_NH, w_VH = hidden.detach().to(compute_dtype), weight.detach().to(compute_dtype)
-        b_V = _finite_bias(bias, compute_dtype)
+        b_V = finite_bias(bias, compute_dtype)
         kl = torch.empty(num_tokens, dtype=sum_dtype, device=device)
         ce, entropy = torch.empty_like(kl), torch.empty_like(kl)
         agreement, accuracy = (torch.empty_like(kl, dtype=torch.bool) for _ in range(2))
@@ -267,7 +267,7 @@ class _Rows:
             teacher_dtype = _compute_dtype(kl.device, signal.head.weight)
             self.teacher_hidden = signal.hidden.detach().to(teacher_dtype)
             self.teacher_weight = signal.head.weight.detach().to(teacher_dtype)
-            self.teacher_bias = _finite_bias(signal.head.bias, teacher_dtype)
+            self.teacher_bias = finite_bias(signal.head.bias, teacher_dtype)
             self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
 
     def evaluate(self, chunk: slice, z_s: Tensor) -> None:
@@ -435,15 +435,6 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor
     out = buffer[: shape[0]] if buffer.dim() == 2 and buffer.shape[0] >= shape[0] else hidden.new_empty(shape)
     torch.mm(hidden, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
-
-
-def _finite_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A head's bias, of which -inf (tokens that cannot be, such as padding of the vocabulary) becomes finite.
-
-    The probability stays 0, and 0 * (log p - log q) is 0 then, as it should be, not NaN.
-    """
-    lowest = max(-1e30, torch.finfo(dtype).min / 2)
-    return None if bias is None else bias.detach().to(dtype).clamp(min=lowest)
 
 
 def _compute_dtype(device: torch.device, weight: Tensor) -> torch.dtype:

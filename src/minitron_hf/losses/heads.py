@@ -35,6 +35,15 @@ class OutputHead:
         return self.weight.shape[0]
 
 
+def finite_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A head's bias, of which -inf (tokens that cannot be, such as padding of the vocabulary) becomes finite.
+
+    The probability stays 0, and 0 * (log p - log q) is 0 then, as it should be, not NaN.
+    """
+    lowest = max(-1e30, torch.finfo(dtype).min / 2)
+    return None if bias is None else bias.detach().to(dtype).clamp(min=lowest)
+
+
 def base_model_of(model: Any) -> Any:
     """The Transformers model inside a PEFT model; other models are returned as they are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
