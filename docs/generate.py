@@ -87,7 +87,10 @@ def _sections_in(hint: Any) -> list[type]:
 
 def _type(hint: Any) -> str:
     if sections := _sections_in(hint):
-        return ", ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in sections)
+        links = " or ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in sections)
+        inner = (hint, *getattr(hint, "__args__", ()))
+        lists = [one for one in inner if getattr(one, "__origin__", None) is list]
+        return f"{links} or a list of them" if lists and hint not in lists else f"list of {links}" if lists else links
     text = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", ()) else str(hint)
     return f"`{_cell(text.replace('typing.', ''))}`"
 

@@ -460,3 +460,19 @@ def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, name: str, conte
 def test_a_document_that_cannot_be_read_is_named_by_its_number(data: list, words: str):
     with pytest.raises(DataError, match=words):
         token_rows(data, pocket_tokenizer(), max_length=8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_one_name_are_not_confused(tmp_path, streaming):
+    """Also where a README.md has `configs`, and after a change in place."""
+    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train-*.jsonl\n---\n"
+
+    def write(folder, text):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(readme)
+        (folder / "train-0.jsonl").write_text(json.dumps({"text": text}))
+        return [row["text"] for row in load_text_dataset(str(folder), streaming=streaming)]
+
+    assert write(tmp_path / "a" / "corpus", "one") == ["one"]
+    assert write(tmp_path / "b" / "corpus", "two") == ["two"]
+    assert write(tmp_path / "b" / "corpus", "three") == ["three"]

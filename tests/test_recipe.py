@@ -125,16 +125,27 @@ SMALL = {
     "warmup_steps": 1,
     "logging_steps": 1,
     "num_tokens": 64,
+    "num_prompts": 2,
+    "max_new_tokens": 4,
     "speed": False,
 }
+
+
+#: A chat template whose conversations fit into `max_length`.
+SHORT_CHAT = (
+    "{% for m in messages %}{{ m['role'][0] + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+)
 
 
 def at_pocket_size(values: Any, folder: Path, name: str = "") -> Any:
     """A recipe for the pocket teacher and text in `folder`; every key stays."""
     if name == "teacher":
         return str(folder / "teacher")
-    if name in ("train", "eval", "calibration"):
-        return str(folder / "text.jsonl")
+    is_source = name in ("train", "eval", "calibration") and isinstance(values, str)
+    if is_source or (isinstance(values, dict) and "source" in values):
+        weights = {"weight": values["weight"]} if "weight" in values else {}
+        return {"source": str(folder / "text.jsonl"), **weights}
     if name == "output_dir":
         return str(folder / "run")
     if name in TEACHER_SIZES and isinstance(values, int):
@@ -157,13 +168,18 @@ def pocket_recipe(request, tmp_path, monkeypatch) -> Recipe:
     """A shipped recipe at pocket size; the tasks of lm-evaluation-harness are not run."""
     model_type = "qwen3" if request.param.name.startswith("qwen3") else "llama"
     pocket_model(model_type, dtype=torch.float32).save_pretrained(tmp_path / "teacher")
-    pocket_tokenizer().save_pretrained(tmp_path / "teacher")
-    lines = [json.dumps({"text": f"the {a} {b} of {c} is d"}) for a in ("old", "new") for b in "xyz" for c in "abcd"]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    values = yaml.safe_load(request.param.read_text())
+    texts = [f"the {a} {b} of {c} is d" for a in ("old", "new") for b in "xyz" for c in "abcd"]
+    rows: list[Any] = [{"text": text} for text in texts]
+    if "generate" in values:  # a chat model
+        rows = [
+            {"messages": [{"role": role, "content": text[-8:-5]} for role in ("user", "assistant")]} for text in texts
+        ]
+    pocket_tokenizer(chat_template=SHORT_CHAT if "generate" in values else None).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     measured = {"acc,none": {"value": 0.5, "stderr": 0.1}}
     monkeypatch.setattr(tasks, "require_tasks", lambda *args: None)
     monkeypatch.setattr(tasks, "evaluate_tasks", lambda model, names, **kwargs: dict.fromkeys(names, measured))
-    values = yaml.safe_load(request.param.read_text())
     shipped, small = Recipe.from_dict(values), Recipe.from_dict(at_pocket_size(values, tmp_path))
     assert [stage.name for stage in stages_until(small)] == [stage.name for stage in stages_until(shipped)]
     return small

@@ -25,6 +25,7 @@ PUBLIC_TEXT = frozenset(
         "revision",
         "source",
         "split",
+        "stopping_strategy",
         "tasks",
         "teacher",
         "text_field",

@@ -26,7 +26,7 @@ def run(
     num_processes: Processes = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Run a recipe: score, plan, prune, distill, controls, evaluate, card, publish.
+    """Run a recipe: generate, score, plan, prune, distill, controls, evaluate, card, publish.
 
     Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
     so in several processes (`distributed` in the recipe).

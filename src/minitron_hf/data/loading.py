@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, MinitronError
-from ..files import local_path
+from ..files import digest, local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -33,7 +33,12 @@ def local_dataset(source: str) -> Path | None:
 
 
 def load_text_dataset(
-    source: str, *, name: str | None = None, split: str = "train", revision: str | None = None
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """Load a dataset by path or Hub id with the `datasets` library.
 
@@ -43,6 +48,8 @@ def load_text_dataset(
         name: configuration name on the Hub (`"wikitext-2-raw-v1"`).
         split: split, slices allowed (`"train[:1%]"`).
         revision: Hub revision.
+        streaming: read rows while they are used (an `IterableDataset`), instead of all of them now. A stream has no
+            slices of a split.
 
     Raises:
         DataError: if nothing can be loaded from `source`.
@@ -56,10 +63,20 @@ def load_text_dataset(
                 raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(READERS)}.")
             if path.suffix != ".parquet":
                 _require_utf8(path)
-            return datasets.load_dataset(READERS[path.suffix], data_files={"train": str(path)}, split=split)
+            return datasets.load_dataset(
+                READERS[path.suffix], data_files={"train": str(path)}, split=split, streaming=streaming
+            )
         if path is not None and (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path or source), name, split=split, revision=revision)
+            saved = datasets.load_from_disk(str(path))
+            return saved.to_iterable_dataset() if streaming else saved
+        return datasets.load_dataset(
+            str(path or source),
+            name,
+            split=split,
+            revision=revision,
+            streaming=streaming,
+            cache_dir=None if path is None else _cache_of_folder(path),
+        )
     except StopIteration as error:  # what `datasets` makes of a file without rows
         raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
@@ -72,6 +89,25 @@ def load_text_dataset(
             f"Cannot load the dataset {source!r} (split {split!r}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
+
+
+def _cache_of_folder(folder: Path) -> str | None:
+    """Where `datasets` keeps its copy of a local folder; None: where it keeps all others.
+
+    For a folder whose README.md has `configs`, the cache of `datasets` 5.2 knows neither its path nor its files. It
+    would return the rows of any other folder of that name, and old rows after a change.
+    """
+    import datasets
+
+    try:
+        has_configs = "\nconfigs:" in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    if not has_configs:
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    known = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{digest(known).removeprefix('sha256:')[:16]}")
 
 
 def _require_json(path: Path) -> None:

@@ -15,7 +15,7 @@ from trl import is_conversational, is_conversational_from_value
 from ..compat import column_names, trains_on_images
 from ..data import TokenRows
 from ..data.context import context_length
-from ..data.tokens import missing_start, separator_tokens, start_tokens
+from ..data.tokens import missing_start, separator_tokens, start_tokens, text_tokenizer
 from ..errors import DataError
 from ..scoring.row_starts import NUM_ROWS, NUM_TOKENS, warn_of_broken_starts
 from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
@@ -110,6 +110,8 @@ class StartTokensMixin:
         first = next(iter(dataset))
         _require_text(dataset, first, "text" if formatting_func else args.dataset_text_field, dataset_name)
         is_rendered = formatting_func is None and holds_conversation(first)
+        if is_rendered and "input_ids" not in first:
+            _require_chat_template(processing_class, dataset_name)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         tokens = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -193,6 +195,15 @@ def refuse_empty(dataset: Any, name: str) -> None:
     """
     if dataset is not None and next(iter(dataset), None) is None:
         raise DataError(f"The {name} dataset holds no rows. Pass more data.")
+
+
+def _require_chat_template(processing_class: Any, name: str) -> None:
+    templates = (getattr(one, "chat_template", None) for one in (processing_class, text_tokenizer(processing_class)))
+    if not any(templates):
+        raise DataError(
+            f"The {name} dataset holds conversations, and the tokenizer has no chat template. Set "
+            "tokenizer.chat_template or chat_template_path, or use texts."
+        )
 
 
 def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: str) -> None:

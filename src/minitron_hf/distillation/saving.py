@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,8 @@ class SavingMixin(SFTTrainer):
     _intermediate: IntermediateLosses
     teacher_model: Any
     _token_sums: dict[str, Tensor]
+    #: Further facts on the training data for `distillation.json` and the card, such as the parts of a blend.
+    training_data_facts: Mapping[str, Any] = {}
 
     # ---- Saving ----
 
@@ -193,7 +195,7 @@ class SavingMixin(SFTTrainer):
             "student": {"name_or_path": public_name(self._student_name)},
             "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
             "arguments": public_settings({name: arguments.get(name) for name in RECORDED_ARGUMENTS}),
-            "data": self._datasets,
+            "data": {**self._datasets, **self._training_facts()},
             "num_processes": self.accelerator.num_processes,
             "peft": peft,
             "global_step": self.state.global_step,
@@ -203,6 +205,11 @@ class SavingMixin(SFTTrainer):
             ),
             "log_history": history,
         }
+
+    def _training_facts(self) -> dict[str, Any]:
+        if not self.training_data_facts:
+            return {}
+        return {"train": {**(self._datasets.get("train") or {}), **self.training_data_facts}}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)

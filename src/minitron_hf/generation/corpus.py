@@ -38,12 +38,8 @@ RECORD_NAME = "generation.json"
 #: Longest prompt of models whose config names no limit, in tokens.
 DEFAULT_PROMPT_LENGTH = 2048
 
+#: Without `configs`: `datasets` 5.2 would then confuse all local folders of one name (see `data.loading`).
 _CARD = """---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: train-*.jsonl
 tags:
 - synthetic
 - minitron-hf
@@ -131,12 +127,14 @@ def generate_corpus(
     processing_class = processing_class or load_tokenizer(_name_of(teacher))
     refuse_other_tokenizers(processing_class, teacher=teacher)
     config = load_config(teacher) if isinstance(teacher, str | os.PathLike) else teacher.config
-    source = Prompts(
+    source = read_prompts(
         prompts,
         processing_class,
+        config,
         chat=chat,
         text_field=text_field,
-        max_length=_prompt_length(config, max_prompt_length, max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        max_prompt_length=max_prompt_length,
         num_rows=num_rows,
     )
     model = load_for_compute(teacher)
@@ -151,6 +149,33 @@ def generate_corpus(
     }
     corpus = _Corpus(Path(output_dir), model, source, settings, sampling, batch_size)
     return corpus.write(prompts_name, show_progress)
+
+
+def read_prompts(
+    prompts: Iterable[Any] | None,
+    processing_class: Any,
+    config: PretrainedConfig,
+    *,
+    chat: bool | None,
+    text_field: str,
+    max_new_tokens: int,
+    max_prompt_length: int | None,
+    num_rows: int | None,
+) -> Prompts:
+    """The prompts of `generate_corpus`, whose arguments these are, within the context of the teacher.
+
+    Raises:
+        DataError: if the settings do not fit the data or the tokenizer.
+        MismatchError: if the lengths exceed the context.
+    """
+    return Prompts(
+        prompts,
+        processing_class,
+        chat=chat,
+        text_field=text_field,
+        max_length=_prompt_length(config, max_prompt_length, max_new_tokens),
+        num_rows=num_rows,
+    )
 
 
 def _name_of(teacher: PreTrainedModel | str | os.PathLike[str]) -> str:

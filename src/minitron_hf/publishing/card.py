@@ -27,6 +27,7 @@ from .card_tables import (
     _architecture_table,
     _benchmark_table,
     _chat_table,
+    _corpus_table,
     _cost_table,
     _depth_table,
     _measurement_table,
@@ -34,6 +35,7 @@ from .card_tables import (
     _position_table,
     _round_table,
     _search_table,
+    _written_by_teacher,
 )
 from .plots import PLOTS, write_plots
 
@@ -245,6 +247,8 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "chat": _chat_table(evaluation) if evaluation else None,
         "positions": _position_table(evaluation) if evaluation else None,
         "short_rows": _short_rows(run),
+        "corpus": _corpus_table(distillation),
+        "written": _written_by_teacher(distillation),
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
         "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,

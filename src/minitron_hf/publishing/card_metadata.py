@@ -46,9 +46,8 @@ def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> 
     datasets = [*(teacher["datasets"] or [])]
     trained_on = ((distillation or {}).get("data") or {}).get("train") or {}
     # `datasets` names local files after their builder ("json"): only an `owner/name` is a dataset of the Hub.
-    name = trained_on.get("name")
-    if name and "/" in name and is_repo_id(name):
-        datasets.insert(0, name)
+    names = [part["name"] for part in trained_on.get("parts") or [trained_on] if part.get("name")]
+    datasets[:0] = [name for name in names if "/" in name and is_repo_id(name)]
     tags = ["minitron"]
     tags += ["pruned"] if run["pruning_plan"] else []
     tags += ["knowledge-distillation", "trl"] if distillation else []

@@ -207,6 +207,43 @@ def _chat_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
     return [["", *map(_model_title, names)], *(row for row in rows if {*row[1:]} != {"–"})]
 
 
+def _corpus_table(distillation: Mapping[str, Any] | None) -> list[list[str]] | None:
+    """The parts of the training corpus and their shares; None if it is one corpus."""
+    parts = _training_parts(distillation)
+    if len(parts) < 2:
+        return None
+    rows = [
+        [
+            md.code(part["name"] or "corpus") if "generated_by" not in part else "text that the teacher wrote",
+            "–" if part["num_rows"] is None else md.count(part["num_rows"]),
+            f"{part['probability']:.1%}",
+            "–" if part["token_share"] is None else f"{part['token_share']:.0%}",
+        ]
+        for part in parts
+    ]
+    return [["Training corpus", "Rows", "Share of rows drawn", "Share of tokens"], *rows]
+
+
+def _written_by_teacher(distillation: Mapping[str, Any] | None) -> str | None:
+    """How much of the training text the teacher wrote; None if none of it."""
+    parts = _training_parts(distillation)
+    written = [part for part in parts if "generated_by" in part]
+    if not written:
+        return None
+    if len(written) == len(parts):
+        return "The teacher wrote all of the training text."
+    share = sum(part["probability"] for part in written)
+    tokens = [part["token_share"] for part in written]
+    about = "" if None in tokens else f" (about {sum(tokens):.0%} of the tokens)"
+    return f"The teacher wrote {share:.0%} of the training rows{about}."
+
+
+def _training_parts(distillation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    data = ((distillation or {}).get("data") or {}).get("train") or {}
+    parts: list[dict[str, Any]] = data.get("parts") or []
+    return parts
+
+
 def _position_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
     """Loss and KL by position in the row: of the reference and the student."""
     models = {name: model["positions"] for name, model in evaluation["models"].items() if model.get("positions")}

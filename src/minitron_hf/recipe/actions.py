@@ -14,9 +14,28 @@ from ..pruning.streaming import is_streamable, prune_checkpoint
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, PRIVATE_RECIPE_NAME, PRUNED_DIR, Run
+from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, GENERATED_DIR, PRIVATE_RECIPE_NAME, PRUNED_DIR, Run
 from .schema import CONTROLS, ROUNDS_DIR, Recipe
 from .training import _save_student, _train, _training_settings
+
+
+def _generate(run: Run) -> None:
+    from ..generation.corpus import generate_corpus
+
+    section = run.recipe.generate
+    assert section is not None
+    source = run.recipe.teacher
+    settings = {name: value for name, value in vars(section).items() if name != "prompts"}
+    generate_corpus(
+        run.load(source.model, revision=source.revision) if run.narrows_weights else run.teacher,
+        None if section.prompts is None else run.dataset("prompts"),
+        run.folder / GENERATED_DIR,
+        processing_class=run.tokenizer,
+        text_field="text" if section.prompts is None else section.prompts.text_field,
+        prompts_name=None if section.prompts is None else section.prompts.source,
+        show_progress=run.show_progress,
+        **settings,
+    )
 
 
 def _score(run: Run) -> None:
@@ -35,7 +54,7 @@ def _search(run: Run) -> None:
     from ..search.architectures import search_architectures
 
     arguments = search_arguments(run.recipe)
-    distillation = {"dataset_text_field": run.recipe.data.train.text_field, **arguments.pop("distillation")}
+    distillation = {"dataset_text_field": run.text_field("train"), **arguments.pop("distillation")}
     search_architectures(
         run.teacher,
         ImportanceScores.from_pretrained(run.folder),
@@ -131,7 +150,7 @@ def correct(run: Run) -> None:
         processing_class=run.tokenizer,
         eval_dataset=run.dataset("eval"),
         **{
-            "dataset_text_field": run.recipe.data.train.text_field,
+            "dataset_text_field": run.text_field("train"),
             "disable_tqdm": not run.show_progress,
             **section.arguments,
         },

@@ -20,7 +20,8 @@ from ..sizes.student import check_sizes, student_config
 from ..sizes.targets import shapes_near_target
 from .actions import search_arguments
 from .environment import check_environment
-from .identity import dataset_identity
+from .identity import dataset_identity, training_identity
+from .lineage import corpus_notes
 from .run import Run
 from .schema import Recipe
 from .settings import check_settings
@@ -61,13 +62,15 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     chosen = _check_sizes(recipe, config) if candidates is None else None
     students = [config] if chosen is None else chosen[0]
     _check_against_model(recipe, config, students, arguments)
-    for which in ("train", "eval", "calibration"):
-        dataset_identity(run.dataset_section(which))
+    training_identity(recipe.data)
+    for section in (recipe.data.eval, recipe.data.calibration):
+        if section is not None:
+            dataset_identity(section)
     _check_tokenizer(run.tokenizer, recipe, text_config(config).vocab_size)
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
     if "distill" in {name.rpartition("/")[2] for name in names}:
-        notes = [*_short_rows(config, arguments), *notes]
+        notes = [*_short_rows(config, arguments), *corpus_notes(run), *notes]
     if chosen is None:
         return {
             "model_type": spec.model_type,

@@ -87,6 +87,20 @@ def decode_bytes(config: PretrainedConfig, itemsize: int) -> float:
     return itemsize * (layer_flops(config, 0) + head_flops(config)) / 2
 
 
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> float:
+    """Bytes of the keys and values of a token in all layers; sliding windows are counted whole."""
+    model = empty_model(config)
+    spec, text = spec_for(config), text_config(config)
+    if "heads" not in spec.axis:
+        return 0.0
+    total = 0
+    for layer in spec.layers_with("heads", list(named_tensors(model))):
+        sizes = spec.sizes(config, layer)
+        width = sizes.get("head_dim") or text.hidden_size // sizes["heads"]
+        total += 2 * sizes.get("kv", sizes["heads"]) * width
+    return float(itemsize * total)
+
+
 def optimizer_bytes(num_parameters: int) -> int:
     """Bytes that a step of AdamW moves: `OPTIMIZER_TRAFFIC`·P."""
     return OPTIMIZER_TRAFFIC * num_parameters

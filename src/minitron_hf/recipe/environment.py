@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import token_rows
 from ..data.context import context_length
+from ..data.documents import is_conversation
 from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
-from ..files import local_path, require_creatable
+from ..files import require_creatable
 from ..models import count_parameters, first_line
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
+from .corpora import Part, require_one_format
+from .generating import expected_text
 from .launching import require_launchable
-from .run import place_of
+from .run import place_of, read_chat_template
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
@@ -74,36 +78,72 @@ def check_environment(
 def check_corpora(
     run: Run, tokenizer: PreTrainedTokenizerBase, arguments: Collection[DistillationConfig]
 ) -> list[str]:
-    """Refuse corpora that cannot be read, have no such column or hold no text.
+    """Refuse corpora that cannot be read, have no such column, hold no text, or cannot stand in one blend.
 
     Returns:
         What could not be checked.
     """
-    skipped = []
-    sections = {which: run.dataset_section(which) for which in ("train", "eval")}
-    if run.recipe.data.calibration is not None:
-        sections["calibration"] = run.recipe.data.calibration
-    for which, section in sections.items():
-        rows = _first_rows(run, which, section)
+    skipped, data = [], run.recipe.data
+    known = []
+    for number, part in enumerate(data.parts):
+        where = data.place(number)
+        if part.generated:
+            rows: list[Any] | str = [expected_text(run).row]
+            source = "the text of generate"
+        else:
+            section = part.dataset("")
+            rows, source = _first_rows(section, where, partial(run.part, number)), section.source
+        if isinstance(rows, str):
+            skipped.append(f"{where}: {rows}")
+            continue
+        _check_rows(run, rows, source, part.text_field, where, tokenizer, arguments)
+        known.append(Part(where, rows[0], part.text_field))
+    require_one_format(known)
+    for which in ("eval", "calibration"):
+        if which == "calibration" and data.calibration is None:
+            continue
+        section = run.dataset_section(which)
+        rows = _first_rows(section, place_of(which), partial(run.dataset, which))
         if isinstance(rows, str):
             skipped.append(f"data.{which}: {rows}")
         else:
-            require_text(rows, section.source, section.text_field, f"data.{which}", tokenizer)
-            vocab_size = text_config(run.teacher_config).vocab_size
-            largest = max((token for row in rows for token in row.get("input_ids", ())), default=-1)
-            if largest >= vocab_size:
-                raise DataError(
-                    f"data.{which}: {section.source} holds the token {largest}, and the teacher has {vocab_size} "
-                    "tokens. Use rows of its own tokenizer."
-                )
-            templates = [args.chat_template_path for args in arguments] if which != "calibration" else [None]
-            if not all(templates):
-                _require_chat_template(rows, tokenizer, f"data.{which}: {section.source}")
-            if which != "calibration":
-                _require_columns(rows[0], arguments, f"data.{which}: {section.source}")
-                if any(args.assistant_only_loss and args.chat_template_path is None for args in arguments):
-                    require_turns(rows, tokenizer)
+            used = arguments if which == "eval" else ()
+            _check_rows(run, rows, section.source, section.text_field, place_of(which), tokenizer, used)
     return skipped
+
+
+def _check_rows(
+    run: Run,
+    rows: Sequence[Any],
+    source: str,
+    text_field: str,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: Collection[DistillationConfig],
+) -> None:
+    """Check the first rows of a corpus.
+
+    Args:
+        run: the run.
+        rows: the first rows.
+        source: where they come from.
+        text_field: column that holds a text.
+        where: where the corpus stands in the recipe.
+        tokenizer: the teacher's.
+        arguments: of the distillation that reads it; none for calibration data.
+    """
+    require_text(rows, source, text_field, where, tokenizer)
+    vocab_size = text_config(run.teacher_config).vocab_size
+    largest = max((token for row in rows for token in row.get("input_ids", ())), default=-1)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where}: {source} holds the token {largest}, and the teacher has {vocab_size} tokens. Use rows of its "
+            "own tokenizer."
+        )
+    _require_chat_template(rows, tokenizer, f"{where}: {source}")
+    _require_columns(rows[0], arguments, f"{where}: {source}")
+    if any(args.assistant_only_loss and args.chat_template_path is None for args in arguments):
+        require_turns(rows, tokenizer)
 
 
 def check_chat_prompts(run: Run) -> list[str]:
@@ -121,15 +161,21 @@ def check_chat_prompts(run: Run) -> list[str]:
             f"evaluate.chat.max_new_tokens={section.max_new_tokens}: the teacher's context has {context} tokens. "
             "Lower it."
         )
-    rows = _first_rows(run, "chat", section.prompts)
+    rows = _first_rows(section.prompts, where, partial(run.dataset, "chat"))
     if isinstance(rows, str):
         return [f"{where}: {rows}"]
     require_text(rows, section.prompts.source, section.prompts.text_field, where)
     return []
 
 
-def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | str:
-    """The first rows of a corpus, or why they are not looked at."""
+def _first_rows(section: DatasetSection, where: str, load: Callable[[], Any]) -> list[Any] | str:
+    """The first rows of a corpus, or why they are not looked at.
+
+    Args:
+        section: the corpus.
+        where: where it stands in the recipe.
+        load: loads it, where it is a local one.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -138,7 +184,7 @@ def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | st
     if path is not None:
         if path.is_file() and path.stat().st_size > SMALL:
             return f"{section.source} is large, and is read when the run begins"
-        return list(islice(run.dataset(which), 64))
+        return list(islice(load(), 64))
     if constants.is_offline_mode():
         return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
     whole = section.split.partition("[")[0]
@@ -147,7 +193,7 @@ def _first_rows(run: Run, which: str, section: DatasetSection) -> list[Any] | st
         return list(islice(stream, 64))
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
-            f"{place_of(which)}: {section.source!r} is neither a file here nor a dataset that can be read from the "
+            f"{where}: {section.source!r} is neither a file here nor a dataset that can be read from the "
             f"Hub: {first_line(error)} Check the path, or the name, split and revision."
         ) from error
 
@@ -168,7 +214,7 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
     if not rows:
         raise DataError(f"{where}: {source} has no rows. Name another split or file.")
     columns = list(rows[0])
-    if not {text_field, "input_ids", "messages", "prompt"} & set(columns):
+    if not {text_field, "input_ids", "messages", "conversations", "prompt"} & set(columns):
         raise DataError(
             f"{where}: {source} has the columns {', '.join(columns)}, and no {text_field!r}."
             f"{did_you_mean(text_field, columns)} Name the text column."
@@ -189,7 +235,8 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
 
 def _require_chat_template(rows: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> None:
     """Refuse conversations that no chat template can render."""
-    if "input_ids" in rows[0] or not any(isinstance(rows[0].get(name), list) for name in ("messages", "prompt")):
+    names = ("messages", "conversations", "prompt")
+    if "input_ids" in rows[0] or not any(is_conversation(rows[0].get(name)) for name in names):
         return
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -200,7 +247,10 @@ def _require_chat_template(rows: Sequence[Mapping[str, Any]], tokenizer: Any, wh
 
 def _require_columns(row: Mapping[str, Any], arguments: Collection[DistillationConfig], where: str) -> None:
     """Refuse losses on parts of rows that do not have them."""
-    needed = {"completion_only_loss": ("completion",), "assistant_only_loss": ("messages", "completion")}
+    needed = {
+        "completion_only_loss": ("completion",),
+        "assistant_only_loss": ("messages", "conversations", "completion"),
+    }
     for name, columns in needed.items():
         if any(getattr(args, name) for args in arguments) and not {*columns, "input_ids"} & {*row}:
             raise DataError(
@@ -217,11 +267,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Collection[Disti
             token = getattr(args, name, None)
             if token is not None and token not in known:
                 raise DataError(f"distill.{name}={token!r}: the teacher's tokenizer has no such token.")
-        template = args.chat_template_path
-        if template is None or local_path(template, what="distill.chat_template_path", error=DataError) is not None:
-            continue
-        if not is_repo_id(template):
-            raise DataError(f"distill.chat_template_path={template!r}: there is no such file, folder or Hub id.")
+        if args.chat_template_path is not None:
+            read_chat_template(args.chat_template_path)
 
 
 def check_reporters(arguments: Collection[DistillationConfig], prefix: str = "distill.") -> None:

@@ -27,6 +27,8 @@ from ..scoring.calibration import default_max_length
 from ..sizes.student import student_config
 from ..sizes.targets import shapes_near_target
 from . import costs
+from .generating import ExpectedText, expected_text, generation_cost
+from .lineage import measured_training_corpus
 from .machine import Machine, measure_machine
 from .measuring import measure_documents
 from .run import Run
@@ -128,8 +130,10 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
     if machine is None:
         rows = last.per_device_train_batch_size
         machine = measure_machine(run.teacher_config, recipe.output_dir, length=length, rows=rows)
-    corpora = {which: _corpus(run, which) for which in ("train", "eval")}
-    facts = _Facts(recipe, run.teacher_config, _students(recipe, run.teacher_config), arguments, machine, corpora)
+    corpora = {"train": measured_training_corpus(run), "eval": _corpus(run, "eval")}
+    written = None if recipe.generate is None else expected_text(run)
+    students = _students(recipe, run.teacher_config)
+    facts = _Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
     stages = tuple(_stage_cost(facts, stage.name) for stage in stages_until(recipe, until))
     notes = [*machine.notes]
     notes += [f"data.{which}: its number of tokens is not known here." for which in corpora if corpora[which] is None]
@@ -137,9 +141,8 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
 
 
 def _corpus(run: Run, which: str) -> Corpus | None:
-    section = run.dataset_section(which)
     try:
-        return measure_documents(run.dataset(which), run.tokenizer, section.text_field)
+        return measure_documents(run.dataset(which), run.tokenizer, run.text_field(which))
     except MinitronError:
         return None
 
@@ -167,6 +170,7 @@ class _Facts:
     arguments: Sequence[DistillationConfig]
     machine: Machine
     corpora: Mapping[str, Corpus | None]
+    written: ExpectedText | None = None
     _trained: dict[int, StageCost] = field(default_factory=dict)
 
     @property
@@ -209,6 +213,16 @@ def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
     if corpus is not None:
         rows = min(rows, max(1, math.ceil(corpus.num_tokens / length)))
     return rows, length
+
+
+def _generate(facts: _Facts, number: int) -> StageCost:
+    """See `generation_cost`."""
+    section = facts.recipe.generate
+    assert section is not None
+    assert facts.written is not None
+    cost = generation_cost(facts.written, section.batch_size, facts.teacher, facts.machine, facts.compute_bytes)
+    formula = f"at most {facts.written.num_rows:,} × {section.max_new_tokens:,} new tokens"
+    return StageCost("generate", cost.seconds + START_SECONDS, cost.memory, cost.disk, formula)
 
 
 def _score(facts: _Facts, number: int) -> StageCost:
@@ -414,7 +428,8 @@ def _publish(facts: _Facts, number: int) -> StageCost:
 
 
 _FORMULAS: Mapping[str, Callable[[_Facts, int], StageCost]] = {
-    "score": _score, "search": _search, "plan": _plan, "prune": _prune, "correct": _correct, "cache": _cache,
+    "generate": _generate, "score": _score, "search": _search, "plan": _plan, "prune": _prune, "correct": _correct,
+    "cache": _cache,
     "distill": _distill, "controls": _controls, "evaluate": _evaluate, "card": _card, "publish": _publish,
 }  # fmt: skip
 

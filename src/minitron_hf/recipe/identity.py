@@ -12,7 +12,7 @@ from ..compat import commit_hash
 from ..data.loading import local_dataset
 from ..files import cached_file_digest, digest, local_folder
 from ..models import load_config
-from .schema import DatasetSection, TeacherSection
+from .schema import DataSection, DatasetSection, TeacherSection, TrainingSection
 
 #: Files of a local teacher that decide what it computes and which tokens it sees.
 MODEL_FILES = (
@@ -52,7 +52,7 @@ def model_identity(section: TeacherSection) -> Any:
     return {"files": {path.name: cached_file_digest(path) for path in sorted(files)}}
 
 
-def dataset_identity(section: DatasetSection) -> Any:
+def dataset_identity(section: DatasetSection) -> dict[str, Any]:
     """The identity of a corpus: its Hub commit, or the digest of its files.
 
     Raises:
@@ -69,6 +69,28 @@ def dataset_identity(section: DatasetSection) -> Any:
         **values,
         "source": digest([(file.relative_to(path).as_posix(), cached_file_digest(file)) for file in files]),
     }
+
+
+def training_identity(data: DataSection) -> Any:
+    """The identity of the training corpus. The stage `generate` tells the identity of generated text.
+
+    Raises:
+        DataError: if a local corpus does not exist.
+    """
+    found = _part_identity(data.parts[0])
+    if data.is_blend:
+        parts = [
+            {**_part_identity(part), "probability": probability}
+            for part, probability in zip(data.parts, data.probabilities, strict=True)
+        ]
+        found = {"parts": parts, "stopping_strategy": data.stopping_strategy, "seed": data.seed}
+    return {**found, "streaming": True} if data.streaming else found
+
+
+def _part_identity(part: TrainingSection) -> dict[str, Any]:
+    if part.generated:
+        return {"generated": True, "num_rows": part.num_rows}
+    return dataset_identity(part.dataset(""))
 
 
 def _is_hidden(path: Path) -> bool:

@@ -44,9 +44,11 @@ def measure_corpus(source: str, processing_class: PreTrainedTokenizerBase, text_
 
 
 def measure_documents(rows: Any, processing_class: PreTrainedTokenizerBase, text_field: str = "text") -> Corpus:
-    """Tokenise some documents of a dataset, spread over the whole of it; see `measure_corpus`."""
+    """Tokenise some documents of a dataset, spread over the whole of it, or all of a list; see `measure_corpus`."""
     number = len(rows)
-    sample = rows.select(range(0, number, max(1, number // SAMPLED_DOCUMENTS)))
+    sample = rows
+    if not isinstance(rows, list):
+        sample = rows.select(range(0, number, max(1, number // SAMPLED_DOCUMENTS)))
     lengths = [0]
     for piece in documents(sample, processing_class, text_field):
         lengths[-1] += len(piece.ids)

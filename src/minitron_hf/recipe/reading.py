@@ -108,9 +108,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
         section: Any = result
         for parent in parents:
             parent = _key(section, parent, override)
+            of_corpora = isinstance(parent, int) or parent in ("train", "eval", "calibration")
             if isinstance(section, dict) and section.get(parent) is None:
                 section[parent] = {}
-            elif isinstance(section[parent], str) and parent in ("train", "eval", "calibration"):
+            elif isinstance(section[parent], str) and of_corpora:
                 section[parent] = {"source": section[parent]}
             elif isinstance(section[parent], str) and parent == "teacher":
                 section[parent] = {"model": section[parent]}

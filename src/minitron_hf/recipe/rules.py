@@ -85,13 +85,14 @@ RANGES: Mapping[str, Range] = {
         (
             "adam_epsilon", "eval_steps", "learning_rate", "logging_steps", "lora_alpha", "max_seconds_per_token",
             "neftune_noise_alpha", "num_train_epochs", "original_learning_rate", "save_steps", "task_limit",
-            "teacher_learning_rate", "teacher_original_learning_rate", "temperature",
+            "teacher_learning_rate", "teacher_original_learning_rate", "temperature", "weight",
         ),
         _POSITIVE,
     ),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), Range(least=0, below=1)),
     **dict.fromkeys(("jsd_beta", "tolerance", "label_smoothing_factor"), _SHARE),
+    "top_p": Range(above=0, most=1),
     "max_length": Range(least=2),
     "max_steps": Range(least=1, also=-1),
 }  # fmt: skip

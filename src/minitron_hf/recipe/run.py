@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import load_text_dataset, tokenize_once
-from ..errors import DataError, did_you_mean
+from ..data import tokenize_once
+from ..errors import DataError
+from ..files import local_path
 from ..hardware import as_dtype, is_launched
 from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune_with_plan
+from ..publishing.card_metadata import is_repo_id
+from .corpora import Part, blend, load_corpus
 from .launching import launch
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -29,11 +31,37 @@ RECIPE_NAME, PRIVATE_RECIPE_NAME = "recipe.yaml", "stages/recipe.private.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
 CORRECTED_DIR, CACHE_DIR, CANDIDATES_DIR = "corrected_teacher", "teacher_cache", "candidates"
+GENERATED_DIR = "generated"
+
+
+#: Where prompts stand in the recipe, by the name of the dataset.
+PROMPTS: Mapping[str, str] = {"chat": "evaluate.chat.prompts", "prompts": "generate.prompts"}
 
 
 def place_of(which: str) -> str:
     """Where a dataset stands in the recipe, for messages."""
-    return "evaluate.chat.prompts" if which == "chat" else f"data.{which}"
+    return PROMPTS.get(which, f"data.{which}")
+
+
+def read_chat_template(source: str) -> str:
+    """The chat template that `distill.chat_template_path` names.
+
+    Args:
+        source: a Jinja file, or the folder or Hub id of a tokenizer.
+
+    Raises:
+        DataError: if there is none.
+    """
+    where = f"distill.chat_template_path={source!r}"
+    path = local_path(source, what="distill.chat_template_path", error=DataError)
+    if path is not None and path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path is None and not is_repo_id(source):
+        raise DataError(f"{where}: there is no such file, folder or Hub id.")
+    template: str | None = load_tokenizer(source).chat_template
+    if template is None:
+        raise DataError(f"{where}: this tokenizer has no chat template.")
+    return template
 
 
 @dataclass
@@ -91,11 +119,18 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, one object for all rounds."""
+        """The teacher's tokenizer, one object for all rounds, with the chat template that the recipe names."""
         if self is not self.whole:
             return self.whole.tokenizer
-        section = self.recipe.teacher
-        return self._cached("tokenizer", lambda: load_tokenizer(section.model, revision=section.revision))
+        section, path = self.recipe.teacher, self.recipe.distill.get("chat_template_path")
+
+        def load() -> PreTrainedTokenizerBase:
+            tokenizer = load_tokenizer(section.model, revision=section.revision)
+            if path is not None:
+                tokenizer.chat_template = read_chat_template(path)
+            return tokenizer
+
+        return self._cached("tokenizer", load)
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -170,31 +205,54 @@ class Run:
         given = [*arguments, *quiet, *([] if self is self.whole else [f"--round={self.number}"])]
         launch([os.fspath(argument) for argument in given], section.config, section.num_processes)
 
-    def dataset(self, which: str) -> Dataset:
-        """One of the recipe's corpora, reduced to the columns that TRL reads."""
+    def dataset(self, which: str) -> Any:
+        """One of the recipe's corpora, or its prompts: `train`, `eval`, `calibration`, `chat` or `prompts`."""
         if self is not self.whole:
             return self.whole.dataset(which)
+        if which == "calibration" and self.recipe.data.calibration is None:
+            which = "train"
+        if which == "train":
+            return self._cached("data.train", self._training_corpus)
         section = self.dataset_section(which)
+        return self._cached(f"data.{which}", lambda: load_corpus(section, place_of(which)))
 
-        def load() -> Dataset:
-            data = load_text_dataset(section.source, name=section.name, split=section.split, revision=section.revision)
-            columns = data.column_names or []
-            if not {section.text_field, "input_ids", "messages", "prompt"} & set(columns):
-                raise DataError(
-                    f"{place_of(which)}: {section.source} has the columns {', '.join(columns)}, and no "
-                    f"{section.text_field!r}.{did_you_mean(section.text_field, columns)} Name the text column with "
-                    "text_field."
-                )
-            return data if section.num_rows is None else data.select(range(min(section.num_rows, len(data))))
+    def part(self, number: int) -> Any:
+        """One of the corpora of `data.train`, counted from 0."""
+        data = self.recipe.data
+        section, where = data.parts[number].dataset(str(self.folder / GENERATED_DIR)), data.place(number)
+        return self._cached(f"data.train.{number}", lambda: load_corpus(section, where, streaming=data.streaming))
 
-        return self._cached(f"data.{which}", load)
+    def _training_corpus(self) -> Any:
+        data = self.recipe.data
+        if not data.is_blend:
+            return self.part(0)
+        datasets = [self.part(number) for number in range(len(data.parts))]
+        firsts: list[Mapping[str, Any]] = []
+        for number, one in enumerate(datasets):
+            if (first := next(iter(one), None)) is None:
+                raise DataError(f"{data.place(number)}: the corpus has no rows. Name another split or file.")
+            firsts.append(first)
+        known = [Part(data.place(number), first, data.parts[number].text_field) for number, first in enumerate(firsts)]
+        return blend(datasets, known, data.probabilities, seed=data.seed, stopping_strategy=data.stopping_strategy)
 
     def dataset_section(self, which: str) -> DatasetSection:
-        """The section of one of the corpora; calibration falls back to train."""
+        """The section of a dataset other than the training corpus."""
         if which == "chat":
             assert self.recipe.evaluate.chat is not None
             return self.recipe.evaluate.chat.prompts
-        return getattr(self.recipe.data, which) or self.recipe.data.train
+        if which == "prompts":
+            assert self.recipe.generate is not None
+            assert self.recipe.generate.prompts is not None
+            return self.recipe.generate.prompts
+        section: DatasetSection = getattr(self.recipe.data, which)
+        return section
+
+    def text_field(self, which: str) -> str:
+        """The column with the text of one of the corpora. Blends have their own."""
+        data = self.recipe.data
+        if which == "train" or (which == "calibration" and data.calibration is None):
+            return "text" if data.is_blend else data.parts[0].text_field
+        return self.dataset_section(which).text_field
 
     def texts(self, which: str) -> Any:
         """The documents of one of the corpora. All stages share their tokens, computed once on demand."""
@@ -203,7 +261,7 @@ class Run:
 
         def wrap() -> Any:
             rows = self.dataset(which)
-            return tokenize_once(rows, self.tokenizer, self.dataset_section(which).text_field)
+            return tokenize_once(rows, self.tokenizer, self.text_field(which))
 
         return self._cached(f"texts.{which}", wrap)
 

@@ -32,7 +32,7 @@ def stage_digests(recipe: Recipe) -> dict[str, str]:
     digests: dict[str, str] = {}
     for stage in stages_of(recipe):
         if stage.wanted(recipe):
-            above = [digests.get(name) for name in stage.inputs]
+            above = [digests.get(name) for name in stage.inputs_in(recipe)]
             digests[stage.name] = digest(stage.name, stage.dependencies(recipe), above)
     return digests
 
@@ -95,7 +95,7 @@ def _run_stages(
     with locked_folder(require_writable(run.folder)):
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
         if redo:
-            _clear_unfinished(run.folder, wanted, digests)
+            _clear_unfinished(run.folder, wanted, recipe, digests)
         else:  # check everything before the first computation
             _require_usable(run.folder, wanted, recipe, digests)
         _drop_rounds(run.folder, recipe, redo)
@@ -181,7 +181,7 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
     return ended and all((folder / output).exists() for output in stage.outputs)
 
 
-def _clear_unfinished(folder: Path, stages: list[Stage], digests: dict[str, str]) -> None:
+def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
     """Remove the files of unfinished and unreadable stages, and of those after an unreadable one."""
     unreadable: set[str] = set()
     for stage in stages:
@@ -189,7 +189,7 @@ def _clear_unfinished(folder: Path, stages: list[Stage], digests: dict[str, str]
             _require_readable(folder, stage)
         except MismatchError:
             unreadable.add(stage.name)
-        if not unreadable.isdisjoint(stage.inputs):
+        if not unreadable.isdisjoint(stage.inputs_in(recipe)):
             unreadable.add(stage.name)
         if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
             _clear(folder, stage)
@@ -248,7 +248,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
         return  # an unfinished stage accepts corrected inputs
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.dependencies(recipe)))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs)})"
+    what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
         "Choose another output_dir, or pass --redo to repeat this stage and the later ones."

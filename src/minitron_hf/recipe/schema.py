@@ -11,6 +11,11 @@ from typing import Any, Literal, get_type_hints
 from ..errors import DataError, did_you_mean
 from ..privacy import public_settings
 from ..sizes.request import PrunerConfig
+from .corpus_sections import ChatSection as ChatSection
+from .corpus_sections import DataSection as DataSection
+from .corpus_sections import DatasetSection as DatasetSection
+from .corpus_sections import GenerateSection as GenerateSection
+from .corpus_sections import TrainingSection as TrainingSection
 from .reading import apply_overrides, read_yaml, write_yaml
 from .rules import require_choice, require_value, with_new_names
 
@@ -36,42 +41,6 @@ class TeacherSection:
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-
-@dataclass(frozen=True)
-class DatasetSection:
-    """A dataset: a local file, a saved dataset folder or a Hub id. A plain string in YAML means `source`.
-
-    Attributes:
-        source: path or Hub id.
-        name: configuration name.
-        split: split of the dataset, also a slice such as `train[:1%]`.
-        revision: Hub revision.
-        text_field: column with the text.
-        num_rows: use the first rows only.
-    """
-
-    source: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_field: str = "text"
-    num_rows: int | None = None
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """The corpora of a run.
-
-    Attributes:
-        train: corpus for distillation.
-        eval: held-out text for the trainer's evaluation and the final measurement.
-        calibration: calibration data for importance scores; default: the beginning of `train`.
-    """
-
-    train: DatasetSection
-    eval: DatasetSection
-    calibration: DatasetSection | None = None
 
 
 @dataclass(frozen=True)
@@ -119,21 +88,6 @@ class DistributedSection:
 
     config: str
     num_processes: int | None = None
-
-
-@dataclass(frozen=True)
-class ChatSection:
-    """Check that the student can still chat: its greedy answers to prompts, beside the teacher's.
-
-    Attributes:
-        prompts: dataset with the columns `messages`, `prompt` or `text_field`; answers in it are left out.
-        num_prompts: number of prompts to answer; None: all.
-        max_new_tokens: longest answer, in tokens.
-    """
-
-    prompts: DatasetSection
-    num_prompts: int | None = 64
-    max_new_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -222,6 +176,7 @@ class Recipe:
         verify: compare the pruned student with the masked teacher before training (`verify_student`). This loads both
             into memory.
         scores: arguments of `estimate_importance`.
+        generate: training text that the teacher writes itself, for `data.train`; None: no such text.
         teacher_correction: fine-tune the teacher on the corpus before distillation; None: no correction.
         teacher_cache: precomputed top-k teacher logits on disk; None: the teacher runs during distillation.
         distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
@@ -240,6 +195,7 @@ class Recipe:
     rounds: list[RoundSection] = field(default_factory=list)
     verify: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
+    generate: GenerateSection | None = None
     teacher_correction: CorrectionSection | None = None
     teacher_cache: CacheSection | None = None
     distill: dict[str, Any] = field(default_factory=dict)
@@ -258,6 +214,7 @@ class Recipe:
         """
         recipe = _section(cls, values, "")
         _require_one_choice(recipe)
+        recipe.data.require_possible(has_generated=recipe.generate is not None)
         for name in recipe.controls:
             require_choice(name, CONTROLS, "controls")
         if len(set(recipe.controls)) < len(recipe.controls):
@@ -380,7 +337,7 @@ _PATHS = ("model", "source", "output_dir", "config", "include_path")
 
 def _section(cls: Any, values: Any, where: str) -> Any:
     """Build a (nested) dataclass from mappings, refusing unknown and missing names."""
-    if cls is DatasetSection and isinstance(values, str):
+    if cls in (DatasetSection, TrainingSection) and isinstance(values, str):
         values = {"source": values}
     if cls is TeacherSection and isinstance(values, str):
         values = {"model": values}
@@ -398,9 +355,10 @@ def _section(cls: Any, values: Any, where: str) -> Any:
         options = getattr(hints[name], "__args__", (hints[name],))
         nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
         at = f"{where}.{name}" if where else name
-        if nested is not None and isinstance(value, list) and getattr(hints[name], "__origin__", None) is list:
+        lists = [option for option in (hints[name], *options) if getattr(option, "__origin__", None) is list]
+        if nested is not None and isinstance(value, list) and lists:
             built[name] = [_section(nested, one, f"{at}.{number}") for number, one in enumerate(value, 1)]
-        elif nested is not None and value is not None and getattr(hints[name], "__origin__", None) is not list:
+        elif nested is not None and value is not None and hints[name] not in lists:
             built[name] = _section(nested, value, at)
         else:
             require_value(value, hints[name], at)

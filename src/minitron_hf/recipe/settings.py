@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,10 +158,22 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
         found.append(distillation_config(folder, one.distill, f"{where}distill."))
         if recipe.teacher_cache is not None:
             _require_one_cache(recipe, one, found[-1], where)
+    if recipe.data.streaming:
+        _require_stream(recipe, found)
     lora_config(recipe)
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
     return found
+
+
+def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> None:
+    """Refuse a stream where the length of the corpus or its rows as a whole are needed."""
+    if recipe.teacher_cache is not None:
+        raise DataError("data.streaming: a teacher_cache reads the whole corpus. Leave out one of them.")
+    if any(args.max_steps < 1 for args in arguments):
+        raise DataError("data.streaming: a stream has no length. Say with distill.max_steps how many steps to train.")
+    if any("[" in part.split for part in recipe.data.parts):
+        raise DataError("data.streaming: a stream has no slices of a split. Use num_rows.")
 
 
 def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, where: str) -> None:

@@ -19,6 +19,7 @@ from .actions import (
     _correct,
     _distill,
     _evaluate,
+    _generate,
     _plan,
     _prune,
     _publish,
@@ -27,11 +28,23 @@ from .actions import (
     cached_arguments,
     search_arguments,
 )
-from .identity import dataset_identity, model_identity, without_publishing
+from .identity import dataset_identity, model_identity, training_identity, without_publishing
 from .launching import require_launchable
 from .rules import OLD_NAMES
-from .run import CACHE_DIR, CANDIDATES_DIR, CONTROLS_DIR, CORRECTED_DIR, PRUNED_DIR, UNFINISHED_DIR, Run
+from .run import (
+    CACHE_DIR,
+    CANDIDATES_DIR,
+    CONTROLS_DIR,
+    CORRECTED_DIR,
+    GENERATED_DIR,
+    PRUNED_DIR,
+    UNFINISHED_DIR,
+    Run,
+)
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
+
+#: The stage that lets the teacher write training text.
+GENERATE = "generate"
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,13 @@ class Stage:
     Attributes:
         name: name for `--until`.
         help: description in one line.
-        inputs: stages whose results it reads.
+        inputs: stages whose results it reads; see also `inputs_in`.
         settings: the part of the recipe that it depends on.
         outputs: files or folders (relative) that exist once it is done.
         run: does the work.
         leftovers: patterns of other files that it may write; they are removed before it is repeated.
         wanted: whether the recipe has this stage.
+        corpora: corpora of the recipe that it reads, `train` or `calibration`.
     """
 
     name: str
@@ -57,10 +71,31 @@ class Stage:
     run: Callable[[Run], None]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     leftovers: tuple[str, ...] = ()
+    corpora: tuple[str, ...] = ()
+
+    def inputs_in(self, recipe: Recipe) -> tuple[str, ...]:
+        """The stages whose results it reads, with the one that writes training text if it reads that text."""
+        data = recipe.data
+        reads = "train" in self.corpora or ("calibration" in self.corpora and data.calibration is None)
+        written = reads and any(part.generated for part in data.parts)
+        return (GENERATE, *self.inputs) if written else self.inputs
 
     def dependencies(self, recipe: Recipe) -> Any:
         """The settings that the results depend on, without secrets and publishing settings."""
         return without_publishing(self.settings(recipe))
+
+
+def _generation_settings(recipe: Recipe) -> Any:
+    """What decides the text that the teacher writes. The size of batches does not."""
+    if recipe.generate is None:
+        return None
+    settings = asdict(recipe.generate)
+    del settings["batch_size"]
+    prompts = recipe.generate.prompts
+    return {
+        "teacher": {**model_identity(recipe.teacher), "dtype": recipe.teacher.dtype},
+        "generate": {**settings, "prompts": None if prompts is None else dataset_identity(prompts)},
+    }
 
 
 def _cache_settings(recipe: Recipe) -> Any:
@@ -72,7 +107,7 @@ def _cache_settings(recipe: Recipe) -> Any:
         "teacher": model_identity(recipe.teacher),
         "teacher_cache": asdict(recipe.teacher_cache),
         "distill": {name: settings[name] for name in cached_arguments() if name in settings},
-        "train": dataset_identity(recipe.data.train),
+        "train": training_identity(recipe.data),
         "eval": dataset_identity(recipe.data.eval),
     }
 
@@ -100,7 +135,9 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     return {
         "scores": {old_names.get(name, name): value for name, value in recipe.scores.items()},
         **({"prune": recipe.pruner_config.to_dict()} if cut else {}),
-        "data": dataset_identity(recipe.data.calibration or recipe.data.train),
+        "data": training_identity(recipe.data)
+        if recipe.data.calibration is None
+        else dataset_identity(recipe.data.calibration),
     }
 
 
@@ -114,12 +151,22 @@ def _evaluation_settings(recipe: Recipe) -> Any:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
+        GENERATE,
+        "let the teacher write training text",
+        (),
+        _generation_settings,
+        (GENERATED_DIR,),
+        _generate,
+        lambda recipe: recipe.generate is not None,
+    ),
+    Stage(
         "score",
         "score heads, neurons, channels and layers of the teacher on calibration text",
         (),
         lambda recipe: {"teacher": model_identity(recipe.teacher), **_scoring_settings(recipe)},
         (SCORES_NAME,),
         _score,
+        corpora=("calibration",),
     ),
     Stage(
         "search",
@@ -128,13 +175,14 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {
             "search": search_arguments(recipe),
             "prune": recipe.pruner_config.to_dict(),
-            "train": dataset_identity(recipe.data.train),
+            "train": training_identity(recipe.data),
             "eval": dataset_identity(recipe.data.eval),
         },
         (SEARCH_NAME,),
         _search,
         lambda recipe: recipe.search is not None,
         (CANDIDATES_DIR,),
+        ("train",),
     ),
     Stage(
         "plan",
@@ -159,11 +207,12 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
             "teacher_correction": None if recipe.teacher_correction is None else asdict(recipe.teacher_correction),
-            "train": dataset_identity(recipe.data.train),
+            "train": training_identity(recipe.data),
         },
         (CORRECTED_DIR,),
         _correct,
         lambda recipe: recipe.teacher_correction is not None,
+        corpora=("train",),
     ),
     Stage(
         "cache",
@@ -173,6 +222,7 @@ STAGES: tuple[Stage, ...] = (
         (CACHE_DIR,),
         _cache,
         lambda recipe: recipe.teacher_cache is not None,
+        corpora=("train",),
     ),
     Stage(
         "distill",
@@ -181,12 +231,13 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {
             "distill": _distill_settings(recipe),
             "lora": recipe.lora,
-            "train": dataset_identity(recipe.data.train),
+            "train": training_identity(recipe.data),
             "eval": dataset_identity(recipe.data.eval),
         },
         ("config.json", "distillation.json"),
         _distill,
         leftovers=("checkpoint-*", "model*.safetensors*", UNFINISHED_DIR),
+        corpora=("train",),
     ),
     Stage(
         "controls",
@@ -218,7 +269,7 @@ STAGES: tuple[Stage, ...] = (
     ),
 )
 #: Stages of every round, and stages that run once before the first distillation. The others run at the end.
-ROUND_STAGES, TEACHER_STAGES = ("score", "plan", "prune", "distill"), ("correct", "cache")
+ROUND_STAGES, TEACHER_STAGES = ("score", "plan", "prune", "distill"), (GENERATE, "correct", "cache")
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:

@@ -18,6 +18,7 @@ from ..locks import with_locked_folder
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from ..saving import save_model
+from .lineage import described_parts
 from .rules import hints_of, require_settings
 from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run
 from .schema import DISTILL_DEFAULTS, Recipe
@@ -40,6 +41,7 @@ def distill(
     plans: Sequence[PruningPlan] = (),
     peft_config: Any = None,
     dtype: torch.dtype | None = None,
+    training_data_facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Distil into `folder`, and resume from its last checkpoint. The student is written atomically.
 
@@ -54,6 +56,7 @@ def distill(
         plans: pruning plans of all rounds, in order; saved with the student.
         peft_config: a `peft` config; the adapter is merged into the student.
         dtype: dtype of the saved student; None: float32.
+        training_data_facts: what `distillation.json` records of the corpus beside its name and size.
 
     Raises:
         OutputError: if the folder cannot be written, or another run uses it.
@@ -77,6 +80,7 @@ def distill(
         pruning_plan=plans or None,
         peft_config=peft_config,
     )
+    trainer.training_data_facts = training_data_facts or {}
     trainer.train_or_resume()
     if trainer.is_world_process_zero():
         with replacing_folder(folder / UNFINISHED_DIR) as temporary:
@@ -89,7 +93,7 @@ def distill(
 def _training_settings(run: Run) -> dict[str, Any]:
     """Fields of `DistillationConfig`."""
     return {
-        "dataset_text_field": run.recipe.data.train.text_field,
+        "dataset_text_field": run.text_field("train"),
         **DISTILL_DEFAULTS,
         **run.recipe.distill,
         "disable_tqdm": not run.show_progress,
@@ -130,6 +134,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         plans=run.plans if folder == run.folder else (),
         peft_config=lora_config(run.recipe),
         dtype=stored_dtype(run.teacher_config),
+        training_data_facts=described_parts(run),
     )
 
 

@@ -1,0 +1,133 @@
+"""What the stage `generate` will write, before it does: its format, its length, and every refusal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import DataError, MinitronError
+from ..generation.corpus import RECORD_NAME, read_prompts
+from ..generation.decoding import Sampling
+from ..models import count_parameters
+from . import costs
+from .run import GENERATED_DIR
+from .schedules import Corpus
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .machine import Machine
+    from .run import Run
+
+#: Prompts that are looked at.
+SAMPLED_PROMPTS = 64
+#: Bytes of a logit while a token is sampled: two arrays in float32 and three in float64 (`generation.decoding`).
+SAMPLED_LOGIT = 32
+#: Bytes of a token of English text and its share of the row's other columns, on disk.
+WRITTEN_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class ExpectedText:
+    """Text that is still to be written.
+
+    Attributes:
+        row: a row, with other words.
+        num_rows: number of rows, at most.
+        prompt_length: mean tokens of a prompt.
+        max_new_tokens: longest answer, in tokens.
+    """
+
+    row: Mapping[str, Any]
+    num_rows: int
+    prompt_length: float
+    max_new_tokens: int
+
+    @property
+    def corpus(self) -> Corpus:
+        """Its length, at most."""
+        return Corpus([round(self.prompt_length) + self.max_new_tokens], self.num_rows)
+
+
+def expected_text(run: Run) -> ExpectedText:
+    """Read some prompts, and tell what the teacher will make of them.
+
+    Raises:
+        MinitronError: what `generate_corpus` would refuse.
+    """
+    section = run.recipe.generate
+    assert section is not None
+    try:
+        Sampling(section.do_sample, section.temperature, section.top_k, section.top_p, section.seed)
+        rows = None if section.prompts is None else list(islice(run.dataset("prompts"), SAMPLED_PROMPTS))
+        prompts = read_prompts(
+            rows,
+            run.tokenizer,
+            run.teacher_config,
+            chat=section.chat,
+            text_field="text" if section.prompts is None else section.prompts.text_field,
+            max_new_tokens=section.max_new_tokens,
+            max_prompt_length=section.max_prompt_length,
+            num_rows=section.num_rows if rows is None else None,
+        )
+        known = list(islice(prompts, SAMPLED_PROMPTS))
+    except MinitronError as error:
+        raise type(error)(f"generate: {error}") from error
+    if not known:
+        raise DataError("generate: the prompts are longer than max_prompt_length. Pass others.")
+    number = section.num_rows or 0
+    if rows is not None:
+        available = len(run.dataset("prompts"))
+        number = available if section.num_rows is None else min(available, section.num_rows)
+    messages = known[0].messages
+    answer = {"role": "assistant", "content": "An answer."}
+    row = {"text": "A text."} if messages is None else {"messages": [*messages, answer], **known[0].columns}
+    return ExpectedText(row, number, sum(len(one.ids) for one in known) / len(known), section.max_new_tokens)
+
+
+class GenerationCost(NamedTuple):
+    """Time, peak memory and bytes on disk."""
+
+    seconds: float
+    memory: float
+    disk: float
+
+
+def generation_cost(
+    text: ExpectedText, batch_size: int, config: PretrainedConfig, machine: Machine, itemsize: int
+) -> GenerationCost:
+    """What it costs to write a text, at most: every answer is counted with `max_new_tokens`.
+
+    A step of decoding makes one token of each of B rows. It takes the longer of two times: reading all active weights
+    and the keys and values of B rows at the speed of the memory, and computing B tokens at the speed of products.
+
+    Args:
+        text: what is to be written.
+        batch_size: B.
+        config: the teacher's config.
+        machine: its speeds.
+        itemsize: bytes of a weight in memory.
+    """
+    batch = min(batch_size, text.num_rows)
+    steps = math.ceil(text.num_rows / batch) * text.max_new_tokens
+    length = text.prompt_length + text.max_new_tokens
+    kept, head = costs.cache_bytes(config, itemsize), costs.head_flops(config) / machine.product_flops
+    read = costs.decode_bytes(config, itemsize) + batch * (length - text.max_new_tokens / 2) * kept
+    computed = batch * (costs.layer_flops(config, round(length)) / machine.forward_flops + head)
+    seconds = steps * max(read / machine.memory_traffic, computed)
+    prompt_flops = costs.layer_flops(config, max(1, round(text.prompt_length)))
+    seconds += text.num_rows * text.prompt_length * prompt_flops / machine.forward_flops
+    memory = count_parameters(config) * itemsize + batch * length * kept
+    memory += batch * config.get_text_config().vocab_size * SAMPLED_LOGIT
+    return GenerationCost(seconds, memory, text.num_rows * length * WRITTEN_TOKEN)
+
+
+def is_written(run: Run) -> bool:
+    """Whether the text is there as a whole, of this recipe or an earlier one."""
+    from ..formats import read_artefact
+
+    path = run.whole.folder / GENERATED_DIR / RECORD_NAME
+    return path.is_file() and bool(read_artefact(path).get("complete"))
