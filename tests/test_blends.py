@@ -57,7 +57,7 @@ def values(workshop, tmp_path, **changes):
         "data": {"train": training, "eval": str(workshop / "eval.jsonl"), **changes.pop("data", {})},
         "output_dir": str(tmp_path / "run"),
         "prune": {"intermediate_size": 0.5},
-        "scores": {"num_samples": 4, "max_length": 16},
+        "scores": {"num_rows": 4, "max_length": 16},
         "distill": {
             "max_steps": 6,
             "max_length": 16,

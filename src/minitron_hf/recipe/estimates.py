@@ -217,11 +217,9 @@ def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
 
 def _generate(facts: _Facts, number: int) -> StageCost:
     """See `generation_cost`."""
-    section = facts.recipe.generate
-    assert section is not None
     assert facts.written is not None
-    cost = generation_cost(facts.written, section.batch_size, facts.teacher, facts.machine, facts.compute_bytes)
-    formula = f"at most {facts.written.num_rows:,} × {section.max_new_tokens:,} new tokens"
+    cost = generation_cost(facts.written, facts.teacher, facts.machine, facts.compute_bytes)
+    formula = f"at most {facts.written.num_rows:,} × {facts.written.max_new_tokens:,} new tokens"
     return StageCost("generate", cost.seconds + START_SECONDS, cost.memory, cost.disk, formula)
 
 

@@ -39,12 +39,14 @@ class ExpectedText:
         num_rows: number of rows, at most.
         prompt_length: mean tokens of a prompt.
         max_new_tokens: longest answer, in tokens.
+        batch_size: rows that are generated at a time.
     """
 
     row: Mapping[str, Any]
     num_rows: int
     prompt_length: float
     max_new_tokens: int
+    batch_size: int
 
     @property
     def corpus(self) -> Corpus:
@@ -85,7 +87,8 @@ def expected_text(run: Run) -> ExpectedText:
     messages = known[0].messages
     answer = {"role": "assistant", "content": "An answer."}
     row = {"text": "A text."} if messages is None else {"messages": [*messages, answer], **known[0].columns}
-    return ExpectedText(row, number, sum(len(one.ids) for one in known) / len(known), section.max_new_tokens)
+    length = sum(len(one.ids) for one in known) / len(known)
+    return ExpectedText(row, number, length, section.max_new_tokens, min(section.batch_size, number))
 
 
 class GenerationCost(NamedTuple):
@@ -96,9 +99,7 @@ class GenerationCost(NamedTuple):
     disk: float
 
 
-def generation_cost(
-    text: ExpectedText, batch_size: int, config: PretrainedConfig, machine: Machine, itemsize: int
-) -> GenerationCost:
+def generation_cost(text: ExpectedText, config: PretrainedConfig, machine: Machine, itemsize: int) -> GenerationCost:
     """What it costs to write a text, at most: every answer is counted with `max_new_tokens`.
 
     A step of decoding makes one token of each of B rows. It takes the longer of two times: reading all active weights
@@ -106,12 +107,11 @@ def generation_cost(
 
     Args:
         text: what is to be written.
-        batch_size: B.
         config: the teacher's config.
         machine: its speeds.
         itemsize: bytes of a weight in memory.
     """
-    batch = min(batch_size, text.num_rows)
+    batch = text.batch_size
     steps = math.ceil(text.num_rows / batch) * text.max_new_tokens
     length = text.prompt_length + text.max_new_tokens
     kept, head = costs.cache_bytes(config, itemsize), costs.head_flops(config) / machine.product_flops
