@@ -378,6 +378,15 @@ def has_training_template(tokenizer: Any) -> bool:
     return True
 
 
+@uses("trl 1.16", "trl.chat_template_utils.get_training_chat_template")
+def training_template(tokenizer: Any) -> str | None:
+    """The chat template with which TRL finds the assistant's tokens; None: the tokenizer's own."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    template: str | None = get_training_chat_template(tokenizer)
+    return template
+
+
 @uses("trl 1.16", "trl.trainer.utils.maybe_gather_lm_head_ctx")
 def gathered_parameters(*parameters: Any) -> contextlib.AbstractContextManager[None]:
     """Gather parameters for direct access under DeepSpeed ZeRO-3; elsewhere do nothing."""

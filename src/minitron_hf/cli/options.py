@@ -72,9 +72,13 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 
 
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
-    """Load calibration data: an iterator of texts, or token rows."""
+    """Load calibration data: an iterator of texts, or rows of another format."""
+    from ..data.formats import row_format
+
     rows = _corpus(data, split, text_field, option, cached=False)
-    return (row[text_field] for row in rows) if text_field in (rows.column_names or []) else rows
+    if row_format(next(iter(rows)), text_field) != "texts":
+        return rows
+    return (row[text_field] for row in rows)
 
 
 def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bool = True) -> Any:

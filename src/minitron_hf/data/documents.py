@@ -6,14 +6,18 @@ Long texts are read in pieces, so memory does not grow with the longest document
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DataError
+from .conversations import conversation_of as conversation_of
+from .conversations import is_conversation as is_conversation
+from .conversations import render_conversation as render_conversation
+from .conversations import render_text as render_text
 from .tokens import added_tokens, missing_start, require_tokenizer, separator_tokens, start_tokens, tokenize
+from .turns import assistant_tokens
 
 #: Everything that `token_rows` reads: texts, conversations, token ids, or a dataset (or its rows) with such columns.
 DataSource = Any
@@ -36,6 +40,7 @@ class Piece:
         begins_with_start: whether the document, and so each of its rows, begins with the tokenizer's start tokens.
         num_bytes: UTF-8 bytes of the text; None for token ids and messages.
         num_first_bytes: UTF-8 bytes of its first token if that is the first token of the document, and so unpredicted.
+        context: positions of further tokens that are context alone: turns of others than the assistant.
         is_first: whether the document begins here.
         is_last: whether the document ends here.
     """
@@ -47,10 +52,19 @@ class Piece:
     num_first_bytes: int = 0
     is_first: bool = True
     is_last: bool = True
+    context: tuple[int, ...] = ()
 
 
-def documents(data: DataSource, processing_class: Any, text_field: str) -> Iterator[Piece]:
+def documents(
+    data: DataSource, processing_class: Any, text_field: str, assistant_only: bool = False
+) -> Iterator[Piece]:
     """Yield all documents that are not empty. Texts are tokenised in batches, which is much faster.
+
+    Args:
+        data: as of `token_rows`.
+        processing_class: tokenizer, or a processor with one; needed for text.
+        text_field: column that holds the text.
+        assistant_only: whether all of a conversation but the assistant's turns is context alone.
 
     Raises:
         DataError: if a document cannot be read, or a tokenizer is needed and missing.
@@ -60,7 +74,7 @@ def documents(data: DataSource, processing_class: Any, text_field: str) -> Itera
     batch: list[str | Piece] = []
     num_characters = 0
     for number, document in enumerate(data):
-        value = _numbered_content(number, document, text_field, processing_class, start)
+        value = _numbered_content(number, document, text_field, processing_class, start, assistant_only)
         if isinstance(value, str):
             if len(value) > BATCH_CHARACTERS:
                 yield from _encode(batch, processing_class, start, front)
@@ -84,12 +98,15 @@ class TokenizedDocuments:
         data: as of `token_rows`; a generator is read as far as rows are needed.
         processing_class: tokenizer, or a processor with one; needed for text.
         text_field: column that holds the text.
+        assistant_only: whether all of a conversation but the assistant's turns is context alone.
     """
 
-    def __init__(self, data: DataSource, processing_class: Any = None, text_field: str = "text") -> None:
-        self.processing_class = processing_class
+    def __init__(
+        self, data: DataSource, processing_class: Any = None, text_field: str = "text", assistant_only: bool = False
+    ) -> None:
+        self.processing_class, self.assistant_only = processing_class, assistant_only
         self._read: list[Piece] = []
-        self._unread = documents(data, processing_class, text_field)
+        self._unread = documents(data, processing_class, text_field, assistant_only)
 
     def __iter__(self) -> Iterator[Piece]:
         for position in itertools.count():
@@ -175,7 +192,7 @@ def _first_bytes(text: str, processing_class: Any) -> int:
 
 
 def _numbered_content(
-    number: int, document: Any, text_field: str, processing_class: Any, start: list[int]
+    number: int, document: Any, text_field: str, processing_class: Any, start: list[int], assistant_only: bool
 ) -> str | Piece:
     """Content of a document; every refusal names its number.
 
@@ -183,6 +200,8 @@ def _numbered_content(
         DataError: if the document cannot be read.
     """
     try:
+        if assistant_only:
+            return _turns(document, processing_class, start)
         value = _content(document, text_field, processing_class, start)
         if isinstance(value, str):
             _require_encodable(value)
@@ -241,69 +260,21 @@ def _piece_of_ids(ids: list[int], start: list[int], *, add: bool, num_context: i
     return Piece(ids, num_context=max(num_context, len(start) if begins else 0), begins_with_start=begins)
 
 
-# Conversations and completions, read like TRL's SFTTrainer
+# Completions, read like TRL's SFTTrainer
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages: `{"role": …, "content": …}`, or ShareGPT's `{"from": …, "value": …}`."""
-    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
-        return False
-    return "role" in value[0] or {"from", "value"} <= set(value[0])
-
-
-def conversation_of(messages: Any) -> list[dict[str, Any]]:
-    """The messages with the keys `role` and `content`, which ShareGPT calls `from` and `value`."""
-    names = {"from": "role", "value": "content"}
-    return [{names.get(key, key): value for key, value in message.items()} for message in messages]
-
-
-def render_conversation(
-    messages: Any, row: Mapping[str, Any], processing_class: Any, *, add_generation_prompt: bool = False
-) -> list[int]:
-    """Token ids of a conversation under the chat template, with the tools and template arguments of its row.
-
-    Raises:
-        DataError: if there is no template, or it cannot render the conversation.
-    """
-    rendered = _render(messages, row, processing_class, add_generation_prompt, tokenize=True, return_dict=True)
-    return list(rendered["input_ids"])
-
-
-def render_text(
-    messages: Any, row: Mapping[str, Any], processing_class: Any, *, add_generation_prompt: bool = False
-) -> str:
-    """The text of a conversation under the chat template; otherwise as `render_conversation`."""
-    return str(_render(messages, row, processing_class, add_generation_prompt, tokenize=False))
-
-
-def _render(
-    messages: Any, row: Mapping[str, Any], processing_class: Any, add_generation_prompt: bool, **settings: Any
-) -> Any:
-    if processing_class is None:
-        raise DataError("The data is conversations, so a tokenizer is needed. Pass processing_class=tokenizer.")
-    template = getattr(processing_class, "chat_template", None)
-    tokenizer = require_tokenizer(processing_class)
-    if template is None and tokenizer.chat_template is None:
+def _turns(document: Any, processing_class: Any, start: list[int]) -> Piece:
+    """A conversation of which only the assistant's turns are no context."""
+    row = document if isinstance(document, Mapping) else {"messages": document}
+    found = [row.get(name) for name in ("prompt" if "completion" in row else "", *_CONVERSATION)]
+    if "input_ids" in row or not any(is_conversation(value) for value in found):
         raise DataError(
-            "The data is conversations, and the tokenizer has no chat template. Set tokenizer.chat_template, or pass "
-            "texts."
+            "assistant_only counts the assistant's turns of conversations, and this is none: expected 'messages', or "
+            "'prompt' and 'completion' with lists of messages."
         )
-    messages = conversation_of(messages)
-    tools = row.get("tools")
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            add_generation_prompt=add_generation_prompt,
-            **settings,
-            **(row.get("chat_template_kwargs") or {}),
-        )
-    except Exception as error:  # templates raise errors of Jinja, of their own, and of Python
-        raise DataError(
-            f"The chat template cannot render the conversation {str(messages)[:120]}: {error}. Check its roles and "
-            "their order, or pass texts."
-        ) from error
+    ids, counts = assistant_tokens(row, processing_class)
+    piece = _piece_of_ids(ids, start, add=False)
+    return replace(piece, context=tuple(place for place, one in enumerate(counts) if not one))
 
 
 def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int]) -> Piece:

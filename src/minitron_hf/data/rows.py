@@ -81,6 +81,7 @@ def token_rows(
     packing: bool = True,
     overlap: int = 0,
     text_field: str = "text",
+    assistant_only: bool = False,
 ) -> TokenRows:
     """Turn texts, token ids or a dataset into token rows.
 
@@ -100,6 +101,8 @@ def token_rows(
         overlap: 1 repeats the last token of a row at the start of the next row of the same stream, so that every
             token is predicted exactly once (perplexity); 0 for calibration.
         text_field: column that holds the text.
+        assistant_only: count the assistant's turns of conversations alone, as training with `assistant_only_loss`
+            does; all else is context. Other documents are refused.
 
     Returns:
         The rows. With `overlap=1`, `num_rows` stops after the document that reaches it, whose last rows are kept, so
@@ -109,6 +112,8 @@ def token_rows(
         DataError: if there is no text, no tokenizer for it, or less text than one row of two tokens; or if a setting
             is out of range.
     """
+    if assistant_only and not getattr(data, "assistant_only", not isinstance(data, TokenRows)):
+        raise DataError("assistant_only: this data was tokenised without it. Pass the conversations.")
     if isinstance(data, TokenRows):
         return data
     _require_documents(data)
@@ -117,7 +122,10 @@ def token_rows(
     start = [] if processing_class is None else start_tokens(processing_class)
     _require_row_settings(max_length, num_rows, overlap, start)
     cutter = _Cutter(start, max_length, overlap, packing)
-    for piece in data if isinstance(data, TokenizedDocuments) else documents(data, processing_class, text_field):
+    pieces = data
+    if not isinstance(data, TokenizedDocuments):
+        pieces = documents(data, processing_class, text_field, assistant_only)
+    for piece in pieces:
         cutter.add(piece)
         if num_rows is not None and len(cutter.rows) >= num_rows:
             break
@@ -131,16 +139,19 @@ def token_rows(
     return rows
 
 
-def tokenize_once(data: DataSource, processing_class: Any = None, text_field: str = "text") -> DataSource:
+def tokenize_once(
+    data: DataSource, processing_class: Any = None, text_field: str = "text", assistant_only: bool = False
+) -> DataSource:
     """Wrap data that is cut into rows several times, so that it is tokenised once (`TokenizedDocuments`).
 
-    What holds rows or batches already, and what `token_rows` refuses, is returned unchanged.
+    What holds rows or batches already, and what `token_rows` refuses, is returned unchanged. The arguments are those
+    of `token_rows`.
     """
     from torch.utils.data import DataLoader
 
     if data is None or isinstance(data, TokenRows | TokenizedDocuments | DataLoader | str | os.PathLike | Mapping):
         return data
-    return TokenizedDocuments(data, processing_class, text_field)
+    return TokenizedDocuments(data, processing_class, text_field, assistant_only)
 
 
 def _require_documents(data: DataSource) -> None:
@@ -202,7 +213,7 @@ class _Cutter:
         self._count_bytes(piece)
         begins = _BEGINS_WITH_START if piece.begins_with_start else 0
         marks = bytearray([begins]) * len(piece.ids)
-        for position in range(min(piece.num_context, len(marks))):
+        for position in (*range(min(piece.num_context, len(marks))), *piece.context):
             marks[position] |= _CONTEXT
         if piece.is_first and marks:
             marks[0] |= _FIRST

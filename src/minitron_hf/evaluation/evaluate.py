@@ -42,6 +42,7 @@ def evaluate_models(
     num_rows: int | None = None,
     batch_size: int = 8,
     text_field: str = "text",
+    assistant_only: bool = False,
     dataset_name: str | None = None,
     descriptions: Mapping[str, str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -99,6 +100,8 @@ def evaluate_models(
         num_rows: number of rows after which to stop reading; None: all.
         batch_size: rows per forward pass; logits exist for one row of two models at a time.
         text_field: column that holds the text.
+        assistant_only: measure the assistant's turns of conversations alone, as training with `assistant_only_loss`
+            counts them; the other turns are context.
         dataset_name: name to record, such as the Hub id.
         descriptions: name → description of a model for the model card.
         dtype: dtype of models that are loaded here. By default quality is measured in float32, and speed in the
@@ -150,6 +153,7 @@ def evaluate_models(
         packing=False,
         overlap=1,
         text_field=text_field,
+        assistant_only=assistant_only,
     )
     limits.require_known(rows)
     chat = None
@@ -179,6 +183,7 @@ def evaluate_models(
             "num_rows": num_rows,
             "packing": False,
             "overlap": 1,
+            **({"assistant_only": True} if assistant_only else {}),
             "dtypes": measured.dtypes,
             "speed_dtypes": _dtypes(loaded),
             "speed": speed,

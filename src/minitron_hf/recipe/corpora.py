@@ -8,49 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..compat import column_names
 from ..data import load_text_dataset
-from ..data.documents import conversation_of, is_conversation
+from ..data.conversations import conversation_of, is_conversation
+from ..data.formats import FORMATS, TEMPLATE_COLUMNS, row_format
 from ..errors import DataError, did_you_mean
 from .corpus_sections import DatasetSection
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-#: Columns of a conversation or a prompt that go with its messages.
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-#: Format of rows, in words → the columns that a blend keeps.
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "token ids": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"),
-    "prompts with completions of messages": ("prompt", "completion", *_TEMPLATE_COLUMNS),
-    "prompts with completions of text": ("prompt", "completion"),
-    "conversations": ("messages", *_TEMPLATE_COLUMNS),
-    "texts": ("text",),
-}
-
-
-def row_format(row: Mapping[str, Any], text_field: str) -> str:
-    """Which of `FORMATS` a row has. Columns count in the order in which the trainer looks for them.
-
-    Args:
-        row: with one of the columns that `require_text` expects.
-        text_field: column that holds a text.
-
-    Raises:
-        DataError: if it has none of them.
-
-    >>> row_format({"messages": [{"role": "user", "content": "Hi"}], "text": "Hi"}, "text")
-    'conversations'
-    >>> row_format({"prompt": "1 + 1 =", "completion": " 2"}, "text")
-    'prompts with completions of text'
-    """
-    if "input_ids" in row:
-        return "token ids"
-    if "prompt" in row and "completion" in row:
-        return f"prompts with completions of {'messages' if is_conversation(row['prompt']) else 'text'}"
-    if any(is_conversation(row.get(name)) for name in ("messages", "conversations")):
-        return "conversations"
-    if text_field in row:
-        return "texts"
-    raise DataError(f"A row has the columns {', '.join(row)}, and no {text_field!r}.")
 
 
 @dataclass(frozen=True)
@@ -182,7 +146,7 @@ def _aligned(data: Any, part: Part) -> Any:
     if part.format == "conversations" and not is_conversation(part.first.get("messages")):
         removed = [name for name in ("messages", "conversations") if name in columns]
         return data.map(_with_messages, remove_columns=removed).select_columns(
-            ["messages", *(name for name in _TEMPLATE_COLUMNS if name in columns)]
+            ["messages", *(name for name in TEMPLATE_COLUMNS if name in columns)]
         )
     return data.select_columns([name for name in FORMATS[part.format] if name in columns])
 

@@ -254,14 +254,24 @@ class Run:
             return "text" if data.is_blend else data.parts[0].text_field
         return self.dataset_section(which).text_field
 
+    @property
+    def measures_turns(self) -> bool:
+        """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
+        last = self.whole.recipe.rounds[-1].distill if self.whole.recipe.rounds else {}
+        return bool({**self.whole.recipe.distill, **last}.get("assistant_only_loss"))
+
     def texts(self, which: str) -> Any:
-        """The documents of one of the corpora. All stages share their tokens, computed once on demand."""
+        """The documents of one of the corpora. All stages share their tokens, computed once on demand.
+
+        Of the held-out text, the tokens that the distillation counts are measured. Importance scores use all tokens.
+        """
         if self is not self.whole:
             return self.whole.texts(which)
 
         def wrap() -> Any:
             rows = self.dataset(which)
-            return tokenize_once(rows, self.tokenizer, self.text_field(which))
+            turns = which == "eval" and self.measures_turns
+            return tokenize_once(rows, self.tokenizer, self.text_field(which), turns)
 
         return self._cached(f"texts.{which}", wrap)
 
