@@ -83,7 +83,7 @@ def token_rows(
     text_field: str = "text",
     assistant_only: bool = False,
 ) -> TokenRows:
-    """Turn texts, token ids or a dataset into token rows.
+    """Turn texts, token ids or a dataset into token rows. Long because all arguments are explained.
 
     Args:
         data: an iterable of `str`, of conversations, of token-id sequences, or of mappings (a `datasets.Dataset`, for

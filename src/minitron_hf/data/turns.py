@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..compat import has_training_template, training_template
 from ..errors import DataError
 from .conversations import conversation_of, render_conversation_with_mask, render_text
 from .tokens import text_tokenizer
@@ -29,6 +28,8 @@ def assistant_tokens(row: Mapping[str, Any], processing_class: Any) -> tuple[lis
     Raises:
         DataError: if there is no template, or the turns cannot be found.
     """
+    from ..compat import has_training_template, training_template  # imports torch
+
     tokenizer = text_tokenizer(processing_class)
     if not has_training_template(tokenizer):
         found = labelled_turns(row, processing_class, True)

@@ -243,7 +243,7 @@ def _evaluate(run: Run) -> None:
         max_length=section.max_length,
         num_rows=section.num_rows,
         batch_size=section.batch_size,
-        assistant_only=run.measures_turns,
+        assistant_only=run.recipe.measures_turns,
         dataset_name=run.dataset_section("eval").source,
         descriptions=_descriptions(run.recipe),
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,

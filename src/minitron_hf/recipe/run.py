@@ -254,12 +254,6 @@ class Run:
             return "text" if data.is_blend else data.parts[0].text_field
         return self.dataset_section(which).text_field
 
-    @property
-    def measures_turns(self) -> bool:
-        """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
-        last = self.whole.recipe.rounds[-1].distill if self.whole.recipe.rounds else {}
-        return bool({**self.whole.recipe.distill, **last}.get("assistant_only_loss"))
-
     def texts(self, which: str) -> Any:
         """The documents of one of the corpora. All stages share their tokens, computed once on demand.
 
@@ -270,7 +264,7 @@ class Run:
 
         def wrap() -> Any:
             rows = self.dataset(which)
-            turns = which == "eval" and self.measures_turns
+            turns = which == "eval" and self.recipe.measures_turns
             return tokenize_once(rows, self.tokenizer, self.text_field(which), turns)
 
         return self._cached(f"texts.{which}", wrap)

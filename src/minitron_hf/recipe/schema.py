@@ -284,6 +284,12 @@ class Recipe:
         )
 
     @property
+    def measures_turns(self) -> bool:
+        """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
+        last = self.rounds[-1].distill if self.rounds else {}
+        return bool({**self.distill, **last}.get("assistant_only_loss"))
+
+    @property
     def pruner_config(self) -> PrunerConfig:
         """The `prune` section, checked."""
         return PrunerConfig.from_dict(self.prune)
