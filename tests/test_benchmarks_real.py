@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from benchmarks.real.run import RESULTS, Bench
 from benchmarks.real.starts import Starts
 from benchmarks.real.stopping import Stop, Stopped
 
-from minitron_hf import evaluate_models
+from minitron_hf import DistillationTrainer, evaluate_models
 from minitron_hf.files import digest
 from pocket import pocket_model, pocket_tokenizer
 
@@ -120,6 +121,23 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_same_result(bench_files
     assert not list((tmp_path / "stopped").rglob("checkpoint-*"))
     [path] = (tmp_path / "stopped" / "results").glob("*.json")
     assert json.loads(path.read_text()) == result
+
+
+def test_cached_states_of_the_teacher_change_nothing(bench_files, tmp_path, monkeypatch):
+    """Another arm with the same batches reads them all; its result is that of a run without them, to the last bit."""
+    kept = bench(bench_files, tmp_path, keep_states=True)
+    kept.run(arm_of(bench_files))
+    files = list((tmp_path / "work" / "shared" / "teacher-states").iterdir())
+    other = arm_of(bench_files, learning_rate=1e-3)
+    assert len(files) == other.steps
+    expected = bench(bench_files, tmp_path / "without").run(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "_teacher_signal", None)
+        assert without_time(kept.run(other)) == without_time(expected)
+    several = arm_of(bench_files, learning_rate=1e-3, loss="kl+states")
+    several = replace(several, loss={"hidden_loss": "cosine", "hidden_layers": [[-1, -1]]})
+    bench(bench_files, tmp_path / "more", keep_states=True).run(several)
+    assert not (tmp_path / "more" / "work" / "shared" / "teacher-states").exists()
 
 
 def test_values_are_those_of_evaluate_models(bench_files, tmp_path):

@@ -56,6 +56,7 @@ class Bench:
         dtype: that the teacher is computed in; None: as `hardware` says.
         keep_students: whether students stay after they were measured.
         save_seconds: training time that an interruption can cost.
+        keep_states: whether the teacher's last hidden states of training batches are kept for other arms.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Bench:
         dtype: str | None = None,
         keep_students: bool = True,
         save_seconds: float = 50.0,
+        keep_states: bool = False,
     ) -> None:
         self.work, self.results, self.stop, self.keep_students = work, results, stop or Stop(), keep_students
         self.teacher = load_for_compute(teacher, dtype=dtype)
@@ -97,7 +99,15 @@ class Bench:
         }
         self.starts = Starts(self.teacher, self.digest, self.tokenizer, corpora["train"], shared)
         self.workshop = Workshop(
-            teacher, self.teacher, self.digest, self.tokenizer, corpora["train"], shared, self.stop, save_seconds
+            teacher,
+            self.teacher,
+            self.digest,
+            self.tokenizer,
+            corpora["train"],
+            shared,
+            self.stop,
+            save_seconds,
+            keep_states,
         )
 
     def key(self, arm: Arm) -> str:
@@ -257,6 +267,7 @@ def main() -> None:
                 stop=stop,
                 dtype=arguments.dtype,
                 keep_students=not arguments.drop_students,
+                keep_states=arguments.cache_teacher,
             )
             for index, arm in enumerate(arms):
                 log(f"arm {index + 1} of {len(arms)}")
@@ -286,6 +297,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--until", metavar="HH:MM", help="stop at this time of day")
     parser.add_argument("--dtype", help="to compute teacher and evaluation in; default: as the hardware is fast")
     parser.add_argument("--drop-students", action="store_true", help="delete students once they are measured")
+    parser.add_argument(
+        "--cache-teacher",
+        action="store_true",
+        help="keep the teacher's last hidden states (tokens × hidden × bytes) for arms with the same batches",
+    )
     parser.add_argument("--list", action="store_true", help="list the arms and do nothing")
     return parser.parse_args()
 

@@ -28,6 +28,7 @@ from .arms import Arm, key
 from .corpora import read_texts
 from .optimizers import MuonWithAdamW
 from .stopping import Stop, Stopped, log
+from .teacher_states import TeacherStatesTrainer
 
 RECORD_NAME, TIMING_NAME = "training.json", "timing.json"
 
@@ -90,6 +91,7 @@ class Workshop:
         folder: for shared files.
         stop: whether to stop.
         save_seconds: what an interruption can cost.
+        keep_states: whether the teacher's last hidden states of every batch are kept in files for other arms.
     """
 
     teacher_path: str
@@ -100,6 +102,7 @@ class Workshop:
     folder: Path
     stop: Stop
     save_seconds: float = 50.0
+    keep_states: bool = False
 
     def distil(self, arm: Arm, start: Path, folder: Path) -> Path:
         """Train an arm, or go on with it.
@@ -124,7 +127,8 @@ class Workshop:
         teacher, rows = self._teacher(arm, data, arguments)
         with self.stop.deferred():
             self.stop.check()
-            trainer = DistillationTrainer(
+            keeps_states = self.keep_states and arm["teacher"] == "as-is"
+            trainer = (TeacherStatesTrainer if keeps_states else DistillationTrainer)(
                 model=str(start),
                 teacher_model=teacher,
                 args=arguments,
@@ -134,6 +138,8 @@ class Workshop:
                 **_optimizer(arm),
                 **_adapter(arm),
             )
+            if isinstance(trainer, TeacherStatesTrainer):
+                trainer.states_folder, trainer.teacher_digest = self.folder / "teacher-states", self.digest
             trainer.remove_callback(PrinterCallback)  # `Checkpointing` says how far it is
             trainer.train_or_resume()
             if trainer.state.global_step < arm.steps:
