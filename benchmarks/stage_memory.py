@@ -1,7 +1,7 @@
 """Peak memory of every stage against `stage_memory` at two widths and two depths, and its estimates for 8B and 70B.
 
 Each shape is measured in a process of its own, in float32 on a CPU, as resident bytes above those before the models.
-Run from the repository root, in about three minutes:
+Distillation is compared with `estimate_capacity`. Run from the repository root, in about six minutes:
 
     python benchmarks/stage_memory.py --output benchmarks/results/stage-memory.json
 """
@@ -24,23 +24,33 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from minitron_hf import (
     DistillationConfig,
+    DistillationTrainer,
     PrunerConfig,
     apply_plan,
     cache_teacher_logits,
     estimate_importance,
     evaluate_models,
     make_plan,
+    prune_checkpoint,
     repaired_weights,
 )
 from minitron_hf.data import TokenRows
+from minitron_hf.distillation.capacity import estimate_capacity
+from minitron_hf.distillation.correction import correct_teacher
+from minitron_hf.distillation.fake_runs import Setup
+from minitron_hf.distillation.gpu_data_sheets import Device
 from minitron_hf.distillation.stage_memory import Workload, stage_memory
 from minitron_hf.files import versions, write_json
+from minitron_hf.pruning.candidates import Candidate, Divergence
+from minitron_hf.saving import save_model
 from minitron_hf.sizes.student import student_config
 from reporting import command, peak_memory, reset_peak_memory, resident_memory
 
 #: Width → layers, measured; a vocabulary that is large beside the width, as in small models.
 MEASURED = [(width, depth) for width in (768, 1152) for depth in (4, 8)]
-LOAD = Workload(batch_size=8, max_length=256, eval_length=512, dtype=torch.float32, device="cpu")
+LOAD = Workload(batch_size=8, max_length=256, eval_length=512, dtype=torch.float32, device="cpu", num_rows=8)
+#: Distillation of such a batch.
+SETUP = Setup(device=Device(1e12, type="cpu"), batch_size=8, max_length=256, activation_checkpointing=False)
 #: Shapes of Llama 3.1, and what the largest matrices of the repair may take there.
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -87,10 +97,13 @@ def main() -> None:
 def compared(width: int, depth: int) -> dict[str, dict[str, Any]]:
     """Measured and estimated bytes of every stage of a shape."""
     config = teacher_config(width, depth)
-    found = in_a_process(width, depth)
+    student, found = student_of(config), in_a_process(width, depth)
+    estimated = stage_memory(config, student, LOAD)
+    estimated["distil"] = dict(estimate_capacity(config, student, SETUP).parts)
     return {
         stage: {"measured": found[stage], "estimated": sum(parts.values()), "parts": parts}
-        for stage, parts in stage_memory(config, student_of(config), LOAD).items()
+        for stage, parts in estimated.items()
+        if stage in found
     }
 
 
@@ -144,54 +157,95 @@ def measure(width: int, depth: int) -> dict[str, int]:
 def stages(config: LlamaConfig, num_rows: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The stages in turn, with their models."""
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    models = {"teacher": AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()}
     tokens = torch.randint(8, config.vocab_size, (num_rows, LOAD.max_length))
     rows = TokenRows(tuple(map(tuple, tokens.tolist())), None)
-    long = torch.randint(8, config.vocab_size, (8, LOAD.eval_length))
-    long_rows = TokenRows(tuple(map(tuple, long.tolist())), None)
     quiet = {"batch_size": LOAD.batch_size, "show_progress": False}
+    depth = {"metric": "random", "depth_metric": "perplexity", "block_length": 1}
     made: dict[str, Any] = {}
 
-    def score() -> None:
-        made["scores"] = estimate_importance(teacher, rows, **quiet)
+    def keep(name: str, run: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: made.update({name: run()})
 
-    def prune() -> None:
-        plan = make_plan(teacher, PrunerConfig(intermediate_size=0.625), made["scores"])
-        made["student"] = apply_plan(teacher, plan)
-
-    yield "score", score
-    yield "score by Taylor", lambda: estimate_importance(teacher, rows, metric="taylor", **quiet)
-    yield (
-        "score depth",
-        lambda: estimate_importance(
-            teacher, rows, metric="random", depth_metric="perplexity", block_length=1, **quiet
-        ),
-    )
-    plan = make_plan(teacher, REQUEST, made["scores"])
-    yield "repair", lambda: repaired_weights(teacher, plan, rows, batch_size=LOAD.batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        yield "cache", lambda: _cache(teacher, tokens, folder)
-    yield "prune", prune
-    yield (
-        "evaluate",
-        lambda: evaluate_models({"teacher": teacher, "student": made["student"]}, long_rows, speed=False, **quiet),
-    )
+        yield "score", keep("scores", lambda: estimate_importance(models["teacher"], rows, **quiet))
+        yield "score by Taylor", lambda: estimate_importance(models["teacher"], rows, metric="taylor", **quiet)
+        yield "score depth", lambda: estimate_importance(models["teacher"], rows, **depth, **quiet)
+        plan = make_plan(models["teacher"], REQUEST, made["scores"])
+        plain = make_plan(models["teacher"], PrunerConfig(intermediate_size=0.625), made["scores"])
+        yield (
+            "repair",
+            keep("repaired", lambda: repaired_weights(models["teacher"], plan, rows, batch_size=LOAD.batch_size)),
+        )
+        yield (
+            "prune, repaired",
+            keep("student", lambda: apply_plan(models["teacher"], plan, repaired=made["repaired"])),
+        )
+        made.clear()
+        yield "cache", lambda: _cache(models["teacher"], tokens, f"{folder}/cache")
+        yield "prune", keep("student", lambda: apply_plan(models["teacher"], plain))
+        models["student"] = made["student"]
+        yield "compare shapes", lambda: Divergence(models["teacher"], rows)(models["student"], Candidate(REQUEST, 1))
+        long = torch.randint(8, config.vocab_size, (8, LOAD.eval_length))
+        long_rows = TokenRows(tuple(map(tuple, long.tolist())), None)
+        yield "evaluate", lambda: evaluate_models(models, long_rows, speed=False, **quiet)
+        yield "distil", lambda: _distil(models, tokens, f"{folder}/distilled")
+        save_model(models["teacher"], f"{folder}/teacher")
+        del models["teacher"]
+        yield "save", lambda: save_model(models["student"], f"{folder}/student")
+        models.clear()
+        made.clear()
+        yield (
+            "prune, streamed",
+            lambda: prune_checkpoint(f"{folder}/teacher", f"{folder}/streamed", plain, show_progress=False),
+        )
+        for name, method in (("correct", "full"), ("correct by LoRA", "lora")):
+            yield name, lambda method=method: _correct(f"{folder}/teacher", tokens, f"{folder}/{method}", method)
 
 
 def _cache(teacher: Any, tokens: torch.Tensor, folder: str) -> None:
+    args = DistillationConfig(folder, per_device_eval_batch_size=LOAD.batch_size, **_training())
+    corpus, settings = _corpus(tokens), {"args": args, "processing_class": _tokenizer(), "top_k": LOAD.top_k}
+    cache_teacher_logits(teacher, corpus, folder, **settings)
+
+
+def _distil(models: dict[str, Any], tokens: torch.Tensor, folder: str) -> None:
+    arguments = {"per_device_train_batch_size": LOAD.batch_size, "max_steps": 3, "save_strategy": "no"}
+    DistillationTrainer(
+        models["student"].train(),
+        models["teacher"],
+        args=DistillationConfig(folder, activation_checkpointing=False, **arguments, **_training()),
+        train_dataset=_corpus(tokens),
+        processing_class=_tokenizer(),
+    ).train()
+
+
+def _correct(teacher: str, tokens: torch.Tensor, folder: str, method: Any) -> None:
+    correct_teacher(
+        teacher,
+        _corpus(tokens),
+        folder,
+        original_learning_rate=1e-3,
+        num_tokens=3 * LOAD.batch_size * LOAD.max_length,
+        method=method,
+        processing_class=_tokenizer(),
+        per_device_train_batch_size=LOAD.batch_size,
+        packing=False,
+        save_strategy="no",
+        **_training(),
+    )
+
+
+def _training() -> dict[str, Any]:
+    return {
+        "max_length": LOAD.max_length, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _corpus(tokens: torch.Tensor) -> Any:
     from datasets import Dataset
 
-    args = DistillationConfig(
-        folder,
-        per_device_eval_batch_size=LOAD.batch_size,
-        max_length=LOAD.max_length,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    corpus = Dataset.from_dict({"input_ids": tokens.tolist()})
-    cache_teacher_logits(teacher, corpus, folder, args=args, processing_class=_tokenizer(), top_k=LOAD.top_k)
+    return Dataset.from_dict({"input_ids": tokens.tolist()})
 
 
 def _tokenizer() -> Any:

@@ -11,16 +11,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from minitron_hf import estimate_importance
+from minitron_hf.compat import TorchDispatchMode, tree_leaves
+from minitron_hf.data import TokenRows
 from minitron_hf.distillation.capacity import step_flops
 from minitron_hf.distillation.fake_runs import Setup, run_on_fakes
 from minitron_hf.distillation.gpu_data_sheets import Device
-from minitron_hf.models import count_parameters
+from minitron_hf.distillation.stage_memory import Workload, evaluation_memory, stage_memory
+from minitron_hf.errors import PlanError
+from minitron_hf.models import count_parameters, load_config
 from minitron_hf.recipe import costs
 from minitron_hf.recipe.estimates import estimate_recipe
-from minitron_hf.recipe.machine import Machine, measure_machine
-from minitron_hf.recipe.schema import DISTILL_DEFAULTS, Recipe
+from minitron_hf.recipe.machine import Machine, constant_layers, measure_machine, scored_pass
+from minitron_hf.recipe.schema import DISTILL_DEFAULTS, CacheSection, CorrectionSection, Recipe
 from minitron_hf.recipe.stages import STAGES
 from minitron_hf.recipe.usage import measured_usage
+from minitron_hf.scoring.activations import head_groups
+from minitron_hf.scoring.gradients import GradientPass
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
 from pocket import POCKETS, pocket_config, pocket_model, pocket_tokenizer, pocket_tokens
@@ -31,7 +38,7 @@ NOT_COUNTED = {
     "diffllama", "llama4_text", "mamba2", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 }  # fmt: skip
 #: A machine of round numbers.
-MACHINE = Machine("a test", "float32", 1e9, 5e8, 2e9, 2e9, 1e8, 1e7, 4e9, 1e12)
+MACHINE = Machine("a test", "float32", 1e9, 8e8, 5e8, 2e9, 2e9, 1e8, 1e7, 4e9, 1e12)
 
 
 @pytest.mark.parametrize("name", sorted(POCKETS.keys() - NOT_COUNTED))
@@ -56,6 +63,87 @@ def test_operations_of_a_training_step(recomputed):
     formula += costs.training_flops(student, 32, recomputed=recomputed)
     formula += costs.loss_flops(config, student) * 31 / 32  # the last token predicts nothing
     assert formula == pytest.approx(counted, rel=0.1)
+
+
+def test_operations_of_scoring():
+    """What scoring adds to a forward pass, within a hundredth of what PyTorch counts."""
+    config = pocket_config("llama")
+    model, tokens = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), pocket_tokens(2, 16)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        model.base_model(tokens, use_cache=False)
+    rows = TokenRows(tuple(map(tuple, tokens.tolist())), None)
+    with FlopCounterMode(display=False) as scored:
+        estimate_importance(model, rows, show_progress=False)
+    weighed = sum(2 * units * inner**2 for units, inner in head_groups(config))  # contributions of groups of heads
+    expected = tokens.numel() * (costs.similarity_flops(config) + weighed) + costs.group_flops(config)
+    assert scored.get_total_flops() - plain.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that operations read and write; views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        read, made = ([x for x in tree_leaves(each) if isinstance(x, torch.Tensor)] for each in (args, output))
+        known = {x.untyped_storage()._cdata for x in read}
+        if not func.is_view and not all(x.untyped_storage()._cdata in known for x in made if x is not None):
+            self.bytes += sum(x.numel() * x.element_size() for x in (*read, *made))
+        return output
+
+
+def traffic(run) -> int:
+    with Traffic() as counted:
+        run()
+    return counted.bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_calibration_observes_what_scoring_observes(name):
+    """Bytes that scoring moves beside the forward pass: of all layers, and of the single layer that is timed."""
+    config = pocket_config(name)
+    one = student_config(config, PrunerConfig(num_hidden_layers=1, keep_first_layers=0, keep_last_layers=0))
+    layer = constant_layers(one, torch.device("cpu"), torch.float32, trained=False)
+    model, tokens = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), torch.zeros(4, 32).long()
+    added = []
+    with torch.no_grad():
+        for each in (model, layer):
+            run = scored_pass(each, 4, 32)
+            run()  # sets up what is kept from batch to batch
+            added.append(traffic(run) - traffic(lambda each=each: each.base_model(tokens, use_cache=False)))
+    whole, single = (added[i] - tokens.numel() * costs.similarity_bytes(c) for i, c in ((0, config), (1, one)))
+    assert single > 0
+    assert whole == pytest.approx(config.num_hidden_layers * single, rel=0.25)
+
+
+def test_scores_by_gradients_move_what_is_estimated():
+    """Within a fifth of the counted bytes, in bfloat16."""
+    config = pocket_config("llama")
+    model, tokens = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), pocket_tokens(4, 32)
+    rows = TokenRows(tuple(map(tuple, tokens.tolist())), None)
+    terms = ("_over_tokens", "_add_blocks")
+    counted = Traffic()
+
+    def inside(function):
+        def run(*args):
+            if getattr(counted, "entered", False):
+                return function(*args)
+            counted.entered = True
+            with counted:
+                found = function(*args)
+            counted.entered = False
+            return found
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in terms:
+            patch.setattr(GradientPass, name, inside(getattr(GradientPass, name)))
+        estimate_importance(model, rows, metric="taylor", show_progress=False)
+    assert counted.bytes / tokens.numel() == pytest.approx(costs.gradient_score_bytes(config), rel=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +175,8 @@ def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
     student = student_config(config, PrunerConfig(intermediate_size=0.5, multiple_of=1))
     found = {one.stage: one for one in estimate_recipe(recipe, machine=MACHINE).stages}
     assert list(found) == ["score", "plan", "prune", "distill", "controls", "evaluate", "card"]
-    scoring = 1.07 * 16 * 32 * costs.layer_flops(config, 32) / 1e9
+    scoring = costs.layer_flops(config, 32) / 8e8 + costs.similarity_flops(config) / 2e9
+    scoring = 16 * 32 * (scoring + costs.similarity_bytes(config) / 1e8) + costs.group_flops(config) / 2e9
     assert found["score"].seconds == pytest.approx(0.3 + scoring)
     assert found["prune"].disk == 4 * count_parameters(student)
     per_token = costs.training_flops(student, 32) / 5e8 + costs.loss_flops(config, student) / 2e9
@@ -98,6 +187,34 @@ def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
     assert found["distill"].formula == "100 steps of 4 × 32 tokens"
     assert found["distill"].memory > 16 * count_parameters(student)
     assert not math.isnan(found["evaluate"].seconds)
+
+
+def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
+    """Each stage has the peak of `stage_memory`; where a model cannot be run without values, none."""
+    config = load_config(recipe.teacher.model)
+    repaired = replace(recipe, prune={**recipe.prune, "repair": "least_squares"})
+    correction = CorrectionSection(1e-3, 1000, method="lora", arguments={"max_length": 32})
+    whole = replace(repaired, teacher_cache=CacheSection(top_k=8), teacher_correction=correction)
+    found = {one.stage: one.memory for one in estimate_recipe(whole, machine=MACHINE).stages}
+    student = student_config(config, PrunerConfig(intermediate_size=0.5, multiple_of=1))
+    load = Workload(batch_size=8, max_length=32, dtype=torch.float32, device="cpu", memory_limit=2e9)
+    peaks = {name: sum(parts.values()) for name, parts in stage_memory(config, student, load).items()}
+    assert found["score"] == peaks["score"]
+    assert found["prune"] == max(peaks["repair"], peaks["prune, repaired"])
+    assert found["correct"] == peaks["correct by LoRA"]
+    assert found["cache"] == sum(stage_memory(config, config, replace(load, top_k=8))["cache"].values())
+    together = evaluation_memory([config, student, student, student, config], replace(load, eval_length=64))
+    assert found["evaluate"] == sum(together.values())
+
+    def refuse(*_, **__):
+        raise PlanError("It depends on values.")
+
+    monkeypatch.setattr("minitron_hf.recipe.stage_bytes.stage_memory", refuse)
+    monkeypatch.setattr("minitron_hf.recipe.stage_bytes.evaluation_memory", refuse)
+    found = {one.stage: one for one in estimate_recipe(whole, machine=MACHINE).stages}
+    for name in ("score", "prune", "correct", "cache", "evaluate"):
+        assert math.isnan(found[name].memory)
+        assert found[name].to_dict()["memory"] is None
 
 
 def test_faster_machines_and_fewer_tokens_take_less(recipe):

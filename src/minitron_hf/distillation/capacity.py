@@ -20,7 +20,7 @@ from ..errors import PlanError
 from ..families import spec_for
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
-from .fake_runs import _LOSS, OPTIMIZERS, SHARDINGS, Passes, Setup, run_on_fakes
+from .fake_runs import LOSS, OPTIMIZERS, SHARDINGS, Passes, Setup, run_on_fakes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,9 +91,9 @@ def estimate_capacity(
         loss = loss_bytes(teacher_config, student_config, setup, batch_size * (setup.max_length - 1))
         peaks = passes.peaks(batch_size)
         waiting = peaks.pop("waiting")
-        peaks[_LOSS] = waiting + loss
+        peaks[LOSS] = waiting + loss
         worst = max(peaks, key=peaks.__getitem__)
-        chunks = loss if worst == _LOSS else 0
+        chunks = loss if worst == LOSS else 0
         return {**resident, "activations": peaks[worst] - chunks, "loss chunks": chunks}, worst
 
     def fits(batch_size: int) -> bool:

@@ -55,6 +55,8 @@ Method = Literal["full", "lora", "norms"]
 LEARNING_RATE_FACTOR = 0.2
 #: Warm-up steps (arXiv 2408.11796 §3); a tenth of all steps where that is fewer.
 WARMUP_STEPS = 120
+#: Rank of the default adapter.
+ADAPTER_RANK = 16
 RECORD_NAME = "teacher_correction.json"
 TEACHER_NAME, STATE_NAME = "corrected_teacher.safetensors", "corrected_teacher_optimizer.pt"
 
@@ -199,7 +201,10 @@ class _Correction:
         if self.method == "lora" and peft_config is None:
             from peft import LoraConfig
 
-            peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            alpha = 2 * ADAPTER_RANK
+            peft_config = LoraConfig(
+                r=ADAPTER_RANK, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
         set_seed(self.args.seed)  # for an adapter, which is made before the trainer seeds itself
         with without_checkpointing_warning():
             trainer: Any = CorrectionTrainer(

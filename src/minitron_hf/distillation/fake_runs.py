@@ -118,12 +118,12 @@ class Passes:
             name: [fixed + batch_size * per_row for fixed, per_row in moments]
             for name, moments in self.bytes_of.items()
         }
-        return {"waiting": at[_FORWARD][-1], **{name: max(moments) for name, moments in at.items()}}
+        return {"waiting": at[FORWARD][-1], **{name: max(moments) for name, moments in at.items()}}
 
 
 # ---- Passes on fake tensors ----
 
-_TEACHER, _FORWARD, _LOSS, _BACKWARD = "teacher's forward pass", "student's forward pass", "loss", "backward pass"
+TEACHER, FORWARD, LOSS, BACKWARD = "teacher's forward pass", "student's forward pass", "loss", "backward pass"
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -201,12 +201,7 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
     model = build_fake_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.activation_checkpointing:
-        base = base_model_of(model)
-        # Transformers 5 renamed it on the way.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
-        if setup.lora_rank:
-            model.enable_input_require_grads()
+        checkpoint_activations(model, with_frozen_weights=bool(setup.lora_rank))
     frozen = None
     if setup.cached_top_k is None:
         frozen = build_fake_model(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
@@ -214,7 +209,10 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     # Two and three rows: some operations make no copies of a single row.
-    (two, flops_of_two), (three, flops_of_three) = (_count_pass(model, frozen, setup, rows) for rows in (2, 3))
+    mixed = setup.device.type != "cpu"
+    (two, flops_of_two), (three, flops_of_three) = (
+        count_pass(model, frozen, rows, setup.max_length, mixed=mixed) for rows in (2, 3)
+    )
     if any(len(two[name]) != len(three[name]) for name in two):
         raise PlanError(
             f"The operations of {student.model_type} depend on the batch, so its memory cannot be estimated."
@@ -228,9 +226,36 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     )
 
 
-def _count_pass(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple[dict[str, list[int]], int]:
-    """Phase → bytes whenever there is a new storage, and FLOPs, of a pass over `batch_size` rows without the loss."""
-    tokens = torch.zeros(batch_size, setup.max_length, dtype=torch.long)
+def checkpoint_activations(model: Any, *, with_frozen_weights: bool) -> None:
+    """Have a model compute the activations within its layers anew in the backward pass.
+
+    Args:
+        model: the model.
+        with_frozen_weights: whether its embeddings are not trained, so that the graph has to begin at their output.
+    """
+    base = base_model_of(model)
+    # Transformers 5 renamed it on the way.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    if with_frozen_weights:
+        model.enable_input_require_grads()
+
+
+def count_pass(
+    model: Any, frozen: Any, batch_size: int, max_length: int, *, mixed: bool
+) -> tuple[dict[str, list[int]], int]:
+    """Phase → bytes whenever there is a new storage, and FLOPs, of a pass without the loss.
+
+    Gradients that exist already are not counted; others are.
+
+    Args:
+        model: the student, in training mode.
+        frozen: the teacher, or None.
+        batch_size: rows.
+        max_length: tokens of each.
+        mixed: whether products are computed in bfloat16 (autocast).
+    """
+    tokens = torch.zeros(batch_size, max_length, dtype=torch.long)
     positions = torch.arange(tokens.numel()).reshape(tokens.shape)[:, :-1].reshape(-1)
     tensors = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
     if frozen is not None:
@@ -247,18 +272,18 @@ def _count_pass(model: Any, frozen: Any, setup: Setup, batch_size: int) -> tuple
             moments[phase], counted.moments = [*counted.moments, counted.live], []
 
         # As on an accelerator, though these tensors seem to be on a CPU.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setup.device.type != "cpu"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             if frozen is not None:
                 with torch.no_grad():
                     teacher_states = states(frozen)
-                end_of(_TEACHER)
+                end_of(TEACHER)
             h_NH = states(model)
-            end_of(_FORWARD)
+            end_of(FORWARD)
         if frozen is not None:
             del teacher_states
         gradient = torch.empty_like(h_NH)
         h_NH.backward(gradient)
-        end_of(_BACKWARD)
+        end_of(BACKWARD)
     return moments, counted.flops
 
 

@@ -5,24 +5,30 @@ architecture; what a stage adds of its own is a formula, stated in its function.
 `capacity.estimate_capacity`. Left out: Python with its libraries (0.3 to 0.5 GB), files that the system caches, and
 what an allocator wastes.
 
-Legend: B rows of a batch, T tokens of a row, N = B·T, V vocabulary, H hidden size, L layers, W_t and W_s the bytes of
-the weights of teacher and student, b bytes of a number; D inputs of a refitted projection, K those that stay.
+Legend: B rows of a batch, T tokens of a row, N = B·T, V vocabulary, H hidden size, L layers, P parameters of the
+teacher, W_t and W_s the bytes of the weights of teacher and student, b bytes of a number; D inputs of a refitted
+projection, K those that stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..families import spec_for
+from ..compat import as_stored, names_not_saved
+from ..families import named_tensors, spec_for
+from ..families.axes import dimension_size
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
 from ..pruning.repair import CutProjection, projection_groups
-from .stage_passes import backward_bytes, forward_bytes
+from ..pruning.stored_reading import BLOCK_BYTES
+from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
+from ..scoring.hook_points import UnitView, holds_stacked_experts
+from .stage_passes import backward_bytes, forward_bytes, training_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,6 +44,7 @@ class Workload:
         eval_length: T of evaluation.
         dtype: of the weights and of all passes.
         top_k: tokens per position of a teacher cache.
+        num_rows: R, rows on which shapes are compared.
         memory_limit: of `repaired_weights`; None: all projections in one pass.
         device: where the models are, `"cpu"` or `"cuda"`.
     """
@@ -47,6 +54,7 @@ class Workload:
     eval_length: int = 2048
     dtype: torch.dtype = torch.bfloat16
     top_k: int = 64
+    num_rows: int = 32
     memory_limit: float | None = None
     device: str = "cuda"
 
@@ -61,7 +69,11 @@ Parts = Mapping[str, int]
 
 
 def stage_memory(
-    teacher: PretrainedConfig, student: PretrainedConfig, workload: Workload | None = None
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    workload: Workload | None = None,
+    *,
+    stages: Iterable[str] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Peak memory of the stages that hold models, weights included.
 
@@ -69,6 +81,7 @@ def stage_memory(
         teacher: its config.
         student: its config, of the teacher's family.
         workload: batches and dtype.
+        stages: names of stages, some of `STAGES`; None: all.
 
     Returns:
         Stage → kind of memory → bytes. Their sum is the peak.
@@ -78,22 +91,60 @@ def stage_memory(
         UnsupportedModelError: if a family is unknown, or Transformers cannot build a model.
     """
     workload = workload or Workload()
-    stages: dict[str, Callable[..., Parts]] = {
-        "score": _score,
-        "score by Taylor": _taylor,
-        "score depth": _depth,
-        "repair": _repair,
-        "prune": _prune,
-        "cache": _cache,
-        "evaluate": _evaluate,
-    }
-    return {name: dict(stage(teacher, student, workload)) for name, stage in stages.items()}
+    return {name: dict(STAGES[name](teacher, student, workload)) for name in stages or STAGES}
+
+
+def evaluation_memory(models: Sequence[PretrainedConfig], load: Workload) -> dict[str, int]:
+    """The stage `evaluate` for any number of models, the first of which is the reference.
+
+    Their weights, Σ W, + the last states of all, Σ N·H·b, + the logits of a row of two, 2·T·V·b, + the chunk of the
+    divergence, which converts 64 MiB of logits at a time: 6 times as much is alive. Or, if that is more, the states of
+    all but one, the logits of a row, and the forward pass of that one.
+
+    Args:
+        models: their configs.
+        load: batches and dtype.
+
+    Raises:
+        PlanError: if the reference cannot be run on tensors without values.
+    """
+    num_tokens, b = load.batch_size * load.eval_length, load.itemsize
+    states = [num_tokens * _hidden(model) * b for model in models]
+    passed = forward_bytes(models[0], load.dtype, load.batch_size, load.eval_length)
+    logits = load.eval_length * _vocab(models[0]) * b
+    chunk = 6 * 4 * min(1 << 24, load.eval_length * _vocab(models[0]))
+    weights = [_weights(model, load) for model in models]
+    parts = {"weights": weights[0], **({"student": sum(weights[1:])} if weights[1:] else {})}
+    waiting = sum(states) - min(states) + (logits if weights[1:] else 0)
+    if passed + waiting > sum(states) + 2 * logits + chunk:
+        return {**parts, "last states and logits of a row": waiting, "forward pass": passed}
+    return {**parts, "last states": sum(states), "logits of a row": 2 * logits, "chunk of the divergence": chunk}
 
 
 def _score(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + a forward pass of B rows that keeps the inputs of all layers, (L + 1)·N·H·b."""
+    """W_t + a forward pass of B rows that keeps the inputs of all layers, (L + 1)·N·H·b, + Σ 4·D²/U of head groups.
+
+    The sum is over layers with U groups, up to 512 MiB (`KEPT_GRAM_BYTES`). Or, if that is more, instead of the pass
+    (L + 2)·N·H·b and the similarities of all layers for 2²⁰ numbers at a time (2²⁵ on accelerators), 2·(b + 4) bytes.
+    """
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length, keep_states=True)
-    return {"weights": _weights(teacher, load), "forward pass with the inputs of all layers": passed}
+    parts = {"weights": _weights(teacher, load), "matrices of groups": _gram_bytes(teacher)}
+    state = load.batch_size * load.max_length * _hidden(teacher)
+    states = (_depth_of(teacher) + 2) * state * load.itemsize
+    compared = min(1 << (20 if load.device == "cpu" else 25), (_depth_of(teacher) + 1) * state)
+    chunk = 2 * (load.itemsize + 4) * compared
+    if states + chunk > passed:
+        return {**parts, "inputs of all layers": states, "similarities of a chunk": chunk}
+    return {**parts, "forward pass with the inputs of all layers": passed}
+
+
+def _gram_bytes(config: PretrainedConfig) -> int:
+    """Bytes of the matrices of groups of heads that scoring keeps."""
+    found = 0
+    for units, inner in head_groups(config):
+        size = 4 * units * inner**2
+        found += size if found + size <= KEPT_GRAM_BYTES else 0
+    return found
 
 
 def _taylor(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -148,8 +199,118 @@ def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
 
 
 def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + W_s, in memory. `prune_checkpoint` holds one tensor and one file's share of the student instead."""
+    """W_t + W_s."""
     return {"weights": _weights(teacher, load), "student": _weights(student, load)}
+
+
+def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """W_t + refitted weights, D·H·b each, + W_s."""
+    fitted = sum(len(cut.order_D) for cut in _cut_projections(teacher, student)) * _hidden(teacher) * load.itemsize
+    return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
+
+
+def _stream(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """Two blocks of at most 32 MiB of the student, in `prune_checkpoint`: one is written while the next is read.
+
+    To read a block whose rows or columns are cut takes as many bytes of the teacher, at most 32 MiB, and what is kept
+    of them beside the block if it is read in several pieces.
+    """
+    theirs = named_tensors(empty_model(teacher))
+    kept = tuple(range(_depth_of(student)))
+    blocks, readings = [0], [0]
+    for _, source, shape in spec_for(teacher).student_tensors(theirs, student, kept):
+        whole, cut = theirs[source].numel() * load.itemsize, math.prod(shape) * load.itemsize
+        block, piece = min(BLOCK_BYTES, cut), min(BLOCK_BYTES, whole)
+        blocks.append(block)
+        rest = piece * cut // whole if whole > piece else 0
+        readings.append(block + (piece + rest if cut < whole else 0))
+    return {"block that is written": max(blocks), "block that is read": max(readings)}
+
+
+def _save(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """W_s + tensors that a checkpoint stores in another layout than the model, such as experts one by one.
+
+    On an accelerator, the main memory holds a copy of one file's tensors, at most 50 GB (`max_shard_size`).
+    """
+    model = empty_model(student)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in names_not_saved(model)}
+    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+    copies = [
+        tensor.numel() * load.itemsize
+        for tensor in as_stored(model, state, state).values()
+        if tensor.untyped_storage()._cdata not in own or not tensor.is_contiguous()
+    ]
+    return {"student": _weights(student, load), "tensors in another layout": sum(copies)}
+
+
+def _compare(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """W_t + W_s + the teacher's states of R rows, R·T·H_t·b in main memory, + a forward pass of B rows, or the loss.
+
+    The loss takes the last states of both, N·(H_t + H_s)·b, logits of a chunk of both, 2·C·V·b, and softmaxes of some
+    of their rows.
+    """
+    num_tokens, b, vocab_size = load.batch_size * load.max_length, load.itemsize, _vocab(teacher)
+    device = torch.device(load.device)
+    chunk = min(default_chunk_size(num_tokens, vocab_size, device), num_tokens)
+    block = min(chunk, max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // vocab_size))
+    loss = num_tokens * (_hidden(teacher) + _hidden(student)) * b + 2 * chunk * vocab_size * b
+    loss += 16 * block * vocab_size
+    passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
+    return {
+        "weights": _weights(teacher, load),
+        "student": _weights(student, load),
+        "states of the teacher": load.num_rows * load.max_length * _hidden(teacher) * b,
+        **({"forward pass": passed} if passed > loss else {"states and logits of a chunk": loss}),
+    }
+
+
+def _correct(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """4·P of weights + 8·P of AdamW + the larger of two moments; P are the trained parameters for AdamW.
+
+    The loss: the activations of B rows, and TRL's fused head. The backward pass: its activations with the gradients
+    formed so far, and the gradient of the head, 4·V·H.
+    """
+    return _training(teacher, load, "full")
+
+
+def _correct_by_lora(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """As `_correct`, where only an adapter is trained; the weights are float32 all the same."""
+    return _training(teacher, load, "lora")
+
+
+def _correct_norms(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """As `_correct`, where only norms are trained."""
+    return _training(teacher, load, "norms")
+
+
+def _training(config: PretrainedConfig, load: Workload, method: str) -> Parts:
+    mixed, on_cpu = load.itemsize < 4, load.device == "cpu"
+    found = training_bytes(
+        config, load.batch_size, load.max_length, mixed=mixed, checkpointing=not on_cpu, method=method
+    )
+    head = 4 * _vocab(config) * _hidden(config) if method == "full" else 0
+    loss = head + _fused_head_bytes(config, load)
+    parts = {"weights": found.weights, "optimizer": 8 * found.trained}
+    if found.waiting + loss > found.backward + head:
+        return {**parts, "activations": found.waiting, "loss": loss}
+    return {**parts, "activations and gradients": found.backward + head}
+
+
+#: Tokens and entries of the vocabulary of a tile in TRL 1.16 (`trl.kernels.chunked_logprob`), and the bytes of each
+#: entry that it takes on a CPU: five float32 tensors, two more for a moment, and a mask.
+TILE_TOKENS, TILE_ENTRIES, TILE_BYTES = 4096, 32768, 29
+
+
+def _fused_head_bytes(config: PretrainedConfig, load: Workload) -> int:
+    """TRL's loss of N tokens, without the gradient of the head's weight.
+
+    A tile of n = min(N, 4096) tokens and v = min(V, 32768) entries takes 32768·n·b bytes, on a CPU 29·n·v more. The
+    gradient of the states takes 4·N·H, and half-precision copies of a tile's weights v·H·b.
+    """
+    num_tokens, width = load.batch_size * (load.max_length - 1), _hidden(config)
+    rows, entries = min(num_tokens, TILE_TOKENS), min(_vocab(config), TILE_ENTRIES)
+    tile = rows * TILE_ENTRIES * load.itemsize + (TILE_BYTES * rows * entries if load.device == "cpu" else 0)
+    return tile + 4 * num_tokens * width + (load.itemsize * entries * width if load.itemsize < 4 else 0)
 
 
 def _cache(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -168,19 +329,8 @@ def _cache(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 
 def _evaluate(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + W_s + last states of both, + the teacher's forward pass, or the logits of a row of both, 2·T·V·b.
-
-    The divergence converts 64 MiB of logits at a time: 6 times as much is alive.
-    """
-    num_tokens = load.batch_size * load.eval_length
-    states = num_tokens * (_hidden(teacher) + _hidden(student)) * load.itemsize
-    passed = forward_bytes(teacher, load.dtype, load.batch_size, load.eval_length)
-    logits = 2 * load.eval_length * _vocab(teacher) * load.itemsize
-    chunk = 6 * 4 * min(1 << 24, load.eval_length * _vocab(teacher))
-    parts = {"weights": _weights(teacher, load), "student": _weights(student, load)}
-    if passed > states + logits + chunk:
-        return {**parts, "forward pass": passed}
-    return {**parts, "last states": states, "logits of a row": logits, "chunk of the divergence": chunk}
+    """Teacher and student: see `evaluation_memory`."""
+    return evaluation_memory([teacher, student], load)
 
 
 def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
@@ -191,28 +341,22 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
 
 
 def _cut_projections(teacher: PretrainedConfig, student: PretrainedConfig) -> list[CutProjection]:
-    """Projections whose inputs the student has fewer of, with as many kept inputs."""
+    """Projections whose inputs the student has fewer of; the layers that stay are taken to be the first ones."""
     spec = spec_for(teacher)
-    ours = dict(empty_model(student).named_parameters())
-    theirs = dict(empty_model(teacher).named_parameters())
-    layers = min(_depth_of(teacher), _depth_of(student))
+    names = list(named_tensors(empty_model(student), tied=True))
     found: dict[str, CutProjection] = {}
-    for module in spec.hook_points.values():
-        for layer in range(layers):
+    for axis, module in spec.hook_points.items():
+        if holds_stacked_experts(spec, module):
+            continue
+        for layer in spec.layers_with(axis, names):
+            before, after = spec.sizes(teacher, layer), spec.sizes(student, layer)
+            position = UnitView(spec, axis, module, before).position
+            dimension = spec.dimensions[f"{module}.weight"][position]
+            inputs, kept = dimension_size(dimension, before), dimension_size(dimension, after)
             path = spec.layer_parameter(layer, module)
-            if f"{path}.weight" not in ours:
-                continue
-            position = _input_position(spec, module)
-            inputs, kept = (weights[f"{path}.weight"].shape[position] for weights in (theirs, ours))
             if kept < inputs:
                 found[path] = CutProjection(path, position, torch.arange(inputs), kept)
     return list(found.values())
-
-
-def _input_position(spec: Any, module: str) -> int:
-    """The dimension of a projection's weight that does not hold the hidden channels."""
-    first = spec.dimensions[f"{module}.weight"][0]
-    return 1 if any("hidden" in product for product in first) else 0
 
 
 def _weights(config: PretrainedConfig, load: Workload) -> int:
@@ -220,15 +364,21 @@ def _weights(config: PretrainedConfig, load: Workload) -> int:
 
 
 def _vocab(config: PretrainedConfig) -> int:
-    size: int = config.get_text_config().vocab_size
-    return size
+    return spec_for(config).sizes(config)["vocab"]
 
 
 def _hidden(config: PretrainedConfig) -> int:
-    size: int = config.get_text_config().hidden_size
-    return size
+    return spec_for(config).sizes(config)["hidden"]
 
 
 def _depth_of(config: PretrainedConfig) -> int:
-    size: int = config.get_text_config().num_hidden_layers
-    return size
+    return spec_for(config).sizes(config)["layers"]
+
+
+#: Stage → its function.
+STAGES: Mapping[str, Callable[[PretrainedConfig, PretrainedConfig, Workload], Parts]] = {
+    "score": _score, "score by Taylor": _taylor, "score depth": _depth, "compare shapes": _compare,
+    "repair": _repair, "prune": _prune, "prune, repaired": _prune_repaired, "prune, streamed": _stream,
+    "save": _save, "correct": _correct, "correct by LoRA": _correct_by_lora, "correct norms": _correct_norms,
+    "cache": _cache, "evaluate": _evaluate,
+}  # fmt: skip

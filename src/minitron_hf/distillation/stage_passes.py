@@ -1,12 +1,13 @@
 """Runs the passes of the other stages on tensors without values, and counts the bytes of their activations.
 
-`fake_runs` does so for distillation. Here models have one dtype, no adapter and no teacher beside them.
+`fake_runs` does so for distillation. Here is no teacher beside the model. Every pass is run once in a process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,14 @@ from ..losses.heads import backbone_output
 from ..models import empty_model, first_line
 from ..scoring.hook_points import holds_stacked_experts, norm_paths, watch_states
 from ..scoring.hooks import Hooks
-from .fake_runs import AllocationCounter, build_fake_model
+from .fake_runs import (
+    BACKWARD,
+    FORWARD,
+    AllocationCounter,
+    build_fake_model,
+    checkpoint_activations,
+    count_pass,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,7 +58,7 @@ def forward_bytes(
             backbone_output(model, input_ids=tokens, use_cache=False)
         return max(counted.moments)
 
-    return _on_fakes(config, dtype, batch_size, max_length, run)
+    return _on_fakes(config, dtype, batch_size, max_length, f"forward {keep_states}", run)
 
 
 def backward_bytes(config: PretrainedConfig, dtype: torch.dtype, batch_size: int, max_length: int) -> tuple[int, int]:
@@ -76,7 +84,57 @@ def backward_bytes(config: PretrainedConfig, dtype: torch.dtype, batch_size: int
         states.backward(torch.empty_like(states))
         return waiting, max(counted.moments)
 
-    return _on_fakes(config, dtype, batch_size, max_length, run)
+    return _on_fakes(config, dtype, batch_size, max_length, "taylor", run)
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes of training a model by itself, in float32 weights.
+
+    Attributes:
+        weights: of all weights, an adapter included.
+        trained: number of trained parameters.
+        waiting: what the forward pass keeps for the backward pass.
+        backward: peak of the backward pass, with the gradients that it forms, without those of the output head.
+    """
+
+    weights: int
+    trained: int
+    waiting: int
+    backward: int
+
+
+def training_bytes(
+    config: PretrainedConfig, batch_size: int, max_length: int, *, mixed: bool, checkpointing: bool, method: str
+) -> TrainingBytes:
+    """Count a forward and backward pass of a teacher's correction, without the loss.
+
+    Args:
+        config: the model's config.
+        batch_size: rows.
+        max_length: tokens of each.
+        mixed: whether products are computed in bfloat16.
+        checkpointing: whether activations within layers are computed anew in the backward pass.
+        method: weights that are trained, as in `correct_teacher`.
+
+    Raises:
+        PlanError: if the model depends on values.
+        UnsupportedModelError: if Transformers cannot build it.
+    """
+    from .correction import ADAPTER_RANK, train_norms_only  # the trainers of TRL take seconds to import
+
+    def count() -> TrainingBytes:
+        model = build_fake_model(config, torch.float32, ADAPTER_RANK if method == "lora" else None).train()
+        if method == "norms":
+            train_norms_only(model)
+        if checkpointing:
+            checkpoint_activations(model, with_frozen_weights=method != "full")
+        moments, _ = count_pass(model, None, batch_size, max_length, mixed=mixed)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return TrainingBytes(4 * weights, trained, moments[FORWARD][-1], max(moments[BACKWARD]))
+
+    return _without_values(config, ("train", batch_size, max_length, mixed, checkpointing, method), count)
 
 
 def _taylor_hooks(model: Any, config: PretrainedConfig, kept: list[Tensor]) -> Hooks:
@@ -99,16 +157,34 @@ def _on_fakes(
     dtype: torch.dtype,
     batch_size: int,
     max_length: int,
+    kind: str,
     run: Callable[[Any, Tensor, AllocationCounter], Any],
 ) -> Any:
     """Call a function with a model, token ids and the counter of its allocations, all without values."""
+
+    def count() -> Any:
+        model = build_fake_model(config, dtype).eval()
+        tokens = torch.zeros(batch_size, max_length, dtype=torch.long)
+        with AllocationCounter([*model.parameters(), *model.buffers(), tokens]) as counted:
+            return run(model, tokens, counted)
+
+    return _without_values(config, (kind, dtype, batch_size, max_length), count)
+
+
+#: Config and settings of a pass → what was counted.
+_COUNTED: dict[tuple[Any, ...], Any] = {}
+
+
+def _without_values(config: PretrainedConfig, settings: tuple[Any, ...], count: Callable[[], Any]) -> Any:
+    """Call a function in which tensors have no values, once for a config and settings."""
+    key = (type(config).__name__, config.to_json_string(use_diff=False), *settings)
+    if key in _COUNTED:
+        return _COUNTED[key]
     empty_model(config)  # refuses a config that cannot be built, with the reason
     try:
         with without_value_checks(), FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_fake_model(config, dtype).eval()
-            tokens = torch.zeros(batch_size, max_length, dtype=torch.long)
-            with AllocationCounter([*model.parameters(), *model.buffers(), tokens]) as counted:
-                return run(model, tokens, counted)
+            found = _COUNTED[key] = count()
+            return found
     except MinitronError:
         raise
     except Exception as error:

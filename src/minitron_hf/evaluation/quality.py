@@ -171,13 +171,16 @@ def _logits_by_row(
     with torch.no_grad():
         try:
             output = run_backbone(model, inputs)
-        except UnsupportedModelError:  # of an unknown family: all rows at once
-            logits_BTV = model(**inputs, use_cache=False).logits
-            yield from (logits[place.to(logits.device)] for logits, place in zip(logits_BTV, positions))
-            return
+        except UnsupportedModelError:  # of an unknown family
+            output = None
     for row, position in enumerate(positions):
         with torch.no_grad():  # not around the yield, where it would reach the caller
-            logits_TV = output.logits(row, position)
+            if output is not None:
+                logits_TV = output.logits(row, position)
+            else:
+                whole_TV = model(input_ids=inputs["input_ids"][row : row + 1], use_cache=False).logits[0]
+                logits_TV = whole_TV[position.to(whole_TV.device)]
+                del whole_TV
         yield logits_TV
         del logits_TV  # before the next row's
 

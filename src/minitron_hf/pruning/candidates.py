@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +124,8 @@ class Divergence:
         self.states = [states.cpu() for states in self._hidden(teacher)]
 
     @torch.no_grad()
-    def _hidden(self, model: PreTrainedModel) -> list[Tensor]:
-        """Hidden states that predict the measured tokens of each row: [N, H] of every batch."""
-        states = []
+    def _hidden(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        """Hidden states that predict the measured tokens of each row: [N, H] of one batch after the other."""
         with evaluating([model]):
             for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
                 # Padding is on the right, where causal attention never looks.
@@ -135,8 +134,7 @@ class Divergence:
                 ).last_hidden_state
                 first = index * self.batch_size
                 places = [torch.tensor(self.rows.predicted(first + i)) - 1 for i in range(len(h_BTH))]
-                states.append(torch.cat([h_TH[place.to(h_TH.device)] for h_TH, place in zip(h_BTH, places)]))
-        return states
+                yield torch.cat([h_TH[place.to(h_TH.device)] for h_TH, place in zip(h_BTH, places)])
 
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:

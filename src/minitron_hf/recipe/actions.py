@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import warn_renamed
 from ..formats import write_artefact
 from ..models import load_model
 from ..pruning.candidates import best_shape
@@ -80,6 +81,9 @@ def search_arguments(recipe: Recipe) -> dict[str, Any]:
         name: value for name, value in recipe.distill.items() if name not in own and not name.startswith(schedules)
     }
     arguments = dict(recipe.search or {})
+    if "num_proxied" in arguments:  # its old name, for one release
+        warn_renamed("search.num_proxied", "search.num_pruned")
+        arguments["num_pruned"] = arguments.pop("num_proxied")
     return {
         "max_length": recipe.distill.get("max_length"),
         **arguments,

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..families import named_tensors, spec_for, text_config
+from ..families.axes import dimension_size
 from ..models import count_parameters, empty_model
+from ..scoring.activations import head_groups
+from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 OPTIMIZER_TRAFFIC = 28
 #: Bytes per parameter of a checkpoint to resume from: float32 weights and two moments.
 CHECKPOINT_BYTES = 12
+#: Bytes that scores by gradients move per observed number of 2 bytes: they multiply, mask and sum in float32; and per
+#: number of a state and pair of layers, whose difference they take first.
+GRADIENT_TERM_TRAFFIC, BLOCK_TERM_TRAFFIC = 36, 42
+#: Bytes that the comparison of the inputs of all layers moves per number.
+SIMILARITY_TRAFFIC = 16
 #: Bytes that the loss moves per token and entry of the vocabulary, softmaxes of both models and their gradient.
 LOSS_TRAFFIC = 40
 
@@ -80,6 +88,35 @@ def loss_flops(teacher: PretrainedConfig | None, student: PretrainedConfig, *, l
     """
     own = head_flops(student) * (2 if lora else 3)
     return own + (0 if teacher is None else head_flops(teacher))
+
+
+def group_flops(config: PretrainedConfig) -> float:
+    """Operations of scoring once for the weights that groups of heads write with: 2·H·D²/U for U groups."""
+    return sum(2.0 * text_config(config).hidden_size * units * inner**2 for units, inner in head_groups(config))
+
+
+def similarity_flops(config: PretrainedConfig) -> float:
+    """Operations per token that compare the inputs of all layers and the last output: 2·(L + 1)²·H."""
+    return 2.0 * (spec_for(config).sizes(config)["layers"] + 1) ** 2 * text_config(config).hidden_size
+
+
+def similarity_bytes(config: PretrainedConfig) -> float:
+    """Bytes per token that this moves."""
+    return SIMILARITY_TRAFFIC * (spec_for(config).sizes(config)["layers"] + 1) * text_config(config).hidden_size
+
+
+def gradient_score_bytes(config: PretrainedConfig) -> float:
+    """Bytes per token that scores by gradients move: terms of all observed numbers, and of all pairs of layers."""
+    spec, model = spec_for(config), empty_model(config)
+    names, modules = list(named_tensors(model, tied=True)), dict(model.named_modules())
+    depth, width = spec.sizes(config)["layers"], text_config(config).hidden_size
+    observed = width * sum(1 for _ in norm_paths(spec, modules, depth))
+    for axis, module in spec.hook_points.items():
+        for layer in () if holds_stacked_experts(spec, module) else spec.layers_with(axis, names):
+            sizes = spec.sizes(config, layer)
+            position = UnitView(spec, axis, module, sizes).position
+            observed += dimension_size(spec.dimensions[f"{module}.weight"][position], sizes)
+    return GRADIENT_TERM_TRAFFIC * observed + BLOCK_TERM_TRAFFIC * width * depth * (depth + 1) / 2
 
 
 def decode_bytes(config: PretrainedConfig, itemsize: int) -> float:

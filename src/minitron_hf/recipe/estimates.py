@@ -9,25 +9,20 @@ Legend: N tokens, T tokens of a row, P parameters, S optimiser steps; D inputs o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..distillation.capacity import estimate_capacity
 from ..distillation.config import checkpointing_field
-from ..distillation.fake_runs import Setup
-from ..distillation.gpu_data_sheets import Device
 from ..errors import MinitronError
 from ..families import spec_for
-from ..hardware import training_device
 from ..models import count_parameters
 from ..scoring.calibration import default_max_length
+from ..scoring.metrics import find_metrics
 from ..sizes.student import student_config
 from ..sizes.targets import shapes_near_target
 from . import costs
-from .generating import ExpectedText, expected_text, generation_cost
+from .generating import expected_text, generation_cost
 from .lineage import measured_training_corpus
 from .machine import Machine, measure_machine
 from .measuring import measure_documents
@@ -35,16 +30,24 @@ from .run import Run
 from .schedules import Corpus
 from .schema import Recipe
 from .settings import check_settings
+from .stage_bytes import (
+    UNKNOWN,
+    Facts,
+    evaluation_bytes,
+    memory_of,
+    pruning_memory,
+    repair_limit,
+    training_memory,
+)
 from .stages import stages_until
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..distillation.config import DistillationConfig
 
-#: Time of scoring relative to a forward pass without the head, and of ranking a block of layers relative to the
-#: forward pass of a model without it (`benchmarks/results/scoring.json`).
-SCORING, BLOCK_RANKING = 1.07, 0.52
+#: Time of ranking a block of layers relative to the forward pass of a model without it
+#: (`benchmarks/results/scoring.json`).
+BLOCK_RANKING = 0.52
 #: Seconds to start a stage that has a model, beside its work; a stage of a pocket model takes 0.1 to 1.
 START_SECONDS = 0.3
 #: Bytes of a cached position beside `top_k` entries of six bytes each.
@@ -53,7 +56,6 @@ CACHED_ENTRY, CACHED_POSITION = 6, 2
 TARGET_SHAPES, TARGET_ROWS = 16, 32
 #: Timed decoding of `evaluate_models`: tokens and rounds, with the one that is not counted.
 DECODED_TOKENS, DECODE_ROUNDS = 64, 6
-UNKNOWN = math.nan
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
     corpora = {"train": measured_training_corpus(run), "eval": _corpus(run, "eval")}
     written = None if recipe.generate is None else expected_text(run)
     students = _students(recipe, run.teacher_config)
-    facts = _Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
+    facts = Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
     stages = tuple(_stage_cost(facts, stage.name) for stage in stages_until(recipe, until))
     notes = [*machine.notes]
     notes += [f"data.{which}: its number of tokens is not known here." for which in corpora if corpora[which] is None]
@@ -160,43 +162,7 @@ def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig
     return students
 
 
-@dataclass
-class _Facts:
-    """What the formulas need of a recipe."""
-
-    recipe: Recipe
-    teacher: PretrainedConfig
-    students: Sequence[PretrainedConfig]
-    arguments: Sequence[DistillationConfig]
-    machine: Machine
-    corpora: Mapping[str, Corpus | None]
-    written: ExpectedText | None = None
-    _trained: dict[int, StageCost] = field(default_factory=dict)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of a stored weight."""
-        dtype = self.teacher.dtype
-        return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-
-    @property
-    def compute_bytes(self) -> int:
-        """Bytes of a weight in memory."""
-        return 2 if self.machine.dtype == "bfloat16" and self.stored_bytes == 2 else 4
-
-    def tokens(self, which: str) -> float:
-        """N of a corpus, with as many rows as the recipe takes."""
-        corpus = self.corpora[which]
-        return UNKNOWN if corpus is None else corpus.num_tokens
-
-    def in_round(self, number: int) -> tuple[Recipe, PretrainedConfig, PretrainedConfig, DistillationConfig]:
-        """Recipe, model to prune, student and arguments of a round, counted from 0."""
-        recipe = self.recipe.in_round(number + 1) if self.recipe.rounds else self.recipe
-        before = self.teacher if number == 0 else self.students[number - 1]
-        return recipe, before, self.students[number], self.arguments[number]
-
-
-def _stage_cost(facts: _Facts, name: str) -> StageCost:
+def _stage_cost(facts: Facts, name: str) -> StageCost:
     """The cost of a stage, by its name in the run."""
     prefix, _, kind = name.rpartition("/")
     number = int(prefix) - 1 if prefix else len(facts.students) - 1
@@ -204,7 +170,7 @@ def _stage_cost(facts: _Facts, name: str) -> StageCost:
     return StageCost(name, found.seconds, found.memory, found.disk, found.formula)
 
 
-def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
+def _calibration(facts: Facts, number: int) -> tuple[int, int]:
     """Rows of calibration data and T."""
     recipe, model, *_ = facts.in_round(number)
     length = recipe.scores.get("max_length") or default_max_length(model)
@@ -215,7 +181,7 @@ def _calibration(facts: _Facts, number: int) -> tuple[int, int]:
     return rows, length
 
 
-def _generate(facts: _Facts, number: int) -> StageCost:
+def _generate(facts: Facts, number: int) -> StageCost:
     """See `generation_cost`."""
     assert facts.written is not None
     cost = generation_cost(facts.written, facts.teacher, facts.machine, facts.compute_bytes)
@@ -223,45 +189,53 @@ def _generate(facts: _Facts, number: int) -> StageCost:
     return StageCost("generate", cost.seconds + START_SECONDS, cost.memory, cost.disk, formula)
 
 
-def _score(facts: _Facts, number: int) -> StageCost:
-    """N × forward operations × `SCORING`; a `depth_metric` adds a forward pass for every block of layers."""
+def _score(facts: Facts, number: int) -> StageCost:
+    """N × operations / speed of scored layers; a `depth_metric` adds a forward pass for every block of layers."""
     recipe, model, student, _ = facts.in_round(number)
     rows, length = _calibration(facts, number)
-    flops = costs.layer_flops(model, length)
-    passes = SCORING
-    metric = recipe.scores.get("metric", "activation")
-    formula = f"{rows:,} × {length:,} tokens"
-    if metric == "taylor":
-        passes *= 3
-    if metric in ("random", "magnitude"):
-        passes = 0.0
+    flops, speed = costs.layer_flops(model, length), facts.machine
+    reads = find_metrics([recipe.scores.get("metric", "activation")])[0].reads
+    seconds, stages, formula = 0.0, [], f"{rows:,} × {length:,} tokens"
+    if reads == "gradients":  # logits and states, forwards and backwards
+        per_token = 2 * (flops / speed.forward_flops + costs.head_flops(model) / speed.product_flops)
+        per_token += costs.gradient_score_bytes(model) / speed.memory_traffic
+        seconds, stages = rows * length * per_token, ["score by Taylor"]
+    elif reads in ("activations", "pre_activations"):
+        per_token = flops / speed.scoring_flops + costs.similarity_flops(model) / speed.float32_flops
+        per_token += costs.similarity_bytes(model) / speed.memory_traffic
+        seconds, stages = rows * length * per_token + costs.group_flops(model) / speed.float32_flops, ["score"]
     depths = [spec_for(model).sizes(one)["layers"] for one in (model, student)]
-    if recipe.scores.get("depth_metric") not in (None, "cosine") and depths[1] < depths[0]:
+    if recipe.scores.get("depth_metric") is not None and depths[1] < depths[0]:
         blocks = depths[1] + 1
-        passes += BLOCK_RANKING * blocks * (1 + costs.head_flops(model) / flops)
-        formula += f", {blocks} blocks of layers"
-    passes *= recipe.scores.get("iterations", 1)
-    seconds = passes * rows * length * flops / facts.machine.forward_flops
-    memory = count_parameters(model) * facts.compute_bytes
-    return StageCost("score", seconds + START_SECONDS, memory, 0.0, formula)
+        per_token = flops / speed.forward_flops + costs.head_flops(model) / speed.product_flops
+        seconds += BLOCK_RANKING * blocks * rows * length * per_token
+        stages, formula = [*stages, "score depth"], f"{formula}, {blocks} blocks of layers"
+    iterations = recipe.scores.get("iterations", 1)
+    memory = memory_of(facts, model, student, stages, length=length, rows=recipe.scores.get("batch_size", 8))
+    memory += 0 if iterations == 1 else count_parameters(student) * facts.compute_bytes  # of the round before
+    return StageCost("score", iterations * seconds + START_SECONDS, memory, 0.0, formula)
 
 
-def _search(facts: _Facts, number: int) -> StageCost:
+def _search(facts: Facts, number: int) -> StageCost:
     """The first round distils all candidates; each later one half of them on twice the tokens in all."""
     from .actions import search_arguments
 
     given = search_arguments(facts.recipe)
     candidates, rounds = given.get("num_candidates", 8), given.get("num_rounds", 3)
-    tokens, measured = given.get("num_tokens", 1_000_000), given.get("num_proxied", given.get("num_pruned", 32))
+    tokens, measured = given.get("num_tokens", 1_000_000), given.get("num_pruned", 32)
     length = given.get("max_length") or default_max_length(facts.teacher)
     trained = sum(candidates / 2**turn * tokens * (1 if turn == 0 else 2 ** (turn - 1)) for turn in range(rounds))
     seconds = trained * _seconds_per_token(facts, facts.teacher, length, lora=False)
     seconds += measured * given.get("num_rows", 32) * length * _forward_seconds(facts, facts.teacher, length)
     disk = costs.checkpoint_bytes(facts.teacher)
-    return StageCost("search", seconds, UNKNOWN, disk, f"up to {trained:,.0f} tokens of distillation")
+    memory = max(
+        memory_of(facts, facts.teacher, facts.teacher, ["compare shapes"], length=length),
+        training_memory(facts, facts.teacher, facts.teacher, facts.arguments[-1], length),
+    )
+    return StageCost("search", seconds, memory, disk, f"up to {trained:,.0f} tokens of distillation")
 
 
-def _plan(facts: _Facts, number: int) -> StageCost:
+def _plan(facts: Facts, number: int) -> StageCost:
     """Nothing to compute, unless shapes are measured for a target."""
     recipe, model, *_ = facts.in_round(number)
     if recipe.pruner_config.target_parameters is None:
@@ -270,17 +244,19 @@ def _plan(facts: _Facts, number: int) -> StageCost:
     passes = 2 if recipe.pruner_config.repair else 1
     tokens = TARGET_SHAPES * TARGET_ROWS * length * passes
     seconds = tokens * _forward_seconds(facts, model, length)
-    memory = 2 * count_parameters(model) * facts.compute_bytes
+    stages = ["compare shapes", *(["repair", "prune, repaired"] if recipe.pruner_config.repair else [])]
+    memory = memory_of(facts, model, facts.students[number], stages, length=length, num_rows=TARGET_ROWS)
     return StageCost("plan", seconds, memory, 0.0, f"up to {TARGET_SHAPES} shapes on {TARGET_ROWS} rows each")
 
 
-def _prune(facts: _Facts, number: int) -> StageCost:
+def _prune(facts: Facts, number: int) -> StageCost:
     """P × stored bytes / disk traffic; a repair adds a forward pass, 2·N·K·D per projection, and a solve of size K."""
     recipe, model, student, _ = facts.in_round(number)
     disk = count_parameters(student) * facts.stored_bytes
     seconds, formula = START_SECONDS + disk / facts.machine.disk_traffic, "writes the student"
-    memory = (count_parameters(model) + count_parameters(student)) * facts.compute_bytes
-    if recipe.pruner_config.repair:
+    if not recipe.pruner_config.repair:
+        memory = pruning_memory(facts, recipe, model, student)
+    else:
         rows, length = _calibration(facts, number)
         seconds += rows * length * costs.layer_flops(model, length) / facts.machine.forward_flops
         before, after = spec_for(model).sizes(model), spec_for(model).sizes(student)
@@ -290,10 +266,12 @@ def _prune(facts: _Facts, number: int) -> StageCost:
                 work = 2 * rows * length * kept * whole + kept**3 / 3 + 2 * kept**2 * (whole - kept)
                 seconds += after["layers"] * work / (facts.machine.float32_flops / 2)  # float64
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
+        stages, batch = ["repair", "prune, repaired"], recipe.scores.get("batch_size", 8)
+        memory = memory_of(facts, model, student, stages, length=length, rows=batch, memory_limit=repair_limit(facts))
     return StageCost("prune", seconds, memory, disk, formula)
 
 
-def _correct(facts: _Facts, number: int) -> StageCost:
+def _correct(facts: Facts, number: int) -> StageCost:
     """N × (three forward passes of the teacher and its head) / training speed."""
     section = facts.recipe.teacher_correction
     assert section is not None
@@ -304,12 +282,14 @@ def _correct(facts: _Facts, number: int) -> StageCost:
     per_token += costs.loss_flops(None, facts.teacher, lora=lora) / facts.machine.product_flops
     size = count_parameters(facts.teacher)
     disk = size * facts.stored_bytes + (0 if lora else costs.checkpoint_bytes(facts.teacher))
-    memory = size * (16 if not lora else 4)
+    stage = {"full": "correct", "lora": "correct by LoRA", "norms": "correct norms"}[section.method]
+    rows = section.arguments.get("per_device_train_batch_size", 8)
+    memory = memory_of(facts, facts.teacher, facts.teacher, [stage], length=length, rows=rows)
     seconds = START_SECONDS + section.num_tokens * per_token
     return StageCost("correct", seconds, memory, disk, f"{section.num_tokens:,} tokens of training")
 
 
-def _cache(facts: _Facts, number: int) -> StageCost:
+def _cache(facts: Facts, number: int) -> StageCost:
     """N × the teacher's forward pass with its head; N × (6·k + 2) bytes."""
     section = facts.recipe.teacher_cache
     assert section is not None
@@ -318,18 +298,19 @@ def _cache(facts: _Facts, number: int) -> StageCost:
     disk = tokens * (section.top_k * CACHED_ENTRY + CACHED_POSITION)
     seconds = START_SECONDS + tokens * _forward_seconds(facts, facts.teacher, length)
     seconds += disk / facts.machine.disk_traffic
-    memory = count_parameters(facts.teacher) * facts.compute_bytes
+    rows = facts.arguments[-1].per_device_eval_batch_size
+    memory = memory_of(facts, facts.teacher, facts.teacher, ["cache"], length=length, rows=rows, top_k=section.top_k)
     return StageCost("cache", seconds, memory, disk, f"{tokens:,.0f} tokens, top {section.top_k}")
 
 
-def _distill(facts: _Facts, number: int) -> StageCost:
+def _distill(facts: Facts, number: int) -> StageCost:
     """S × (N of a step × operations / speed + 28·P / memory traffic), evaluations, and checkpoints of 12·P bytes."""
-    if number not in facts._trained:
-        facts._trained[number] = _training_cost(facts, number)
-    return facts._trained[number]
+    if number not in facts.trained:
+        facts.trained[number] = _training_cost(facts, number)
+    return facts.trained[number]
 
 
-def _training_cost(facts: _Facts, number: int) -> StageCost:
+def _training_cost(facts: Facts, number: int) -> StageCost:
     recipe, _, student, args = facts.in_round(number)
     length, size = args.max_length or 1024, count_parameters(student)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -353,7 +334,8 @@ def _training_cost(facts: _Facts, number: int) -> StageCost:
         seconds += saves * costs.checkpoint_bytes(student) / facts.machine.disk_traffic
         kept = costs.checkpoint_bytes(student) * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
     disk = size * facts.stored_bytes + kept
-    return StageCost("distill", START_SECONDS + seconds, _training_memory(facts, number), disk, formula)
+    memory = training_memory(facts, facts.teacher, student, args, length)
+    return StageCost("distill", START_SECONDS + seconds, memory, disk, formula)
 
 
 def _is_by_steps(strategy: Any) -> bool:
@@ -367,31 +349,13 @@ def _times(every: float | None, steps: float) -> float:
     return steps / every if every >= 1 else 1 / every
 
 
-def _training_memory(facts: _Facts, number: int) -> float:
-    """Peak bytes of a step, from `estimate_capacity`."""
-    recipe, _, student, args = facts.in_round(number)
-    device = Device(facts.machine.memory, type=training_device().type)
-    setup = Setup(
-        device=device,
-        batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length or 1024,
-        activation_checkpointing=bool(getattr(args, checkpointing_field())),
-        lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
-        cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.top_k,
-    )
-    try:
-        return estimate_capacity(facts.teacher, student, setup).peak
-    except MinitronError:
-        return UNKNOWN
-
-
-def _controls(facts: _Facts, number: int) -> StageCost:
+def _controls(facts: Facts, number: int) -> StageCost:
     """As many distillations as there are controls."""
     one, count = _distill(facts, len(facts.students) - 1), len(facts.recipe.controls)
     return StageCost("controls", count * one.seconds, one.memory, count * one.disk, f"{count} × distill")
 
 
-def _evaluate(facts: _Facts, number: int) -> StageCost:
+def _evaluate(facts: Facts, number: int) -> StageCost:
     """N × forward passes of all models in float32, and decoding at weights / memory traffic."""
     section, recipe = facts.recipe.evaluate, facts.recipe
     length = section.max_length or min(default_max_length(facts.teacher, 2048), 2048)
@@ -411,34 +375,34 @@ def _evaluate(facts: _Facts, number: int) -> StageCost:
         if section.speed:
             read = costs.decode_bytes(model, facts.compute_bytes)
             seconds += DECODE_ROUNDS * DECODED_TOKENS * read / facts.machine.memory_traffic
-    memory = 4 * (count_parameters(facts.teacher) + count_parameters(student))
+    memory = evaluation_bytes(facts, models, length)
     formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
     return StageCost("evaluate", seconds, memory, 0.0, formula)
 
 
-def _card(facts: _Facts, number: int) -> StageCost:
+def _card(facts: Facts, number: int) -> StageCost:
     return StageCost("card", 5.0, 0.0, 0.0, "plots and card")
 
 
-def _publish(facts: _Facts, number: int) -> StageCost:
+def _publish(facts: Facts, number: int) -> StageCost:
     size = count_parameters(facts.students[-1]) * facts.stored_bytes
     return StageCost("publish", UNKNOWN, 0.0, 0.0, f"uploads {size / 1e9:,.2f} GB")
 
 
-_FORMULAS: Mapping[str, Callable[[_Facts, int], StageCost]] = {
+_FORMULAS: Mapping[str, Callable[[Facts, int], StageCost]] = {
     "generate": _generate, "score": _score, "search": _search, "plan": _plan, "prune": _prune, "correct": _correct,
     "cache": _cache,
     "distill": _distill, "controls": _controls, "evaluate": _evaluate, "card": _card, "publish": _publish,
 }  # fmt: skip
 
 
-def _forward_seconds(facts: _Facts, model: PretrainedConfig, length: int) -> float:
+def _forward_seconds(facts: Facts, model: PretrainedConfig, length: int) -> float:
     """Seconds of a token's forward pass with the head."""
     layers = costs.layer_flops(model, length) / facts.machine.forward_flops
     return layers + costs.head_flops(model) / facts.machine.product_flops
 
 
-def _seconds_per_token(facts: _Facts, student: PretrainedConfig, length: int, *, lora: bool) -> float:
+def _seconds_per_token(facts: Facts, student: PretrainedConfig, length: int, *, lora: bool) -> float:
     """Seconds of a token of distillation: the teacher's pass, the student's passes, and the loss."""
     teacher = None if facts.recipe.teacher_cache is not None else facts.teacher
     recomputed = bool(getattr(facts.arguments[-1], checkpointing_field()))

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ..errors import MinitronError, PlanError
+from ..families import spec_for
 from ..hardware import free_memory, has_fast_bf16, training_device
 from ..losses.heads import backbone_output
 from ..models import count_parameters, empty_model
+from ..scoring.activations import ActivationPass
 from ..sizes.request import PrunerConfig
 from ..sizes.student import student_config
 from .costs import layer_flops
@@ -44,6 +46,7 @@ class Machine:
         device: device that computes.
         dtype: dtype of training, and of models in memory.
         forward_flops: operations per second of forward passes through layers of the model, in `dtype`.
+        scoring_flops: the same operations per second while activations are scored, which takes time besides.
         training_flops: operations per second of forward and backward passes.
         product_flops: operations per second of a plain matrix product in `dtype`.
         float32_flops: operations per second of a plain matrix product in float32.
@@ -57,6 +60,7 @@ class Machine:
     device: str
     dtype: str
     forward_flops: float
+    scoring_flops: float
     training_flops: float
     product_flops: float
     float32_flops: float
@@ -82,14 +86,14 @@ def measure_machine(config: PretrainedConfig, folder: str | os.PathLike[str], *,
     float32 = product if dtype is torch.float32 else _product_rate(device, torch.float32)
     notes: tuple[str, ...] = ()
     try:
-        forward, training = _layer_rates(config, device, dtype, length, rows, product)
+        forward, scoring, training = _layer_rates(config, device, dtype, length, rows, product)
     except (MinitronError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         notes = (f"Layers of {config.model_type} could not be timed ({type(error).__name__}); plain products were.",)
-        forward = training = product
+        forward = scoring = training = product
     traffic, written, free = _copy_rate(device), *_disk(Path(folder))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Machine(
-        name, str(dtype).removeprefix("torch."), forward, training, product, float32, traffic, written,
+        name, str(dtype).removeprefix("torch."), forward, scoring, training, product, float32, traffic, written,
         free_memory(device), free, notes,
     )  # fmt: skip
 
@@ -142,8 +146,8 @@ def _disk(folder: Path) -> tuple[float, float]:
 
 def _layer_rates(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, length: int, rows: int, product: float
-) -> tuple[float, float]:
-    """Operations per second of layers, forward, and forward and backward."""
+) -> tuple[float, float, float]:
+    """Operations per second of layers: forward, forward and scored, forward and backward."""
     small = student_config(config, PrunerConfig(num_hidden_layers=1, keep_first_layers=0, keep_last_layers=0))
     needed = LAYER_BYTES * count_parameters(small, embeddings=False)
     if needed > LARGEST_SHARE * free_memory(device):
@@ -151,38 +155,56 @@ def _layer_rates(
     affordable = int(SECONDS * product / (12 * layer_flops(small, length)))  # tokens within the time of a measurement
     length = min(length, max(LEAST_LENGTH, affordable))
     rows = max(1, min(rows, affordable // length))
-    per_token = layer_flops(small, length)
-    width = small.get_text_config().hidden_size
-    x_BTH = torch.full((rows, length, width), 0.01, device=device)
-    rates = []
-    for trained in (False, True):
-        weights = torch.float32 if trained else dtype
-        model = _constant_layers(small, device, weights, trained)
-        inputs = x_BTH.to(weights)
-
-        def run(model: Any = model, inputs: Any = inputs, trained: bool = trained) -> None:
-            mixed = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trained and dtype is torch.bfloat16)
-            with torch.set_grad_enabled(trained), mixed:
-                states = backbone_output(model, inputs_embeds=inputs, use_cache=False).last_hidden_state
-            if trained:
-                states.backward(torch.ones_like(states))
-
-        passes = 3 if trained else 1
-        rates.append(passes * rows * length * per_token / _timed(run, device))
-        del model
-    return rates[0], rates[1]
+    flops = rows * length * layer_flops(small, length)
+    model = constant_layers(small, device, dtype, trained=False)
+    forward = flops / _timed(_passes(model, rows, length, dtype), device)
+    scoring = flops / _timed(scored_pass(model, rows, length), device)
+    del model
+    trained = constant_layers(small, device, torch.float32, trained=True)
+    training = 3 * flops / _timed(_passes(trained, rows, length, dtype), device)
+    return forward, scoring, training
 
 
-def _constant_layers(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trained: bool) -> Any:
-    """A model whose layers hold constants; its token embeddings and its head stay without values."""
+def _passes(model: Any, rows: int, length: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A forward pass, and a backward pass if the model is trained."""
+    weight = next(parameter for parameter in model.parameters() if not parameter.is_meta)
+    width = model.config.get_text_config().hidden_size
+    x_BTH = torch.full((rows, length, width), 0.01, dtype=weight.dtype, device=weight.device)
+    mixed = model.training and dtype is torch.bfloat16
+
+    def run() -> None:
+        autocast = torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=mixed)
+        with torch.set_grad_enabled(model.training), autocast:
+            states = backbone_output(model, inputs_embeds=x_BTH, use_cache=False).last_hidden_state
+        if model.training:
+            states.backward(torch.ones_like(states))
+
+    return run
+
+
+def scored_pass(model: Any, rows: int, length: int) -> Callable[[], None]:
+    """A forward pass that is scored by `metric="activation"`."""
+    observer = ActivationPass(spec_for(model.config), model, "mean")
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+
+    def run() -> None:
+        with torch.no_grad(), observer.hooks():
+            observer.run({"input_ids": tokens})
+
+    return run
+
+
+def constant_layers(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, trained: bool) -> Any:
+    """A model whose layers hold constants; its token embeddings are one number, and its head has no values."""
     model = empty_model(config)
-    unused = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in model.modules():
-        if module in unused:
+        if module is head and module is not embeddings:
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            full = torch.full(parameter.shape, 0.01, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(full, requires_grad=trained))
+            shape = (1,) * parameter.ndim if module is embeddings else parameter.shape
+            full = torch.full(shape, 0.01, dtype=dtype, device=device).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(full, requires_grad=trained and module is not embeddings))
         for name, buffer in list(module.named_buffers(recurse=False)):
             kind = dtype if buffer.is_floating_point() else buffer.dtype
             setattr(module, name, torch.full(buffer.shape, 1, dtype=kind, device=device))

@@ -141,9 +141,8 @@ def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str]
         _clear(run.folder, stage)
     report(f"[{stage.name}] {stage.help}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
-    if stage.name == "card":  # says what the stages before have taken
-        records = [_record(run.folder, one.name) for one in stages_of(run.recipe) if one.name != stage.name]
-        write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])
+    records = [_record(run.folder, one.name) for one in stages_of(run.recipe)]
+    write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])
     with measured_usage(run.folder) as usage, _explain_storage_errors():
         stage.run(run)
     _write_record(run.folder, stage, run.recipe, stage_digest, "done", usage)

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DataError, UnsupportedModelError
-from ..families import ArchSpec
+from ..families import ArchSpec, spec_for
 from ..families.axes import Dimension
 from ..families.tensors import named_tensors
+from ..models import empty_model
 from ..weights import tensor_values
 from .batches import Batches, stream_states
 from .experts import (
@@ -42,6 +43,10 @@ from .hooks import Hooks
 from .metrics import ImportanceMetric, UnitActivations, find_metrics
 from .reductions import Reduction, accumulation_dtype, reduce_routed, reduce_rows, reduce_sequence, row_terms
 from .weights import channel_norms
+
+#: Bytes of the matrices WᵀW of units that are kept from batch to batch. For groups of heads there are as many numbers
+#: in all layers as layers × width² / groups. Those that do not fit are computed again for every batch.
+KEPT_GRAM_BYTES = 1 << 29
 
 
 class ActivationPass(Batches):
@@ -73,6 +78,7 @@ class ActivationPass(Batches):
         # The same keys, until their first value → the module that has to be called.
         self.unseen: dict[tuple[str, str, int], str] = {}
         self.down_projection_norms: dict[tuple[str, int, int], Tensor] = {}
+        self.kept_gram_bytes = 0
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
 
     def run(self, batch: Mapping[str, Tensor]) -> None:
@@ -193,21 +199,25 @@ class ActivationPass(Batches):
         What a unit contributes to the projection's output has the norm ‖W_u x_u‖² = x_uᵀ(W_uᵀW_u)x_u, which needs no
         [tokens, H] output per unit. For a neuron it is a multiple of its value, and keeps its sign.
         """
-        gram_URR: Tensor | None = None
+        kept_URR: Tensor | None = None
+
+        def gram(x_BTD: Tensor) -> Tensor:
+            nonlocal kept_URR
+            if kept_URR is not None:
+                return kept_URR
+            weight = tensor_values(self.model, f"{path}.weight").detach()
+            weight = weight.to(x_BTD.device, accumulation_dtype(x_BTD))
+            gram_URR = _gram_matrices(weight if view.position == 1 else weight.T, view)
+            if self.kept_gram_bytes + gram_URR.nbytes <= KEPT_GRAM_BYTES:
+                self.kept_gram_bytes += gram_URR.nbytes
+                kept_URR = gram_URR
+            return gram_URR
 
         def observe(x_BTD: Tensor) -> None:
             x_BTUR = view.split(x_BTD)
 
             def weigh() -> Tensor:
-                nonlocal gram_URR
-                if gram_URR is None:
-                    weight = (
-                        tensor_values(self.model, f"{path}.weight")
-                        .detach()
-                        .to(x_BTD.device, accumulation_dtype(x_BTD))
-                    )
-                    weight_HUR = view.split(weight if view.position == 1 else weight.T)
-                    gram_URR = torch.einsum("hur,hus->urs", weight_HUR, weight_HUR)
+                gram_URR = gram(x_BTD)
                 if view.is_scalar:
                     return x_BTUR[..., 0] * gram_URR[:, 0, 0].sqrt()
                 wide_BTUR = x_BTUR.to(gram_URR.dtype)
@@ -372,6 +382,27 @@ class ActivationPass(Batches):
         # similarity[i, j] compares the input of layer i with the input of layer j, so a block i..j ends at j + 1.
         blocks = (1 - self.similarity / self.num_tokens)[:-1, 1:].float()
         return blocks.masked_fill(torch.ones_like(blocks, dtype=torch.bool).tril(-1), torch.nan)
+
+
+def head_groups(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
+    """For every layer with heads in groups: their number U, and the inner dimensions of each, D / U."""
+    spec = spec_for(config)
+    names = list(named_tensors(empty_model(config), tied=True))
+    for _, axis in spec.groups:
+        module = spec.hook_points.get(axis)
+        if module is None or holds_stacked_experts(spec, module):
+            continue
+        for layer in spec.layers_with(axis, names):
+            view = UnitView(spec, axis, module, spec.sizes(config, layer))
+            yield view.num_units, (view.slice.stop - view.slice.start) // view.num_units
+
+
+def _gram_matrices(weight_HD: Tensor, view: UnitView) -> Tensor:
+    """WᵀW of the weights of every unit, [U, R, R]."""
+    if view.is_scalar:
+        return view.split(weight_HD.square().sum(0))[..., None]
+    weight_HUR = view.split(weight_HD)
+    return torch.stack([weight_HUR[:, unit].T @ weight_HUR[:, unit] for unit in range(view.num_units)])
 
 
 def metric_values(metrics: Sequence[ImportanceMetric], units: UnitActivations) -> Iterator[tuple[list[str], Tensor]]:

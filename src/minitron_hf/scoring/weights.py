@@ -6,7 +6,7 @@ Legend of shape suffixes: U units of an axis, O units of the axis that they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from ..weights import tensor_values
 
 #: Elementwise function of weights, such as `torch.square` or `torch.abs`.
 Term = Callable[[Tensor], Tensor]
+
+#: Values that are converted to float32 or float64 at a time: the stacked experts of a layer may be a tenth of a model.
+CHUNK_VALUES = 1 << 24
 
 
 def unit_sums(
@@ -48,22 +51,31 @@ def unit_sums(
     ]
     if all(unit is None for unit, _ in owners) or (outer and all(other is None for _, other in owners)):
         return None
-    terms = term(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)))
-    index = np.zeros((1,) * tensor.ndim, dtype=np.int64)
-    known = np.ones((1,) * tensor.ndim, dtype=bool)
-    for position, (unit, other) in enumerate(owners):
-        if unit is None and other is None:
-            terms = terms.sum(position, keepdim=True, dtype=torch.float64)
-            continue
-        shape = tuple(-1 if p == position else 1 for p in range(tensor.ndim))
-        for label, step in ((unit, 1), (other, sizes[axis])):
-            if label is not None:
-                index = index + step * label.reshape(shape)
-                known = known & (label >= 0).reshape(shape)
-    index, known = np.broadcast_to(index, terms.shape), np.broadcast_to(known, terms.shape)
     sums = torch.zeros(count, dtype=torch.float64)
-    sums.index_add_(0, torch.from_numpy(index[known]), terms.cpu().double()[torch.from_numpy(known.copy())])
+    for rows in _slices(tensor):
+        part = tensor[rows].detach()
+        terms = term(part.to(torch.promote_types(part.dtype, torch.float32)))
+        index = np.zeros((1,) * tensor.ndim, dtype=np.int64)
+        known = np.ones((1,) * tensor.ndim, dtype=bool)
+        for position, labels in enumerate(owners):
+            own = [label if label is None or position else label[rows] for label in labels]
+            if all(label is None for label in own):
+                terms = terms.sum(position, keepdim=True, dtype=torch.float64)
+                continue
+            shape = tuple(-1 if p == position else 1 for p in range(tensor.ndim))
+            for label, step in zip(own, (1, sizes[axis])):
+                if label is not None:
+                    index = index + step * label.reshape(shape)
+                    known = known & (label >= 0).reshape(shape)
+        index, known = np.broadcast_to(index, terms.shape), np.broadcast_to(known, terms.shape)
+        sums.index_add_(0, torch.from_numpy(index[known]), terms.cpu().double()[torch.from_numpy(known.copy())])
     return sums if outer is None else sums.unflatten(0, (sizes[outer], -1))
+
+
+def _slices(tensor: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension with at most `CHUNK_VALUES` values each, or a single row."""
+    rows = max(1, CHUNK_VALUES * len(tensor) // max(1, tensor.numel()))
+    return (slice(start, start + rows) for start in range(0, len(tensor), rows))
 
 
 def unit_indices(dimension: Dimension, axis: str, spec: ArchSpec, sizes: Mapping[str, int]) -> np.ndarray | None:
@@ -112,7 +124,8 @@ def sum_by_unit(spec: ArchSpec, model: PreTrainedModel, term: Term) -> tuple[dic
         if not values.is_floating_point():
             continue
         if layer is not None:
-            layers_L[layer] += term(values.detach().double()).sum().cpu()
+            for part in values.detach().reshape(-1).split(CHUNK_VALUES):
+                layers_L[layer] += term(part.double()).sum().cpu()
         sizes = spec.sizes(model.config) if layer is None else layer_sizes[layer]
         for axis, place in axes.items():
             sums = unit_sums(values, pattern, axis, spec, sizes, term)
