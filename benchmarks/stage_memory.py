@@ -151,6 +151,7 @@ def measure(width: int, depth: int) -> dict[str, int]:
         reset_peak_memory()
         run()
         found[name] = peak_memory() - before
+        print(f"{name}: {found[name]:,}", file=sys.stderr, flush=True)
     return found
 
 

@@ -6,6 +6,10 @@ repository root, in about ten minutes for a teacher of 135M parameters on two co
     python -m benchmarks.real.stages --teacher work/teacher --train mixed.jsonl --eval wikitext2.jsonl \
         --questions gsm8k.jsonl --output benchmarks/results/real/stages-bfloat16.json --dtype bfloat16
 
+Every stage is a row of the output, written when it ends. The same command continues an interrupted run: it skips
+stages that are there, and does failed ones again. What stages leave for later ones is in `--work`, by default beside
+the output. With `--dtype float32` every pass is computed in float32, also on processors that compute bfloat16.
+
 `--questions` names a JSON-lines file with the fields `question` and `answer`; it is trained on as conversations and as
 prompts with completions.
 """
@@ -161,11 +165,17 @@ def _training(work: Work, name: str, **settings: Any) -> Any:
             "packing": True,
             "learning_rate": 3e-4,
             "save_strategy": "no",
+            **_precision(work),
             "report_to": "none",
             "disable_tqdm": True,
             **settings,
         },
     )
+
+
+def _precision(work: Work) -> dict[str, bool]:
+    """Training in float32 where that is measured; else what the processor is fast in."""
+    return {"bf16": False} if work.arguments.dtype == "float32" else {}
 
 
 def _distil(data: Callable[[Work], Any], **settings: Any) -> Stage:
@@ -244,6 +254,7 @@ def _correct(work: Work) -> Callable[[], Any]:
         processing_class=work.tokenizer(),
         save_strategy="no",
         disable_tqdm=True,
+        **_precision(work),
         **size,
     )
 
@@ -287,29 +298,57 @@ STAGES: dict[str, Stage] = {
 }
 
 
+#: Stage → file or folder that it leaves for later ones, or that it would go on from.
+ARTEFACTS = {
+    "score": "scores", "plan": "plan", "repair": "repaired.pt", "prune and save": "student", "cache": "cache",
+    "prune, streamed": "streamed", "correct teacher": "corrected",
+}  # fmt: skip
+
+
 def main() -> None:
     """Run every stage in a process of its own; print and write the table."""
     arguments = parse_arguments()
     if arguments.stage:
         print("\n" + json.dumps(measured(arguments)), flush=True)
         return
-    from minitron_hf.files import versions, write_json
+    from minitron_hf.files import remove, versions, write_json
 
+    names = ("dtype", "rows", "max_length", "batch_size", "steps", "eval_rows", "threads", "memory_limit")
+    settings = {name: getattr(arguments, name) for name in names}
     results: dict[str, Any] = {"command": _command(arguments), "versions": versions(), "machine": arguments.machine}
-    results["settings"] = {
-        name: getattr(arguments, name)
-        for name in ("dtype", "rows", "max_length", "batch_size", "steps", "eval_rows", "threads", "memory_limit")
-    }
-    results["stages"] = {}
+    results |= {"settings": settings, "stages": earlier_rows(arguments.output, settings)}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.work or Path(temporary)
+        folder = arguments.work or (arguments.output.with_suffix(".work") if arguments.output else Path(temporary))
+        folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.only or STAGES:
-            found = in_a_process(name, folder, arguments)
-            results["stages"][name] = found
-            print(row_of(name, found), flush=True)
+            if not is_done(name, folder, results["stages"]):
+                remove(folder / ARTEFACTS.get(name, "run"), missing_ok=True)
+                results["stages"][name] = in_a_process(name, folder, arguments)
+            print(row_of(name, results["stages"][name]), flush=True)
             if arguments.output:
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 write_json(arguments.output, results)
+
+
+def earlier_rows(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier run with the same settings.
+
+    Raises:
+        SystemExit: if the file is of other settings.
+    """
+    if output is None or not output.is_file():
+        return {}
+    found = json.loads(output.read_text())
+    if found["settings"] != settings:
+        raise SystemExit(f"{output} was measured with {found['settings']}, not {settings}. Name another --output.")
+    rows: dict[str, Any] = found["stages"]
+    return rows
+
+
+def is_done(name: str, folder: Path, rows: dict[str, Any]) -> bool:
+    """Whether a stage has a row without an error, and what it leaves for later ones is there."""
+    there = name not in ARTEFACTS or (folder / ARTEFACTS[name]).exists()
+    return name in rows and "error" not in rows[name] and there
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
