@@ -298,6 +298,7 @@ CASES = [
         ("extra", "data.test={text}", "no entry test"),
         ("model", "data.train={ids}", "99999"),
         ("data", "data.train=[{text}, {ids}]", "data.train.2"),
+        ("data", "data.train={other}", "is the folder of a model, not of a dataset"),
         ("range", "data.train=[{{source: {text}, weight: 0}}]", "more than 0"),
         ("key", "data.train=[{{source: {text}, wieght: 1}}]", "Did you mean 'weight'?"),
         ("key", "data.stopping_strategy=exhausted", "'all_exhausted'"),

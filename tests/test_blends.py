@@ -390,3 +390,18 @@ def test_saved_datasets_are_read_as_streams(workshop, tmp_path):
     data = {"train": str(tmp_path / "saved"), "streaming": True}
     run = Run(Recipe.from_dict(values(workshop, tmp_path, data=data)))
     assert [row["text"] for row in run.dataset("train")] == saved["text"][:]
+
+
+def test_short_documents_are_named_as_short_rows(workshop, tmp_path):
+    """`max_length` reaches far enough, but no document does."""
+    data = {"train": str(workshop / "code.jsonl")}
+    text = "at most 9 tokens of a context of 64: positions from 9 on are not trained"
+    for packing, warns in ((False, True), (True, False)):
+        given = values(workshop, tmp_path / str(packing), data=data, distill={"max_length": 48, "packing": packing})
+        notes = str(check_recipe(Recipe.from_dict(given))["notes"])
+        assert (text in notes) == warns, notes
+        assert ("Add longer documents" in notes) == warns
+        folder, _ = go(given)
+        record = read_json(folder / "distillation.json")
+        assert record["data"]["train"]["longest_row"] == (9 if warns else 48)
+        assert ("at most 9 tokens of a context of 64" in (folder / "README.md").read_text()) == warns

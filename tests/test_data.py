@@ -476,3 +476,26 @@ def test_folders_of_one_name_are_not_confused(tmp_path, streaming):
     assert write(tmp_path / "a" / "corpus", "one") == ["one"]
     assert write(tmp_path / "b" / "corpus", "two") == ["two"]
     assert write(tmp_path / "b" / "corpus", "three") == ["three"]
+
+
+def test_folders_that_are_no_datasets_are_one_line(tmp_path):
+    from pocket import pocket_model
+
+    pocket_model("llama").save_pretrained(tmp_path / "model")
+    pocket_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "stages").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name, value in (("a", {"x": {"y": 1}}), ("b", {"x": [1]})):
+        (tmp_path / "mixed" / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("model", "the folder of a run, not of a dataset"),
+        ("mixed", "do not have the same columns"),
+        ("empty", "doesn't contain any data files"),
+    ):
+        with pytest.raises(DataError, match=words) as raised:
+            load_text_dataset(str(tmp_path / name))
+        assert len(str(raised.value).splitlines()) == 1
+    (tmp_path / "model" / "stages").rmdir()
+    with pytest.raises(DataError, match="the folder of a model, not of a dataset"):
+        load_text_dataset(str(tmp_path / "model"))

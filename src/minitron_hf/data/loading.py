@@ -57,6 +57,8 @@ def load_text_dataset(
     import datasets
 
     path = local_dataset(source)
+    if path is not None and path.is_dir():
+        _refuse_folder_of_model(path)
     try:
         if path is not None and path.is_file():
             if path.suffix not in READERS:
@@ -84,11 +86,34 @@ def load_text_dataset(
             raise
         if path is not None and path.is_file() and READERS.get(path.suffix) == "json":
             _require_json(path)
-        reason = str(error.__cause__ or error).rstrip(". \n")  # of a broken file, the line is in the cause alone
+        reason = _short_reason(error.__cause__ or error)  # of a broken file, the line is in the cause alone
         raise DataError(
             f"Cannot load the dataset {source!r} (split {split!r}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
+
+
+def _refuse_folder_of_model(folder: Path) -> None:
+    """Refuse the folder of a model or a run, whose JSON files `datasets` would read as rows.
+
+    Raises:
+        DataError: naming what it is.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" in names and any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        what = "a run" if "stages" in names else "a model"
+        raise DataError(
+            f"{folder} is the folder of {what}, not of a dataset. Expected a local file ({', '.join(READERS)}), a "
+            "saved dataset folder or a Hub dataset id."
+        )
+
+
+def _short_reason(error: BaseException) -> str:
+    """The first line of an error; Arrow prints whole schemas."""
+    if "couldn't cast" in str(error).lower():
+        return "its files or rows do not have the same columns"
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
+    return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def _cache_of_folder(folder: Path) -> str | None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Rows whose lengths are looked at.
+SAMPLED_ROWS = 1024
+
 
 def limit_to_context(args: Any, **configs: PretrainedConfig) -> None:
     """Lower `max_length` to the shortest context of the models, with a message.
@@ -185,6 +188,19 @@ def some_rows(data: Any, count: int | None) -> Any:
     if not hasattr(data, "__len__"):
         return data.take(count)
     return data if len(data) <= count else data.select([index * len(data) // count for index in range(count)])
+
+
+def longest_row(rows: Any) -> int | None:
+    """Tokens of the longest document or piece of one among some training rows; None of streams and other rows.
+
+    Documents that are packed apart (`seq_lengths`) begin at position 0 each.
+    """
+    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return None
+    some = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS)))
+    if "seq_lengths" in rows.column_names:
+        return max((max(lengths, default=0) for lengths in some["seq_lengths"]), default=None)
+    return max(map(len, some["input_ids"]), default=None)
 
 
 def refuse_empty(dataset: Any, name: str) -> None:

@@ -38,6 +38,7 @@ from .parallel import (
     gathered_projection,
 )
 from .record import RECORD_NAME, RECORDED_ARGUMENTS
+from .rows import longest_row
 from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
@@ -207,9 +208,9 @@ class SavingMixin(SFTTrainer):
         }
 
     def _training_facts(self) -> dict[str, Any]:
-        if not self.training_data_facts:
-            return {}
-        return {"train": {**(self._datasets.get("train") or {}), **self.training_data_facts}}
+        """What is known of the training data, with its longest row: what lies behind it is not trained."""
+        facts = {"longest_row": longest_row(self.train_dataset), **self.training_data_facts}
+        return {"train": {**(self._datasets.get("train") or {}), **facts}}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         refuse_not_finite(self._sum_over_processes(self._token_sums["train"]).tolist(), self.state.global_step)

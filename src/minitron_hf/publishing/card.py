@@ -271,10 +271,18 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
 def _short_rows(run: Mapping[str, Any]) -> str | None:
     """A warning where the training rows were far shorter than the context that the student claims."""
     trained = [one["distillation"] for one in (*run["rounds"], run) if one["distillation"]]
-    lengths = [one["arguments"].get("max_length") for one in trained]
-    if not lengths or None in lengths or not run["config"]:
+    lengths = [_longest_row(one) for one in trained]
+    known = [length for length in lengths if length is not None]
+    if not known or len(known) < len(lengths) or not run["config"]:
         return None
-    return short_rows_note(max(lengths), stored_context_length(run["config"]))
+    return short_rows_note(max(known), stored_context_length(run["config"]))
+
+
+def _longest_row(distillation: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest training row: `max_length`, or less where all documents are shorter."""
+    data = (distillation.get("data") or {}).get("train") or {}
+    found = (distillation["arguments"].get("max_length"), data.get("longest_row"))
+    return min((length for length in found if length is not None), default=None)
 
 
 def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:

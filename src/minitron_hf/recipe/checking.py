@@ -21,7 +21,7 @@ from ..sizes.targets import shapes_near_target
 from .actions import search_arguments
 from .environment import check_environment
 from .identity import dataset_identity, training_identity
-from .lineage import corpus_notes
+from .lineage import corpus_notes, longest_document
 from .run import Run
 from .schema import Recipe
 from .settings import check_settings
@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
     if "distill" in {name.rpartition("/")[2] for name in names}:
-        notes = [*_short_rows(config, arguments), *corpus_notes(run), *notes]
+        notes = [*_short_rows(run, arguments), *corpus_notes(run), *notes]
     if chosen is None:
         return {
             "model_type": spec.model_type,
@@ -144,12 +144,17 @@ def _check_against_model(
         _check_adapter(adapter, empty_model(students[-1]))
 
 
-def _short_rows(teacher: PretrainedConfig, arguments: Sequence[DistillationConfig]) -> list[str]:
+def _short_rows(run: Run, arguments: Sequence[DistillationConfig]) -> list[str]:
     """A warning where distillation reads rows far shorter than the context that the student claims."""
     longest = max((args.max_length for args in arguments if args.max_length is not None), default=None)
-    note = short_rows_note(longest, context_length(teacher))
-    remedy = "Raise distill.max_length, or measure them: evaluate.max_length, with documents of that length."
-    return [] if note is None else [f"{note} {remedy}"]
+    remedy = "Raise distill.max_length"
+    if not any(args.packing and args.packing_strategy == "wrapped" for args in arguments):  # documents stay apart
+        document = longest_document(run)
+        if document is not None and (longest is None or document < longest):
+            longest, remedy = document, "Add longer documents"
+    note = short_rows_note(longest, context_length(run.teacher_config))
+    advice = f"{remedy}, or measure them: evaluate.max_length, with documents of that length."
+    return [] if note is None else [f"{note} {advice}"]
 
 
 def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:

@@ -25,9 +25,17 @@ def measured_part(run: Run, number: int) -> Corpus | None:
     Returns:
         Lengths of documents, and their number, 0 of a stream; None if it cannot be read.
     """
+    key = number, run.whole.recipe.data.parts[number].generated and not is_written(run)
+    if key not in run.whole.measured:
+        run.whole.measured[key] = _measured_part(run, *key)
+    found: Corpus | None = run.whole.measured[key]
+    return found
+
+
+def _measured_part(run: Run, number: int, is_unwritten: bool) -> Corpus | None:
     part = run.whole.recipe.data.parts[number]
     try:
-        if part.generated and not is_written(run):
+        if is_unwritten:
             expected = expected_text(run).corpus
             most = part.num_rows or expected.num_documents
             return Corpus(expected.document_lengths, min(most, expected.num_documents))
@@ -56,6 +64,13 @@ def measured_training_corpus(run: Run) -> Corpus | None:
     rows = [part.num_documents / probability for probability, part in zip(data.probabilities, known, strict=True)]
     longest = max(rows) if data.stopping_strategy == "all_exhausted" else min(rows)
     return Corpus([round(weighted)], round(longest))
+
+
+def longest_document(run: Run) -> int | None:
+    """Tokens of the longest of some documents of `data.train`; None if one of its corpora cannot be read."""
+    parts = [measured_part(run, number) for number in range(len(run.whole.recipe.data.parts))]
+    lengths = [length for part in parts if part is not None for length in part.document_lengths]
+    return None if None in parts else max(lengths, default=None)
 
 
 def described_parts(run: Run) -> dict[str, Any] | None:

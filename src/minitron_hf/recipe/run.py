@@ -73,12 +73,14 @@ class Run:
         show_progress: show progress bars.
         whole: the run that this round belongs to; the run itself if there are no rounds.
         number: which round, from 1.
+        measured: lengths of corpora of `data.train` that are known already (`lineage.measured_part`).
     """
 
     recipe: Recipe
     show_progress: bool = True
     whole: Run = None  # type: ignore[assignment] # set below
     number: int = 1
+    measured: dict[Any, Any] = field(default_factory=dict)
     _cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
