@@ -1,4 +1,4 @@
-"""Refitted output projections against numpy's least squares on the activations themselves."""
+"""Refitted projections against numpy's least squares on the activations themselves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
-from minitron_hf.pruning.repair import CutProjection, projection_groups, repaired_weights
+from minitron_hf.pruning.repair import DEFAULT_RIDGE, RIDGES, input_groups, repaired_weights
+from minitron_hf.pruning.repair_inputs import CutInputs, Projection, cut_inputs
+from minitron_hf.pruning.repair_sums import input_products
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.scoring.calibration import load_calibration
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
@@ -76,11 +79,117 @@ def test_heads_are_refitted_and_channels_cut_as_planned():
     np.testing.assert_allclose(found, factor * expected, rtol=1e-5, atol=1e-7)
 
 
-def test_nothing_to_refit_without_a_cut_of_units():
-    teacher = pocket_model("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma", "phi", "olmo2"])
+def test_readers_of_cut_channels_are_refitted_as_by_lstsq(name: str):
+    """Every projection that reads a norm of the kept channels reproduces what the teacher's reads, at its best."""
+    teacher = pocket_model(name)
     plan = planned(teacher, hidden_size=0.5)
+    plain = apply_plan(teacher, planned(teacher, hidden_size=0.5, repair=None))
+    student = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, ROWS, ridge=1e-12))
+    observed = {projection.path: cut for cut in cut_inputs(teacher, plan) for projection in cut.projections}
+    assert observed
+    assert {name for name in READERS[name] if name in observed} == set(READERS[name])
+    for path, cut in observed.items():
+        states = inputs(teacher, cut.path)[:, plan.kept["hidden"]]
+        with torch.no_grad():  # the student's own norm, in place
+            x = plain.get_submodule(cut.path)(torch.tensor(states)).numpy()
+        wanted = inputs(teacher, path) @ teacher.get_submodule(path).weight.detach().numpy().T
+        expected = np.linalg.lstsq(x, wanted, rcond=None)[0]
+        found, before = (model.get_submodule(path).weight.detach().numpy().T for model in (student, plain))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        assert np.linalg.norm(x @ found - wanted) < 0.9 * np.linalg.norm(x @ before - wanted)
+    same = {f"{path}.weight" for path in observed}
+    for (name, one), two in zip(plain.named_parameters(), student.parameters(), strict=True):
+        assert name in same or torch.equal(one, two), name
+
+
+READERS = {
+    "llama": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
+    "gemma": ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.gate_proj"],
+    "phi": ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.fc1"],
+    "olmo2": [],
+}
+
+
+def test_a_large_ridge_leaves_the_plain_student():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, hidden_size=0.5, intermediate_size=0.5)
+    repaired = repaired_weights(teacher, plan, ROWS, ridge=1e12)
+    assert repaired
+    for name, weight in repaired.items():
+        torch.testing.assert_close(weight, dict(teacher.named_parameters())[name].detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_held_out_rows_choose_the_ridge(monkeypatch):
+    """Every fourth row is held out: numpy fits the others with each ridge, and the best one is taken for all rows."""
+    monkeypatch.setattr("minitron_hf.pruning.repair.NUM_PROBES", 1)
+    teacher = pocket_model("llama")
+    for name in ("gate_proj", "up_proj"):  # neurons that nearly repeat others
+        weight = teacher.get_submodule(f"model.layers.0.mlp.{name}").weight.data
+        weight[1::2] = weight[::2] + 0.2 * weight[1::2]
+    plan = planned(teacher, intermediate_size=0.5)
+    path, kept = "model.layers.0.mlp.down_proj", plan.kept["ffn"][0]
+    x, weight = inputs(teacher, path), teacher.get_submodule("model.layers.0.mlp.down_proj").weight.detach().numpy().T
+    is_held = np.repeat(np.arange(len(ROWS.rows)) % 4 == 3, len(ROWS.rows[0]))
+    cut = np.setdiff1d(np.arange(x.shape[1]), kept)
+    errors = {}
+    for ridge in RIDGES:
+        fitted = x[~is_held]
+        gram = fitted[:, kept].T @ fitted[:, kept]
+        gram += ridge * np.mean(np.diag(gram)) * np.eye(len(kept))
+        change = np.linalg.solve(gram, fitted[:, kept].T @ fitted[:, cut] @ weight[cut])
+        errors[ridge] = np.linalg.norm(x[is_held][:, kept] @ change - x[is_held][:, cut] @ weight[cut])
+    best = min(errors, key=errors.get)
+    assert best not in (DEFAULT_RIDGE, RIDGES[0], RIDGES[-1])
+    for arguments in ({}, {"batch_size": 5}, {"memory_limit": 1}):
+        chosen = repaired_weights(teacher, plan, ROWS, **arguments)
+        given = repaired_weights(teacher, plan, ROWS, ridge=best)
+        for name, values in given.items():
+            torch.testing.assert_close(chosen[name], values, rtol=1e-9, atol=1e-12)
+    few = TokenRows(ROWS.rows[:3], None)  # none is held out
+    chosen, given = (repaired_weights(teacher, plan, few, ridge=ridge) for ridge in (None, DEFAULT_RIDGE))
+    assert all(torch.equal(chosen[name], values) for name, values in given.items())
+
+
+@pytest.mark.parametrize("request_", [{"intermediate_size": 0.5}, {"hidden_size": 0.5}])
+def test_sums_of_all_rows_and_of_those_held_out(request_):
+    teacher = pocket_model("llama")
+    cuts = cut_inputs(teacher, planned(teacher, **request_))
+    calibration = load_calibration(teacher, ROWS, None, len(ROWS.rows), None, True, 5)
+    sums, num_tokens = input_products(teacher, cuts, calibration, cuts)
+    assert num_tokens == sum(map(len, ROWS.rows))
+    is_held = np.repeat(np.arange(len(ROWS.rows)) % 4 == 3, len(ROWS.rows[0]))
+    for cut in cuts:
+        x = inputs(teacher, cut.path)
+        kept, rest = x[:, cut.kept_K], x[:, cut.rest_R]
+        if cut.norm is not None:
+            norms = ((x, teacher.get_submodule(cut.path)), (kept, cut.norm))
+            rest, kept = (_rms(y, norm.variance_epsilon) * norm.weight.detach().numpy() for y, norm in norms)
+            rest[:, cut.kept_K] -= kept
+        both = np.concatenate([kept, rest], axis=1)
+        np.testing.assert_allclose(sums[cut.path].all, kept.T @ both, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(sums[cut.path].held_out, kept[is_held].T @ both[is_held], rtol=1e-4, atol=1e-4)
+
+
+def _rms(x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+
+
+def test_little_text_is_warned_of(caplog):
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5)
+    repaired_weights(teacher, plan, TokenRows(ROWS.rows[:2], None))
+    assert "calibration tokens" in caplog.text
+    caplog.clear()
+    repaired_weights(teacher, plan, TokenRows(ROWS.rows * 4, None))
+    assert not caplog.text
+
+
+def test_nothing_to_refit_where_layers_alone_are_cut():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, num_hidden_layers=3)
     assert plan.repair is None
-    assert "repair changes nothing: neither neurons nor heads are cut." in plan.notes
+    assert "repair changes nothing: neither neurons, heads nor channels are cut." in plan.notes
     assert repaired_weights(teacher, plan, ROWS) == {}
 
 
@@ -142,7 +251,7 @@ def test_a_memory_limit_takes_more_passes_and_gives_the_same():
     """Each pass ends at its last projection: with one projection a pass, layer l runs in the passes of layers ≥ l."""
     teacher = pocket_model("llama")
     plan = planned(teacher, intermediate_size=0.5, num_attention_heads=0.5)
-    whole = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows))
+    whole = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows), ridge=1e-3)
     calls = dict.fromkeys(range(len(teacher.model.layers)), 0)
 
     def count(layer: int):
@@ -152,7 +261,7 @@ def test_a_memory_limit_takes_more_passes_and_gives_the_same():
         return teacher.model.layers[layer].self_attn.q_proj.register_forward_pre_hook(hook)
 
     handles = [count(layer) for layer in calls]
-    parts = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows), memory_limit=1)
+    parts = repaired_weights(teacher, plan, ROWS, batch_size=len(ROWS.rows), memory_limit=1, ridge=1e-3)
     for handle in handles:
         handle.remove()
     depth = len(calls)
@@ -165,8 +274,11 @@ def test_a_memory_limit_takes_more_passes_and_gives_the_same():
 
 
 def test_groups_hold_what_fits():
-    cuts = [CutProjection(str(kept), 1, torch.arange(10), kept) for kept in (4, 4, 2, 8)]
-    groups = [[cut.num_kept for cut in group] for group in projection_groups(cuts, 8 * 10 * 6)]
+    cuts = [
+        CutInputs(str(kept), torch.arange(kept), torch.arange(kept, 10), (Projection(str(kept), 1),))
+        for kept in (4, 4, 2, 8)
+    ]
+    groups = [[len(cut.kept_K) for cut in group] for group in input_groups(cuts, 8 * 10 * 6)]
     assert groups == [[4], [4, 2], [8]]
     assert [cut.num_bytes for cut in cuts] == [320, 320, 160, 640]
 

@@ -7,13 +7,13 @@ what an allocator wastes.
 
 Legend: B rows of a batch, T tokens of a row, N = B·T, V vocabulary, H hidden size, L layers, P parameters of the
 teacher, W_t and W_s the bytes of the weights of teacher and student, b bytes of a number; D inputs of a refitted
-projection, K those that stay.
+projection, K those that stay, R those that the student lacks (all of them after a norm).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,11 @@ from ..families import named_tensors, spec_for
 from ..families.axes import dimension_size
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
-from ..pruning.repair import CutProjection, projection_groups
+from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups
+from ..pruning.repair_inputs import CutInputs, Projection, channel_projections
 from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
-from ..scoring.hook_points import UnitView, holds_stacked_experts
+from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
 
 if TYPE_CHECKING:
@@ -171,31 +172,41 @@ def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 
 def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + refitted weights, D·H·b each, + the sums of a pass, Σ 8·K·D, + the larger of two moments.
+    """W_t + refitted weights, D·H·b each, + the sums of a pass, Σ 8·K·(K + R), + the larger of two moments.
 
-    A batch: a forward pass, and the inputs in order, N·D·(b + 4) (8·N·D in float32), with their product, 4·K·D.
-    The solution of one projection: 8·(K² + 2·K·H + (D − K)·H).
+    A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (8·N·(K + R) in float32), with their
+    product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K² + 2·K·O + R·O).
     """
-    cuts = _cut_projections(teacher, student)
-    width = _hidden(teacher)
-    fitted = sum(len(cut.order_D) for cut in cuts) * width * load.itemsize
+    cuts = _cut_inputs(teacher, student)
     if not cuts:
         return {"weights": _weights(teacher, load)}
-    groups = list(projection_groups(cuts, load.memory_limit or math.inf))
+    groups = list(input_groups(cuts, load.memory_limit or math.inf))
     sums = max(sum(cut.num_bytes for cut in group) for group in groups)
     largest = max(cuts, key=lambda cut: cut.num_bytes)
-    kept, inputs = largest.num_kept, len(largest.order_D)
+    kept, rest = len(largest.kept_K), len(largest.rest_R)
     num_tokens = load.batch_size * load.max_length
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    copies = num_tokens * inputs * (load.itemsize + (4 if load.itemsize < 4 else 0)) + 4 * kept * inputs
-    solution = 8 * (kept * kept + 2 * kept * width + (inputs - kept) * width)
+    copies = num_tokens * (kept + rest) * (load.itemsize + (4 if load.itemsize < 4 else 0)) + 4 * kept * (kept + rest)
+    theirs = named_tensors(empty_model(teacher))
+    outputs = max(
+        theirs[f"{projection.path}.weight"].shape[1 - projection.position] for projection in largest.projections
+    )
+    outputs = min(outputs, OUTPUTS_AT_A_TIME)
+    solution = 8 * (kept * kept + 2 * kept * outputs + rest * outputs)
     moment = {"forward pass": passed, "inputs and product": copies}
     return {
         "weights": _weights(teacher, load),
-        "refitted weights": fitted,
+        "refitted weights": _refitted_bytes(cuts, teacher, load),
         "sums": sums,
         **(moment if passed + copies > solution else {"solution": solution}),
     }
+
+
+def _refitted_bytes(cuts: Sequence[CutInputs], teacher: PretrainedConfig, load: Workload) -> int:
+    """Bytes of the weights that a repair replaces."""
+    theirs = named_tensors(empty_model(teacher))
+    paths = {projection.path for cut in cuts for projection in cut.projections}
+    return sum(theirs[f"{path}.weight"].numel() for path in paths) * load.itemsize
 
 
 def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -205,7 +216,7 @@ def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + refitted weights, D·H·b each, + W_s."""
-    fitted = sum(len(cut.order_D) for cut in _cut_projections(teacher, student)) * _hidden(teacher) * load.itemsize
+    fitted = _refitted_bytes(_cut_inputs(teacher, student), teacher, load)
     return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
 
 
@@ -340,11 +351,14 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
     return {"activations": peak}
 
 
-def _cut_projections(teacher: PretrainedConfig, student: PretrainedConfig) -> list[CutProjection]:
-    """Projections whose inputs the student has fewer of; the layers that stay are taken to be the first ones."""
+def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig) -> list[CutInputs]:
+    """The inputs that the student has fewer of; the layers that stay are taken to be the first ones.
+
+    Of the projections that read the channels, all are taken to read a norm.
+    """
     spec = spec_for(teacher)
     names = list(named_tensors(empty_model(student), tied=True))
-    found: dict[str, CutProjection] = {}
+    found: dict[str, CutInputs] = {}
     for axis, module in spec.hook_points.items():
         if holds_stacked_experts(spec, module):
             continue
@@ -355,8 +369,24 @@ def _cut_projections(teacher: PretrainedConfig, student: PretrainedConfig) -> li
             inputs, kept = dimension_size(dimension, before), dimension_size(dimension, after)
             path = spec.layer_parameter(layer, module)
             if kept < inputs:
-                found[path] = CutProjection(path, position, torch.arange(inputs), kept)
-    return list(found.values())
+                own = (Projection(path, position),)
+                found[path] = CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
+    return [*found.values(), *_cut_norms(teacher, student)]
+
+
+def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[CutInputs]:
+    """The norms over channels that the student has fewer of, each with its share of the projections that read them."""
+    spec, model, kept = spec_for(teacher), empty_model(teacher), _hidden(student)
+    if kept == _hidden(teacher):
+        return
+    layers = range(_depth_of(student))
+    projections = list(channel_projections(model, layers))
+    modules = dict(model.named_modules())
+    norms = [path for path, layer in norm_paths(spec, modules, _depth_of(teacher)) if layer is None or layer in layers]
+    for number, path in enumerate(norms):
+        own = tuple(projections[number :: len(norms)])
+        if own:
+            yield CutInputs(path, torch.arange(kept), torch.arange(_hidden(teacher)), own)
 
 
 def _weights(config: PretrainedConfig, load: Workload) -> int:

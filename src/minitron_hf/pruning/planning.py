@@ -188,7 +188,9 @@ def _notes_on_weights(
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
     if repair:
-        notes.append("Repair: the output projections of cut neurons and heads are refitted by least squares.")
+        notes.append(
+            "Repair: projections that read cut neurons, heads or channels are refitted by least squares to what stays."
+        )
     return notes
 
 

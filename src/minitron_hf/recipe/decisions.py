@@ -136,14 +136,16 @@ def _importance(config: PretrainedConfig, plan: Schedule, tokens: float) -> Deci
 def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
     """One decision where neurons or heads are cut."""
     try:
-        if not repaired_axes(spec, spec.sizes(config), last.sizes):
+        if not set(repaired_axes(spec, spec.sizes(config), last.sizes)) - {
+            "hidden"
+        }:  # not measured for channels alone
             return []
     except PlanError as error:
         return [Decision("repair", "none", str(error), f"{MEASURED_HERE}, {_REPAIR_FILES}")]
     return [
         Decision(
             "repair",
-            "output projections refitted to what is kept, by least squares",
+            "projections refitted to what is kept, by least squares",
             "Better than cutting alone in every case of three small models, before distillation and after it, for one "
             "more forward pass; adding dropped heads to kept ones, as Muralidharan et al. do, was worse in all.",
             f"{MEASURED_HERE}, {_REPAIR_FILES}",

@@ -238,7 +238,7 @@ def _check_options(
                 f"nonuniform_sizes names {name}, which is cut in whole groups, equal in every layer. Leave it out."
             )
     if request.repair and not repaired_axes(teachers, before, after):
-        return ["repair changes nothing: neither neurons nor heads are cut."]
+        return ["repair changes nothing: neither neurons, heads nor channels are cut."]
     return []
 
 
@@ -248,12 +248,13 @@ def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str,
     Raises:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
-    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
+    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in {*spec.hook_points, "hidden"})
     for axis in axes:
-        if axis not in REPAIRED_AXES or f"{spec.hook_points[axis]}.weight" not in spec.dimensions:
+        module = spec.hook_points.get(axis)
+        if module is not None and (axis not in REPAIRED_AXES or f"{module}.weight" not in spec.dimensions):
             raise PlanError(
                 f"repair='least_squares' refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
-                f"models is cut here, which {spec.hook_points[axis]} reads in another way. Leave out repair."
+                f"models is cut here, which {module} reads in another way. Leave out repair."
             )
     return axes
 

@@ -1,0 +1,226 @@
+"""The inputs of projections that a repair fits to: units that are cut, and norms whose channels are cut.
+
+Legend of shape suffixes: N tokens, D inputs in the teacher, K those of the student, R inputs whose residual is made up
+for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Conv1D
+
+from ..families import ArchSpec, named_tensors, spec_for
+from ..families.axes import Dimension, dimension_index
+from ..models import empty_model, evaluating
+from ..scoring.hook_points import UnitView, norm_paths
+from ..scoring.hooks import first_input
+from ..scoring.reductions import accumulation_dtype
+from ..sizes.resolve import repaired_axes
+from ..weights import input_device, tensor_values
+from .surgery import student_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .plan import PruningPlan
+
+#: Tokens of the pass that finds the projections which read a norm.
+NUM_TRACED = 8
+CHANNELS: Dimension = (("hidden",),)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection that is refitted.
+
+    Attributes:
+        path: of the module.
+        position: the dimension of its weight that holds its inputs.
+    """
+
+    path: str
+    position: int
+
+
+@dataclass(frozen=True)
+class CutInputs:
+    """Inputs that some projections read together, and of which the student has fewer.
+
+    Attributes:
+        path: the module that is observed: the projection itself, or the norm before it.
+        kept_K: teacher indices of the inputs that stay.
+        rest_R: teacher indices of the inputs that the student lacks; after a norm all of them, because the student's
+            norm divides by another number.
+        projections: that read these inputs.
+        norm: the student's norm, where a norm is observed.
+    """
+
+    path: str
+    kept_K: Tensor
+    rest_R: Tensor
+    projections: tuple[Projection, ...]
+    norm: nn.Module | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the float64 sums, 8·K·(K + R)."""
+        return 8 * len(self.kept_K) * (len(self.kept_K) + len(self.rest_R))
+
+    def observed(self, before: Tensor, after: Tensor) -> Tensor:
+        """The student's inputs and what they lack, side by side: [N, K + R], in the dtype of sums over a batch.
+
+        Args:
+            before: [N, D], input of the observed module in the teacher.
+            after: [N, D], its output, if it is a norm.
+        """
+        kept_K, num_kept, dtype = self.kept_K.to(before.device), len(self.kept_K), accumulation_dtype(before)
+        if self.norm is None:
+            return before[:, torch.cat([kept_K, self.rest_R.to(before.device)])].to(dtype)
+        observed = torch.empty(len(before), num_kept + len(self.rest_R), dtype=dtype, device=before.device)
+        observed[:, :num_kept] = self.norm(before[:, kept_K])
+        observed[:, num_kept:] = after
+        observed[:, num_kept + kept_K] -= observed[:, :num_kept]
+        return observed
+
+
+def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
+    """All inputs that a plan cuts and that plain projections read, in the order of the layers.
+
+    Raises:
+        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+    """
+    spec = spec_for(model.config)
+    found = [*_cut_units(model, spec, plan), *_cut_channels(model, spec, plan)]
+    return [one for _, one in sorted(found, key=lambda item: item[0])]
+
+
+def _cut_units(
+    model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan
+) -> Iterator[tuple[tuple[int, str], CutInputs]]:
+    """Every projection that reads neurons or heads which are cut."""
+    before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
+    names, seen = list(named_tensors(model, tied=True)), set()
+    for axis in repaired_axes(spec, before, after):
+        if axis not in spec.hook_points:
+            continue
+        module = spec.hook_points[axis]
+        for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
+            path = spec.layer_parameter(layer, module)
+            sizes = spec.sizes(model.config, layer)
+            position = UnitView(spec, axis, module, sizes).position
+            located = spec.locate(f"{path}.weight")
+            assert located is not None
+            kept = dimension_index(spec.dimensions[located[0]][position], sizes, plan.kept_in(layer))
+            num_inputs = tensor_values(model, f"{path}.weight").shape[position]
+            if kept is None or len(kept) == num_inputs or path in seen:
+                continue
+            seen.add(path)
+            is_cut_D = torch.ones(num_inputs, dtype=torch.bool)
+            is_cut_D[kept_K := torch.from_numpy(kept)] = False
+            rest_R = is_cut_D.nonzero().flatten()
+            yield (layer, path), CutInputs(path, kept_K, rest_R, (Projection(path, position),))
+
+
+def _cut_channels(
+    model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan
+) -> Iterator[tuple[tuple[int, str], CutInputs]]:
+    """Every norm over channels of which some are cut, with the plain projections that read its output.
+
+    Other readers (routers, stacked experts, tied heads, what reads the stream without a norm) keep the teacher's
+    weights of the channels that stay.
+    """
+    kept = plan.kept.get("hidden")
+    if kept is None:
+        return
+    kept_K, modules = torch.from_numpy(kept), dict(model.named_modules())
+    norms = {
+        path: layer
+        for path, layer in norm_paths(spec, modules, plan.sizes["layers"]["teacher"])
+        if layer is None or layer in plan.layers_kept
+    }
+    for path, projections in _readers(model, plan, list(norms)).items():
+        layer = norms[path]
+        norm = _student_norm(model, spec, plan, path)
+        position = plan.sizes["layers"]["teacher"] if layer is None else layer
+        yield (position, path), CutInputs(path, kept_K, torch.arange(len(modules[path].weight)), projections, norm)
+
+
+@torch.no_grad()
+def _readers(model: PreTrainedModel, plan: PruningPlan, norms: list[str]) -> dict[str, tuple[Projection, ...]]:
+    """Norm → the plain projections whose input is its output: the same memory, in a short forward pass."""
+    outputs: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, list[Projection]] = {}
+    modules = dict(model.named_modules())
+
+    def remember(path: str) -> Any:
+        def hook(_: Any, args: Any, output: Tensor) -> None:
+            outputs[output.data_ptr()] = path, output  # holding the tensor keeps its memory from being used again
+
+        return hook
+
+    def look_up(projection: Projection) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            x = first_input(args, kwargs)
+            path, output = outputs.get(x.data_ptr(), ("", x))
+            if path and output.numel() == x.numel():
+                found.setdefault(path, []).append(projection)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating([model]))
+        for path in norms:
+            stack.callback(modules[path].register_forward_hook(remember(path)).remove)
+        for projection in channel_projections(model, plan.layers_kept, plan.scales):
+            hook = look_up(projection)
+            handle = modules[projection.path].register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        ids = torch.arange(NUM_TRACED, device=input_device(model))[None]
+        model(input_ids=ids, use_cache=False)
+    return {path: tuple(projections) for path, projections in found.items()}
+
+
+def channel_projections(
+    model: PreTrainedModel, layers_kept: Container[int], scaled: Container[str] = ()
+) -> Iterator[Projection]:
+    """Plain projections of the kept layers, and an untied head, whose inputs are the channels.
+
+    Args:
+        model: the teacher; its weights need no values.
+        layers_kept: indices of the layers that stay.
+        scaled: patterns of weights that the plan scales, which are left out.
+    """
+    spec, own = spec_for(model.config), named_tensors(model)
+    for name, module in model.named_modules():
+        located = spec.locate(f"{name}.weight")
+        if located is None or not isinstance(module, nn.Linear | Conv1D) or f"{name}.weight" not in own:
+            continue
+        pattern, layer = located
+        position = 0 if isinstance(module, Conv1D) else 1
+        is_kept = layer is None or layer in layers_kept
+        if is_kept and spec.dimensions[pattern][position] == CHANNELS and pattern not in scaled:
+            yield Projection(name, position)
+
+
+def _student_norm(model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan, path: str) -> nn.Module:
+    """The norm of the student that takes the place of one of the teacher's, with its weights."""
+    located = spec.locate(f"{path}.weight")
+    assert located is not None
+    pattern, layer = located
+    name = path
+    if layer is not None:
+        name = spec.layer_parameter(plan.layers_kept.index(layer), pattern.removesuffix(".weight"))
+    norm = copy.deepcopy(empty_model(plan.build_student_config(model.config)).get_submodule(name))
+    weight = tensor_values(model, f"{path}.weight")
+    norm = norm.to_empty(device=weight.device).to(weight.dtype)
+    for part, parameter in norm.named_parameters():
+        values = tensor_values(model, f"{path}.{part}").detach()
+        parameter.data.copy_(student_tensor(values, f"{path}.{part}", spec, model.config, plan))
+    return norm.eval()

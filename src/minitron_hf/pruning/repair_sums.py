@@ -1,0 +1,135 @@
+"""Sums over calibration tokens that a repair is computed from.
+
+Legend of shape suffixes: N tokens, K inputs of the student, R inputs whose residual is made up for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, UnsupportedModelError
+from ..families import spec_for
+from ..models import evaluating
+from ..scoring.batches import Batches
+from ..scoring.calibration import Calibration
+from ..scoring.hooks import first_input
+from ..weights import input_device
+from .repair_inputs import CutInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Every fourth row is held out where the ridge is chosen; it counts in the fit.
+HELD_OUT_EVERY = 4
+
+
+@dataclass
+class Products:
+    """Sums over tokens of some inputs.
+
+    Attributes:
+        all: XᵀX and XᵀY side by side, float64 [K, K + R]: X [N, K] the student's inputs, Y [N, R] the residual.
+        held_out: the same over the held-out rows; None where they are not kept apart.
+    """
+
+    all: Tensor
+    held_out: Tensor | None = None
+
+
+class _AllObserved(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def input_products(
+    model: PreTrainedModel, group: Sequence[CutInputs], calibration: Calibration, probes: Sequence[CutInputs] = ()
+) -> tuple[dict[str, Products], int]:
+    """Sum the products of some inputs over all tokens of the calibration data, in one forward pass per batch.
+
+    Args:
+        model: the teacher.
+        group: inputs to observe.
+        calibration: rows.
+        probes: those of the group whose held-out rows are summed apart.
+
+    Returns:
+        Path → sums, and the number of tokens.
+    """
+    watch = Batches(spec_for(model.config), model)
+    sums: dict[str, Products] = {}
+    waiting: set[str] = set()
+    apart = {probe.path for probe in probes}
+
+    def hook_of(cut: CutInputs) -> Callable[..., None]:
+        def hook(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+            _add(sums, cut, first_input(args, kwargs), output, watch, cut.path in apart)
+            waiting.discard(cut.path)
+            if not waiting:
+                raise _AllObserved
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating([model]))
+        for cut in group:
+            module = model.get_submodule(cut.path)
+            stack.callback(module.register_forward_hook(hook_of(cut), with_kwargs=True).remove)
+        device = input_device(model)
+        for batch in calibration.batches():
+            waiting.update(cut.path for cut in group)
+            names = ("input_ids", "attention_mask", "scored_mask")
+            batch = {name: batch[name].to(device) for name in names if name in batch}
+            inputs = watch.inputs(watch.begin(batch))
+            try:
+                model.base_model(**inputs, use_cache=False)
+            except _AllObserved:
+                continue
+            raise UnsupportedModelError(
+                f"The forward pass of this {type(model).__name__} did not call {', '.join(sorted(waiting)[:4])}, "
+                "where activations are observed. Load it with another attention or kernel implementation, or prune "
+                "without repair."
+            )
+    if not watch.num_tokens:
+        raise DataError(
+            "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
+        )
+    return sums, watch.num_tokens
+
+
+def _add(
+    sums: dict[str, Products], cut: CutInputs, before: Tensor, after: Tensor, watch: Batches, is_probe: bool
+) -> None:
+    """Add the products of one batch to the sums."""
+    num_rows = watch.mask_BT.shape[0]
+    mask_N = watch.mask_BT.flatten().to(before.device)
+    before, after = before.reshape(len(mask_N), -1)[mask_N], after.reshape(len(mask_N), -1)[mask_N]
+    x_N = cut.observed(before, after)
+    if cut.path not in sums:
+        sums[cut.path] = Products(_no_products(cut, x_N), _no_products(cut, x_N) if is_probe else None)
+    found = sums[cut.path]
+    if found.held_out is None:
+        _add_product(found.all, x_N)
+        return
+    first = watch.num_rows - num_rows  # of this batch among all rows
+    is_held_B = torch.arange(first, first + num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(mask_N.device)[mask_N]
+    _add_product(found.held_out, x_N[is_held_N])
+    _add_product(found.all, x_N)
+
+
+def _no_products(cut: CutInputs, x: Tensor) -> Tensor:
+    """Sums of no tokens; on the CPU where the device has no float64."""
+    device = "cpu" if x.device.type == "mps" else x.device
+    shape = (len(cut.kept_K), len(cut.kept_K) + len(cut.rest_R))
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _add_product(sums: Tensor, x_N: Tensor) -> None:
+    """Add XᵀX and XᵀY, side by side [K, K + R]; the product of a batch is formed in the dtype of its inputs."""
+    sums += (x_N[:, : len(sums)].T @ x_N).to(sums.device)
