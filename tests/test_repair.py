@@ -41,6 +41,19 @@ def inputs(model, path: str) -> np.ndarray:
     return seen[0].flatten(0, -2).double().numpy()
 
 
+def bias(model, path: str) -> np.ndarray | float:
+    found = model.get_submodule(path).bias
+    return 0.0 if found is None else found.detach().numpy()
+
+
+def least_squares(x: np.ndarray, wanted: np.ndarray, *, has_bias: bool) -> tuple[np.ndarray, np.ndarray | float]:
+    """Weight and bias that reproduce some outputs best."""
+    if not has_bias:
+        return np.linalg.lstsq(x, wanted, rcond=None)[0], 0.0
+    found = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), wanted, rcond=None)[0]
+    return found[:-1], found[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "writer"), [("llama", "model.layers.{}.mlp.down_proj"), ("gpt2", "transformer.h.{}.mlp.c_proj")]
 )
@@ -57,10 +70,11 @@ def test_neurons_are_refitted_as_by_lstsq(name: str, writer: str):
             weight = model.get_submodule(path).weight.detach().numpy()
             return weight if name == "gpt2" else weight.T
 
-        wanted = x @ matrix(teacher)
-        expected = np.linalg.lstsq(x[:, kept], wanted, rcond=None)[0]
+        wanted = x @ matrix(teacher) + bias(teacher, path)
+        expected, expected_bias = least_squares(x[:, kept], wanted, has_bias=name == "gpt2")
         np.testing.assert_allclose(matrix(student), expected, rtol=1e-5, atol=1e-7)
-        errors = [np.linalg.norm(x[:, kept] @ matrix(model) - wanted) for model in (student, plain)]
+        np.testing.assert_allclose(bias(student, path), expected_bias, rtol=1e-5, atol=1e-7)
+        errors = [np.linalg.norm(x[:, kept] @ matrix(one) + bias(one, path) - wanted) for one in (student, plain)]
         assert errors[0] < 0.99 * errors[1]
 
 
@@ -79,7 +93,7 @@ def test_heads_are_refitted_and_channels_cut_as_planned():
     np.testing.assert_allclose(found, factor * expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "phi", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "phi", "qwen2", "olmo2"])
 def test_readers_of_cut_channels_are_refitted_as_by_lstsq(name: str):
     """Every projection that reads a norm of the kept channels reproduces what the teacher's reads, at its best."""
     teacher = pocket_model(name)
@@ -93,12 +107,18 @@ def test_readers_of_cut_channels_are_refitted_as_by_lstsq(name: str):
         states = inputs(teacher, cut.path)[:, plan.kept["hidden"]]
         with torch.no_grad():  # the student's own norm, in place
             x = plain.get_submodule(cut.path)(torch.tensor(states)).numpy()
-        wanted = inputs(teacher, path) @ teacher.get_submodule(path).weight.detach().numpy().T
-        expected = np.linalg.lstsq(x, wanted, rcond=None)[0]
+        wanted = inputs(teacher, path) @ teacher.get_submodule(path).weight.detach().numpy().T + bias(teacher, path)
+        expected, expected_bias = least_squares(x, wanted, has_bias=teacher.get_submodule(path).bias is not None)
         found, before = (model.get_submodule(path).weight.detach().numpy().T for model in (student, plain))
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-        assert np.linalg.norm(x @ found - wanted) < 0.9 * np.linalg.norm(x @ before - wanted)
-    same = {f"{path}.weight" for path in observed}
+        # Outputs of a LayerNorm have a fixed weighted mean, so weights and bias together are not unique.
+        best = x @ expected + expected_bias
+        np.testing.assert_allclose(x @ found + bias(student, path), best, rtol=1e-4, atol=1e-4 * np.abs(best).max())
+        errors = [
+            np.linalg.norm(x @ weight + bias(model, path) - wanted)
+            for weight, model in ((found, student), (before, plain))
+        ]
+        assert errors[0] < 0.9 * errors[1]
+    same = {f"{path}.{part}" for path in observed for part in ("weight", "bias")}
     for (name, one), two in zip(plain.named_parameters(), student.parameters(), strict=True):
         assert name in same or torch.equal(one, two), name
 
@@ -107,6 +127,7 @@ READERS = {
     "llama": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
     "gemma": ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.gate_proj"],
     "phi": ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.fc1"],
+    "qwen2": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"],
     "olmo2": [],
 }
 
@@ -167,8 +188,15 @@ def test_sums_of_all_rows_and_of_those_held_out(request_):
             rest, kept = (_rms(y, norm.variance_epsilon) * norm.weight.detach().numpy() for y, norm in norms)
             rest[:, cut.kept_K] -= kept
         both = np.concatenate([kept, rest], axis=1)
-        np.testing.assert_allclose(sums[cut.path].all, kept.T @ both, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(sums[cut.path].held_out, kept[is_held].T @ both[is_held], rtol=1e-4, atol=1e-4)
+        everything, held = sums[cut.path].all, sums[cut.path].held_out
+        rest_of = everything.without(held)
+        for moments, rows in ((everything, slice(None)), (held, is_held), (rest_of, ~is_held)):
+            np.testing.assert_allclose(moments.products, kept[rows].T @ both[rows], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(moments.totals, both[rows].sum(0), rtol=1e-4, atol=1e-4)
+            assert moments.count == len(both[rows])
+            kept_mean, mean = kept[rows].mean(0), both[rows].mean(0)
+            centred = (kept[rows] - kept_mean).T @ (both[rows] - mean)
+            np.testing.assert_allclose(moments.centre_().products, centred, rtol=1e-4, atol=1e-3)
 
 
 def _rms(x: np.ndarray, eps: float) -> np.ndarray:

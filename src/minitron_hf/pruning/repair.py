@@ -3,7 +3,8 @@
 A projection W [D, H] reads x [K] in the student. What x lacks of the teacher's inputs is y [R]: the cut neurons or
 heads; or, after a norm over channels some of which are cut, the difference of the two norms. With X [N, K] and Y
 [N, R] over N tokens and W_R the rows of y: min ‖Y W_R − X Δ‖² + λ‖Δ‖², so Δ = (XᵀX + λI)⁻¹ XᵀY W_R, and the student's
-weight is W_K + Δ. Only XᵀX and XᵀY are accumulated. Biases stay as they are, and nothing is centred.
+weight is W_K + Δ. Where the projection has a bias, X and Y are centred, and the bias gains ȳ W_R − x̄ Δ (with Δ = 0, the
+mean compensation of FLAP, arXiv 2312.11983). Only XᵀX, XᵀY and the sums of X and Y are accumulated.
 
 One forward pass of the teacher serves as many inputs as a limit of memory allows, 8·K·(K + R) bytes each, in the
 order of the layers; a pass ends at its last inputs. A batch's product is formed in float32, the sum in float64.
@@ -31,7 +32,7 @@ from ..scoring.calibration import Calibration, load_calibration
 from ..scoring.scores import require_weights
 from ..weights import input_device, tensor_values
 from .repair_inputs import CutInputs, Projection, cut_inputs
-from .repair_sums import Products, input_products
+from .repair_sums import Moments, Products, input_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +150,7 @@ def _report(inputs: Sequence[CutInputs], num_tokens: int, ridge: float | None) -
 
 def _require_finite(model: PreTrainedModel, cut: CutInputs, products: Products) -> None:
     """Refuse sums that are not finite."""
-    if not bool(products.all.isfinite().all()):
+    if not bool(products.all.products.isfinite().all()):
         raise UnsupportedModelError(
             f"The inputs of {cut.path} are not finite in {str(model.dtype).removeprefix('torch.')}. Load the model in "
             "a wider dtype (dtype='float32'), or check its weights."
@@ -170,12 +171,15 @@ def _ridge_in_passes(
 def _best_ridges(model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict[str, Products]) -> Iterator[float]:
     """For each of some inputs, the ridge with the smallest error on held-out rows after a fit to the others."""
     for cut in probes:
-        products = sums[cut.path]
-        if products.held_out is None or not bool(products.held_out.any()):  # too few rows to hold one out
+        products, projection = sums[cut.path], cut.projections[0]
+        if products.held_out is None or not products.held_out.count:  # too few rows to hold one out
             continue
-        weight_RH = _inputs_first(tensor_values(model, f"{cut.projections[0].path}.weight"), cut.projections[0])
-        weight_RH = weight_RH.detach()[cut.rest_R.to(weight_RH.device)].to(products.all)
-        errors = {ridge: _held_out_error(products, weight_RH, ridge) for ridge in RIDGES}
+        weight_DH = _inputs_first(tensor_values(model, f"{projection.path}.weight"), projection).detach()
+        weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
+        fitted = products.all.without(products.held_out)
+        if _has_bias(model, projection):
+            fitted = fitted.centre_()
+        errors = {ridge: _held_out_error(fitted, products.held_out, weight_RH, ridge) for ridge in RIDGES}
         yield min(errors, key=errors.__getitem__)
 
 
@@ -185,39 +189,64 @@ def _median(ridges: Iterable[float]) -> float:
     return statistics.median_low(found) if found else DEFAULT_RIDGE
 
 
-def _held_out_error(products: Products, weight_RH: Tensor, ridge: float) -> float:
-    """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to the others."""
-    assert products.held_out is not None
-    fitted, num_kept = products.all - products.held_out, len(products.all)
-    factors = _factors(fitted[:, :num_kept], ridge)
-    change_KH = torch.linalg.lu_solve(*factors, fitted[:, num_kept:] @ weight_RH)
-    held_KK, held_KR = products.held_out[:, :num_kept], products.held_out[:, num_kept:]
+def _held_out_error(fitted: Moments, held_out: Moments, weight_RH: Tensor, ridge: float) -> float:
+    """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to others."""
+    num_kept = len(fitted.products)
+    factors = _factors(fitted.products[:, :num_kept].clone(), ridge)
+    change_KH = torch.linalg.lu_solve(*factors, fitted.products[:, num_kept:] @ weight_RH)
+    held_KK, held_KR = held_out.products[:, :num_kept], held_out.products[:, num_kept:]
     return float(((held_KK @ change_KH - 2 * held_KR @ weight_RH) * change_KH).sum())
 
 
-def _refitted_weights(model: PreTrainedModel, cut: CutInputs, products: Tensor, ridge: float) -> dict[str, Tensor]:
-    """Weights of the teacher's projections with their kept inputs refitted, in their dtype and layout, by name.
+def _refitted_weights(model: PreTrainedModel, cut: CutInputs, moments: Moments, ridge: float) -> dict[str, Tensor]:
+    """Weights and biases of some projections, refitted to the kept inputs, in their dtype and layout, by name.
 
     Args:
         model: the teacher.
         cut: the inputs.
-        products: XᵀX and XᵀY, [K, K + R]; overwritten.
+        moments: sums over the calibration data; overwritten.
         ridge: λ as a fraction of the mean of the diagonal of XᵀX.
     """
-    num_kept = len(products)
-    factors, products_KR = _factors(products[:, :num_kept], ridge), products[:, num_kept:]
-    found = {}
-    for projection in cut.projections:
-        name = f"{projection.path}.weight"
-        weight = tensor_values(model, name).detach()
-        found[name] = weight.clone(memory_format=torch.contiguous_format)
-        weight_DH, refitted_DH = _inputs_first(weight, projection), _inputs_first(found[name], projection)
-        kept_K, rest_R = cut.kept_K.to(weight.device), cut.rest_R.to(weight.device)
-        for start in range(0, weight_DH.shape[1], OUTPUTS_AT_A_TIME):
-            part = slice(start, start + OUTPUTS_AT_A_TIME)
-            change_KH = torch.linalg.lu_solve(*factors, products_KR @ weight_DH[rest_R, part].to(products))
-            refitted_DH[kept_K, part] = (weight_DH[kept_K, part].to(change_KH) + change_KH).to(weight)
+    found: dict[str, Tensor] = {}
+    for has_bias in (False, True):
+        projections = [one for one in cut.projections if _has_bias(model, one) == has_bias]
+        if not projections:
+            continue
+        if has_bias:
+            moments.centre_()
+        products_KK = moments.products[:, : len(moments.products)]
+        diagonal_K = products_KK.diagonal().clone()
+        factors = _factors(products_KK, ridge)
+        products_KK.diagonal().copy_(diagonal_K)
+        for projection in projections:
+            found |= _refitted(model, cut, projection, moments, factors)
     return found
+
+
+def _refitted(
+    model: PreTrainedModel, cut: CutInputs, projection: Projection, moments: Moments, factors: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Weight of one projection, and its bias if it has one, by name."""
+    num_kept = len(moments.products)
+    products_KR, mean = moments.products[:, num_kept:], moments.totals / moments.count
+    names = [f"{projection.path}.weight", *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
+    weight, *bias = (tensor_values(model, name).detach() for name in names)
+    refitted, *refitted_bias = (each.clone(memory_format=torch.contiguous_format) for each in (weight, *bias))
+    weight_DH, refitted_DH = _inputs_first(weight, projection), _inputs_first(refitted, projection)
+    kept_K, rest_R = cut.kept_K.to(weight.device), cut.rest_R.to(weight.device)
+    for start in range(0, weight_DH.shape[1], OUTPUTS_AT_A_TIME):
+        part = slice(start, start + OUTPUTS_AT_A_TIME)
+        weight_RH = weight_DH[rest_R, part].to(moments.products)
+        change_KH = torch.linalg.lu_solve(*factors, products_KR @ weight_RH)
+        refitted_DH[kept_K, part] = (weight_DH[kept_K, part].to(change_KH) + change_KH).to(weight)
+        for before, after in zip(bias, refitted_bias):
+            missing_H = mean[num_kept:] @ weight_RH - mean[:num_kept] @ change_KH
+            after[part] = (before[part].to(missing_H) + missing_H).to(before)
+    return dict(zip(names, (refitted, *refitted_bias)))
+
+
+def _has_bias(model: PreTrainedModel, projection: Projection) -> bool:
+    return getattr(model.get_submodule(projection.path), "bias", None) is not None
 
 
 def _inputs_first(weight: Tensor, projection: Projection) -> Tensor:

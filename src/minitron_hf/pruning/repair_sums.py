@@ -30,16 +30,49 @@ HELD_OUT_EVERY = 4
 
 
 @dataclass
-class Products:
-    """Sums over tokens of some inputs.
+class Moments:
+    """Sums over tokens of X [N, K], the student's inputs, and Y [N, R], what they lack.
 
     Attributes:
-        all: XᵀX and XᵀY side by side, float64 [K, K + R]: X [N, K] the student's inputs, Y [N, R] the residual.
-        held_out: the same over the held-out rows; None where they are not kept apart.
+        products: XᵀX and XᵀY side by side, float64 [K, K + R].
+        totals: sums of X and Y, float64 [K + R].
+        count: N.
     """
 
-    all: Tensor
-    held_out: Tensor | None = None
+    products: Tensor
+    totals: Tensor
+    count: int = 0
+
+    @classmethod
+    def of_nothing(cls, num_kept: int, num_rest: int, device: torch.device | str) -> Moments:
+        """Sums of no tokens."""
+        shape = (num_kept, num_kept + num_rest)
+        zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+        return cls(zeros, torch.zeros(shape[1], dtype=torch.float64, device=device))
+
+    def add(self, x_N: Tensor) -> None:
+        """Add a batch of X and Y side by side, [N, K + R]; its product is formed in its dtype."""
+        self.products += (x_N[:, : len(self.products)].T @ x_N).to(self.products.device)
+        self.totals += x_N.sum(0).to(self.totals.device)
+        self.count += len(x_N)
+
+    def without(self, part: Moments) -> Moments:
+        """The sums over all other tokens."""
+        return Moments(self.products - part.products, self.totals - part.totals, self.count - part.count)
+
+    def centre_(self) -> Moments:
+        """Replace the products by those of X and Y less their means, and return self."""
+        num_kept = len(self.products)
+        self.products.addr_(self.totals[:num_kept], self.totals, alpha=-1 / max(1, self.count))
+        return self
+
+
+@dataclass
+class Products:
+    """Sums over all rows of some inputs, and over those that are held out; None where they are not kept apart."""
+
+    all: Moments
+    held_out: Moments | None = None
 
 
 class _AllObserved(Exception):
@@ -111,25 +144,15 @@ def _add(
     before, after = before.reshape(len(mask_N), -1)[mask_N], after.reshape(len(mask_N), -1)[mask_N]
     x_N = cut.observed(before, after)
     if cut.path not in sums:
-        sums[cut.path] = Products(_no_products(cut, x_N), _no_products(cut, x_N) if is_probe else None)
+        device = "cpu" if x_N.device.type == "mps" else x_N.device  # MPS has no float64
+        sizes = len(cut.kept_K), len(cut.rest_R)
+        sums[cut.path] = Products(
+            Moments.of_nothing(*sizes, device), Moments.of_nothing(*sizes, device) if is_probe else None
+        )
     found = sums[cut.path]
-    if found.held_out is None:
-        _add_product(found.all, x_N)
-        return
-    first = watch.num_rows - num_rows  # of this batch among all rows
-    is_held_B = torch.arange(first, first + num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(mask_N.device)[mask_N]
-    _add_product(found.held_out, x_N[is_held_N])
-    _add_product(found.all, x_N)
-
-
-def _no_products(cut: CutInputs, x: Tensor) -> Tensor:
-    """Sums of no tokens; on the CPU where the device has no float64."""
-    device = "cpu" if x.device.type == "mps" else x.device
-    shape = (len(cut.kept_K), len(cut.kept_K) + len(cut.rest_R))
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-def _add_product(sums: Tensor, x_N: Tensor) -> None:
-    """Add XᵀX and XᵀY, side by side [K, K + R]; the product of a batch is formed in the dtype of its inputs."""
-    sums += (x_N[:, : len(sums)].T @ x_N).to(sums.device)
+    found.all.add(x_N)
+    if found.held_out is not None:
+        first = watch.num_rows - num_rows  # of this batch among all rows
+        is_held_B = torch.arange(first, first + num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(mask_N.device)[mask_N]
+        found.held_out.add(x_N[is_held_N])
