@@ -291,3 +291,31 @@ def test_the_estimate_of_a_pocket_run_is_near(recipe, tmp_path):
     expected = sum(one["seconds"] for one in found["estimate"]["stages"] if one["stage"] != "card")
     assert took / 4 < expected < 4 * took
     assert "What the run took" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "phi3"])
+def test_bytes_of_keys_and_values_are_those_of_a_cache(name):
+    model = pocket_model(name, dtype=torch.float32)
+    with torch.no_grad():
+        cache = model(torch.tensor([[5, 6, 7, 8]]), use_cache=True).past_key_values
+    held = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values))
+    assert costs.cache_bytes(model.config, 4) == held * 4 / 4  # four tokens of four bytes
+
+
+def test_the_cost_of_generated_text_follows_from_its_steps():
+    from minitron_hf.recipe.generating import LAYER_START, ExpectedText, generation_cost
+
+    config = pocket_model("llama").config
+    speeds = dict.fromkeys(("forward", "scoring", "training", "product", "float32"), 1e9)
+    machine = Machine(  # slow memory: reading decides
+        "x", "float32", *speeds.values(), memory_traffic=1e6, disk_traffic=1e6, memory=1e9, disk=1e9
+    )
+    one, two = (ExpectedText({}, rows, 10.0, 20, 4) for rows in (4, 8))
+    costs_of = [generation_cost(text, config, machine, 4) for text in (one, two)]
+    assert costs_of[1].seconds == pytest.approx(2 * costs_of[0].seconds)
+    assert costs_of[1].disk == 2 * costs_of[0].disk
+    assert costs_of[1].memory == costs_of[0].memory
+    weights, kept = costs.decode_bytes(config, 4), costs.cache_bytes(config, 4)
+    step = (weights + 4 * 20 * kept) / 1e6 + LAYER_START * config.num_hidden_layers
+    prompts = 4 * 10 * costs.layer_flops(config, 10) / 1e9
+    assert costs_of[0].seconds == pytest.approx(20 * step + prompts)
