@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import time
 from pathlib import Path
 from typing import get_args
@@ -34,7 +33,7 @@ from minitron_hf.files import public_name, versions, write_json
 from minitron_hf.models import load_for_compute
 from minitron_hf.scoring.metrics import metric_names
 from minitron_hf.scoring.reductions import Reduction
-from reporting import command
+from reporting import command, spread
 
 #: Requests: each size alone, and all together.
 REQUESTS = {
@@ -114,8 +113,7 @@ def main() -> None:
             cells = [f"{losses[f'{cut} by {variant}']['value']:.3f}" for cut in REQUESTS]
             print(f"| {variant} | {' | '.join(cells)} |", flush=True)
         chances = [[losses[f"{cut} by random {seed}"]["value"] for seed in range(arguments.seeds)] for cut in REQUESTS]
-        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in chances]
-        print(f"| random | {' | '.join(cells)} |")
+        print(f"| random | {' | '.join(map(spread, chances))} |")
     if arguments.output:
         write_json(arguments.output, results)
 
