@@ -3,8 +3,8 @@
 A projection W [D, H] reads x [K] in the student. What x lacks of the teacher's inputs is y [R]: the cut neurons or
 heads; or, after a norm over channels some of which are cut, the difference of the two norms. With X [N, K] and Y
 [N, R] over N tokens and W_R the rows of y: min ‖Y W_R − X Δ‖² + λ‖Δ‖², so Δ = (XᵀX + λI)⁻¹ XᵀY W_R, and the student's
-weight is W_K + Δ. Where the projection has a bias, X and Y are centred, and the bias gains ȳ W_R − x̄ Δ (with Δ = 0, the
-mean compensation of FLAP, arXiv 2312.11983). Only XᵀX, XᵀY and the sums of X and Y are accumulated.
+weight is W_K + Δ. Where the projection has a bias, X and Y are centred, and the bias gains ȳ W_R − x̄ Δ; with Δ = 0
+this is the mean compensation of FLAP (arXiv 2312.11983). Only XᵀX, XᵀY and the sums of X and Y are accumulated.
 
 One forward pass of the teacher serves as many inputs as a limit of memory allows, 8·K·(K + R) bytes each, in the
 order of the layers; a pass ends at its last inputs. A batch's product is formed in float32, the sum in float64.
