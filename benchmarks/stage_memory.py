@@ -58,6 +58,8 @@ LARGE = {
     "Llama-3.1-8B": LlamaConfig(**LLAMA_8B, num_key_value_heads=8, vocab_size=128256),
     "Llama-3.1-70B": LlamaConfig(**LLAMA_70B, num_key_value_heads=8, vocab_size=128256),
 }
+#: Stages whose results later ones need.
+PREPARING = ("score", "repair", "prune")
 REQUEST = PrunerConfig(intermediate_size=0.625, repair="least_squares")
 LIMIT = 8e9
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--shape", help="measure one shape, such as 768x4, and print bytes by stage")
+    parser.add_argument("--stage", action="append", help="with --shape: measure this stage only; may be repeated")
     parser.add_argument("--check", help="measure one shape, and print estimate / measurement by stage")
     arguments = parser.parse_args()
     if arguments.check:
@@ -76,7 +79,7 @@ def main() -> None:
         return
     if arguments.shape:
         width, depth = map(int, arguments.shape.split("x"))
-        print("\n" + json.dumps(measure(width, depth)))
+        print("\n" + json.dumps(measure(width, depth, arguments.stage)))
         return
     results: dict[str, Any] = {"command": command(arguments), "versions": versions(), "measured": {}, "large": {}}
     for name, config in LARGE.items():
@@ -137,8 +140,8 @@ def in_a_process(width: int, depth: int) -> dict[str, int]:
     return found
 
 
-def measure(width: int, depth: int) -> dict[str, int]:
-    """Bytes at the peak of every stage above those before the models, in this process."""
+def measure(width: int, depth: int, only: list[str] | None = None) -> dict[str, int]:
+    """Bytes at the peak of every stage, or of some, above those before the models, in this process."""
     torch.set_num_threads(1)
     tiny = teacher_config(96, 2)
     for _, run in stages(tiny, 2):  # whatever is loaded and set up at the first use
@@ -147,6 +150,8 @@ def measure(width: int, depth: int) -> dict[str, int]:
     _return_freed_memory()
     before, found = resident_memory(), {}
     for name, run in stages(teacher_config(width, depth), LOAD.batch_size):
+        if only and name not in (*only, *PREPARING):
+            continue
         _return_freed_memory()
         reset_peak_memory()
         run()

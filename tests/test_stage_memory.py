@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from minitron_hf.distillation.fake_runs import AllocationCounter
 from minitron_hf.distillation.stage_memory import Workload, stage_memory
 from minitron_hf.distillation.stage_passes import backward_bytes, forward_bytes
+from minitron_hf.pruning.streaming import _write_safetensors
 from pocket import pocket_config
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +63,54 @@ def test_bytes_grow_with_the_batch_and_not_with_its_logits():
     assert two["score depth"].get("logits of a row") == one["score depth"].get("logits of a row")
     [first, second] = (backward_bytes(TEACHER, torch.float32, rows, 32)[1] for rows in (4, 8))
     assert second == pytest.approx(2 * first, rel=0.02)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
+@pytest.mark.parametrize("stage", ["correct", "correct by LoRA"])
+def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):
+    """Forward pass, TRL's loss and backward pass of real tensors, within a tenth, at two widths and two depths."""
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": depth}, hidden_size=width, intermediate_size=3 * width)
+    model, tokens = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+        torch.zeros(2, 512, dtype=torch.long),
+    )
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's trainer does
+    if stage == "correct by LoRA":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+    live = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    found = stage_memory(config, config, replace(LOAD, max_length=512), stages=[stage])[stage]
+    assert most == pytest.approx(sum(found.values()) - found["weights"] - found["optimizer"], rel=0.1)
+
+
+def test_streaming_holds_two_blocks():
+    """The block that was written is gone before the next but one is read."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    class Lazy:
+        dtype, shape, nbytes = torch.float32, (40,), 160
+
+        def blocks(self):
+            nonlocal most
+            for _ in range(10):
+                block = torch.zeros(4)
+                alive.append(weakref.ref(block))
+                most = max(most, sum(ref() is not None for ref in alive))
+                yield block
+                del block
+                time.sleep(0.01)
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_safetensors(Path(folder) / "model.safetensors", {"a": Lazy()}, tqdm(disable=True))
+        assert load_file(Path(folder) / "model.safetensors")["a"].shape == (40,)
+    assert most == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])

@@ -315,6 +315,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: 
         for block in _read_ahead(block.contiguous() for _, tensor in ordered for block in tensor.blocks()):
             file.write(block.reshape(-1).view(torch.uint8).numpy().data)
             progress.update(block.nbytes)
+            del block  # before the next but one is read
         file.flush()
         os.fsync(file.fileno())
 
