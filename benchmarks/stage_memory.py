@@ -50,7 +50,13 @@ from reporting import command, peak_memory, reset_peak_memory, resident_memory
 MEASURED = [(width, depth) for width in (768, 1152) for depth in (4, 8)]
 LOAD = Workload(batch_size=8, max_length=256, eval_length=512, dtype=torch.float32, device="cpu", num_rows=8)
 #: Distillation of such a batch.
-SETUP = Setup(device=Device(1e12, type="cpu"), batch_size=8, max_length=256, activation_checkpointing=False)
+SETUP = Setup(
+    device=Device(1e12, type="cpu"),
+    batch_size=8,
+    max_length=256,
+    activation_checkpointing=False,
+    accumulates=False,
+)
 #: Shapes of Llama 3.1, and what the largest matrices of the repair may take there.
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}

@@ -56,7 +56,7 @@ def comes_and_goes(capacity) -> int:
 
 
 def student_of(config, setup):
-    """A student that is ready to train, after an earlier pass."""
+    """A student that is ready to train, after an earlier pass if it accumulates gradients."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if setup.lora_rank:
         from peft import LoraConfig, get_peft_model
@@ -70,7 +70,7 @@ def student_of(config, setup):
         if setup.lora_rank:
             model.enable_input_require_grads()
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and setup.accumulates:
             parameter.grad = torch.zeros_like(parameter)
     return model.train()
 
@@ -116,6 +116,8 @@ def allocated(run) -> int:
         ("dense", {}),
         ("dense", {"batch_size": 1}),
         ("dense", {"batch_size": 1, "max_length": 1024, "activation_checkpointing": False}),
+        ("dense", {"accumulates": False, "activation_checkpointing": False}),
+        ("dense", {"accumulates": False}),
         ("dense", {"lora_rank": 8, "activation_checkpointing": False}),
         ("dense", {"lora_rank": 8}),
         ("dense", {"cached_top_k": 16, "activation_checkpointing": False}),

@@ -20,7 +20,7 @@ from ..errors import PlanError
 from ..families import spec_for
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
-from .fake_runs import LOSS, OPTIMIZERS, SHARDINGS, Passes, Setup, run_on_fakes
+from .fake_runs import BACKWARD, LOSS, OPTIMIZERS, SHARDINGS, Passes, Setup, run_on_fakes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,6 +92,8 @@ def estimate_capacity(
         peaks = passes.peaks(batch_size)
         waiting = peaks.pop("waiting")
         peaks[LOSS] = waiting + loss
+        if not setup.accumulates and setup.lora_rank is None:  # the loss has made the gradient of the head
+            peaks[BACKWARD] += 4 * sizes[1] * student_config.get_text_config().hidden_size
         worst = max(peaks, key=peaks.__getitem__)
         chunks = loss if worst == LOSS else 0
         return {**resident, "activations": peaks[worst] - chunks, "loss chunks": chunks}, worst
@@ -103,7 +105,9 @@ def estimate_capacity(
     speed, limit = _speed(teacher_config, student_config, setup, passes)
     assumptions = [
         f"{RESERVE:.0%} of the memory is left for the driver and fragmentation",
-        "gradients of an earlier pass exist already, as with gradient accumulation",
+        "gradients of an earlier pass exist already, as with gradient accumulation"
+        if setup.accumulates
+        else "a step has one pass, so the gradients of all weights come while activations go",
         "rows are full, and attention does not store its weights",
     ]
     if speed is not None:
@@ -136,7 +140,7 @@ def resident_bytes(
     weights = passes.student_bytes if setup.lora_rank else 4 * trained
     whole = {
         "student": weights,
-        "gradients": 4 * trained,
+        "gradients": 4 * trained if setup.accumulates else 0,
         "optimizer": OPTIMIZERS[setup.optimizer] * trained,
         "teacher": passes.teacher_bytes,
     }

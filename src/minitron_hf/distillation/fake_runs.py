@@ -56,6 +56,8 @@ class Setup:
         optimizer: one of `OPTIMIZERS`.
         lora_rank: of an adapter on all linear layers, trained instead of the weights; None trains all.
         cached_top_k: tokens per position of a teacher cache; None trains with the teacher itself.
+        accumulates: whether a step has several passes, so that gradients exist before a pass; else each pass makes
+            them anew, while its activations go (one device).
     """
 
     devices: int = 1
@@ -67,6 +69,7 @@ class Setup:
     optimizer: str = "adamw"
     lora_rank: int | None = None
     cached_top_k: int | None = None
+    accumulates: bool = True
 
     def __post_init__(self) -> None:
         for name in ("devices", "batch_size", "max_length", "lora_rank", "cached_top_k"):
@@ -76,6 +79,8 @@ class Setup:
         for name, known in (("sharding", SHARDINGS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
+        if not self.accumulates and self.devices > 1:
+            raise PlanError("accumulates=False is estimated on one device.")
         if self.device.memory <= 0:
             raise PlanError(f"A device with {self.device.memory:g} bytes of memory holds nothing.")
         if self.device.type == "cpu" and (self.devices > 1 or self.sharding != "ddp"):
@@ -206,7 +211,7 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     if setup.cached_top_k is None:
         frozen = build_fake_model(teacher, dtype_of[setup.compute_bytes]).eval().requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
+    for parameter in trained if setup.accumulates else ():
         parameter.grad = torch.empty_like(parameter)
     # Two and three rows: some operations make no copies of a single row.
     mixed = setup.device.type != "cpu"

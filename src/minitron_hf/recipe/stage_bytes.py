@@ -130,6 +130,7 @@ def training_memory(
         activation_checkpointing=bool(getattr(args, checkpointing_field())),
         lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
         cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.top_k,
+        accumulates=args.gradient_accumulation_steps > 1,
     )
     try:
         return estimate_capacity(teacher, student, setup).peak
