@@ -45,7 +45,7 @@ class Workload:
         eval_length: T of evaluation.
         dtype: of the weights and of all passes.
         top_k: tokens per position of a teacher cache.
-        num_rows: R, rows on which shapes are compared.
+        num_rows: M, rows on which shapes are compared.
         memory_limit: of `repaired_weights`; None: all projections in one pass.
         device: where the models are, `"cpu"` or `"cuda"`.
     """
@@ -255,7 +255,7 @@ def _save(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) 
 
 
 def _compare(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + W_s + the teacher's states of R rows, R·T·H_t·b in main memory, + a forward pass of B rows, or the loss.
+    """W_t + W_s + the teacher's states of M rows, M·T·H_t·b in main memory, + a forward pass of B rows, or the loss.
 
     The loss takes the last states of both, N·(H_t + H_s)·b, logits of a chunk of both, 2·C·V·b, and softmaxes of some
     of their rows.
