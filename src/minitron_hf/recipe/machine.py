@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -36,6 +37,9 @@ PRODUCT_ROWS, PRODUCT_WIDTH = 512, 1024
 #: Bytes per parameter of a timed layer, its gradients and its copies; the share of the free memory that it may take;
 #: the fewest tokens that are timed.
 LAYER_BYTES, LARGEST_SHARE, LEAST_LENGTH = 12, 0.2, 256
+
+#: What a model may raise that cannot be run with constants.
+FAILURES = (MinitronError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ def measure_machine(config: PretrainedConfig, folder: str | os.PathLike[str], *,
     notes: tuple[str, ...] = ()
     try:
         forward, scoring, training = _layer_rates(config, device, dtype, length, rows, product)
-    except (MinitronError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if math.isnan(scoring):
+            scoring = forward
+            notes = (f"Scoring of {config.model_type} could not be timed; a plain forward pass was.",)
+    except FAILURES as error:
         notes = (f"Layers of {config.model_type} could not be timed ({type(error).__name__}); plain products were.",)
         forward = scoring = training = product
     traffic, written, free = _copy_rate(device), *_disk(Path(folder))
@@ -147,7 +154,7 @@ def _disk(folder: Path) -> tuple[float, float]:
 def _layer_rates(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, length: int, rows: int, product: float
 ) -> tuple[float, float, float]:
-    """Operations per second of layers: forward, forward and scored, forward and backward."""
+    """Operations per second of layers: forward, forward and scored (NaN if that fails), forward and backward."""
     small = student_config(config, PrunerConfig(num_hidden_layers=1, keep_first_layers=0, keep_last_layers=0))
     needed = LAYER_BYTES * count_parameters(small, embeddings=False)
     if needed > LARGEST_SHARE * free_memory(device):
@@ -158,7 +165,10 @@ def _layer_rates(
     flops = rows * length * layer_flops(small, length)
     model = constant_layers(small, device, dtype, trained=False)
     forward = flops / _timed(_passes(model, rows, length, dtype), device)
-    scoring = flops / _timed(scored_pass(model, rows, length), device)
+    try:
+        scoring = flops / _timed(scored_pass(model, rows, length), device)
+    except FAILURES:
+        scoring = math.nan
     del model
     trained = constant_layers(small, device, torch.float32, trained=True)
     training = 3 * flops / _timed(_passes(trained, rows, length, dtype), device)
