@@ -97,7 +97,7 @@ def test_heads_are_refitted_and_channels_cut_as_planned():
 def test_readers_of_cut_channels_are_refitted_as_by_lstsq(name: str):
     """Every projection that reads a norm of the kept channels reproduces what the teacher's reads, at its best."""
     teacher = pocket_model(name)
-    plan = planned(teacher, hidden_size=0.5)
+    plan = planned(teacher, hidden_size=0.5, repair="least_squares_all")
     plain = apply_plan(teacher, planned(teacher, hidden_size=0.5, repair=None))
     student = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, ROWS, ridge=1e-12))
     observed = {projection.path: cut for cut in cut_inputs(teacher, plan) for projection in cut.projections}
@@ -134,7 +134,7 @@ READERS = {
 
 def test_a_large_ridge_leaves_the_plain_student():
     teacher = pocket_model("llama")
-    plan = planned(teacher, hidden_size=0.5, intermediate_size=0.5)
+    plan = planned(teacher, hidden_size=0.5, intermediate_size=0.5, repair="least_squares_all")
     repaired = repaired_weights(teacher, plan, ROWS, ridge=1e12)
     assert repaired
     for name, weight in repaired.items():
@@ -172,7 +172,7 @@ def test_held_out_rows_choose_the_ridge(monkeypatch):
     assert all(torch.equal(chosen[name], values) for name, values in given.items())
 
 
-@pytest.mark.parametrize("request_", [{"intermediate_size": 0.5}, {"hidden_size": 0.5}])
+@pytest.mark.parametrize("request_", [{"intermediate_size": 0.5}, {"hidden_size": 0.5, "repair": "least_squares_all"}])
 def test_sums_of_all_rows_and_of_those_held_out(request_):
     teacher = pocket_model("llama")
     cuts = cut_inputs(teacher, planned(teacher, **request_))
@@ -213,11 +213,15 @@ def test_little_text_is_warned_of(caplog):
     assert not caplog.text
 
 
-def test_nothing_to_refit_where_layers_alone_are_cut():
+@pytest.mark.parametrize(
+    ("repair", "request_"),
+    [("least_squares", {"hidden_size": 0.5}), ("least_squares_all", {"num_hidden_layers": 3})],
+)
+def test_nothing_to_refit_without_a_cut_that_the_repair_makes_up_for(repair, request_):
     teacher = pocket_model("llama")
-    plan = planned(teacher, num_hidden_layers=3)
+    plan = planned(teacher, repair=repair, **request_)
     assert plan.repair is None
-    assert "repair changes nothing: neither neurons, heads nor channels are cut." in plan.notes
+    assert f"repair={repair!r} changes nothing: no units that it makes up for are cut." in plan.notes
     assert repaired_weights(teacher, plan, ROWS) == {}
 
 

@@ -46,6 +46,7 @@ class Workload:
         dtype: of the weights and of all passes.
         top_k: tokens per position of a teacher cache.
         num_rows: M, rows on which shapes are compared.
+        repair: as in `PrunerConfig`.
         memory_limit: of `repaired_weights`; None: all projections in one pass.
         device: where the models are, `"cpu"` or `"cuda"`.
     """
@@ -56,6 +57,7 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     top_k: int = 64
     num_rows: int = 32
+    repair: str = "least_squares"
     memory_limit: float | None = None
     device: str = "cuda"
 
@@ -177,7 +179,7 @@ def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
     A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (8·N·(K + R) in float32), with their
     product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K² + 2·K·O + R·O).
     """
-    cuts = _cut_inputs(teacher, student)
+    cuts = _cut_inputs(teacher, student, load.repair)
     if not cuts:
         return {"weights": _weights(teacher, load)}
     groups = list(input_groups(cuts, load.memory_limit or math.inf))
@@ -216,7 +218,7 @@ def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + refitted weights, D·H·b each, + W_s."""
-    fitted = _refitted_bytes(_cut_inputs(teacher, student), teacher, load)
+    fitted = _refitted_bytes(_cut_inputs(teacher, student, load.repair), teacher, load)
     return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
 
 
@@ -351,7 +353,7 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
     return {"activations": peak}
 
 
-def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig) -> list[CutInputs]:
+def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig, repair: str) -> list[CutInputs]:
     """The inputs that the student has fewer of; the layers that stay are taken to be the first ones.
 
     Of the projections that read the channels, all are taken to read a norm.
@@ -371,7 +373,8 @@ def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig) -> list[Cu
             if kept < inputs:
                 own = (Projection(path, position),)
                 found[path] = CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
-    return [*found.values(), *_cut_norms(teacher, student)]
+    channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
+    return [*found.values(), *channels]
 
 
 def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[CutInputs]:

@@ -70,7 +70,7 @@ def make_plan(
     kept = choose_units(spec, teacher_config, student, layers_kept, cut, scores)
     axes = add_back_axes(spec, before, after) if config.head_add_back else ()
     partners = choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
-    repair = config.repair if config.repair and repaired_axes(spec, before, after) else None
+    repair = config.repair if config.repair and repaired_axes(spec, before, after, config.repair) else None
     hidden_ratio = after["hidden"] / before["hidden"]
     used = scores if ranked else None
     return PruningPlan(
@@ -188,9 +188,7 @@ def _notes_on_weights(
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
     if repair:
-        notes.append(
-            "Repair: projections that read cut neurons, heads or channels are refitted by least squares to what stays."
-        )
+        notes.append("Repair: projections that read cut units are refitted by least squares to the units that stay.")
     return notes
 
 

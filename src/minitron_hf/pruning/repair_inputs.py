@@ -97,7 +97,9 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
     spec = spec_for(model.config)
-    found = [*_cut_units(model, spec, plan), *_cut_channels(model, spec, plan)]
+    found = list(_cut_units(model, spec, plan))
+    if plan.repair == "least_squares_all":
+        found += _cut_channels(model, spec, plan)
     return [one for _, one in sorted(found, key=lambda item: item[0])]
 
 
@@ -108,8 +110,6 @@ def _cut_units(
     before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
     names, seen = list(named_tensors(model, tied=True)), set()
     for axis in repaired_axes(spec, before, after):
-        if axis not in spec.hook_points:
-            continue
         module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             path = spec.layer_parameter(layer, module)

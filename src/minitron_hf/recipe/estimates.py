@@ -267,7 +267,8 @@ def _prune(facts: Facts, number: int) -> StageCost:
                 seconds += after["layers"] * work / (facts.machine.float32_flops / 2)  # float64
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
         stages, batch = ["repair", "prune, repaired"], recipe.scores.get("batch_size", 8)
-        memory = memory_of(facts, model, student, stages, length=length, rows=batch, memory_limit=repair_limit(facts))
+        load = {"repair": recipe.pruner_config.repair, "memory_limit": repair_limit(facts)}
+        memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
     return StageCost("prune", seconds, memory, disk, formula)
 
 

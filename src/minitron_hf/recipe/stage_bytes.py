@@ -86,7 +86,7 @@ class Facts:
 
 
 def memory_of(
-    facts: Facts, teacher: PretrainedConfig, student: PretrainedConfig, stages: Sequence[str], **load: int
+    facts: Facts, teacher: PretrainedConfig, student: PretrainedConfig, stages: Sequence[str], **load: Any
 ) -> float:
     """Peak bytes of the largest of some stages (`stage_memory`), at least the teacher's weights.
 

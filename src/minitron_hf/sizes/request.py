@@ -19,7 +19,7 @@ PRUNER_CONFIG_NAME = "pruner_config.json"
 OLD_NAMES = {"uneven": "nonuniform_sizes"}
 
 #: Values of `PrunerConfig.repair`.
-REPAIRS = ("least_squares",)
+REPAIRS = ("least_squares", "least_squares_all")
 
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
@@ -63,10 +63,11 @@ class PrunerConfig:
             projections into it and out of it. If KV heads are shared, this is done for query heads within their
             group. The weights are merged, so the student no longer equals the masked teacher. Off: after the same
             distillation it was worse than plain pruning in every case (`benchmarks/results/*-repair.json`).
-        repair: `"least_squares"`: refit the projections that read pruned neurons, heads or channels on calibration
-            data, so that what stays reproduces the teacher's layers (`repaired_weights`). For neurons and heads it was
-            better than plain pruning in every case (`benchmarks/results/*-repair.json`). Off because it needs
-            calibration data beside the scores; `recommend` switches it on.
+        repair: `"least_squares"`: refit the projections that read pruned neurons and heads on calibration data, so
+            that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`). It was better than
+            plain pruning in every case (`benchmarks/results/*-repair.json`), and is off because it needs calibration
+            data beside the scores; `recommend` switches it on. `"least_squares_all"`: also refit the projections that
+            read norms of pruned channels. Not measured after distillation yet.
         nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
             are spread over more units get more units. This needs a stock config with a list of sizes per layer. None
             by default: not measured yet on a real teacher.

@@ -237,26 +237,35 @@ def _check_options(
             raise PlanError(
                 f"nonuniform_sizes names {name}, which is cut in whole groups, equal in every layer. Leave it out."
             )
-    if request.repair and not repaired_axes(teachers, before, after):
-        return ["repair changes nothing: neither neurons, heads nor channels are cut."]
+    if request.repair and not repaired_axes(teachers, before, after, request.repair):
+        return [f"repair={request.repair!r} changes nothing: no units that it makes up for are cut."]
     return []
 
 
-def repaired_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
-    """The cut axes that a repair makes up for, given the sizes before and after a cut.
+def repaired_axes(
+    spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int], repair: str = "least_squares"
+) -> tuple[str, ...]:
+    """The cut axes that a repair makes up for.
+
+    Args:
+        spec: the family's table.
+        before: size of every axis before the cut.
+        after: and after it.
+        repair: one of `REPAIRS`.
 
     Raises:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
-    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in {*spec.hook_points, "hidden"})
+    axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
     for axis in axes:
-        module = spec.hook_points.get(axis)
-        if module is not None and (axis not in REPAIRED_AXES or f"{module}.weight" not in spec.dimensions):
+        module = spec.hook_points[axis]
+        if axis not in REPAIRED_AXES or f"{module}.weight" not in spec.dimensions:
             raise PlanError(
-                f"repair='least_squares' refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
+                f"repair={repair!r} refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
                 f"models is cut here, which {module} reads in another way. Leave out repair."
             )
-    return axes
+    is_all = repair == "least_squares_all" and after["hidden"] < before["hidden"]
+    return (*axes, "hidden") if is_all else axes
 
 
 def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:
