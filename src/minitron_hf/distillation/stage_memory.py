@@ -24,7 +24,7 @@ from ..families import named_tensors, spec_for
 from ..families.axes import dimension_size
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
-from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups
+from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups, probed_inputs
 from ..pruning.repair_inputs import CutInputs, Projection, channel_projections
 from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
@@ -174,34 +174,47 @@ def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 
 def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + refitted weights, D·H·b each, + the sums of a pass, Σ 8·K·(K + R), + the larger of two moments.
+    """W_t + weights refitted in earlier passes, D·H·b each, + the sums of a pass, + the larger of two moments.
 
+    The sums of an input take 8·K·(K + R), and twice that of those that choose the ridge, if all fit into one pass.
     A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (8·N·(K + R) in float32), with their
-    product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K² + 2·K·O + R·O).
+    product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K·(2·K + R) + 2·K·O + R·O).
     """
     cuts = _cut_inputs(teacher, student, load.repair)
     if not cuts:
         return {"weights": _weights(teacher, load)}
     groups = list(input_groups(cuts, load.memory_limit or math.inf))
-    sums = max(sum(cut.num_bytes for cut in group) for group in groups)
+    held_out = _sum_bytes(probed_inputs(cuts)) if len(groups) == 1 else 0
+    passes = [
+        (_refitted_bytes([cut for group in groups[:index] for cut in group], teacher, load), _sum_bytes(group))
+        for index, group in enumerate(groups)
+    ]
+    fitted, sums = max(passes, key=sum)
     largest = max(cuts, key=lambda cut: cut.num_bytes)
     kept, rest = len(largest.kept_K), len(largest.rest_R)
     num_tokens = load.batch_size * load.max_length
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
     copies = num_tokens * (kept + rest) * (load.itemsize + (4 if load.itemsize < 4 else 0)) + 4 * kept * (kept + rest)
-    theirs = named_tensors(empty_model(teacher))
-    outputs = max(
-        theirs[f"{projection.path}.weight"].shape[1 - projection.position] for projection in largest.projections
-    )
-    outputs = min(outputs, OUTPUTS_AT_A_TIME)
-    solution = 8 * (kept * kept + 2 * kept * outputs + rest * outputs)
+    outputs = min(OUTPUTS_AT_A_TIME, _num_outputs(teacher, largest))
+    solution = 8 * (kept * (2 * kept + rest) + 2 * kept * outputs + rest * outputs)
     moment = {"forward pass": passed, "inputs and product": copies}
     return {
         "weights": _weights(teacher, load),
-        "refitted weights": _refitted_bytes(cuts, teacher, load),
+        "refitted weights": fitted,
         "sums": sums,
+        "sums over held-out rows": held_out,
         **(moment if passed + copies > solution else {"solution": solution}),
     }
+
+
+def _sum_bytes(group: Sequence[CutInputs]) -> int:
+    return sum(cut.num_bytes for cut in group)
+
+
+def _num_outputs(teacher: PretrainedConfig, cut: CutInputs) -> int:
+    """Outputs of the widest projection that reads some inputs."""
+    theirs = named_tensors(empty_model(teacher))
+    return max(theirs[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections)
 
 
 def _refitted_bytes(cuts: Sequence[CutInputs], teacher: PretrainedConfig, load: Workload) -> int:

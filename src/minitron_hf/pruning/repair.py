@@ -101,7 +101,7 @@ def repaired_weights(
     calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
     groups = list(input_groups(inputs, limit))
-    probes = inputs[:: math.ceil(len(inputs) / NUM_PROBES)] if ridge is None else []
+    probes = probed_inputs(inputs) if ridge is None else []
     if ridge is None and len(groups) > 1:
         ridge = _ridge_in_passes(model, probes, calibration, limit)
     repaired: dict[str, Tensor] = {}
@@ -111,6 +111,8 @@ def repaired_weights(
             _require_finite(model, cut, sums[cut.path])
         if ridge is None:
             ridge = _median(_best_ridges(model, probes, sums))
+            for products in sums.values():
+                products.held_out = None
         for cut in group:
             repaired |= _refitted_weights(model, cut, sums.pop(cut.path).all, ridge)
     _report(inputs, num_tokens, ridge)
@@ -135,6 +137,11 @@ def input_groups(inputs: Sequence[CutInputs], limit: float) -> Iterator[list[Cut
             group = []
         group.append(cut)
     yield group
+
+
+def probed_inputs(inputs: Sequence[CutInputs]) -> list[CutInputs]:
+    """The inputs whose held-out rows choose the ridge, at equal distances."""
+    return list(inputs[:: math.ceil(len(inputs) / NUM_PROBES)])
 
 
 def _report(inputs: Sequence[CutInputs], num_tokens: int, ridge: float | None) -> None:
