@@ -37,7 +37,7 @@ from .measure import Domain, Reference, row_sums, summary
 from .run import OTHER_ROWS, ROW_LENGTH
 from .stopping import Stop, Stopped, log
 
-RESULTS = Path(__file__).with_name("results") / "calibration"
+RESULTS = Path(__file__).parents[1] / "results/real/calibration"
 #: Tokens of a calibration row.
 LENGTH = 256
 REPAIRS = (None, "least_squares")
