@@ -159,7 +159,8 @@ def test_redo_goes_on_from_no_old_checkpoint(values, monkeypatch):  # noqa: F811
 
 def test_redo_begins_a_search_and_a_correction_anew(values):  # noqa: F811
     """What they keep between interruptions is of the run before."""
-    stages = {stage.name: stage for stage in runner.stages_of(Recipe.from_dict(values))}
+    recipe = Recipe.from_dict(values)
+    stages = {stage.name: stage for stage in runner.stages_of(recipe)}
     folder = Path(values["output_dir"])
     for name in ("candidates/one/checkpoint-3/x", "corrected_teacher/checkpoint-3/x", "search.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def test_redo_begins_a_search_and_a_correction_anew(values):  # noqa: F811
     for name in ("search", "correct"):
         record = {"status": "running", "digest": "the same", "settings": {}}
         (folder / "stages" / f"{name}.json").write_text(json.dumps(record))
-        runner._clear_unfinished(folder, [stages[name]], {name: "the same"})
+        runner._clear_unfinished(folder, [stages[name]], recipe, {name: "the same"})
     assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 

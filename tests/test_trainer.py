@@ -512,7 +512,9 @@ def test_record(tmp_path):
     assert record["teacher"] == {"name_or_path": "owner/teacher", "revision": None}
     assert record["arguments"]["temperature"] == 2.0
     assert record["arguments"]["lr_scheduler_type"] == "cosine"
-    assert record["data"]["train"] == {"name": None, "num_rows": 40, "fingerprint": data._fingerprint}
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    facts = {"name": None, "num_rows": 40, "fingerprint": data._fingerprint, "longest_row": longest}
+    assert record["data"]["train"] == facts
     assert record["data"]["eval"]["num_rows"] == 7
     assert record["peft"] is None
     assert record["train_runtime"] > 0

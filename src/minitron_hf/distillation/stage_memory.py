@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compat import as_stored, names_not_saved
+from ..compat import as_stored, names_not_saved, storage_id
 from ..families import named_tensors, spec_for
 from ..families.axes import dimension_size
 from ..losses.chunks import default_chunk_size
@@ -260,11 +260,11 @@ def _save(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) 
     """
     model = empty_model(student)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in names_not_saved(model)}
-    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+    own = {storage_id(tensor) for tensor in state.values()}
     copies = [
         tensor.numel() * load.itemsize
         for tensor in as_stored(model, state, state).values()
-        if tensor.untyped_storage()._cdata not in own or not tensor.is_contiguous()
+        if storage_id(tensor) not in own or not tensor.is_contiguous()
     ]
     return {"student": _weights(student, load), "tensors in another layout": sum(copies)}
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,12 +107,9 @@ def repaired_weights(
     repaired: dict[str, Tensor] = {}
     for group in groups:
         sums, num_tokens = input_products(model, group, calibration, probes if ridge is None else [])
-        for cut in group:
-            _require_finite(model, cut, sums[cut.path])
+        _require_finite(model, sums)
         if ridge is None:
             ridge = _median(_best_ridges(model, probes, sums))
-            for products in sums.values():
-                products.held_out = None
         for cut in group:
             repaired |= _refitted_weights(model, cut, sums.pop(cut.path).all, ridge)
     _report(inputs, num_tokens, ridge)
@@ -155,11 +152,12 @@ def _report(inputs: Sequence[CutInputs], num_tokens: int, ridge: float | None) -
         )  # fmt: skip
 
 
-def _require_finite(model: PreTrainedModel, cut: CutInputs, products: Products) -> None:
+def _require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> None:
     """Refuse sums that are not finite."""
-    if not bool(products.all.products.isfinite().all()):
+    wrong = [path for path, products in sums.items() if not bool(products.all.products.isfinite().all())]
+    if wrong:
         raise UnsupportedModelError(
-            f"The inputs of {cut.path} are not finite in {str(model.dtype).removeprefix('torch.')}. Load the model in "
+            f"The inputs of {wrong[0]} are not finite in {str(model.dtype).removeprefix('torch.')}. Load the model in "
             "a wider dtype (dtype='float32'), or check its weights."
         )
 
@@ -179,14 +177,15 @@ def _best_ridges(model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict
     """For each of some inputs, the ridge with the smallest error on held-out rows after a fit to the others."""
     for cut in probes:
         products, projection = sums[cut.path], cut.projections[0]
-        if products.held_out is None or not products.held_out.count:  # too few rows to hold one out
+        held_out, products.held_out = products.held_out, None  # frees their memory in the end
+        if held_out is None or not held_out.count:  # too few rows to hold one out
             continue
         weight_DH = _inputs_first(tensor_values(model, f"{projection.path}.weight"), projection).detach()
         weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
-        fitted = products.all.without(products.held_out)
+        fitted = products.all.without(held_out)
         if _has_bias(model, projection):
             fitted = fitted.centre_()
-        errors = {ridge: _held_out_error(fitted, products.held_out, weight_RH, ridge) for ridge in RIDGES}
+        errors = {ridge: _held_out_error(fitted, held_out, weight_RH, ridge) for ridge in RIDGES}
         yield min(errors, key=errors.__getitem__)
 
 
