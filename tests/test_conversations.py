@@ -139,6 +139,23 @@ def test_measured_tokens_are_those_that_training_counts(teacher, tmp_path, templ
     )
 
 
+@pytest.mark.parametrize(("template", "turns"), [(CHATML, False), (CHATML, True), (MARKED, True)])
+def test_a_prompt_beside_messages_is_left_out(teacher, tmp_path, template, turns):
+    """Chat corpora repeat the first message there, and there is no completion."""
+    tokenizer = pocket_tokenizer(chat_template=template)
+    student = pocket_model("llama", dtype=torch.float32, seed=1)
+    trained, found = [], []
+    for name, rows in (("plain", TALKS), ("both", [{"prompt": "one", **row} for row in TALKS])):
+        folder, settings = tmp_path / name, {"max_steps": 1, "report_to": "none", "bf16": False}
+        args = DistillationConfig(str(folder), assistant_only_loss=turns, **settings)
+        data = Dataset.from_list(rows)
+        trainer = DistillationTrainer(student, teacher, args, train_dataset=data, processing_class=tokenizer)
+        trained.append(trainer.train_dataset[:])
+        found.append(token_rows(rows, tokenizer, max_length=64, packing=False, assistant_only=turns))
+    assert trained[0] == trained[1]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("data", [["a text"], [{"text": "a text"}], [[5, 6, 7]], [as_text_completion(GSM8K[0])]])
 def test_only_conversations_have_turns(tokenizer, data):
     with pytest.raises(DataError, match=r"Document 0 .*expected 'messages'"):
@@ -207,6 +224,10 @@ def test_a_template_of_the_recipe_is_used_by_all_stages(workshop, tmp_path, toke
     folder = runner.run_recipe(made, until="evaluate", show_progress=False, report=lambda line: None)
     tokens = read_json(folder / "evaluation.json")["data"]["num_tokens"]
     assert tokens == sum(len(rendered(row, tokenizer)[0]) - 1 for row in GSM8K)
+    before = runner.stage_digests(made)
+    (tmp_path / "chat.jinja").write_text(MARKED)
+    after = runner.stage_digests(made)
+    assert not [name for name in before if before[name] == after[name]]
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.__name__)

@@ -241,7 +241,8 @@ def test_training_evaluates_few_rows(recipe):
     assert DISTILL_DEFAULTS["max_eval_rows"] == 64
     few, all_rows = ({**by_steps, "max_eval_rows": most} for most in (2, None))
     stage = next(stage for stage in STAGES if stage.name == "distill")
-    for more, same in (({}, True), ({"load_best_model_at_end": True}, False)):
+    kinds = [{}, {"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}]
+    for more, same in zip(kinds, (True, False, False)):
         kept = [stage.dependencies(replace(recipe, distill=settings | more)) for settings in (few, all_rows)]
         assert (kept[0] == kept[1]) == same  # a finished student stays valid if only the log would change
 

@@ -57,6 +57,11 @@ def test_old_fields_of_family_tables():
         assert Wrapper("a", prefix="b.", opaque=("c.",)).unpruned_prefixes == ("c.",)
 
 
+def test_old_and_new_name_together_are_refused():
+    with pytest.raises(DataError, match=r"estimate_importance\(num_samples=…\) is the old name of num_rows=…"):
+        minitron_hf.estimate_importance(None, num_samples=2, num_rows=3)
+
+
 def test_old_name_of_the_number_of_rows(tmp_path):
     """In Python, in recipes and after --set. Finished scores of a recipe stay valid."""
     model, rows = pocket_model("llama"), [pocket_tokens(8, seed=seed).tolist() for seed in range(6)]

@@ -344,3 +344,42 @@ def test_inputs_that_are_not_finite_are_refused():
     teacher.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
     with pytest.raises(UnsupportedModelError, match="down_proj are not finite in float32"):
         repaired_weights(teacher, plan, ROWS)
+
+
+def test_held_out_rows_choose_the_ridge_of_a_projection_with_a_bias(monkeypatch):
+    """The bias makes up for the means of the fitted rows, so numpy subtracts these from the held-out rows, too."""
+    monkeypatch.setattr("minitron_hf.pruning.repair.NUM_PROBES", 1)
+    teacher = pocket_model("gpt2")
+    first = teacher.transformer.h[0].mlp.c_fc  # neurons that nearly repeat others, with large means
+    first.weight.data[:, 1::2] = first.weight.data[:, ::2] + 0.2 * first.weight.data[:, 1::2]
+    first.bias.data += 1.0
+    plan = planned(teacher, intermediate_size=0.5)
+    path, kept = "transformer.h.0.mlp.c_proj", plan.kept["ffn"][0]
+    x, weight = inputs(teacher, path), teacher.get_submodule(path).weight.detach().numpy()
+    cut = np.setdiff1d(np.arange(x.shape[1]), kept)
+    is_held = np.repeat(np.arange(len(ROWS.rows)) % 4 == 3, len(ROWS.rows[0]))
+    mean = x[~is_held].mean(0)
+    fitted, centred, plain = x[~is_held] - mean, x[is_held] - mean, x[is_held]
+    best = []
+    for held in (centred, plain):
+        errors = {}
+        for ridge in RIDGES:
+            gram = fitted[:, kept].T @ fitted[:, kept]
+            gram += ridge * np.mean(np.diag(gram)) * np.eye(len(kept))
+            change = np.linalg.solve(gram, fitted[:, kept].T @ fitted[:, cut] @ weight[cut])
+            errors[ridge] = np.linalg.norm(held[:, kept] @ change - held[:, cut] @ weight[cut])
+        best.append(min(errors, key=errors.get))
+    assert best[0] != best[1]
+    chosen, given = (repaired_weights(teacher, plan, ROWS, ridge=ridge) for ridge in (None, best[0]))
+    for name, values in given.items():
+        torch.testing.assert_close(chosen[name], values, rtol=1e-9, atol=1e-12)
+
+
+def test_norms_of_offloaded_teachers_run_where_the_inputs_are():
+    """Offloaded weights are on the CPU, and the inputs elsewhere; the device without values stands for it."""
+    teacher = pocket_model("llama")
+    cuts = cut_inputs(teacher, planned(teacher, hidden_size=0.5, repair="least_squares_all"))
+    states = torch.empty(5, teacher.config.hidden_size, dtype=torch.float64, device="meta")
+    for cut in cuts:
+        assert cut.norm is not None
+        assert cut.observed(states, states).device.type == "meta"

@@ -22,6 +22,9 @@ from trl.trainer.utils import add_fused_lm_head
 from minitron_hf.distillation.fake_runs import AllocationCounter
 from minitron_hf.distillation.stage_memory import Workload, stage_memory
 from minitron_hf.distillation.stage_passes import backward_bytes, forward_bytes
+from minitron_hf.losses.fused import distillation_loss
+from minitron_hf.losses.heads import OutputHead
+from minitron_hf.losses.signals import DenseSignal
 from minitron_hf.pruning.streaming import _write_safetensors
 from pocket import pocket_config
 
@@ -86,6 +89,18 @@ def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):
             most = max(most, live)
     found = stage_memory(config, config, replace(LOAD, max_length=512), stages=[stage])[stage]
     assert most == pytest.approx(sum(found.values()) - found["weights"] - found["optimizer"], rel=0.1)
+
+
+def test_shapes_are_compared_in_the_chunks_of_their_dtype():
+    """On a CPU the loss takes larger chunks in bfloat16; no less than PyTorch allocates for it."""
+    config = LlamaConfig(**SHAPE | {"vocab_size": 32_768}, hidden_size=16, intermediate_size=48)
+    head = OutputHead(torch.zeros(32_768, 16, dtype=torch.bfloat16))
+    states, labels = torch.zeros(1024, 16, dtype=torch.bfloat16), torch.zeros(1024, dtype=torch.long)
+    with torch.no_grad(), AllocationCounter([head.weight, states, labels]) as counted:
+        distillation_loss(states, head, DenseSignal(states, head), labels)
+    load = replace(LOAD, max_length=512, dtype=torch.bfloat16)
+    found = stage_memory(config, config, load, stages=["compare shapes"])["compare shapes"]
+    assert max(counted.moments) == pytest.approx(found["states and logits of a chunk"], rel=0.1)
 
 
 class AtOnce:

@@ -114,6 +114,10 @@ def accept_old_names(**new_names: str) -> Callable[[_Callable], _Callable]:
         @functools.wraps(call)
         def with_new_names(*args: Any, **kwargs: Any) -> Any:
             for old, new in new_names.items():
+                # `dataclasses.replace` gives both to a class.
+                if old in kwargs and new in kwargs and not isinstance(target, type):
+                    name = target.__name__
+                    raise DataError(f"{name}({old}=…) is the old name of {new}=…, which is given, too. Leave it out.")
                 if old in kwargs:
                     warn_renamed(f"{target.__name__}({old}=…)", f"{new}=…")
                     kwargs[new] = kwargs.pop(old)

@@ -79,9 +79,10 @@ def labelled_turns(row: Mapping[str, Any], processing_class: Any, completion_onl
 
 def _messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The messages of the prompt, if there is one, and all messages."""
-    prompt = conversation_of(row["prompt"]) if "prompt" in row else []
-    value = row["completion"] if "prompt" in row else row.get("messages", row.get("conversations"))
-    return prompt, [*prompt, *conversation_of(value)]
+    if "prompt" in row and "completion" in row:  # beside messages, a prompt alone is a comment on them
+        prompt = conversation_of(row["prompt"])
+        return prompt, [*prompt, *conversation_of(row["completion"])]
+    return [], conversation_of(row.get("messages") or row.get("conversations") or [])
 
 
 def _span(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import is_conversational, is_conversational_from_value
 
 from ..compat import column_names, trains_on_images
@@ -85,7 +85,25 @@ def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any
 
 def holds_conversation(row: Mapping[str, Any]) -> bool:
     """Whether TRL renders a row by the chat template, in either of the formats that it knows."""
-    return is_conversational(dict(row)) or is_conversational_from_value(dict(row))
+    row = {name: value for name, value in row.items() if name != "prompt" or "completion" in row}
+    return is_conversational(row) or is_conversational_from_value(row)
+
+
+def without_spare_prompt(data: Any) -> Any:
+    """Conversations without a column `prompt` that has no completion beside it; other data as it is.
+
+    Chat corpora repeat the first message there. TRL would take it for the prompt of a completion.
+
+    Args:
+        data: a dataset, a stream, several by name, or None.
+    """
+    if isinstance(data, Mapping):
+        return {name: without_spare_prompt(part) for name, part in data.items()}
+    if not isinstance(data, Dataset | IterableDataset):
+        return data
+    names = set(data.column_names or next(iter(data), {}))
+    is_spare = "prompt" in names and "completion" not in names and {"messages", "conversations"} & names
+    return data.remove_columns("prompt") if is_spare else data
 
 
 class StartTokensMixin:
@@ -96,6 +114,12 @@ class StartTokensMixin:
     poor logits. Start tokens are never targets, neither there nor inside a packed row. Rows without any target are
     left out.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("formatting_func") is None:
+            for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
+                kwargs[name] = without_spare_prompt(kwargs[name])
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(
         self,

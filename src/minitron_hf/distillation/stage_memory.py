@@ -277,7 +277,7 @@ def _compare(teacher: PretrainedConfig, student: PretrainedConfig, load: Workloa
     """
     num_tokens, b, vocab_size = load.batch_size * load.max_length, load.itemsize, _vocab(teacher)
     device = torch.device(load.device)
-    chunk = min(default_chunk_size(num_tokens, vocab_size, device), num_tokens)
+    chunk = min(default_chunk_size(num_tokens, vocab_size, device, load.dtype), num_tokens)
     block = min(chunk, max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // vocab_size))
     loss = num_tokens * (_hidden(teacher) + _hidden(student)) * b + 2 * chunk * vocab_size * b
     loss += 16 * block * vocab_size

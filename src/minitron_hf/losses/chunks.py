@@ -16,7 +16,7 @@ def default_chunk_size(
     peak logits memory of both models, relative to one float32 [N, V], under 0.4 at 1,024 tokens and under 0.06 at
     8,192. Half-precision products are so fast that adding a chunk's product to the head's float32 gradient takes
     longer. Chunks of a quarter of the tokens, 1,024 at most, halve the time of the loss (V = 49,152, H = 576), and
-    the logits of both models are at most a quarter of one float32 [N, V].
+    the logits of both models are at most a quarter of one float32 [N, V] from 512 tokens on.
     With a small vocabulary a chunk holds as many tokens as fit into 16 MB, to limit the overhead.
 
     On an accelerator [chunk, V] is about half a GB in bfloat16, however few the tokens. Every chunk reads and writes

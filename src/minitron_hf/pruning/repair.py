@@ -183,8 +183,9 @@ def _best_ridges(model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict
         weight_DH = _inputs_first(tensor_values(model, f"{projection.path}.weight"), projection).detach()
         weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
         fitted = products.all.without(held_out)
-        if _has_bias(model, projection):
-            fitted = fitted.centre_()
+        if _has_bias(model, projection):  # the bias makes up for the means of the fitted rows
+            held_out.centre_(fitted.mean)
+            fitted.centre_()
         errors = {ridge: _held_out_error(fitted, held_out, weight_RH, ridge) for ridge in RIDGES}
         yield min(errors, key=errors.__getitem__)
 
@@ -196,7 +197,7 @@ def _median(ridges: Iterable[float]) -> float:
 
 
 def _held_out_error(fitted: Moments, held_out: Moments, weight_RH: Tensor, ridge: float) -> float:
-    """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to others."""
+    """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to others; both centred or neither."""
     num_kept = len(fitted.products)
     factors = _factors(fitted.products[:, :num_kept].clone(), ridge)
     change_KH = torch.linalg.lu_solve(*factors, fitted.products[:, num_kept:] @ weight_RH)
@@ -234,7 +235,7 @@ def _refitted(
 ) -> dict[str, Tensor]:
     """Weight of one projection, and its bias if it has one, by name."""
     num_kept = len(moments.products)
-    products_KR, mean = moments.products[:, num_kept:], moments.totals / moments.count
+    products_KR, mean = moments.products[:, num_kept:], moments.mean
     names = [f"{projection.path}.weight", *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
     weight, *bias = (tensor_values(model, name).detach() for name in names)
     refitted, *refitted_bias = (each.clone(memory_format=torch.contiguous_format) for each in (weight, *bias))

@@ -84,7 +84,8 @@ class CutInputs:
         if self.norm is None:
             return before[:, torch.cat([kept_K, self.rest_R.to(before.device)])].to(dtype)
         observed = torch.empty(len(before), num_kept + len(self.rest_R), dtype=dtype, device=before.device)
-        observed[:, :num_kept] = self.norm(before[:, kept_K])
+        norm = self.norm.to(before.device)  # it is built on the CPU where the weights are offloaded
+        observed[:, :num_kept] = norm(before[:, kept_K])
         observed[:, num_kept:] = after
         observed[:, num_kept + kept_K] -= observed[:, :num_kept]
         return observed
@@ -145,9 +146,10 @@ def _cut_channels(
         for path, layer in norm_paths(spec, modules, plan.sizes["layers"]["teacher"])
         if layer is None or layer in plan.layers_kept
     }
+    student = empty_model(plan.build_student_config(model.config))
     for path, projections in _readers(model, plan, list(norms)).items():
         layer = norms[path]
-        norm = _student_norm(model, spec, plan, path)
+        norm = _student_norm(model, student, spec, plan, path)
         position = plan.sizes["layers"]["teacher"] if layer is None else layer
         yield (position, path), CutInputs(path, kept_K, torch.arange(len(modules[path].weight)), projections, norm)
 
@@ -209,15 +211,23 @@ def channel_projections(
             yield Projection(name, position)
 
 
-def _student_norm(model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan, path: str) -> nn.Module:
-    """The norm of the student that takes the place of one of the teacher's, with its weights."""
+def _student_norm(model: PreTrainedModel, student: Any, spec: ArchSpec, plan: PruningPlan, path: str) -> nn.Module:
+    """The norm of the student that takes the place of one of the teacher's, with its weights.
+
+    Args:
+        model: the teacher.
+        student: a model of the student's config, without values.
+        spec: the family's table.
+        plan: the plan.
+        path: of the teacher's norm.
+    """
     located = spec.locate(f"{path}.weight")
     assert located is not None
     pattern, layer = located
     name = path
     if layer is not None:
         name = spec.layer_parameter(plan.layers_kept.index(layer), pattern.removesuffix(".weight"))
-    norm = copy.deepcopy(empty_model(plan.build_student_config(model.config)).get_submodule(name))
+    norm = copy.deepcopy(student.get_submodule(name))
     weight = tensor_values(model, f"{path}.weight")
     norm = norm.to_empty(device=weight.device).to(weight.dtype)
     for part, parameter in norm.named_parameters():

@@ -60,10 +60,20 @@ class Moments:
         """The sums over all other tokens."""
         return Moments(self.products - part.products, self.totals - part.totals, self.count - part.count)
 
-    def centre_(self) -> Moments:
-        """Replace the products by those of X and Y less their means, and return self."""
-        num_kept = len(self.products)
-        self.products.addr_(self.totals[:num_kept], self.totals, alpha=-1 / max(1, self.count))
+    @property
+    def mean(self) -> Tensor:
+        """Means of X and Y, [K + R]."""
+        return self.totals / max(1, self.count)
+
+    def centre_(self, mean: Tensor | None = None) -> Moments:
+        """Replace the products by those of X and Y less their means, and return self.
+
+        Args:
+            mean: what to subtract instead, [K + R], such as the means of other tokens.
+        """
+        num_kept, mean = len(self.products), self.mean if mean is None else mean
+        self.products.addr_(self.totals[:num_kept], mean, alpha=-1)
+        self.products.addr_(mean[:num_kept], self.totals - self.count * mean, alpha=-1)
         return self
 
 

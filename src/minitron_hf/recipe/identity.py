@@ -10,7 +10,8 @@ from typing import Any
 
 from ..compat import commit_hash
 from ..data.loading import local_dataset
-from ..files import cached_file_digest, digest, local_folder
+from ..errors import DataError
+from ..files import cached_file_digest, digest, local_folder, local_path
 from ..models import load_config
 from .schema import DataSection, DatasetSection, TeacherSection, TrainingSection
 
@@ -50,6 +51,18 @@ def model_identity(section: TeacherSection) -> Any:
         return {"model": section.model, "revision": commit_hash(config) or section.revision}
     files = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
     return {"files": {path.name: cached_file_digest(path) for path in sorted(files)}}
+
+
+def template_identity(source: str | None) -> dict[str, Any]:
+    """The identity of the chat template that a recipe names: the digest of a file, else the name; empty without one.
+
+    Raises:
+        DataError: if it is a path, and nothing is there.
+    """
+    if source is None:
+        return {}
+    path = local_path(source, what="distill.chat_template_path", error=DataError)
+    return {"chat_template": cached_file_digest(path) if path is not None and path.is_file() else source}
 
 
 def dataset_identity(section: DatasetSection) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .actions import (
     cached_arguments,
     search_arguments,
 )
-from .identity import dataset_identity, model_identity, training_identity, without_publishing
+from .identity import dataset_identity, model_identity, template_identity, training_identity, without_publishing
 from .launching import require_launchable
 from .rules import OLD_NAMES
 from .run import (
@@ -81,8 +81,13 @@ class Stage:
         return (GENERATE, *self.inputs) if written else self.inputs
 
     def dependencies(self, recipe: Recipe) -> Any:
-        """The settings that the results depend on, without secrets and publishing settings."""
-        return without_publishing(self.settings(recipe))
+        """The settings that the results depend on, without secrets and publishing settings.
+
+        Stages that render conversations depend on the chat template that the recipe names.
+        """
+        renders = bool(self.corpora) or self.name in (GENERATE, "evaluate")
+        template = template_identity(recipe.distill.get("chat_template_path")) if renders else {}
+        return without_publishing({**self.settings(recipe), **template} if template else self.settings(recipe))
 
 
 def _generation_settings(recipe: Recipe) -> Any:
@@ -115,7 +120,7 @@ def _cache_settings(recipe: Recipe) -> Any:
 def _distill_settings(recipe: Recipe) -> Any:
     """The arguments that the student depends on; the split of a step's rows over processes and batches is none."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
-    if not settings.get("load_best_model_at_end"):
+    if not settings.get("load_best_model_at_end") and settings["lr_scheduler_type"] != "reduce_lr_on_plateau":
         settings.pop("max_eval_rows")  # changes the log alone
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
