@@ -303,6 +303,9 @@ def test_a_memory_limit_takes_more_passes_and_gives_the_same():
     assert not any(module._forward_pre_hooks for module in teacher.modules())
     with pytest.raises(DataError, match="memory_limit=0"):
         repaired_weights(teacher, plan, ROWS, memory_limit=0)
+    for ridge in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=f"ridge={ridge}"):
+            repaired_weights(teacher, plan, ROWS, ridge=ridge)
 
 
 def test_groups_hold_what_fits():

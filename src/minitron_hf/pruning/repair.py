@@ -83,8 +83,8 @@ def repaired_weights(
         batch_size: rows at a time.
         ridge: λ as a fraction of the mean of the diagonal of XᵀX. By default every fourth row is held out to choose
             one of `RIDGES`, with one pass more if there are several; the fit uses all rows.
-        memory_limit: bytes that the matrices of one pass may take; those of a single input may exceed it. By default
-            half of the memory that is free on the model's device.
+        memory_limit: bytes that the matrices of one pass may take, by default half of the free memory of the model's
+            device. A single input may exceed it, and the held-out sums of four inputs come on top in a single pass.
 
     Returns:
         Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
@@ -95,7 +95,7 @@ def repaired_weights(
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.
     """
-    inputs = _checked_inputs(model, plan, memory_limit)
+    inputs = _checked_inputs(model, plan, memory_limit, ridge)
     if not inputs:
         return {}
     calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
@@ -116,10 +116,14 @@ def repaired_weights(
     return repaired
 
 
-def _checked_inputs(model: PreTrainedModel, plan: PruningPlan, memory_limit: float | None) -> list[CutInputs]:
+def _checked_inputs(
+    model: PreTrainedModel, plan: PruningPlan, memory_limit: float | None, ridge: float | None
+) -> list[CutInputs]:
     """The inputs to fit, after checks of the arguments."""
     if memory_limit is not None and not memory_limit > 0:
         raise DataError(f"memory_limit={memory_limit!r}: expected a number of bytes above 0.")
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise DataError(f"ridge={ridge!r}: expected a number of 0 or more, or None to choose it on held-out rows.")
     spec_for(model.config).check(model)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
     return cut_inputs(model, plan)

@@ -136,9 +136,7 @@ def _importance(config: PretrainedConfig, plan: Schedule, tokens: float) -> Deci
 def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
     """One decision where neurons or heads are cut."""
     try:
-        if not set(repaired_axes(spec, spec.sizes(config), last.sizes)) - {
-            "hidden"
-        }:  # not measured for channels alone
+        if not repaired_axes(spec, spec.sizes(config), last.sizes):
             return []
     except PlanError as error:
         return [Decision("repair", "none", str(error), f"{MEASURED_HERE}, {_REPAIR_FILES}")]
