@@ -203,7 +203,7 @@ def _median(ridges: Iterable[float]) -> float:
 def _held_out_error(fitted: Moments, held_out: Moments, weight_RH: Tensor, ridge: float) -> float:
     """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to others; both centred or neither."""
     num_kept = len(fitted.products)
-    factors = _factors(fitted.products[:, :num_kept].clone(), ridge)
+    factors = _factors(fitted.products[:, :num_kept], ridge)
     change_KH = torch.linalg.lu_solve(*factors, fitted.products[:, num_kept:] @ weight_RH)
     held_KK, held_KR = held_out.products[:, :num_kept], held_out.products[:, num_kept:]
     return float(((held_KK @ change_KH - 2 * held_KR @ weight_RH) * change_KH).sum())
@@ -226,9 +226,7 @@ def _refitted_weights(model: PreTrainedModel, cut: CutInputs, moments: Moments, 
         if has_bias:
             moments.centre_()
         products_KK = moments.products[:, : len(moments.products)]
-        diagonal_K = products_KK.diagonal().clone()
         factors = _factors(products_KK, ridge)
-        products_KK.diagonal().copy_(diagonal_K)
         for projection in projections:
             found |= _refitted(model, cut, projection, moments, factors)
     return found
@@ -266,7 +264,9 @@ def _inputs_first(weight: Tensor, projection: Projection) -> Tensor:
 
 
 def _factors(products_KK: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """LU factors of XᵀX + λI; λ is `ridge` times the mean of the diagonal. λ is added to the argument."""
-    products_KK.diagonal().add_(ridge * products_KK.diagonal().mean().clamp(min=1e-12))
+    """LU factors of XᵀX + λI; λ is `ridge` times the mean of the diagonal. The argument holds λ only meanwhile."""
+    diagonal_K = products_KK.diagonal().clone()
+    products_KK.diagonal().add_(ridge * diagonal_K.mean().clamp(min=1e-12))
     factors, pivots = torch.linalg.lu_factor(products_KK)
+    products_KK.diagonal().copy_(diagonal_K)
     return factors, pivots

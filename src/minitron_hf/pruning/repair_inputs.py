@@ -73,7 +73,7 @@ class CutInputs:
         """Bytes of the float64 sums, 8·K·(K + R)."""
         return 8 * len(self.kept_K) * (len(self.kept_K) + len(self.rest_R))
 
-    def observed(self, before: Tensor, after: Tensor) -> Tensor:
+    def observed(self, before: Tensor, after: Tensor | None = None) -> Tensor:
         """The student's inputs and what they lack, side by side: [N, K + R], in the dtype of sums over a batch.
 
         Args:
@@ -83,6 +83,7 @@ class CutInputs:
         kept_K, num_kept, dtype = self.kept_K.to(before.device), len(self.kept_K), accumulation_dtype(before)
         if self.norm is None:
             return before[:, torch.cat([kept_K, self.rest_R.to(before.device)])].to(dtype)
+        assert after is not None
         observed = torch.empty(len(before), num_kept + len(self.rest_R), dtype=dtype, device=before.device)
         norm = self.norm.to(before.device)  # it is built on the CPU where the weights are offloaded
         observed[:, :num_kept] = norm(before[:, kept_K])

@@ -151,8 +151,8 @@ def _add(
     """Add the products of one batch to the sums."""
     num_rows = watch.mask_BT.shape[0]
     mask_N = watch.mask_BT.flatten().to(before.device)
-    before, after = before.reshape(len(mask_N), -1)[mask_N], after.reshape(len(mask_N), -1)[mask_N]
-    x_N = cut.observed(before, after)
+    seen = (before,) if cut.norm is None else (before, after)  # the output of a projection is not read
+    x_N = cut.observed(*(x.reshape(len(mask_N), -1)[mask_N] for x in seen))
     if cut.path not in sums:
         device = "cpu" if x_N.device.type == "mps" else x_N.device  # MPS has no float64
         sizes = len(cut.kept_K), len(cut.rest_R)
