@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from minitron_hf.errors import DataError, MissingDependencyError
-from minitron_hf.evaluation.tasks import _conditions, _task_metrics, evaluate_tasks
+from minitron_hf.evaluation import tasks
+from minitron_hf.evaluation.task_results import _conditions, _task_metrics
+from minitron_hf.evaluation.tasks import HarnessSettings, TaskSource, evaluate_tasks, run_task
 from pocket import pocket_model, pocket_tokenizer
 
 
@@ -95,6 +97,69 @@ def test_unknown_tasks_and_missing_tokenizers_are_refused(task_folder: Path, mod
         evaluate_tasks(model, "pocket_choice", include_path=task_folder)
     with pytest.raises(DataError, match=r"include_path.*does not exist"):
         evaluate_tasks(model, "pocket_choice", include_path=task_folder / "gone")
+
+
+def test_values_on_documents_have_the_reported_mean(task_folder: Path, model, tokenizer):
+    with TaskSource.opened(["pocket_choice"], task_folder) as source:
+        scores = run_task(model, tokenizer, source.load("pocket_choice"), HarnessSettings(show_progress=False))
+    measured = scores.results["pocket_choice"]["acc"]
+    values = scores.values["pocket_choice"]["acc"]
+    assert sum(values) / len(values) == measured["value"]
+    assert measured["chance"] == 0.5
+    assert len(scores.responses["pocket_choice"]) == 2
+
+
+def write_questions(path: Path, names: str) -> None:
+    """One question for each letter; its context holds no other letter of the questions."""
+    rows = [{"context": f"{name} {name}", "choices": [name, "q"], "label": 0} for name in names]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("own_examples", [True, False])
+def test_local_documents_replace_those_of_a_task_and_no_document_is_its_own_example(task_folder, own_examples):
+    data = task_folder / "data"
+    data.mkdir()
+    write_questions(data / "pocket_choice.jsonl", "abc")
+    if own_examples:
+        write_questions(data / "pocket_choice_fewshot.jsonl", "xyz")
+    with TaskSource.opened(["pocket_choice"], task_folder, data) as source:
+        task = source.load("pocket_choice").tasks["pocket_choice"]
+        documents = list(task.eval_docs)
+        assert [row["context"] for row in documents] == ["a a", "b b", "c c"]
+        for row in documents:
+            task.set_fewshot_seed(1234)
+            prompt = task.fewshot_context(row, 2)
+            assert prompt.count(row["context"]) == 1
+            others = "xyz" if own_examples else "abc".replace(row["context"][0], "")
+            assert sum(f"{name} {name}" in prompt for name in others) == 2
+
+
+def test_code_is_executed_only_when_asked_for(task_folder: Path, monkeypatch):
+    monkeypatch.delenv(tasks.CODE_VARIABLE, raising=False)
+    path = task_folder / "task.yaml"
+    path.write_text(path.read_text() + "unsafe_code: true\n")
+    for name in ("pocket_choice", str(path)):
+        with (
+            pytest.raises(DataError, match=r"executes code.*confirm_run_unsafe_code=True"),
+            TaskSource.opened([name], task_folder) as source,
+        ):
+            source.load(name)
+    with TaskSource.opened(["pocket_choice"], task_folder, runs_code=True) as source:
+        source.load("pocket_choice")
+        assert tasks.os.environ[tasks.CODE_VARIABLE] == "1"
+    assert tasks.CODE_VARIABLE not in tasks.os.environ
+
+
+def test_folders_and_documents_that_are_missing_are_named(task_folder: Path):
+    for folder, words in (
+        (task_folder / "gone", "task_data.*does not exist"),
+        (task_folder, "no documents of pocket_c"),
+    ):
+        with pytest.raises(DataError, match=words), TaskSource.opened(["pocket_choice"], task_folder, folder):
+            pass
+    (task_folder / "questions.jsonl").unlink()
+    with TaskSource.opened(["pocket_choice"], task_folder) as source, pytest.raises(DataError, match="task_data"):
+        source.load("pocket_choice")
 
 
 def test_task_metrics_keep_filters_and_errors_apart():

@@ -47,6 +47,7 @@ _MODULE_OF = {
     "search_architectures": "search.architectures",
     "generate_corpus": "generation.corpus",
     "evaluate_models": "evaluation.evaluate",
+    "measure_benchmarks": "evaluation.benchmarks",
     "generate_samples": "evaluation.samples",
     "render_model_card": "publishing.card",
     "push_student_to_hub": "publishing.hub",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .distillation.teacher_cache import load_teacher_cache as load_teacher_cache
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .errors import MinitronError as MinitronError
+    from .evaluation.benchmarks import measure_benchmarks as measure_benchmarks
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples
     from .families import register_family as register_family

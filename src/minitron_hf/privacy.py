@@ -26,6 +26,7 @@ PUBLIC_TEXT = frozenset(
         "source",
         "split",
         "stopping_strategy",
+        "task_models",
         "tasks",
         "teacher",
         "text_field",

@@ -22,18 +22,23 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(help="Dataset of prompts that the models answer under the chat template."),
     ] = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TASK,...", help="Benchmark tasks or presets (minitron, minitron_code, small)."),
+    ] = None,
     set_: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure models on the same text (evaluate_models)."""
+    """Measure models on the same text, and on benchmark tasks (evaluate_models)."""
+    from ..evaluation.benchmarks import BENCHMARKS_NAME
     from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
     from ..models import load_tokenizer
     from ..recipe.rules import hints_of
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
-    _require_free(output, [EVALUATION_NAME], overwrite)
-    given = ("models", "dataset", "processing_class", "output_path", "chat_prompts")
+    _require_free(output, [EVALUATION_NAME, BENCHMARKS_NAME], overwrite)
+    given = ("models", "dataset", "processing_class", "output_path", "chat_prompts", "tasks")
     own = (*given, "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")
     named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
@@ -45,7 +50,16 @@ def evaluate(
         prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
     tokenizer = load_tokenizer(next(iter(named.values())))
     with locked_folder(output):
-        evaluate_models(named, rows, processing_class=tokenizer, chat_prompts=prompts, output_path=output, **settings)
+        (output / BENCHMARKS_NAME).unlink(missing_ok=True)  # finished tasks are kept in files of their own
+        evaluate_models(
+            named,
+            rows,
+            processing_class=tokenizer,
+            chat_prompts=prompts,
+            tasks=[name for name in (tasks or "").split(",") if name],
+            output_path=output,
+            **settings,
+        )
     _print_measurement(output)
 
 

@@ -227,6 +227,8 @@ def _print_measurement(folder: Path) -> None:
         console.print(_chat_table(evaluation))
     if any("positions" in values for values in evaluation["models"].values()):
         console.print(_position_table(evaluation))
+    if (folder / "benchmarks.json").is_file():
+        console.print(_task_table(read_artefact(folder / "benchmarks.json")))
 
 
 def _chat_table(evaluation: Mapping[str, Any]) -> Table:
@@ -250,6 +252,21 @@ def _chat_table(evaluation: Mapping[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for name, values in evaluation["models"].items():
         table.add_row(name, *(_with_error(values["chat"][key], digits) for key, (_, digits) in columns.items()))
+    return table
+
+
+def _task_table(benchmarks: Mapping[str, Any]) -> Table:
+    """Tasks of lm-evaluation-harness, as on the card."""
+    from rich.table import Table
+
+    from ..publishing.card_tables import _benchmark_table
+
+    header, *rows = _benchmark_table(benchmarks["models"], benchmarks.get("average"))
+    table = Table(title="Benchmarks", title_justify="left")
+    for number, title in enumerate(header):
+        table.add_column(title, justify="left" if number < 2 else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -19,11 +19,13 @@ from ..formats import FORMATS, write_artefact
 from ..models import count_parameters, evaluating, load_tokenizer
 from ..scoring.row_starts import warn_of_broken_starts
 from ..weights import model_digest
+from .benchmarks import measure_benchmarks
 from .chat import ChatTest
 from .limits import Limits, checked_reference, require_positive
 from .loading import common_device, in_float32, load_for_inference
 from .quality import measure_quality
 from .speed import checkpoint_bytes, device_description, measure_speed
+from .tasks import require_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +57,14 @@ def evaluate_models(
     chat_prompts: DataSource | None = None,
     chat_max_new_tokens: int = 256,
     num_chat_prompts: int | None = None,
+    tasks: Sequence[str] = (),
+    task_models: Sequence[str] | None = None,
+    task_limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | os.PathLike[str] | None = None,
+    task_data: str | os.PathLike[str] | None = None,
+    apply_chat_template: bool = False,
+    confirm_run_unsafe_code: bool = False,
     output_path: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -82,6 +92,8 @@ def evaluate_models(
     text and no special token before that end. `answer_tokens` is the length of an answer. `loss`, `perplexity`,
     `kl_divergence` and `top1_agreement` are measured on the answers of the reference, answer tokens only. Standard
     errors are over prompts.
+
+    Benchmarks, with `tasks`: see `measure_benchmarks`. They come first, and finished tasks survive an interruption.
 
     Size and speed: parameters; bytes of the checkpoint; `prefill_tokens_per_second` of one prompt of `prefill_length`
     tokens up to the logits of its last token; `decode_tokens_per_second` of the `decode_tokens` greedy steps after it,
@@ -118,12 +130,21 @@ def evaluate_models(
             answers in it are left out. Needs a tokenizer with a chat template. None: chat is not measured.
         chat_max_new_tokens: longest answer, in tokens.
         num_chat_prompts: number of prompts to answer; None: all.
-        output_path: folder for `evaluation.json`, or the file itself.
+        tasks: names of lm-evaluation-harness tasks or presets, or paths of task files (the extra `eval`).
+        task_models: names of the models that do the tasks, the reference among them; None: all.
+        task_limit: number of documents per task, or their fraction below 1; None: all.
+        num_fewshot: number of worked examples in the prompts of tasks; None: the preset's or the task's own.
+        include_path: folder with further task files.
+        task_data: folder with documents of stock tasks, to read instead of the Hub.
+        apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
+        confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
+        output_path: folder for `evaluation.json`, or the file itself. `benchmarks.json` goes beside it.
         show_progress: show progress bars.
 
     Returns:
         The content of `evaluation.json`: the keys `format`, `versions`, `device`, `dtype` (of quality; `"mixed"`
-        if models have several), `data` (`num_tokens` counts predicted tokens), `settings`, `reference`, `models`.
+        if models have several), `data` (`num_tokens` counts predicted tokens), `settings`, `reference`, `models`. With
+        tasks, `benchmarks` holds the content of `benchmarks.json`.
 
     Raises:
         MismatchError: if vocabularies or tokenizers differ, the models lack some tokens, or a context is too short.
@@ -135,6 +156,9 @@ def evaluate_models(
     require_positive(batch_size=batch_size, rounds=rounds)
     sources = _sources(models, checkpoints or {})
     output = _output_file(output_path)
+    compared_models = _task_models(models, task_models)
+    if tasks:
+        require_tasks(tasks, include_path, runs_code=confirm_run_unsafe_code)
     # Refusals that need configs alone come before any weights are read.
     limits = Limits.of(models, reference)
     max_length = limits.row_length(max_length)
@@ -168,6 +192,23 @@ def evaluate_models(
         )
     device = common_device(models, device)
     loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
+    benchmarks = None
+    if tasks:
+        benchmarks = measure_benchmarks(
+            {name: loaded[name] for name in compared_models},
+            tasks,
+            processing_class=processing_class,
+            reference=reference if reference in compared_models else None,
+            limit=task_limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            include_path=include_path,
+            task_data=task_data,
+            apply_chat_template=apply_chat_template,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            output_path=None if output is None else output.parent,
+            show_progress=show_progress,
+        )
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     measured = _measure(
         loaded, rows, reference, batch_size, timing, by_path if dtype in (None, "auto") else [], chat, show_progress
@@ -201,7 +242,7 @@ def evaluate_models(
     }
     if output is not None:
         write_artefact(output, result, EVALUATION_NAME)
-    return result
+    return result if benchmarks is None else {**result, "benchmarks": benchmarks}
 
 
 @dataclass(frozen=True)
@@ -272,6 +313,17 @@ def _sources(models: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> dict[
     if unknown := sorted(set(checkpoints) - set(models)):
         raise DataError(f"checkpoints names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
     return {**models, **checkpoints}
+
+
+def _task_models(models: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
+    """The models that do the tasks, in the order of the models.
+
+    Raises:
+        DataError: if one of the names is unknown.
+    """
+    if unknown := sorted(set(names or ()) - set(models)):
+        raise DataError(f"task_models names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
+    return [name for name in models if names is None or name in names]
 
 
 def _output_file(output_path: str | os.PathLike[str] | None) -> Path | None:

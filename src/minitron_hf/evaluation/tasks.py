@@ -1,20 +1,33 @@
-"""Benchmarks of lm-evaluation-harness."""
+"""Tasks of lm-evaluation-harness: finds, loads and runs them. The only module that uses the harness."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
+import functools
+import io
+import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import DataError, MissingDependencyError, did_you_mean
+from ..errors import DataError, MinitronError, MissingDependencyError, did_you_mean
+from ..files import digest
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
+from .presets import PRESETS, with_presets
+from .task_results import TaskScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Variable of the environment without which the metric that executes code refuses to.
+CODE_VARIABLE = "HF_ALLOW_CODE_EVAL"
 
 
 def evaluate_tasks(
@@ -26,22 +39,28 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    task_data: str | os.PathLike[str] | None = None,
     add_bos_token: bool | None = None,
+    confirm_run_unsafe_code: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Score a model on tasks of lm-evaluation-harness (the extra `eval`).
+    """Score one model on tasks of lm-evaluation-harness (the extra `eval`).
+
+    `measure_benchmarks` compares several models and keeps what is finished. Long because all arguments are explained.
 
     Args:
         model: a model, or the path or Hub id of one.
-        tasks: names of tasks or groups, or paths of task files.
+        tasks: names of tasks or groups, paths of task files, or names of presets (`presets.PRESETS`).
         processing_class: tokenizer, or the path or Hub id of one; default the tokenizer at the path `model`.
         limit: number of documents per task, or their fraction below 1, for a quick look.
-        num_fewshot: number of worked examples in the prompt; None: the task's own.
+        num_fewshot: number of worked examples in the prompt; None: the preset's or the task's own.
         batch_size: requests per forward pass.
         include_path: folders with further task files.
+        task_data: folder with documents of stock tasks, `TASK.jsonl`, to read instead of the Hub (see `TaskSource`).
         add_bos_token: whether prompts start with the beginning-of-text token; None: the tokenizer decides.
+        confirm_run_unsafe_code: run tasks that execute code which the model writes.
         dtype: dtype of a model that is loaded here; by default the stored one, or float32 where the hardware is slow
             in that.
         device: device of a model that is loaded here.
@@ -51,85 +70,213 @@ def evaluate_tasks(
         `{task: {metric: {"value": …, "stderr": …, …}}}`. A metric behind a filter other than `none` is named
         `"metric,filter"`, as in the harness; `stderr` is None where the harness gives none. Every metric holds its
         conditions: `num_documents` of the `num_documents_in_task`, `num_fewshot`, `task_version`, `harness_version`,
-        and `chat_template` where one was applied; None where the harness does not report it.
+        and `chat_template` where one was applied; None where the harness does not report it. Accuracies of
+        multiple-choice tasks hold `chance`, the accuracy of guessing.
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
-        DataError: if a task is unknown, or there is no tokenizer.
+        DataError: if a task is unknown or cannot be loaded, executes code unasked, or there is no tokenizer.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    manager = require_tasks(names, include_path)
-    if processing_class is None:
-        if not isinstance(model, str | os.PathLike):
-            raise DataError("A model object needs its tokenizer. Pass processing_class=tokenizer.")
-        processing_class = model
-    tokenizer = load_tokenizer(processing_class)
-    model = load_for_inference(model, dtype, common_device({"model": model}, device))
-    settings = {"tasks": names, "task_manager": manager, "limit": limit, "num_fewshot": num_fewshot, **kwargs}
-    wrapping = {"tokenizer": tokenizer, "batch_size": batch_size, "add_bos_token": add_bos_token}
-    return _named_results(_run_harness(model, wrapping, settings), bool(kwargs.get("apply_chat_template")))
+    wanted = with_presets(names, num_fewshot)
+    settings = HarnessSettings(
+        limit=limit,
+        batch_size=batch_size,
+        add_bos_token=add_bos_token,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        options=kwargs,
+    )
+    with TaskSource.opened(list(wanted), include_path, task_data, confirm_run_unsafe_code) as source:
+        if processing_class is None:
+            if not isinstance(model, str | os.PathLike):
+                raise DataError("A model object needs its tokenizer. Pass processing_class=tokenizer.")
+            processing_class = model
+        tokenizer = load_tokenizer(processing_class)
+        model = load_for_inference(model, dtype, common_device({"model": model}, device))
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, shots in wanted.items():
+            found |= run_task(model, tokenizer, source.load(name), settings, shots).results
+    return found
 
 
-def _run_harness(model: PreTrainedModel, wrapping: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """What `lm_eval.simple_evaluate` returns.
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How tasks are run.
+
+    Attributes:
+        limit: number of documents per task, or their fraction below 1; None: all.
+        batch_size: requests per forward pass.
+        add_bos_token: whether prompts start with the beginning-of-text token; None: the tokenizer decides.
+        confirm_run_unsafe_code: run tasks that execute code which the model writes.
+        show_progress: show the harness's progress bars.
+        options: further arguments of `lm_eval.simple_evaluate`.
+    """
+
+    limit: int | float | None = None
+    batch_size: int = 8
+    add_bos_token: bool | None = None
+    confirm_run_unsafe_code: bool = False
+    show_progress: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that results depend on."""
+        without = ("batch_size", "show_progress", "confirm_run_unsafe_code")
+        return {name: value for name, value in asdict(self).items() if name not in without}
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task, or a group of tasks, with its documents.
+
+    Attributes:
+        name: as it was asked for.
+        spec: what the harness loads it by: its name or a file.
+        manager: the harness's index of tasks.
+        tasks: name → the harness's task.
+        weighted: group → metric → whether its tasks count by their documents.
+    """
+
+    name: str
+    spec: str
+    manager: Any
+    tasks: Mapping[str, Any]
+    weighted: Mapping[str, Mapping[str, bool]]
+
+    def identity(self, shots: int | None) -> dict[str, Any]:
+        """What decides the result of a model: documents, prompts and metrics of every task."""
+        return {name: _task_identity(task, shots) for name, task in self.tasks.items()}
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where tasks come from: the harness, folders of task files, and local documents of stock tasks.
+
+    A file `TASK.jsonl` in the folder of documents replaces the documents of that task; prompt and metrics stay the
+    stock task's. `TASK_fewshot.jsonl` holds its worked examples. Without that file they are drawn from `TASK.jsonl`,
+    never the document itself.
+
+    Attributes:
+        manager: the harness's index of tasks.
+        specs: name → what the harness loads it by, where that is a file.
+        runs_code: whether tasks that execute code may be loaded.
+        show_progress: show progress bars of datasets.
+    """
+
+    manager: Any
+    specs: Mapping[str, str]
+    runs_code: bool = False
+    show_progress: bool = True
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls,
+        names: Sequence[str],
+        include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        task_data: str | os.PathLike[str] | None = None,
+        runs_code: bool = False,
+        *,
+        show_progress: bool = True,
+    ) -> Iterator[TaskSource]:
+        """Index the tasks; files of local documents exist for the duration of the context.
+
+        Raises:
+            MissingDependencyError: without lm-evaluation-harness.
+            DataError: if a task or a folder is unknown, or a task executes code unasked.
+        """
+        manager = require_tasks(names, include_path, runs_code=runs_code)
+        with tempfile.TemporaryDirectory(prefix="minitron-tasks-") as folder, _code_allowed(runs_code):
+            specs = {} if task_data is None else _local_tasks(manager, names, Path(task_data), Path(folder))
+            yield cls(manager, specs, runs_code, show_progress)
+
+    def load(self, name: str) -> LoadedTask:
+        """Load a task, or a group, with its documents.
+
+        Raises:
+            DataError: if its documents or its code cannot be loaded, or it executes code unasked.
+        """
+        spec = self.specs.get(name, name)
+        try:
+            with _quiet(self.show_progress), contextlib.redirect_stdout(io.StringIO()):  # some tasks print
+                loaded = self.manager.load([spec])
+        except MinitronError:
+            raise
+        except Exception as error:  # from the network, the dataset's files or the task's own code
+            raise DataError(
+                f"The task {name!r} cannot be loaded ({type(error).__name__}: {error}). Without a network, point "
+                "task_data at a folder with its documents."
+            ) from error
+        unsafe = [task for task, found in loaded["tasks"].items() if getattr(found, "UNSAFE_CODE", False)]
+        if unsafe and not self.runs_code:
+            raise DataError(_refusal_of_code(unsafe[0]))
+        weighted = {
+            group: {one.metric: bool(one.weight_by_size) for one in found.aggregate_metric_list or ()}
+            for group, found in loaded.get("groups", {}).items()
+        }
+        return LoadedTask(name, spec, self.manager, loaded["tasks"], weighted)
+
+
+def run_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LoadedTask,
+    settings: HarnessSettings,
+    shots: int | None = None,
+) -> TaskScores:
+    """Let a model do a task.
 
     Args:
         model: the model.
-        wrapping: arguments of the harness's model class.
-        settings: arguments of `simple_evaluate`.
+        tokenizer: its tokenizer.
+        task: the task or group.
+        settings: how it is run.
+        shots: number of worked examples; None: the task's own.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating([model]):
-        return lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, **wrapping), **{"log_samples": False, "bootstrap_iters": 1000, **settings}
+    with evaluating([model]), _quiet(settings.show_progress), contextlib.redirect_stdout(io.StringIO()):
+        results: Any = lm_eval.simple_evaluate(
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=settings.batch_size,
+                add_bos_token=settings.add_bos_token,
+            ),
+            tasks=[task.spec],
+            task_manager=task.manager,
+            limit=settings.limit,
+            num_fewshot=shots,
+            log_samples=True,
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            **{"bootstrap_iters": 1000, **settings.options},
         )
+    return TaskScores.of(results, task.weighted, bool(settings.options.get("apply_chat_template")))
 
 
-def _named_results(results: Mapping[str, Any], with_template: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """Task → metric → value, standard error and the conditions of the measurement."""
-    template = {"chat_template": True} if with_template else {}
-    return {
-        task: {
-            metric: {**measured, **_conditions(results, task), **template}
-            for metric, measured in _task_metrics(values).items()
-        }
-        for task, values in results["results"].items()
-    }
-
-
-def _conditions(results: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Conditions under which a task, or all tasks of a group, was measured."""
-    counts = [results.get("n-samples", {}).get(name) for name in _parts(results, task)]
-    known = counts if counts and None not in counts else []
-    return {
-        "num_documents": sum(count["effective"] for count in known) if known else None,
-        "num_documents_in_task": sum(count["original"] for count in known) if known else None,
-        "num_fewshot": results.get("n-shot", {}).get(task),
-        "task_version": results.get("versions", {}).get(task),
-        "harness_version": importlib.metadata.version("lm_eval"),
-    }
-
-
-def _parts(results: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks of a group and of the groups in it; a task itself."""
-    inside = results.get("group_subtasks", {}).get(task) or []
-    return [part for name in inside for part in _parts(results, name)] if inside else [task]
+def _quiet(show_progress: bool) -> contextlib.AbstractContextManager[Any]:
+    """Hide progress bars that cannot be switched off."""
+    return contextlib.nullcontext() if show_progress else contextlib.redirect_stderr(io.StringIO())
 
 
 def require_tasks(
-    names: Sequence[str], include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+    names: Sequence[str],
+    include_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    runs_code: bool = False,
 ) -> Any:
     """The harness's index of tasks, which holds all the names.
 
     Args:
-        names: names of tasks or groups, or paths of task files.
+        names: names of tasks or groups, paths of task files, or names of presets.
         include_path: folders with further task files.
+        runs_code: whether tasks may execute code that the model writes.
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
-        DataError: if a task or a folder is unknown.
+        DataError: if a task or a folder is unknown, or a task executes code unasked.
     """
     try:
         from lm_eval.models import huggingface  # noqa: F401 (its dependencies may be missing too)
@@ -139,34 +286,115 @@ def require_tasks(
             f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install 'minitron-hf[eval]'"
         ) from error
 
+    names = list(with_presets(names))
     folders = [include_path] if isinstance(include_path, str | os.PathLike) else list(include_path or ())
     for folder in folders:
         if not os.path.isdir(folder):
             raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
     paths = [str(folder) for folder in folders]
     # The harness takes ten seconds to index its own 15,000 tasks, which the given folders may make unnecessary.
-    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=paths or None)
+    manager = TaskManager(include_path=paths, include_defaults=False) if paths else _stock_tasks()
+    if not set(names) <= {*manager.all_tasks, *filter(os.path.exists, names)}:
+        manager = TaskManager(include_path=paths) if paths else manager
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known and not os.path.exists(name)]:
         raise DataError(
-            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}.{did_you_mean(unknown, known)} "
-            "`lm-eval ls tasks` lists its tasks; name folders of your own with include_path."
+            f"lm-evaluation-harness has no task {', '.join(map(repr, unknown))}."
+            f"{did_you_mean(unknown, [*PRESETS, *known])} `lm-eval ls tasks` lists its tasks; the presets are "
+            f"{', '.join(PRESETS)}; name folders of your own with include_path."
         )
+    entries = {name: manager.task_index.get(name) for name in names}
+    unsafe = [name for name, entry in entries.items() if entry is not None and (entry.cfg or {}).get("unsafe_code")]
+    if unsafe and not runs_code:
+        raise DataError(_refusal_of_code(unsafe[0]))
     return manager
 
 
-def _task_metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`{"acc,none": x, "acc_stderr,none": y, …}` → `{"acc": {"value": x, "stderr": y}}`."""
-    found: dict[str, dict[str, float | None]] = {}
-    for key, value in values.items():
-        metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+@functools.lru_cache(1)
+def _stock_tasks() -> Any:
+    """The index of the harness's own tasks."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _refusal_of_code(task: str) -> str:
+    return (
+        f"The task {task!r} executes code that the model writes, on this machine and as this user. Run it in a "
+        "container, with confirm_run_unsafe_code=True."
+    )
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Let the metric execute code if that was asked for."""
+    before = os.environ.get(CODE_VARIABLE)
+    try:
+        if allowed:
+            os.environ[CODE_VARIABLE] = "1"
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ[CODE_VARIABLE]
+        elif before is not None:
+            os.environ[CODE_VARIABLE] = before
+
+
+def _local_tasks(manager: Any, names: Sequence[str], data: Path, folder: Path) -> dict[str, str]:
+    """Write task files that read local documents: name → file.
+
+    Raises:
+        DataError: if the folder does not exist or has documents of none of the tasks.
+    """
+    if not data.is_dir():
+        raise DataError(f"task_data: the folder {str(data)!r} does not exist.")
+    specs = {}
+    for name in names:
+        documents = (data / f"{name}.jsonl").resolve()
+        entry = manager.task_index.get(name)
+        if not documents.is_file() or entry is None or not entry.yaml_path:
             continue
-        error = values.get(f"{metric}_stderr,{filtered}")
-        found[metric if filtered == "none" else key] = {
-            "value": float(value),
-            "stderr": float(error) if isinstance(error, int | float) else None,
+        shots = documents.with_name(f"{name}_fewshot.jsonl")
+        train = "train" if shots.is_file() else None
+        files = {"test": str(documents), **({} if train is None else {train: str(shots)})}
+        values: dict[str, Any] = {
+            "include": str(entry.yaml_path),
+            "task": name,
+            "tag": None,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+            "test_split": "test",
+            "validation_split": None,
+            "training_split": train,
         }
-    return found
+        if not ((entry.cfg or {}).get("fewshot_config") or {}).get("samples"):
+            # From the tested documents the harness draws no worked example that is the document itself.
+            values["fewshot_split"] = train or "test"
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+        specs[name] = str(path)
+    if not specs:
+        raise DataError(
+            f"task_data: the folder {str(data)!r} has no documents of {', '.join(names)}. Expected TASK.jsonl, one "
+            "JSON document a line with the stock task's fields."
+        )
+    return specs
+
+
+def _task_identity(task: Any, shots: int | None) -> dict[str, Any]:
+    """Prompt, metrics and documents of a task, not where the documents lie."""
+    config = {name: value for name, value in task.dump_config().items() if not name.startswith("dataset_")}
+    config["metadata"] = {
+        name: value for name, value in (config.get("metadata") or {}).items() if name != "config_source"
+    }
+    # Functions in nested entries are written with their address in memory.
+    text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(config, sort_keys=True, default=str))
+    shots = config.get("num_fewshot") or 0 if shots is None else shots
+    examples = list(task.fewshot_docs()) if shots else []
+    documents = {"documents": _documents_digest(task.eval_docs), "examples": _documents_digest(examples)}
+    return {"config": digest(text), **documents}
+
+
+def _documents_digest(documents: Any) -> str:
+    return digest(*(json.dumps(document, sort_keys=True, default=str) for document in documents))

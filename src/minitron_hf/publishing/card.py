@@ -204,6 +204,7 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
         )
     require_run(run_dir)
     run["samples"] = (run["samples"] or {}).get("samples")
+    run["average"] = (run["benchmarks"] or {}).get("average")
     run["benchmarks"] = (run["benchmarks"] or {}).get("models")
     recipe = run_dir / "recipe.yaml"
     run["rounds"] = [
@@ -251,8 +252,8 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "written": _written_by_teacher(distillation),
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
         "loss_gap": _loss_gap(evaluation) if evaluation else None,
-        "benchmarks": _benchmark_table(run["benchmarks"]) if run["benchmarks"] else None,
-        "benchmarked": _benchmarked(run["benchmarks"] or {}),
+        "benchmarks": _benchmark_table(run["benchmarks"], run["average"]) if run["benchmarks"] else None,
+        "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}),
         "arguments": _arguments(distillation) if distillation else None,
         "final_evaluation": _last_evaluation(distillation["log_history"]) if distillation else {},
         "samples": run["samples"],
@@ -357,18 +358,28 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
     return losses[0] - losses[1]
 
 
-def _benchmarked(benchmarks: Mapping[str, Any]) -> str:
-    """A sentence on the harness that measured the benchmarks; empty if it was not recorded."""
+def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> str:
+    """Sentences on how the benchmarks were measured; empty if that was not recorded."""
     found = [measured for *_, measured in benchmark_values(benchmarks)]
     versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
     if not versions:
         return ""
-    limited = " A value that was measured on a part of the documents cannot be compared with other values."
-    template = " The chat template was applied." if any(measured.get("chat_template") for measured in found) else ""
-    return (
-        f"Measured with lm-evaluation-harness {' and '.join(versions)}.{template}"
-        f"{limited if any(map(is_limited, found)) else ''}"
-    )
+    sentences = [f"Measured with lm-evaluation-harness {' and '.join(versions)}."]
+    if any(measured.get("chat_template") for measured in found):
+        sentences.append("The chat template was applied.")
+    if any(is_limited(measured) for measured in found):
+        sentences.append("A value that was measured on a part of the documents cannot be compared with other values.")
+    if any(measured.get("difference") for measured in found):
+        sentences.append(
+            "± is the standard error. Differences to the teacher are paired, document by document. One within twice "
+            "its error may be chance."
+        )
+    if (share := (average.get("student") or {}).get("share")) is not None:
+        metrics = ", ".join(f"{task} ({metric})" for task, metric in average["student"]["metrics"].items())
+        sentences.append(
+            f"The student keeps {md.measured(share, 100, ' %')} of the teacher's average over these tasks: {metrics}."
+        )
+    return " ".join(sentences)
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -277,17 +277,47 @@ def _with_ratio(
     return shown(value) + spread + ratio
 
 
-def _benchmark_table(benchmarks: Mapping[str, Any]) -> list[list[str]]:
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+def _benchmark_table(benchmarks: Mapping[str, Any], average: Mapping[str, Any] | None = None) -> list[list[str]]:
+    """A row per task and metric; each compared model has a second column with its difference to the reference.
+
+    Args:
+        benchmarks: the entry `models` of `benchmarks.json`.
+        average: its entry `average`.
+    """
+    cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    has_chance = any("chance" in measured for *_, measured in benchmark_values(benchmarks))
     for model, task, metric, measured in benchmark_values(benchmarks):
-        shots, count = measured.get("num_fewshot"), measured.get("num_documents")
+        shots, count, chance = (measured.get(key) for key in ("num_fewshot", "num_documents", "chance"))
         documents = "–" if count is None else md.count(count)
         documents += f" of {md.count(measured['num_documents_in_task'])}" if is_limited(measured) else ""
-        row = (task, metric, "–" if shots is None else str(shots), documents)
-        cells.setdefault(row, {})[model] = md.measured(measured)
+        guessed = "–" if chance is None else f"{chance:.2g}"
+        row = (task, metric, "–" if shots is None else str(shots), documents, *([guessed] if has_chance else []))
+        cells.setdefault(row, {})[model] = measured
     names = _model_order({name for row in cells.values() for name in row})
-    rows = [[*row, *(found.get(name, "–") for name in names)] for row, found in cells.items()]
-    return [["Task", "Metric", "Shots", "Documents", *map(_model_title, names)], *rows]
+    compared = {name for row in cells.values() for name, measured in row.items() if measured.get("difference")}
+    titles = [
+        title for name in names for title in _with_difference(_model_title(name), "Difference", name in compared)
+    ]
+
+    def row_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        return [
+            cell
+            for name in names
+            for cell in _with_difference(
+                md.measured(found.get(name)), md.difference(found.get(name, {}).get("difference")), name in compared
+            )
+        ]
+
+    header = ["Task", "Metric", "Shots", "Documents", *(["Chance"] if has_chance else [])]
+    rows = [[*row, *row_of(found)] for row, found in cells.items()]
+    if average:
+        count = len(next(iter(average.values()))["metrics"])
+        rows.append([f"Average of {count} tasks", *[""] * (len(header) - 1), *row_of(average)])
+    return [[*header, *titles], *rows]
+
+
+def _with_difference(cell: str, difference: str, compared: bool) -> list[str]:
+    return [cell, difference] if compared else [cell]
 
 
 def _model_order(names: Iterable[str]) -> list[str]:

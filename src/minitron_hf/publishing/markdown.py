@@ -81,6 +81,16 @@ def measured(result: Mapping[str, Any] | None, factor: float = 1.0, unit: str = 
     return f"{value:.{digits}f} ± {stderr:.{digits}f}{unit}"
 
 
+def difference(result: Mapping[str, Any] | None) -> str:
+    """A difference with its sign and its standard error.
+
+    >>> difference({"value": 0.0312, "stderr": 0.0042}), difference({"value": -0.5, "stderr": None}), difference(None)
+    ('+0.0312 ± 0.0042', '-0.5', '–')
+    """
+    text = measured(result)
+    return f"+{text}" if result and (result.get("value") or 0) > 0 else text
+
+
 def ranges(indices: Iterable[int]) -> str:
     """Sorted indices with runs joined.
 

@@ -69,6 +69,9 @@ ARTEFACTS = (
     *(f"plots/{name}" for name in PLOTS),
 )
 
+#: Values of a model on every document of a benchmark task.
+_DOCUMENTS = r"benchmarks/[\w.-]+\.json"
+
 #: Files that a push manages in the repository. It deletes files of earlier pushes that the folder no longer has, in
 #: the same commit. Otherwise a stale shard would be loaded, and a stale file would change a card that is rendered
 #: again.
@@ -77,6 +80,7 @@ _OWNED = re.compile(
         (
             r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?",
             r"rounds/\d+/[^/]+",
+            _DOCUMENTS,
             *(re.escape(name) for name in ARTEFACTS if name != "README.md"),
         )
     )
@@ -115,6 +119,18 @@ def _names(run_dir: Path) -> Iterator[str]:
         yield f"{TEMPLATES}/{template.name}"
     for folder in round_folders(run_dir):
         yield from (f"rounds/{folder.name}/{name}" for name in ROUND_ARTEFACTS)
+    yield from _documents_of_benchmarks(run_dir / "benchmarks.json")
+
+
+def _documents_of_benchmarks(path: Path) -> Iterator[str]:
+    """Files with the values on every document that `benchmarks.json` was made from."""
+    if not path.is_file():
+        return
+    named = read_json(path).get("documents")
+    for files in named.values() if isinstance(named, Mapping) else ():
+        for name in files.values() if isinstance(files, Mapping) else ():
+            if re.fullmatch(_DOCUMENTS, str(name)):
+                yield str(name)
 
 
 def weight_names(run_dir: Path) -> list[str]:

@@ -16,7 +16,7 @@ from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, GENERATED_DIR, PRIVATE_RECIPE_NAME, PRUNED_DIR, Run
-from .schema import CONTROLS, ROUNDS_DIR, Recipe
+from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
 from .training import _save_student, _train, _training_settings
 
 
@@ -226,7 +226,6 @@ def _controls(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     from ..evaluation.evaluate import evaluate_models
     from ..evaluation.samples import generate_samples
-    from ..evaluation.tasks import evaluate_tasks
 
     section, source, last = run.recipe.evaluate, run.recipe.teacher, len(run.recipe.rounds)
     models: dict[str, Any] = {
@@ -253,29 +252,23 @@ def _evaluate(run: Run) -> None:
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
         **_chat_arguments(run),
+        **_task_arguments(section),
         output_path=run.folder,
         show_progress=run.show_progress,
     )
-    compared = {}
-    if section.prompts or section.tasks:
-        compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
     if section.prompts:
+        compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
         samples = generate_samples(compared, run.tokenizer, section.prompts)
         write_artefact(run.folder / "samples.json", {"samples": samples})
-    if section.tasks:
-        results = {
-            name: evaluate_tasks(
-                model,
-                section.tasks,
-                processing_class=run.tokenizer,
-                limit=section.task_limit,
-                num_fewshot=section.num_fewshot,
-                include_path=section.include_path,
-                apply_chat_template=section.apply_chat_template,
-            )
-            for name, model in compared.items()
-        }
-        write_artefact(run.folder / "benchmarks.json", {"models": results})
+
+
+def _task_arguments(section: EvaluateSection) -> dict[str, Any]:
+    """Arguments of `evaluate_models` for the tasks of the recipe."""
+    if not section.tasks:
+        return {}
+    names = ("tasks", "task_limit", "num_fewshot", "include_path", "task_data")
+    given = {name: getattr(section, name) for name in (*names, "apply_chat_template", "confirm_run_unsafe_code")}
+    return {**given, "task_models": section.task_models or ["teacher", "student"]}
 
 
 def _descriptions(recipe: Recipe) -> dict[str, str]:

@@ -312,13 +312,28 @@ def check_benchmarks(recipe: Recipe, tokenizer: Any) -> None:
     ):
         if wanted and not has_template:
             raise DataError(f"evaluate.{name}: the teacher's tokenizer has no chat template. Leave the entry out.")
-    if section.include_path is not None and not Path(section.include_path).is_dir():
-        raise DataError(f"evaluate.include_path: the folder {section.include_path!r} does not exist.")
+    for name in ("include_path", "task_data"):
+        folder = getattr(section, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise DataError(f"evaluate.{name}: the folder {folder!r} does not exist.")
     if section.tasks:
+        models = set(_evaluated_models(recipe))
+        if unknown := sorted(set(section.task_models or ()) - models):
+            raise DataError(
+                f"evaluate.task_models: this recipe has no model {', '.join(unknown)}.{did_you_mean(unknown, models)} "
+                f"Expected some of {', '.join(sorted(models))}."
+            )
         try:
-            require_tasks(section.tasks, section.include_path)
+            require_tasks(section.tasks, section.include_path, runs_code=section.confirm_run_unsafe_code)
         except DataError as error:
             raise DataError(f"evaluate.tasks: {error}") from error
+
+
+def _evaluated_models(recipe: Recipe) -> list[str]:
+    """Names of the models that the stage `evaluate` measures."""
+    corrected = ["corrected_teacher"] if recipe.teacher_correction else []
+    rounds = [f"round_{number}" for number in range(1, len(recipe.rounds))]
+    return ["teacher", "pruned", *corrected, *rounds, "student", *recipe.controls]
 
 
 def check_publishing(recipe: Recipe) -> list[str]:

@@ -99,10 +99,15 @@ class EvaluateSection:
         num_rows: rows to measure; None: all.
         batch_size: rows per batch.
         speed: measure prefill and decode speed.
-        tasks: lm-evaluation-harness tasks (needs the extra `eval`).
+        tasks: lm-evaluation-harness tasks, or the presets `minitron`, `minitron_code` and `small` (needs the extra
+            `eval`).
+        task_models: models that do the tasks; None: the teacher and the student. Others are `pruned`,
+            `corrected_teacher`, `round_1`, … and the controls by name.
         task_limit: number of examples per task, or a fraction below 1.
-        num_fewshot: number of few-shot examples in the prompts of tasks; None: each task's default.
+        num_fewshot: number of few-shot examples in the prompts of tasks; None: the preset's, or each task's default.
         include_path: folder with further task files.
+        task_data: folder with documents of stock tasks, `TASK.jsonl`, to read instead of the Hub.
+        confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
         prompts: prompts to complete for the model card.
         chat: prompts that the models answer under the chat template; None: chat is not measured.
@@ -113,9 +118,12 @@ class EvaluateSection:
     batch_size: int = 8
     speed: bool = True
     tasks: list[str] = field(default_factory=list)
+    task_models: list[str] | None = None
     task_limit: float | None = None
     num_fewshot: int | None = None
     include_path: str | None = None
+    task_data: str | None = None
+    confirm_run_unsafe_code: bool = False
     apply_chat_template: bool = False
     prompts: list[str] = field(default_factory=list)
     chat: ChatSection | None = None
@@ -338,7 +346,7 @@ DISTILL_DEFAULTS: Mapping[str, Any] = {
 
 
 #: Entries that may be paths of this machine, where `~` is the user's home.
-_PATHS = ("model", "source", "output_dir", "config", "include_path")
+_PATHS = ("model", "source", "output_dir", "config", "include_path", "task_data")
 
 
 def _section(cls: Any, values: Any, where: str) -> Any:

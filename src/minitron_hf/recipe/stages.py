@@ -41,7 +41,7 @@ from .run import (
     UNFINISHED_DIR,
     Run,
 )
-from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
+from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, EvaluateSection, Recipe
 
 #: The stage that lets the teacher write training text.
 GENERATE = "generate"
@@ -146,9 +146,16 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+#: Entries of `evaluate` that finished stages of older versions have not recorded.
+_NEW_EVALUATE_ENTRIES = ("task_models", "task_data", "confirm_run_unsafe_code")
+
+
 def _evaluation_settings(recipe: Recipe) -> Any:
-    settings = asdict(recipe.evaluate)
+    settings, defaults = asdict(recipe.evaluate), asdict(EvaluateSection())
     del settings["chat"]
+    for name in _NEW_EVALUATE_ENTRIES:
+        if settings[name] == defaults[name]:
+            del settings[name]
     if recipe.evaluate.chat is not None:
         settings["chat"] = {**asdict(recipe.evaluate.chat), "prompts": dataset_identity(recipe.evaluate.chat.prompts)}
     return {"evaluate": settings, "data": dataset_identity(recipe.data.eval)}
