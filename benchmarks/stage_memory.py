@@ -76,12 +76,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--shape", help="measure one shape, such as 768x4, and print bytes by stage")
     parser.add_argument("--stage", action="append", help="with --shape: measure this stage only; may be repeated")
-    parser.add_argument("--check", help="measure one shape, and print estimate / measurement by stage")
+    parser.add_argument("--check", help="measure one shape, and print estimate and measurement by stage")
     arguments = parser.parse_args()
     if arguments.check:
         width, depth = map(int, arguments.check.split("x"))
         rows = compared(width, depth)
-        print("\n" + json.dumps({stage: row["estimated"] / row["measured"] for stage, row in rows.items()}))
+        print("\n" + json.dumps({stage: [row["estimated"], row["measured"]] for stage, row in rows.items()}))
         return
     if arguments.shape:
         width, depth = map(int, arguments.shape.split("x"))

@@ -17,9 +17,17 @@ from minitron_hf.data import TokenRows
 from minitron_hf.distillation.capacity import step_flops
 from minitron_hf.distillation.fake_runs import Setup, run_on_fakes
 from minitron_hf.distillation.gpu_data_sheets import Device
-from minitron_hf.distillation.stage_memory import Workload, evaluation_memory, stage_memory
+from minitron_hf.distillation.stage_memory import (
+    Workload,
+    evaluation_memory,
+    expected_cut_inputs,
+    stage_memory,
+)
 from minitron_hf.errors import PlanError
 from minitron_hf.models import count_parameters, load_config
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.pruning.repair_inputs import cut_inputs
 from minitron_hf.recipe import costs
 from minitron_hf.recipe.estimates import estimate_recipe
 from minitron_hf.recipe.machine import Machine, constant_layers, measure_machine, scored_pass
@@ -77,6 +85,48 @@ def test_operations_of_scoring():
     weighed = sum(2 * units * inner**2 for units, inner in head_groups(config))  # contributions of groups of heads
     expected = tokens.numel() * (costs.similarity_flops(config) + weighed) + costs.group_flops(config)
     assert scored.get_total_flops() - plain.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def _factor_flops(shape, *_, **__) -> int:
+    return 2 * shape[-1] ** 3 // 3
+
+
+def _solve_flops(factors, pivots, right, *_, **__) -> int:
+    return 2 * factors[-1] ** 2 * right[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "limit"),
+    [
+        ("llama", {"intermediate_size": 0.5}, None),
+        ("gpt2", {"intermediate_size": 0.5}, None),  # biases
+        ("qwen3", {"num_attention_heads": 0.5}, None),
+        ("qwen3", {"hidden_size": 0.5, "intermediate_size": 0.5, "repair": "least_squares_all"}, None),
+        ("llama", {"intermediate_size": 0.5}, 1),  # a pass for every input
+    ],
+)
+def test_operations_of_a_repair(name, sizes, limit):
+    """All inputs, the choice of the ridge, factors and solutions: within a twentieth of what PyTorch counts."""
+    teacher, tokens = pocket_model(name, dtype=torch.float32), pocket_tokens(24, 16)
+    rows = TokenRows(tuple(map(tuple, tokens.tolist())), None)
+    request = PrunerConfig(**{"repair": "least_squares", **sizes}, multiple_of=1)
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="random", seed=3))
+    aten = torch.ops.aten
+    known = {aten.linalg_lu_factor_ex: _factor_flops, aten.linalg_lu_solve: _solve_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counted:
+        repaired_weights(teacher, plan, rows, memory_limit=limit or 1e12)
+    student = plan.build_student_config(teacher.config)
+    cuts = expected_cut_inputs(teacher.config, student, request.repair)
+    assert len(cuts) == len(cut_inputs(teacher, plan))
+    found = costs.repair_cost(
+        teacher.config, cuts, num_tokens=tokens.numel(), num_batches=3, memory_limit=limit or 1e12
+    )
+    layers = tokens.numel() * costs.layer_flops(teacher.config, 16)
+    expected = {None: 1, 1: 3 + sum((probe + 1) / 5 for probe in (0, 2, 4))}[limit]
+    assert found.passes == pytest.approx(expected)
+    estimated = found.passes * layers + found.products + found.solutions
+    # The last layer of a pass is counted whole, also where the pass ends at its attention.
+    assert estimated == pytest.approx(counted.get_total_flops(), rel=0.05)
 
 
 class Traffic(TorchDispatchMode):

@@ -180,7 +180,7 @@ def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
     A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (8·N·(K + R) in float32), with their
     product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K·(2·K + R) + 2·K·O + R·O).
     """
-    cuts = _cut_inputs(teacher, student, load.repair)
+    cuts = expected_cut_inputs(teacher, student, load.repair)
     if not cuts:
         return {"weights": _weights(teacher, load)}
     groups = list(input_groups(cuts, load.memory_limit or math.inf))
@@ -231,7 +231,7 @@ def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + refitted weights, D·H·b each, + W_s."""
-    fitted = _refitted_bytes(_cut_inputs(teacher, student, load.repair), teacher, load)
+    fitted = _refitted_bytes(expected_cut_inputs(teacher, student, load.repair), teacher, load)
     return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
 
 
@@ -366,14 +366,20 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
     return {"activations": peak}
 
 
-def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig, repair: str) -> list[CutInputs]:
-    """The inputs that the student has fewer of; the layers that stay are taken to be the first ones.
+def expected_cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig, repair: str) -> list[CutInputs]:
+    """The inputs that a repair will fit, in the order of the layers, from configs alone.
 
-    Of the projections that read the channels, all are taken to read a norm.
+    The layers that stay are taken to be the first ones. Of the projections that read the channels, all are taken to
+    read a norm.
+
+    Args:
+        teacher: its config.
+        student: its config.
+        repair: as in `PrunerConfig`.
     """
     spec = spec_for(teacher)
     names = list(named_tensors(empty_model(student), tied=True))
-    found: dict[str, CutInputs] = {}
+    found: dict[str, tuple[int, CutInputs]] = {}
     for axis, module in spec.hook_points.items():
         if holds_stacked_experts(spec, module):
             continue
@@ -385,24 +391,29 @@ def _cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig, repair: st
             path = spec.layer_parameter(layer, module)
             if kept < inputs:
                 own = (Projection(path, position),)
-                found[path] = CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
+                found[path] = layer, CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
     channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
-    return [*found.values(), *channels]
+    return [cut for _, cut in sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))]
 
 
-def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[CutInputs]:
-    """The norms over channels that the student has fewer of, each with its share of the projections that read them."""
+def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[tuple[int, CutInputs]]:
+    """The norms over channels that the student has fewer of, each with its share of the projections that read them.
+
+    With every norm comes its layer; behind the last one where it belongs to none.
+    """
     spec, model, kept = spec_for(teacher), empty_model(teacher), _hidden(student)
     if kept == _hidden(teacher):
         return
     layers = range(_depth_of(student))
     projections = list(channel_projections(model, layers))
     modules = dict(model.named_modules())
-    norms = [path for path, layer in norm_paths(spec, modules, _depth_of(teacher)) if layer is None or layer in layers]
-    for number, path in enumerate(norms):
+    found = norm_paths(spec, modules, _depth_of(teacher))
+    norms = [(path, layer) for path, layer in found if layer is None or layer in layers]
+    for number, (path, layer) in enumerate(norms):
         own = tuple(projections[number :: len(norms)])
         if own:
-            yield CutInputs(path, torch.arange(kept), torch.arange(_hidden(teacher)), own)
+            cut = CutInputs(path, torch.arange(kept), torch.arange(_hidden(teacher)), own)
+            yield _depth_of(teacher) if layer is None else layer, cut
 
 
 def _weights(config: PretrainedConfig, load: Workload) -> int:

@@ -8,6 +8,8 @@ Legend: T tokens of a row, V vocabulary, H hidden size, P parameters of a model,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,11 +17,15 @@ from torch import nn
 from ..families import named_tensors, spec_for, text_config
 from ..families.axes import dimension_size
 from ..models import count_parameters, empty_model
+from ..pruning.repair import RIDGES, input_groups, probed_inputs
+from ..pruning.repair_sums import HELD_OUT_EVERY
 from ..scoring.activations import head_groups
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from ..pruning.repair_inputs import CutInputs
 
 #: Bytes that AdamW moves per parameter in a step: it reads weight, gradient and two moments and writes three of them.
 OPTIMIZER_TRAFFIC = 28
@@ -30,6 +36,8 @@ CHECKPOINT_BYTES = 12
 GRADIENT_TERM_TRAFFIC, BLOCK_TERM_TRAFFIC = 36, 42
 #: Bytes that the comparison of the inputs of all layers moves per number.
 SIMILARITY_TRAFFIC = 16
+#: Bytes that adding a product of inputs to its sum moves per number: both in float32 and float64, and the sum again.
+SUM_TRAFFIC = 24
 #: Bytes that the loss moves per token and entry of the vocabulary, softmaxes of both models and their gradient.
 LOSS_TRAFFIC = 40
 
@@ -117,6 +125,75 @@ def gradient_score_bytes(config: PretrainedConfig) -> float:
             position = UnitView(spec, axis, module, sizes).position
             observed += dimension_size(spec.dimensions[f"{module}.weight"][position], sizes)
     return GRADIENT_TERM_TRAFFIC * observed + BLOCK_TERM_TRAFFIC * width * depth * (depth + 1) / 2
+
+
+@dataclass(frozen=True)
+class RepairCost:
+    """What a repair computes.
+
+    Attributes:
+        passes: forward passes of the teacher over the calibration data, as a share of its layers each.
+        products: operations of the products of inputs, in the dtype of the sums of a batch.
+        solutions: operations in float64: factors, right-hand sides, solutions, errors on held-out rows.
+        sum_bytes: bytes that adding the products of a batch to the sums moves.
+    """
+
+    passes: float
+    products: float
+    solutions: float
+    sum_bytes: float
+
+
+def repair_cost(
+    teacher: PretrainedConfig, cuts: Sequence[CutInputs], *, num_tokens: int, num_batches: int, memory_limit: float
+) -> RepairCost:
+    """What a repair that chooses its ridge computes, from the list of its inputs (`expected_cut_inputs`).
+
+    With K inputs that stay, R that are made up for and H outputs, an input takes 2·N·K·(K + R) operations for its
+    products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every projection. Of the inputs that choose the
+    ridge, every fourth row is multiplied once more, and each of the ridges takes 2·K³/3 + 4·K·(K + R)·H. Where the
+    sums need several passes, these inputs have passes of their own before.
+
+    Args:
+        teacher: its config.
+        cuts: the inputs, in the order of the layers.
+        num_tokens: N of the calibration data.
+        num_batches: its batches.
+        memory_limit: bytes of the sums of one pass.
+    """
+    weights = named_tensors(empty_model(teacher))
+    depth = spec_for(teacher).sizes(teacher)["layers"]
+    groups, probes = list(input_groups(cuts, memory_limit)), probed_inputs(cuts)
+    probed_apart = list(input_groups(probes, memory_limit / 2)) if len(groups) > 1 else []
+    held_out = num_tokens / HELD_OUT_EVERY
+    passes = sum(_share_of_pass(teacher, group[-1], depth) for group in [*groups, *probed_apart])
+    work = RepairCost(passes, 0.0, 0.0, 0.0)
+    for cut in cuts:
+        kept, rest = len(cut.kept_K), len(cut.rest_R)
+        outputs = [weights[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections]
+        kinds = len({f"{one.path}.bias" in weights for one in cut.projections})  # factored apart
+        fit = 2 * kept * (kept + rest)
+        rows = num_tokens
+        solved = kinds * 2 * kept**3 / 3 + fit * sum(outputs)
+        times_added = num_batches
+        if cut in probes:
+            rows += held_out + (num_tokens if probed_apart else 0)
+            solved += len(RIDGES) * (2 * kept**3 / 3 + 2 * fit * outputs[0])
+            times_added += num_batches * (2 if probed_apart else 1)
+        work = RepairCost(
+            passes,
+            work.products + fit * rows,
+            work.solutions + solved,
+            work.sum_bytes + SUM_TRAFFIC * kept * (kept + rest) * times_added,
+        )
+    return work
+
+
+def _share_of_pass(config: PretrainedConfig, last: CutInputs, depth: int) -> float:
+    """Share of the layers that a pass computes which ends at some inputs."""
+    located = spec_for(config).locate(f"{last.path}.weight")
+    layer = None if located is None else located[1]
+    return 1.0 if layer is None else (layer + 1) / depth
 
 
 def decode_bytes(config: PretrainedConfig, itemsize: int) -> float:

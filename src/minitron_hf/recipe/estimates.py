@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import checkpointing_field
+from ..distillation.stage_memory import expected_cut_inputs
 from ..errors import MinitronError
 from ..families import spec_for
 from ..models import count_parameters
@@ -250,26 +251,43 @@ def _plan(facts: Facts, number: int) -> StageCost:
 
 
 def _prune(facts: Facts, number: int) -> StageCost:
-    """P × stored bytes / disk traffic; a repair adds a forward pass, 2·N·K·D per projection, and a solve of size K."""
+    """P × stored bytes / disk traffic; of a repair, its passes, products, solutions and sums (`costs.repair_cost`)."""
     recipe, model, student, _ = facts.in_round(number)
     disk = count_parameters(student) * facts.stored_bytes
     seconds, formula = START_SECONDS + disk / facts.machine.disk_traffic, "writes the student"
-    if not recipe.pruner_config.repair:
+    repair = recipe.pruner_config.repair
+    if not repair:
         memory = pruning_memory(facts, recipe, model, student)
     else:
         rows, length = _calibration(facts, number)
-        seconds += rows * length * costs.layer_flops(model, length) / facts.machine.forward_flops
-        before, after = spec_for(model).sizes(model), spec_for(model).sizes(student)
-        for axis in {"ffn", "moe_ffn"} & before.keys():
-            if after[axis] < before[axis]:
-                kept, whole = after[axis], before[axis]
-                work = 2 * rows * length * kept * whole + kept**3 / 3 + 2 * kept**2 * (whole - kept)
-                seconds += after["layers"] * work / (facts.machine.float32_flops / 2)  # float64
+        batch = recipe.scores.get("batch_size", 8)
+        seconds += _repair_seconds(facts, model, student, repair, (rows, length, batch))
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
-        stages, batch = ["repair", "prune, repaired"], recipe.scores.get("batch_size", 8)
-        load = {"repair": recipe.pruner_config.repair, "memory_limit": repair_limit(facts)}
+        load = {"repair": repair, "memory_limit": repair_limit(facts)}
+        stages = ["repair", "prune, repaired"]
         memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
     return StageCost("prune", seconds, memory, disk, formula)
+
+
+def _repair_seconds(
+    facts: Facts, model: PretrainedConfig, student: PretrainedConfig, repair: str, rows: tuple[int, int, int]
+) -> float:
+    """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows."""
+    cuts = expected_cut_inputs(model, student, repair)
+    if not cuts:
+        return 0.0
+    num_rows, length, batch = rows
+    tokens, speed = num_rows * length, facts.machine
+    found = costs.repair_cost(
+        model,
+        cuts,
+        num_tokens=tokens,
+        num_batches=math.ceil(num_rows / batch),
+        memory_limit=repair_limit(facts),
+    )
+    seconds = found.passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
+    seconds += found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
+    return seconds + found.solutions / (speed.float32_flops / 2)  # float64
 
 
 def _correct(facts: Facts, number: int) -> StageCost:
