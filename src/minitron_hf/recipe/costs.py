@@ -173,7 +173,7 @@ def repair_cost(
         outputs = [weights[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections]
         kinds = len({f"{one.path}.bias" in weights for one in cut.projections})  # factored apart
         fit = 2 * kept * (kept + rest)
-        rows = num_tokens
+        rows = float(num_tokens)
         solved = kinds * 2 * kept**3 / 3 + fit * sum(outputs)
         times_added = num_batches
         if cut in probes:
