@@ -18,7 +18,7 @@ from minitron_hf.recipe import runner
 from minitron_hf.recipe.checking import check_recipe
 from minitron_hf.recipe.corpora import Part, blend
 from minitron_hf.recipe.estimates import estimate_recipe
-from minitron_hf.recipe.run import Run
+from minitron_hf.recipe.run import CORRECTED_DIR, Run
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer
 from test_generation import CHAT
@@ -239,6 +239,35 @@ def test_a_resumed_run_sees_the_rows_of_an_uninterrupted_one(workshop, tmp_path,
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_streams_train_candidates_and_correct_the_teacher(workshop, tmp_path, rows_seen):
+    """Search, correction and distillation read a stream as they read a table."""
+    from minitron_hf.distillation.correction import RECORD_NAME as CORRECTION
+
+    found = []
+    for streaming in (False, True):
+        given = values(
+            workshop,
+            tmp_path / str(streaming),
+            data={"streaming": streaming, "train": str(workshop / "code.jsonl")},
+            prune={},
+            search={
+                "space": {"intermediate_size": [0.5, 0.75]}, "max_parameters": 1e9, "tolerance": 1.0,
+                "num_candidates": 2, "num_rounds": 1, "num_tokens": 64, "max_length": 16,
+                "distillation": {"per_device_train_batch_size": 2},
+            },
+            teacher_correction={
+                "original_learning_rate": 1e-3, "num_tokens": 64,
+                "arguments": {"max_length": 16, "per_device_train_batch_size": 2, "save_strategy": "no"},
+            },
+        )  # fmt: skip
+        rows_seen.clear()
+        folder, _ = go(given, until="distill")
+        candidates = read_json(folder / "search.json")["candidates"]
+        found.append((len(candidates), len(rows_seen), read_json(folder / CORRECTED_DIR / CORRECTION)["num_tokens"]))
+    assert found[0] == found[1]
+    assert found[0][2] == 64
+
+
 def test_a_blend_is_planned_and_recorded(workshop, tmp_path):
     given = values(workshop, tmp_path)
     notes = check_recipe(Recipe.from_dict(given))["notes"]
@@ -405,3 +434,66 @@ def test_short_documents_are_named_as_short_rows(workshop, tmp_path):
         record = read_json(folder / "distillation.json")
         assert record["data"]["train"]["longest_row"] == (9 if warns else 48)
         assert ("at most 9 tokens of a context of 64" in (folder / "README.md").read_text()) == warns
+
+
+# ---- Columns of several kinds ----
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+NAMED = [{"content": "hi", "role": "user", "name": "x"}, {"content": "yes", "role": "assistant", "name": None}]
+
+
+def blended(one, other, streaming):
+    """Two corpora of one row each, blended."""
+    data = [Dataset.from_list([row]) for row in (one, other)]
+    parts = [Part("data.train.1", one, "text"), Part("data.train.2", other, "text")]
+    data = [each.to_iterable_dataset() for each in data] if streaming else data
+    return list(blend(data, parts, [0.5, 0.5], seed=0, stopping_strategy="all_exhausted"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"messages": TURNS}, {"messages": NAMED}),
+        ({"messages": NAMED}, {"messages": TURNS}),
+        ({"messages": TURNS, "tools": None}, {"messages": TURNS, "tools": "[]"}),
+        ({"messages": TURNS}, {"messages": [{"role": "user", "content": "hi", "tool_calls": [{"f": "a"}]}]}),
+    ],
+)
+def test_columns_that_one_corpus_lacks_are_null_there(one, other, streaming):
+    def known(row):
+        return [{name: value for name, value in turn.items() if value is not None} for turn in row["messages"]]
+
+    rows = [known(row) for row in blended(one, other, streaming)]
+    assert known(one) in rows
+    assert known(other) in rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (
+            {"messages": TURNS, "tools": "[]"},
+            {"messages": TURNS, "tools": [{"f": 1}]},
+            "'tools' holds text in data.tr",
+        ),
+        (
+            {"messages": TURNS},
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"'messages\.content' holds text in data\.train\.1, and lists of entries \(type\) in data\.train\.2",
+        ),
+        ({"input_ids": [1, 2]}, {"input_ids": [1.5]}, "'input_ids' holds int64 .* float64"),
+    ],
+)
+def test_columns_of_other_kinds_are_refused_by_name(one, other, words, streaming):
+    with pytest.raises(DataError, match=words):
+        blended(one, other, streaming)
+
+
+def test_columns_of_other_kinds_are_refused_before_any_work(workshop, tmp_path):
+    for name, tools in (("one", "[]"), ("two", [{"f": 1}])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": TURNS, "tools": tools}))
+    data = {"train": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]}
+    with pytest.raises(DataError, match="'tools' holds text"):
+        check_recipe(Recipe.from_dict(values(workshop, tmp_path, data=data, distill={"packing": False})))

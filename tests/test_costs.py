@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from datasets import Dataset, SplitInfo
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -305,6 +306,36 @@ def test_unknown_corpora_are_said_to_be_unknown(recipe):
     assert any("data.eval" in note for note in found.notes)
     assert found.to_dict()["stages"][5]["seconds"] is None
     assert found.seconds > 0
+
+
+HUB_SPLITS = [("train", True, 5000), ("train[:10%]", True, 500), ("x", False, 0)]
+
+
+@pytest.mark.parametrize(("split", "known", "rows"), HUB_SPLITS)
+def test_datasets_of_the_hub_are_not_downloaded(recipe, monkeypatch, split, known, rows):
+    """Prompts, training and held-out text: first rows by streaming, numbers of rows from the card; and a note."""
+    infos = {"train": SplitInfo("train", num_examples=5000)} if known else None
+
+    def streamed(source, name=None, *, split, revision=None, streaming=False, cache_dir=None):
+        assert streaming, source
+        made = Dataset.from_dict({"text": ["a line of text"] * 100}).to_iterable_dataset()
+        made.info.splits = infos
+        return made
+
+    monkeypatch.setattr("datasets.load_dataset", streamed)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    far = {"source": "owner/name", "split": split}
+    values = asdict(replace(recipe, controls=[])) | {"data": {"train": [{"generated": True}, far], "eval": far}}
+    whole = Recipe.from_dict(values | {"generate": {"prompts": far, "max_new_tokens": 4}})
+    found = estimate_recipe(whole, machine=MACHINE)
+    by_name = {one.stage: one for one in found.stages}
+    assert math.isnan(by_name["generate"].seconds) != known
+    assert math.isnan(by_name["evaluate"].seconds) != known
+    assert ("data.eval: its number of tokens is not known here." in found.notes) != known
+    assert "data.eval: the lengths of documents are those of its first 64." in found.notes
+    assert "data.train.2: the lengths of documents are those of its first 64." in found.notes
+    if known:
+        assert by_name["generate"].formula == f"at most {rows:,} × 4 new tokens"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "mamba2"])

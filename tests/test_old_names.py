@@ -17,7 +17,6 @@ from minitron_hf.families.rules import ConfigRules, StreamRules
 from minitron_hf.families.spec import Wrapper
 from minitron_hf.pruning.candidates import Candidate
 from minitron_hf.recipe.schema import Recipe
-from minitron_hf.recipe.settings import require_search
 from minitron_hf.recipe.stages import _scoring_settings
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokens
@@ -104,4 +103,10 @@ def test_old_names_of_searches():
     assert Candidate.from_dict(candidate.to_dict()) == candidate
     with pytest.warns(DeprecationWarning, match="num_pruned"), pytest.raises(TypeError, match="missing"):
         minitron_hf.search_architectures(num_proxied=2)
-    require_search({"space": {"hidden_size": [8]}, "max_parameters": 9, "num_proxied": 2}, "search.")
+    values = {"teacher": "t", "data": {"train": "a.txt", "eval": "a.txt"}, "output_dir": "o"}
+    search = {"space": {"hidden_size": [8]}, "max_parameters": 9}
+    with pytest.warns(DeprecationWarning, match=r"search\.num_proxied"):
+        made = Recipe.from_dict(values | {"search": {**search, "num_proxied": 2}})
+    assert made.search == {**search, "num_pruned": 2}
+    with pytest.raises(DataError, match=r"search\.num_proxied is the old name of search\.num_pruned"):
+        Recipe.from_dict(values | {"search": {**search, "num_proxied": 2, "num_pruned": 3}})

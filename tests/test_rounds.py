@@ -215,7 +215,7 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
         training.train(run, tmp_path / "student", tmp_path / "out", {})
         teacher, settings = given.pop()
         assert teacher == expected
-        assert not {"teacher", "distillation_teacher"} & (whole._cache.keys() | run._cache.keys())
+        assert not {"teacher", "distillation_teacher"} & (whole.loaded.keys() | run.loaded.keys())
         wanted = {"dtype": "float32"} | ({"revision": "main"} if expected == values["teacher"]["model"] else {})
         wanted |= quantised["teacher_model_init_kwargs"] if number == 1 else {}
         assert settings["teacher_model_init_kwargs"] == wanted

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Optional, get_args
 
 import pytest
@@ -14,9 +15,14 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 
 import minitron_hf
-from minitron_hf.errors import DataError, did_you_mean
-from minitron_hf.recipe.reading import read_yaml, write_yaml
+from minitron_hf.errors import DataError, PlanError, did_you_mean
+from minitron_hf.recipe.reading import apply_overrides, read_yaml, write_yaml
 from minitron_hf.recipe.rules import RANGES, Range, hints_of, require_settings, require_value
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.settings import check_settings, distillation_config
+from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.shapes import enumerate_shapes
+from pocket import pocket_config
 
 
 @pytest.mark.parametrize(
@@ -168,3 +174,36 @@ def test_a_module_that_cannot_be_imported_says_why():
     assert "ImportError" not in result.stderr
     with pytest.raises(AttributeError):
         _ = minitron_hf.nothing
+
+
+def test_keys_of_digits_are_integers_and_only_corpora_take_a_source():
+    kwargs = {"distill": {"teacher_model_init_kwargs": {"max_memory": {0: "10GB"}}}}
+    set_to = apply_overrides(kwargs, ["distill.teacher_model_init_kwargs.max_memory.0=5GB"])
+    assert set_to["distill"]["teacher_model_init_kwargs"]["max_memory"] == {0: "5GB"}
+    assert apply_overrides({"data": {"train": ["a", "b"]}}, ["data.train.2.weight=3"]) == {
+        "data": {"train": ["a", {"source": "b", "weight": 3}]}
+    }
+    for values, override, words in (
+        ({"evaluate": {"prompts": ["x"]}}, "evaluate.prompts.1.a=3", "1 is not a section"),
+        (kwargs, "distill.teacher_model_init_kwargs.max_memory.0.a=3", "0 is not a section"),
+    ):
+        with pytest.raises(DataError, match=words):
+            apply_overrides(values, [override])
+
+
+@pytest.mark.parametrize("key", [1, None, True])
+def test_keys_that_are_no_names_are_refused_by_name(key):
+    config = pocket_config("llama")
+    with pytest.raises(PlanError, match=f"has no {key}"):
+        enumerate_shapes(config, {key: [0.5], "hidden_size": [0.5]}, PrunerConfig())
+    with pytest.raises(DataError, match=f"teacher_model_init_kwargs takes no {key}"):
+        distillation_config(Path("x"), {"teacher_model_init_kwargs": {key: 2, "device_map": "cpu"}}, "distill.")
+
+
+def test_a_chat_template_is_shared_by_all_rounds(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    given = {"data": {"train": str(tmp_path / "a.txt"), "eval": str(tmp_path / "a.txt")}, "teacher": "t"}
+    rounds = [{"prune": {"hidden_size": 0.5}, "distill": {"chat_template_path": "x"}}]
+    recipe = Recipe.from_dict(given | {"output_dir": "o", "rounds": rounds})
+    with pytest.raises(DataError, match=r"rounds\.1\.distill\.chat_template_path: all rounds.+share one template"):
+        check_settings(recipe)

@@ -23,6 +23,7 @@ from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe import runner
 from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.stages import STAGES
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -238,6 +239,7 @@ from minitron_hf.recipe import runner
 from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.stages import STAGES
 from minitron_hf.pruning.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
@@ -372,8 +374,28 @@ def test_lora_trains_an_adapter_and_leaves_a_stock_student(values):
     assert all(".q_proj." in name or ".up_proj." in name for name in changed)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"distill": {"max_steps": 4, "assistant_only_loss": True}}, {"cache", "distill", "evaluate"}),
+        ({"teacher": {"model": "{}", "dtype": "bfloat16"}}, {"cache", "distill", "evaluate"}),
+        ({"distill": {"max_steps": 4, "max_eval_rows": 3}}, {"cache"}),
+    ],
+)
+def test_stages_depend_on_what_decides_their_results(values, changes, expected):
+    values |= {"teacher_cache": {"top_k": 9}, "distill": {"max_steps": 4}}
+    if "teacher" in changes:
+        changes["teacher"]["model"] = values["teacher"]
+    before, after = (
+        {stage.name: stage.dependencies(one) for stage in STAGES if stage.wanted(one)}
+        for one in (Recipe.from_dict(values), Recipe.from_dict(values | changes))
+    )
+    assert {name for name in before if before[name] != after[name]} == expected
+
+
 def test_a_cached_teacher_is_asked_once_and_not_loaded_for_training(values, monkeypatch):
     values |= {"teacher_cache": {"top_k": 9, "dtype": "float32"}}
+    values["distill"]["max_eval_rows"] = 3
     folder, lines = run(values, until="cache")
     assert [line.split("]")[0] for line in lines] == ["[score", "[plan", "[prune", "[cache"]
     monkeypatch.setattr(
@@ -382,8 +404,13 @@ def test_a_cached_teacher_is_asked_once_and_not_loaded_for_training(values, monk
     changed = {**values, "distill": {**values["distill"], "learning_rate": 2e-4}}
     _, lines = run(changed, until="distill")  # of which the cache is no matter
     assert ["skipped" in line for line in lines] == [True] * 4 + [False]
+    files = [folder / f"teacher_cache/{name}/teacher_cache.json" for name in ("train", "eval")]
+    rows = [json.loads(path.read_text()) for path in files]
+    assert rows[1]["num_rows"] == 3 < rows[0]["num_rows"]  # no more than training evaluates
     cached = json.loads((folder / "distillation.json").read_text())
     assert [entry["top_k"] for entry in cached["teacher_cache"]] == [9, 9]
     assert not [name for name in uploaded_files(folder) if name.startswith("teacher_cache/")]
     with pytest.raises(MismatchError, match=r"stage 'cache' was made from other inputs \(distill.temperature"):
         run({**values, "distill": {**values["distill"], "temperature": 2.0}}, until="cache")
+    with pytest.raises(MismatchError, match=r"stage 'cache' was made from other inputs \(distill.max_eval_rows"):
+        run({**values, "distill": {**values["distill"], "max_eval_rows": 4}}, until="cache")

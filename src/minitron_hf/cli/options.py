@@ -155,6 +155,6 @@ def _settings(
     from ..recipe.reading import apply_overrides
     from ..recipe.rules import require_settings, with_new_names
 
-    found = with_new_names(apply_overrides(defaults or {}, list(entries or ())), "--set ")
+    found = with_new_names(apply_overrides(defaults or {}, list(entries or ())), "scores", "--set ")
     require_settings(found, hints, "--set ", takes)
     return found

@@ -59,6 +59,7 @@ def search(
     """
     from ..publishing.plots import write_plots
     from ..recipe.reading import apply_overrides, read_yaml
+    from ..recipe.rules import with_new_names
     from ..recipe.settings import require_search
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures
@@ -67,7 +68,8 @@ def search(
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
         raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
-    settings = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
+    given = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
+    settings = with_new_names(given, "search", "--set ")
     budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
     require_search(settings, "--set ")
     limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}

@@ -51,7 +51,7 @@ from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
 from .parallel import forward_of_backbone
 from .record import describe_data
-from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty
+from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty, some_rows
 from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def cache_teacher_logits(
     processing_class: PreTrainedTokenizerBase | None = None,
     dtype: str = "float16",
     rows_per_file: int = 1024,
+    num_rows: int | None = None,
 ) -> Path:
     """Write the top-k teacher logits of a corpus to disk; an interrupted call resumes.
 
@@ -95,6 +96,8 @@ def cache_teacher_logits(
             the probability by 0.4 %) or `"float32"`.
         rows_per_file: rows per file; an interruption loses at most so many. The token rows of a file are held in
             memory, their logits are not.
+        num_rows: store at most so many of the token rows, at equal distances, as `max_eval_rows` of the trainer takes
+            them; None: all.
 
     Returns:
         The folder, for `load_teacher_cache`.
@@ -106,10 +109,7 @@ def cache_teacher_logits(
         OutputError: if the folder cannot be written.
         UnsupportedModelError: if the teacher's logits are computed in an unknown way, or it would be sharded.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file={rows_per_file}: expected at least 1.")
+    _require_possible(dtype, rows_per_file=rows_per_file, num_rows=num_rows)
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args)
     refuse_own_folder(output_dir, teacher=teacher)
@@ -119,8 +119,17 @@ def cache_teacher_logits(
     model = load_model(teacher)
     _require_top_k(top_k, model)
     trainer = _row_trainer(model, args, dataset, processing_class, folder)
+    trainer.train_dataset = some_rows(trainer.train_dataset, num_rows)
     _CacheWriter(folder, model, trainer, _settings(model, trainer, top_k, dtype, rows_per_file)).write(dataset)
     return folder
+
+
+def _require_possible(dtype: str, **counts: int | None) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}: expected at least 1.")
 
 
 def _require_top_k(top_k: int, model: PreTrainedModel) -> None:

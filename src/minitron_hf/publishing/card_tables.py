@@ -221,7 +221,13 @@ def _corpus_table(distillation: Mapping[str, Any] | None) -> list[list[str]] | N
         ]
         for part in parts
     ]
-    return [["Training corpus", "Rows", "Share of rows drawn", "Share of tokens"], *rows]
+    return [["Training corpus", "Rows", "Share of rows drawn", _share_of_tokens(parts)], *rows]
+
+
+def _share_of_tokens(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The title of the column, with what the shares are estimated from if it is not some of all documents."""
+    looked_at = {part["measured_first_documents"] for part in parts if "measured_first_documents" in part}
+    return f"Share of tokens (first {max(looked_at)} documents)" if looked_at else "Share of tokens"
 
 
 def _written_by_teacher(distillation: Mapping[str, Any] | None) -> str | None:

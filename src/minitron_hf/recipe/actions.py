@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import warn_renamed
 from ..formats import write_artefact
 from ..models import load_model
 from ..pruning.candidates import best_shape
@@ -81,9 +80,6 @@ def search_arguments(recipe: Recipe) -> dict[str, Any]:
         name: value for name, value in recipe.distill.items() if name not in own and not name.startswith(schedules)
     }
     arguments = dict(recipe.search or {})
-    if "num_proxied" in arguments:  # its old name, for one release
-        warn_renamed("search.num_proxied", "search.num_pruned")
-        arguments["num_pruned"] = arguments.pop("num_proxied")
     return {
         "max_length": recipe.distill.get("max_length"),
         **arguments,
@@ -177,6 +173,7 @@ def _cache(run: Run) -> None:
             run.folder / CACHE_DIR / which,
             top_k=section.top_k,
             dtype=section.dtype,
+            num_rows=args.max_eval_rows if which == "eval" else None,
             args=args,
             processing_class=run.tokenizer,
         )
@@ -189,7 +186,7 @@ def cached_arguments() -> tuple[str, ...]:
     from ..distillation.teacher_cache import ROW_ARGUMENTS
 
     names = ("temperature", "hidden_loss", "hidden_layers", "embedding_loss", "bf16", "fp16", "eval_packing")
-    return (*names, "shuffle_dataset", "seed", *ROW_ARGUMENTS)
+    return (*names, "shuffle_dataset", "seed", "max_eval_rows", *ROW_ARGUMENTS)
 
 
 def _distill(run: Run) -> None:

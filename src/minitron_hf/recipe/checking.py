@@ -181,7 +181,7 @@ def _check_adapter(adapter: Any, model: Any) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         # As `peft.utils.other.get_pattern_key` of PEFT 0.21 matches them.
         unused = [
-            key
+            str(key)
             for key in getattr(adapter, name, None) or {}
             if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets)
         ]

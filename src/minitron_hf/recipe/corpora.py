@@ -64,6 +64,87 @@ def require_one_format(parts: Sequence[Part]) -> None:
             )
 
 
+def require_one_kind(parts: Sequence[Part]) -> None:
+    """Refuse corpora of one format whose columns hold different kinds of values, as their first rows have them.
+
+    Raises:
+        DataError: naming the column, the two kinds and the two corpora.
+    """
+    joined: Any = None
+    for part in parts:
+        kinds = _first_kinds(part)
+        joined = kinds if joined is None else _joined(joined, kinds, parts[0].where, part.where)
+
+
+def _first_kinds(part: Part) -> Any:
+    """The features of a part's first row, in the columns that a blend keeps; unknown ones are left out."""
+    import pyarrow as pa
+    from datasets import Features
+
+    row = dict(part.first)
+    if part.format == "conversations" and not is_conversation(row.get("messages")):
+        row["messages"] = conversation_of(row["conversations"])
+    found: dict[str, Any] = {}
+    for name in (name for name in FORMATS[part.format] if name in row):
+        try:
+            found |= Features.from_arrow_schema(pa.Table.from_pylist([{name: row[name]}]).schema)
+        except (pa.ArrowException, ValueError, TypeError):
+            continue  # values of several kinds in one row, which `datasets` may store as JSON
+    return found
+
+
+def _joined(one: Any, other: Any, here: str, there: str, column: str = "") -> Any:
+    """The features that hold the values of both: columns and entries of either, null where a corpus has none.
+
+    Raises:
+        DataError: if a value has different kinds.
+    """
+    from datasets import LargeList, List, Value
+
+    if one == other or _is_null(other):
+        return one
+    if _is_null(one):
+        return other
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        inner = {
+            name: _joined(one[name], other[name], here, there, f"{column}.{name}" if column else name)
+            for name in one.keys() & other.keys()
+        }
+        return {**one, **{name: inner.get(name, kind) for name, kind in other.items()}}
+    if isinstance(one, List | LargeList) and isinstance(other, List | LargeList):
+        return List(_joined(one.feature, other.feature, here, there, column))
+    if isinstance(one, Value) and isinstance(other, Value):
+        for kinds, widest in _WIDEST.items():
+            if one.dtype.startswith(kinds) and other.dtype.startswith(kinds):
+                return Value(widest)
+    raise DataError(
+        f"The column {column!r} holds {_kind_name(one)} in {here}, and {_kind_name(other)} in {there}. The corpora of "
+        "a blend need the same kinds of values: write them alike."
+    )
+
+
+#: Beginnings of the names of kinds that stand for each other → the kind that holds all of them.
+_WIDEST: Mapping[tuple[str, ...], str] = {
+    ("string", "large_string"): "string",
+    ("int", "uint", "bool"): "int64",
+    ("float", "double", "half"): "float64",
+}
+
+
+def _is_null(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) == "null"
+
+
+def _kind_name(kind: Any) -> str:
+    """What a column holds, in words."""
+    if isinstance(kind, Mapping):
+        return f"entries ({', '.join(kind)})"
+    if hasattr(kind, "feature"):
+        return f"lists of {_kind_name(kind.feature)}"
+    name = str(getattr(kind, "dtype", type(kind).__name__))
+    return "text" if name in ("string", "large_string") else name
+
+
 def load_corpus(section: DatasetSection, where: str, *, streaming: bool = False) -> Dataset | IterableDataset:
     """Load one corpus.
 
@@ -112,29 +193,35 @@ def blend(
     from datasets import interleave_datasets
 
     require_one_format(parts)
+    require_one_kind(parts)
     aligned = [_aligned(data, part) for data, part in zip(datasets, parts, strict=True)]
-    kinds = aligned[0].features
     try:
-        if kinds is not None:  # texts of a Parquet file may be `large_string`
-            aligned = [one if one.features in (kinds, None) else one.cast(_kinds(one, kinds)) for one in aligned]
         return interleave_datasets(
-            aligned,
+            _cast_to_one(aligned, parts),
             probabilities=list(probabilities),
             seed=seed,
             stopping_strategy=stopping_strategy,
         )
-    except (ValueError, TypeError) as error:
+    except DataError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:  # the last one of Arrow
         raise DataError(
             f"{', '.join(part.where for part in parts)}: the columns of the corpora do not fit together: {error} "
             "Write them alike."
         ) from error
 
 
-def _kinds(data: Any, kinds: Any) -> Any:
-    """The features of a dataset, with those of another where both have a column."""
+def _cast_to_one(datasets: Sequence[Any], parts: Sequence[Part]) -> list[Any]:
+    """The corpora with the features that hold the values of all, where a stream knows its features."""
     from datasets import Features
 
-    return Features({name: kinds.get(name, own) for name, own in data.features.items()})
+    if any(one.features is None for one in datasets):
+        return list(datasets)
+    joined: Any = dict(datasets[0].features)
+    for one, part in zip(datasets[1:], parts[1:], strict=True):
+        joined = _joined(joined, dict(one.features), parts[0].where, part.where)
+    wanted = [Features({name: joined[name] for name in one.features}) for one in datasets]
+    return [one if one.features == kinds else one.cast(kinds) for one, kinds in zip(datasets, wanted, strict=True)]
 
 
 def _aligned(data: Any, part: Part) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
 from ..files import require_creatable
-from ..models import count_parameters, first_line
+from ..models import count_parameters
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
-from .corpora import Part, require_one_format
+from .beginnings import beginning, is_remote
+from .corpora import Part, require_one_format, require_one_kind
 from .generating import expected_text
 from .launching import require_launchable
 from .run import place_of, read_chat_template
@@ -99,6 +99,7 @@ def check_corpora(
         _check_rows(run, rows, source, part.text_field, where, tokenizer, arguments)
         known.append(Part(where, rows[0], part.text_field))
     require_one_format(known)
+    require_one_kind(known)
     for which in ("eval", "calibration"):
         if which == "calibration" and data.calibration is None:
             continue
@@ -176,26 +177,15 @@ def _first_rows(section: DatasetSection, where: str, load: Callable[[], Any]) ->
         where: where it stands in the recipe.
         load: loads it, where it is a local one.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import constants
-
     path = local_dataset(section.source)
-    if path is not None:
-        if path.is_file() and path.stat().st_size > SMALL:
-            return f"{section.source} is large, and is read when the run begins"
-        return list(islice(load(), 64))
-    if constants.is_offline_mode():
-        return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
-    whole = section.split.partition("[")[0]
+    if path is not None and path.is_file() and path.stat().st_size > SMALL:
+        return f"{section.source} is large, and is read when the run begins"
     try:
-        stream = load_dataset(section.source, section.name, split=whole, revision=section.revision, streaming=True)
-        return list(islice(stream, 64))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{where}: {section.source!r} is neither a file here nor a dataset that can be read from the "
-            f"Hub: {first_line(error)} Check the path, or the name, split and revision."
-        ) from error
+        return beginning(section, where, load).rows
+    except DataError:
+        if path is None and not is_remote(section):
+            return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
+        raise
 
 
 def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, tokenizer: Any = None) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import checkpointing_field
 from ..distillation.stage_memory import expected_cut_inputs
-from ..errors import MinitronError
 from ..families import spec_for
 from ..models import count_parameters
 from ..scoring.calibration import default_max_length
@@ -24,11 +23,9 @@ from ..sizes.student import student_config
 from ..sizes.targets import shapes_near_target
 from . import costs
 from .generating import expected_text, generation_cost
-from .lineage import measured_training_corpus
+from .lineage import beginning_notes, measured_dataset, measured_part, measured_training_corpus
 from .machine import Machine, measure_machine
-from .measuring import measure_documents
 from .run import Run
-from .schedules import Corpus
 from .schema import Recipe
 from .settings import check_settings
 from .stage_bytes import (
@@ -45,6 +42,7 @@ from .stages import stages_until
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..distillation.config import DistillationConfig
 
 #: Time of ranking a block of layers relative to the forward pass of a model without it
 #: (`benchmarks/results/scoring.json`).
@@ -133,21 +131,17 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
     if machine is None:
         rows = last.per_device_train_batch_size
         machine = measure_machine(run.teacher_config, recipe.output_dir, length=length, rows=rows)
-    corpora = {"train": measured_training_corpus(run), "eval": _corpus(run, "eval")}
+    corpora = {"train": measured_training_corpus(run), "eval": measured_dataset(run, "eval")}
     written = None if recipe.generate is None else expected_text(run)
     students = _students(recipe, run.teacher_config)
     facts = Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
     stages = tuple(_stage_cost(facts, stage.name) for stage in stages_until(recipe, until))
     notes = [*machine.notes]
-    notes += [f"data.{which}: its number of tokens is not known here." for which in corpora if corpora[which] is None]
+    unknown = [which for which, one in corpora.items() if one is None or one.num_documents is None]
+    notes += [f"data.{which}: its number of tokens is not known here." for which in unknown]
+    parts = {recipe.data.place(number): measured_part(run, number) for number in range(len(recipe.data.parts))}
+    notes += beginning_notes({**parts, "data.eval": corpora["eval"]})
     return Estimate(machine, stages, tuple(notes))
-
-
-def _corpus(run: Run, which: str) -> Corpus | None:
-    try:
-        return measure_documents(run.dataset(which), run.tokenizer, run.text_field(which))
-    except MinitronError:
-        return None
 
 
 def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -186,7 +180,8 @@ def _generate(facts: Facts, number: int) -> StageCost:
     """See `generation_cost`."""
     assert facts.written is not None
     cost = generation_cost(facts.written, facts.teacher, facts.machine, facts.compute_bytes)
-    formula = f"at most {facts.written.num_rows:,} × {facts.written.max_new_tokens:,} new tokens"
+    rows = "an unknown number of rows" if facts.written.num_rows is None else f"at most {facts.written.num_rows:,}"
+    formula = f"{rows} × {facts.written.max_new_tokens:,} new tokens"
     return StageCost("generate", cost.seconds + START_SECONDS, cost.memory, cost.disk, formula)
 
 
@@ -312,8 +307,8 @@ def _cache(facts: Facts, number: int) -> StageCost:
     """N × the teacher's forward pass with its head; N × (6·k + 2) bytes."""
     section = facts.recipe.teacher_cache
     assert section is not None
-    tokens = facts.tokens("train") + facts.tokens("eval")
     length = facts.arguments[-1].max_length or 1024
+    tokens = facts.tokens("train") + _evaluated_tokens(facts, facts.arguments[-1], length)
     disk = tokens * (section.top_k * CACHED_ENTRY + CACHED_POSITION)
     seconds = START_SECONDS + tokens * _forward_seconds(facts, facts.teacher, length)
     seconds += disk / facts.machine.disk_traffic
@@ -341,9 +336,7 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     seconds += 0 if lora else steps * costs.optimizer_bytes(size) / facts.machine.memory_traffic
     formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
-        evaluations, tokens = _times(args.eval_steps, steps), facts.tokens("eval")
-        if args.max_eval_rows is not None:
-            tokens = min(tokens, args.max_eval_rows * length)
+        evaluations, tokens = _times(args.eval_steps, steps), _evaluated_tokens(facts, args, length)
         both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
         seconds += evaluations * tokens * both
         formula += f"; {evaluations:.0f} evaluations on {tokens:,.0f}"
@@ -355,6 +348,12 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     disk = size * facts.stored_bytes + kept
     memory = training_memory(facts, facts.teacher, student, args, length)
     return StageCost("distill", START_SECONDS + seconds, memory, disk, formula)
+
+
+def _evaluated_tokens(facts: Facts, args: DistillationConfig, length: int) -> float:
+    """Tokens of the held-out text that training evaluates."""
+    tokens = facts.tokens("eval")
+    return tokens if args.max_eval_rows is None else min(tokens, args.max_eval_rows * length)
 
 
 def _is_by_steps(strategy: Any) -> bool:

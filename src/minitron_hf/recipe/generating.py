@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,8 @@ from ..generation.corpus import RECORD_NAME, read_prompts
 from ..generation.decoding import Sampling
 from ..models import count_parameters
 from . import costs
-from .run import GENERATED_DIR
+from .beginnings import FIRST_ROWS, beginning
+from .run import GENERATED_DIR, place_of
 from .schedules import Corpus
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .run import Run
 
-#: Prompts that are looked at.
-SAMPLED_PROMPTS = 64
 #: Bytes of a logit while a token is sampled: two arrays in float32 and three in float64 (`generation.decoding`).
 SAMPLED_LOGIT = 32
 #: Seconds that a layer takes in a step of decoding beside its work: Python, and starting its operations. The five
@@ -40,14 +40,14 @@ class ExpectedText:
 
     Attributes:
         row: a row, with other words.
-        num_rows: number of rows, at most.
+        num_rows: number of rows, at most; None where the number of prompts is not known.
         prompt_length: mean tokens of a prompt.
         max_new_tokens: longest answer, in tokens.
         batch_size: rows that are generated at a time.
     """
 
     row: Mapping[str, Any]
-    num_rows: int
+    num_rows: int | None
     prompt_length: float
     max_new_tokens: int
     batch_size: int
@@ -68,7 +68,10 @@ def expected_text(run: Run) -> ExpectedText:
     assert section is not None
     try:
         Sampling(section.do_sample, section.temperature, section.top_k, section.top_p, section.seed)
-        rows = None if section.prompts is None else list(islice(run.dataset("prompts"), SAMPLED_PROMPTS))
+        rows, available = None, None
+        if section.prompts is not None:
+            found = beginning(section.prompts, place_of("prompts"), partial(run.dataset, "prompts"))
+            rows, available = found.rows, found.num_rows
         prompts = read_prompts(
             rows,
             run.tokenizer,
@@ -79,20 +82,19 @@ def expected_text(run: Run) -> ExpectedText:
             max_prompt_length=section.max_prompt_length,
             num_rows=section.num_rows if rows is None else None,
         )
-        known = list(islice(prompts, SAMPLED_PROMPTS))
+        known = list(islice(prompts, FIRST_ROWS))
     except MinitronError as error:
         raise type(error)(f"generate: {error}") from error
     if not known:
         raise DataError("generate: the prompts are longer than max_prompt_length. Pass others.")
-    number = section.num_rows or 0
-    if rows is not None:
-        available = len(run.dataset("prompts"))
-        number = available if section.num_rows is None else min(available, section.num_rows)
+    limits = [count for count in (available, section.num_rows) if count is not None]
+    number = min(limits, default=None)
     messages = known[0].messages
     answer = {"role": "assistant", "content": "An answer."}
     row = {"text": "A text."} if messages is None else {"messages": [*messages, answer], **known[0].columns}
     length = sum(len(one.ids) for one in known) / len(known)
-    return ExpectedText(row, number, length, section.max_new_tokens, min(section.batch_size, number))
+    batch = min(section.batch_size, number or section.batch_size)
+    return ExpectedText(row, number, length, section.max_new_tokens, batch)
 
 
 class GenerationCost(NamedTuple):
@@ -117,7 +119,8 @@ def generation_cost(text: ExpectedText, config: PretrainedConfig, machine: Machi
         itemsize: bytes of a weight in memory.
     """
     batch = text.batch_size
-    steps = math.ceil(text.num_rows / batch) * text.max_new_tokens
+    num_rows = math.nan if text.num_rows is None else text.num_rows
+    steps = num_rows if text.num_rows is None else math.ceil(text.num_rows / batch) * text.max_new_tokens
     length = text.prompt_length + text.max_new_tokens
     kept, head = costs.cache_bytes(config, itemsize), costs.head_flops(config) / machine.product_flops
     read = costs.decode_bytes(config, itemsize) + batch * (length - text.max_new_tokens / 2) * kept
@@ -126,10 +129,10 @@ def generation_cost(text: ExpectedText, config: PretrainedConfig, machine: Machi
         max(read / machine.memory_traffic, computed) + LAYER_START * text_config(config).num_hidden_layers
     )
     prompt_flops = costs.layer_flops(config, max(1, round(text.prompt_length)))
-    seconds += text.num_rows * text.prompt_length * prompt_flops / machine.forward_flops
+    seconds += num_rows * text.prompt_length * prompt_flops / machine.forward_flops
     memory = count_parameters(config) * itemsize + batch * length * kept
     memory += batch * text_config(config).vocab_size * SAMPLED_LOGIT
-    return GenerationCost(seconds, memory, text.num_rows * length * WRITTEN_TOKEN)
+    return GenerationCost(seconds, memory, num_rows * length * WRITTEN_TOKEN)
 
 
 def is_written(run: Run) -> bool:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from itertools import islice
+from collections.abc import Callable, Mapping, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MinitronError
 from ..files import public_name
+from .beginnings import beginning, is_remote
+from .corpus_sections import DatasetSection
 from .generating import expected_text, is_written
 from .measuring import measure_documents
+from .run import GENERATED_DIR, place_of
 from .schedules import Corpus
 
 if TYPE_CHECKING:
     from .run import Run
-
-#: Documents of a stream that are read to learn their length.
-STREAMED_DOCUMENTS = 64
 
 
 def measured_part(run: Run, number: int) -> Corpus | None:
     """The length of one of the corpora of `data.train`; of text that is still to be written, at most.
 
     Returns:
-        Lengths of documents, and their number, 0 of a stream; None if it cannot be read.
+        Lengths of documents, and their number; None if it cannot be read.
     """
     key = number, run.whole.recipe.data.parts[number].generated and not is_written(run)
     if key not in run.whole.measured:
@@ -37,22 +37,51 @@ def _measured_part(run: Run, number: int, is_unwritten: bool) -> Corpus | None:
     try:
         if is_unwritten:
             expected = expected_text(run).corpus
-            most = part.num_rows or expected.num_documents
-            return Corpus(expected.document_lengths, min(most, expected.num_documents))
-        rows = run.whole.part(number)
-        if isinstance(rows, Sized):
-            return measure_documents(rows, run.tokenizer, part.text_field)
-        sample = list(islice(rows, STREAMED_DOCUMENTS))
-        return Corpus(measure_documents(sample, run.tokenizer, part.text_field).document_lengths, 0)
+            counts = [one for one in (part.num_rows, expected.num_documents) if one is not None]
+            return Corpus(expected.document_lengths, min(counts, default=None))
+        where, load = run.whole.recipe.data.place(number), partial(run.whole.part, number)
+        section = part.dataset(str(run.whole.folder / GENERATED_DIR))
+        return _measured(run, section, where, load, is_loaded=f"data.train.{number}" in run.whole.loaded)
     except MinitronError:
         return None
+
+
+def measured_dataset(run: Run, which: str) -> Corpus | None:
+    """The length of a corpus other than the training corpus; None if it cannot be read."""
+    try:
+        section, load = run.dataset_section(which), partial(run.whole.dataset, which)
+        return _measured(run, section, place_of(which), load, is_loaded=f"data.{which}" in run.whole.loaded)
+    except MinitronError:
+        return None
+
+
+def _measured(run: Run, section: DatasetSection, where: str, load: Callable[[], Any], *, is_loaded: bool) -> Corpus:
+    """Lengths of documents spread over a corpus; of its first ones if it is a stream, or still on the Hub."""
+    if (is_loaded or not is_remote(section)) and isinstance(rows := load(), Sized):
+        return measure_documents(rows, run.tokenizer, section.text_field)
+    found = beginning(section, where, load)
+    lengths = measure_documents(found.rows, run.tokenizer, section.text_field).document_lengths
+    return Corpus(lengths, found.num_rows, is_beginning=True)
+
+
+def beginning_notes(corpora: Mapping[str, Corpus | None]) -> list[str]:
+    """Which corpora only the first documents of were measured.
+
+    Args:
+        corpora: where a corpus stands in the recipe → its length.
+    """
+    return [
+        f"{where}: the lengths of documents are those of its first {len(one.document_lengths):,}."
+        for where, one in corpora.items()
+        if one is not None and one.is_beginning
+    ]
 
 
 def measured_training_corpus(run: Run) -> Corpus | None:
     """The length of `data.train`, of a blend in one pass; None where it is unknown, as of streams."""
     data = run.whole.recipe.data
     parts = [measured_part(run, number) for number in range(len(data.parts))]
-    known = [part for part in parts if part is not None]
+    known = [part for part in parts if part is not None and part.num_documents is not None]
     if len(known) < len(parts) or data.streaming:
         return None
     if not data.is_blend:
@@ -61,7 +90,9 @@ def measured_training_corpus(run: Run) -> Corpus | None:
         probability * sum(part.document_lengths) / len(part.document_lengths)
         for probability, part in zip(data.probabilities, known, strict=True)
     )
-    rows = [part.num_documents / probability for probability, part in zip(data.probabilities, known, strict=True)]
+    rows = [
+        (part.num_documents or 0) / probability for probability, part in zip(data.probabilities, known, strict=True)
+    ]
     longest = max(rows) if data.stopping_strategy == "all_exhausted" else min(rows)
     return Corpus([round(weighted)], round(longest))
 
@@ -76,7 +107,8 @@ def longest_document(run: Run) -> int | None:
 def described_parts(run: Run) -> dict[str, Any] | None:
     """What `distillation.json` records of a blend, or of text that the teacher wrote; None for any other corpus.
 
-    `probability` is the share of the rows, `token_share` the share of their tokens, estimated from some rows.
+    `probability` is the share of the rows, `token_share` the share of their tokens, estimated from some rows spread
+    over the corpus; of a stream from its first ones, whose number is `measured_first_documents`.
     """
     recipe = run.whole.recipe
     data = recipe.data
@@ -94,7 +126,8 @@ def described_parts(run: Run) -> dict[str, Any] | None:
                 "name": None if part.source is None else public_name(part.source),
                 **({"generated_by": teacher} if part.generated else {}),
                 "probability": probability,
-                "num_rows": None if measured is None else measured.num_documents or None,
+                "num_rows": None if measured is None else measured.num_documents,
+                **({"measured_first_documents": len(lengths)} if measured and measured.is_beginning else {}),
             }
         )
     known = [one for one in tokens if one is not None]
@@ -116,7 +149,7 @@ def corpus_notes(run: Run) -> list[str]:
         measured = parts[number]
         name = "text of the teacher" if part.source is None else public_name(part.source)
         passes = ""
-        if whole is not None and measured is not None and measured.num_documents:
+        if whole is not None and whole.num_documents and measured is not None and measured.num_documents:
             passes = f", read {probability * whole.num_documents / measured.num_documents:.1f} times"
         notes.append(f"{probability:.0%} of the rows from {name}{passes}")
     size = "" if whole is None else f" One pass has about {whole.num_documents:,} rows."

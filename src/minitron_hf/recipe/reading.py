@@ -106,9 +106,11 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
             raise DataError(f"--set {override!r}: expected key=value, for example --set prune.hidden_size=0.75")
         *parents, leaf = key.split(".")
         section: Any = result
+        outer = None
         for parent in parents:
-            parent = _key(section, parent, override)
-            of_corpora = isinstance(parent, int) or parent in ("train", "eval", "calibration")
+            parent, of_list = _key(section, parent, override), isinstance(section, list)
+            of_corpora = (outer if of_list else parent) in ("train", "eval", "calibration")
+            outer = parent
             if isinstance(section, dict) and section.get(parent) is None:
                 section[parent] = {}
             elif isinstance(section[parent], str) and of_corpora:
@@ -117,7 +119,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
                 section[parent] = {"model": section[parent]}
             section = section[parent]
             if not isinstance(section, dict | list):
-                raise DataError(f"--set {override!r}: {parent} is not a section of the recipe.")
+                name = parent + 1 if of_list else parent
+                raise DataError(f"--set {override!r}: {name} is not a section of the recipe.")
         try:
             section[_key(section, leaf, override)] = read_yaml(text)
         except DataError as error:
@@ -126,9 +129,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
 
 
 def _key(section: Any, name: str, override: str) -> Any:
-    """Key or index of an entry in its section. Entries of a list (rounds) count from 1, as their folders do."""
+    """Key or index of an entry in its section. Entries of a list (rounds) count from 1, as their folders do.
+
+    A key of digits is an integer, as YAML reads it (`max_memory.0`).
+    """
     if not isinstance(section, list):
-        return name
+        return int(name) if name.isascii() and name.isdigit() else name
     if not name.isdigit() or not 1 <= int(name) <= len(section):
         raise DataError(f"--set {override!r}: {name} is none of the {len(section)} entries, which count from 1.")
     return int(name) - 1

@@ -67,7 +67,7 @@ RANGES: Mapping[str, Range] = {
             "batch_size", "block_length", "chat_max_new_tokens", "context_length", "dataset_num_proc",
             "decode_tokens", "devices", "eval_accumulation_steps", "gradient_accumulation_steps", "iterations",
             "loss_chunk_size", "max_new_tokens", "max_prompt_length", "num_candidates", "num_chat_prompts",
-            "num_prompts", "num_processes", "num_proxied", "num_pruned", "num_rounds", "num_rows", "rows_per_file",
+            "num_prompts", "num_processes", "num_pruned", "num_rounds", "num_rows", "rows_per_file",
             "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",
             "prefill_length", "rounds", "save_total_limit", "top_k", "torch_empty_cache_steps", "r", "lora_rank",
             "qalora_group_size", "dataloader_prefetch_factor", "max_eval_rows", "max_memory_bytes", "max_parameters",
@@ -97,8 +97,12 @@ RANGES: Mapping[str, Range] = {
     "max_steps": Range(least=1, also=-1),
 }  # fmt: skip
 
-#: Old name of a setting of `scores`, and of `--set` of `score` and `prune` → its name, for one release.
-OLD_NAMES: Mapping[str, str] = {"num_samples": "num_rows"}
+#: Section of a recipe → old name of one of its settings → its name, for one release. Those of `scores` are also names
+#: of `--set` of `score` and `prune`, those of `search` of `search`.
+OLD_NAMES: Mapping[str, Mapping[str, str]] = {
+    "scores": {"num_samples": "num_rows"},
+    "search": {"num_proxied": "num_pruned"},
+}
 
 #: Settings whose annotation is narrower or wider than what is understood.
 _UNDERSTOOD: Mapping[str, Any] = {
@@ -109,18 +113,24 @@ _UNDERSTOOD: Mapping[str, Any] = {
 _UNCLEAR = ("yes", "no", "on", "off")
 
 
-def with_new_names(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def with_new_names(values: Mapping[str, Any], section: str, prefix: str) -> dict[str, Any]:
     """The settings with new names for old ones (`OLD_NAMES`), with a `DeprecationWarning`.
+
+    Args:
+        values: settings of the section.
+        section: `"scores"` or `"search"`; settings of others have no old names.
+        prefix: what stands before a name in a message.
 
     Raises:
         DataError: if a setting is given under both names.
     """
-    for old, new in OLD_NAMES.items():
+    names = OLD_NAMES.get(section, {})
+    for old, new in names.items():
         if old in values:
             if new in values:
                 raise DataError(f"{prefix}{old} is the old name of {prefix}{new}, which is given, too. Leave it out.")
             warn_renamed(f"{prefix}{old}", f"{prefix}{new}")
-    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def hints_of(target: Any, without: Collection[str] = ()) -> dict[str, Any]:

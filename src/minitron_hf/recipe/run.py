@@ -74,6 +74,7 @@ class Run:
         whole: the run that this round belongs to; the run itself if there are no rounds.
         number: which round, from 1.
         measured: lengths of corpora of `data.train` that are known already (`lineage.measured_part`).
+        loaded: the models and datasets that are loaded, by their names.
     """
 
     recipe: Recipe
@@ -81,17 +82,17 @@ class Run:
     whole: Run = None  # type: ignore[assignment] # set below
     number: int = 1
     measured: dict[Any, Any] = field(default_factory=dict)
-    _cache: dict[str, Any] = field(default_factory=dict)
+    loaded: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self
 
     def in_round(self, number: int) -> Run:
         """The run of one round. Only one round's models are kept in memory."""
-        current = self._cache.get("round")
+        current = self.loaded.get("round")
         if current is None or current.number != number:
-            self._cache["round"] = Run(self.recipe.in_round(number), self.show_progress, self, number)
-        return self._cache["round"]
+            self.loaded["round"] = Run(self.recipe.in_round(number), self.show_progress, self, number)
+        return self.loaded["round"]
 
     @property
     def folder(self) -> Path:
@@ -99,13 +100,13 @@ class Run:
         return Path(self.recipe.output_dir)
 
     def _cached(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        if key not in self.loaded:
+            self.loaded[key] = make()
+        return self.loaded[key]
 
     def release(self, key: str) -> None:
         """Free a loaded model or dataset; it is loaded again when needed."""
-        self._cache.pop(key, None)
+        self.loaded.pop(key, None)
 
     def release_teachers(self) -> None:
         """Free every model that was loaded, of this round and of the whole run."""

@@ -33,16 +33,19 @@ class Corpus:
 
     Attributes:
         document_lengths: tokens of some documents.
-        num_documents: number of all documents.
+        num_documents: number of all documents; None where it is not known.
+        is_beginning: whether these are the first documents, as of streams, instead of some of the whole corpus.
     """
 
     document_lengths: Sequence[int]
-    num_documents: int
+    num_documents: int | None
+    is_beginning: bool = False
 
     @property
     def num_tokens(self) -> float:
-        """Estimated number of tokens of all documents."""
-        return sum(self.document_lengths) / len(self.document_lengths) * self.num_documents
+        """Estimated number of tokens of all documents; NaN where their number is not known."""
+        number = math.nan if self.num_documents is None else self.num_documents
+        return sum(self.document_lengths) / len(self.document_lengths) * number
 
     @property
     def row_length(self) -> int:

@@ -17,7 +17,7 @@ from .corpus_sections import DatasetSection as DatasetSection
 from .corpus_sections import GenerateSection as GenerateSection
 from .corpus_sections import TrainingSection as TrainingSection
 from .reading import apply_overrides, read_yaml, write_yaml
-from .rules import require_choice, require_value, with_new_names
+from .rules import OLD_NAMES, require_choice, require_value, with_new_names
 
 #: Controls that a run can train with the student's distillation settings, for comparison.
 CONTROLS: Mapping[str, str] = {
@@ -376,7 +376,7 @@ def _section(cls: Any, values: Any, where: str) -> Any:
             built[name] = _section(nested, value, at)
         else:
             require_value(value, hints[name], at)
-            value = with_new_names(value, f"{at}.") if name == "scores" else value
+            value = with_new_names(value, name, f"{at}.") if name in OLD_NAMES and value is not None else value
             built[name] = _text(value, name, at) if isinstance(value, str) else value
     try:
         return cls(**built)

@@ -42,8 +42,7 @@ def search_hints() -> dict[str, Any]:
     from ..search.architectures import search_architectures
 
     own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
-    hints = hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
-    return {**hints, "num_proxied": hints["num_pruned"]}  # its old name, for one release
+    return hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
 
 
 def require_search(values: Mapping[str, Any], prefix: str) -> None:
@@ -112,7 +111,7 @@ def _require_possible(args: Any) -> None:
         if isinstance(value := getattr(args, one.name), str):
             raise DataError(f"{one.name}={value!r}: expected entries.")
         known = _entries(one.name)
-        if known is not None and (unknown := sorted({*(value or {})} - known)):
+        if known is not None and (unknown := sorted(map(str, {*(value or {})} - known))):
             raise DataError(
                 f"{one.name} takes no {', '.join(unknown)}.{did_you_mean(unknown, known)} Expected some of "
                 f"{', '.join(sorted(known))}."
@@ -156,6 +155,7 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
         require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
         require_iterations(one.pruner_config, one.scores.get("iterations", 1))
         found.append(distillation_config(folder, one.distill, f"{where}distill."))
+        _require_shared(recipe, number)
         if recipe.teacher_cache is not None:
             _require_one_cache(recipe, one, found[-1], where)
     if recipe.data.streaming:
@@ -164,6 +164,16 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
     return found
+
+
+def _require_shared(recipe: Recipe, number: int) -> None:
+    """Refuse a chat template of one round: calibration, generation, evaluation and all rounds share one tokenizer."""
+    name = "chat_template_path"
+    if recipe.rounds and name in recipe.rounds[number - 1].distill:
+        raise DataError(
+            f"rounds.{number}.distill.{name}: all rounds, calibration, generation and evaluation share one template. "
+            f"Set distill.{name} instead."
+        )
 
 
 def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> None:

@@ -114,6 +114,7 @@ def _cache_settings(recipe: Recipe) -> Any:
         "distill": {name: settings[name] for name in cached_arguments() if name in settings},
         "train": training_identity(recipe.data),
         "eval": dataset_identity(recipe.data.eval),
+        **_compute_dtype(recipe),
     }
 
 
@@ -136,7 +137,7 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that scores depend on, beside the model."""
     # The layers to measure depend on the sizes to prune.
     cut = recipe.scores.keys() & {"depth_metric", "iterations"}
-    old_names = {new: old for old, new in OLD_NAMES.items()}  # finished stages have recorded these
+    old_names = {new: old for old, new in OLD_NAMES["scores"].items()}  # finished stages have recorded these
     return {
         "scores": {old_names.get(name, name): value for name, value in recipe.scores.items()},
         **({"prune": recipe.pruner_config.to_dict()} if cut else {}),
@@ -158,7 +159,13 @@ def _evaluation_settings(recipe: Recipe) -> Any:
             del settings[name]
     if recipe.evaluate.chat is not None:
         settings["chat"] = {**asdict(recipe.evaluate.chat), "prompts": dataset_identity(recipe.evaluate.chat.prompts)}
-    return {"evaluate": settings, "data": dataset_identity(recipe.data.eval)}
+    turns = {"assistant_only": True} if recipe.measures_turns else {}
+    return {"evaluate": settings, "data": dataset_identity(recipe.data.eval), **turns, **_compute_dtype(recipe)}
+
+
+def _compute_dtype(recipe: Recipe) -> dict[str, Any]:
+    """The dtype in which models are computed beside training, where the recipe names one."""
+    return {} if recipe.teacher.dtype == "auto" else {"dtype": recipe.teacher.dtype}
 
 
 STAGES: tuple[Stage, ...] = (
@@ -245,6 +252,7 @@ STAGES: tuple[Stage, ...] = (
             "lora": recipe.lora,
             "train": training_identity(recipe.data),
             "eval": dataset_identity(recipe.data.eval),
+            **_compute_dtype(recipe),
         },
         ("config.json", "distillation.json"),
         _distill,

@@ -270,7 +270,7 @@ def select_diverse(
 
 def _require_space(spec: ArchSpec, space: Space) -> None:
     known = [FIELD_OF_AXIS[axis.name] for axis in spec.axes if axis.name in FIELD_OF_AXIS]
-    if unknown := sorted(set(space) - set(known)):
+    if unknown := sorted(map(str, set(space) - set(known))):
         raise PlanError(
             f"space: a '{spec.model_type}' model has no {', '.join(unknown)}. Expected some of {', '.join(known)}."
         )

@@ -1,0 +1,82 @@
+"""Looks at the first rows of a corpus. Of a dataset on the Hub, nothing else is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ..data.loading import local_dataset
+from ..errors import DataError
+from ..models import first_line
+from .corpus_sections import DatasetSection
+
+#: Rows that are looked at.
+FIRST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The beginning of a corpus.
+
+    Attributes:
+        rows: its first rows.
+        num_rows: number of all its rows; None where it is not known.
+    """
+
+    rows: list[Any]
+    num_rows: int | None
+
+
+def is_remote(section: DatasetSection) -> bool:
+    """Whether a corpus would have to be downloaded. With the Hub switched off, it is here or nowhere."""
+    from huggingface_hub import constants
+
+    return local_dataset(section.source) is None and not constants.is_offline_mode()
+
+
+def beginning(section: DatasetSection, where: str, load: Callable[[], Any]) -> Beginning:
+    """The first rows of a corpus and its length. A Hub dataset is streamed; its length is what its card says.
+
+    Args:
+        section: the corpus.
+        where: where it stands in the recipe.
+        load: loads it, where it is here.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    if is_remote(section):
+        return _beginning_on_hub(section, where)
+    rows = load()
+    return Beginning(list(islice(rows, FIRST_ROWS)), len(rows) if isinstance(rows, Sized) else None)
+
+
+def _beginning_on_hub(section: DatasetSection, where: str) -> Beginning:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    whole = section.split.partition("[")[0]  # a stream has no slices
+    try:
+        stream = load_dataset(section.source, section.name, split=whole, revision=section.revision, streaming=True)
+        rows = list(islice(stream, min(FIRST_ROWS, section.num_rows or FIRST_ROWS)))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{where}: {section.source!r} is neither a file here nor a dataset that can be read from the "
+            f"Hub: {first_line(error)} Check the path, or the name, split and revision."
+        ) from error
+    known = {name: info.num_examples for name, info in (stream.info.splits or {}).items()}
+    return Beginning(rows, _length(section, known))
+
+
+def _length(section: DatasetSection, known: dict[str, int]) -> int | None:
+    """Rows of a corpus, from the lengths of the splits; None where they are not known."""
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(section.split).to_absolute(known)
+    except (ValueError, AssertionError, KeyError):  # a split whose length is not known
+        return section.num_rows
+    length = sum(part.to - part.from_ for part in parts)
+    return length if section.num_rows is None else min(length, section.num_rows)
