@@ -48,6 +48,7 @@ _MODULE_OF = {
     "generate_corpus": "generation.corpus",
     "evaluate_models": "evaluation.evaluate",
     "measure_benchmarks": "evaluation.benchmarks",
+    "measure_draft": "evaluation.draft",
     "generate_samples": "evaluation.samples",
     "render_model_card": "publishing.card",
     "push_student_to_hub": "publishing.hub",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .errors import MinitronError as MinitronError
     from .evaluation.benchmarks import measure_benchmarks as measure_benchmarks
+    from .evaluation.draft import measure_draft as measure_draft
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples
     from .families import register_family as register_family

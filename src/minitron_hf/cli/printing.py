@@ -225,6 +225,8 @@ def _print_measurement(folder: Path) -> None:
     console.print(table)
     if "chat" in evaluation:
         console.print(_chat_table(evaluation))
+    if "draft" in evaluation:
+        console.print(_draft_table(evaluation))
     if any("positions" in values for values in evaluation["models"].values()):
         console.print(_position_table(evaluation))
     if (folder / "benchmarks.json").is_file():
@@ -255,17 +257,37 @@ def _chat_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def _draft_table(evaluation: Mapping[str, Any]) -> Table:
+    """Models as drafts of the teacher, as on the card."""
+    from ..publishing import card_tables
+
+    rows = card_tables._draft_table(evaluation) or [[""]]
+    draft = evaluation["draft"]
+    return _as_table(rows, f"As a draft of the teacher, {draft['draft_tokens']:,} tokens at a time")
+
+
 def _task_table(benchmarks: Mapping[str, Any]) -> Table:
     """Tasks of lm-evaluation-harness, as on the card."""
-    from rich.table import Table
-
     from ..publishing.card_tables import _benchmark_table
 
-    header, *rows = _benchmark_table(benchmarks["models"], benchmarks.get("average"))
-    table = Table(title="Benchmarks", title_justify="left")
-    for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number < 2 else "right")
-    for row in rows:
+    return _as_table(_benchmark_table(benchmarks["models"], benchmarks.get("average")), "Benchmarks", 2)
+
+
+def _as_table(rows: list[list[str]], title: str, num_left: int = 1) -> Table:
+    """A table of the card, whose first row holds the titles of the columns.
+
+    Args:
+        rows: cells.
+        title: of the table.
+        num_left: columns that are aligned on the left.
+    """
+    from rich.table import Table
+
+    header, *body = rows
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number < num_left else "right")
+    for row in body:
         table.add_row(*row)
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..scoring.row_starts import warn_of_broken_starts
 from ..weights import model_digest
 from .benchmarks import measure_benchmarks
 from .chat import ChatTest
+from .draft import DraftTest, time_drafts
 from .limits import Limits, checked_reference, require_positive
 from .loading import common_device, in_float32, load_for_inference
 from .quality import measure_quality
@@ -65,6 +66,8 @@ def evaluate_models(
     task_data: str | os.PathLike[str] | None = None,
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
+    draft_prompts: int | None = None,
+    draft_tokens: int = 5,
     output_path: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -92,6 +95,9 @@ def evaluate_models(
     text and no special token before that end. `answer_tokens` is the length of an answer. `loss`, `perplexity`,
     `kl_divergence` and `top1_agreement` are measured on the answers of the reference, answer tokens only. Standard
     errors are over prompts.
+
+    Drafts, with `draft_prompts`: what the reference's greedy generation gains from each other model as its draft; see
+    `measure_draft`.
 
     Benchmarks, with `tasks`: see `measure_benchmarks`. They come first, and finished tasks survive an interruption.
 
@@ -138,6 +144,9 @@ def evaluate_models(
         task_data: folder with documents of stock tasks, to read instead of the Hub.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
         confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
+        draft_prompts: number of rows that the reference continues with every other model as its draft; None: drafts
+            are not measured.
+        draft_tokens: tokens that a draft proposes at a time.
         output_path: folder for `evaluation.json`, or the file itself. `benchmarks.json` goes beside it.
         show_progress: show progress bars.
 
@@ -180,6 +189,7 @@ def evaluate_models(
         assistant_only=assistant_only,
     )
     limits.require_known(rows)
+    draft = None if draft_prompts is None else _draft_test(limits, reference, rows, draft_prompts, draft_tokens)
     chat = None
     if chat_prompts is not None:
         chat = ChatTest.of(
@@ -209,6 +219,10 @@ def evaluate_models(
             output_path=None if output is None else output.parent,
             show_progress=show_progress,
         )
+    drafts = {}
+    if draft is not None and reference is not None:
+        with evaluating(loaded.values()):
+            drafts = time_drafts(loaded, reference, rows, draft, show_progress)
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     measured = _measure(
         loaded, rows, reference, batch_size, timing, by_path if dtype in (None, "auto") else [], chat, show_progress
@@ -231,11 +245,13 @@ def evaluate_models(
             **{name: value if speed else None for name, value in asdict(timing).items()},
         },
         **({} if chat is None else {"chat": chat.described}),
+        **({} if draft is None else {"draft": asdict(draft)}),
         "reference": reference,
         "models": {
             name: {
                 **_described_model(sources[name], model, (descriptions or {}).get(name)),
                 **measured.models[name],
+                **({"draft": drafts[name]} if name in drafts else {}),
             }
             for name, model in loaded.items()
         },
@@ -313,6 +329,24 @@ def _sources(models: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> dict[
     if unknown := sorted(set(checkpoints) - set(models)):
         raise DataError(f"checkpoints names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
     return {**models, **checkpoints}
+
+
+def _draft_test(
+    limits: Limits, reference: str | None, rows: TokenRows, draft_prompts: int, draft_tokens: int
+) -> DraftTest:
+    """How drafts are measured, within the models' context.
+
+    Raises:
+        DataError: if there is nothing to draft for, no row is long enough, or a setting is out of range.
+    """
+    if reference is None:
+        raise DataError("draft_prompts needs two models: the one whose text is generated, and its draft.")
+    room = limits.context or DraftTest.prompt_tokens + DraftTest.new_tokens
+    prompt_tokens = max(1, min(DraftTest.prompt_tokens, room // 3))
+    test = DraftTest(
+        draft_prompts, prompt_tokens, max(1, min(DraftTest.new_tokens, room - prompt_tokens)), draft_tokens
+    )
+    return replace(test, num_prompts=len(test.prompts(rows)))
 
 
 def _task_models(models: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:

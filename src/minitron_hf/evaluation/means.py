@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def mean_and_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def mean_and_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
     """Mean per token over documents of different lengths, and its standard error over documents.
 
     The mean is the ratio r = Σsᵢ/Σnᵢ of two sums over documents, so its standard error is the one of a ratio estimator

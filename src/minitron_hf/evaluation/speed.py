@@ -142,10 +142,10 @@ def _timed_prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[flo
     """Seconds to compute the logits of the prompt's last token, and the model's output."""
     # Generation computes no other logits; a model whose forward cannot leave them out computes all.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     output = model(input_ids=input_ids, use_cache=True, **last_only)
-    _synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter() - start, output
 
 
@@ -158,12 +158,12 @@ def _timed_decode(model: PreTrainedModel, output: Any, num_tokens: int) -> float
             f"{type(model).__name__} returns no cache ({' or '.join(CACHES[1:])}), so decoding cannot be timed. "
             "Pass speed=False."
         )
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     for _ in range(num_tokens):
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, use_cache=True, **{taken: output[returned]})
-    _synchronize(model.device)
+    synchronize(model.device)
     return time.perf_counter() - start
 
 
@@ -184,7 +184,7 @@ def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(base).forward).parameters
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

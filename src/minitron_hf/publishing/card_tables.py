@@ -183,6 +183,36 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+#: Rows of the table on drafts: key → title, factor and unit.
+DRAFT_METRICS: Mapping[str, tuple[str, float, str]] = {
+    "acceptance": ("Proposed tokens that the teacher keeps", 100.0, " %"),
+    "tokens_per_call": ("New tokens per forward pass of the teacher", 1.0, ""),
+    "speed_up": ("Times as fast as plain decoding", 1.0, ""),
+    "identical_outputs": ("Outputs equal to plain decoding", 100.0, " %"),
+}
+
+
+def _draft_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+    """The models as drafts of the teacher, a column per model."""
+    return _metric_table(
+        {name: model["draft"] for name, model in evaluation["models"].items() if model.get("draft")}, DRAFT_METRICS
+    )
+
+
+def _metric_table(
+    models: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, tuple[str, float, str]]
+) -> list[list[str]] | None:
+    """A row per metric and a column per model; None without models."""
+    if not models:
+        return None
+    names = _model_order(models)
+    rows = [
+        [title, *(md.measured(models[name].get(key), factor, unit) for name in names)]
+        for key, (title, factor, unit) in metrics.items()
+    ]
+    return [["", *map(_model_title, names)], *(row for row in rows if {*row[1:]} != {"–"})]
+
+
 #: Rows of the table on chat: key → title, factor and unit.
 CHAT_METRICS: Mapping[str, tuple[str, float, str]] = {
     "perplexity": ("Perplexity of the teacher's answers, per token", 1.0, ""),
@@ -196,15 +226,9 @@ CHAT_METRICS: Mapping[str, tuple[str, float, str]] = {
 
 def _chat_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
     """The check of the chat ability, a column per model."""
-    models = {name: model["chat"] for name, model in evaluation["models"].items() if model.get("chat")}
-    if not models:
-        return None
-    names = _model_order(models)
-    rows = [
-        [title, *(md.measured(models[name].get(key), factor, unit) for name in names)]
-        for key, (title, factor, unit) in CHAT_METRICS.items()
-    ]
-    return [["", *map(_model_title, names)], *(row for row in rows if {*row[1:]} != {"–"})]
+    return _metric_table(
+        {name: model["chat"] for name, model in evaluation["models"].items() if model.get("chat")}, CHAT_METRICS
+    )
 
 
 def _corpus_table(distillation: Mapping[str, Any] | None) -> list[list[str]] | None:

@@ -109,6 +109,9 @@ class EvaluateSection:
         task_data: folder with documents of stock tasks, `TASK.jsonl`, to read instead of the Hub.
         confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
+        draft_prompts: rows of held-out text that the teacher continues with every other model as its draft; None:
+            drafts are not measured.
+        draft_tokens: tokens that a draft proposes at a time.
         prompts: prompts to complete for the model card.
         chat: prompts that the models answer under the chat template; None: chat is not measured.
     """
@@ -125,6 +128,8 @@ class EvaluateSection:
     task_data: str | None = None
     confirm_run_unsafe_code: bool = False
     apply_chat_template: bool = False
+    draft_prompts: int | None = None
+    draft_tokens: int = 5
     prompts: list[str] = field(default_factory=list)
     chat: ChatSection | None = None
 

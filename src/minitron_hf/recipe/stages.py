@@ -148,7 +148,7 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 #: Entries of `evaluate` that finished stages of older versions have not recorded.
-_NEW_EVALUATE_ENTRIES = ("task_models", "task_data", "confirm_run_unsafe_code")
+_NEW_EVALUATE_ENTRIES = ("task_models", "task_data", "confirm_run_unsafe_code", "draft_prompts", "draft_tokens")
 
 
 def _evaluation_settings(recipe: Recipe) -> Any:
