@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from minitron_hf.pruning.repair import DEFAULT_RIDGE, RIDGES, input_groups, repa
 from minitron_hf.pruning.repair_inputs import CutInputs, Projection, cut_inputs
 from minitron_hf.pruning.repair_sums import input_products
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.saving import in_stored_dtype
 from minitron_hf.scoring.calibration import load_calibration
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -386,3 +388,26 @@ def test_norms_of_offloaded_teachers_run_where_the_inputs_are():
     for cut in cuts:
         assert cut.norm is not None
         assert cut.observed(states, states).device.type == "meta"
+
+
+def test_refitted_weights_beyond_float16_are_refused_by_name():
+    """All neurons of a layer are alike, so that those that stay would have to write twice as much."""
+    teacher = pocket_model("llama", dtype=torch.float16)
+    mlp = teacher.model.layers[1].mlp
+    with torch.no_grad():
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight.copy_(projection.weight[:1] * 1e-2)
+        mlp.down_proj.weight.fill_(6e4)
+    plan = planned(teacher, intermediate_size=0.5)
+    words = r"layers\.1\.mlp\.down_proj\.weight: a value of .* exceeds the range of float16, 65,504\. Save the"
+    with pytest.raises(UnsupportedModelError, match=words):
+        repaired_weights(teacher, plan, ROWS)
+
+
+def test_trained_weights_beyond_float16_are_stored_in_float32(caplog):
+    student = pocket_model("llama", dtype=torch.float32)
+    assert in_stored_dtype(copy.deepcopy(student), torch.float16).dtype == torch.float16
+    student.model.layers[1].mlp.down_proj.weight.data[0, 0] = 7e4
+    assert in_stored_dtype(copy.deepcopy(student), torch.bfloat16).dtype == torch.bfloat16
+    assert in_stored_dtype(student, torch.float16).dtype == torch.float32
+    assert "layers.1.mlp.down_proj.weight and 0 other weights exceed the range of float16" in caplog.text

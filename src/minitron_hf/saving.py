@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,12 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
 from .privacy import is_outside_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 #: Files of tokenizers and processors.
 PROCESSOR_FILES = (
@@ -84,6 +89,28 @@ def save_model(
     if processing_class is not None:
         save_processing_class(processing_class, folder)
     add_older_keys(folder)
+
+
+def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A trained model in the dtype that it will be stored in; in float32 if its values exceed the range of float16.
+
+    Args:
+        model: changed.
+        dtype: None: its own.
+    """
+    dtype = dtype or model.dtype
+    limit = torch.finfo(torch.float16).max
+    if dtype == torch.float16:
+        wide = [
+            name for name, one in model.named_parameters() if one.numel() and float(one.detach().abs().max()) > limit
+        ]
+        if wide:
+            logger.warning(
+                "%s and %d other weights exceed the range of float16. The model is stored in float32; bfloat16 holds "
+                "it, too.", wide[0], len(wide) - 1,
+            )  # fmt: skip
+            dtype = torch.float32
+    return model.to(dtype)  # type: ignore[arg-type] # of `Module.to` as Transformers wraps it
 
 
 def save_config(config: PretrainedConfig, folder: str | os.PathLike[str]) -> None:

@@ -19,6 +19,27 @@ from .families.tensors import is_quantised, own_parameters
 DIGEST_SAMPLES = 1024
 
 
+def narrowed(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Computed values of a weight in its stored dtype.
+
+    Args:
+        values: in a dtype that is as wide or wider.
+        dtype: of the weight.
+        name: of the weight, for messages.
+
+    Raises:
+        UnsupportedModelError: if finite values exceed the range of the dtype, as those of float16 may.
+    """
+    found = values.to(dtype)
+    if dtype == torch.float16 and not bool((found.isfinite() | ~values.isfinite()).all()):
+        raise UnsupportedModelError(
+            f"{name}: a value of {float(values.abs().max()):.4g} exceeds the range of float16, "
+            f"{torch.finfo(dtype).max:,.0f}. Save the teacher in bfloat16 or float32 and prune that. If the repair "
+            "refitted this weight, more calibration text or a larger ridge may help, too."
+        )
+    return found
+
+
 def require_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that does not fit its config: Transformers fills gaps at random and drops surplus tensors.
 

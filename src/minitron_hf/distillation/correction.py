@@ -35,7 +35,7 @@ from ..locks import with_locked_folder
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
-from ..saving import save_model
+from ..saving import in_stored_dtype, save_model
 from .assistant_turns import AssistantTurnsMixin
 from .batches import RepeatedRowsMixin
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
@@ -228,7 +228,7 @@ class _Correction:
         trained.config.use_cache = True
         vars(trained.config).pop("auto_map", None)  # names files of the teacher's folder
         with replacing_folder(folder / "unfinished") as temporary:
-            save_model(trained.to(dtype), temporary, processing_class)
+            save_model(in_stored_dtype(trained, dtype), temporary, processing_class)
             record = {
                 "versions": versions(),
                 "teacher": public_name(trained.config.name_or_path),

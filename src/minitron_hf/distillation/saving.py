@@ -27,7 +27,7 @@ from ..models import empty_model
 from ..privacy import public_settings
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
-from ..saving import save_model
+from ..saving import in_stored_dtype, save_model
 from .adapters import adapter_type, merged_copy, remove_replaced_model
 from .checks import refuse_nan_weights, refuse_not_finite, refuse_own_folder
 from .config import DistillationConfig
@@ -157,7 +157,7 @@ class SavingMixin(SFTTrainer):
         require_writable(output_dir)
         remove_replaced_model(output_dir, adapter=False)
         with _explained_write_errors(output_dir):
-            save_model(student.to(dtype=dtype or student.dtype), output_dir, self.processing_class)
+            save_model(in_stored_dtype(student, dtype), output_dir, self.processing_class)
         self._save_plan_and_record(output_dir)
 
     def _save_plan_and_record(self, folder: Path) -> None:

@@ -30,7 +30,7 @@ from ..families import spec_for
 from ..hardware import free_memory
 from ..scoring.calibration import Calibration, load_calibration
 from ..scoring.scores import require_weights
-from ..weights import input_device, tensor_values
+from ..weights import input_device, narrowed, tensor_values
 from .repair_inputs import CutInputs, Projection, cut_inputs
 from .repair_sums import Moments, Products, input_products
 
@@ -247,10 +247,12 @@ def _refitted(
         part = slice(start, start + OUTPUTS_AT_A_TIME)
         weight_RH = weight_DH[rest_R, part].to(moments.products)
         change_KH = torch.linalg.lu_solve(*factors, products_KR @ weight_RH)
-        refitted_DH[kept_K, part] = (weight_DH[kept_K, part].to(change_KH) + change_KH).to(weight)
+        found_KH = weight_DH[kept_K, part].to(change_KH) + change_KH
+        refitted_DH[kept_K, part] = narrowed(found_KH.to(weight.device), weight.dtype, names[0])
         for before, after in zip(bias, refitted_bias):
             missing_H = mean[num_kept:] @ weight_RH - mean[:num_kept] @ change_KH
-            after[part] = (before[part].to(missing_H) + missing_H).to(before)
+            found_H = before[part].to(missing_H) + missing_H
+            after[part] = narrowed(found_H.to(before.device), before.dtype, names[1])
     return dict(zip(names, (refitted, *refitted_bias)))
 
 

@@ -19,7 +19,7 @@ from ..models import (
     empty_model,
 )
 from ..scoring.scores import require_weights
-from ..weights import input_device, on_meta, set_tensor, tensor_values
+from ..weights import input_device, narrowed, on_meta, set_tensor, tensor_values
 from .plan import PruningPlan, config_values
 
 if TYPE_CHECKING:
@@ -142,13 +142,13 @@ def student_tensor(
         # A unit without a partner is its own partner, and stays unchanged: 2x - x is exact.
         partner = cut_tensor(whole, dimensions, spec.axis, sizes, plan.partners_in(layer))
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        tensor = (tensor.to(wide) * 2 - partner.to(wide)).to(tensor.dtype)
+        tensor = narrowed(tensor.to(wide) * 2 - partner.to(wide), tensor.dtype, name)
     factor = plan.scales.get(pattern)
     if factor is None:
         return tensor
     offset = spec.norm_offset if pattern in spec.residual_norms else 0.0
     exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return ((exact + offset) * factor - offset).to(tensor.dtype)
+    return narrowed((exact + offset) * factor - offset, tensor.dtype, name)
 
 
 def cut_tensor(

@@ -17,7 +17,7 @@ from ..files import (
 from ..locks import with_locked_folder
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
-from ..saving import save_model
+from ..saving import in_stored_dtype, save_model
 from .lineage import described_parts
 from .rules import hints_of, require_settings
 from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run
@@ -140,7 +140,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
 
 def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
-        save_model(student.to(dtype=stored_dtype(teacher) or student.dtype), temporary, tokenizer)
+        save_model(in_stored_dtype(student, stored_dtype(teacher)), temporary, tokenizer)
 
 
 def lora_config(recipe: Recipe) -> Any:
