@@ -47,6 +47,7 @@ _MODULE_OF = {
     "search_architectures": "search.architectures",
     "generate_corpus": "generation.corpus",
     "evaluate_models": "evaluation.evaluate",
+    "MeasurementCallback": "evaluation.callback",
     "measure_benchmarks": "evaluation.benchmarks",
     "measure_draft": "evaluation.draft",
     "generate_samples": "evaluation.samples",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .errors import MinitronError as MinitronError
     from .evaluation.benchmarks import measure_benchmarks as measure_benchmarks
+    from .evaluation.callback import MeasurementCallback as MeasurementCallback
     from .evaluation.draft import measure_draft as measure_draft
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples

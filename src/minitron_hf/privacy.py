@@ -45,6 +45,7 @@ PUBLIC_TEXT = frozenset(
         "dtype",
         "embedding_loss",
         "eval_strategy",
+        "eval_tasks",
         "hidden_loss",
         "intermediate_weight",
         "log_level",

@@ -132,6 +132,23 @@ class DistillationConfig(SFTConfig):
             "evaluate` and the stage `evaluate` measure all rows once."
         },
     )
+    eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness, or presets such as 'small', that are measured at every "
+            "evaluation and logged as `eval_TASK_METRIC` (needs the extra `eval`)."
+        },
+    )
+    eval_task_limit: int | None = field(
+        default=50, metadata={"help": "Documents of each of `eval_tasks`. If not set, all."}
+    )
+    eval_task_data: str | None = field(
+        default=None,
+        metadata={"help": "Folder with documents of `eval_tasks`, `TASK.jsonl`, to read instead of the Hub."},
+    )
+    eval_include_path: str | None = field(
+        default=None, metadata={"help": "Folder with further task files for `eval_tasks`."}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -234,6 +251,8 @@ class DistillationConfig(SFTConfig):
             raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
         if self.max_eval_rows is not None and self.max_eval_rows < 1:
             raise ValueError(f"max_eval_rows={self.max_eval_rows}: expected at least 1 row, or None for all.")
+        if self.eval_task_limit is not None and self.eval_task_limit < 1:
+            raise ValueError(f"eval_task_limit={self.eval_task_limit}: expected at least 1 document, or None for all.")
 
     def _require_correction(self) -> None:
         if self.teacher_correction not in (None, "concurrent"):

@@ -19,6 +19,7 @@ from ..compat import without_checkpointing_warning
 from ..data.context import shortest_context
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError
+from ..evaluation.callback import MeasurementCallback
 from ..files import require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
@@ -281,13 +282,22 @@ class DistillationTrainer(
         self._teacher_loss: Tensor | None = None
 
     def _prepare_losses(self, teacher_config: PretrainedConfig) -> None:
-        """Set up intermediate losses and the sums over tokens, and check that the caches hold what they need."""
+        """Set up intermediate losses, sums over tokens and measurements; check that the caches hold what they need."""
         self._intermediate = self._intermediate_losses(base_model_of(self.model).config, teacher_config)
         for cache in self._caches:
             cache.require_tokenizer(self.processing_class)
             cache.require_states(needed_states(self._intermediate.pairs, "teacher"))
         self._columns = (*COLUMNS, *dict.fromkeys(pair.term for pair in self._intermediate.pairs))
         self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
+        if self.args.eval_tasks:
+            measured = MeasurementCallback(
+                self,
+                tasks=self.args.eval_tasks,
+                task_limit=self.args.eval_task_limit,
+                include_path=self.args.eval_include_path,
+                task_data=self.args.eval_task_data,
+            )
+            self.add_callback(measured)
 
     # ---- Data ----
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import random
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import DataError, MinitronError, MissingDependencyError, did_you_mean
@@ -237,7 +239,12 @@ def run_task(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with evaluating([model]), _quiet(settings.show_progress), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        evaluating([model]),
+        _random_state_kept(),
+        _quiet(settings.show_progress),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         results: Any = lm_eval.simple_evaluate(
             model=HFLM(
                 pretrained=model,
@@ -254,6 +261,18 @@ def run_task(
             **{"bootstrap_iters": 1000, **settings.options},
         )
     return TaskScores.of(results, task.weighted, bool(settings.options.get("apply_chat_template")))
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Restore the random states that the harness seeds."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _quiet(show_progress: bool) -> contextlib.AbstractContextManager[Any]:

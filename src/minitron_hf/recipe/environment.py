@@ -60,6 +60,7 @@ def check_environment(
     if stages & {"distill", "controls"}:
         check_reporters(arguments)
         check_tokens(run.tokenizer, arguments)
+        _check_training_tasks(arguments)
         for args in arguments:
             if args.push_to_hub:
                 check_push(args.hub_model_id or run.folder.resolve().name, token=args.hub_token)
@@ -317,6 +318,18 @@ def check_benchmarks(recipe: Recipe, tokenizer: Any) -> None:
             require_tasks(section.tasks, section.include_path, runs_code=section.confirm_run_unsafe_code)
         except DataError as error:
             raise DataError(f"evaluate.tasks: {error}") from error
+
+
+def _check_training_tasks(arguments: Collection[DistillationConfig]) -> None:
+    """Refuse tasks of training that the harness does not have, or cannot run here."""
+    from ..evaluation.tasks import require_tasks
+
+    for args in arguments:
+        if args.eval_tasks:
+            try:
+                require_tasks(args.eval_tasks, args.eval_include_path)
+            except DataError as error:
+                raise DataError(f"distill.eval_tasks: {error}") from error
 
 
 def _evaluated_models(recipe: Recipe) -> list[str]:

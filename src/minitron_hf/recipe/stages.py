@@ -118,11 +118,16 @@ def _cache_settings(recipe: Recipe) -> Any:
     }
 
 
+#: Fields of `DistillationConfig` about tasks that are measured during training.
+_LOGGED_TASKS = ("eval_tasks", "eval_task_limit", "eval_task_data", "eval_include_path")
+
+
 def _distill_settings(recipe: Recipe) -> Any:
     """The arguments that the student depends on; the split of a step's rows over processes and batches is none."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     if not settings.get("load_best_model_at_end") and settings["lr_scheduler_type"] != "reduce_lr_on_plateau":
-        settings.pop("max_eval_rows")  # changes the log alone
+        for name in ("max_eval_rows", *_LOGGED_TASKS):  # change the log alone
+            settings.pop(name, None)
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
 
