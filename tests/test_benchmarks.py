@@ -15,7 +15,7 @@ from minitron_hf.evaluation.benchmarks import _Stored, compared, measure_benchma
 from minitron_hf.evaluation.paired import paired_difference, share_of
 from minitron_hf.evaluation.presets import PRESETS
 from minitron_hf.evaluation.task_results import TaskScores
-from minitron_hf.publishing.card_tables import _benchmark_table
+from minitron_hf.publishing.benchmark_tables import _benchmark_table
 from minitron_hf.publishing.uploads import _documents_of_benchmarks, is_owned
 from pocket import pocket_model, pocket_tokenizer
 

@@ -25,7 +25,7 @@ from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, trainin
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = write_run(tmp_path / "run")
-    for name in ("training", "importance", "layers", "search"):
+    for name in ("training", "importance", "layers", "search", "speed"):
         (folder / "plots" / f"{name}.png").write_bytes(b"\x89PNG")
     return folder
 
@@ -110,7 +110,7 @@ def test_free_text_cannot_break_the_card(run_dir):
     assert "## and a heading" not in re.findall(r"^##.*$", render_model_card(run_dir), flags=re.M)
 
 
-@pytest.mark.parametrize("name", ["training", "importance", "layers", "search"])
+@pytest.mark.parametrize("name", ["training", "importance", "layers", "search", "speed"])
 def test_pictures_are_linked_when_they_are_there(run_dir, name):
     assert f"](plots/{name}.png)" in render_model_card(run_dir)
     (run_dir / "plots" / f"{name}.png").unlink()
@@ -382,6 +382,32 @@ def test_benchmarks_say_how_they_were_measured(run_dir):
     assert found["piqa"].dataset_args == how
 
 
+def test_workloads_become_rows(run_dir):
+    changed = evaluation()
+    changed["settings"] |= {"rounds": 3, "decode_tokens": 8}
+    for factor, name in ((1, "teacher"), (2, "student")):
+        changed["models"][name]["speeds"] = [
+            {
+                "batch_size": size,
+                "prompt_tokens": 64,
+                "prefill_tokens_per_second": {"median": 1000.0 * factor, "quartiles": [900.0, 1100.0]},
+                "decode_tokens_per_second": {"median": 100.0 * factor * size, "quartiles": [90.0, 110.0]},
+                "kv_cache_bytes": 2048 * size // factor,
+                "peak_memory_bytes": None,
+            }
+            for size in (1, 4)
+        ]
+    write_json(run_dir / "evaluation.json", changed)
+    content = render_model_card(run_dir)
+    assert check_card(content) == ([], [])
+    shown = content.split("### Speed and memory")[1]
+    assert "| Prompts | Tokens of each |  | Teacher | Student |" in shown
+    assert "| 4 | 64 | decode, tokens/s | 400 [90–110] | 800 [90–110] (2.00×) |" in shown
+    assert "| 4 | 64 | KV cache | 8.00 KiB | 4.00 KiB (0.50×) |" in shown
+    assert "peak memory |" not in shown
+    assert "Medians over 3 rounds" in shown
+
+
 def test_controls_become_columns(run_dir):
     changed = evaluation()
     changed["models"]["random_init"] = changed["models"].pop("pruned")
@@ -430,7 +456,7 @@ def test_write_model_card_draws_first(tmp_path):
     assert content == render_model_card(folder)
     for link in re.findall(r"\]\((plots/[^)]+)\)", content):
         assert (folder / link).read_bytes().startswith(b"\x89PNG")
-    assert content.count("](plots/") == 4
+    assert content.count("](plots/") == 5
 
 
 def test_shown_settings_are_the_recorded_ones(run_dir):

@@ -12,16 +12,18 @@ import pytest
 from matplotlib.colors import to_hex
 
 from minitron_hf.errors import MismatchError, OutputError
-from minitron_hf.publishing.drawing import GREEN, GREY, RED
+from minitron_hf.publishing.drawing import GREEN, GREY, RED, NothingToDrawError
 from minitron_hf.publishing.importance_plots import plot_importance, plot_layers
 from minitron_hf.publishing.plots import PLOTS, plot_training, write_plots
 from minitron_hf.publishing.search_plot import plot_search
+from minitron_hf.publishing.speed_plot import plot_speed
 from run_folder import (
     DROPPED,
     FFN,
     HEADS,
     KEPT,
     LAYERS,
+    evaluation,
     plan,
     save_scores,
     scores,
@@ -185,10 +187,34 @@ def test_a_search_without_distillation_compares_what_was_pruned(run_dir):
 def test_plots_are_drawn_only_where_their_inputs_exist(run_dir):
     assert [path.name for path in write_plots(run_dir)] == list(PLOTS)
     (run_dir / "scores.safetensors").unlink()
-    assert [path.name for path in write_plots(run_dir)] == ["training.png", "search.png"]
+    assert [path.name for path in write_plots(run_dir)] == ["training.png", "search.png", "speed.png"]
     write_json(run_dir / "distillation.json", training_record() | {"log_history": []})
     write_json(run_dir / "search.json", search() | {"candidates": []})
+    (run_dir / "evaluation.json").unlink()
     assert write_plots(run_dir) == []
+
+
+def test_quality_is_drawn_against_latency_and_speed_against_the_batch(run_dir):
+    record = evaluation()
+    [panel] = plot_speed(run_dir).axes
+    points = [bars.lines[0].get_xydata()[0].tolist() for bars in panel.containers]
+    timed = [record["models"][name] for name in ("teacher", "student")]
+    assert points == [
+        [1e3 / one["decode_tokens_per_second"]["median"], one["metrics"]["loss"]["value"]] for one in timed
+    ]
+    for one in timed:
+        one["speeds"] = [
+            {"batch_size": size, "prompt_tokens": length, "decode_tokens_per_second": {"median": 10.0 * size + length}}
+            for size in (4, 1)
+            for length in (32, 8)
+        ]
+    write_json(run_dir / "evaluation.json", record)
+    _, second = plot_speed(run_dir).axes
+    assert [line.get_xydata().tolist() for line in second.get_lines()] == [[[1, 18], [4, 48]]] * 2
+    del record["models"]["student"]
+    write_json(run_dir / "evaluation.json", record)
+    with pytest.raises(NothingToDrawError, match="two models"):
+        plot_speed(run_dir)
 
 
 def test_a_picture_of_a_newer_format_is_refused_and_not_left_out(run_dir):
@@ -202,7 +228,7 @@ def test_layers_only_scores_give_no_importance_plot(run_dir):
     save_scores({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
     with pytest.raises(MismatchError, match="no width axis"):
         plot_importance(run_dir)
-    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png", "search.png"]
+    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png", "search.png", "speed.png"]
 
 
 def test_same_files_give_the_same_bytes_whatever_the_style(run_dir):

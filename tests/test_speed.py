@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_hf.errors import HubError, UnsupportedModelError
+from minitron_hf.errors import DataError, HubError, MismatchError, UnsupportedModelError
 from minitron_hf.evaluation import speed as speed_module
 from minitron_hf.evaluation.evaluate import evaluate_models
 from pocket import pocket_model
@@ -56,6 +56,75 @@ def test_speed_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch):
     assert prefills == ["teacher", "student", "student", "teacher"] * 2
     assert [length for _, length in order].count(1) == 4 * 2 * 4
     assert result["settings"]["prefill_length"] == 20
+
+
+def test_workloads_are_timed_side_by_side_with_their_bytes(monkeypatch: pytest.MonkeyPatch):
+    """A clock that moves by the tokens of a pass gives every workload the same speed per token and row."""
+    clock, shapes = [0.0], []
+    model = pocket_model("llama", dtype=torch.float32)
+    forward = model.forward
+
+    def ticking(*args, input_ids, **kwargs):
+        clock[0] += input_ids.shape[1]
+        shapes.append(tuple(input_ids.shape))
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", ticking)
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: clock[0])
+    result = evaluate_models(
+        {"model": model},
+        [[5, 6, 7]],
+        max_length=16,
+        prefill_length=20,
+        decode_tokens=4,
+        rounds=2,
+        speed_batch_sizes=[1, 3],
+        speed_prompt_tokens=[8, 20],
+        show_progress=False,
+    )
+    entry = result["models"]["model"]
+    assert [(one["batch_size"], one["prompt_tokens"]) for one in entry["speeds"]] == [(1, 8), (1, 20), (3, 8), (3, 20)]
+    per_token = entry["kv_cache_bytes_per_token"]
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for one in entry["speeds"]:
+        rows, length = one["batch_size"], one["prompt_tokens"]
+        assert one["prefill_tokens_per_second"]["rounds"] == [rows, rows]
+        assert one["decode_tokens_per_second"]["rounds"] == [rows, rows]
+        assert one["kv_cache_bytes"] == per_token * rows * length
+        assert one["peak_memory_bytes"] > weights + one["kv_cache_bytes"]
+    assert shapes.count((3, 20)) == 3, "one round for the bytes and two for the time"
+    peaks = [one["peak_memory_bytes"] for one in entry["speeds"]]
+    assert peaks[1] == entry["peak_memory_bytes"] < peaks[3]
+    assert peaks[3] - weights == pytest.approx(3 * (peaks[1] - weights), rel=0.05)
+
+
+def test_peak_memory_is_that_of_living_tensors():
+    """A model that multiplies twice: its input, both products and, with the first one freed, nothing more."""
+
+    class Twice(torch.nn.Module):
+        device, is_quantized = torch.device("cpu"), False
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(64, 64))
+
+    model, measured = Twice(), speed_module._Measured()
+    with torch.no_grad(), speed_module._peak_memory(model, measured):
+        first = torch.ones(64, 64) @ model.weight
+        first = first @ model.weight
+    assert measured.peak_bytes == (1 + 2) * 64 * 64 * 4
+
+
+def test_workloads_that_cannot_be_timed_are_refused():
+    model, rows = pocket_model("llama"), [[5, 6, 7]]
+    for settings, words in (
+        ({"speed_batch_sizes": [0]}, "speed_batch_sizes=0"),
+        ({"speed_prompt_tokens": [-1]}, "speed_prompt_tokens=-1"),
+    ):
+        with pytest.raises(DataError, match=words):
+            evaluate_models({"model": model}, rows, show_progress=False, **settings)
+    with pytest.raises(MismatchError, match="exceed the context"):
+        evaluate_models({"model": model}, rows, show_progress=False, speed_prompt_tokens=[10**6])
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 8])

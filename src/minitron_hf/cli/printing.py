@@ -225,6 +225,7 @@ def _print_measurement(folder: Path) -> None:
     console.print(table)
     if "chat" in evaluation:
         console.print(_chat_table(evaluation))
+    _print_speeds(evaluation)
     if "draft" in evaluation:
         console.print(_draft_table(evaluation))
     if any("positions" in values for values in evaluation["models"].values()):
@@ -257,6 +258,18 @@ def _chat_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def _print_speeds(evaluation: Mapping[str, Any]) -> None:
+    """Size and speed of the models, and the workloads that were timed, as on the card."""
+    from ..publishing import card_tables
+
+    if any(model.get("decode_tokens_per_second") for model in evaluation["models"].values()):
+        rows = card_tables._measurement_table(evaluation)
+        quality = {title for title, *_ in card_tables.METRICS.values()}
+        _console().print(_as_table([row for row in rows if row[0] not in quality], "Size and speed"))
+    if rows := card_tables._speed_table(evaluation) or []:
+        _console().print(_as_table(rows, "Speed and memory by workload", 3))
+
+
 def _draft_table(evaluation: Mapping[str, Any]) -> Table:
     """Models as drafts of the teacher, as on the card."""
     from ..publishing import card_tables
@@ -268,7 +281,7 @@ def _draft_table(evaluation: Mapping[str, Any]) -> Table:
 
 def _task_table(benchmarks: Mapping[str, Any]) -> Table:
     """Tasks of lm-evaluation-harness, as on the card."""
-    from ..publishing.card_tables import _benchmark_table
+    from ..publishing.benchmark_tables import _benchmark_table
 
     return _as_table(_benchmark_table(benchmarks["models"], benchmarks.get("average")), "Benchmarks", 2)
 

@@ -25,7 +25,7 @@ from .draft import DraftTest, time_drafts
 from .limits import Limits, checked_reference, require_positive
 from .loading import common_device, in_float32, load_for_inference
 from .quality import measure_quality
-from .speed import checkpoint_bytes, device_description, measure_speed
+from .speed import Workload, checkpoint_bytes, device_description, measure_speed
 from .tasks import require_tasks
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def evaluate_models(
     prefill_length: int | None = None,
     decode_tokens: int | None = None,
     rounds: int = 5,
+    speed_batch_sizes: Sequence[int] = (),
+    speed_prompt_tokens: Sequence[int] = (),
     checkpoints: Mapping[str, str | os.PathLike[str]] | None = None,
     chat_prompts: DataSource | None = None,
     chat_max_new_tokens: int = 256,
@@ -104,6 +106,8 @@ def evaluate_models(
     Size and speed: parameters; bytes of the checkpoint; `prefill_tokens_per_second` of one prompt of `prefill_length`
     tokens up to the logits of its last token; `decode_tokens_per_second` of the `decode_tokens` greedy steps after it,
     with the cache; `kv_cache_bytes_per_token`, the bytes of the cache after the prompt, per token of the prompt.
+    `peak_memory_bytes` is the most that weights, cache and activations take together. `speeds` has the same for every
+    combination of `speed_batch_sizes` and `speed_prompt_tokens`, where they are given; tokens of all rows count.
     Each round times all models, in a rotating order, after one round that is not counted. A speed is the median of the
     rounds, with their first and third quartile.
 
@@ -130,6 +134,8 @@ def evaluate_models(
         prefill_length: tokens of the timed prompt; by default up to 512, as the models' contexts allow.
         decode_tokens: tokens of the timed generation; by default up to 64.
         rounds: number of timed rounds.
+        speed_batch_sizes: numbers of prompts at a time to time, beside the one prompt.
+        speed_prompt_tokens: lengths of prompts to time, beside `prefill_length`.
         checkpoints: name → path or Hub id that a model object was loaded from. It is recorded as the model's name, and
             its files are the checkpoint's size; by default that is the size of the object's parameters.
         chat_prompts: prompts to answer: a dataset with `messages`, `prompt` or `text_field`, as for `generate_corpus`;
@@ -171,9 +177,10 @@ def evaluate_models(
     # Refusals that need configs alone come before any weights are read.
     limits = Limits.of(models, reference)
     max_length = limits.row_length(max_length)
-    timing = Timing(min(16, max_length), 0, 0)  # for the size of the cache alone
+    timing, grid = Timing(min(16, max_length), 0, 0), []  # for the size of the cache alone
     if speed:
         timing = Timing(*limits.timed_lengths(prefill_length, decode_tokens), rounds)
+        grid = _speed_grid(limits, timing, speed_batch_sizes, speed_prompt_tokens)
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
     if processing_class is not None:
@@ -224,9 +231,8 @@ def evaluate_models(
         with evaluating(loaded.values()):
             drafts = time_drafts(loaded, reference, rows, draft, show_progress)
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
-    measured = _measure(
-        loaded, rows, reference, batch_size, timing, by_path if dtype in (None, "auto") else [], chat, show_progress
-    )
+    in_full_precision = by_path if dtype in (None, "auto") else []
+    measured = _measure(loaded, rows, reference, batch_size, timing, grid, in_full_precision, chat, show_progress)
     result = {
         "format": FORMATS[EVALUATION_NAME],
         "versions": versions(),
@@ -284,6 +290,7 @@ def _measure(
     reference: str | None,
     batch_size: int,
     timing: Timing,
+    grid: Sequence[Workload],
     in_full_precision: Sequence[str],
     chat: ChatTest | None,
     show_progress: bool,
@@ -296,6 +303,7 @@ def _measure(
         reference: name of the model that the others are compared with.
         batch_size: rows per forward pass.
         timing: lengths and number of the timed rounds.
+        grid: further workloads to time.
         in_full_precision: names of the models whose quality is computed in float32: half precision moves a KL by 0.001
             nats, more than its standard error where a model is close to its reference.
         chat: prompts to answer.
@@ -309,7 +317,7 @@ def _measure(
             positions = {name: quality[name].pop("positions") for name in models}
             answers = {} if chat is None else chat.measure(models, reference, batch_size, show_progress)
             dtypes = _dtypes(models)
-        speeds = measure_speed(models, rows, **asdict(timing), show_progress=show_progress)
+        speeds = measure_speed(models, rows, **asdict(timing), grid=grid, show_progress=show_progress)
     found = {}
     for name in models:
         found[name] = {"metrics": quality[name], **speeds[name]}
@@ -329,6 +337,26 @@ def _sources(models: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> dict[
     if unknown := sorted(set(checkpoints) - set(models)):
         raise DataError(f"checkpoints names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
     return {**models, **checkpoints}
+
+
+def _speed_grid(
+    limits: Limits, timing: Timing, batch_sizes: Sequence[int], prompt_tokens: Sequence[int]
+) -> list[Workload]:
+    """Every combination of the batch sizes and lengths to time; none without both.
+
+    Raises:
+        DataError: if one of them is below 1.
+        MismatchError: if a length exceeds the models' context.
+    """
+    if not batch_sizes and not prompt_tokens:
+        return []
+    for size in batch_sizes:
+        require_positive(speed_batch_sizes=size)
+    lengths = prompt_tokens or (timing.prefill_length,)
+    for length in lengths:
+        require_positive(speed_prompt_tokens=length)
+        limits.timed_lengths(length, timing.decode_tokens)
+    return [Workload(size, length) for size in batch_sizes or (1,) for length in lengths]
 
 
 def _draft_test(

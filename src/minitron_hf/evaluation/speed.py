@@ -1,4 +1,4 @@
-"""Size and speed of models: checkpoint bytes, KV-cache bytes, prefill and decode speed in interleaved rounds."""
+"""Size and speed of models: bytes of checkpoint, cache and peak memory; prefill and decode in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ..allocations import AllocationCounter
 from ..compat import commit_hash
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
@@ -68,6 +70,19 @@ def _cached_folder(repo_id: str, loaded: PreTrainedModel | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A batch of prompts to read, and tokens to decode after them.
+
+    Attributes:
+        batch_size: number of prompts.
+        prompt_tokens: tokens of each.
+    """
+
+    batch_size: int
+    prompt_tokens: int
+
+
 @torch.no_grad()
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
@@ -77,53 +92,109 @@ def measure_speed(
     decode_tokens: int,
     rounds: int,
     show_progress: bool,
+    grid: Sequence[Workload] = (),
 ) -> dict[str, dict[str, Any]]:
     """Measure the cache size of every model and, with `rounds` > 0, its speed in interleaved rounds.
 
     Args:
         models: name → model.
-        rows: the prompt is made of their tokens.
+        rows: the prompts are made of their tokens.
         prefill_length: tokens of the prompt.
         decode_tokens: greedy steps after the prompt.
         rounds: number of timed rounds.
         show_progress: show a progress bar.
+        grid: further workloads.
 
     Returns:
-        name → `prefill_tokens_per_second` and `decode_tokens_per_second`, see `summarize_speeds`, and
-        `kv_cache_bytes_per_token`.
+        name → `prefill_tokens_per_second` and `decode_tokens_per_second`, see `summarize_speeds`,
+        `kv_cache_bytes_per_token`, with rounds `peak_memory_bytes`, and with a grid `speeds`: the same for every
+        workload of it, with `batch_size`, `prompt_tokens` and `kv_cache_bytes`. Tokens of all rows of a batch count.
     """
-    stream = [token for row in rows.rows[:prefill_length] for token in row]
-    prompt = torch.tensor([(stream * (prefill_length // len(stream) + 1))[:prefill_length]])
-    prefill: dict[str, list[float]] = {name: [] for name in models}
-    decode: dict[str, list[float]] = {name: [] for name in models}
-    cache_bytes: dict[str, int | None] = {}
-
+    main = Workload(1, prefill_length)
+    timed = {load: {name: _Measured() for name in models} for load in dict.fromkeys((main, *grid))}
     names = list(models)
-    # The first round warms up caches, kernels and allocators, and measures the cache's size.
+    # The first round warms up caches, kernels and allocators, and measures bytes.
     for turn in tqdm(range(rounds + 1), desc="Timing", unit="round", disable=not (show_progress and rounds)):
-        for name in names:
-            model = models[name]
-            input_ids = prompt.to(model.device)
-            seconds, output = _timed_prefill(model, input_ids)
-            if turn == 0:
-                cache_bytes[name] = _cache_bytes_per_token(output, prefill_length)
-            if turn > 0:
-                prefill[name].append(prefill_length / seconds)
-            if rounds:
-                seconds = _timed_decode(model, output, decode_tokens)
-            if turn > 0:
-                decode[name].append(decode_tokens / seconds)
-            del output
+        for load, measured in timed.items():
+            prompts = _prompts(rows, load)
+            for name in names:
+                _run(models[name], prompts, decode_tokens if rounds else 0, measured[name], counts_bytes=turn == 0)
         names = names[1:] + names[:1]
+    found = {}
+    for name in models:
+        first = timed[main][name]
+        bytes_per_token = None if first.cache_bytes is None else round(first.cache_bytes / prefill_length)
+        found[name] = {**first.speeds, "kv_cache_bytes_per_token": bytes_per_token}
+        if rounds:
+            found[name]["peak_memory_bytes"] = first.peak_bytes
+        if grid:
+            found[name]["speeds"] = [{**asdict(load), **timed[load][name].described} for load in dict.fromkeys(grid)]
+    return found
 
-    return {
-        name: {
-            "prefill_tokens_per_second": summarize_speeds(prefill[name]),
-            "decode_tokens_per_second": summarize_speeds(decode[name]),
-            "kv_cache_bytes_per_token": cache_bytes[name],
+
+class _Measured:
+    """Speeds and bytes of one model and workload."""
+
+    def __init__(self) -> None:
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.cache_bytes: int | None = None
+        self.peak_bytes: int | None = None
+
+    @property
+    def speeds(self) -> dict[str, Any]:
+        return {
+            "prefill_tokens_per_second": summarize_speeds(self.prefill),
+            "decode_tokens_per_second": summarize_speeds(self.decode),
         }
-        for name in models
-    }
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {**self.speeds, "kv_cache_bytes": self.cache_bytes, "peak_memory_bytes": self.peak_bytes}
+
+
+def _prompts(rows: TokenRows, load: Workload) -> torch.Tensor:
+    """Token ids of the prompts, one after the other from the rows, which are repeated; int64 [B, T]."""
+    wanted = load.batch_size * load.prompt_tokens
+    stream = [token for row in rows.rows[:wanted] for token in row]
+    return torch.tensor((stream * (wanted // len(stream) + 1))[:wanted]).view(load.batch_size, -1)
+
+
+def _run(
+    model: PreTrainedModel, prompts_BT: torch.Tensor, decode_tokens: int, measured: _Measured, *, counts_bytes: bool
+) -> None:
+    """Read prompts and decode after them, for the bytes or for the time."""
+    input_ids = prompts_BT.to(model.device)
+    with _peak_memory(model, measured) if counts_bytes else contextlib.nullcontext():
+        seconds, output = _timed_prefill(model, input_ids)
+        if counts_bytes:
+            measured.cache_bytes = _cache_bytes(output)
+        decoding = _timed_decode(model, output, decode_tokens) if decode_tokens else 0.0
+    if not counts_bytes:
+        measured.prefill.append(prompts_BT.numel() / seconds)
+        measured.decode.append(len(prompts_BT) * decode_tokens / decoding)
+
+
+@contextlib.contextmanager
+def _peak_memory(model: PreTrainedModel, measured: _Measured) -> Iterator[None]:
+    """Measure the peak of the weights and of everything that is allocated meanwhile.
+
+    On CUDA it is what PyTorch's allocator gave; elsewhere the bytes of all living tensors, without the workspace
+    inside an operation. It stays unknown for quantised weights outside of CUDA.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(stored_bytes(tensor) for tensor in tensors)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        yield
+        measured.peak_bytes = weights + torch.cuda.max_memory_allocated(model.device) - before
+    elif getattr(model, "is_quantized", False):
+        yield
+    else:
+        with AllocationCounter(tensors) as counted:
+            yield
+        measured.peak_bytes = weights + max(counted.moments, default=0)
 
 
 def summarize_speeds(speeds: Sequence[float]) -> dict[str, Any] | None:
@@ -167,8 +238,8 @@ def _timed_decode(model: PreTrainedModel, output: Any, num_tokens: int) -> float
     return time.perf_counter() - start
 
 
-def _cache_bytes_per_token(output: Any, num_tokens: int) -> int | None:
-    """Bytes of keys and values in a model's cache per token; None where a model has no such cache."""
+def _cache_bytes(output: Any) -> int | None:
+    """Bytes of keys and values in a model's cache; None where a model has no such cache."""
     cache = output.get("past_key_values")
     tensors = [
         tensor
@@ -176,7 +247,7 @@ def _cache_bytes_per_token(output: Any, num_tokens: int) -> int | None:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if tensor is not None
     ]
-    return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / num_tokens) if tensors else None
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) if tensors else None
 
 
 def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:

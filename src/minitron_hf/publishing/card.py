@@ -22,10 +22,10 @@ from ..formats import read_artefact
 from ..privacy import is_outside_folder, public_settings
 from ..saving import least_transformers
 from . import markdown as md
-from .card_metadata import benchmark_values, dataset_name, is_limited, is_number, is_repo_id, metadata
+from .benchmark_tables import _benchmark_table, _benchmarked
+from .card_metadata import dataset_name, is_number, is_repo_id, metadata
 from .card_tables import (
     _architecture_table,
-    _benchmark_table,
     _chat_table,
     _corpus_table,
     _cost_table,
@@ -36,6 +36,7 @@ from .card_tables import (
     _position_table,
     _round_table,
     _search_table,
+    _speed_table,
     _written_by_teacher,
 )
 from .plots import PLOTS, write_plots
@@ -247,6 +248,7 @@ def _card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "depth": _depth_table(last) if last else None,
         "measurements": _measurement_table(evaluation) if evaluation else None,
         "chat": _chat_table(evaluation) if evaluation else None,
+        "speeds": _speed_table(evaluation) if evaluation else None,
         "drafts": _draft_table(evaluation) if evaluation else None,
         "positions": _position_table(evaluation) if evaluation else None,
         "short_rows": _short_rows(run),
@@ -358,30 +360,6 @@ def _loss_gap(evaluation: Mapping[str, Any]) -> float | None:
             return None
         losses.append(measured["value"])
     return losses[0] - losses[1]
-
-
-def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> str:
-    """Sentences on how the benchmarks were measured; empty if that was not recorded."""
-    found = [measured for *_, measured in benchmark_values(benchmarks)]
-    versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
-    if not versions:
-        return ""
-    sentences = [f"Measured with lm-evaluation-harness {' and '.join(versions)}."]
-    if any(measured.get("chat_template") for measured in found):
-        sentences.append("The chat template was applied.")
-    if any(is_limited(measured) for measured in found):
-        sentences.append("A value that was measured on a part of the documents cannot be compared with other values.")
-    if any(measured.get("difference") for measured in found):
-        sentences.append(
-            "± is the standard error. Differences to the teacher are paired, document by document. One within twice "
-            "its error may be chance."
-        )
-    if (share := (average.get("student") or {}).get("share")) is not None:
-        metrics = ", ".join(f"{task} ({metric})" for task, metric in average["student"]["metrics"].items())
-        sentences.append(
-            f"The student keeps {md.measured(share, 100, ' %')} of the teacher's average over these tasks: {metrics}."
-        )
-    return " ".join(sentences)
 
 
 def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:

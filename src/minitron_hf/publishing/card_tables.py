@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import markdown as md
-from .card_metadata import METRICS, benchmark_values, is_limited
+from .card_metadata import METRICS
 
 #: Metrics in the table of rounds.
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
@@ -169,6 +169,7 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         ("Parameters without embeddings", "num_parameters_without_embeddings", md.count),
         ("Checkpoint size", "checkpoint_bytes", md.binary_size),
         ("KV cache per token", "kv_cache_bytes_per_token", md.binary_size),
+        ("Peak memory", "peak_memory_bytes", md.binary_size),
     ):
         add(title, [_with_ratio(models[name].get(key), reference.get(key), shown) for name in names])
     for title, key in (
@@ -180,6 +181,29 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         # Evaluations by older versions have no quartiles.
         title += ": median [quartiles]" if any("quartiles" in speed for speed in speeds) else ""
         add(title, [_with_ratio(speed.get("median"), base, md.rate, speed.get("quartiles")) for speed in speeds])
+    return rows
+
+
+def _speed_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+    """Speeds and bytes of every workload, a column per model; None where one workload alone was timed."""
+    models = {name: model["speeds"] for name, model in evaluation["models"].items() if model.get("speeds")}
+    if not models:
+        return None
+    names = _model_order(models)
+    reference = models.get(evaluation.get("reference") or "")
+    rows = [["Prompts", "Tokens of each", "", *map(_model_title, names)]]
+    for place, load in enumerate(models[names[0]]):
+        which = [md.count(load["batch_size"]), md.count(load["prompt_tokens"])]
+        base = {} if reference is None else reference[place]
+        for title, key in (("prefill, tokens/s", "prefill"), ("decode, tokens/s", "decode")):
+            speeds = [models[name][place][f"{key}_tokens_per_second"] or {} for name in names]
+            median = (base.get(f"{key}_tokens_per_second") or {}).get("median")
+            cells = [_with_ratio(one.get("median"), median, md.rate, one.get("quartiles")) for one in speeds]
+            rows.append([*which, title, *cells])
+        for title, key in (("KV cache", "kv_cache_bytes"), ("peak memory", "peak_memory_bytes")):
+            sizes = [models[name][place][key] for name in names]
+            cells = [_with_ratio(size, base.get(key), md.binary_size) for size in sizes]
+            rows += [[*which, title, *cells]] if {*cells} != {"–"} else []
     return rows
 
 
@@ -305,49 +329,6 @@ def _with_ratio(
     spread = f" [{'–'.join(map(shown, quartiles))}]" if quartiles else ""
     ratio = f" ({value / reference:.2f}×)" if reference and value != reference else ""
     return shown(value) + spread + ratio
-
-
-def _benchmark_table(benchmarks: Mapping[str, Any], average: Mapping[str, Any] | None = None) -> list[list[str]]:
-    """A row per task and metric; each compared model has a second column with its difference to the reference.
-
-    Args:
-        benchmarks: the entry `models` of `benchmarks.json`.
-        average: its entry `average`.
-    """
-    cells: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
-    has_chance = any("chance" in measured for *_, measured in benchmark_values(benchmarks))
-    for model, task, metric, measured in benchmark_values(benchmarks):
-        shots, count, chance = (measured.get(key) for key in ("num_fewshot", "num_documents", "chance"))
-        documents = "–" if count is None else md.count(count)
-        documents += f" of {md.count(measured['num_documents_in_task'])}" if is_limited(measured) else ""
-        guessed = "–" if chance is None else f"{chance:.2g}"
-        row = (task, metric, "–" if shots is None else str(shots), documents, *([guessed] if has_chance else []))
-        cells.setdefault(row, {})[model] = measured
-    names = _model_order({name for row in cells.values() for name in row})
-    compared = {name for row in cells.values() for name, measured in row.items() if measured.get("difference")}
-    titles = [
-        title for name in names for title in _with_difference(_model_title(name), "Difference", name in compared)
-    ]
-
-    def row_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        return [
-            cell
-            for name in names
-            for cell in _with_difference(
-                md.measured(found.get(name)), md.difference(found.get(name, {}).get("difference")), name in compared
-            )
-        ]
-
-    header = ["Task", "Metric", "Shots", "Documents", *(["Chance"] if has_chance else [])]
-    rows = [[*row, *row_of(found)] for row, found in cells.items()]
-    if average:
-        count = len(next(iter(average.values()))["metrics"])
-        rows.append([f"Average of {count} tasks", *[""] * (len(header) - 1), *row_of(average)])
-    return [[*header, *titles], *rows]
-
-
-def _with_difference(cell: str, difference: str, compared: bool) -> list[str]:
-    return [cell, difference] if compared else [cell]
 
 
 def _model_order(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from ..formats import read_artefact
 from .drawing import BLUE, DPI, GREEN, GREY, ORANGE, RED, NothingToDrawError, _curve, _figure, _own_style
 from .importance_plots import plot_importance, plot_layers
 from .search_plot import plot_search
+from .speed_plot import plot_speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +125,7 @@ PLOTS = {
     "importance.png": (plot_importance, ("scores.safetensors", "pruning_plan.json")),
     "layers.png": (plot_layers, ("scores.safetensors", "pruning_plan.json")),
     "search.png": (plot_search, ("search.json",)),
+    "speed.png": (plot_speed, ("evaluation.json",)),
 }
 
 

@@ -248,6 +248,8 @@ def _evaluate(run: Run) -> None:
         descriptions=_descriptions(run.recipe),
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
+        speed_batch_sizes=section.speed_batch_sizes,
+        speed_prompt_tokens=section.speed_prompt_tokens,
         draft_prompts=section.draft_prompts,
         draft_tokens=section.draft_tokens,
         **_chat_arguments(run),

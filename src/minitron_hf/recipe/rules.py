@@ -65,7 +65,8 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         (
             "batch_size", "block_length", "chat_max_new_tokens", "context_length", "dataset_num_proc",
-            "decode_tokens", "devices", "eval_accumulation_steps", "gradient_accumulation_steps", "iterations",
+            "decode_tokens", "devices", "draft_prompts", "draft_tokens", "eval_task_limit",
+            "eval_accumulation_steps", "gradient_accumulation_steps", "iterations",
             "loss_chunk_size", "max_new_tokens", "max_prompt_length", "num_candidates", "num_chat_prompts",
             "num_prompts", "num_processes", "num_pruned", "num_rounds", "num_rows", "rows_per_file",
             "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",

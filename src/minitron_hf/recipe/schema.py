@@ -99,6 +99,8 @@ class EvaluateSection:
         num_rows: rows to measure; None: all.
         batch_size: rows per batch.
         speed: measure prefill and decode speed.
+        speed_batch_sizes: numbers of prompts at a time to time, beside one prompt.
+        speed_prompt_tokens: lengths of prompts to time, beside one of up to 512 tokens.
         tasks: lm-evaluation-harness tasks, or the presets `minitron`, `minitron_code` and `small` (needs the extra
             `eval`).
         task_models: models that do the tasks; None: the teacher and the student. Others are `pruned`,
@@ -120,6 +122,8 @@ class EvaluateSection:
     num_rows: int | None = None
     batch_size: int = 8
     speed: bool = True
+    speed_batch_sizes: list[int] = field(default_factory=list)
+    speed_prompt_tokens: list[int] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     task_models: list[str] | None = None
     task_limit: float | None = None

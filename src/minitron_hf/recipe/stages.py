@@ -153,7 +153,10 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 #: Entries of `evaluate` that finished stages of older versions have not recorded.
-_NEW_EVALUATE_ENTRIES = ("task_models", "task_data", "confirm_run_unsafe_code", "draft_prompts", "draft_tokens")
+_NEW_EVALUATE_ENTRIES = (
+    "task_models", "task_data", "confirm_run_unsafe_code", "draft_prompts", "draft_tokens", "speed_batch_sizes",
+    "speed_prompt_tokens",
+)  # fmt: skip
 
 
 def _evaluation_settings(recipe: Recipe) -> Any:
