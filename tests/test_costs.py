@@ -21,9 +21,9 @@ from minitron_hf.distillation.gpu_data_sheets import Device
 from minitron_hf.distillation.stage_memory import (
     Workload,
     evaluation_memory,
-    expected_cut_inputs,
     stage_memory,
 )
+from minitron_hf.distillation.stage_repair import expected_cut_inputs
 from minitron_hf.errors import PlanError
 from minitron_hf.models import count_parameters, load_config
 from minitron_hf.pruning.planning import make_plan
@@ -104,6 +104,7 @@ def _solve_flops(factors, pivots, right, *_, **__) -> int:
         ("qwen3", {"num_attention_heads": 0.5}, None),
         ("qwen3", {"hidden_size": 0.5, "intermediate_size": 0.5, "repair": "least_squares_all"}, None),
         ("llama", {"intermediate_size": 0.5}, 1),  # a pass for every input
+        ("llama", {"layers_to_drop": [3, 4], "keep_last_layers": 0}, None),
     ],
 )
 def test_operations_of_a_repair(name, sizes, limit):

@@ -19,13 +19,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from minitron_hf.data import TokenRows
 from minitron_hf.distillation.fake_runs import AllocationCounter
 from minitron_hf.distillation.stage_memory import Workload, stage_memory
 from minitron_hf.distillation.stage_passes import backward_bytes, forward_bytes
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.pruning.repair_sums import Moments
 from minitron_hf.pruning.streaming import _write_safetensors
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_config
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +62,26 @@ def test_a_limit_bounds_the_sums_of_the_repair():
         for limit in (None, 2 * sums, 1)
     }
     assert found == {None: 3 * sums, 2 * sums: 2 * sums, 1: sums}
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("dropped", [[1, 2, 3], [1, 3]])
+def test_sums_before_dropped_layers_are_those_that_the_repair_holds(width, dropped, monkeypatch):
+    """As many matrices as runs of dropped layers, of as many bytes as those of a real repair."""
+    shape = SHAPE | {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 5}
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32).eval()
+    plan = make_plan(teacher, PrunerConfig(layers_to_drop=dropped, repair="least_squares"))
+    held = []
+    of_nothing = Moments.of_nothing
+    monkeypatch.setattr(
+        Moments, "of_nothing", lambda cut, device: held.append(found := of_nothing(cut, device)) or found
+    )
+    rows = TokenRows((tuple(range(3, 35)),) * 4, None)
+    repaired_weights(teacher, plan, rows, batch_size=2, ridge=1e-3)
+    load = replace(LOAD, num_gaps=1 if dropped == [1, 2, 3] else 2)
+    student = plan.build_student_config(teacher.config)
+    found = stage_memory(teacher.config, student, load, stages=["repair"])["repair"]
+    assert sum(moments.products.nbytes for moments in held) == found["sums"] > 0
 
 
 def test_bytes_grow_with_the_batch_and_not_with_its_logits():

@@ -7,13 +7,14 @@ what an allocator wastes.
 
 Legend: B rows of a batch, T tokens of a row, N = B·T, V vocabulary, H hidden size, L layers, P parameters of the
 teacher, W_t and W_s the bytes of the weights of teacher and student, b bytes of a number; D inputs of a refitted
-projection, K those that stay, R those that the student lacks (all of them after a norm).
+projection, K those that stay, R those that the student lacks (all of them after a norm), G channels of the residual
+stream for the projections before dropped layers, else 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,14 @@ import torch
 
 from ..compat import as_stored, names_not_saved, storage_id
 from ..families import named_tensors, spec_for
-from ..families.axes import dimension_size
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
 from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups, probed_inputs
-from ..pruning.repair_inputs import CutInputs, Projection, channel_projections
+from ..pruning.repair_inputs import CutInputs
 from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
-from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
+from .stage_repair import expected_cut_inputs, num_outputs, num_refitted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +47,7 @@ class Workload:
         top_k: tokens per position of a teacher cache.
         num_rows: M, rows on which shapes are compared.
         repair: as in `PrunerConfig`.
+        num_gaps: runs of consecutive dropped layers, at most.
         memory_limit: of `repaired_weights`; None: all projections in one pass.
         device: where the models are, `"cpu"` or `"cuda"`.
     """
@@ -58,6 +59,7 @@ class Workload:
     top_k: int = 64
     num_rows: int = 32
     repair: str = "least_squares"
+    num_gaps: int = 1
     memory_limit: float | None = None
     device: str = "cuda"
 
@@ -176,17 +178,18 @@ def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + weights refitted in earlier passes, D·H·b each, + the sums of a pass, + the larger of two moments.
 
-    The sums of an input take 8·K·(K + R), and twice that of those that choose the ridge, if all fit into one pass.
-    A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (8·N·(K + R) in float32), with their
-    product, 4·K·(K + R). The solution for O outputs of one projection, 8,192 at most: 8·(K·(2·K + R) + 2·K·O + R·O).
+    The sums of an input take 8·K·W, W = K + R + G, and twice that of those that choose the ridge, if all fit into one
+    pass. A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (4·N·(K + R) in float32), with their
+    product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
+    projection, 8,192 at most: 8·(K·(K + W) + 2·K·O + R·O).
     """
-    cuts = expected_cut_inputs(teacher, student, load.repair)
+    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     if not cuts:
         return {"weights": _weights(teacher, load)}
     groups = list(input_groups(cuts, load.memory_limit or math.inf))
     held_out = _sum_bytes(probed_inputs(cuts)) if len(groups) == 1 else 0
     passes = [
-        (_refitted_bytes([cut for group in groups[:index] for cut in group], teacher, load), _sum_bytes(group))
+        (num_refitted([cut for group in groups[:index] for cut in group], teacher) * load.itemsize, _sum_bytes(group))
         for index, group in enumerate(groups)
     ]
     fitted, sums = max(passes, key=sum)
@@ -194,9 +197,12 @@ def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
     kept, rest = len(largest.kept_K), len(largest.rest_R)
     num_tokens = load.batch_size * load.max_length
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    copies = num_tokens * (kept + rest) * (load.itemsize + (4 if load.itemsize < 4 else 0)) + 4 * kept * (kept + rest)
-    outputs = min(OUTPUTS_AT_A_TIME, _num_outputs(teacher, largest))
-    solution = 8 * (kept * (2 * kept + rest) + 2 * kept * outputs + rest * outputs)
+    added = largest.gap.width if largest.gap else 0
+    wider = 4 if load.itemsize < 4 else 0
+    copies = num_tokens * (kept + rest) * (load.itemsize + wider) + 4 * kept * (kept + rest)
+    copies += num_tokens * added * (2 * load.itemsize + wider)
+    outputs = min(OUTPUTS_AT_A_TIME, num_outputs(teacher, largest))
+    solution = 8 * (kept * (kept + largest.width) + 2 * kept * outputs + rest * outputs)
     moment = {"forward pass": passed, "inputs and product": copies}
     return {
         "weights": _weights(teacher, load),
@@ -211,19 +217,6 @@ def _sum_bytes(group: Sequence[CutInputs]) -> int:
     return sum(cut.num_bytes for cut in group)
 
 
-def _num_outputs(teacher: PretrainedConfig, cut: CutInputs) -> int:
-    """Outputs of the widest projection that reads some inputs."""
-    theirs = named_tensors(empty_model(teacher))
-    return max(theirs[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections)
-
-
-def _refitted_bytes(cuts: Sequence[CutInputs], teacher: PretrainedConfig, load: Workload) -> int:
-    """Bytes of the weights that a repair replaces."""
-    theirs = named_tensors(empty_model(teacher))
-    paths = {projection.path for cut in cuts for projection in cut.projections}
-    return sum(theirs[f"{path}.weight"].numel() for path in paths) * load.itemsize
-
-
 def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + W_s."""
     return {"weights": _weights(teacher, load), "student": _weights(student, load)}
@@ -231,7 +224,8 @@ def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + refitted weights, D·H·b each, + W_s."""
-    fitted = _refitted_bytes(expected_cut_inputs(teacher, student, load.repair), teacher, load)
+    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
+    fitted = num_refitted(cuts, teacher) * load.itemsize
     return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
 
 
@@ -364,56 +358,6 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
     if waiting + sum(moment.values()) > peak:
         return {"activations": waiting, **moment}
     return {"activations": peak}
-
-
-def expected_cut_inputs(teacher: PretrainedConfig, student: PretrainedConfig, repair: str) -> list[CutInputs]:
-    """The inputs that a repair will fit, in the order of the layers, from configs alone.
-
-    The layers that stay are taken to be the first ones. Of the projections that read the channels, all are taken to
-    read a norm.
-
-    Args:
-        teacher: its config.
-        student: its config.
-        repair: as in `PrunerConfig`.
-    """
-    spec = spec_for(teacher)
-    names = list(named_tensors(empty_model(student), tied=True))
-    found: dict[str, tuple[int, CutInputs]] = {}
-    for axis, module in spec.hook_points.items():
-        if holds_stacked_experts(spec, module):
-            continue
-        for layer in spec.layers_with(axis, names):
-            before, after = spec.sizes(teacher, layer), spec.sizes(student, layer)
-            position = UnitView(spec, axis, module, before).position
-            dimension = spec.dimensions[f"{module}.weight"][position]
-            inputs, kept = dimension_size(dimension, before), dimension_size(dimension, after)
-            path = spec.layer_parameter(layer, module)
-            if kept < inputs:
-                own = (Projection(path, position),)
-                found[path] = layer, CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
-    channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
-    return [cut for _, cut in sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))]
-
-
-def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[tuple[int, CutInputs]]:
-    """The norms over channels that the student has fewer of, each with its share of the projections that read them.
-
-    With every norm comes its layer; behind the last one where it belongs to none.
-    """
-    spec, model, kept = spec_for(teacher), empty_model(teacher), _hidden(student)
-    if kept == _hidden(teacher):
-        return
-    layers = range(_depth_of(student))
-    projections = list(channel_projections(model, layers))
-    modules = dict(model.named_modules())
-    found = norm_paths(spec, modules, _depth_of(teacher))
-    norms = [(path, layer) for path, layer in found if layer is None or layer in layers]
-    for number, (path, layer) in enumerate(norms):
-        own = tuple(projections[number :: len(norms)])
-        if own:
-            cut = CutInputs(path, torch.arange(kept), torch.arange(_hidden(teacher)), own)
-            yield _depth_of(teacher) if layer is None else layer, cut
 
 
 def _weights(config: PretrainedConfig, load: Workload) -> int:

@@ -188,7 +188,10 @@ def _notes_on_weights(
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
     if repair:
-        notes.append("Repair: projections that read cut units are refitted by least squares to the units that stay.")
+        notes.append(
+            "Repair: projections that read cut units, or precede dropped layers, are refitted by least squares to the "
+            "units that stay."
+        )
     return notes
 
 

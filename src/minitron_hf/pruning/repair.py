@@ -1,4 +1,4 @@
-"""Refits projections by least squares, so that the units and channels that stay reproduce the teacher's layers.
+"""Refits projections by least squares, so that what stays reproduces the teacher's layers.
 
 A projection W [D, H] reads x [K] in the student. What x lacks of the teacher's inputs is y [R]: the cut neurons or
 heads; or, after a norm over channels some of which are cut, the difference of the two norms. With X [N, K] and Y
@@ -6,11 +6,15 @@ heads; or, after a norm over channels some of which are cut, the difference of t
 weight is W_K + Δ. Where the projection has a bias, X and Y are centred, and the bias gains ȳ W_R − x̄ Δ; with Δ = 0
 this is the mean compensation of FLAP (arXiv 2312.11983). Only XᵀX, XᵀY and the sums of X and Y are accumulated.
 
-One forward pass of the teacher serves as many inputs as a limit of memory allows, 8·K·(K + R) bytes each, in the
+Where the layers after a projection are dropped, it takes over the best linear part of what they add: with G [N, H] the
+teacher's residual stream after them less that before them, the target is Y W_R + G. Only the last projection of the
+layer before does so, and only if the layer adds its output (times a number, which divides G) to the residual stream.
+
+One forward pass of the teacher serves as many inputs as a limit of memory allows, 8·K·(K + R + G) bytes each, in the
 order of the layers; a pass ends at its last inputs. A batch's product is formed in float32, the sum in float64.
 
 Legend of shape suffixes: N tokens, D inputs of a projection in the teacher, K those of the student, R inputs whose
-residual is made up for, H outputs of a projection.
+residual is made up for, H outputs of a projection (G of them, if layers after it are dropped).
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ logger = logging.getLogger(__name__)
 SHARE_OF_FREE_MEMORY = 0.5
 #: Ridges among which held-out rows choose, and the one that is taken without held-out rows.
 RIDGES, DEFAULT_RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-3
-#: Inputs, at equal distances, whose held-out rows choose the ridge.
+#: Inputs of a kind, at equal distances, whose held-out rows choose its ridge.
 NUM_PROBES = 4
 #: Outputs of a projection that are solved at a time: an untied head has as many as the vocabulary.
 OUTPUTS_AT_A_TIME = 8192
@@ -68,7 +72,7 @@ def repaired_weights(
     ridge: float | None = None,
     memory_limit: float | None = None,
 ) -> dict[str, Tensor]:
-    """Refit projections to the kept neurons, heads and channels, for `apply_plan(repaired=…)`.
+    """Refit projections to the kept neurons, heads, channels and layers, for `apply_plan(repaired=…)`.
 
     The formula stands at the top of this module.
 
@@ -82,9 +86,10 @@ def repaired_weights(
         packing: join texts into full rows.
         batch_size: rows at a time.
         ridge: λ as a fraction of the mean of the diagonal of XᵀX. By default every fourth row is held out to choose
-            one of `RIDGES`, with one pass more if there are several; the fit uses all rows.
+            one of `RIDGES` for each kind of inputs, with one pass more if there are several; the fit uses all rows.
         memory_limit: bytes that the matrices of one pass may take, by default half of the free memory of the model's
-            device. A single input may exceed it, and the held-out sums of four inputs come on top in a single pass.
+            device. A single input may exceed it, and the held-out sums of four inputs of each kind come on top in a
+            single pass.
 
     Returns:
         Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
@@ -102,17 +107,17 @@ def repaired_weights(
     limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
     groups = list(input_groups(inputs, limit))
     probes = probed_inputs(inputs) if ridge is None else []
+    ridges = {} if ridge is None else {cut.kind: ridge for cut in inputs}
     if ridge is None and len(groups) > 1:
-        ridge = _ridge_in_passes(model, probes, calibration, limit)
+        ridges = _ridges_in_passes(model, probes, calibration, limit)
     repaired: dict[str, Tensor] = {}
     for group in groups:
-        sums, num_tokens = input_products(model, group, calibration, probes if ridge is None else [])
+        sums, num_tokens = input_products(model, group, calibration, [] if ridges else probes)
         _require_finite(model, sums)
-        if ridge is None:
-            ridge = _median(_best_ridges(model, probes, sums))
+        ridges = ridges or _medians(_best_ridges(model, probes, sums))
         for cut in group:
-            repaired |= _refitted_weights(model, cut, sums.pop(cut.path).all, ridge)
-    _report(inputs, num_tokens, ridge)
+            repaired |= _refitted_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind])
+    _report(inputs, num_tokens, ridges)
     return repaired
 
 
@@ -141,13 +146,17 @@ def input_groups(inputs: Sequence[CutInputs], limit: float) -> Iterator[list[Cut
 
 
 def probed_inputs(inputs: Sequence[CutInputs]) -> list[CutInputs]:
-    """The inputs whose held-out rows choose the ridge, at equal distances."""
-    return list(inputs[:: math.ceil(len(inputs) / NUM_PROBES)])
+    """The inputs whose held-out rows choose the ridge of their kind, at equal distances."""
+    found: list[CutInputs] = []
+    for kind in sorted({cut.kind for cut in inputs}):
+        own = [cut for cut in inputs if cut.kind == kind]
+        found += own[:: math.ceil(len(own) / NUM_PROBES)]
+    return found
 
 
-def _report(inputs: Sequence[CutInputs], num_tokens: int, ridge: float | None) -> None:
+def _report(inputs: Sequence[CutInputs], num_tokens: int, ridges: Mapping[str, float]) -> None:
     """Log what was fitted, and a warning if the widest inputs had few tokens for each of them."""
-    logger.info("Repair: %s inputs fitted to %s tokens, ridge %s.", len(inputs), f"{num_tokens:,}", ridge)
+    logger.info("Repair: %s inputs fitted to %s tokens, ridges %s.", len(inputs), f"{num_tokens:,}", ridges)
     widest = max(len(cut.kept_K) for cut in inputs)
     if num_tokens < TOKENS_PER_INPUT * widest:
         logger.warning(
@@ -166,23 +175,29 @@ def _require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> Non
         )
 
 
-def _ridge_in_passes(
+def _ridges_in_passes(
     model: PreTrainedModel, probes: Sequence[CutInputs], calibration: Calibration, limit: float
-) -> float:
-    """The ridge that held-out rows choose, from passes over the probes alone; their sums are kept twice."""
-    best: list[float] = []
+) -> dict[str, float]:
+    """The ridges that held-out rows choose, from passes over the probes alone; their sums are kept twice."""
+    best: list[tuple[str, float | None]] = []
     for group in input_groups(probes, limit / 2):
         sums, _ = input_products(model, group, calibration, group)
         best += _best_ridges(model, group, sums)
-    return _median(best)
+    return _medians(best)
 
 
-def _best_ridges(model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict[str, Products]) -> Iterator[float]:
-    """For each of some inputs, the ridge with the smallest error on held-out rows after a fit to the others."""
+def _best_ridges(
+    model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict[str, Products]
+) -> Iterator[tuple[str, float | None]]:
+    """Kind of each of some inputs, and the ridge with the smallest error on held-out rows after a fit to the others.
+
+    None where no rows were held out.
+    """
     for cut in probes:
         products, projection = sums[cut.path], cut.projections[0]
         held_out, products.held_out = products.held_out, None  # frees their memory in the end
         if held_out is None or not held_out.count:  # too few rows to hold one out
+            yield cut.kind, None
             continue
         weight_DH = _inputs_first(tensor_values(model, f"{projection.path}.weight"), projection).detach()
         weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
@@ -191,22 +206,37 @@ def _best_ridges(model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict
             held_out.centre_(fitted.mean)
             fitted.centre_()
         errors = {ridge: _held_out_error(fitted, held_out, weight_RH, ridge) for ridge in RIDGES}
-        yield min(errors, key=errors.__getitem__)
+        yield cut.kind, min(errors, key=errors.__getitem__)
 
 
-def _median(ridges: Iterable[float]) -> float:
-    """The lower median, or the default of none."""
-    found = list(ridges)
-    return statistics.median_low(found) if found else DEFAULT_RIDGE
+def _medians(best: Iterable[tuple[str, float | None]]) -> dict[str, float]:
+    """Kind → the lower median of its ridges, or the default of none."""
+    found: dict[str, list[float]] = {}
+    for kind, ridge in best:
+        found.setdefault(kind, []).extend([] if ridge is None else [ridge])
+    return {kind: statistics.median_low(ridges) if ridges else DEFAULT_RIDGE for kind, ridges in found.items()}
 
 
 def _held_out_error(fitted: Moments, held_out: Moments, weight_RH: Tensor, ridge: float) -> float:
-    """‖Y W_R − X Δ‖² − ‖Y W_R‖² over the held-out rows, with Δ fitted to others; both centred or neither."""
+    """‖T − X Δ‖² − ‖T‖², T = Y W_R + G, over the held-out rows, with Δ fitted to others; both centred or neither."""
     num_kept = len(fitted.products)
     factors = _factors(fitted.products[:, :num_kept], ridge)
-    change_KH = torch.linalg.lu_solve(*factors, fitted.products[:, num_kept:] @ weight_RH)
-    held_KK, held_KR = held_out.products[:, :num_kept], held_out.products[:, num_kept:]
-    return float(((held_KK @ change_KH - 2 * held_KR @ weight_RH) * change_KH).sum())
+    change_KH = torch.linalg.lu_solve(*factors, _wanted(fitted.products[:, num_kept:], weight_RH))
+    held_KK, wanted_KH = held_out.products[:, :num_kept], _wanted(held_out.products[:, num_kept:], weight_RH)
+    return float(((held_KK @ change_KH - 2 * wanted_KH) * change_KH).sum())
+
+
+def _wanted(missing: Tensor, weight_RH: Tensor, part: slice = slice(None)) -> Tensor:
+    """Y W_R + G, or its product with something, at some outputs.
+
+    Args:
+        missing: [..., R + G], products of Y and G side by side, or their means.
+        weight_RH: rows of the weight, at these outputs.
+        part: these outputs.
+    """
+    num_rest = len(weight_RH)
+    wanted = missing[..., :num_rest] @ weight_RH
+    return wanted + missing[..., num_rest:][..., part] if missing.shape[-1] > num_rest else wanted
 
 
 def _refitted_weights(model: PreTrainedModel, cut: CutInputs, moments: Moments, ridge: float) -> dict[str, Tensor]:
@@ -237,7 +267,7 @@ def _refitted(
 ) -> dict[str, Tensor]:
     """Weight of one projection, and its bias if it has one, by name."""
     num_kept = len(moments.products)
-    products_KR, mean = moments.products[:, num_kept:], moments.mean
+    products, mean = moments.products[:, num_kept:], moments.mean
     names = [f"{projection.path}.weight", *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
     weight, *bias = (tensor_values(model, name).detach() for name in names)
     refitted, *refitted_bias = (each.clone(memory_format=torch.contiguous_format) for each in (weight, *bias))
@@ -246,11 +276,11 @@ def _refitted(
     for start in range(0, weight_DH.shape[1], OUTPUTS_AT_A_TIME):
         part = slice(start, start + OUTPUTS_AT_A_TIME)
         weight_RH = weight_DH[rest_R, part].to(moments.products)
-        change_KH = torch.linalg.lu_solve(*factors, products_KR @ weight_RH)
+        change_KH = torch.linalg.lu_solve(*factors, _wanted(products, weight_RH, part))
         found_KH = weight_DH[kept_K, part].to(change_KH) + change_KH
         refitted_DH[kept_K, part] = narrowed(found_KH.to(weight.device), weight.dtype, names[0])
         for before, after in zip(bias, refitted_bias):
-            missing_H = mean[num_kept:] @ weight_RH - mean[:num_kept] @ change_KH
+            missing_H = _wanted(mean[num_kept:], weight_RH, part) - mean[:num_kept] @ change_KH
             found_H = before[part].to(missing_H) + missing_H
             after[part] = narrowed(found_H.to(before.device), before.dtype, names[1])
     return dict(zip(names, (refitted, *refitted_bias)))

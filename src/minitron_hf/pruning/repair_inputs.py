@@ -1,7 +1,7 @@
-"""The inputs of projections that a repair fits to: units that are cut, and norms whose channels are cut.
+"""The inputs of projections that a repair fits to: units that are cut, norms whose channels are cut, dropped layers.
 
 Legend of shape suffixes: N tokens, D inputs in the teacher, K those of the student, R inputs whose residual is made up
-for.
+for, G channels of the residual stream whose change in dropped layers is made up for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import Dimension, dimension_index
+from ..families.axes import dimension_index
 from ..models import empty_model, evaluating
 from ..scoring.hook_points import UnitView, norm_paths
 from ..scoring.hooks import first_input
 from ..scoring.reductions import accumulation_dtype
 from ..sizes.resolve import repaired_axes
 from ..weights import input_device, tensor_values
+from .repair_gaps import CHANNELS, Gap, Projection, find_gaps
 from .surgery import student_tensor
 
 if TYPE_CHECKING:
@@ -33,20 +34,6 @@ if TYPE_CHECKING:
 
 #: Tokens of the pass that finds the projections which read a norm.
 NUM_TRACED = 8
-CHANNELS: Dimension = (("hidden",),)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A projection that is refitted.
-
-    Attributes:
-        path: of the module.
-        position: the dimension of its weight that holds its inputs.
-    """
-
-    path: str
-    position: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,7 @@ class CutInputs:
             norm divides by another number.
         projections: that read these inputs.
         norm: the student's norm, where a norm is observed.
+        gap: dropped layers that the projection makes up for, too.
     """
 
     path: str
@@ -67,11 +55,22 @@ class CutInputs:
     rest_R: Tensor
     projections: tuple[Projection, ...]
     norm: nn.Module | None = None
+    gap: Gap | None = None
+
+    @property
+    def kind(self) -> str:
+        """What is missing: `"layers"`, `"channels"` or `"units"`. Inputs of a kind are fitted with the same ridge."""
+        return "layers" if self.gap else "units" if self.norm is None else "channels"
+
+    @property
+    def width(self) -> int:
+        """Numbers per token whose products with the student's inputs are summed, K + R + G."""
+        return len(self.kept_K) + len(self.rest_R) + (self.gap.width if self.gap else 0)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the float64 sums, 8·K·(K + R)."""
-        return 8 * len(self.kept_K) * (len(self.kept_K) + len(self.rest_R))
+        """Bytes of the float64 sums, 8·K·(K + R + G)."""
+        return 8 * len(self.kept_K) * self.width
 
     def observed(self, before: Tensor, after: Tensor | None = None) -> Tensor:
         """The student's inputs and what they lack, side by side: [N, K + R], in the dtype of sums over a batch.
@@ -93,13 +92,20 @@ class CutInputs:
 
 
 def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
-    """All inputs that a plan cuts and that plain projections read, in the order of the layers.
+    """All inputs that are fitted, in the order of the layers: those that a plan cuts and that plain projections read,
+    and those of the projections before dropped layers.
 
     Raises:
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
     spec = spec_for(model.config)
-    found = list(_cut_units(model, spec, plan))
+    gaps = find_gaps(model, plan)
+    found = []
+    for order, cut in _cut_units(model, spec, plan):
+        found.append((order, replace(cut, gap=gaps.pop(cut.path)[2]) if cut.path in gaps else cut))
+    for path, (layer, projection, gap) in gaps.items():  # nothing is cut that these projections read
+        whole_D = torch.arange(tensor_values(model, f"{path}.weight").shape[projection.position])
+        found.append(((layer, path), CutInputs(path, whole_D, whole_D[:0], (projection,), gap=gap)))
     if plan.repair == "least_squares_all":
         found += _cut_channels(model, spec, plan)
     return [one for _, one in sorted(found, key=lambda item: item[0])]
@@ -112,6 +118,8 @@ def _cut_units(
     before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
     names, seen = list(named_tensors(model, tied=True)), set()
     for axis in repaired_axes(spec, before, after):
+        if axis not in spec.hook_points:  # layers
+            continue
         module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             path = spec.layer_parameter(layer, module)

@@ -1,6 +1,7 @@
 """Sums over calibration tokens that a repair is computed from.
 
-Legend of shape suffixes: N tokens, K inputs of the student, R inputs whose residual is made up for.
+Legend of shape suffixes: N tokens, K inputs of the student, R inputs whose residual is made up for, G channels of the
+residual stream whose change in dropped layers is made up for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
 from ..scoring.hooks import first_input
 from ..weights import input_device
+from .repair_gaps import stream_output
 from .repair_inputs import CutInputs
 
 if TYPE_CHECKING:
@@ -31,11 +33,11 @@ HELD_OUT_EVERY = 4
 
 @dataclass
 class Moments:
-    """Sums over tokens of X [N, K], the student's inputs, and Y [N, R], what they lack.
+    """Sums over tokens of X [N, K], the student's inputs, and of Y, what they lack and what dropped layers added.
 
     Attributes:
-        products: XᵀX and XᵀY side by side, float64 [K, K + R].
-        totals: sums of X and Y, float64 [K + R].
+        products: XᵀX and XᵀY side by side, float64 [K, K + R + G].
+        totals: sums of X and Y, float64 [K + R + G].
         count: N.
     """
 
@@ -44,16 +46,23 @@ class Moments:
     count: int = 0
 
     @classmethod
-    def of_nothing(cls, num_kept: int, num_rest: int, device: torch.device | str) -> Moments:
+    def of_nothing(cls, cut: CutInputs, device: torch.device | str) -> Moments:
         """Sums of no tokens."""
-        shape = (num_kept, num_kept + num_rest)
+        shape = (len(cut.kept_K), cut.width)
         zeros = torch.zeros(shape, dtype=torch.float64, device=device)
         return cls(zeros, torch.zeros(shape[1], dtype=torch.float64, device=device))
 
-    def add(self, x_N: Tensor) -> None:
-        """Add a batch of X and Y side by side, [N, K + R]; its product is formed in its dtype."""
-        self.products += (x_N[:, : len(self.products)].T @ x_N).to(self.products.device)
-        self.totals += x_N.sum(0).to(self.totals.device)
+    def add(self, x_N: Tensor, change_NG: Tensor | None = None) -> None:
+        """Add a batch of X and what it lacks side by side, [N, K + R], and what dropped layers added, [N, G].
+
+        Products are formed in the dtype of the batch.
+        """
+        start, transposed_KN = 0, x_N[:, : len(self.products)].T
+        for part_N in (x_N,) if change_NG is None else (x_N, change_NG):
+            stop = start + part_N.shape[1]
+            self.products[:, start:stop] += (transposed_KN @ part_N).to(self.products.device)
+            self.totals[start:stop] += part_N.sum(0).to(self.totals.device)
+            start = stop
         self.count += len(x_N)
 
     def without(self, part: Moments) -> Moments:
@@ -62,14 +71,14 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Means of X and Y, [K + R]."""
+        """Means of X and Y, [K + R + G]."""
         return self.totals / max(1, self.count)
 
     def centre_(self, mean: Tensor | None = None) -> Moments:
         """Replace the products by those of X and Y less their means, and return self.
 
         Args:
-            mean: what to subtract instead, [K + R], such as the means of other tokens.
+            mean: what to subtract instead, [K + R + G], such as the means of other tokens.
         """
         num_kept, mean = len(self.products), self.mean if mean is None else mean
         self.products.addr_(self.totals[:num_kept], mean, alpha=-1)
@@ -109,20 +118,16 @@ def input_products(
     waiting: set[str] = set()
     apart = {probe.path for probe in probes}
 
-    def hook_of(cut: CutInputs) -> Callable[..., None]:
-        def hook(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-            _add(sums, cut, first_input(args, kwargs), output, watch, cut.path in apart)
-            waiting.discard(cut.path)
-            if not waiting:
-                raise _AllObserved
-
-        return hook
+    def add(cut: CutInputs, *batch: Tensor) -> None:
+        _add(sums, cut, batch, watch, cut.path in apart)
+        waiting.discard(cut.path)
+        if not waiting:
+            raise _AllObserved
 
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
         for cut in group:
-            module = model.get_submodule(cut.path)
-            stack.callback(module.register_forward_hook(hook_of(cut), with_kwargs=True).remove)
+            _observe(model, cut, watch, add, stack)
         device = input_device(model)
         for batch in calibration.batches():
             waiting.update(cut.path for cut in group)
@@ -145,24 +150,63 @@ def input_products(
     return sums, watch.num_tokens
 
 
-def _add(
-    sums: dict[str, Products], cut: CutInputs, before: Tensor, after: Tensor, watch: Batches, is_probe: bool
+def _observe(
+    model: PreTrainedModel, cut: CutInputs, watch: Batches, add: Callable[..., None], stack: ExitStack
 ) -> None:
+    """Call a function with what `Moments.add` takes of some inputs, in every forward pass.
+
+    Args:
+        model: the teacher.
+        cut: the inputs.
+        watch: knows which tokens of the batch count.
+        add: takes `cut` and tensors.
+        stack: removes the hooks.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def tokens(x: Tensor) -> Tensor:
+        """[B, T, …] → [N, …]."""
+        mask_N = watch.mask_BT.flatten().to(x.device)
+        return x.reshape(len(mask_N), -1)[mask_N]
+
+    def on_inputs(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        read = first_input(args, kwargs)  # the output of a projection is not read
+        x_N = cut.observed(tokens(read)) if cut.norm is None else cut.observed(tokens(read), tokens(output))
+        if cut.gap is None:
+            add(cut, x_N)
+        else:
+            seen["inputs"] = x_N
+
+    def before_gap(_: Any, args: Any, kwargs: Any) -> None:
+        seen["state"] = tokens(first_input(args, kwargs))
+
+    def after_gap(_: Any, __: Any, output: Any) -> None:
+        assert cut.gap is not None
+        x_N = seen.pop("inputs")
+        change_NG = tokens(stream_output(output)).to(x_N)
+        change_NG -= seen.pop("state").to(change_NG.device)
+        add(cut, x_N, change_NG.div_(cut.gap.factor))
+
+    stack.callback(model.get_submodule(cut.path).register_forward_hook(on_inputs, with_kwargs=True).remove)
+    if cut.gap is not None:
+        layers: Any = model.get_submodule(watch.spec.layers_path)
+        stack.callback(layers[cut.gap.first].register_forward_pre_hook(before_gap, with_kwargs=True).remove)
+        stack.callback(layers[cut.gap.last].register_forward_hook(after_gap).remove)
+
+
+def _add(sums: dict[str, Products], cut: CutInputs, batch: tuple[Tensor, ...], watch: Batches, is_probe: bool) -> None:
     """Add the products of one batch to the sums."""
     num_rows = watch.mask_BT.shape[0]
-    mask_N = watch.mask_BT.flatten().to(before.device)
-    seen = (before,) if cut.norm is None else (before, after)  # the output of a projection is not read
-    x_N = cut.observed(*(x.reshape(len(mask_N), -1)[mask_N] for x in seen))
+    where = batch[0].device
+    mask_N = watch.mask_BT.flatten().to(where)
     if cut.path not in sums:
-        device = "cpu" if x_N.device.type == "mps" else x_N.device  # MPS has no float64
-        sizes = len(cut.kept_K), len(cut.rest_R)
-        sums[cut.path] = Products(
-            Moments.of_nothing(*sizes, device), Moments.of_nothing(*sizes, device) if is_probe else None
-        )
+        device = "cpu" if where.type == "mps" else where  # MPS has no float64
+        moments = [Moments.of_nothing(cut, device) for _ in range(2 if is_probe else 1)]
+        sums[cut.path] = Products(*moments)
     found = sums[cut.path]
-    found.all.add(x_N)
+    found.all.add(*batch)
     if found.held_out is not None:
         first = watch.num_rows - num_rows  # of this batch among all rows
         is_held_B = torch.arange(first, first + num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(mask_N.device)[mask_N]
-        found.held_out.add(x_N[is_held_N])
+        found.held_out.add(*(part_N[is_held_N] for part_N in batch))

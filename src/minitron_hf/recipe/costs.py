@@ -149,8 +149,8 @@ def repair_cost(
 ) -> RepairCost:
     """What a repair that chooses its ridge computes, from the list of its inputs (`expected_cut_inputs`).
 
-    With K inputs that stay, R that are made up for and H outputs, an input takes 2·N·K·(K + R) operations for its
-    products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every projection. Of the inputs that choose the
+    With K inputs that stay, R that are made up for, G channels of dropped layers and H outputs, an input takes
+    2·N·K·(K + R + G) operations for its products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every projection. Of the inputs that choose the
     ridge, every fourth row is multiplied once more, and each of the ridges takes 2·K³/3 + 4·K·(K + R)·H. Where the
     sums need several passes, these inputs have passes of their own before.
 
@@ -182,15 +182,17 @@ def repair_cost(
             times_added += num_batches * (2 if probed_apart else 1)
         work = RepairCost(
             passes,
-            work.products + fit * rows,
+            work.products + 2 * kept * cut.width * rows,
             work.solutions + solved,
-            work.sum_bytes + SUM_TRAFFIC * kept * (kept + rest) * times_added,
+            work.sum_bytes + SUM_TRAFFIC * kept * cut.width * times_added,
         )
     return work
 
 
 def _share_of_pass(config: PretrainedConfig, last: CutInputs, depth: int) -> float:
     """Share of the layers that a pass computes which ends at some inputs."""
+    if last.gap is not None:
+        return (last.gap.last + 1) / depth
     located = spec_for(config).locate(f"{last.path}.weight")
     layer = None if located is None else located[1]
     return 1.0 if layer is None else (layer + 1) / depth

@@ -87,7 +87,7 @@ LOSS = Decision(
 
 
 #: Measurements of the repair.
-_REPAIR_FILES = "benchmarks/results/*-repair.json"
+_REPAIR_FILES, _LAYER_FILES = "benchmarks/results/*-repair.json", "benchmarks/results/real/layers/*.json"
 
 
 def teacher_decision(total: int, parameters: int) -> Decision:
@@ -134,12 +134,23 @@ def _importance(config: PretrainedConfig, plan: Schedule, tokens: float) -> Deci
 
 
 def _repair(spec: ArchSpec, config: PretrainedConfig, last: Shape) -> list[Decision]:
-    """One decision where neurons or heads are cut."""
+    """One decision where neurons, heads or layers are cut."""
     try:
-        if not repaired_axes(spec, spec.sizes(config), last.sizes):
+        if not (axes := repaired_axes(spec, spec.sizes(config), last.sizes)):
             return []
     except PlanError as error:
         return [Decision("repair", "none", str(error), f"{MEASURED_HERE}, {_REPAIR_FILES}")]
+    if axes == ("layers",):
+        return [
+            Decision(
+                "repair",
+                "the projection before dropped layers takes over the linear part of what they added",
+                "Closer to the teacher before distillation, above all where several layers are dropped at once; not "
+                "measured after it.",
+                f"{MEASURED_HERE}, {_LAYER_FILES}",
+                {"prune.repair": "least_squares"},
+            )
+        ]
     return [
         Decision(
             "repair",

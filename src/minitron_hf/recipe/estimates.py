@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import checkpointing_field
-from ..distillation.stage_memory import expected_cut_inputs
+from ..distillation.stage_repair import expected_cut_inputs
 from ..families import spec_for
 from ..models import count_parameters
 from ..scoring.calibration import default_max_length
@@ -256,19 +256,26 @@ def _prune(facts: Facts, number: int) -> StageCost:
     else:
         rows, length = _calibration(facts, number)
         batch = recipe.scores.get("batch_size", 8)
-        seconds += _repair_seconds(facts, model, student, repair, (rows, length, batch))
+        before, after = (spec_for(one).sizes(one)["layers"] for one in (model, student))
+        gaps = min(1, before - after) if recipe.pruner_config.contiguous else before - after
+        seconds += _repair_seconds(facts, model, student, repair, (rows, length, batch), gaps)
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
-        load = {"repair": repair, "memory_limit": repair_limit(facts)}
+        load = {"repair": repair, "memory_limit": repair_limit(facts), "num_gaps": gaps}
         stages = ["repair", "prune, repaired"]
         memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
     return StageCost("prune", seconds, memory, disk, formula)
 
 
 def _repair_seconds(
-    facts: Facts, model: PretrainedConfig, student: PretrainedConfig, repair: str, rows: tuple[int, int, int]
+    facts: Facts,
+    model: PretrainedConfig,
+    student: PretrainedConfig,
+    repair: str,
+    rows: tuple[int, int, int],
+    gaps: int,
 ) -> float:
     """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows."""
-    cuts = expected_cut_inputs(model, student, repair)
+    cuts = expected_cut_inputs(model, student, repair, gaps)
     if not cuts:
         return 0.0
     num_rows, length, batch = rows

@@ -245,7 +245,7 @@ def _check_options(
 def repaired_axes(
     spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int], repair: str = "least_squares"
 ) -> tuple[str, ...]:
-    """The cut axes that a repair makes up for.
+    """The cut axes that a repair makes up for, layers included.
 
     Args:
         spec: the family's table.
@@ -257,6 +257,7 @@ def repaired_axes(
         PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
     """
     axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
+    layers = ("layers",) if after["layers"] < before["layers"] else ()
     for axis in axes:
         module = spec.hook_points[axis]
         if axis not in REPAIRED_AXES or f"{module}.weight" not in spec.dimensions:
@@ -265,7 +266,7 @@ def repaired_axes(
                 f"models is cut here, which {module} reads in another way. Leave out repair."
             )
     is_all = repair == "least_squares_all" and after["hidden"] < before["hidden"]
-    return (*axes, "hidden") if is_all else axes
+    return (*axes, *layers, *(("hidden",) if is_all else ()))
 
 
 def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, ...]:

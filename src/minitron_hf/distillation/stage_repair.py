@@ -1,0 +1,111 @@
+"""The inputs that a repair fits to, from configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..families import named_tensors, spec_for
+from ..families.axes import dimension_size
+from ..models import empty_model
+from ..pruning.repair_gaps import Gap, Projection, stream_writers
+from ..pruning.repair_inputs import CutInputs, channel_projections
+from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def expected_cut_inputs(
+    teacher: PretrainedConfig, student: PretrainedConfig, repair: str, num_gaps: int = 1
+) -> list[CutInputs]:
+    """The inputs that a repair will fit, in the order of the layers, from configs alone.
+
+    The layers that stay are taken to be the first ones, the last of which precede dropped ones; their last projection
+    in the order of the modules to make up for these. Of the projections that read the channels, all are taken to read
+    a norm.
+
+    Args:
+        teacher: its config.
+        student: its config.
+        repair: as in `PrunerConfig`.
+        num_gaps: runs of consecutive dropped layers, at most.
+    """
+    spec = spec_for(teacher)
+    names = list(named_tensors(empty_model(student), tied=True))
+    found: dict[str, tuple[int, CutInputs]] = {}
+    for axis, module in spec.hook_points.items():
+        if holds_stacked_experts(spec, module):
+            continue
+        for layer in spec.layers_with(axis, names):
+            before, after = spec.sizes(teacher, layer), spec.sizes(student, layer)
+            position = UnitView(spec, axis, module, before).position
+            dimension = spec.dimensions[f"{module}.weight"][position]
+            inputs, kept = dimension_size(dimension, before), dimension_size(dimension, after)
+            path = spec.layer_parameter(layer, module)
+            if kept < inputs:
+                own = (Projection(path, position),)
+                found[path] = layer, CutInputs(path, torch.arange(kept), torch.arange(kept, inputs), own)
+    for layer, projection, inputs in _before_gaps(teacher, student, num_gaps):
+        whole = CutInputs(projection.path, torch.arange(inputs), torch.arange(0), (projection,))
+        _, cut = found.get(projection.path, (layer, whole))
+        is_last = layer + 1 == _num_layers(student)
+        last = _num_layers(teacher) - 1 if is_last else layer + 1
+        gap = Gap(layer + 1, last, 1.0, spec.sizes(teacher)["hidden"])
+        found[projection.path] = layer, replace(cut, gap=gap)
+    channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
+    return [cut for _, cut in sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))]
+
+
+def _before_gaps(
+    teacher: PretrainedConfig, student: PretrainedConfig, num_gaps: int
+) -> Iterator[tuple[int, Projection, int]]:
+    """The projections before dropped layers, with their layers and the number of their inputs."""
+    model, depth = empty_model(teacher), _num_layers(student)
+    tensors, num_gaps = named_tensors(model), min(num_gaps, _num_layers(teacher) - depth)
+    if spec_for(teacher).stream.stacked_states:
+        return
+    for layer in range(max(0, depth - num_gaps), depth):
+        for projection in stream_writers(model, layer)[-1:]:
+            yield layer, projection, tensors[f"{projection.path}.weight"].shape[projection.position]
+
+
+def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[tuple[int, CutInputs]]:
+    """The norms over channels that the student has fewer of, each with its share of the projections that read them.
+
+    With every norm comes its layer; behind the last one where it belongs to none.
+    """
+    spec, model = spec_for(teacher), empty_model(teacher)
+    kept, width = (spec.sizes(one)["hidden"] for one in (student, teacher))
+    if kept == width:
+        return
+    layers, depth = range(_num_layers(student)), _num_layers(teacher)
+    projections = list(channel_projections(model, layers))
+    found = norm_paths(spec, dict(model.named_modules()), depth)
+    norms = [(path, layer) for path, layer in found if layer is None or layer in layers]
+    for number, (path, layer) in enumerate(norms):
+        own = tuple(projections[number :: len(norms)])
+        if own:
+            cut = CutInputs(path, torch.arange(kept), torch.arange(width), own)
+            yield depth if layer is None else layer, cut
+
+
+def num_outputs(teacher: PretrainedConfig, cut: CutInputs) -> int:
+    """Outputs of the widest projection that reads some inputs."""
+    theirs = named_tensors(empty_model(teacher))
+    return max(theirs[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections)
+
+
+def num_refitted(cuts: Sequence[CutInputs], teacher: PretrainedConfig) -> int:
+    """Numbers in the weights that a repair replaces."""
+    theirs = named_tensors(empty_model(teacher))
+    paths = {projection.path for cut in cuts for projection in cut.projections}
+    return sum(theirs[f"{path}.weight"].numel() for path in paths)
+
+
+def _num_layers(config: PretrainedConfig) -> int:
+    """Layers of a model."""
+    return spec_for(config).sizes(config)["layers"]
