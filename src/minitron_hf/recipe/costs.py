@@ -150,9 +150,9 @@ def repair_cost(
     """What a repair that chooses its ridge computes, from the list of its inputs (`expected_cut_inputs`).
 
     With K inputs that stay, R that are made up for, G channels of dropped layers and H outputs, an input takes
-    2·N·K·(K + R + G) operations for its products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every projection. Of the inputs that choose the
-    ridge, every fourth row is multiplied once more, and each of the ridges takes 2·K³/3 + 4·K·(K + R)·H. Where the
-    sums need several passes, these inputs have passes of their own before.
+    2·N·K·(K + R + G) operations for its products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every
+    projection. Of the inputs that choose the ridge, every fourth row is multiplied once more, and each of the ridges
+    takes 2·K³/3 + 4·K·(K + R)·H. Where the sums need several passes, these inputs have passes of their own before.
 
     Args:
         teacher: its config.
