@@ -251,6 +251,25 @@ def test_a_plan_with_repair_is_carried_out_on_data(workshop, tmp_path):
     assert json.loads((tmp_path / "pruned" / "pruning_plan.json").read_text())["repair"] == "least_squares"
 
 
+def test_a_plan_in_another_basis_is_carried_out_by_commands_and_by_a_recipe(workshop, tmp_path):
+    teacher, plan = workshop / "teacher", tmp_path / "plan"
+    score = ["score", teacher, "--data", workshop / "text.jsonl", "--set", "max_length=16", "--set", "num_rows=8"]
+    request = ["--hidden-size", "24", "--set", "hidden_basis=principal"]
+    assert minitron(*score, "-o", tmp_path / "bare").returncode == 0
+    refused(minitron("plan", teacher, "--scores", tmp_path / "bare", *request, "-o", plan), "hidden_covariance=True")
+    assert minitron(*score, "--set", "hidden_covariance=true", "-o", tmp_path / "scores").returncode == 0
+    assert minitron("plan", teacher, "--scores", tmp_path / "scores", *request, "-o", plan).returncode == 0
+    result = minitron("prune", teacher, "--plan", plan, "-o", tmp_path / "pruned", "--verify")
+    assert "Verified: the logits are within" in result.stdout, result.stderr
+    recipe = ["run", workshop / "recipe.yaml", "--until", "prune", "--set", f"output_dir={tmp_path / 'run'}"]
+    changed = {"prune.intermediate_size": "null", "prune.hidden_size": 24, "prune.hidden_basis": "principal"}
+    made = minitron(*recipe, *(part for name, value in changed.items() for part in ("--set", f"{name}={value}")))
+    assert made.returncode == 0, made.stderr
+    by_command, by_recipe = (load_file(path) for path in (tmp_path / "pruned/model.safetensors",
+                                                          tmp_path / "run/pruned/model.safetensors"))  # fmt: skip
+    assert all(values.equal(by_recipe[name]) for name, values in by_command.items())
+
+
 def test_recommendations_are_printed_and_written_as_a_recipe(workshop, tmp_path):
     recipe, text = tmp_path / "recipe.yaml", workshop / "text.jsonl"
     wish = ["recommend", workshop / "teacher", "--target", "0.8", "--tokens", "10k"]

@@ -42,7 +42,7 @@ TargetData = Annotated[
 
 
 def plan(
-    teacher: Annotated[str, typer.Argument(help="Hub id or folder; only its config is read.")],
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder; --target and hidden_basis read its weights.")],
     output: PlanOutput = None,
     scores: PlanScores = None,
     hidden_size: SizeOption = None,
@@ -190,7 +190,7 @@ def _plan(
     require_some_size(config, request)
     read = None if scores is None else ImportanceScores.from_pretrained(scores)
     if texts is None or read is None:
-        made = make_plan(config, request, read)
+        made = make_plan(_load(teacher)[0] if request.hidden_basis else config, request, read)
     else:
         from ..pruning.prune import plan_for_target
 

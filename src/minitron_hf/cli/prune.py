@@ -30,8 +30,8 @@ def prune(
 ) -> None:
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
-    Checkpoints without safetensors, and teachers of a plan with repair or --verify, are loaded into memory as a whole
-    (prune_with_plan). --set takes num_rows, max_length, packing and batch_size of a repair.
+    Checkpoints without safetensors, and teachers of a plan with repair, hidden_basis or --verify, are loaded into
+    memory as a whole (prune_with_plan). --set takes num_rows, max_length, packing and batch_size of a repair.
     """
     from ..files import replacing_folder, require_empty
     from ..pruning.plan import PruningPlan
@@ -51,10 +51,11 @@ def prune(
             f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
         )
     require_empty(output)
-    if is_streamable(teacher) and not verify and not made.repair:
+    in_memory = verify or made.repair is not None or made.basis is not None
+    if is_streamable(teacher) and not in_memory:
         prune_checkpoint(teacher, output, made)
     else:
-        if not verify and not made.repair:
+        if not in_memory:
             _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher, device=device)

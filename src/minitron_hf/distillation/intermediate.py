@@ -265,16 +265,16 @@ def _copy_into(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _initial_map(width: int, teacher_width: int, plans: Sequence[PruningPlan]) -> Tensor:
-    """Map each student channel to the teacher's channel that it came from; without plans, an orthogonal map."""
-    kept = torch.arange(teacher_width)
+    """Map each student channel to the teacher's channels that it came from; without plans, an orthogonal map."""
+    chosen = torch.eye(teacher_width)
     for plan in plans:
-        if plan.sizes["hidden"]["teacher"] != len(kept):
+        if plan.sizes["hidden"]["teacher"] != chosen.shape[1]:
             break  # a plan for another teacher
+        if plan.basis is not None:
+            chosen = chosen @ torch.from_numpy(plan.basis)
         if "hidden" in plan.kept:
-            kept = kept[torch.from_numpy(plan.kept["hidden"])]
+            chosen = chosen[:, torch.from_numpy(plan.kept["hidden"])]
     else:
-        if len(kept) == width:
-            chosen = torch.zeros(teacher_width, width)
-            chosen[kept, torch.arange(width)] = 1
+        if chosen.shape[1] == width:
             return chosen
     return nn.init.orthogonal_(torch.empty(teacher_width, width))

@@ -49,6 +49,7 @@ class Workload:
         repair: as in `PrunerConfig`.
         num_gaps: runs of consecutive dropped layers, at most.
         memory_limit: of `repaired_weights`; None: all projections in one pass.
+        is_rotated: whether the plan has a `hidden_basis`.
         device: where the models are, `"cpu"` or `"cuda"`.
     """
 
@@ -61,6 +62,7 @@ class Workload:
     repair: str = "least_squares"
     num_gaps: int = 1
     memory_limit: float | None = None
+    is_rotated: bool = False
     device: str = "cuda"
 
     @property
@@ -178,6 +180,7 @@ def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + weights refitted in earlier passes, D·H·b each, + the sums of a pass, + the larger of two moments.
 
+    A change of basis adds a copy of W_t.
     The sums of an input take 8·K·W, W = K + R + G, and twice that of those that choose the ridge, if all fit into one
     pass. A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (4·N·(K + R) in float32), with their
     product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
@@ -206,6 +209,7 @@ def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
     moment = {"forward pass": passed, "inputs and product": copies}
     return {
         "weights": _weights(teacher, load),
+        "rotated weights": _weights(teacher, load) if load.is_rotated else 0,
         "refitted weights": fitted,
         "sums": sums,
         "sums over held-out rows": held_out,

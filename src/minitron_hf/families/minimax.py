@@ -15,6 +15,7 @@ from .base import (
     linear,
     norm,
 )
+from .rules import StreamRules
 
 LIGHTNING = (
     "layers of lightning attention normalise all their heads together, without KV groups, "
@@ -51,4 +52,5 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     least=(("experts", "num_experts_per_tok"),),
     refused={"heads": LIGHTNING, "kv": LIGHTNING},
+    stream=StreamRules(fixed_basis="the outputs of its norms are added to it, weights of single channels included"),
 )

@@ -104,6 +104,8 @@ class StreamRules:
         hidden_powers: pairs (tensor, power): the stock class multiplies what the tensor reads by hidden_size to that
             power. A vector over the hidden size among them scales what a norm without a weight gives.
         stacked_states: whether the state between layers is several residual streams, stacked before batch and tokens.
+        fixed_basis: why the channels of the residual stream cannot be rotated, where the tensors alone do not show
+            it: a function of single channels, or one that is not in the table. Empty: they can be.
     """
 
     scaled_embeddings: bool = False
@@ -111,6 +113,7 @@ class StreamRules:
     stream_readers: tuple[str, ...] = ()
     hidden_powers: tuple[tuple[str, float], ...] = ()
     stacked_states: bool = False
+    fixed_basis: str = ""
 
 
 @accept_old_names(widened="size_multipliers")

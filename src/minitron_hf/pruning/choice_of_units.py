@@ -51,8 +51,10 @@ def choose_units(
     layers_kept: tuple[int, ...],
     cut: list[str],
     scores: ImportanceScores | None,
+    *,
+    is_rotated: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Kept units per axis: the highest scores; ties go to the lower index. Inner axes are chosen within groups."""
+    """Kept units per axis: the highest scores, or the first rotated channels. Inner axes are chosen within groups."""
     if not cut:
         return {}
     assert scores is not None
@@ -60,6 +62,8 @@ def choose_units(
     before = [sizes[layer] for layer in layers_kept]
     after = spec.layer_sizes(student)
     ranking = {axis: units.numpy() for axis, units in scores.axes.items()}
+    if is_rotated:  # they are in the order of their energy
+        ranking["hidden"] = -np.arange(spec.sizes(teacher)["hidden"])
     kept: dict[str, np.ndarray] = {}
     for axis in cut:
         if axis in dict(spec.groups) or spec.axis[axis].within is not None:

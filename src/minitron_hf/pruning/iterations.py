@@ -117,6 +117,7 @@ def _arguments_of_round(
         contiguous=config.contiguous,
         keep_first_layers=config.keep_first_layers,
         keep_last_layers=config.keep_last_layers,
+        hidden_basis=config.hidden_basis,
     )
     arguments = scoring_arguments(student.config, depth, importance_kwargs)
     if iterations > 1 and arguments.get("one_by_one"):
@@ -138,6 +139,11 @@ def require_iterations(config: PrunerConfig, iterations: int) -> None:
         raise PlanError(
             f"iterations={iterations} cannot be combined with nonuniform_sizes or layers_to_drop: the cut of each "
             "round follows from sizes. Leave them out, or score once."
+        )
+    if iterations > 1 and config.hidden_basis:
+        raise PlanError(
+            f"iterations={iterations} cannot be combined with hidden_basis: the axes of one round are no channels of "
+            "the next. Leave one of them out."
         )
     if iterations > 1 and config.head_add_back:
         raise PlanError(

@@ -297,7 +297,7 @@ def _restrict_norm(module: nn.Module, mask: Tensor, scale: float, stack: ExitSta
         fill = mean + deviation * spread.to(x) if dropped > 1 else square.sqrt()
         return ((torch.where(mask.to(x.device), x, fill) * scale).to(args[0].dtype), *args[1:])
 
-    if dropped == 1 and _subtracts_mean(module, len(mask)):
+    if dropped == 1 and subtracts_mean(module, len(mask)):
         raise PlanError("A single dropped channel of a LayerNorm cannot be verified. Drop two, or none.")
     stack.callback(module.register_forward_pre_hook(before).remove)
     stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
@@ -327,7 +327,7 @@ def _restrict_gated_norm(module: nn.Module, mask: Tensor, groups: int, stack: Ex
     stack.callback(module.register_forward_hook(_mask_output(mask)).remove)
 
 
-def _subtracts_mean(module: nn.Module, length: int) -> bool:
+def subtracts_mean(module: nn.Module, length: int) -> bool:
     """Whether a norm's output for a constant is its output for zero."""
     parameter = next(module.parameters(), torch.zeros(0))
     constant = torch.ones(1, 1, length, dtype=parameter.dtype, device=parameter.device)

@@ -23,6 +23,8 @@ PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
 #: What the names of arrays of partners begin with, beside the kept units, which go by their axis.
 PARTNERS = "partners."
+#: Name of the basis of the residual stream in the same file.
+BASIS = "hidden_basis"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class PruningPlan:
             shape of `kept`; -1 for none. Empty without `head_add_back`.
         scales: tensor pattern → factor on the kept values (of a norm weight together with the family's offset): the
             compensation of a hidden cut.
+        basis: orthogonal matrix [H, H], float32, if the residual stream is rotated before the cut: channel c of the
+            rotated stream is the sum of the teacher's channels, weighted by column c; None: it is not.
         pruner_config: the request.
         repair: method that refits output projections to the kept units; None: no repair. The plan does not hold the
             data.
@@ -64,6 +68,7 @@ class PruningPlan:
     pruner_config: Mapping[str, Any]
     partners: Mapping[str, np.ndarray] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    basis: np.ndarray | None = None
     repair: str | None = None
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
@@ -143,16 +148,18 @@ class PruningPlan:
             dict(self.scales),
             *([{axis: units.tolist() for axis, units in self.partners.items()}] if self.partners else []),
             *([{"repair": self.repair}] if self.repair else []),
+            *([{"basis": digest(self.basis.tobytes())}] if self.basis is not None else []),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write `pruning_plan.json`, and the kept indices and partners in `pruning_plan.safetensors`."""
+        """Write `pruning_plan.json`, and the kept indices, partners and basis in `pruning_plan.safetensors`."""
         folder = Path(save_directory)
         with replacing_file(folder / INDICES_NAME) as temporary:
             save_file(
                 {
                     **{axis: np.ascontiguousarray(units) for axis, units in self.kept.items()},
                     **{PARTNERS + axis: np.ascontiguousarray(units) for axis, units in self.partners.items()},
+                    **({} if self.basis is None else {BASIS: np.ascontiguousarray(self.basis)}),
                 },
                 temporary,
                 # One entry: safetensors writes several in any order.
@@ -176,6 +183,7 @@ class PruningPlan:
         try:
             with safe_open(folder / INDICES_NAME, "np") as stored:
                 indices = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+                basis = indices.pop(BASIS, None)
                 written_with = (stored.metadata() or {})["minitron_hf"]
             plan = cls(
                 model_type=values["model_type"],
@@ -189,6 +197,7 @@ class PruningPlan:
                 },
                 pruner_config=values["pruner_config"],
                 scales=values["scales"],
+                basis=basis,
                 repair=values.get("repair"),  # unknown to plans of earlier versions
                 selection=values["selection"],
                 scores=values["scores"],

@@ -20,6 +20,7 @@ from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
 from ..weights import model_digest, on_meta
+from .basis import principal_basis
 from .choice_of_layers import choose_layers, tried_layer_sets
 from .choice_of_units import choose_partners, choose_units, count_nonuniform
 from .plan import PruningPlan, _config_to_dict
@@ -67,12 +68,12 @@ def make_plan(
         model_type=config.model_type,
         nonuniform_sizes=nonuniform_sizes,
     )
-    kept = choose_units(spec, teacher_config, student, layers_kept, cut, scores)
+    basis = _choose_basis(teacher, config, scores) if "hidden" in cut else None
+    kept = choose_units(spec, teacher_config, student, layers_kept, cut, scores, is_rotated=basis is not None)
     axes = add_back_axes(spec, before, after) if config.head_add_back else ()
     partners = choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
     repair = config.repair if config.repair and repaired_axes(spec, before, after, config.repair) else None
     hidden_ratio = after["hidden"] / before["hidden"]
-    used = scores if ranked else None
     return PruningPlan(
         model_type=spec.model_type,
         teacher=_describe_teacher(teacher, teacher_config, scores),
@@ -83,9 +84,9 @@ def make_plan(
         partners=partners,
         pruner_config=config.to_dict(),
         scales=_norm_scales(spec, hidden_ratio, norms=config.norm_compensation),
+        basis=basis,
         repair=repair,
-        selection=None if used is None else str(used.settings["metric"]),
-        scores=None if used is None else _describe_scores(used),
+        **_describe_scores(scores if ranked else None),
         notes=(*notes, *_notes_on_weights(spec, config, hidden_ratio, kept, partners, repair)),
     )
 
@@ -114,6 +115,29 @@ def _require_scores(cut: Sequence[str], ranked: bool, scores: ImportanceScores |
         )
     if scores is not None and (missing := sorted(set(cut) - set(scores.axes))):
         raise MismatchError(f"The scores lack {', '.join(missing)}. Make them again with estimate_importance(…).")
+
+
+def _choose_basis(
+    teacher: PreTrainedModel, config: PrunerConfig, scores: ImportanceScores | None
+) -> np.ndarray | None:
+    """The basis of the residual stream that a request asks for.
+
+    Raises:
+        PlanError: if the scores hold no covariance, or the teacher no weights.
+        UnsupportedModelError: if the stream of this family cannot be rotated.
+    """
+    if config.hidden_basis is None:
+        return None
+    if scores is None or scores.covariance is None:
+        raise PlanError(
+            "hidden_basis='principal' needs scores with the covariance of the residual stream. Make them with "
+            "estimate_importance(…, hidden_covariance=True), or pass calibration_data to prune_model."
+        )
+    if on_meta(teacher):
+        raise PlanError(
+            "hidden_basis='principal' reads the teacher's weights. Plan with the model, not with its config."
+        )
+    return principal_basis(teacher, scores.covariance)
 
 
 def _choose_nonuniform_sizes(
@@ -154,15 +178,18 @@ def _describe_teacher(
     }
 
 
-def _describe_scores(scores: ImportanceScores) -> dict[str, Any]:
-    """The scores' entry in a plan: `PruningPlan.scores`."""
-    return {
+def _describe_scores(scores: ImportanceScores | None) -> dict[str, Any]:
+    """The scores' entries in a plan: `PruningPlan.selection` and `PruningPlan.scores`."""
+    if scores is None:
+        return {}
+    described = {
         "digest": scores.digest,
         "settings": dict(scores.settings),
         "data_digest": scores.digests["data"],
         "tokenizer_digest": scores.digests["tokenizer"],
         **({"layers": tried_layer_sets(scores)} if scores.settings.get("depth_metric") else {}),
     }
+    return {"selection": str(scores.settings["metric"]), "scores": described}
 
 
 def _notes_on_sizes(nonuniform_sizes: Mapping[str, Sequence[int]]) -> list[str]:

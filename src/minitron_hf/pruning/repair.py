@@ -35,6 +35,7 @@ from ..hardware import free_memory
 from ..scoring.calibration import Calibration, load_calibration
 from ..scoring.scores import require_weights
 from ..weights import input_device, narrowed, tensor_values
+from .basis import rotated_model
 from .repair_inputs import CutInputs, Projection, cut_inputs
 from .repair_sums import Moments, Products, input_products
 
@@ -100,8 +101,9 @@ def repaired_weights(
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.
     """
-    inputs = _checked_inputs(model, plan, memory_limit, ridge)
-    if not inputs:
+    _check_arguments(model, plan, memory_limit, ridge)
+    model = rotated_model(model, plan)
+    if not (inputs := cut_inputs(model, plan)):
         return {}
     calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
@@ -121,17 +123,16 @@ def repaired_weights(
     return repaired
 
 
-def _checked_inputs(
+def _check_arguments(
     model: PreTrainedModel, plan: PruningPlan, memory_limit: float | None, ridge: float | None
-) -> list[CutInputs]:
-    """The inputs to fit, after checks of the arguments."""
+) -> None:
+    """Refuse a plan for another teacher, and numbers without a meaning."""
     if memory_limit is not None and not memory_limit > 0:
         raise DataError(f"memory_limit={memory_limit!r}: expected a number of bytes above 0.")
     if ridge is not None and not 0 <= ridge < math.inf:
         raise DataError(f"ridge={ridge!r}: expected a number of 0 or more, or None to choose it on held-out rows.")
     spec_for(model.config).check(model)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
-    return cut_inputs(model, plan)
 
 
 def input_groups(inputs: Sequence[CutInputs], limit: float) -> Iterator[list[CutInputs]]:

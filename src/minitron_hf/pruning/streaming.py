@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..compat import as_stored, generation_config_inside, names_not_saved, storage_id
-from ..errors import HubError, OutputError, UnsupportedModelError, shortened
+from ..errors import HubError, OutputError, PlanError, UnsupportedModelError, shortened
 from ..families import spec_for
 from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
@@ -78,6 +78,7 @@ def prune_checkpoint(
         OutputError: if `target` holds files already, or the disk has too little space for the student.
     """
     target = Path(target)
+    _require_no_basis(plan)
     if not overwrite:
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
@@ -103,6 +104,14 @@ def prune_checkpoint(
         student.config.dtype = str(student.dtype).removeprefix("torch.")
         save_config(student.config, temporary)
     return target
+
+
+def _require_no_basis(plan: PruningPlan) -> None:
+    if plan.basis is not None:
+        raise PlanError(
+            "This plan rotates the residual stream (hidden_basis), which needs the teacher in memory. Call "
+            "apply_plan(model, plan), or plan without hidden_basis."
+        )
 
 
 def _write_weights(

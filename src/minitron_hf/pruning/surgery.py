@@ -20,6 +20,7 @@ from ..models import (
 )
 from ..scoring.scores import require_weights
 from ..weights import input_device, narrowed, on_meta, set_tensor, tensor_values
+from .basis import Rotation
 from .plan import PruningPlan, config_values
 
 if TYPE_CHECKING:
@@ -70,11 +71,13 @@ def apply_plan(
     with no_init_weights(), input_device(model):
         student = build_from_config(_student_class(model, config), config, model.dtype)
     tensors = named_tensors(model)
+    rotation = None if plan.basis is None else Rotation(model, plan.basis)
     with torch.no_grad():
         for name, source, shape in spec.student_tensors(tensors, student.config, plan.layers_kept):
             values = (repaired or {}).get(source)
             if values is None:
                 values = tensor_values(model, source).detach()
+                values = values if rotation is None else rotation.tensor(source, values)
             tensor = student_tensor(values, source, spec, model.config, plan)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)

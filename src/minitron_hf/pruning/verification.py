@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, UnsupportedModelError, VerificationError
 from ..models import evaluating, plain_model
 from ..weights import input_device
+from .basis import rotated_model
 from .masking import masked_units
 from .plan import PruningPlan
 
@@ -36,7 +37,8 @@ def verify_student(
 ) -> float:
     """Compare the logits of a student with those of its teacher whose dropped units are masked.
 
-    Compensated norms and embeddings (`plan.scales`) are taken into account. Neither model is changed.
+    Compensated norms and embeddings (`plan.scales`) are taken into account; with a `plan.basis`, the teacher is
+    rotated first. Neither model is changed.
 
     Args:
         teacher: the teacher, in memory.
@@ -60,7 +62,7 @@ def verify_student(
             "With head_add_back the student is not the masked teacher, so there is nothing to verify it against. "
             "Verify a student made without it."
         )
-    teacher, student = plain_model(teacher), plain_model(student)
+    teacher, student = rotated_model(plain_model(teacher), plan), plain_model(student)
     if any(parameter.is_meta for parameter in [*teacher.parameters(), *student.parameters()]):
         raise UnsupportedModelError("Verifying needs teacher and student in memory, but some weights are offloaded.")
     if input_ids is None:

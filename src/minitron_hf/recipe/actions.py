@@ -91,7 +91,7 @@ def _plan(run: Run) -> None:
     request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
     scores = ImportanceScores.from_pretrained(run.folder)
     if request.target_parameters is None:
-        plan = make_plan(run.teacher_config, request, scores)
+        plan = make_plan(run.teacher if request.hidden_basis else run.teacher_config, request, scores)
     else:
         plan = plan_for_target(
             run.teacher,
@@ -107,7 +107,7 @@ def _plan(run: Run) -> None:
 
 def _prune(run: Run) -> None:
     section = run.recipe.teacher
-    in_memory = run.recipe.verify or run.plan.repair
+    in_memory = run.recipe.verify or run.plan.repair or run.plan.basis is not None
     if not in_memory and is_streamable(section.model, revision=section.revision):
         prune_checkpoint(
             section.model,

@@ -260,7 +260,12 @@ def _prune(facts: Facts, number: int) -> StageCost:
         gaps = min(1, before - after) if recipe.pruner_config.contiguous else before - after
         seconds += _repair_seconds(facts, model, student, repair, (rows, length, batch), gaps)
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
-        load = {"repair": repair, "memory_limit": repair_limit(facts), "num_gaps": gaps}
+        load = {
+            "repair": repair,
+            "num_gaps": gaps,
+            "memory_limit": repair_limit(facts),
+            "is_rotated": bool(recipe.pruner_config.hidden_basis),
+        }
         stages = ["repair", "prune, repaired"]
         memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
     return StageCost("prune", seconds, memory, disk, formula)

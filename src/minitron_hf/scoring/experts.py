@@ -115,6 +115,11 @@ def expert_input_dimension(spec: ArchSpec, module: str) -> Dimension:
     return dimension
 
 
+def reads_input(leaf: str) -> bool | None:
+    """Whether a tensor of stacked experts multiplies their input (True) or makes their output (False)."""
+    return {"gate_up_proj": True, "up_proj": True, "down_proj": False}.get(leaf.removesuffix("_bias"))
+
+
 def expert_down_projections(model: PreTrainedModel, path: str) -> Tensor:
     """The down projections of all experts of a module, [E, …]."""
     return tensor_values(model, f"{path}.down_proj")

@@ -18,6 +18,7 @@ from ..files import public_name
 from ..models import plain_model
 from .activations import ActivationPass
 from .calibration import load_calibration
+from .covariance import CovariancePass
 from .depth import DepthFunction, DepthMetric
 from .gradients import GradientPass
 from .metrics import ImportanceMetric, find_metrics
@@ -60,6 +61,7 @@ def estimate_importance(
     one_by_one: bool = False,
     keep_first_layers: int = 1,
     keep_last_layers: int = 1,
+    hidden_covariance: bool = False,
     seed: int = 0,
     show_progress: bool = True,
 ) -> ImportanceScores | dict[str, ImportanceScores]:
@@ -106,6 +108,8 @@ def estimate_importance(
             the layer whose removal leaves the best model (Nemotron Elastic does so by `"logit_nmse"`).
         keep_first_layers: with `one_by_one`, number of first layers to keep.
         keep_last_layers: with `one_by_one`, number of last layers to keep.
+        hidden_covariance: also sum up the covariance of the residual stream, in a second pass;
+            `PrunerConfig(hidden_basis="principal")` needs it.
         seed: seed of `metric="random"`.
         show_progress: show a progress bar.
 
@@ -126,7 +130,7 @@ def estimate_importance(
     depth.require_possible(spec.sizes(model.config)["layers"])
     run = ScoringRun(spec, model, None, show_progress)
     run.add_digests(processing_class)
-    if depth.needs_data or any(each.needs_data for each in metrics):
+    if hidden_covariance or depth.needs_data or any(each.needs_data for each in metrics):
         run.calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     found = dict(_width_scores(run, metrics, reductions, seed))
     if depth_metric is not None:
@@ -136,6 +140,11 @@ def estimate_importance(
             found[name] = replace(
                 scores, blocks=layers.blocks, removals=layers.removals, settings=settings, digests=dict(run.digests)
             )
+    if hidden_covariance:
+        covariances = CovariancePass(spec, model)
+        run.feed(covariances)
+        for name, scores in found.items():
+            found[name] = replace(scores, covariance=covariances.covariance, digests=dict(run.digests))
     return found[metric] if isinstance(metric, str) else {name: found[name] for name in metric}
 
 

@@ -75,6 +75,9 @@ class ImportanceScores:
         removals: float32 [N, L], where layers were removed one after another: row n holds the value of the model
             without the n layers removed before and each other layer; NaN for layers that are removed or protected. The
             layer with the smallest value of a row is removed.
+        covariance: float32 [2, H, H], the mean over tokens of x xᵀ, where x is the input of a norm divided by its root
+            mean square: over all norms, and of the last norm alone. None where it was not asked for
+            (`hidden_covariance`).
     """
 
     axes: Mapping[str, Tensor]
@@ -83,6 +86,7 @@ class ImportanceScores:
     digests: Mapping[str, str | None]
     versions: Mapping[str, str] = field(default_factory=versions)
     removals: Tensor | None = None
+    covariance: Tensor | None = None
 
     @property
     def layers(self) -> Tensor:
@@ -97,8 +101,12 @@ class ImportanceScores:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a file of scores, by name."""
-        depth = {"blocks": self.blocks, **({} if self.removals is None else {"removals": self.removals})}
-        return {**self.axes, **depth}
+        optional = {"removals": self.removals, "covariance": self.covariance}
+        return {
+            **self.axes,
+            "blocks": self.blocks,
+            **{name: tensor for name, tensor in optional.items() if tensor is not None},
+        }
 
     @property
     def digest(self) -> str:
@@ -137,8 +145,8 @@ class ImportanceScores:
                 header = json.loads((stored.metadata() or {})["minitron_hf"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
             header = migrate(header, file, SCORES_NAME)
-            blocks, removals = tensors.pop("blocks"), tensors.pop("removals", None)
-            scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], removals)
+            blocks, *optional = (tensors.pop(name, None) for name in ("blocks", "removals", "covariance"))
+            scores = cls(tensors, blocks, header["settings"], header["digests"], header["versions"], *optional)
             if header.get("content", scores.digest) != scores.digest:
                 raise ValueError("its tensors are not those that were written")
             return scores

@@ -20,6 +20,8 @@ OLD_NAMES = {"uneven": "nonuniform_sizes"}
 
 #: Values of `PrunerConfig.repair`.
 REPAIRS = ("least_squares", "least_squares_all")
+#: Values of `PrunerConfig.hidden_basis`.
+HIDDEN_BASES = ("principal",)
 
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
@@ -58,6 +60,9 @@ class PrunerConfig:
             The student's norms divide by the root mean square of the kept channels; the factor compensates for that,
             exactly for RMSNorm and approximately for LayerNorm. After distillation it was better on two real models
             and equal on the third (`benchmarks/results/*-norm-compensation.json`).
+        hidden_basis: `"principal"`: rotate the residual stream to its principal axes before the hidden size is pruned,
+            so that the directions with the least energy go instead of single channels (`principal_basis`, for models
+            with RMSNorm). None: keep single channels.
         head_add_back: add the difference to a dropped head to each kept head (Muralidharan et al. 2024, §2.2). With K
             of L heads kept, and heads ranked by importance, head i gains its difference to head 2K - i + 1, in all
             projections into it and out of it. If KV heads are shared, this is done for query heads within their
@@ -99,6 +104,7 @@ class PrunerConfig:
     keep_first_layers: int = 1
     keep_last_layers: int = 1
     norm_compensation: bool = True
+    hidden_basis: str | None = None
     head_add_back: bool = False
     repair: str | None = None
     nonuniform_sizes: list[str] = field(default_factory=list)
@@ -140,6 +146,9 @@ class PrunerConfig:
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
         if self.repair not in (None, *REPAIRS):
             raise PlanError(f"repair={self.repair!r} is unknown. Expected {' or '.join(map(repr, REPAIRS))}, or None.")
+        if self.hidden_basis not in (None, *HIDDEN_BASES):
+            expected = " or ".join(map(repr, HIDDEN_BASES))
+            raise PlanError(f"hidden_basis={self.hidden_basis!r} is unknown. Expected {expected}, or None.")
         if self.model_type is not None and not isinstance(self.model_type, str):
             raise PlanError(f"model_type={self.model_type!r}: expected the name of a family.")
         for name in ("keep_first_layers", "keep_last_layers"):

@@ -62,7 +62,12 @@ def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> d
 def scoring_arguments(
     config: PretrainedConfig, pruner_config: PrunerConfig, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of `estimate_importance`, completed by the number of layers to cut where a `depth_metric` needs it."""
+    """Arguments of `estimate_importance`, completed by what a request needs.
+
+    That is the covariance for a change of basis, and the number of layers to cut for a `depth_metric`.
+    """
+    if pruner_config.hidden_basis:
+        arguments = {**arguments, "hidden_covariance": True}
     if arguments.get("depth_metric") is None:
         return dict(arguments)
     depth_given = pruner_config.num_hidden_layers is not None or pruner_config.layers_to_drop is not None
