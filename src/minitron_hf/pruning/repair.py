@@ -107,8 +107,7 @@ def repaired_weights(
         return {}
     calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
     limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
-    groups = list(input_groups(inputs, limit))
-    probes = probed_inputs(inputs) if ridge is None else []
+    groups, probes = list(input_groups(inputs, limit)), probed_inputs(inputs) if ridge is None else []
     ridges = {} if ridge is None else {cut.kind: ridge for cut in inputs}
     if ridge is None and len(groups) > 1:
         ridges = _ridges_in_passes(model, probes, calibration, limit)
