@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import corpora, report, tasks, tasks_report
+from benchmarks.real import before, corpora, report, tasks, tasks_report
 from benchmarks.real.arms import SCREEN_TOKENS, load_experiments
 from benchmarks.real.intervals import Difference, paired_difference, t_quantile, verdict
 from benchmarks.real.measure import unpacked
@@ -489,3 +489,27 @@ def test_tasks_of_the_harness_on_local_files():
     assert found["num_documents"] == 4
     words = [json.dumps({"text": text}) for text in texts(3, 7)]
     assert set(tasks.score(model, tokenizer, "stories_lastword", words)["correct"]) <= {"0", "1"}
+
+
+def test_students_are_measured_before_retraining_once(bench_files, tmp_path, monkeypatch, capsys):
+    folder, found = bench_files
+    page = tmp_path / "page.md"
+    page.write_text(f"# Results\n\n{before.BEGIN}\n{before.END}\n\nEnd.\n")
+    monkeypatch.setattr(before, "LENGTH", 16)
+    command = [
+        *("--teacher", folder / "teacher", "--work", tmp_path / "work", "--results", tmp_path / "results"),
+        *("--text", f"mixed={found['train']['mixed']['file']}", "--rows", 8),
+        *("--held-out", f"wikitext2={found['held_out']['wikitext2']['file']}", "--held-out-rows", 6),
+        *("--request", "intermediate_size=0.5", "--request", "intermediate_size=0.5,metric=random,seed=3"),
+        *("--request", "hidden_size=24,hidden_basis=principal,repair=least_squares_all"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["before", *map(str, command)])
+    before.main()
+    results = {path: path.read_bytes() for path in (tmp_path / "results").glob("*.json")}
+    assert len(results) == 3
+    before.main()
+    assert results == {path: path.read_bytes() for path in (tmp_path / "results").glob("*.json")}
+    monkeypatch.setattr(sys, "argv", ["before", "--page", str(page), "--results", str(tmp_path / "results")])
+    before.main()
+    assert page.read_text().count("| mixed | 128 |") == 3
+    assert page.read_text().endswith("End.\n")

@@ -1,7 +1,8 @@
 r"""Measures students before any retraining: KL to the teacher, by request and by calibration text.
 
-Importance and repair read the same rows. One JSON file per request, text and number of rows; existing files are read.
-For example, and then the table of all results:
+Importance and repair read the same rows. A request has fields of `PrunerConfig` and arguments of
+`estimate_importance`. One JSON file per request, text and number of rows; existing files are read. For example, and
+then the table of all results:
 
     python -m benchmarks.real.before --teacher work/teacher --work work/before \
         --request intermediate_size=0.5 --request intermediate_size=0.5,repair=least_squares \
@@ -12,6 +13,7 @@ For example, and then the table of all results:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ RESULTS = Path(__file__).parents[1] / "results/real/before"
 BEGIN, END = "<!-- results of benchmarks.real.before: begin -->", "<!-- results of benchmarks.real.before: end -->"
 #: Tokens of a calibration row.
 LENGTH = 256
+PRUNER_FIELDS = {field.name for field in dataclasses.fields(PrunerConfig)}
 
 
 class Measurement:
@@ -70,8 +73,10 @@ class Measurement:
         path = self.arguments.results / f"{request.replace(',', '-')}-{text}-{len(rows)}.{named}.json"
         if path.is_file():
             return dict(read_json(path))
-        config = PrunerConfig(**{"multiple_of": 1, **fields})
-        plan = make_plan(self.teacher, config, self._scores(rows))
+        request_fields = {name: value for name, value in fields.items() if name in PRUNER_FIELDS}
+        scoring = {name: value for name, value in fields.items() if name not in PRUNER_FIELDS}
+        config = PrunerConfig(**{"multiple_of": 1, **request_fields})
+        plan = make_plan(self.teacher, config, self._scores(rows, scoring))
         student = prune_with_plan(self.teacher, plan, rows if plan.repair else None)
         sums = row_sums(student, self.domain, self.reference, self.stop.check)
         found = summary(sums, self.domain.counts, self.domain.rows.num_bytes)
@@ -94,11 +99,13 @@ class Measurement:
         log(f"{request}, {text}, {rows.num_tokens:,} tokens: KL {found['kl_divergence']}")
         return result
 
-    def _scores(self, rows: Any) -> ImportanceScores:
+    def _scores(self, rows: Any, arguments: dict[str, Any]) -> ImportanceScores:
         """Scores of the teacher on some rows, made once."""
-        folder = self.arguments.work / f"scores-{key(self.digest, str(self.teacher.dtype), rows.digest)}"
+        named = key(self.digest, str(self.teacher.dtype), rows.digest, arguments)
+        folder = self.arguments.work / f"scores-{named}"
         if not folder.is_dir():
-            scores = estimate_importance(self.teacher, rows, hidden_covariance=True, show_progress=False)
+            arguments = {"hidden_covariance": True, **arguments}
+            scores = estimate_importance(self.teacher, rows, show_progress=False, **arguments)
             with replacing_folder(folder) as unfinished:
                 scores.save_pretrained(unfinished)
         self.stop.check()
@@ -106,7 +113,7 @@ class Measurement:
 
 
 def parse_request(text: str) -> dict[str, Any]:
-    """Fields of a `PrunerConfig`.
+    """Fields of a `PrunerConfig` and arguments of `estimate_importance`.
 
     >>> parse_request("hidden_size=540,repair=least_squares")
     {'hidden_size': 540, 'repair': 'least_squares'}
