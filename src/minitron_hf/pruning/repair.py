@@ -96,7 +96,7 @@ def repaired_weights(
         Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+        PlanError: if units are cut that other modules than plain projections read (experts).
         MismatchError: if the plan was made for other weights.
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import dimension_index
+from ..families.axes import Dimension, dimension_index
 from ..models import empty_model, evaluating
 from ..scoring.hook_points import UnitView, norm_paths
 from ..scoring.hooks import first_input
@@ -41,7 +41,7 @@ class CutInputs:
     """Inputs that some projections read together, and of which the student has fewer.
 
     Attributes:
-        path: the module that is observed: the projection itself, or the norm before it.
+        path: the module that is observed: the projection itself, or the norm before it, maybe one with a gate.
         kept_K: teacher indices of the inputs that stay.
         rest_R: teacher indices of the inputs that the student lacks; after a norm all of them, because the student's
             norm divides by another number.
@@ -59,8 +59,8 @@ class CutInputs:
 
     @property
     def kind(self) -> str:
-        """What is missing: `"layers"`, `"channels"` or `"units"`. Inputs of a kind are fitted with the same ridge."""
-        return "layers" if self.gap else "units" if self.norm is None else "channels"
+        """Inputs of a kind are fitted with the same ridge: before dropped layers, behind norms, and all others."""
+        return "layers" if self.gap else "units" if self.norm is None else "norms"
 
     @property
     def width(self) -> int:
@@ -72,12 +72,13 @@ class CutInputs:
         """Bytes of the float64 sums, 8·K·(K + R + G)."""
         return 8 * len(self.kept_K) * self.width
 
-    def observed(self, before: Tensor, after: Tensor | None = None) -> Tensor:
+    def observed(self, before: Tensor, after: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """The student's inputs and what they lack, side by side: [N, K + R], in the dtype of sums over a batch.
 
         Args:
             before: [N, D], input of the observed module in the teacher.
             after: [N, D], its output, if it is a norm.
+            gate: [N, D], its second input, if it is a norm with a gate.
         """
         kept_K, num_kept, dtype = self.kept_K.to(before.device), len(self.kept_K), accumulation_dtype(before)
         if self.norm is None:
@@ -85,7 +86,8 @@ class CutInputs:
         assert after is not None
         observed = torch.empty(len(before), num_kept + len(self.rest_R), dtype=dtype, device=before.device)
         norm = self.norm.to(before.device)  # it is built on the CPU where the weights are offloaded
-        observed[:, :num_kept] = norm(before[:, kept_K])
+        gates = () if gate is None else (gate[:, kept_K],)
+        observed[:, :num_kept] = norm(before[:, kept_K], *gates)
         observed[:, num_kept:] = after
         observed[:, num_kept + kept_K] -= observed[:, :num_kept]
         return observed
@@ -96,13 +98,14 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
     and those of the projections before dropped layers.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+        PlanError: if units are cut that other modules than plain projections read (experts).
     """
     spec = spec_for(model.config)
     gaps = find_gaps(model, plan)
     found = []
     for order, cut in _cut_units(model, spec, plan):
-        found.append((order, replace(cut, gap=gaps.pop(cut.path)[2]) if cut.path in gaps else cut))
+        path = cut.projections[0].path
+        found.append((order, replace(cut, gap=gaps.pop(path)[2]) if path in gaps else cut))
     for path, (layer, projection, gap) in gaps.items():  # nothing is cut that these projections read
         whole_D = torch.arange(tensor_values(model, f"{path}.weight").shape[projection.position])
         found.append(((layer, path), CutInputs(path, whole_D, whole_D[:0], (projection,), gap=gap)))
@@ -114,13 +117,17 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
 def _cut_units(
     model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan
 ) -> Iterator[tuple[tuple[int, str], CutInputs]]:
-    """Every projection that reads neurons or heads which are cut."""
+    """Every projection that reads neurons, heads or other units which are cut.
+
+    Where a norm with a gate is before it, whose mean squares the cut changes, what the student's norm gives is fitted.
+    """
     before, after = ({axis: sizes[whose] for axis, sizes in plan.sizes.items()} for whose in ("teacher", "student"))
-    names, seen = list(named_tensors(model, tied=True)), set()
-    for axis in repaired_axes(spec, before, after):
-        if axis not in spec.hook_points:  # layers
+    names, modules, seen = list(named_tensors(model, tied=True)), dict(model.named_modules()), set()
+    student = empty_model(plan.build_student_config(model.config)) if spec.gated_norms else None
+    axes = repaired_axes(spec, before, after)
+    for axis, module in (*spec.hook_points.items(), *spec.readers):
+        if axis not in axes:
             continue
-        module = spec.hook_points[axis]
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             path = spec.layer_parameter(layer, module)
             sizes = spec.sizes(model.config, layer)
@@ -134,8 +141,20 @@ def _cut_units(
             seen.add(path)
             is_cut_D = torch.ones(num_inputs, dtype=torch.bool)
             is_cut_D[kept_K := torch.from_numpy(kept)] = False
-            rest_R = is_cut_D.nonzero().flatten()
-            yield (layer, path), CutInputs(path, kept_K, rest_R, (Projection(path, position),))
+            rest_R, own = is_cut_D.nonzero().flatten(), (Projection(path, position),)
+            before_it = spec.layer_parameter(layer, _gated_norm(spec, module, spec.dimensions[located[0]][position]))
+            if before_it in modules:
+                norm = _student_norm(model, student, spec, plan, before_it)
+                yield (layer, path), CutInputs(before_it, kept_K, torch.arange(num_inputs), own, norm)
+            else:
+                yield (layer, path), CutInputs(path, kept_K, rest_R, own)
+
+
+def _gated_norm(spec: ArchSpec, module: str, inputs: Dimension) -> str:
+    """The norm with a gate whose output is the input of a projection in a layer; empty for none."""
+    parent = module.rpartition(".")[0]
+    names = [norm for norm in spec.gated_norms if norm.rpartition(".")[0] == parent]
+    return next((norm for norm in names if spec.dimensions[f"{norm}.weight"][0] == inputs), "")
 
 
 def _cut_channels(

@@ -171,7 +171,8 @@ def _observe(
 
     def on_inputs(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         read = first_input(args, kwargs)  # the output of a projection is not read
-        x_N = cut.observed(tokens(read)) if cut.norm is None else cut.observed(tokens(read), tokens(output))
+        of_norm = () if cut.norm is None else (output, *args[1:2])  # a norm with a gate takes it second
+        x_N = cut.observed(*map(tokens, (read, *of_norm)))
         if cut.gap is None:
             add(cut, x_N)
         else:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 EXPERT_ALIGNMENT = 8
 #: Axes whose fractions are rounded to a multiple that is more than legal: channels and neurons.
 ROUNDED_AXES = ("hidden", "ffn", "moe_ffn", "shared_ffn")
-REPAIRED_AXES = ("ffn", "heads", "kv")
 
 
 def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> dict[str, Any] | None:
@@ -259,13 +258,13 @@ def repaired_axes(
         repair: one of `REPAIRS`.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts, state spaces).
+        PlanError: if units are cut that other modules than plain projections read (experts).
     """
     axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
     layers = ("layers",) if after["layers"] < before["layers"] else ()
     for axis in axes:
         module = spec.hook_points[axis]
-        if axis not in REPAIRED_AXES or f"{module}.weight" not in spec.dimensions:
+        if f"{module}.weight" not in spec.dimensions:
             raise PlanError(
                 f"repair={repair!r} refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
                 f"models is cut here, which {module} reads in another way. Leave out repair."
