@@ -101,6 +101,10 @@ def run_dir(full_run):
     """The run folder without what the plots are drawn from: drawing them takes most of the time of a push."""
     for name in PLOTTED_FROM:
         (full_run / name).unlink()
+    record = json.loads((full_run / "evaluation.json").read_text())
+    for model in record["models"].values():
+        model.pop("decode_tokens_per_second", None)
+    write_json(full_run / "evaluation.json", record)
     shutil.rmtree(full_run / "plots")
     return full_run
 
@@ -167,7 +171,7 @@ EXPECTED = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-PLOTTED = {name for name in EXPECTED if name.startswith("plots/")} - {"plots/speed.png"}  # from evaluation.json
+PLOTTED = {name for name in EXPECTED if name.startswith("plots/")}
 PLOTTED_FROM = {"scores.safetensors", "distillation.json", "search.json"}
 EXPECTED_WITHOUT_PLOTS = EXPECTED - PLOTTED - PLOTTED_FROM
 

@@ -88,6 +88,7 @@ def test_unknown_tasks_and_missing_tokenizers_are_refused(task_folder: Path, mod
     import lm_eval.tasks
 
     manager = lm_eval.tasks.TaskManager  # without its own tasks, which take ten seconds to index
+    monkeypatch.setattr(tasks, "_indexed", tasks._indexed.__wrapped__)  # which would remember this one
     monkeypatch.setattr(
         lm_eval.tasks, "TaskManager", lambda **kwargs: manager(**{**kwargs, "include_defaults": False})
     )

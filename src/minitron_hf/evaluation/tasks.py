@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -242,6 +243,7 @@ def run_task(
     with (
         evaluating([model]),
         _random_state_kept(),
+        _without_environment_report(),
         _quiet(settings.show_progress),
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -261,6 +263,16 @@ def run_task(
             **{"bootstrap_iters": 1000, **settings.options},
         )
     return TaskScores.of(results, task.weighted, bool(settings.options.get("apply_chat_template")))
+
+
+def _without_environment_report() -> contextlib.AbstractContextManager[Any]:
+    """Keep `simple_evaluate` (read in 0.4.13) from starting pip, git and others for a report that nobody reads here.
+
+    That takes seconds after every task. The versions that count are recorded by this package.
+    """
+    return mock.patch.multiple(
+        "lm_eval.evaluator", create=True, add_env_info=lambda results: None, get_git_commit_hash=lambda: None
+    )
 
 
 @contextlib.contextmanager
@@ -299,7 +311,6 @@ def require_tasks(
     """
     try:
         from lm_eval.models import huggingface  # noqa: F401 (its dependencies may be missing too)
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingDependencyError(
             f"Benchmarks need lm-evaluation-harness ({error}). Run: pip install 'minitron-hf[eval]'"
@@ -310,11 +321,10 @@ def require_tasks(
     for folder in folders:
         if not os.path.isdir(folder):
             raise DataError(f"include_path: the folder {str(folder)!r} does not exist.")
-    paths = [str(folder) for folder in folders]
-    # The harness takes ten seconds to index its own 15,000 tasks, which the given folders may make unnecessary.
-    manager = TaskManager(include_path=paths, include_defaults=False) if paths else _stock_tasks()
-    if not set(names) <= {*manager.all_tasks, *filter(os.path.exists, names)}:
-        manager = TaskManager(include_path=paths) if paths else manager
+    # The given folders may make the harness's own 15,000 tasks unnecessary, which take ten seconds to index.
+    manager = _index(folders, with_stock=False) if folders else None
+    if manager is None or not set(names) <= {*manager.all_tasks, *filter(os.path.exists, names)}:
+        manager = _index(folders, with_stock=True)
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known and not os.path.exists(name)]:
         raise DataError(
@@ -329,12 +339,18 @@ def require_tasks(
     return manager
 
 
-@functools.lru_cache(1)
-def _stock_tasks() -> Any:
-    """The index of the harness's own tasks."""
+def _index(folders: Sequence[str | os.PathLike[str]], *, with_stock: bool) -> Any:
+    """The tasks of folders, and of the harness itself if wanted; indexed once while the task files stay the same."""
+    paths = tuple(str(folder) for folder in folders)
+    files = sorted(file for path in paths for file in Path(path).glob("**/*.yaml"))
+    return _indexed(paths, tuple((str(file), file.stat().st_mtime_ns) for file in files), with_stock)
+
+
+@functools.lru_cache(2)
+def _indexed(paths: tuple[str, ...], state: tuple[tuple[str, int], ...], with_stock: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=list(paths) or None, include_defaults=with_stock)
 
 
 def _refusal_of_code(task: str) -> str:

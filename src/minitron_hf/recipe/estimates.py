@@ -406,7 +406,13 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
             read = costs.decode_bytes(model, facts.compute_bytes)
             seconds += DECODE_ROUNDS * DECODED_TOKENS * read / facts.machine.memory_traffic
     memory = evaluation_bytes(facts, models, length)
-    formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
+    extra = {
+        "tasks": section.tasks,
+        "drafts": section.draft_prompts,
+        "further speeds": section.speed and (section.speed_batch_sizes or section.speed_prompt_tokens),
+    }
+    uncounted = " and ".join(name for name, wanted in extra.items() if wanted)
+    formula = f"{tokens:,.0f} tokens, {len(models)} models" + (f", {uncounted} not counted" if uncounted else "")
     return StageCost("evaluate", seconds, memory, 0.0, formula)
 
 
