@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import random
 
 import pytest
+from typer.testing import CliRunner
 
+from minitron_hf.cli.app import app
 from minitron_hf.errors import DataError
-from minitron_hf.evaluation import benchmarks
+from minitron_hf.evaluation import benchmarks, evaluate
 from minitron_hf.evaluation.benchmarks import _Stored, compared, measure_benchmarks
 from minitron_hf.evaluation.paired import paired_difference, share_of
 from minitron_hf.evaluation.presets import PRESETS
@@ -221,3 +224,21 @@ def test_a_single_model_has_no_reference_and_a_chat_template_must_be_there(work,
         measure(models, None, ["a"], apply_chat_template=True)
     with pytest.raises(DataError, match="no tasks"):
         measure(models, None, [])
+
+
+def test_the_command_measures_and_prints_tasks(work, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "require_tasks", lambda *args, **kwargs: None)
+    for name, model in models.items():
+        copy.deepcopy(model).float().save_pretrained(tmp_path / name)
+        pocket_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "text.jsonl").write_text('{"text": "the old man"}\n' * 3)
+    named = [f"{name}={tmp_path / name}" for name in models]
+    command = ["evaluate", *named, "--data", str(tmp_path / "text.jsonl"), "-o", str(tmp_path / "out")]
+    command += ["--tasks", "a,b", "--set", "speed=false"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "Average of 2 tasks" in result.output
+    assert work.ran == ["a None", "a None", "b None", "b None"]
+    again = CliRunner().invoke(app, [*command, "--overwrite"])
+    assert again.exit_code == 0, again.output
+    assert len(work.ran) == 4, "finished tasks are kept"

@@ -15,7 +15,7 @@ from minitron_hf.evaluation import evaluate, tasks
 from minitron_hf.recipe.reading import apply_overrides
 from minitron_hf.recipe.runner import run_recipe, try_recipe
 from minitron_hf.recipe.schema import Recipe
-from minitron_hf.recipe.stages import stages_until
+from minitron_hf.recipe.stages import _distill_settings, _evaluation_settings, stages_until
 from pocket import pocket_model, pocket_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -194,3 +194,17 @@ def test_shipped_recipes_run_at_pocket_size(pocket_recipe):
     folder = run_recipe(pocket_recipe, show_progress=False, report=lambda line: None)
     assert "pruned from" in (folder / "README.md").read_text()
     assert (folder / "model.safetensors").is_file()
+
+
+def test_new_entries_do_not_change_what_finished_stages_have_recorded(tmp_path, monkeypatch):
+    """Defaults of entries that came later are left out; other values count."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.jsonl").write_text('{"text": "the old"}')
+    first = ["max_length", "num_rows", "batch_size", "speed", "tasks", "task_limit", "num_fewshot", "include_path"]
+    recorded = _evaluation_settings(Recipe.from_dict(MINIMAL))["evaluate"]
+    assert [*recorded] == [*first, "apply_chat_template", "prompts"]
+    changed = Recipe.from_dict({**MINIMAL, "evaluate": {"draft_prompts": 4, "speed_batch_sizes": [2]}})
+    recorded = _evaluation_settings(changed)["evaluate"]
+    assert (recorded["draft_prompts"], recorded["speed_batch_sizes"]) == (4, [2])
+    logged = Recipe.from_dict({**MINIMAL, "distill": {"eval_tasks": ["piqa"], "eval_task_limit": 3}})
+    assert _distill_settings(logged) == _distill_settings(Recipe.from_dict(MINIMAL))

@@ -94,10 +94,13 @@ def measure_benchmarks(
         show_progress: show progress bars.
 
     Returns:
-        The content of `benchmarks.json`. `models` is `{model: {task: {metric: {…}}}}` as from `evaluate_tasks`, with
-        `difference` (`value`, `stderr`, and for accuracies `gained` and `lost`, the documents that only the model or
-        only the reference has right). `average` has the mean over the tasks of every model, with `difference` and
-        `share`, the reference's average that is kept. `reference`, `tasks` and `format`.
+        The content of `benchmarks.json`.
+
+        `models` is `{model: {task: {metric: {…}}}}` as from `evaluate_tasks`, with `difference` (`value`, `stderr`,
+        and for accuracies `gained` and `lost`, the documents that only the model or only the reference has right).
+        `average` has the mean of every model over the tasks, with `difference` and with `share`, the part of the
+        reference's average that the model keeps. `documents` names the files of finished tasks. `reference`, `tasks`
+        and `format` say what was compared.
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
