@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from .._version import __version__
 from .checked import CheckedCommand
 from .distill import distill
+from .doctor import doctor
 from .evaluate import card, evaluate, publish
 from .failures import error_message
 from .families import families
@@ -26,7 +28,6 @@ app = typer.Typer(
     name="minitron-hf",
     help="Make large causal language models small: score, prune width and depth, distil, measure, publish.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -42,6 +43,8 @@ def main() -> None:
         text, code = error_message(error)
         if not write_error_message(text):
             typer.echo(f"minitron-hf: {text}", err=True)
+        if "--json" in sys.argv:
+            typer.echo(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
         sys.exit(code)
 
 
@@ -77,6 +80,7 @@ COMMANDS = (
     card,
     publish,
     families,
+    doctor,
 )
 
 for command in COMMANDS:

@@ -6,13 +6,15 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from ..errors import DataError
 from ..files import require_creatable
 from ..recipe.rules import require_choice, require_value
+from .output import Output, printing
 
 #: Words that an argument takes, by its name.
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -24,8 +26,32 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 WRITES_A_FILE = ("recommend", "families")
 
 
+def output_options(
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON document, all else to the standard error.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and warnings, no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print messages of all libraries, too.")] = False,
+) -> None:
+    """Holds the options of all commands, which `output.printing` carries out."""
+
+
+def _options_of(function: Any) -> list[Any]:
+    """The options of a function as Typer makes them, whose own class for them changes between versions."""
+    single = typer.Typer(add_completion=False)
+    single.command()(function)
+    return list(typer.main.get_command(single).params)
+
+
 class CheckedCommand(TyperCommand):
-    """A command whose arguments are checked by their names; `~` is the user's home in all of them."""
+    """A command whose arguments are checked by their names; `~` is the user's home in all of them.
+
+    Every command has the options of `output_options`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += _options_of(output_options)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; after a misspelt option, suggest the closest options that `--help` shows."""
@@ -42,7 +68,11 @@ class CheckedCommand(TyperCommand):
         to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
         for name, value in ctx.params.items():
             ctx.params[name] = _checked(name, value, to_file)
-        return super().invoke(ctx)
+        output = Output(**{name: ctx.params.pop(name) for name in ("json", "quiet", "verbose")})
+        if output.quiet and output.verbose:
+            raise DataError("--quiet and --verbose exclude each other. Leave out one of them.")
+        with printing(ctx.command.name, output):
+            return super().invoke(ctx)
 
 
 def _checked(name: str, value: Any, to_file: bool) -> Any:

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError
 from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _settings
-from .printing import _say
+from .output import wrote
 
 
 def distill(
@@ -68,4 +68,4 @@ def distill(
     model, tokenizer = _load(student, dtype="float32")
     run_distillation(model, teacher, output, tokenizer, {**DISTILL_DEFAULTS, **settings}, *corpora)
     if is_main_process():
-        _say(f"Wrote {output}")
+        wrote(output)

@@ -10,7 +10,8 @@ import typer
 
 from ..errors import DataError, OutputError
 from .options import Output, Overwrite, Settings, Split, _corpus, _require_free, _settings
-from .printing import _print_measurement, _say
+from .output import given, say, wrote
+from .printing import _print_measurement
 
 
 def evaluate(
@@ -74,7 +75,7 @@ def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     require_weights(folder)
     with locked_folder(folder):
         path = write_model_card(folder)
-    _say(f"Wrote {path}")
+    wrote(path)
 
 
 def publish(
@@ -86,4 +87,6 @@ def publish(
     """Upload a student with plan, plots, evaluation and card to the Hub, in one commit."""
     from ..publishing.hub import push_student_to_hub
 
-    _say(f"Published {push_student_to_hub(folder, repo_id, private=not public, revision=revision).commit_url}")
+    url = push_student_to_hub(folder, repo_id, private=not public, revision=revision).commit_url
+    if not given("url", url):
+        say(f"Published {url}")

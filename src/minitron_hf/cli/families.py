@@ -9,7 +9,8 @@ import typer
 
 from ..errors import DataError
 from .options import Overwrite, _require_free
-from .printing import _print_family, _print_matrix, _say
+from .output import given, wrote
+from .printing import _print_family, _print_matrix
 
 
 def families(
@@ -44,7 +45,9 @@ def families(
         for about, spec in describe_family(model_type):
             _print_family(about, spec)
     elif markdown:
-        typer.echo(to_markdown(support_matrix()))
+        text = to_markdown(support_matrix())
+        if not given("markdown", text):
+            typer.echo(text)
     else:
         _print_matrix()
 
@@ -58,8 +61,9 @@ def _write_draft(model: str, output: Path | None) -> None:
 
     text = draft_family(AutoConfig.for_model(model) if model in CONFIG_MAPPING else load_config(model))
     if output is None:
-        typer.echo(text, nl=False)
+        if not given("draft", text):
+            typer.echo(text, nl=False)
     else:
         with replacing_file(output) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        _say(f"Wrote {output}")
+        wrote(output)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from .options import Device, Output, Settings, Split, TextField, _corpus, _load, _settings
-from .printing import _say
+from .output import given, wrote
 
 
 def generate(
@@ -47,7 +47,6 @@ def generate(
     )
     record = read_artefact(folder / RECORD_NAME)
     ended = record["num_finished"] / record["num_rows"]
-    _say(
-        f"Wrote {folder}: {record['num_rows']:,} rows, {record['num_new_tokens']:,} new tokens; "
-        f"{ended:.0%} of the rows ended before the limit"
-    )
+    given("record", record)
+    counts = f"{record['num_rows']:,} rows, {record['num_new_tokens']:,} new tokens"
+    wrote(folder, f": {counts}; {ended:.0%} of the rows ended before the limit")

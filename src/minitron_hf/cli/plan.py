@@ -22,7 +22,8 @@ from .options import (
     _sizes,
     _texts,
 )
-from .printing import _print_shapes, _say
+from .output import wrote
+from .printing import _print_shapes
 from .recommend import recommend as recommendation
 
 if TYPE_CHECKING:
@@ -211,4 +212,4 @@ def _plan(
         with locked_folder(output):
             PrunerConfig.from_dict(made.pruner_config).save_pretrained(output)
             path = made.save_pretrained(output)
-        _say(f"Wrote {path}")
+        wrote(path)

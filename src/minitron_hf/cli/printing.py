@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from .output import added, given
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
     from ..recipe.recommendations import Recommendation
 
 
-def _say(text: str) -> None:
-    typer.echo(text)
-
-
 def _print_shapes(shapes: Mapping[str, Any]) -> None:
+    if given("shapes", shapes):
+        return
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
@@ -59,11 +58,15 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
 
 
 def _print_recommendation(teacher: str, made: Recommendation) -> None:
+    if given("decisions", made.decisions):
+        return
     from rich.table import Table
 
     from ..recipe.decisions import SOURCES
 
-    table = Table("", "recommended", "why", "source", title=f"How to prune {teacher}", show_lines=True)
+    table = Table(title=f"How to prune {teacher}", show_lines=True)
+    for column in ("", "recommended", "why", "source"):
+        table.add_column(column, overflow="fold")  # names of files and models are long words
     for decision in made.decisions:
         table.add_row(decision.name, decision.value, decision.reason, decision.source)
     console = _console()
@@ -74,6 +77,8 @@ def _print_recommendation(teacher: str, made: Recommendation) -> None:
 
 
 def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
+    if given("capacity", {"peak": found.peak, "fits": found.fits, **vars(found)}):
+        return
     from rich.table import Table
 
     number = "" if setup.devices == 1 else f"each of {setup.devices} × "
@@ -113,6 +118,8 @@ def _bytes(size: float) -> str:
 
 def _print_estimate(estimate: Estimate) -> None:
     """Print what a run will cost, in 80 columns."""
+    if given("estimate", estimate):
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -144,6 +151,8 @@ def _print_matrix() -> None:
     from ..survey.matrix import support_matrix
 
     matrix = support_matrix()
+    if given("matrix", {"families": [{"names": names, "sizes": cells} for names, cells in matrix.rows]}):
+        return
     console = _console()
     table = Table(title="What can be cut", title_justify="left", show_lines=True)
     table.add_column("family", min_width=32)
@@ -164,7 +173,26 @@ def _print_matrix() -> None:
         console.print(f"{number}. {remark}", markup=False, highlight=False)
 
 
+def _described_family(about: str, spec: ArchSpec) -> dict[str, Any]:
+    """What `_print_family` prints, as values."""
+    from ..families import FIELD_OF_AXIS
+    from ..survey.matrix import cuttable_axes, refused_variants
+
+    allowed = cuttable_axes(spec)
+    sizes = {}
+    for axis in spec.axes:
+        cut = allowed.get(axis.name)
+        sizes[FIELD_OF_AXIS.get(axis.name, axis.name)] = {
+            "config": axis.fields,
+            "can_be_cut": cut is not None and cut.allowed,
+            "remarks": () if cut is None else cut.remarks,
+        }
+    return {"model_type": spec.model_type, "about": about, "sizes": sizes, "refused": list(refused_variants(spec))}
+
+
 def _print_family(about: str, spec: ArchSpec) -> None:
+    if added("families", _described_family(about, spec)):
+        return
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
@@ -207,6 +235,8 @@ def _print_measurement(folder: Path) -> None:
     if not (folder / "evaluation.json").is_file():
         return
     evaluation = read_artefact(folder / "evaluation.json")
+    if given("evaluation", evaluation):
+        return
     table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
     for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -321,26 +351,42 @@ def _position_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def _print_costs(folder: Path) -> bool:
+    """Print what the finished stages took, beside the estimate; returns whether it went into a JSON document."""
+    from ..publishing.card_tables import _cost_table
+    from ..recipe.usage import read_costs
+
+    costs = read_costs(folder)
+    if given("costs", costs):
+        given("folder", folder)
+        return True
+    if (rows := _cost_table(costs)) is not None:
+        _console().print(_as_table(rows, "What it took"))
+    return False
+
+
 def _print_results(folder: Path) -> None:
     """Print the results of a run, if they exist: the table, the samples and the path of the card."""
     from ..formats import read_artefact
 
-    console = _console()
     _print_measurement(folder)
+    if _print_costs(folder):
+        return
+    console = _console()
     if (folder / "samples.json").is_file():
         for sample in read_artefact(folder / "samples.json")["samples"][:2]:
             for name, text in sample["completions"].items():
                 console.print(f"\n[bold]{name}[/bold] | {sample['prompt']!r} →", highlight=False)
                 console.print(text.strip(), markup=False, highlight=False)
     if (folder / "README.md").is_file():
-        console.print(f"\nModel card: {folder / 'README.md'}")
+        console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True)
 
 
 def _console() -> Console:
-    """A console that does not fold tables if the output is not a terminal."""
+    """A console that is as wide as the terminal; without one as wide as COLUMNS says, or 120 columns."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=120)
 
 
 def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:

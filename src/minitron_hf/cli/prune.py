@@ -9,7 +9,7 @@ import typer
 
 from ..errors import DataError
 from .options import Device, Output, Settings, Split, TextField, _load, _settings, _texts
-from .printing import _say
+from .output import say, wrote
 
 
 def prune(
@@ -56,13 +56,13 @@ def prune(
         prune_checkpoint(teacher, output, made)
     else:
         if not in_memory:
-            _say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
+            say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher, device=device)
         student: Any = prune_with_plan(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
         if verify:
-            _say(student.pruning_plan.notes[-1])
+            say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:
             save_model(student, folder, tokenizer)
             student.pruning_plan.save_pretrained(folder)
-    _say(f"Wrote {output}")
+    wrote(output)

@@ -9,7 +9,8 @@ import typer
 
 from ..errors import DataError
 from .options import Overwrite, Settings, _number, _require_free
-from .printing import _print_estimate, _print_recommendation, _say
+from .output import say, wrote
+from .printing import _print_estimate, _print_recommendation
 
 TrainData = Annotated[
     Optional[str],  # noqa: UP045
@@ -77,7 +78,7 @@ def recommend(
         recipe = made.recipe(teacher, **corpora, output_dir=f"runs/{output.stem}", overrides=set_ or [])
         write_text(output, made.to_yaml(recipe))
         _print_costs(recipe)
-        _say(f"Wrote {output}")
+        wrote(output)
 
 
 def _print_costs(recipe: dict[str, Any]) -> None:
@@ -89,7 +90,7 @@ def _print_costs(recipe: dict[str, Any]) -> None:
     try:
         _print_estimate(estimate_recipe(Recipe.from_dict(recipe)))
     except MinitronError as error:
-        _say(f"Note: the costs cannot be estimated here: {error}")
+        say(f"Note: the costs cannot be estimated here: {error}")
 
 
 def _require_corpora(
@@ -117,7 +118,7 @@ def _measures(teacher: str, train_data: str, measure: bool) -> dict[str, Any]:
             local = local_dataset(train_data) is not None
             return {"corpus": measure_corpus(train_data, load_tokenizer(teacher))} if local else {}
         except MinitronError as error:
-            _say(f"Note: the lengths of the documents are not known here: {error}")
+            say(f"Note: the lengths of the documents are not known here: {error}")
             return {}
     tokenizer = load_tokenizer(teacher)
     corpus = measure_corpus(train_data, tokenizer)

@@ -9,7 +9,8 @@ import typer
 
 from ..errors import DataError
 from .options import Accelerate, Processes, Settings, _distributed
-from .printing import _print_estimate, _print_results, _print_shapes, _say
+from .output import current, given, tell
+from .printing import _print_estimate, _print_results, _print_shapes
 
 
 def run(
@@ -24,7 +25,6 @@ def run(
     ] = False,
     accelerate: Accelerate = None,
     num_processes: Processes = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Run a recipe: generate, score, plan, prune, distill, controls, evaluate, card, publish.
 
@@ -33,7 +33,6 @@ def run(
     """
     from ..hardware import is_launched
     from ..recipe.estimates import estimate_recipe
-    from ..recipe.progress import progress_bars
     from ..recipe.runner import run_recipe, try_recipe
     from ..recipe.schema import Recipe
 
@@ -41,23 +40,18 @@ def run(
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
     loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
-        with progress_bars(not quiet):
-            _print_shapes(try_recipe(loaded, until=until, redo=redo))
-            _print_estimate(estimate_recipe(loaded, until=until))
+        _print_shapes(try_recipe(loaded, until=until, redo=redo))
+        _print_estimate(estimate_recipe(loaded, until=until))
         return
-    try:
-        folder = run_recipe(
-            loaded,
-            until=until,
-            redo=redo,
-            show_progress=not quiet,
-            report=_say,
-            report_shapes=_print_shapes,
-            report_estimate=_print_estimate,
-        )
-    except KeyboardInterrupt:
-        _say("Interrupted. The same command resumes where this one stopped.")
-        raise typer.Exit(130) from None
+    folder = run_recipe(
+        loaded,
+        until=until,
+        redo=redo,
+        show_progress=not current().quiet,
+        report=tell,
+        report_shapes=_print_shapes,
+        report_estimate=_print_estimate,
+    )
     _print_results(folder)
 
 
@@ -68,7 +62,9 @@ def accelerate_config(
     from ..recipe.launching import CONFIG_NAMES
     from ..recipe.launching import accelerate_config as path_of
 
-    typer.echo("\n".join(CONFIG_NAMES) if name is None else path_of(name))
+    found = CONFIG_NAMES if name is None else [path_of(name)]
+    if not given("configurations" if name is None else "path", found if name is None else found[0]):
+        typer.echo("\n".join(map(str, found)))
 
 
 def stage(

@@ -21,7 +21,7 @@ from .options import (
     _settings,
     _texts,
 )
-from .printing import _say
+from .output import wrote
 
 
 def score(
@@ -49,7 +49,7 @@ def score(
         model, tokenizer = _load(teacher, device=device)
         scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
         path = scores.save_pretrained(output)
-    _say(f"Wrote {path}")
+    wrote(path)
 
 
 def cache(
@@ -77,4 +77,4 @@ def cache(
     if top_k > vocab_size:
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     model, tokenizer = _load(teacher)
-    _say(f"Wrote {cache_teacher_logits(model, rows, output, top_k=top_k, args=args, processing_class=tokenizer)}")
+    wrote(cache_teacher_logits(model, rows, output, top_k=top_k, args=args, processing_class=tokenizer))

@@ -8,7 +8,8 @@ import typer
 
 from ..errors import DataError
 from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
-from .printing import _console, _say
+from .output import given, say, wrote
+from .printing import _console
 
 Space = Annotated[
     list[str],
@@ -68,8 +69,8 @@ def search(
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
         raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
-    given = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
-    settings = with_new_names(given, "search", "--set ")
+    entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
+    settings = with_new_names(entries, "search", "--set ")
     budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
     require_search(settings, "--set ")
     limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
@@ -91,7 +92,10 @@ def search(
         **limits,
         **settings,
     )
-    _console().print(candidate_table(found.candidates))
+    if not given("candidates", found.candidates):
+        _console().print(candidate_table(found.candidates))
     found.best.save_pretrained(output)
     write_plots(output)
-    _say(f"Best: {found.candidates[0].name}. Wrote {found.path}")
+    if not given("best", found.candidates[0].name):
+        say(f"Best: {found.candidates[0].name}")
+    wrote(found.path)

@@ -1,9 +1,11 @@
-"""Switches the progress bars of other libraries off while a run is to be quiet."""
+"""Progress bars: those of other libraries switched off, or one at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -38,3 +40,34 @@ def progress_bars(show: bool) -> Iterator[None]:
         # Transformers' switch also moves that of the Hub's client, which comes last.
         for was_shown, (hide, restore) in zip(were_shown, switches, strict=True):
             (restore if was_shown else hide)()
+
+
+@contextlib.contextmanager
+def one_progress_bar(show: bool) -> Iterator[None]:
+    """Show at most one progress bar at a time, whichever library draws it, and remove it when it is done.
+
+    A bar that begins while another one is shown is hidden: the first one is of the larger task. Bars are for
+    terminals: where the standard error is none, there are none.
+
+    Args:
+        show: whether to show bars; if not, lines that a trainer writes between them are hidden, too.
+    """
+    from tqdm.std import tqdm
+
+    own_init, own_write = tqdm.__init__, tqdm.write
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        # `_instances` of tqdm 4.66 to 4.70 holds the bars that are not closed.
+        others = [one for one in tqdm._instances if one is not self and not getattr(one, "disable", False)]
+        if not show or not terminal or others:
+            kwargs["disable"] = True
+        own_init(self, *args, **{**kwargs, "leave": False})
+
+    tqdm.__init__ = begin
+    if not show:
+        tqdm.write = classmethod(lambda cls, *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        tqdm.__init__, tqdm.write = own_init, own_write

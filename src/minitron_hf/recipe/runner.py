@@ -14,6 +14,7 @@ from ..files import digest, is_storage_error, is_working_file, remove, require_w
 from ..formats import read_artefact, require_readable, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
+from ..publishing.markdown import duration
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
 from .identity import hub_commit
@@ -102,12 +103,28 @@ def _run_stages(
         announce()
         write_text(run.folder / PRIVATE_RECIPE_NAME, recipe.to_yaml(), private=True)
         write_text(run.folder / RECIPE_NAME, recipe.to_public_yaml())
-        for stage in wanted:
+        for number, stage in enumerate(wanted):
             if _is_done(run.folder, stage, digests[stage.name]):
                 report(f"[{stage.name}] done before, skipped")
             else:
-                _run_stage(run, stage, digests[stage.name], report)
+                rest = [one.name for one in wanted[number:] if not _is_done(run.folder, one, digests[one.name])]
+                _run_stage(run, stage, digests[stage.name], report, _time_left(run.folder, rest))
     return run.folder
+
+
+def _time_left(folder: Path, stages: list[str]) -> str:
+    """What was estimated of the next stage, and of all that are left, in words; nothing without an estimate.
+
+    Args:
+        folder: run folder.
+        stages: names of the stages that are left, the next one first.
+    """
+    estimate = read_costs(folder)["estimate"] or {"stages": []}
+    known = {one["stage"]: one["seconds"] for one in estimate["stages"] if one["seconds"] is not None}
+    if stages[0] not in known:
+        return ""
+    left = sum(known.get(name, 0.0) for name in stages)
+    return f" (about {duration(known[stages[0]])}; {duration(left)} left in all)"
 
 
 def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) -> dict[str, Any]:
@@ -134,12 +151,12 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     return shapes
 
 
-def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None]) -> None:
-    """Run a stage, or resume it."""
+def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None], remark: str = "") -> None:
+    """Run a stage, or resume it; `remark` ends the line that announces it."""
     record = _record(run.folder, stage.name)
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
-    report(f"[{stage.name}] {stage.help}")
+    report(f"[{stage.name}] {stage.help}{remark}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
     records = [_record(run.folder, one.name) for one in stages_of(run.recipe)]
     write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])

@@ -62,7 +62,7 @@ def distill(
         OutputError: if the folder cannot be written, or another run uses it.
         MismatchError: if it holds a checkpoint of another training.
     """
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
     from ..distillation.config import DistillationConfig
     from ..distillation.trainer import DistillationTrainer
@@ -80,6 +80,8 @@ def distill(
         pruning_plan=plans or None,
         peft_config=peft_config,
     )
+    if args.disable_tqdm:  # instead of a bar it would print every log
+        trainer.remove_callback(PrinterCallback)
     trainer.training_data_facts = training_data_facts or {}
     trainer.train_or_resume()
     if trainer.is_world_process_zero():

@@ -1,0 +1,223 @@
+"""How commands print: JSON for machines, one progress bar, little noise, 80 columns; and the machine's state."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+from typer.main import get_command
+
+from minitron_hf.cli import doctor, output, printing
+from minitron_hf.cli.app import app
+from minitron_hf.recipe.progress import one_progress_bar
+from minitron_hf.recipe.runner import _time_left
+from minitron_hf.recipe.usage import COSTS_NAME
+from pocket import pocket_model, pocket_tokenizer
+from test_cli import TEXTS, minitron
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output")
+    pocket_model("llama", dtype=torch.float32).save_pretrained(folder / "teacher")
+    pocket_tokenizer().save_pretrained(folder / "teacher")
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    (folder / "recipe.yaml").write_text(
+        f"{{teacher: {folder / 'teacher'}, output_dir: {folder / 'run'}, prune: {{intermediate_size: 0.5}}, "
+        f"data: {{train: {folder / 'text.jsonl'}, eval: {folder / 'text.jsonl'}}}, "
+        "scores: {num_rows: 8, max_length: 16}, evaluate: {num_rows: 4, speed: false}, "
+        "distill: {max_steps: 2, max_length: 16, per_device_train_batch_size: 2}}"
+    )
+    return folder
+
+
+def document(*arguments):
+    done = minitron(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_command_has_the_same_three_options():
+    for name, command in get_command(app).commands.items():
+        if not command.hidden:
+            assert {"--json", "--quiet", "--verbose"} <= {one for each in command.params for one in each.opts}, name
+
+
+def test_a_run_and_its_parts_are_json_documents(workshop, tmp_path):
+    """Nothing but the document is on the standard output."""
+    dry = document("run", workshop / "recipe.yaml", "--dry-run")
+    assert dry["command"] == "run"
+    assert dry["shapes"]["sizes"]["ffn"]["student"] == 24
+    assert [one["stage"] for one in dry["estimate"]["stages"]][:2] == ["score", "plan"]
+    done = document("run", workshop / "recipe.yaml")
+    assert done["folder"] == str(workshop / "run")
+    assert done["evaluation"]["models"]["student"]["metrics"]["kl_divergence"]["value"] > 0
+    assert [one["stage"] for one in done["costs"]["stages"]][:4] == ["score", "plan", "prune", "distill"]
+    scored = document(
+        "score", workshop / "teacher", "--data", workshop / "text.jsonl", "-o", tmp_path, "--set", "num_rows=4"
+    )
+    assert scored["written"] == [str(tmp_path / "scores.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (("fit", "{teacher}", "--device", "24GB", "--intermediate-size", "0.5"), "capacity"),
+        (("plan", "{teacher}", "--intermediate-size", "0.5"), "shapes"),
+        (("recommend", "{teacher}", "--target", "0.5", "--tokens", "1M"), "decisions"),
+        (("families",), "matrix"),
+        (("families", "llama"), "families"),
+        (("accelerate_config",), "configurations"),
+    ],
+)
+def test_other_results_are_json_documents(workshop, arguments, key):
+    names = {one.replace("-", "_"): one for one in get_command(app).commands}
+    command, *rest = (one.format(teacher=workshop / "teacher") for one in arguments)
+    assert document(names.get(command, command), *rest)[key]
+
+
+def test_an_error_is_a_json_document_too(workshop):
+    done = minitron("plan", workshop / "nowhere", "--json")
+    assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (2, 2)
+    assert json.loads(done.stdout)["error"] in done.stderr
+
+
+def test_quiet_prints_results_alone(workshop):
+    arguments = ("run", workshop / "recipe.yaml", "--set", f"output_dir={workshop / 'quiet'}", "--until", "prune")
+    assert "[score]" not in minitron(*arguments, "-q").stdout
+    assert "[score]" in minitron(*arguments).stdout
+    done = minitron("families", "-q", "-v")
+    assert done.returncode == 2
+    assert "exclude each other" in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("show", "terminal"), [(True, True), (True, False), (False, True)])
+def test_one_bar_at_a_time_is_shown_on_a_terminal_and_removed(monkeypatch, show, terminal):
+    shown = show and terminal
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    with one_progress_bar(show):
+        with tqdm(range(2), desc="outer", disable=None) as outer:
+            with tqdm(range(2), desc="inner") as inner:
+                assert inner.disable
+            assert outer.disable != shown
+            assert not outer.leave
+        with tqdm(range(2)) as later:  # once the first has ended
+            assert later.disable != shown
+    with tqdm(range(2), file=io.StringIO()) as outside:
+        assert not outside.disable
+        assert outside.leave
+
+
+def test_warnings_of_libraries_are_hidden_and_those_of_this_package_shown():
+    def warn(module):
+        scope = {"__name__": module, "warnings": warnings}
+        exec(f"warnings.warn('from {module}', UserWarning)", scope)
+
+    for verbose, expected in (
+        (False, ["from minitron_hf.data"]),
+        (True, ["from transformers.x", "from minitron_hf.data"]),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with output._library_messages(verbose=verbose):
+                warn("transformers.x")
+                warn("minitron_hf.data")
+        assert [str(one.message) for one in seen] == expected
+
+
+@pytest.mark.parametrize(("command", "words"), [("run", "resumes"), ("plan", "Run it again")])
+def test_an_interrupt_ends_every_command_with_130(monkeypatch, workshop, command, words):
+    monkeypatch.setattr("minitron_hf.models.load_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "minitron_hf.recipe.run.load_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    given = [workshop / "recipe.yaml"] if command == "run" else [workshop / "teacher", "--intermediate-size", "0.5"]
+    done = minitron(command, *given)
+    assert done.returncode == 130
+    assert words in done.stdout
+
+
+def test_eighty_columns_and_no_colour(workshop, monkeypatch):
+    """No line is longer, no cell is cut, and NO_COLOR wins over a terminal that takes colours."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    folder = workshop / "eighty"
+    minitron("run", workshop / "recipe.yaml", "--set", f"output_dir={folder}")
+    text = "".join(
+        minitron(*arguments).stdout
+        for arguments in (
+            ("run", workshop / "recipe.yaml", "--set", f"output_dir={folder}"),
+            ("plan", workshop / "teacher", "--intermediate-size", "0.5"),
+            ("recommend", workshop / "teacher", "--target", "0.5", "--tokens", "1M"),
+            ("fit", workshop / "teacher", "--device", "24GB", "--intermediate-size", "0.5"),
+            ("families",),
+        )
+    )
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    long = [line for line in plain.splitlines() if len(line) > 80 and str(folder) not in line]
+    assert not long
+    assert not re.findall(r"\x1b\[[0-9;]*3[0-9]", text)
+    assert "…" not in text
+
+
+def test_what_is_left_follows_from_the_estimate(tmp_path):
+    stages = [
+        {"stage": name, "seconds": seconds} for name, seconds in (("score", 60.0), ("plan", None), ("distill", 7200))
+    ]
+    (tmp_path / COSTS_NAME).write_text(json.dumps({"format": 1, "estimate": {"stages": stages}, "stages": []}))
+    assert _time_left(tmp_path, ["score", "plan", "distill"]) == " (about 60 s; 2.0 h left in all)"
+    assert _time_left(tmp_path, ["plan", "distill"]) == ""
+    assert _time_left(tmp_path / "nowhere", ["score"]) == ""
+
+
+def test_the_doctor_never_shows_the_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    done = minitron("doctor")
+    assert "a token is there" in done.stdout
+    assert "secret" not in done.stdout + done.stderr + json.dumps(document("doctor"))
+    assert f"torch {torch.__version__}" in done.stdout
+
+
+def test_the_doctor_names_what_is_wrong(monkeypatch):
+    needed = ["torch>=99", "nosuchpackage>=1", "x; extra == 'y'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: needed)
+    cache = {"folder": "x", "exists": True, "writable": True, "free_bytes": 1e9}
+    monkeypatch.setattr(doctor, "_cache", lambda: cache)
+    done = minitron("doctor", "--json")
+    assert done.returncode == 1
+    problems = json.loads(done.stdout)["doctor"]["problems"]
+    assert re.match(r"torch .* is installed, expected >=99", problems[0])
+    assert problems[1].startswith("nosuchpackage is not installed. Run pip install 'nosuchpackage>=1'")
+    assert "1.0 GB left" in problems[2]
+    assert len(problems) == 3
+
+
+def test_shells_complete_commands():
+    environment = {
+        **os.environ,
+        "_MINITRON_HF_COMPLETE": "complete_bash",
+        "COMP_WORDS": "minitron-hf re",
+        "COMP_CWORD": "1",
+    }
+    code = "import sys; sys.argv = ['minitron-hf']; from minitron_hf.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["recommend"]
+
+
+def test_numbers_that_are_not_finite_are_null():
+    assert output.plain({"a": float("nan"), "b": [float("inf"), 1.5]}) == {"a": None, "b": [None, 1.5]}
+    assert printing._bytes(0) == "0 B"
