@@ -37,6 +37,7 @@ _MODULE_OF = {
     "prune_model": "pruning.prune",
     "repaired_weights": "pruning.repair",
     "prune_checkpoint": "pruning.streaming",
+    "quantize_checkpoint": "quantization",
     "DistillationConfig": "distillation.config",
     "estimate_capacity": "distillation.capacity",
     "correct_teacher": "distillation.correction",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from .pruning.verification import verify_student as verify_student
     from .publishing.card import render_model_card as render_model_card
     from .publishing.hub import push_student_to_hub as push_student_to_hub
+    from .quantization import quantize_checkpoint as quantize_checkpoint
     from .recipe.recommendations import recommend as recommend
     from .recipe.runner import run_recipe as run_recipe
     from .recipe.schema import Recipe as Recipe

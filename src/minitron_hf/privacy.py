@@ -21,6 +21,7 @@ PUBLIC_TEXT = frozenset(
         "model",
         "name",
         "output_dir",
+        "quantize",
         "repo_id",
         "revision",
         "source",

@@ -19,6 +19,7 @@ from .fit import fit
 from .generate import generate
 from .plan import plan
 from .prune import prune
+from .quantize import quantize
 from .recommend import recommend
 from .run import accelerate_config, run, stage
 from .score import cache, score
@@ -76,6 +77,7 @@ COMMANDS = (
     cache,
     distill,
     accelerate_config,
+    quantize,
     evaluate,
     card,
     publish,

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError
 from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
-from .output import given, say, wrote
+from .output import given, wrote
 from .printing import _console
 
 Space = Annotated[
@@ -96,6 +96,4 @@ def search(
         _console().print(candidate_table(found.candidates))
     found.best.save_pretrained(output)
     write_plots(output)
-    if not given("best", found.candidates[0].name):
-        say(f"Best: {found.candidates[0].name}")
-    wrote(found.path)
+    wrote(found.path, f". Best: {found.candidates[0].name}")

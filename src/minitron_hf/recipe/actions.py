@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..files import replacing_folder
 from ..formats import write_artefact
 from ..models import load_model
 from ..pruning.candidates import best_shape
@@ -11,10 +12,20 @@ from ..pruning.iterations import iterate_importance
 from ..pruning.planning import make_plan
 from ..pruning.prune import plan_for_target
 from ..pruning.streaming import is_streamable, prune_checkpoint
+from ..quantization import METHODS
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from .run import CACHE_DIR, CONTROLS_DIR, CORRECTED_DIR, GENERATED_DIR, PRIVATE_RECIPE_NAME, PRUNED_DIR, Run
+from .run import (
+    CACHE_DIR,
+    CONTROLS_DIR,
+    CORRECTED_DIR,
+    GENERATED_DIR,
+    PRIVATE_RECIPE_NAME,
+    PRUNED_DIR,
+    QUANTIZED_DIR,
+    Run,
+)
 from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
 from .training import _save_student, _train, _training_settings
 
@@ -220,6 +231,16 @@ def _controls(run: Run) -> None:
         _train(run, folder / PRUNED_DIR, folder)
 
 
+def _quantize(run: Run) -> None:
+    from ..quantization import quantize_checkpoint
+
+    run.release("teacher")
+    run.release("distillation_teacher")
+    with replacing_folder(run.folder / QUANTIZED_DIR) as folder:
+        for name in run.recipe.quantize:
+            quantize_checkpoint(run.folder, folder / name, name)
+
+
 def _evaluate(run: Run) -> None:
     from ..evaluation.evaluate import evaluate_models
     from ..evaluation.samples import generate_samples
@@ -232,6 +253,7 @@ def _evaluate(run: Run) -> None:
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
         **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
         "student": run.folder,
+        **{f"student_{name}": run.folder / QUANTIZED_DIR / name for name in run.recipe.quantize},
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
     run.release("teacher")
@@ -280,6 +302,7 @@ def _descriptions(recipe: Recipe) -> dict[str, str]:
         "pruned": f"the student before distillation{last_round}",
         "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
         **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
+        **{f"student_{name}": f"the student, quantised: {METHODS[name].help}" for name in recipe.quantize},
         **{name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}" for name in recipe.controls},
     }
 

@@ -20,6 +20,7 @@ from ..files import require_creatable
 from ..models import count_parameters
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
+from ..quantization import require_quantizable
 from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
 from .generating import expected_text
@@ -66,6 +67,9 @@ def check_environment(
                 check_push(args.hub_model_id or run.folder.resolve().name, token=args.hub_token)
     if recipe.distributed is not None:
         require_launchable(recipe.distributed.config, recipe.distributed.num_processes)
+    if "quantize" in stages:
+        for name in recipe.quantize:
+            require_quantizable(students[-1], name)
     if "evaluate" in stages:
         check_benchmarks(recipe, run.tokenizer)
         skipped += check_chat_prompts(run)

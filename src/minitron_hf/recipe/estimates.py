@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import checkpointing_field
-from ..distillation.stage_repair import expected_cut_inputs
 from ..families import spec_for
 from ..models import count_parameters
 from ..scoring.calibration import default_max_length
@@ -35,6 +34,7 @@ from .stage_bytes import (
     memory_of,
     pruning_memory,
     repair_limit,
+    repair_seconds,
     training_memory,
 )
 from .stages import stages_until
@@ -258,7 +258,7 @@ def _prune(facts: Facts, number: int) -> StageCost:
         batch = recipe.scores.get("batch_size", 8)
         before, after = (spec_for(one).sizes(one)["layers"] for one in (model, student))
         gaps = min(1, before - after) if recipe.pruner_config.contiguous else before - after
-        seconds += _repair_seconds(facts, model, student, repair, (rows, length, batch), gaps)
+        seconds += repair_seconds(facts, model, student, repair, (rows, length, batch), gaps)
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
         load = {
             "repair": repair,
@@ -269,32 +269,6 @@ def _prune(facts: Facts, number: int) -> StageCost:
         stages = ["repair", "prune, repaired"]
         memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
     return StageCost("prune", seconds, memory, disk, formula)
-
-
-def _repair_seconds(
-    facts: Facts,
-    model: PretrainedConfig,
-    student: PretrainedConfig,
-    repair: str,
-    rows: tuple[int, int, int],
-    gaps: int,
-) -> float:
-    """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows."""
-    cuts = expected_cut_inputs(model, student, repair, gaps)
-    if not cuts:
-        return 0.0
-    num_rows, length, batch = rows
-    tokens, speed = num_rows * length, facts.machine
-    found = costs.repair_cost(
-        model,
-        cuts,
-        num_tokens=tokens,
-        num_batches=math.ceil(num_rows / batch),
-        memory_limit=repair_limit(facts),
-    )
-    seconds = found.passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
-    seconds += found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
-    return seconds + found.solutions / (speed.float32_flops / 2)  # float64
 
 
 def _correct(facts: Facts, number: int) -> StageCost:
@@ -385,6 +359,15 @@ def _controls(facts: Facts, number: int) -> StageCost:
     return StageCost("controls", count * one.seconds, one.memory, count * one.disk, f"{count} × distill")
 
 
+def _quantize(facts: Facts, number: int) -> StageCost:
+    """Every copy reads and writes the student; a weight takes a byte or less."""
+    size, count = count_parameters(facts.students[-1]), len(facts.recipe.quantize)
+    seconds = count * (START_SECONDS + size * (facts.stored_bytes + 1) / facts.machine.disk_traffic)
+    return StageCost(
+        "quantize", seconds, size * facts.compute_bytes, count * size, f"{count} copies of 8 bits or less"
+    )
+
+
 def _evaluate(facts: Facts, number: int) -> StageCost:
     """N × forward passes of all models in float32, and decoding at weights / memory traffic."""
     section, recipe = facts.recipe.evaluate, facts.recipe
@@ -395,6 +378,7 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
         tokens = most if math.isnan(tokens) else min(most, tokens)
     student = facts.students[-1]
     models = [facts.teacher, student, student, *[student] * len(recipe.controls), *facts.students[:-1]]
+    models += [student] * len(recipe.quantize)
     models += [facts.teacher] if recipe.teacher_correction is not None else []
     slower = facts.machine.product_flops / facts.machine.float32_flops
     seconds = 0.0
@@ -428,7 +412,8 @@ def _publish(facts: Facts, number: int) -> StageCost:
 _FORMULAS: Mapping[str, Callable[[Facts, int], StageCost]] = {
     "generate": _generate, "score": _score, "search": _search, "plan": _plan, "prune": _prune, "correct": _correct,
     "cache": _cache,
-    "distill": _distill, "controls": _controls, "evaluate": _evaluate, "card": _card, "publish": _publish,
+    "distill": _distill, "controls": _controls, "quantize": _quantize, "evaluate": _evaluate, "card": _card,
+    "publish": _publish,
 }  # fmt: skip
 
 

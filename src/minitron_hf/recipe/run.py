@@ -31,7 +31,7 @@ RECIPE_NAME, PRIVATE_RECIPE_NAME = "recipe.yaml", "stages/recipe.private.yaml"
 #: Working folders of a run, beside the published files.
 STAGES_DIR, PRUNED_DIR, CONTROLS_DIR, UNFINISHED_DIR = "stages", "pruned", "controls", "unfinished.tmp"
 CORRECTED_DIR, CACHE_DIR, CANDIDATES_DIR = "corrected_teacher", "teacher_cache", "candidates"
-GENERATED_DIR = "generated"
+GENERATED_DIR, QUANTIZED_DIR = "generated", "quantized"
 
 
 #: Where prompts stand in the recipe, by the name of the dataset.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from ..errors import DataError, did_you_mean
 from ..privacy import public_settings
+from ..quantization import METHODS
 from ..sizes.request import PrunerConfig
 from .corpus_sections import ChatSection as ChatSection
 from .corpus_sections import DataSection as DataSection
@@ -199,6 +200,8 @@ class Recipe:
         distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; the adapter is merged into the student. None: train all weights.
         controls: controls to train with the student's settings: `random_pruning`, `random_init`, `cross_entropy`.
+        quantize: methods of `quantize_checkpoint` (`int8`, `int4`, `bnb_int8`, `bnb_nf4`): quantised copies of the
+            student, in the folder `quantized`, which are measured beside it.
         distributed: several processes for the stages that train; None: one process. The results do not depend on it.
         evaluate: the final measurement.
         publish: the Hub repository; None: nothing is uploaded.
@@ -218,6 +221,7 @@ class Recipe:
     distill: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     controls: list[str] = field(default_factory=list)
+    quantize: list[str] = field(default_factory=list)
     distributed: DistributedSection | None = None
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     publish: PublishSection | None = None
@@ -234,8 +238,11 @@ class Recipe:
         recipe.data.require_possible(has_generated=recipe.generate is not None)
         for name in recipe.controls:
             require_choice(name, CONTROLS, "controls")
-        if len(set(recipe.controls)) < len(recipe.controls):
-            raise DataError(f"controls={recipe.controls}: expected each name once.")
+        for name in recipe.quantize:
+            require_choice(name, METHODS, "quantize")
+        for where, names in (("controls", recipe.controls), ("quantize", recipe.quantize)):
+            if len(set(names)) < len(names):
+                raise DataError(f"{where}={names}: expected each name once.")
         for number, one in enumerate(recipe.rounds, 1):
             require_choice(one.teacher, ROUND_TEACHERS, f"rounds.{number}.teacher")
             if one.teacher == "previous" and recipe.teacher_cache is not None:

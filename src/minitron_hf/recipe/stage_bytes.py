@@ -14,11 +14,12 @@ from ..distillation.capacity import estimate_capacity
 from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
 from ..distillation.gpu_data_sheets import Device
-from ..distillation.stage_memory import Workload, evaluation_memory, stage_memory
+from ..distillation.stage_memory import Workload, evaluation_memory, expected_cut_inputs, stage_memory
 from ..errors import MinitronError
 from ..hardware import as_dtype, training_device
 from ..models import count_parameters
 from ..pruning.repair import SHARE_OF_FREE_MEMORY
+from . import costs
 from .generating import ExpectedText
 from .machine import Machine
 from .schedules import Corpus
@@ -106,6 +107,32 @@ def memory_of(
 def repair_limit(facts: Facts) -> int:
     """Bytes that the repair's matrices may take."""
     return int(SHARE_OF_FREE_MEMORY * facts.machine.memory)
+
+
+def repair_seconds(
+    facts: Facts,
+    model: PretrainedConfig,
+    student: PretrainedConfig,
+    repair: str,
+    rows: tuple[int, int, int],
+    gaps: int,
+) -> float:
+    """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows."""
+    cuts = expected_cut_inputs(model, student, repair, gaps)
+    if not cuts:
+        return 0.0
+    num_rows, length, batch = rows
+    tokens, speed = num_rows * length, facts.machine
+    found = costs.repair_cost(
+        model,
+        cuts,
+        num_tokens=tokens,
+        num_batches=math.ceil(num_rows / batch),
+        memory_limit=repair_limit(facts),
+    )
+    seconds = found.passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
+    seconds += found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
+    return seconds + found.solutions / (speed.float32_flops / 2)  # float64
 
 
 def pruning_memory(facts: Facts, recipe: Recipe, model: PretrainedConfig, student: PretrainedConfig) -> float:

@@ -23,6 +23,7 @@ from .actions import (
     _plan,
     _prune,
     _publish,
+    _quantize,
     _score,
     _search,
     cached_arguments,
@@ -38,6 +39,7 @@ from .run import (
     CORRECTED_DIR,
     GENERATED_DIR,
     PRUNED_DIR,
+    QUANTIZED_DIR,
     UNFINISHED_DIR,
     Run,
 )
@@ -78,7 +80,8 @@ class Stage:
         data = recipe.data
         reads = "train" in self.corpora or ("calibration" in self.corpora and data.calibration is None)
         written = reads and any(part.generated for part in data.parts)
-        return (GENERATE, *self.inputs) if written else self.inputs
+        quantised = ("quantize",) if self.name == "evaluate" and recipe.quantize else ()
+        return (*((GENERATE,) if written else ()), *self.inputs, *quantised)
 
     def dependencies(self, recipe: Recipe) -> Any:
         """The settings that the results depend on, without secrets and publishing settings.
@@ -275,6 +278,15 @@ STAGES: tuple[Stage, ...] = (
         (CONTROLS_DIR,),
         _controls,
         lambda recipe: bool(recipe.controls),
+    ),
+    Stage(
+        "quantize",
+        "quantise the weights of the student",
+        ("distill",),
+        lambda recipe: {"quantize": recipe.quantize},
+        (QUANTIZED_DIR,),
+        _quantize,
+        lambda recipe: bool(recipe.quantize),
     ),
     Stage(
         "evaluate",

@@ -80,8 +80,7 @@ def distill(
         pruning_plan=plans or None,
         peft_config=peft_config,
     )
-    if args.disable_tqdm:  # instead of a bar it would print every log
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # without bars it would print every log
     trainer.training_data_facts = training_data_facts or {}
     trainer.train_or_resume()
     if trainer.is_world_process_zero():

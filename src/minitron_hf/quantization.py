@@ -1,0 +1,228 @@
+"""Quantises the weights of a finished checkpoint, and saves it so that stock Transformers loads it.
+
+Only weights are quantised; activations keep their dtype. Head, embeddings and norms stay as they are, and so do
+projections that are not `nn.Linear`, such as GPT-2's and stacked experts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
+from .files import replacing_folder, require_empty
+from .hardware import as_device, default_device, is_fast
+from .models import auto_class, empty_model, load_config, load_tokenizer, stored_dtype
+from .saving import save_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Weights of int4 that share a scale, from the fewest scales to the most.
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantise weights.
+
+    Attributes:
+        help: in one line.
+        package: that it needs, and the extra of this package that brings it, if one does.
+        config: device, group size and modules to leave out → configuration of Transformers.
+        has_groups: whether weights share a scale in groups.
+    """
+
+    help: str
+    package: tuple[str, str | None]
+    config: Callable[[torch.device, int, list[str]], Any]
+    has_groups: bool = False
+
+
+def _int8(device: torch.device, group_size: int, skipped: list[str]) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
+
+
+def _int4(device: torch.device, group_size: int, skipped: list[str]) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    if device.type == "cuda":
+        made: Any = Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+    else:  # torchao 0.18 packs four bits on accelerators alone
+        made = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))  # type: ignore[attr-defined]
+    return TorchAoConfig(made, modules_to_not_convert=skipped)
+
+
+def _bitsandbytes(**arguments: Any) -> Callable[[torch.device, int, list[str]], Any]:
+    def make(device: torch.device, group_size: int, skipped: list[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(**arguments, llm_int8_skip_modules=skipped or None)
+
+    return make
+
+
+#: Name → method.
+METHODS: Mapping[str, Method] = {
+    "int8": Method("8 bits, a scale for every output (torchao)", ("torchao", "quantize"), _int8),
+    "int4": Method("4 bits, a scale for every group of inputs (torchao)", ("torchao", "quantize"), _int4, True),
+    "bnb_int8": Method("LLM.int8() of bitsandbytes", ("bitsandbytes", None), _bitsandbytes(load_in_8bit=True)),
+    "bnb_nf4": Method(
+        "4-bit normal floats of bitsandbytes",
+        ("bitsandbytes", None),
+        _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+    ),
+}
+
+
+def quantize_checkpoint(
+    model: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    method: str = "int8",
+    *,
+    group_size: int | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a quantised copy of a checkpoint: `AutoModelForCausalLM.from_pretrained(output_dir)` loads it.
+
+    Loading it needs the package of the method, too. Without a CUDA device, int4 holds its four bits in a byte each:
+    the values are those of packed weights, the files are as large as those of int8.
+
+    Args:
+        model: folder or Hub id.
+        output_dir: folder to write; the tokenizer goes there, too.
+        method: one of `METHODS`.
+        group_size: inputs of a projection that share a scale (int4): 128, 64 or 32. By default the largest that
+            divides the inputs of all projections; those that none divides are not quantised.
+        revision: branch, tag or commit on the Hub.
+        device: where to quantise; default CUDA if available.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: if the method or the group size is unknown.
+        MissingDependencyError: naming the package that the method needs.
+        UnsupportedModelError: if the model is quantised already, or has no projection that can be.
+        OutputError: if the folder is not empty.
+    """
+    checked = require_method(method)
+    config = load_config(model, revision=revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{os.fspath(model)} is quantised already. Give the checkpoint that it was made from."
+        )
+    size, skipped = _groups(config, group_size) if checked.has_groups else _no_groups(config, group_size)
+    if not overwrite:
+        require_empty(output_dir)
+    where = default_device() if device is None else as_device(device)
+    made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
+    with replacing_folder(Path(output_dir)) as temporary:
+        save_model(made, temporary, load_tokenizer(model, revision=revision))
+    return Path(output_dir)
+
+
+def require_quantizable(config: PretrainedConfig, method: str) -> None:
+    """Refuse a model that a method cannot quantise, from its config alone.
+
+    Raises:
+        MinitronError: see `quantize_checkpoint`.
+    """
+    (_groups if require_method(method).has_groups else _no_groups)(config, None)
+
+
+def require_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        DataError: if there is none.
+        MissingDependencyError: if its package is not installed.
+    """
+    if name not in METHODS:
+        raise DataError(
+            f"There is no method {name!r}.{did_you_mean(name, METHODS)} Expected one of {', '.join(METHODS)}."
+        )
+    package, extra = METHODS[name].package
+    if importlib.util.find_spec(package) is None:
+        command = package if extra is None else f"'minitron-hf[{extra}]'"
+        raise MissingDependencyError(f"{name}: the package {package} is not installed. Run pip install {command}.")
+    return METHODS[name]
+
+
+def _projections(config: PretrainedConfig) -> dict[str, int]:
+    """Path → inputs of every linear projection but the head."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    found = {
+        path: module.in_features
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if not found:
+        raise UnsupportedModelError(
+            f"None of the projections of this {type(model).__name__} is an nn.Linear, and no others are quantised."
+        )
+    return found
+
+
+def _no_groups(config: PretrainedConfig, given: int | None) -> tuple[int, list[str]]:
+    if given is not None:
+        raise DataError(f"group_size={given}: only int4 has groups. Leave it out.")
+    _projections(config)
+    return 0, _head(config)
+
+
+def _groups(config: PretrainedConfig, given: int | None) -> tuple[int, list[str]]:
+    """The size of groups, and the modules to leave out because it does not divide their inputs."""
+    projections = _projections(config)
+    if given is not None and given not in GROUP_SIZES:
+        raise DataError(f"group_size={given}: expected one of {', '.join(map(str, GROUP_SIZES))}.")
+    sizes = GROUP_SIZES if given is None else (given,)
+    size = next((one for one in sizes if not any(width % one for width in projections.values())), sizes[-1])
+    skipped = [path for path, width in projections.items() if width % size]
+    if len(skipped) == len(projections):
+        raise UnsupportedModelError(
+            f"Groups of {size} divide the inputs of none of the projections. Take int8, or prune to multiples of 32."
+        )
+    return size, [*_head(config), *skipped]
+
+
+def _head(config: PretrainedConfig) -> list[str]:
+    """Path of the output head. A list of modules to leave out replaces the default of Transformers, which has it."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    return [path for path, module in model.named_modules() if module is head]
+
+
+def _quantised(
+    model: str | os.PathLike[str],
+    config: PretrainedConfig,
+    quantization: Any,
+    device: torch.device,
+    revision: str | None,
+) -> Any:
+    """The model, quantised while it is loaded."""
+    stored = stored_dtype(config) or torch.float32
+    dtype = stored if is_fast(stored, device) else torch.float32
+    made = auto_class(config).from_pretrained(
+        os.fspath(model),
+        revision=revision,
+        dtype=torch.bfloat16 if device.type == "cuda" else dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+    )
+    return made.eval()
