@@ -116,7 +116,7 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
         environment[MESSAGES] = messages
         command = [sys.executable, "-m", __name__, "--config_file", str(accelerate_config(config))]
         command += ["--num_processes", str(number), "--module", "minitron_hf.cli", *arguments]
-        process = subprocess.Popen(command, env=environment, pass_fds=held_descriptors())
+        process = subprocess.Popen(command, env=environment, pass_fds=held_descriptors(), stdout=_standard_output())
         try:
             code = process.wait()
         except BaseException:
@@ -136,6 +136,14 @@ def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_process
         f"Training in {number} processes failed ({what}); what they said is above. The same command resumes from the "
         "last checkpoint."
     )
+
+
+def _standard_output() -> int | None:
+    """Where this process prints now, for the processes that it starts: they do not know of `redirect_stdout`."""
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # none, or one in memory: they print where this process began
+        return None
 
 
 def write_error_message(text: str) -> bool:
