@@ -229,7 +229,6 @@ def test_nothing_to_refit_without_a_cut_that_the_repair_makes_up_for():
 @pytest.mark.parametrize(
     ("name", "request_", "words"),
     [
-        ("mixtral", {"num_experts": 0.5}, "num_experts"),
         ("llama", {"num_attention_heads": 0.5, "head_add_back": True}, "head_add_back"),
         ("llama", {"intermediate_size": 0.5, "repair": "wishes"}, "'wishes'.*'least_squares'"),
     ],

@@ -41,6 +41,7 @@ def weight(model, path: str) -> np.ndarray:
 CASES = [
     ("falcon_h1", {"mamba_num_heads": 0.5}, "model.layers.0.mamba.out_proj", "model.layers.0.mamba.norm"),
     ("nemotron_h", {"mamba_num_heads": 0.5}, "model.layers.0.mixer.out_proj", "model.layers.0.mixer.norm"),
+    ("solar_open", {"shared_expert_intermediate_size": 0.5}, "model.layers.0.mlp.shared_experts.down_proj", ""),
     ("qwen2_moe", {"shared_expert_intermediate_size": 0.5}, "model.layers.1.mlp.shared_expert.down_proj", ""),
     ("deepseek_v3", {"num_attention_heads": 0.5}, "model.layers.0.self_attn.o_proj", ""),
     ("qwen3-biases-tied", {"num_key_value_heads": 0.5}, "model.layers.0.self_attn.o_proj", ""),

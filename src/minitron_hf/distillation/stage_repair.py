@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from ..families import named_tensors, spec_for
 from ..families.axes import dimension_size
 from ..models import empty_model
 from ..pruning.repair_gaps import Gap, Projection, stream_writers
-from ..pruning.repair_inputs import CutInputs, channel_projections
+from ..pruning.repair_inputs import CutInputs, Expert, channel_projections
+from ..scoring.experts import DOWN_PROJECTIONS, is_stored_transposed
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def expected_cut_inputs(
     found: dict[str, tuple[int, CutInputs]] = {}
     for axis, module in spec.hook_points.items():
         if holds_stacked_experts(spec, module):
+            found |= dict(_cut_experts(teacher, student, module))
             continue
         for layer in spec.layers_with(axis, names):
             before, after = spec.sizes(teacher, layer), spec.sizes(student, layer)
@@ -58,6 +61,25 @@ def expected_cut_inputs(
         found[projection.path] = layer, replace(cut, gap=gap)
     channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
     return [cut for _, cut in sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))]
+
+
+def _cut_experts(
+    teacher: PretrainedConfig, student: PretrainedConfig, module: str
+) -> Iterator[tuple[str, tuple[int, CutInputs]]]:
+    """The experts of the student, where there are fewer of them or of their neurons, by the names of their inputs."""
+    spec, theirs = spec_for(teacher), named_tensors(empty_model(teacher))
+    position = 0 if is_stored_transposed(spec, module) else 1
+    for layer in range(_num_layers(student)):
+        before, after = spec.sizes(teacher, layer), spec.sizes(student, layer)
+        path = spec.layer_parameter(layer, module)
+        name, num_kept, num_neurons = f"{path}.{DOWN_PROJECTIONS}", after["moe_ffn"], before["moe_ffn"]
+        if name not in theirs or (before["experts"], num_neurons) == (after["experts"], num_kept):
+            continue
+        width = theirs[name].shape[2 - position] if after["experts"] < before["experts"] else 0
+        for index in range(after["experts"]):
+            units, own = torch.arange(num_neurons), (Projection(path, position, index),)
+            expert, key = Expert(index, layer, width, nullcontext), f"{path}.{index}"
+            yield key, (layer, CutInputs(key, units[:num_kept], units[num_kept:], own, expert=expert))
 
 
 def _before_gaps(
@@ -96,14 +118,14 @@ def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator
 def num_outputs(teacher: PretrainedConfig, cut: CutInputs) -> int:
     """Outputs of the widest projection that reads some inputs."""
     theirs = named_tensors(empty_model(teacher))
-    return max(theirs[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections)
+    return max(theirs[one.name].shape[-2:][1 - one.position] for one in cut.projections)
 
 
 def num_refitted(cuts: Sequence[CutInputs], teacher: PretrainedConfig) -> int:
     """Numbers in the weights that a repair replaces."""
     theirs = named_tensors(empty_model(teacher))
-    paths = {projection.path for cut in cuts for projection in cut.projections}
-    return sum(theirs[f"{path}.weight"].numel() for path in paths)
+    names = {projection.name for cut in cuts for projection in cut.projections}
+    return sum(theirs[name].numel() for name in names)
 
 
 def _num_layers(config: PretrainedConfig) -> int:

@@ -116,18 +116,30 @@ class _Masking:
             The tensor and its dropped experts, bool [experts], if it is the weight of a router; else nothing.
         """
         tensor, dimensions, kept = self.tensors[name], self.spec.dimensions[pattern], self.kept[layer]
-        hooked = self._hooked_axes(pattern.rpartition(".")[0])
-        if "experts" in kept and "experts" not in hooked and dimensions[0] == EXPERTS:
-            dropped = ~_unit_mask("experts", self.spec, self.sizes[layer], kept)
-            if len(dimensions) > 1:
-                return [(tensor, dropped)]
-            replacements[name] = _exclude_from_choice(tensor, dropped)
-        elif not pattern.endswith((".weight", ".bias")):
+        if self.is_of_router(pattern, layer):
+            return self.mask_router(name, pattern, layer, replacements)
+        if not pattern.endswith((".weight", ".bias")):
             changed = _masked_experts(tensor, dimensions, self.spec, self.sizes[layer], kept)
             if pattern in self.scales:
                 changed = (tensor if changed is None else changed) * self.scales[pattern]
             if changed is not None:
                 replacements[name] = changed
+        return []
+
+    def is_of_router(self, pattern: str, layer: int) -> bool:
+        """Whether a tensor has one row or number for every expert, some of which are dropped, and holds no experts."""
+        if "experts" not in self.kept[layer] or self.spec.dimensions[pattern][:1] != (EXPERTS,):
+            return False
+        return "experts" not in self._hooked_axes(pattern.rpartition(".")[0])
+
+    def mask_router(
+        self, name: str, pattern: str, layer: int, replacements: dict[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `mask_tensor`, for a tensor of a router."""
+        dropped = ~_unit_mask("experts", self.spec, self.sizes[layer], self.kept[layer])
+        if len(self.spec.dimensions[pattern]) > 1:
+            return [(self.tensors[name], dropped)]
+        replacements[name] = _exclude_from_choice(self.tensors[name], dropped)
         return []
 
     def restrict_norms(self, stack: ExitStack) -> None:

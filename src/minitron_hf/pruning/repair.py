@@ -6,6 +6,9 @@ heads; or, after a norm over channels some of which are cut, the difference of t
 weight is W_K + Δ. Where the projection has a bias, X and Y are centred, and the bias gains ȳ W_R − x̄ Δ; with Δ = 0
 this is the mean compensation of FLAP (arXiv 2312.11983). Only XᵀX, XᵀY and the sums of X and Y are accumulated.
 
+The down projection of a routed expert is fitted on the tokens that the student's router gives it, with its inputs
+times the router weights; G is its share of what dropped experts computed (`repair_experts`).
+
 Where the layers after a projection are dropped, it takes over the best linear part of what they add: with G [N, H] the
 teacher's residual stream after them less that before them, the target is Y W_R + G. Only the last projection of the
 layer before does so, and only if the layer adds its output (times a number, which divides G) to the residual stream.
@@ -73,7 +76,7 @@ def repaired_weights(
     ridge: float | None = None,
     memory_limit: float | None = None,
 ) -> dict[str, Tensor]:
-    """Refit projections to the kept neurons, heads, channels and layers, for `apply_plan(repaired=…)`.
+    """Refit projections to what is kept, for `apply_plan(repaired=…)`.
 
     The formula stands at the top of this module.
 
@@ -96,7 +99,7 @@ def repaired_weights(
         Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts).
+        PlanError: if units are cut that other modules than plain projections or stacked experts read.
         MismatchError: if the plan was made for other weights.
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.
@@ -117,7 +120,7 @@ def repaired_weights(
         _require_finite(model, sums)
         ridges = ridges or _medians(_best_ridges(model, probes, sums))
         for cut in group:
-            repaired |= _refitted_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind])
+            _refit_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind], repaired)
     _report(inputs, num_tokens, ridges)
     return repaired
 
@@ -199,7 +202,7 @@ def _best_ridges(
         if held_out is None or not held_out.count:  # too few rows to hold one out
             yield cut.kind, None
             continue
-        weight_DH = _inputs_first(tensor_values(model, f"{projection.path}.weight"), projection).detach()
+        weight_DH = _inputs_first(projection.own(tensor_values(model, projection.name)), projection).detach()
         weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
         fitted = products.all.without(held_out)
         if _has_bias(model, projection):  # the bias makes up for the means of the fitted rows
@@ -239,16 +242,18 @@ def _wanted(missing: Tensor, weight_RH: Tensor, part: slice = slice(None)) -> Te
     return wanted + missing[..., num_rest:][..., part] if missing.shape[-1] > num_rest else wanted
 
 
-def _refitted_weights(model: PreTrainedModel, cut: CutInputs, moments: Moments, ridge: float) -> dict[str, Tensor]:
-    """Weights and biases of some projections, refitted to the kept inputs, in their dtype and layout, by name.
+def _refit_weights(
+    model: PreTrainedModel, cut: CutInputs, moments: Moments, ridge: float, repaired: dict[str, Tensor]
+) -> None:
+    """Refit weights and biases of some projections to the kept inputs, in their dtype and layout.
 
     Args:
         model: the teacher.
         cut: the inputs.
         moments: sums over the calibration data; overwritten.
         ridge: λ as a fraction of the mean of the diagonal of XᵀX.
+        repaired: name → refitted tensor; added to.
     """
-    found: dict[str, Tensor] = {}
     for has_bias in (False, True):
         projections = [one for one in cut.projections if _has_bias(model, one) == has_bias]
         if not projections:
@@ -258,20 +263,28 @@ def _refitted_weights(model: PreTrainedModel, cut: CutInputs, moments: Moments, 
         products_KK = moments.products[:, : len(moments.products)]
         factors = _factors(products_KK, ridge)
         for projection in projections:
-            found |= _refitted(model, cut, projection, moments, factors)
-    return found
+            _refit(model, cut, projection, moments, factors, repaired)
 
 
-def _refitted(
-    model: PreTrainedModel, cut: CutInputs, projection: Projection, moments: Moments, factors: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """Weight of one projection, and its bias if it has one, by name."""
+def _refit(
+    model: PreTrainedModel,
+    cut: CutInputs,
+    projection: Projection,
+    moments: Moments,
+    factors: tuple[Tensor, Tensor],
+    repaired: dict[str, Tensor],
+) -> None:
+    """Refit the weight of one projection, and its bias if it has one."""
     num_kept = len(moments.products)
     products, mean = moments.products[:, num_kept:], moments.mean
-    names = [f"{projection.path}.weight", *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
-    weight, *bias = (tensor_values(model, name).detach() for name in names)
-    refitted, *refitted_bias = (each.clone(memory_format=torch.contiguous_format) for each in (weight, *bias))
-    weight_DH, refitted_DH = _inputs_first(weight, projection), _inputs_first(refitted, projection)
+    names = [projection.name, *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
+    tensors = [tensor_values(model, name).detach() for name in names]
+    for name, tensor in zip(names, tensors):
+        if name not in repaired:
+            repaired[name] = tensor.clone(memory_format=torch.contiguous_format)
+    weight, bias = projection.own(tensors[0]), tensors[1:]
+    weight_DH = _inputs_first(weight, projection)
+    refitted_DH = _inputs_first(projection.own(repaired[names[0]]), projection)
     kept_K, rest_R = cut.kept_K.to(weight.device), cut.rest_R.to(weight.device)
     for start in range(0, weight_DH.shape[1], OUTPUTS_AT_A_TIME):
         part = slice(start, start + OUTPUTS_AT_A_TIME)
@@ -279,11 +292,10 @@ def _refitted(
         change_KH = torch.linalg.lu_solve(*factors, _wanted(products, weight_RH, part))
         found_KH = weight_DH[kept_K, part].to(change_KH) + change_KH
         refitted_DH[kept_K, part] = narrowed(found_KH.to(weight.device), weight.dtype, names[0])
-        for before, after in zip(bias, refitted_bias):
+        for before in bias:
             missing_H = _wanted(mean[num_kept:], weight_RH, part) - mean[:num_kept] @ change_KH
             found_H = before[part].to(missing_H) + missing_H
-            after[part] = narrowed(found_H.to(before.device), before.dtype, names[1])
-    return dict(zip(names, (refitted, *refitted_bias)))
+            repaired[names[1]][part] = narrowed(found_H.to(before.device), before.dtype, names[1])
 
 
 def _has_bias(model: PreTrainedModel, projection: Projection) -> bool:

@@ -15,6 +15,7 @@ from transformers import Conv1D
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import Dimension
 from ..models import evaluating
+from ..scoring.experts import DOWN_PROJECTIONS
 from ..weights import input_device
 
 if TYPE_CHECKING:
@@ -38,10 +39,21 @@ class Projection:
     Attributes:
         path: of the module.
         position: the dimension of its weight that holds its inputs.
+        expert: index of the expert whose down projection it is, in a module of stacked experts.
     """
 
     path: str
     position: int
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor that holds the weight, or those of all experts."""
+        return f"{self.path}.{'weight' if self.expert is None else DOWN_PROJECTIONS}"
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The weight in that tensor, as a view."""
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,27 @@ for, G channels of the residual stream whose change in dropped layers is made up
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from ..errors import UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import Dimension, dimension_index
 from ..models import empty_model, evaluating
-from ..scoring.hook_points import UnitView, norm_paths
+from ..scoring.experts import DOWN_PROJECTIONS, is_stored_transposed
+from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes
 from ..scoring.hooks import first_input
 from ..scoring.reductions import accumulation_dtype
 from ..sizes.resolve import repaired_axes
 from ..weights import input_device, tensor_values
+from .masked_routing import excluded_experts
 from .repair_gaps import CHANNELS, Gap, Projection, find_gaps
 from .surgery import student_tensor
 
@@ -34,6 +38,23 @@ if TYPE_CHECKING:
 
 #: Tokens of the pass that finds the projections which read a norm.
 NUM_TRACED = 8
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A routed expert that stays, in a layer whose experts or neurons are cut.
+
+    Attributes:
+        index: in the teacher.
+        layer: index of the layer.
+        width: outputs of an expert, where others are dropped, whose outputs it makes up for with its share; else 0.
+        routing: context in which the router chooses among the experts that stay.
+    """
+
+    index: int
+    layer: int
+    width: int
+    routing: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,7 @@ class CutInputs:
         projections: that read these inputs.
         norm: the student's norm, where a norm is observed.
         gap: dropped layers that the projection makes up for, too.
+        expert: whose down projection the projection is; the inputs are those of its tokens, times the router weights.
     """
 
     path: str
@@ -56,16 +78,20 @@ class CutInputs:
     projections: tuple[Projection, ...]
     norm: nn.Module | None = None
     gap: Gap | None = None
+    expert: Expert | None = None
 
     @property
     def kind(self) -> str:
-        """Inputs of a kind are fitted with the same ridge: before dropped layers, behind norms, and all others."""
+        """Inputs of a kind share a ridge: of experts, before dropped layers, behind norms, and all others."""
+        if self.expert:
+            return "experts"
         return "layers" if self.gap else "units" if self.norm is None else "norms"
 
     @property
     def width(self) -> int:
         """Numbers per token whose products with the student's inputs are summed, K + R + G."""
-        return len(self.kept_K) + len(self.rest_R) + (self.gap.width if self.gap else 0)
+        added = self.gap.width if self.gap else self.expert.width if self.expert else 0
+        return len(self.kept_K) + len(self.rest_R) + added
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +124,8 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
     and those of the projections before dropped layers.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts).
+        PlanError: if units are cut that other modules than plain projections or stacked experts read.
+        UnsupportedModelError: if experts are cut whose outputs are normalised.
     """
     spec = spec_for(model.config)
     gaps = find_gaps(model, plan)
@@ -109,6 +136,7 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
     for path, (layer, projection, gap) in gaps.items():  # nothing is cut that these projections read
         whole_D = torch.arange(tensor_values(model, f"{path}.weight").shape[projection.position])
         found.append(((layer, path), CutInputs(path, whole_D, whole_D[:0], (projection,), gap=gap)))
+    found += _cut_experts(model, spec, plan)
     if plan.repair == "least_squares_all":
         found += _cut_channels(model, spec, plan)
     return [one for _, one in sorted(found, key=lambda item: item[0])]
@@ -126,7 +154,7 @@ def _cut_units(
     student = empty_model(plan.build_student_config(model.config)) if spec.gated_norms else None
     axes = repaired_axes(spec, before, after)
     for axis, module in (*spec.hook_points.items(), *spec.readers):
-        if axis not in axes:
+        if axis not in axes or holds_stacked_experts(spec, module):
             continue
         for layer in set(spec.layers_with(axis, names)) & set(plan.layers_kept):
             path = spec.layer_parameter(layer, module)
@@ -148,6 +176,30 @@ def _cut_units(
                 yield (layer, path), CutInputs(before_it, kept_K, torch.arange(num_inputs), own, norm)
             else:
                 yield (layer, path), CutInputs(path, kept_K, rest_R, own)
+
+
+def _cut_experts(
+    model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan
+) -> Iterator[tuple[tuple[int, str], CutInputs]]:
+    """Every kept expert of the layers in which experts or their neurons are cut."""
+    names = list(named_tensors(model, tied=True))
+    for module, layer in ((name, layer) for name in stacked_axes(spec) for layer in plan.layers_kept):
+        path, kept, sizes = spec.layer_parameter(layer, module), plan.kept_in(layer), spec.sizes(model.config, layer)
+        experts, neurons = kept.get("experts"), kept.get("moe_ffn")
+        if f"{path}.{DOWN_PROJECTIONS}" not in names or (experts is None and neurons is None):
+            continue
+        if hasattr(model.get_submodule(path), "post_expert_norm"):
+            raise UnsupportedModelError(f"{path} normalises the outputs of experts. Prune without repair.")
+        position = 0 if is_stored_transposed(spec, module) else 1
+        width = tensor_values(model, f"{path}.{DOWN_PROJECTIONS}").shape[2 - position]
+        routing = nullcontext if experts is None else partial(excluded_experts, model, plan, layer)
+        for row, index in enumerate(range(sizes["experts"]) if experts is None else experts.tolist()):
+            is_kept_F = torch.full((sizes["moe_ffn"],), neurons is None)
+            is_kept_F[[] if neurons is None else torch.from_numpy(neurons[row])] = True
+            kept_K, rest_R = is_kept_F.nonzero().flatten(), (~is_kept_F).nonzero().flatten()
+            own = (Projection(path, position, index),)
+            expert = Expert(index, layer, 0 if experts is None else width, routing)
+            yield (layer, f"{path}.{index:04}"), CutInputs(f"{path}.{index}", kept_K, rest_R, own, expert=expert)
 
 
 def _gated_norm(spec: ArchSpec, module: str, inputs: Dimension) -> str:

@@ -21,6 +21,7 @@ from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
 from ..scoring.hooks import first_input
 from ..weights import input_device
+from .repair_experts import SecondRun, observe_experts
 from .repair_gaps import stream_output
 from .repair_inputs import CutInputs
 
@@ -116,18 +117,25 @@ def input_products(
     watch = Batches(spec_for(model.config), model)
     sums: dict[str, Products] = {}
     waiting: set[str] = set()
+    second_run = SecondRun()
     apart = {probe.path for probe in probes}
 
-    def add(cut: CutInputs, *batch: Tensor) -> None:
-        _add(sums, cut, batch, watch, cut.path in apart)
+    def add(cut: CutInputs, *batch: Tensor, tokens: Tensor | None = None) -> None:
+        _add(sums, cut, batch, watch, cut.path in apart, tokens)
         waiting.discard(cut.path)
         if not waiting:
             raise _AllObserved
 
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
+        modules: dict[str, list[CutInputs]] = {}
         for cut in group:
-            _observe(model, cut, watch, add, stack)
+            if cut.expert is None:
+                _observe(model, cut, watch, add, second_run, stack)
+            else:
+                modules.setdefault(cut.projections[0].path, []).append(cut)
+        for cuts in modules.values():
+            observe_experts(model, cuts, watch, add, second_run, stack)
         device = input_device(model)
         for batch in calibration.batches():
             waiting.update(cut.path for cut in group)
@@ -151,7 +159,12 @@ def input_products(
 
 
 def _observe(
-    model: PreTrainedModel, cut: CutInputs, watch: Batches, add: Callable[..., None], stack: ExitStack
+    model: PreTrainedModel,
+    cut: CutInputs,
+    watch: Batches,
+    add: Callable[..., None],
+    second_run: SecondRun,
+    stack: ExitStack,
 ) -> None:
     """Call a function with what `Moments.add` takes of some inputs, in every forward pass.
 
@@ -160,6 +173,7 @@ def _observe(
         cut: the inputs.
         watch: knows which tokens of the batch count.
         add: takes `cut` and tensors.
+        second_run: whether a layer runs again, which is not observed.
         stack: removes the hooks.
     """
     seen: dict[str, Tensor] = {}
@@ -170,6 +184,8 @@ def _observe(
         return x.reshape(len(mask_N), -1)[mask_N]
 
     def on_inputs(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        if second_run.is_on:
+            return
         read = first_input(args, kwargs)  # the output of a projection is not read
         of_norm = () if cut.norm is None else (output, *args[1:2])  # a norm with a gate takes it second
         x_N = cut.observed(*map(tokens, (read, *of_norm)))
@@ -179,9 +195,12 @@ def _observe(
             seen["inputs"] = x_N
 
     def before_gap(_: Any, args: Any, kwargs: Any) -> None:
-        seen["state"] = tokens(first_input(args, kwargs))
+        if not second_run.is_on:
+            seen["state"] = tokens(first_input(args, kwargs))
 
     def after_gap(_: Any, __: Any, output: Any) -> None:
+        if second_run.is_on:
+            return
         assert cut.gap is not None
         x_N = seen.pop("inputs")
         change_NG = tokens(stream_output(output)).to(x_N)
@@ -195,11 +214,18 @@ def _observe(
         stack.callback(layers[cut.gap.last].register_forward_hook(after_gap).remove)
 
 
-def _add(sums: dict[str, Products], cut: CutInputs, batch: tuple[Tensor, ...], watch: Batches, is_probe: bool) -> None:
-    """Add the products of one batch to the sums."""
+def _add(
+    sums: dict[str, Products],
+    cut: CutInputs,
+    batch: tuple[Tensor, ...],
+    watch: Batches,
+    is_probe: bool,
+    tokens: Tensor | None,
+) -> None:
+    """Add the products of one batch to the sums; `tokens` are the indices of some of its tokens, or None for all."""
     num_rows = watch.mask_BT.shape[0]
     where = batch[0].device
-    mask_N = watch.mask_BT.flatten().to(where)
+    tokens = watch.mask_BT.flatten().nonzero().flatten() if tokens is None else tokens
     if cut.path not in sums:
         device = "cpu" if where.type == "mps" else where  # MPS has no float64
         moments = [Moments.of_nothing(cut, device) for _ in range(2 if is_probe else 1)]
@@ -209,5 +235,5 @@ def _add(sums: dict[str, Products], cut: CutInputs, batch: tuple[Tensor, ...], w
     if found.held_out is not None:
         first = watch.num_rows - num_rows  # of this batch among all rows
         is_held_B = torch.arange(first, first + num_rows) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(mask_N.device)[mask_N]
+        is_held_N = is_held_B[:, None].expand(watch.mask_BT.shape).flatten().to(where)[tokens.to(where)]
         found.held_out.add(*(part_N[is_held_N] for part_N in batch))

@@ -153,6 +153,7 @@ def repair_cost(
     2·N·K·(K + R + G) operations for its products, 2·K³/3 for factors, and 2·K·(K + R)·H for the solution of every
     projection. Of the inputs that choose the ridge, every fourth row is multiplied once more, and each of the ridges
     takes 2·K³/3 + 4·K·(K + R)·H. Where the sums need several passes, these inputs have passes of their own before.
+    An expert is counted as if all tokens were given to it, at most.
 
     Args:
         teacher: its config.
@@ -170,7 +171,7 @@ def repair_cost(
     work = RepairCost(passes, 0.0, 0.0, 0.0)
     for cut in cuts:
         kept, rest = len(cut.kept_K), len(cut.rest_R)
-        outputs = [weights[f"{one.path}.weight"].shape[1 - one.position] for one in cut.projections]
+        outputs = [weights[one.name].shape[-2:][1 - one.position] for one in cut.projections]
         kinds = len({f"{one.path}.bias" in weights for one in cut.projections})  # factored apart
         fit = 2 * kept * (kept + rest)
         rows = float(num_tokens)
@@ -191,6 +192,8 @@ def repair_cost(
 
 def _share_of_pass(config: PretrainedConfig, last: CutInputs, depth: int) -> float:
     """Share of the layers that a pass computes which ends at some inputs."""
+    if last.expert is not None:
+        return (last.expert.layer + 1) / depth
     if last.gap is not None:
         return (last.gap.last + 1) / depth
     located = spec_for(config).locate(f"{last.path}.weight")

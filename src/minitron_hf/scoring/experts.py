@@ -43,6 +43,8 @@ class RoutedActivations(NamedTuple):
     output_nH: Tensor
 
 
+#: The tensor of a module of stacked experts that holds their down projections.
+DOWN_PROJECTIONS = "down_proj"
 #: Called for every expert with its index and its activations.
 Observer = Callable[[int, RoutedActivations], None]
 

@@ -68,13 +68,13 @@ class PrunerConfig:
             projections into it and out of it. If KV heads are shared, this is done for query heads within their
             group. The weights are merged, so the student no longer equals the masked teacher. Off: after the same
             distillation it was worse than plain pruning in every case (`benchmarks/results/*-repair.json`).
-        repair: `"least_squares"`: refit the projections that read pruned neurons and heads on calibration data, so
-            that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`). The last projection
-            before dropped layers also takes over the linear part of what these added. It was better than plain pruning
-            in every case of neurons and heads (`benchmarks/results/*-repair.json`) and in most of layers, before
-            retraining (`benchmarks/results/real/layers`). It is off because it needs calibration data beside the
-            scores; `recommend` switches it on. `"least_squares_all"`: also refit the projections that read norms of
-            pruned channels. Not measured after distillation yet.
+        repair: `"least_squares"`: refit the projections that read pruned neurons, heads and experts on calibration
+            data, so that the kept units reproduce the outputs of the teacher's layers (`repaired_weights`). The last
+            projection before dropped layers also takes over the linear part of what these added. It was better than
+            plain pruning in every case of neurons and heads (`benchmarks/results/*-repair.json`) and where several
+            layers are dropped, before retraining (`benchmarks/results/real/layers`). It is off because it needs
+            calibration data beside the scores; `recommend` switches it on. `"least_squares_all"`: also refit the
+            projections that read norms of pruned channels. Not measured after distillation yet.
         nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
             are spread over more units get more units. This needs a stock config with a list of sizes per layer. None
             by default: not measured yet on a real teacher.

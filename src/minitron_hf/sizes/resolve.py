@@ -258,13 +258,13 @@ def repaired_axes(
         repair: one of `REPAIRS`.
 
     Raises:
-        PlanError: if units are cut that other modules than plain projections read (experts).
+        PlanError: if units are cut that other modules than plain projections or stacked experts read.
     """
     axes = tuple(axis for axis in after if after[axis] < before[axis] and axis in spec.hook_points)
     layers = ("layers",) if after["layers"] < before["layers"] else ()
     for axis in axes:
         module = spec.hook_points[axis]
-        if f"{module}.weight" not in spec.dimensions:
+        if not any(name.startswith(f"{module}.") for name in spec.dimensions):
             raise PlanError(
                 f"repair={repair!r} refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
                 f"models is cut here, which {module} reads in another way. Leave out repair."
