@@ -19,6 +19,7 @@ from minitron_hf.pruning.iterations import require_iterations
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
@@ -132,6 +133,20 @@ def test_nothing_is_lost_of_a_stream_that_fills_a_part_of_its_width():
     assert_same_function(apply_plan(teacher, plan), teacher, TOKENS, tolerance=1e-5)
     single = apply_plan(teacher, make_plan(teacher, PrunerConfig(hidden_size=left), scores_of(teacher)))
     assert (logits(single, TOKENS) - logits(teacher, TOKENS)).norm() > 0.1 * logits(teacher, TOKENS).norm()
+
+
+@pytest.mark.parametrize("others", [{"layers_to_drop": [2]}, {"intermediate_size": 0.5}])
+def test_a_repair_gives_the_same_model_in_another_basis(others: dict):
+    teacher = pocket_model("llama")
+    size, left = teacher.config.hidden_size, 24
+    axes = torch.from_numpy(random_basis(size))[:, :left]
+    project_what_is_written(teacher, axes @ axes.T)
+    students = []
+    for hidden in ({}, {"hidden_size": left}):
+        plan = planned(teacher, repair="least_squares", **others, **hidden)
+        assert (plan.basis is None) == (not hidden)
+        students.append(apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, ROWS, ridge=1e-3)))
+    assert_same_function(*students, TOKENS, tolerance=1e-4)
 
 
 def scores_of(model) -> ImportanceScores:
