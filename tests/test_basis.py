@@ -99,8 +99,13 @@ def inputs_of_the_final_norm(model) -> torch.Tensor:
     return seen[-1]
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("others", [{}, {"num_hidden_layers": 2, "norm_compensation": False}])
+CUT = [
+    *(("llama", {}), ("mixtral", {}), ("llama", {"num_hidden_layers": 2, "norm_compensation": False})),
+    *(pytest.param(name, {}, marks=pytest.mark.slow) for name in SUPPORTED if name not in ("llama", "mixtral")),
+]
+
+
+@pytest.mark.parametrize(("name", "others"), CUT)
 def test_student_equals_the_masked_rotated_teacher(name: str, others: dict):
     teacher = pocket_model(name)
     left = teacher.config.hidden_size * 2 // 3

@@ -24,6 +24,8 @@ Factor: TypeAlias = "str | int | Dimension"
 Product: TypeAlias = "tuple[Factor, ...]"
 #: A sum of products: the pieces that are concatenated along one tensor dimension.
 Dimension: TypeAlias = "tuple[Product, ...]"
+#: The channels of the residual stream.
+CHANNELS: Dimension = (("hidden",),)
 
 
 @dataclass(frozen=True)

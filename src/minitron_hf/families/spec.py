@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError, accept_old_names
-from .axes import Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
+from .axes import CHANNELS, Axis, Dimension, dimension_axes, dimension_size, implied_size, parse_dimensions
 from .rules import (
     NO_CONFIG_RULES,
     NO_LAYER_RULES,
@@ -257,8 +257,7 @@ class ArchSpec:
     @cached_property
     def residual_norms(self) -> tuple[str, ...]:
         """Weights of the norms over the hidden size, the only vectors of that width that are called weights."""
-        hidden = ((("hidden",),),)
-        return tuple(name for name, dims in self.dimensions.items() if dims == hidden and name.endswith("weight"))
+        return tuple(name for name, dims in self.dimensions.items() if dims == (CHANNELS,) and name.endswith("weight"))
 
     def _require_supported(self, config: PretrainedConfig) -> None:
         for name, value, axis, why in self.refused_if:

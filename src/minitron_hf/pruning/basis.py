@@ -26,7 +26,7 @@ from transformers import Conv1D
 from ..compat import build_from_config, no_init_weights
 from ..errors import PlanError, UnsupportedModelError
 from ..families import named_tensors, spec_for
-from ..families.axes import Dimension, dimension_axes
+from ..families.axes import CHANNELS, dimension_axes
 from ..models import evaluating
 from ..scoring.experts import reads_input
 from ..scoring.hook_points import norm_paths
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 NUM_TRACED = 8
 #: Part of the energy of the logits that the replacement of a tied head's norm weights may change.
 TIED_TOLERANCE = 2e-3
-CHANNELS: Dimension = (("hidden",),)
 
 
 @dataclass(frozen=True)

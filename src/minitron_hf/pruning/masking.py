@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError, UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import Dimension, Product, dimension_axes, product_shape
+from ..families.axes import CHANNELS, Dimension, Product, dimension_axes, product_shape
 from ..sizes.student import NORM_EPSILONS
 from .plan import PruningPlan
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-HIDDEN: Dimension = (("hidden",),)
 EXPERTS: Dimension = (("experts",),)
 
 
@@ -172,8 +171,8 @@ def _find_norms(
         for norm in spec.layer_norms:
             path = spec.layer_parameter(kept, norm)
             if not isinstance(modules.get(path), nn.Identity):  # in place of a norm that a layer lacks
-                found.setdefault(path, (HIDDEN, kept))
-    found.setdefault(spec.final_norm, (HIDDEN, None))
+                found.setdefault(path, (CHANNELS, kept))
+    found.setdefault(spec.final_norm, (CHANNELS, None))
     for path, (dimension, layer) in found.items():
         if path in modules and dimension != EXPERTS and layer in (None, *plan.layers_kept):
             yield path, dimension, layer
@@ -251,7 +250,7 @@ def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack
         return
     spec, hidden = spec_for(model.config), plan.sizes["hidden"]
     scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.stream.scaled_embeddings else 1.0
-    mask = _dimension_mask(HIDDEN, spec, spec.sizes(model.config), plan.kept)
+    mask = _dimension_mask(CHANNELS, spec, spec.sizes(model.config), plan.kept)
     assert mask is not None
     stack.callback(model.get_input_embeddings().register_forward_hook(_mask_output(mask, scale)).remove)
 
@@ -283,7 +282,7 @@ def _input_scale(plan: PruningPlan, dimension: Dimension) -> float:
     teacher, student = (dict(one).get("text_config", one) for one in (plan.teacher["config"], plan.student["config"]))
     for name in NORM_EPSILONS:
         before, after = teacher.get(name), student.get(name)
-        if dimension == HIDDEN and before and after and before != after:
+        if dimension == CHANNELS and before and after and before != after:
             return float((before / after) ** 0.5)
     return 1.0
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from ..compat import commit_hash
 from ..errors import MismatchError, PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
+from ..families.axes import CHANNELS
 from ..files import public_name
 from ..models import count_parameters, empty_model
 from ..scoring.scores import ImportanceScores
@@ -234,7 +235,7 @@ def _norm_scales(spec: ArchSpec, ratio: float, *, norms: bool) -> dict[str, floa
     """
     scales: dict[str, float] = {}
     if ratio < 1 and norms:
-        bare = [name for name, _ in spec.stream.hidden_powers if spec.dimensions[name] == ((("hidden",),),)]
+        bare = [name for name, _ in spec.stream.hidden_powers if spec.dimensions[name] == (CHANNELS,)]
         scales = dict.fromkeys((*spec.residual_norms, *bare), ratio**-0.5)
     if ratio < 1 and spec.stream.scaled_embeddings:
         scales |= {name: ratio**0.5 * scales.get(name, 1.0) for name in spec.stream.stream_writers}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import Dimension
+from ..families.axes import CHANNELS
 from ..models import evaluating
 from ..scoring.experts import DOWN_PROJECTIONS
 from ..weights import input_device
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHANNELS: Dimension = (("hidden",),)
 #: Tokens of the pass that tries what a layer does with the output of a projection.
 NUM_TRACED = 8
 #: Largest relative error of a layer's output, where a projection writes to it linearly: the rounding of bfloat16.

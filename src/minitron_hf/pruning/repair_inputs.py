@@ -19,7 +19,7 @@ from transformers import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import Dimension, dimension_index
+from ..families.axes import CHANNELS, Dimension, dimension_index
 from ..models import empty_model, evaluating
 from ..scoring.experts import DOWN_PROJECTIONS, is_stored_transposed
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes
@@ -28,7 +28,7 @@ from ..scoring.reductions import accumulation_dtype
 from ..sizes.resolve import repaired_axes
 from ..weights import input_device, tensor_values
 from .masked_routing import excluded_experts
-from .repair_gaps import CHANNELS, Gap, Projection, find_gaps
+from .repair_gaps import Gap, Projection, find_gaps
 from .surgery import student_tensor
 
 if TYPE_CHECKING:
