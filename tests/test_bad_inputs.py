@@ -59,6 +59,30 @@ def section(name: str, *cases: tuple[str, str, str]) -> list[tuple[str, str, str
 
 CASES = [
     *command(
+        "quantize",
+        ("missing", "= quantize {teacher}", "--output"),
+        ("key", "= quantize {teacher} -o {out} --method int5", "no method 'int5'"),
+        ("key", "= quantize {teacher} -o {out} --methods int8", "no such option"),
+        ("type", "= quantize {teacher} -o {out} --group-size many", "a valid integer"),
+        ("extra", "= quantize {teacher} surplus -o {out}", "unexpected extra argument"),
+    ),
+    *command(
+        "doctor",
+        ("extra", "= doctor surplus", "unexpected extra argument"),
+        ("extra", "= doctor {teacher}", "unexpected extra argument"),
+        ("key", "= doctor --fix", "no such option"),
+        ("key", "= doctor --device cpu", "no such option"),
+        ("key", "= doctor --token hf_abc", "no such option"),
+    ),
+    *section(
+        "quantize",
+        ("key", "quantize=[int5]", "int5"),
+        ("type", "quantize=int8", "expected a list"),
+        ("type", "quantize=[8]", "8"),
+        ("type", "quantize={{int8: true}}", "expected a list"),
+        ("key", "quantise=[int8]", "did you mean 'quantize'?"),
+    ),
+    *command(
         "score",
         ("missing", "= score {teacher} --data {text}", "--output"),
         ("missing", "= score {nowhere} --data {text} -o {out}", "does not exist"),

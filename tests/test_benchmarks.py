@@ -227,6 +227,7 @@ def test_a_single_model_has_no_reference_and_a_chat_template_must_be_there(work,
 
 
 def test_the_command_measures_and_prints_tasks(work, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(evaluate, "require_tasks", lambda *args, **kwargs: None)
     for name, model in models.items():
         copy.deepcopy(model).float().save_pretrained(tmp_path / name)

@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 from typer.main import get_command
 
 from minitron_hf.cli.app import app
 from minitron_hf.distillation import trainer as trainer_module
 from minitron_hf.recipe.schema import Recipe
-from pocket import pocket_model, pocket_tokenizer
+from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -84,10 +85,25 @@ def test_the_block_on_teacher_caches_runs(shown, tmp_path):
 
 
 def test_every_python_block_is_run():
-    run_here = {"README.md", "docs/tutorial.md", "docs/guides/teacher-cache.md"}
+    run_here = {"README.md", "docs/tutorial.md", "docs/guides/teacher-cache.md", "docs/guides/measure.md"}
     # In test_contributing and test_outside_families, in test_metric_registry, and in test_divergence_registry.
     run_elsewhere = {"docs/guides/add-a-family.md", "docs/guides/add-a-metric.md", "docs/guides/add-a-divergence.md"}
     assert {page for page in PAGES if blocks(page, "python")} == run_here | run_elsewhere
+
+
+def test_the_guide_to_measuring_adds_a_callback_and_drafts(tmp_path, monkeypatch):
+    from minitron_hf import MeasurementCallback
+    from minitron_hf.evaluation import callback
+
+    monkeypatch.setattr(callback, "require_tasks", lambda *args: None)
+    teacher, draft = (pocket_model("llama", dtype=torch.float32, seed=seed) for seed in (0, 1))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(draft, arguments, processing_class=pocket_tokenizer())
+    inputs = {"input_ids": pocket_tokens(1, 5), "max_new_tokens": 3}
+    names = {"trainer": trainer, "teacher": teacher, "draft": draft, "inputs": inputs, "texts": ["the old man"]}
+    for block in blocks("docs/guides/measure.md", "python"):
+        exec(block, {"MeasurementCallback": MeasurementCallback, **names})
+    assert any(isinstance(one, MeasurementCallback) for one in trainer.callback_handler.callbacks)
 
 
 def test_the_recipe_blocks_are_recipes():

@@ -169,7 +169,7 @@ def test_defaults_are_what_is_recommended(published):
 OF_THE_MACHINE = {
     "loss_chunk_size", "teacher_model_init_kwargs", "teacher_offload", "upcast_student", "bf16",
     "gradient_checkpointing", "activation_checkpointing", "dataloader_pin_memory", "include_num_input_tokens_seen",
-    "router_aux_loss_coef", "max_eval_rows",
+    "router_aux_loss_coef", "max_eval_rows", "eval_tasks", "eval_task_limit", "eval_task_data", "eval_include_path",
 }  # fmt: skip
 
 
@@ -181,7 +181,15 @@ def test_defaults_name_their_source():
         if field.name in own:
             assert re.search(evidence, field.metadata["help"]), field.name
     described = PrunerConfig.__doc__ or ""
-    for name in ("contiguous", "keep_last_layers", "norm_compensation", "head_add_back", "repair", "nonuniform_sizes"):
+    for name in (
+        "contiguous",
+        "keep_last_layers",
+        "norm_compensation",
+        "head_add_back",
+        "hidden_basis",
+        "repair",
+        "nonuniform_sizes",
+    ):
         text = re.search(rf"\n        {name}: (.*?)(?=\n        \w|\n    \Z|\Z)", described, re.DOTALL)
         assert text is not None
         assert re.search(evidence, text[1]), name

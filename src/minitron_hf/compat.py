@@ -200,6 +200,14 @@ def no_init_weights() -> contextlib.AbstractContextManager[None]:
     return initialization.no_init_weights()
 
 
+@uses("tqdm 4.70", "tqdm.std.tqdm._instances")
+def open_bars() -> Iterable[Any]:
+    """The progress bars that are not closed."""
+    from tqdm.std import tqdm
+
+    return list(tqdm._instances)
+
+
 @uses("transformers 5.23", "transformers.AutoModelForImageTextToText._model_mapping")
 def has_image_text_class(config: PretrainedConfig) -> bool:
     """Whether Transformers has a class of `AutoModelForImageTextToText` for this config."""

@@ -293,10 +293,10 @@ def _print_speeds(evaluation: Mapping[str, Any]) -> None:
     from ..publishing import card_tables
 
     if any(model.get("decode_tokens_per_second") for model in evaluation["models"].values()):
-        rows = card_tables._measurement_table(evaluation)
+        rows = card_tables.measurement_table(evaluation)
         quality = {title for title, *_ in card_tables.METRICS.values()}
         _console().print(_as_table([row for row in rows if row[0] not in quality], "Size and speed"))
-    if rows := card_tables._speed_table(evaluation) or []:
+    if rows := card_tables.speed_table(evaluation) or []:
         _console().print(_as_table(rows, "Speed and memory by workload", 3))
 
 
@@ -304,7 +304,7 @@ def _draft_table(evaluation: Mapping[str, Any]) -> Table:
     """Models as drafts of the teacher, as on the card."""
     from ..publishing import card_tables
 
-    rows = card_tables._draft_table(evaluation) or [[""]]
+    rows = card_tables.draft_table(evaluation) or [[""]]
     draft = evaluation["draft"]
     return _as_table(rows, f"As a draft of the teacher, {draft['draft_tokens']:,} tokens at a time")
 

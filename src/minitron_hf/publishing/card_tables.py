@@ -151,7 +151,7 @@ def _size(value: Any) -> str:
     return md.count(value)
 
 
-def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
+def measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Rows of every number that at least one model has; the teacher's and the student's columns come first."""
     models = evaluation["models"]
     names = _model_order(models)
@@ -184,7 +184,7 @@ def _measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _speed_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+def speed_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
     """Speeds and bytes of every workload, a column per model; None where one workload alone was timed."""
     models = {name: model["speeds"] for name, model in evaluation["models"].items() if model.get("speeds")}
     if not models:
@@ -216,7 +216,7 @@ DRAFT_METRICS: Mapping[str, tuple[str, float, str]] = {
 }
 
 
-def _draft_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
+def draft_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
     """The models as drafts of the teacher, a column per model."""
     return _metric_table(
         {name: model["draft"] for name, model in evaluation["models"].items() if model.get("draft")}, DRAFT_METRICS

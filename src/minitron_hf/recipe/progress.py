@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ..compat import open_bars
+
 
 @contextlib.contextmanager
 def progress_bars(show: bool) -> Iterator[None]:
@@ -58,8 +60,7 @@ def one_progress_bar(show: bool) -> Iterator[None]:
     terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        # `_instances` of tqdm 4.66 to 4.70 holds the bars that are not closed.
-        others = [one for one in tqdm._instances if one is not self and not getattr(one, "disable", False)]
+        others = [one for one in open_bars() if one is not self and not getattr(one, "disable", False)]
         if not show or not terminal or others:
             kwargs["disable"] = True
         own_init(self, *args, **{**kwargs, "leave": False})

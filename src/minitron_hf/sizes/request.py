@@ -62,7 +62,8 @@ class PrunerConfig:
             and equal on the third (`benchmarks/results/*-norm-compensation.json`).
         hidden_basis: `"principal"`: rotate the residual stream to its principal axes before the hidden size is pruned,
             so that the directions with the least energy go instead of single channels (`principal_basis`, for models
-            with RMSNorm). None: keep single channels.
+            with RMSNorm). None: keep single channels. Closer to the teacher before retraining on a real model
+            (`benchmarks/results/real/before`), and not measured yet after distillation.
         head_add_back: add the difference to a dropped head to each kept head (Muralidharan et al. 2024, §2.2). With K
             of L heads kept, and heads ranked by importance, head i gains its difference to head 2K - i + 1, in all
             projections into it and out of it. If KV heads are shared, this is done for query heads within their
