@@ -239,6 +239,7 @@ def test_a_resumed_run_sees_the_rows_of_an_uninterrupted_one(workshop, tmp_path,
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_streams_train_candidates_and_correct_the_teacher(workshop, tmp_path, rows_seen):
     """Search, correction and distillation read a stream as they read a table."""
     from minitron_hf.distillation.correction import RECORD_NAME as CORRECTION
@@ -382,6 +383,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(workshop, tmp_path, monkey
         assert (folder / "generated" / name).read_bytes() == (whole / "generated" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_teacher_writes_once_for_all_rounds(workshop, tmp_path):
     given = {**generating(workshop, tmp_path), "prune": {}}
     rounds = [{"prune": {"intermediate_size": 0.75}}, {"prune": {"intermediate_size": 0.5}}]

@@ -150,6 +150,7 @@ def test_an_interrupt_ends_every_command_with_130(monkeypatch, workshop, command
     assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_eighty_columns_and_no_colour(workshop, monkeypatch):
     """No line is longer, no cell is cut, and NO_COLOR wins over a terminal that takes colours."""
     monkeypatch.setenv("COLUMNS", "80")

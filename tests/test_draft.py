@@ -11,7 +11,7 @@ import torch
 from minitron_hf import evaluate_models, measure_draft
 from minitron_hf.cli.printing import _print_measurement
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
-from minitron_hf.publishing.card_tables import _draft_table
+from minitron_hf.publishing.card_tables import draft_table
 from pocket import pocket_model
 
 ROWS = [[(7 * start + place) % 50 + 3 for place in range(40)] for start in range(6)]
@@ -99,7 +99,7 @@ def test_drafts_are_in_the_evaluation_and_in_its_tables(teacher, tmp_path, capsy
     assert stored["draft"]["num_prompts"] == 2
     assert stored["models"]["student"]["draft"]["acceptance"]["value"] == 1.0
     assert "draft" not in stored["models"]["teacher"]
-    table = {row[0]: row[1:] for row in _draft_table(found)}
+    table = {row[0]: row[1:] for row in draft_table(found)}
     assert table[""] == ["Student"]
     assert table["Proposed tokens that the teacher keeps"] == ["100 %"]
     _print_measurement(tmp_path)

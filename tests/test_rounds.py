@@ -62,6 +62,7 @@ def names(lines):
     return [line[1 : line.index("]")] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_shipped_example_runs_at_pocket_size(workshop, tmp_path, monkeypatch):
     """Every round cuts the student of the one before; the card, the evaluation and the repository show all of them."""
     monkeypatch.setattr(card_module, "write_plots", lambda folder: None)  # a matter of seconds, and of other tests

@@ -161,6 +161,7 @@ def test_pruned_shapes_rank_by_the_divergence_of_pruned_students(find, teacher, 
         assert candidate.kl_above_best["stderr"] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_path):
     found = distil()
     rounds = [len(candidate.rounds) for candidate in found.candidates]

@@ -91,6 +91,7 @@ def test_a_generator_is_scored_measured_and_refitted_on(counted: Counter[str], r
     assert all(tensor.equal(listed.state_dict()[name]) for name, tensor in once.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_search_tokenises_its_corpora_once(counted: Counter[str], tmp_path: Path):
     """Two candidates, two rounds each, on a corpus in memory."""
     model, tokenizer = pocket_model("llama", dtype=torch.float32), pocket_tokenizer()
