@@ -82,6 +82,20 @@ def test_shards_are_those_of_save_pretrained(name: str, size: str, tmp_path: Pat
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan, max_shard_size=size), tmp_path / "student")
 
 
+def test_float16_is_cut_as_in_memory_and_refused_beyond_its_range(tmp_path: Path):
+    teacher = saved("llama", tmp_path / "teacher", dtype=torch.float16)
+    model = load_model(teacher)
+    plan = plan_for(model, hidden_size=24, norm_compensation=True)
+    prune_checkpoint(teacher, tmp_path / "student", plan, show_progress=False)
+    assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
+    model.model.norm.weight.data.fill_(60000.0)
+    model.save_pretrained(tmp_path / "large")
+    plan = plan_for(model, hidden_size=24, norm_compensation=True)  # multiplies the norms by √(36 / 24)
+    with pytest.raises(UnsupportedModelError, match="range of float16"):
+        prune_checkpoint(tmp_path / "large", tmp_path / "refused", plan, show_progress=False)
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize("request_", [{"layers_to_drop": [1]}, {}], ids=str)
 def test_tensors_that_are_not_cut_are_copied(request_: dict, tmp_path: Path):
     teacher = saved("llama", tmp_path / "teacher")
@@ -141,7 +155,7 @@ def test_a_head_that_is_tied_and_stored_too(equal: bool, tmp_path: Path):
         with pytest.raises(MinitronError):
             apply_plan(model, plan_for(model, hidden_size=24))
         return
-    plan = plan_for(model, hidden_size=24)
+    plan = plan_for(model, hidden_size=24, norm_compensation=True)
     prune_checkpoint(teacher, tmp_path / "student", plan, show_progress=False)
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
 

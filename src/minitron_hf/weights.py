@@ -31,7 +31,9 @@ def narrowed(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
         UnsupportedModelError: if finite values exceed the range of the dtype, as those of float16 may.
     """
     found = values.to(dtype)
-    if dtype == torch.float16 and not bool((found.isfinite() | ~values.isfinite()).all()):
+    if dtype != torch.float16 or type(values) not in (torch.Tensor, torch.nn.Parameter):
+        return found  # a tensor whose values are not read yet is checked when it is written
+    if not bool((found.isfinite() | ~values.isfinite()).all()):
         raise UnsupportedModelError(
             f"{name}: a value of {float(values.abs().max()):.4g} exceeds the range of float16, "
             f"{torch.finfo(dtype).max:,.0f}. Save the teacher in bfloat16 or float32 and prune that. If the repair "

@@ -30,7 +30,7 @@ from ..models import empty_model, first_line, load_config
 from ..privacy import is_outside_folder
 from ..publishing.card import LEGAL_FILES
 from ..saving import PROCESSOR_FILES, save_config
-from .stored_tensors import DTYPES, LazyTensor, lazy_tensors
+from .stored_tensors import DTYPES, Computed, LazyTensor, lazy_tensors
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -321,12 +321,24 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: 
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for block in _read_ahead(block.contiguous() for _, tensor in ordered for block in tensor.blocks()):
+        for block in _read_ahead(
+            _finite(block, name, tensor) for name, tensor in ordered for block in tensor.blocks()
+        ):
             file.write(block.reshape(-1).view(torch.uint8).numpy().data)
             progress.update(block.nbytes)
             del block  # before the next but one is read
         file.flush()
         os.fsync(file.fileno())
+
+
+def _finite(block: torch.Tensor, name: str, tensor: LazyTensor) -> torch.Tensor:
+    """A block of a tensor, unless computed values of it exceed the range of float16."""
+    if block.dtype == torch.float16 and isinstance(tensor.recipe, Computed) and bool(block.isinf().any()):
+        raise UnsupportedModelError(
+            f"{name}: a value exceeds the range of float16, {torch.finfo(torch.float16).max:,.0f}. Save the teacher "
+            "in bfloat16 or float32 and prune that."
+        )
+    return block.contiguous()
 
 
 def _read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
