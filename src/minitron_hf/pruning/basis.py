@@ -72,7 +72,7 @@ def stream_tensors(model: PreTrainedModel) -> StreamTensors:
     spec, modules = spec_for(model.config), dict(model.named_modules())
     norms = dict(norm_paths(spec, modules, spec.sizes(model.config)["layers"]))
     _require_free_norms(model, modules, list(norms))
-    readers = _readers(model, list(norms))
+    readers = norm_readers(model, list(norms))
     if unread := sorted(set(norms) - set(readers.values()) - {spec.final_norm}):
         raise _refusal(model, f"nothing reads {unread[0]} as it is: its weights scale single channels of the stream")
     head = model.get_output_embeddings()
@@ -142,7 +142,7 @@ def _require_free_norms(model: PreTrainedModel, modules: Mapping[str, nn.Module]
 
 
 @torch.no_grad()
-def _readers(model: PreTrainedModel, norms: list[str]) -> dict[str, str]:
+def norm_readers(model: PreTrainedModel, norms: list[str]) -> dict[str, str]:
     """Module with parameters → the norm whose output it is called on: the same memory, in a short forward pass."""
     outputs: dict[int, tuple[str, Tensor]] = {}
     found: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,13 @@ from transformers import Conv1D
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS, Dimension, dimension_index
-from ..models import empty_model, evaluating
+from ..models import empty_model
 from ..scoring.experts import DOWN_PROJECTIONS, is_stored_transposed
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes
-from ..scoring.hooks import first_input
 from ..scoring.reductions import accumulation_dtype
 from ..sizes.resolve import repaired_axes
-from ..weights import input_device, tensor_values
+from ..weights import tensor_values
+from .basis import norm_readers
 from .masked_routing import excluded_experts
 from .repair_gaps import Gap, Projection, find_gaps
 from .surgery import student_tensor
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
-
-#: Tokens of the pass that finds the projections which read a norm.
-NUM_TRACED = 8
 
 
 @dataclass(frozen=True)
@@ -234,39 +231,14 @@ def _cut_channels(
         yield (position, path), CutInputs(path, kept_K, torch.arange(len(modules[path].weight)), projections, norm)
 
 
-@torch.no_grad()
 def _readers(model: PreTrainedModel, plan: PruningPlan, norms: list[str]) -> dict[str, tuple[Projection, ...]]:
-    """Norm → the plain projections whose input is its output: the same memory, in a short forward pass."""
-    outputs: dict[int, tuple[str, Tensor]] = {}
+    """Norm → the plain projections whose input is its output, in the order in which they are called."""
+    projections = {one.path: one for one in channel_projections(model, plan.layers_kept, plan.scales)}
     found: dict[str, list[Projection]] = {}
-    modules = dict(model.named_modules())
-
-    def remember(path: str) -> Any:
-        def hook(_: Any, args: Any, output: Tensor) -> None:
-            outputs[output.data_ptr()] = path, output  # holding the tensor keeps its memory from being used again
-
-        return hook
-
-    def look_up(projection: Projection) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            x = first_input(args, kwargs)
-            path, output = outputs.get(x.data_ptr(), ("", x))
-            if path and output.numel() == x.numel():
-                found.setdefault(path, []).append(projection)
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating([model]))
-        for path in norms:
-            stack.callback(modules[path].register_forward_hook(remember(path)).remove)
-        for projection in channel_projections(model, plan.layers_kept, plan.scales):
-            hook = look_up(projection)
-            handle = modules[projection.path].register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        ids = torch.arange(NUM_TRACED, device=input_device(model))[None]
-        model(input_ids=ids, use_cache=False)
-    return {path: tuple(projections) for path, projections in found.items()}
+    for path, norm in norm_readers(model, norms).items():
+        if path in projections:
+            found.setdefault(norm, []).append(projections[path])
+    return {norm: tuple(readers) for norm, readers in found.items()}
 
 
 def channel_projections(
