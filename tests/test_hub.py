@@ -27,6 +27,7 @@ from minitron_hf.files import is_storage_error, replacing_file, replacing_folder
 from minitron_hf.publishing.card import render_model_card
 from minitron_hf.publishing.hub import push_student_to_hub, uploaded_files, write_teacher_metadata
 from minitron_hf.publishing.hub_errors import hub_errors
+from minitron_hf.publishing.report import render_report
 from run_folder import KEPT, VOCAB, write_json, write_run
 
 PUSH = """
@@ -167,6 +168,7 @@ EXPECTED = {
     "samples.json",
     "scores.safetensors",
     "search.json",
+    "report.html",
     "teacher.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -197,6 +199,7 @@ def test_push_then_load_from_the_hub(student, full_run, hub_server, tmp_path):
     snapshot = Path(loaded["snapshot"])
     published = (snapshot / "README.md").read_text(encoding="utf-8")
     assert render_model_card(snapshot) == published
+    assert render_report(snapshot) == (snapshot / "report.html").read_text(encoding="utf-8")
     assert 'name = "lab/tiny-stories"' in published
     assert published.count("# tiny-stories\n") == 1
 

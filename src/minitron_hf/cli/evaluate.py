@@ -65,7 +65,7 @@ def evaluate(
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Draw the plots and write the model card from the files of a run folder."""
+    """Draw the plots, and write the report and the model card from the files of a run folder."""
     from ..locks import locked_folder
     from ..publishing.card import write_model_card
     from ..publishing.uploads import require_weights

@@ -380,6 +380,8 @@ def _print_results(folder: Path) -> None:
                 console.print(text.strip(), markup=False, highlight=False)
     if (folder / "README.md").is_file():
         console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True)
+    if (folder / "report.html").is_file():
+        console.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _console() -> Console:

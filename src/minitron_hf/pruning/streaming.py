@@ -28,7 +28,7 @@ from ..families import spec_for
 from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
 from ..models import empty_model, first_line, load_config
 from ..privacy import is_outside_folder
-from ..publishing.card import LEGAL_FILES
+from ..publishing.card_values import LEGAL_FILES
 from ..saving import PROCESSOR_FILES, save_config
 from .stored_tensors import DTYPES, Computed, LazyTensor, lazy_tensors
 from .surgery import apply_plan

@@ -8,7 +8,7 @@ from typing import Any
 from . import markdown as md
 from .card_metadata import METRICS
 
-#: Metrics in the table of rounds.
+#: Metrics in the table of rounds and at the head of a report.
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
 
 #: Titles of the axes in tables. Other axes are shown under their own names.
@@ -182,6 +182,39 @@ def measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         title += ": median [quartiles]" if any("quartiles" in speed for speed in speeds) else ""
         add(title, [_with_ratio(speed.get("median"), base, md.rate, speed.get("quartiles")) for speed in speeds])
     return rows
+
+
+def headline(
+    plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None, average: Mapping[str, Any] | None
+) -> list[tuple[str, str, str]]:
+    """The first numbers of a report: title, the student's value, and how it compares with the teacher's.
+
+    Args:
+        plan: the plan from the teacher to the student.
+        evaluation: `evaluation.json`.
+        average: the entry `average` of `benchmarks.json`.
+    """
+    tiles = []
+    if plan:
+        before, after = (plan[model]["num_parameters"] for model in ("teacher", "student"))
+        tiles.append(("Parameters", md.short_count(after), f"{after / before:.1%} of {md.short_count(before)}"))
+    models = (evaluation or {}).get("models") or {}
+    student, teacher = models.get("student") or {}, models.get((evaluation or {}).get("reference")) or {}
+    for key in ROUND_METRICS:
+        title, _, factor, unit = METRICS[key]
+        if found := (student.get("metrics") or {}).get(key):
+            base = (teacher.get("metrics") or {}).get(key) if key == "loss" else None  # the others compare with it
+            compared = f"teacher {md.measured(base, factor, unit)}" if base else ""
+            tiles.append((title, md.measured(found, factor, unit), compared))
+    if speed := (student.get("decode_tokens_per_second") or {}).get("median"):
+        base = (teacher.get("decode_tokens_per_second") or {}).get("median")
+        tiles.append(("Decode, tokens/s", md.rate(speed), f"{speed / base:.2f}× the teacher" if base else ""))
+    if size := student.get("checkpoint_bytes"):
+        base = teacher.get("checkpoint_bytes")
+        tiles.append(("Checkpoint size", md.binary_size(size), f"teacher {md.binary_size(base)}" if base else ""))
+    if share := ((average or {}).get("student") or {}).get("share"):
+        tiles.append(("Benchmarks", md.measured(share, 100, " %"), "of the teacher's average"))
+    return tiles
 
 
 def speed_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:

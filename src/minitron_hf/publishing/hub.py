@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HubError
 from ..files import local_folder
 from ..formats import read_artefact, write_artefact
-from .card import require_run, write_model_card
+from .card import write_model_card
 from .card_metadata import is_repo_id
+from .card_values import require_run
 from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries
 from .teacher_metadata import write_teacher_metadata
 from .uploads import is_owned, require_no_secret, require_student, uploaded_files

@@ -131,6 +131,13 @@ def code(text: Any) -> str:
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
+def teacher_link(teacher: Mapping[str, Any]) -> str:
+    """The teacher's Hub page; else its name."""
+    if teacher["hub_id"]:
+        return f"[{teacher['hub_id']}](https://huggingface.co/{teacher['hub_id']})"
+    return code(teacher["label"]) if teacher["label"] else "a teacher"
+
+
 def fence(text: Any, language: str = "") -> str:
     """A code block that no text can end."""
     text = str(text).replace("\r\n", "\n").rstrip("\n")

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import local_folder, public_name, replacing_file
 from ..formats import write_artefact
 from ..privacy import is_outside_folder
-from .card import LEGAL_FILES, matches
+from .card_values import LEGAL_FILES, matches
 from .hub_errors import hub_errors
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import MismatchError, OutputError
 from ..files import read_json
 from ..privacy import SECRET, is_outside_folder
-from .card import legal_files, round_folders
+from .card_values import REPORT_NAME, legal_files, round_folders
 from .plots import PLOTS
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +66,7 @@ ARTEFACTS = (
     "recipe.yaml",
     "hub.json",
     "README.md",
+    REPORT_NAME,
     *(f"plots/{name}" for name in PLOTS),
 )
 

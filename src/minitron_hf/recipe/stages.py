@@ -297,7 +297,14 @@ STAGES: tuple[Stage, ...] = (
         _evaluate,
         leftovers=("samples.json", "benchmarks.json"),
     ),
-    Stage("card", "draw the plots and write the model card", ("evaluate",), lambda recipe: {}, ("README.md",), _card),
+    Stage(
+        "card",
+        "draw the plots, write the report and the model card",
+        ("evaluate",),
+        lambda recipe: {},
+        ("README.md", "report.html"),
+        _card,
+    ),
     Stage(
         "publish",
         "upload everything to the Hub in one commit",
