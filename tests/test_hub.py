@@ -165,10 +165,10 @@ EXPECTED = {
     "pruning_plan.json",
     "pruning_plan.safetensors",
     "recipe.yaml",
+    "report.html",
     "samples.json",
     "scores.safetensors",
     "search.json",
-    "report.html",
     "teacher.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -504,7 +504,7 @@ def test_repository_names_are_checked(run_dir):
 
 def test_working_files_are_not_listed(student):
     files = uploaded_files(student[0])
-    assert set(files) == EXPECTED - PLOTTED - {".gitattributes", "hub.json", "README.md"}
+    assert set(files) == EXPECTED - PLOTTED - {".gitattributes", "hub.json", "README.md", "report.html"}
     assert list(files) == sorted(files)
 
 
