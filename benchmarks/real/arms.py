@@ -37,6 +37,17 @@ FIELDS = (
 )
 #: Fields that decide the pruned start.
 START_FIELDS = ("shape", "metric", "repair", "calibration_rows", "calibration_length")
+#: Fields that an arm has only where it changes them, with the value of all others: pruning method (`peer_starts`),
+#: calibration corpus (None: the base arm's corpus), reductions of the scores, metric that ranks layers, and the shape
+#: of a first round of pruning and distillation, which gets half of the tokens.
+OPTIONAL_FIELDS: dict[str, Any] = {
+    "method": "ours",
+    "calibration": None,
+    "batch_reduction": "l2",
+    "sequence_reduction": "mean",
+    "depth_metric": None,
+    "first_shape": None,
+}
 
 #: Budget and seeds of a screening.
 SCREEN_TOKENS, SCREEN_SEEDS = 131_072, (0,)
@@ -47,19 +58,21 @@ class Arm:
     """One run.
 
     Attributes:
-        settings: value of every one of `FIELDS`.
+        settings: value of every one of `FIELDS`, and of those of `OPTIONAL_FIELDS` that it or the base sets.
         shape: fields of `PrunerConfig` that `settings["shape"]` names.
         loss: fields of `DistillationConfig` that `settings["loss"]` names.
         base: the settings that its name leaves out.
+        first: fields of `PrunerConfig` of the first of two rounds; None where there is one.
     """
 
     settings: Mapping[str, Any]
     shape: Mapping[str, Any]
     loss: Mapping[str, Any]
     base: Mapping[str, Any] = field(repr=False)
+    first: Mapping[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Any:
-        return self.settings[name]
+        return self.settings[name] if name in self.settings else OPTIONAL_FIELDS[name]
 
     @property
     def name(self) -> str:
@@ -67,7 +80,7 @@ class Arm:
         changed = [
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in self.settings.items()
-            if value != self.base[name] or name in ("tokens", "seed")
+            if value != self.base.get(name, OPTIONAL_FIELDS.get(name)) or name in ("tokens", "seed")
         ]
         return ",".join(changed)
 
@@ -90,15 +103,27 @@ class Arm:
     def start(self) -> dict[str, Any]:
         """The settings that determine the student before distillation, with the seed if it is random."""
         values = {name: self[name] for name in START_FIELDS if name != "shape"} | {"shape": dict(self.shape)}
+        values |= {name: value for name, value in self.settings.items() if name in OPTIONAL_FIELDS}
+        values |= {} if self.first is None else {"first_shape": dict(self.first)}
         return {**values, "seed": self["seed"] if self["metric"] in ("random", "none") else None}
 
     def identity(self) -> dict[str, Any]:
         """Settings that determine the result, besides teacher and data, with the contents of named tables."""
-        return {**self.settings, "shape": dict(self.shape), "loss": dict(self.loss)}
+        first = {} if self.first is None else {"first_shape": dict(self.first)}
+        return {**self.settings, "shape": dict(self.shape), "loss": dict(self.loss), **first}
 
     def at(self, **changes: Any) -> Arm:
         """The arm at another budget or seed."""
         return replace(self, settings={**self.settings, **changes})
+
+    def rounds(self) -> tuple[Arm, ...]:
+        """The rounds of pruning and distillation, each as an arm: the arm itself, or two with half of its tokens."""
+        if self.first is None:
+            return (self,)
+        settings = {name: value for name, value in self.settings.items() if name != "first_shape"}
+        settings["tokens"] //= 2
+        first = replace(self, settings={**settings, "shape": self["first_shape"]}, shape=self.first, first=None)
+        return first, replace(self, settings=settings, first=None)
 
 
 @dataclass(frozen=True)
@@ -138,19 +163,23 @@ def load_experiments(path: str | Path = TABLE) -> dict[str, Experiment]:
     """
     table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     base = table["base"]
-    if unknown := set(base) ^ set(FIELDS):
+    if unknown := (set(base) - set(OPTIONAL_FIELDS)) ^ set(FIELDS):
         raise ValueError(f"{path}: base has other fields than expected: {', '.join(sorted(unknown))}.")
 
     def arm(changes: Mapping[str, Any]) -> Arm:
-        if unknown := set(changes) - set(FIELDS):
-            raise ValueError(
-                f"{path}: an arm has no field {', '.join(sorted(unknown))}. Expected: {', '.join(FIELDS)}."
-            )
+        if unknown := set(changes) - set(FIELDS) - set(OPTIONAL_FIELDS):
+            expected = ", ".join([*FIELDS, *OPTIONAL_FIELDS])
+            raise ValueError(f"{path}: an arm has no field {', '.join(sorted(unknown))}. Expected: {expected}.")
         settings = {name: changes.get(name, base[name]) for name in FIELDS}
-        for name, kind in (("shape", "shapes"), ("loss", "losses")):
-            if settings[name] not in table[kind]:
+        for name, default in OPTIONAL_FIELDS.items():
+            value = changes.get(name, base.get(name, default))
+            if name in base or value != default:
+                settings[name] = value
+        for name, kind in (("shape", "shapes"), ("first_shape", "shapes"), ("loss", "losses")):
+            if name in settings and settings[name] not in table[kind]:
                 raise ValueError(f"{path}: {name}={settings[name]!r} is not in the table of {kind}.")
-        return Arm(settings, table["shapes"][settings["shape"]], table["losses"][settings["loss"]], base)
+        shape, first = table["shapes"][settings["shape"]], table["shapes"].get(settings.get("first_shape"))
+        return Arm(settings, shape, table["losses"][settings["loss"]], base, first)
 
     experiments = {}
     for name, values in table["experiments"].items():

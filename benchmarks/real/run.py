@@ -128,10 +128,10 @@ class Bench:
             return read_json(path)
         begun = time.monotonic()
         log(f"{arm.name}: {arm.steps} steps of {arm.rows_per_step} × {arm['length']} tokens")
-        start = self.starts.get(arm)
-        before = self._measure(start, self.work / "shared" / f"{start.name}-measured")
         folder = self.work / "arms" / path.stem
-        student = self.workshop.distil(arm, start, folder)
+        start = self.starts.get(arm.rounds()[0])
+        before = self._measure(start, self.work / "shared" / f"{start.name}-measured")
+        student = self._distil(arm, start, folder)
         after = self._measure(student, folder / "measured")
         result = self._result(arm, student, before, after)
         write_json(path, result)
@@ -140,6 +140,17 @@ class Bench:
         kl, was = (result["summary"][when][first]["kl_divergence"] for when in ("after", "before"))
         log(f"  KL {was['value']:.4f} → {kl['value']:.4f} ± {kl['stderr'] or 0:.4f}, {time.monotonic() - begun:.0f} s")
         return result
+
+    def _distil(self, arm: Arm, start: Path, folder: Path) -> Path:
+        """The student after its last round; the student of a first round is scored and pruned once more."""
+        *first, last = arm.rounds()
+        for each in first:
+            student = self.workshop.distil(each, start, folder / "first-round")
+            model = load_for_compute(student, dtype=self.teacher.dtype)
+            shared = self.work / "shared"
+            starts = Starts(model, model_digest(model), self.tokenizer, self.corpora["train"], shared)
+            start = starts.get(last)
+        return self.workshop.distil(last, start, folder)
 
     def _measure(self, model_folder: Path, folder: Path) -> dict[str, RowSums]:
         """Row sums of every domain; sums in the folder are read instead of computed."""

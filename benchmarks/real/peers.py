@@ -1,0 +1,238 @@
+"""Compares students of other pruners with ours: same teacher, calibration rows and largest number of parameters.
+
+`peers.yaml` lists them as arms. This script makes every start and measures it before retraining, one JSON per arm;
+existing files are read, so the same command goes on. `benchmarks.real.run` distils the same starts, and found results
+stand beside them in the table. For example:
+
+    python -m benchmarks.real.peers --teacher work/teacher --work work/runs --corpus written=written.jsonl \
+        --held-out wikitext2=wikitext2_valid.jsonl
+    python -m benchmarks.real.run --teacher work/teacher --work work/runs --data work/data \
+        --corpus written=written.jsonl --experiments benchmarks/real/peers.yaml \
+        --results benchmarks/results/real/peers/distilled
+    python -m benchmarks.real.peers --page docs/explanation/real-teachers.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron_hf import count_parameters, load_tokenizer
+from minitron_hf.evaluation.speed import device_description
+from minitron_hf.files import public_name, read_json, versions, write_json, write_text
+from minitron_hf.models import load_for_compute
+from minitron_hf.weights import model_digest
+
+from .arms import OPTIONAL_FIELDS, Arm, Experiment, key, load_experiments
+from .corpora import given_file
+from .measure import Domain, Reference, packed, row_sums, summary
+from .peer_starts import METHODS
+from .report import Results, _cell, _thousands
+from .run import ROW_LENGTH, ROWS
+from .starts import DESCRIPTION_NAME, Starts
+from .stopping import Stop, Stopped, log
+
+TABLE = Path(__file__).with_name("peers.yaml")
+RESULTS = Path(__file__).parents[1] / "results/real/peers"
+#: Students after distillation, and the comparison of our criteria with the authors' code, in that folder.
+DISTILLED, AGREEMENT_NAME = "distilled", "agreement.json"
+BEGIN, END = "<!-- results of benchmarks.real.peers: begin -->", "<!-- results of benchmarks.real.peers: end -->"
+
+
+class Comparison:
+    """A teacher, calibration texts and a held-out text.
+
+    Args:
+        arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.stop = arguments, Stop()
+        self.teacher = load_for_compute(arguments.teacher)
+        self.teacher.requires_grad_(False)
+        self.digest = model_digest(self.teacher)
+        tokenizer = load_tokenizer(arguments.teacher)
+        corpora = {name: given_file(path) for name, _, path in (one.partition("=") for one in arguments.corpus)}
+        shared = arguments.work / "shared"
+        shared.mkdir(parents=True, exist_ok=True)
+        self.starts = Starts(self.teacher, self.digest, tokenizer, corpora, shared)
+        name, _, file = arguments.held_out.partition("=")
+        self.domain = Domain.read(name, file, tokenizer, arguments.held_out_rows, arguments.row_length)
+        self.reference = Reference.of(self.teacher, self.digest, self.domain, shared, self.stop.check)
+
+    def path(self, arm: Arm) -> Path:
+        """The JSON file of an arm."""
+        named = key(self.starts.name(arm), self.domain.rows.digest)
+        return Path(self.arguments.results) / f"{arm.label.replace(', ', ',').replace(' ', '=')}.{named}.json"
+
+    def run(self, arm: Arm) -> dict[str, Any]:
+        """Make the start of an arm and measure it. Nothing is done if its JSON file exists."""
+        path = self.path(arm)
+        if path.is_file():
+            return dict(read_json(path))
+        log(arm.label)
+        student, described = self._start(arm)
+        sums = row_sums(student, self.domain, self.reference, self.stop.check)
+        rows = self.starts.rows(arm)
+        result = {
+            "format": 1,
+            "arm": {name: value for name, value in arm.settings.items() if name not in ("tokens", "seed")},
+            "shape": dict(arm.shape),
+            **described,
+            "calibration": {"digest": rows.digest, "num_rows": len(rows), "num_tokens": rows.num_tokens},
+            "result": summary(sums, self.domain.counts, self.domain.rows.num_bytes),
+            "rows": {name: packed(values) for name, values in sums.items()},
+            "teacher": {
+                "name": public_name(self.arguments.teacher),
+                "digest": self.digest,
+                "num_parameters": count_parameters(self.teacher),
+                "computed_in": str(self.teacher.dtype).removeprefix("torch."),
+            },
+            "held_out": {"name": self.domain.name, **self.domain.to_dict()},
+            "versions": versions(),
+            "device": device_description(self.teacher.device),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        kl = result["result"]["kl_divergence"]
+        log(f"  {described['num_parameters']:,} parameters, KL {kl['value']:.4f} ± {kl['stderr'] or 0:.4f}")
+        return result
+
+    def _start(self, arm: Arm) -> tuple[Any, dict[str, Any]]:
+        """The student of an arm, and what it is."""
+        method = METHODS.get(arm["method"])
+        if method is not None and method.is_module:
+            start = self.starts.build(arm)
+            return start.student, start.to_dict()
+        folder = self.starts.get(arm)
+        student = load_for_compute(folder, dtype=self.teacher.dtype)
+        if method is not None:
+            return student, dict(read_json(folder / DESCRIPTION_NAME))
+        return student, {"num_parameters": count_parameters(student), "is_stock": True, "sizes": dict(arm.shape)}
+
+
+# ---- Table ----
+
+
+def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
+    """The lines of the tables: one per target, with a row for every arm; what has no result is not measured."""
+    path = folder / AGREEMENT_NAME
+    files = [one for one in sorted(folder.glob("*.json")) if one != path]
+    found = {_settings(one["arm"]): one for one in map(read_json, files)}
+    distilled = Results.read(folder / DISTILLED)
+    agreement = read_json(path)["criteria"] if path.is_file() else {}
+    for experiment in experiments.values():
+        yield f"### {experiment.title}"
+        yield ""
+        yield "| method | criterion | parameters | stock checkpoint | KL before retraining | KL after distillation |"
+        yield "|---|---|---|---|---|---|"
+        for arm in experiment.arms:
+            one = found.get(_settings(arm.settings))
+            cells = [title(arm), _criterion(arm, agreement), "", "", "not measured", _after(distilled, arm)]
+            if one is not None:
+                kl = one["result"]["kl_divergence"]
+                cells[2:5] = [
+                    f"{one['num_parameters'] / 1e6:.1f}M",
+                    "yes" if one["is_stock"] else "no",
+                    f"{kl['value']:.3f}" if kl["stderr"] is None else f"{kl['value']:.3f} ± {kl['stderr']:.3f}",
+                ]
+            yield f"| {' | '.join(cells)} |"
+        yield ""
+
+
+def title(arm: Arm) -> str:
+    """What a row of the table is called."""
+    if arm["method"] in METHODS:
+        return METHODS[arm["method"]].title
+    kind = "random units" if arm["metric"] == "random" else "ours"
+    repair = "" if arm["repair"] == "none" else f", {arm['repair'].replace('_', ' ')}"
+    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}"
+
+
+def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
+    """Whether the criterion is the authors': their package, or shown to keep what their code keeps."""
+    method = METHODS.get(arm["method"])
+    if method is None:
+        return ""
+    if method.needs:
+        return "the authors' package"
+    compared = agreement.get(method.criterion, {})
+    return "keeps what the authors' code keeps" if compared.get("agrees") else "our reading"
+
+
+def _after(distilled: list[Results], arm: Arm) -> str:
+    """KL after distillation with the most tokens."""
+    if METHODS.get(arm["method"]) is not None and METHODS[arm["method"]].is_module:
+        return "not measured (no stock checkpoint)"
+    for results in distilled:
+        for tokens in reversed(results.budgets()):
+            [seeds] = results.seeds(arm.at(tokens=tokens))
+            if seeds:
+                cell = _cell(results, seeds, "after", results.domains[0], "kl")
+                return f"{cell} ({_thousands(tokens)} tokens, {len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+    return "not measured"
+
+
+def _settings(settings: Any) -> str:
+    return str(sorted((name, str(value)) for name, value in settings.items() if name not in ("tokens", "seed")))
+
+
+def write_page(page: Path, folder: Path, experiments: dict[str, Experiment]) -> None:
+    """Put the tables between two marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r}, between which the tables go. Add them.")
+    before, rest = text.split(BEGIN)
+    write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(table(folder, experiments)) + f"\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    """Measure all arms before retraining, or write the tables."""
+    arguments = parse_arguments()
+    experiments = load_experiments(arguments.experiments)
+    if arguments.page:
+        write_page(arguments.page, arguments.results, experiments)
+        return
+    comparison = Comparison(arguments)
+    comparison.stop.listen()
+    try:
+        for name, experiment in experiments.items():
+            for arm in experiment.arms if not arguments.only or name in arguments.only else ():
+                if arguments.method and arm["method"] not in arguments.method:
+                    continue
+                try:
+                    comparison.run(arm)
+                except (ModuleNotFoundError, ValueError) as error:
+                    log(f"{arm.label} is left out: {error}")
+    except Stopped:
+        log("stopped; the same command goes on.")
+    print("", *table(arguments.results, experiments), sep="\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, help="write the tables of all results into this page, and end")
+    parser.add_argument("--teacher", help="folder or Hub id")
+    parser.add_argument("--corpus", action="append", metavar="NAME=FILE", help="a calibration text")
+    parser.add_argument("--held-out", metavar="NAME=FILE", help="text to measure on")
+    parser.add_argument("--held-out-rows", type=int, default=ROWS, help="rows to measure on")
+    parser.add_argument("--row-length", type=int, default=ROW_LENGTH, help="tokens of such a row")
+    parser.add_argument("--work", type=Path, help="folder of benchmarks.real.run, for starts and the teacher's states")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for one JSON per arm")
+    parser.add_argument("--experiments", type=Path, default=TABLE, help="the table of arms")
+    parser.add_argument("--only", action="append", help="only this experiment")
+    parser.add_argument(
+        "--method", action="append", choices=[OPTIONAL_FIELDS["method"], *METHODS], help="only this method"
+    )
+    arguments = parser.parse_args()
+    needed = ("teacher", "corpus", "held_out", "work")
+    if not arguments.page and (missing := [name for name in needed if not getattr(arguments, name)]):
+        parser.error(f"missing: {', '.join('--' + name.replace('_', '-') for name in missing)}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
