@@ -44,7 +44,7 @@ def rows():
 
 
 def states(model, row):
-    """Residual stream before every layer and after the last, [L + 1, T, H]; the library's last one is normed."""
+    """Residual stream before every layer and after the last, [L + 1, T, H]."""
     found = []
     hook = lambda _, args, out: found.append((args[0], out))  # noqa: E731
     handles = [layer.register_forward_hook(hook) for layer in model.model.layers]
@@ -81,6 +81,7 @@ def test_angular_distances_are_those_of_the_last_token(teacher, rows, count):
     naive = torch.zeros(5 - count + 1, dtype=torch.float64)
     for row in rows.rows:
         x = states(teacher, row)[:, -1]
+        x[-1] = teacher.model.norm(x[-1]).detach()
         for first in range(len(naive)):
             cosine = x[first] @ x[first + count] / (x[first].norm() * x[first + count].norm())
             naive[first] += math.acos(float(cosine)) / math.pi / len(rows)

@@ -90,10 +90,14 @@ def block_influence(model: Any, rows: TokenRows) -> Tensor:
 def angular_distances(model: Any, rows: TokenRows, count: int) -> Tensor:
     """PruneMe (arXiv 2403.17887, eq. 7): arccos(cos)/π between input and output of `count` layers, at the last token.
 
+    The output of the last layer is taken behind the final norm, as in PruneMe's code, which reads the hidden states
+    that Transformers returns.
+
     Returns:
         The mean over rows for every first layer of such a block, [L − count + 1].
     """
     layers = layers_of(model)
+    norm = model.get_submodule(spec_for(model.config).final_norm)
     states: list[Tensor] = []
     sums = torch.zeros(len(layers) - count + 1, dtype=torch.float64)
 
@@ -101,7 +105,8 @@ def angular_distances(model: Any, rows: TokenRows, count: int) -> Tensor:
         states[:] = [(args[0] if args else kwargs["hidden_states"])[:, -1].float()]
 
     def add(_: Any, __: Any, result: Any) -> None:
-        states.append(output_of(result)[:, -1].float())
+        last_BH = output_of(result)[:, -1]
+        states.append((norm(last_BH) if len(states) == len(layers) else last_BH).float())
         first = len(states) - 1 - count
         if first >= 0:
             cosines = torch.cosine_similarity(states[first], states[-1], dim=-1).clamp(-1, 1)

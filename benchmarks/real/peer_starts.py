@@ -285,6 +285,6 @@ METHODS: dict[str, Method] = {
     "flap": Method("FLAP: fluctuation over all layers, with biases", flap, "flap_all_layers"),
     "flap-alike": Method("FLAP: fluctuation, all layers alike, with biases", flap_alike, "flap_alike"),
     "wanda-sp": Method("Wanda, structured", wanda_sp, "wanda_sp"),
-    "slicegpt": Method("SliceGPT: rotation by block, adapters counted", slicegpt, is_module=True),
+    "slicegpt": Method("SliceGPT: rotation by block, adapters counted", slicegpt, "slicegpt", is_module=True),
     "optipfair": Method("optipfair: neurons by weights and activations", optipfair, needs="optipfair"),
 }

@@ -152,14 +152,14 @@ def title(arm: Arm) -> str:
 
 
 def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
-    """Whether the criterion is the authors': their package, or shown to keep what their code keeps."""
+    """Whether the criterion is the authors': their package, or shown to do what their code does."""
     method = METHODS.get(arm["method"])
     if method is None:
         return ""
     if method.needs:
         return "the authors' package"
     compared = agreement.get(method.criterion, {})
-    return "keeps what the authors' code keeps" if compared.get("agrees") else "our reading"
+    return "as the authors' code" if compared.get("agrees") else "our reading"
 
 
 def _after(distilled: list[Results], arm: Arm) -> str:
