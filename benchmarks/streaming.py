@@ -100,7 +100,7 @@ def make(work: Path, _: str) -> dict:
 
     from minitron_hf import PrunerConfig, estimate_importance, make_plan
     from minitron_hf.models import empty_model
-    from minitron_hf.pruning.streaming import open_checkpoint
+    from minitron_hf.pruning.stored_checkpoint import open_checkpoint
 
     config = LlamaConfig(
         hidden_size=4096,

@@ -145,6 +145,7 @@ CASES = [
         ("type", "--set num_rows=x", "expected an integer"),
         ("range", "--set batch_size=-1", "expected at least 1"),
         ("key", "--set samples=3", "arguments of repaired_weights"),
+        ("type", "--set memory_limit=much", "expected a number"),
         ("extra", "--data {text}", "no repair"),
         ("encoding", "= prune {teacher} --plan {badplan} -o {out}", "not valid JSON"),
         ("permission", "= prune {teacher} --plan {plan} -o {teacher}", "already holds files"),
@@ -388,6 +389,14 @@ CASES = [
         ("type", "verify=null", "expected true or false"),
         ("type", "verify=[true]", "expected true or false"),
         ("key", "verfy=true", "Did you mean 'verify'?"),
+    ),
+    *section(
+        "stream_weights",
+        ("type", "stream_weights=no", "Write false"),
+        ("type", "stream_weights=1", "expected true or false"),
+        ("type", "stream_weights=null", "expected true or false"),
+        ("key", "stream_weight=true", "Did you mean 'stream_weights'?"),
+        ("extra", "stream_weights=true;verify=true", "Leave one of them out"),
     ),
     *section(
         "teacher_correction",

@@ -241,6 +241,9 @@ def test_a_plan_with_repair_is_carried_out_on_data(workshop, tmp_path):
     refused(minitron(*prune, *rows, "--set", "rows=3"), "repaired_weights", "rows")
     result = minitron(*prune, *rows)
     assert result.returncode == 0, result.stderr
+    assert minitron(*prune[:-1], tmp_path / "in-memory", *rows, "--in-memory").returncode == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "pruning_plan.json"):
+        assert (tmp_path / "in-memory" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes(), name
     assert minitron("plan", teacher, *request, "-o", tmp_path / "bare").returncode == 0
     bare = ["prune", teacher, "--plan", tmp_path / "bare", "-o", tmp_path / "cut"]
     refused(minitron(*bare, *rows), "no repair")

@@ -24,7 +24,7 @@ from minitron_hf import hardware, models, weights
 from minitron_hf.compat import commit_hash
 from minitron_hf.errors import DataError, HubError, UnsupportedModelError
 from minitron_hf.models import load_config, load_tokenizer
-from minitron_hf.pruning.streaming import open_checkpoint
+from minitron_hf.pruning.stored_checkpoint import open_checkpoint
 from pocket import pocket_tokenizer
 
 

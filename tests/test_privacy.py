@@ -17,7 +17,8 @@ from minitron_hf.files import public_name
 from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.privacy import is_outside_folder, public_settings, recorded_settings
 from minitron_hf.pruning.planning import make_plan
-from minitron_hf.pruning.streaming import open_checkpoint, prune_checkpoint
+from minitron_hf.pruning.stored_checkpoint import open_checkpoint
+from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files, write_teacher_metadata
 from minitron_hf.publishing.uploads import require_no_secret, require_student

@@ -186,6 +186,9 @@ def test_a_repair_is_part_of_the_run(values):
         torch.testing.assert_close(found, wanted, msg=name)
     write_model_card(folder)
     assert "refitted by least squares" in (folder / "README.md").read_text()
+    streamed, _ = run({**values, "stream_weights": True, "output_dir": str(folder) + "-streamed"}, until="prune")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (streamed / "pruned" / name).read_bytes() == (folder / "pruned" / name).read_bytes(), name
     with pytest.raises(MismatchError, match=r"prune\.repair: least_squares → None"):
         run({**values, "prune": {"intermediate_size": 0.5}}, until="prune")
 

@@ -23,8 +23,9 @@ from minitron_hf.models import load_config, load_model
 from minitron_hf.pruning import stored_reading, streaming
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.stored_checkpoint import is_streamable, open_checkpoint
 from minitron_hf.pruning.stored_tensors import DTYPES, lazy_tensors
-from minitron_hf.pruning.streaming import is_streamable, open_checkpoint, prune_checkpoint
+from minitron_hf.pruning.streaming import prune_checkpoint
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.saving import add_older_keys, save_model
 from minitron_hf.sizes.request import PrunerConfig

@@ -25,21 +25,27 @@ def prune(
     ] = None,
     split: Split = "train",
     text_field: TextField = "text",
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Load the whole teacher; a repair takes half as long.")
+    ] = False,
     device: Device = None,
     set_: Settings = None,
 ) -> None:
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
-    Checkpoints without safetensors, and teachers of a plan with repair, hidden_basis or --verify, are loaded into
-    memory as a whole (prune_with_plan). --set takes num_rows, max_length, packing and batch_size of a repair.
+    A repair runs the teacher layer by layer. With --verify or --in-memory, or without safetensors, the teacher is
+    loaded as a whole (prune_with_plan). --set takes num_rows, max_length, packing, batch_size and memory_limit of a
+    repair.
     """
     from ..files import replacing_folder, require_empty
+    from ..models import load_config, stored_dtype
     from ..pruning.plan import PruningPlan
     from ..pruning.prune import prune_with_plan
     from ..pruning.repair import repaired_weights
-    from ..pruning.streaming import is_streamable, prune_checkpoint
+    from ..pruning.stored_checkpoint import is_streamable
+    from ..pruning.streaming import prune_checkpoint
     from ..recipe.rules import hints_of
-    from ..saving import save_model
+    from ..saving import in_stored_dtype, save_model
 
     own = ("model", "plan", "data", "processing_class")
     settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
@@ -51,18 +57,18 @@ def prune(
             f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
         )
     require_empty(output)
-    in_memory = verify or made.repair is not None or made.basis is not None
+    in_memory = verify or in_memory
+    texts = None if data is None else _texts(data, split, text_field)
     if is_streamable(teacher) and not in_memory:
-        prune_checkpoint(teacher, output, made)
+        prune_checkpoint(teacher, output, made, data=texts, device=device, **settings)
     else:
         if not in_memory:
             say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
-        texts = None if data is None else _texts(data, split, text_field)
         model, tokenizer = _load(teacher, device=device)
         student: Any = prune_with_plan(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
         if verify:
             say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:
-            save_model(student, folder, tokenizer)
+            save_model(in_stored_dtype(student, stored_dtype(load_config(teacher))), folder, tokenizer)
             student.pruning_plan.save_pretrained(folder)
     wrote(output)

@@ -60,7 +60,8 @@ def expected_cut_inputs(
         gap = Gap(layer + 1, last, 1.0, spec.sizes(teacher)["hidden"])
         found[projection.path] = layer, replace(cut, gap=gap)
     channels = _cut_norms(teacher, student) if repair == "least_squares_all" else ()
-    return [cut for _, cut in sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))]
+    ordered = sorted([*found.values(), *channels], key=lambda item: (item[0], item[1].path))
+    return [replace(cut, layer=layer) for layer, cut in ordered]
 
 
 def _cut_experts(

@@ -32,6 +32,7 @@ from ..scoring.experts import reads_input
 from ..scoring.hook_points import norm_paths
 from ..weights import input_device, narrowed, set_tensor, tensor_values
 from .masking import subtracts_mean
+from .stored_layers import computing, tensors_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,9 @@ def _require_free_norms(model: PreTrainedModel, modules: Mapping[str, nn.Module]
     if spec.stream.fixed_basis:
         raise _refusal(model, spec.stream.fixed_basis)
     for path in norms:
-        if subtracts_mean(modules[path], length) or getattr(modules[path], "bias", None) is not None:
+        with tensors_in_memory([modules[path]]):
+            has_mean = subtracts_mean(modules[path], length)
+        if has_mean or getattr(modules[path], "bias", None) is not None:
             raise _refusal(model, f"{path} subtracts the mean over channels, or adds a bias to them")
 
 
@@ -165,6 +168,7 @@ def norm_readers(model: PreTrainedModel, norms: list[str]) -> dict[str, str]:
 
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
+        stack.enter_context(computing(model))
         for path in norms:
             stack.callback(modules[path].register_forward_hook(remember(path)).remove)
         for path, module in modules.items():
@@ -253,6 +257,7 @@ class Rotation:
     def __init__(self, model: PreTrainedModel, basis: np.ndarray) -> None:
         self.model, self.tensors, self.spec = model, stream_tensors(model), spec_for(model.config)
         self.basis = torch.from_numpy(basis).double()
+        self._basis_in: dict[torch.dtype, Tensor] = {}
         self.gains = {path: norm_weight(model, path) for path in self.tensors.norms}
 
     def tensor(self, name: str, values: Tensor) -> Tensor:
@@ -272,10 +277,11 @@ class Rotation:
         if position is None:
             return values
         wide = torch.promote_types(values.dtype, torch.float32)
-        matrix = self.basis
         norm = self.tensors.norm_of.get(name)
-        if norm is not None:
-            matrix = self.gains[norm][:, None] * matrix
+        if norm is None:  # of tensors on disk, the product is computed later: they share one matrix
+            matrix = self._basis_in.setdefault(wide, self.basis.to(wide))
+        else:
+            matrix = self.gains[norm][:, None] * self.basis
         moved = values.to(wide).movedim(position, -1)
         return narrowed((moved @ matrix.to(moved)).movedim(-1, position).contiguous(), values.dtype, name)
 
@@ -296,6 +302,7 @@ def rotated_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     rotation = Rotation(model, plan.basis)
     with no_init_weights(), input_device(model):
         rotated = build_from_config(type(model), model.config, model.dtype)
+    rotated.generation_config = model.generation_config
     for name in named_tensors(model):
         values = tensor_values(model, name).detach()
         tensor = rotation.tensor(name, values)

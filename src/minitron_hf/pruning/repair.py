@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,12 +35,14 @@ from ..data import DataSource
 from ..errors import DataError, UnsupportedModelError, accept_old_names
 from ..families import spec_for
 from ..hardware import free_memory
-from ..scoring.calibration import Calibration, load_calibration
+from ..scoring.calibration import load_calibration
 from ..scoring.scores import require_weights
-from ..weights import input_device, narrowed, tensor_values
+from ..weights import input_device, narrowed
 from .basis import rotated_model
 from .repair_inputs import CutInputs, Projection, cut_inputs
-from .repair_sums import Moments, Products, input_products
+from .repair_passes import Passes
+from .repair_sums import Moments, Products
+from .stored_layers import is_stored, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,25 +106,81 @@ def repaired_weights(
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.
     """
+    refitted = refit(
+        model,
+        plan,
+        data,
+        processing_class=processing_class,
+        num_rows=num_rows,
+        max_length=max_length,
+        packing=packing,
+        batch_size=batch_size,
+        ridge=ridge,
+        memory_limit=memory_limit,
+    )
+    return dict(refitted)
+
+
+def refit(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    data: DataSource,
+    *,
+    processing_class: PreTrainedTokenizerBase | None,
+    num_rows: int = 1024,
+    max_length: int | None = None,
+    packing: bool = True,
+    batch_size: int = 8,
+    ridge: float | None = None,
+    memory_limit: float | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `repaired_weights` returns, each tensor as soon as it is complete.
+
+    The tensors of the teacher may be on disk. It then runs layer by layer, and the sums of one layer are kept at a
+    time, or of a part of it where they exceed `memory_limit`.
+
+    Args:
+        model: see `repaired_weights`.
+        plan: see there.
+        data: see there.
+        processing_class: see there.
+        num_rows: see there.
+        max_length: see there.
+        packing: see there.
+        batch_size: see there.
+        ridge: see there.
+        memory_limit: see there.
+        device: on which a teacher computes whose tensors are on disk.
+    """
     _check_arguments(model, plan, memory_limit, ridge)
     model = rotated_model(model, plan)
     if not (inputs := cut_inputs(model, plan)):
-        return {}
-    calibration = load_calibration(model, data, processing_class, num_rows, max_length, packing, batch_size)
-    limit = SHARE_OF_FREE_MEMORY * free_memory(input_device(model)) if memory_limit is None else memory_limit
-    groups, probes = list(input_groups(inputs, limit)), probed_inputs(inputs) if ridge is None else []
+        return
+    rows = (num_rows, max_length, packing, batch_size)
+    # Scoring has tested these rows; every pass would read the whole teacher from disk.
+    calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
+    device = input_device(model) if device is None else device
+    limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
+    passes, probes = Passes(model, inputs, calibration, device), probed_inputs(inputs) if ridge is None else []
+    by_layer = passes.segment_of if is_stored(model) else None
+    groups = list(input_groups(inputs, limit, by_layer))
     ridges = {} if ridge is None else {cut.kind: ridge for cut in inputs}
     if ridge is None and len(groups) > 1:
-        ridges = _ridges_in_passes(model, probes, calibration, limit)
+        ridges = _ridges_in_passes(model, passes, list(input_groups(probes, limit / 2, by_layer)))
     repaired: dict[str, Tensor] = {}
-    for group in groups:
-        sums, num_tokens = input_products(model, group, calibration, [] if ridges else probes)
+    remaining, num_tokens = list(inputs), 0
+    for group, sums, count in passes.in_turn(groups, [] if ridges else probes):
+        num_tokens = count
         _require_finite(model, sums)
         ridges = ridges or _medians(_best_ridges(model, probes, sums))
         for cut in group:
             _refit_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind], repaired)
+        del remaining[: len(group)]
+        later = {projection.path for cut in remaining for projection in cut.projections}
+        for name in [name for name in repaired if name.rpartition(".")[0] not in later]:
+            yield name, repaired.pop(name)
     _report(inputs, num_tokens, ridges)
-    return repaired
 
 
 def _check_arguments(
@@ -137,15 +195,25 @@ def _check_arguments(
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
 
 
-def input_groups(inputs: Sequence[CutInputs], limit: float) -> Iterator[list[CutInputs]]:
-    """Consecutive inputs whose sums fit into a number of bytes together, at least one at a time."""
+def input_groups(
+    inputs: Sequence[CutInputs], limit: float, part_of: Callable[[CutInputs], int] | None = None
+) -> Iterator[list[CutInputs]]:
+    """Consecutive inputs whose sums fit into a number of bytes together, at least one at a time.
+
+    Args:
+        inputs: in the order of the layers.
+        limit: number of bytes.
+        part_of: what inputs of a group have to have in common.
+    """
     group: list[CutInputs] = []
     for cut in inputs:
-        if group and sum(each.num_bytes for each in [*group, cut]) > limit:
+        is_other = bool(group) and part_of is not None and part_of(cut) != part_of(group[-1])
+        if group and (is_other or sum(each.num_bytes for each in [*group, cut]) > limit):
             yield group
             group = []
         group.append(cut)
-    yield group
+    if group:
+        yield group
 
 
 def probed_inputs(inputs: Sequence[CutInputs]) -> list[CutInputs]:
@@ -154,7 +222,7 @@ def probed_inputs(inputs: Sequence[CutInputs]) -> list[CutInputs]:
     for kind in sorted({cut.kind for cut in inputs}):
         own = [cut for cut in inputs if cut.kind == kind]
         found += own[:: math.ceil(len(own) / NUM_PROBES)]
-    return found
+    return sorted(found, key=lambda cut: cut.layer)
 
 
 def _report(inputs: Sequence[CutInputs], num_tokens: int, ridges: Mapping[str, float]) -> None:
@@ -178,14 +246,12 @@ def _require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> Non
         )
 
 
-def _ridges_in_passes(
-    model: PreTrainedModel, probes: Sequence[CutInputs], calibration: Calibration, limit: float
-) -> dict[str, float]:
-    """The ridges that held-out rows choose, from passes over the probes alone; their sums are kept twice."""
+def _ridges_in_passes(model: PreTrainedModel, passes: Passes, groups: Sequence[list[CutInputs]]) -> dict[str, float]:
+    """The ridges that held-out rows choose, from passes over groups of probes alone; their sums are kept twice."""
     best: list[tuple[str, float | None]] = []
-    for group in input_groups(probes, limit / 2):
-        sums, _ = input_products(model, group, calibration, group)
-        best += _best_ridges(model, group, sums)
+    for probes, sums, _ in passes.in_turn(groups, [cut for group in groups for cut in group]):
+        best += _best_ridges(model, probes, sums)
+        sums.clear()  # before the next pass
     return _medians(best)
 
 
@@ -202,7 +268,7 @@ def _best_ridges(
         if held_out is None or not held_out.count:  # too few rows to hold one out
             yield cut.kind, None
             continue
-        weight_DH = _inputs_first(projection.own(tensor_values(model, projection.name)), projection).detach()
+        weight_DH = _inputs_first(projection.own(read_tensor(model, projection.name)), projection)
         weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
         fitted = products.all.without(held_out)
         if _has_bias(model, projection):  # the bias makes up for the means of the fitted rows
@@ -278,7 +344,7 @@ def _refit(
     num_kept = len(moments.products)
     products, mean = moments.products[:, num_kept:], moments.mean
     names = [projection.name, *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
-    tensors = [tensor_values(model, name).detach() for name in names]
+    tensors = [read_tensor(model, name) for name in names]
     for name, tensor in zip(names, tensors):
         if name not in repaired:
             repaired[name] = tensor.clone(memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ from ..families.axes import CHANNELS
 from ..models import evaluating
 from ..scoring.experts import DOWN_PROJECTIONS
 from ..weights import input_device
+from .stored_layers import computing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,6 +183,7 @@ def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         stack.enter_context(evaluating([model]))
+        stack.enter_context(computing(model))
         for layer in layers:
             for projection in stream_writers(model, layer):
                 stack.callback(modules[projection.path].register_forward_hook(on_projection(projection)).remove)

@@ -25,10 +25,11 @@ from ..scoring.experts import DOWN_PROJECTIONS, is_stored_transposed
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths, stacked_axes
 from ..scoring.reductions import accumulation_dtype
 from ..sizes.resolve import repaired_axes
-from ..weights import tensor_values
+from ..weights import set_tensor, tensor_values
 from .basis import norm_readers
 from .masked_routing import excluded_experts
 from .repair_gaps import Gap, Projection, find_gaps
+from .stored_layers import read_tensor
 from .surgery import student_tensor
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class CutInputs:
         norm: the student's norm, where a norm is observed.
         gap: dropped layers that the projection makes up for, too.
         expert: whose down projection the projection is; the inputs are those of its tokens, times the router weights.
+        layer: index of the layer in which they are observed; the number of layers for what comes after them.
     """
 
     path: str
@@ -76,6 +78,7 @@ class CutInputs:
     norm: nn.Module | None = None
     gap: Gap | None = None
     expert: Expert | None = None
+    layer: int = 0
 
     @property
     def kind(self) -> str:
@@ -136,7 +139,7 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan) -> list[CutInputs]:
     found += _cut_experts(model, spec, plan)
     if plan.repair == "least_squares_all":
         found += _cut_channels(model, spec, plan)
-    return [one for _, one in sorted(found, key=lambda item: item[0])]
+    return [replace(one, layer=layer) for (layer, _), one in sorted(found, key=lambda item: item[0])]
 
 
 def _cut_units(
@@ -169,7 +172,7 @@ def _cut_units(
             rest_R, own = is_cut_D.nonzero().flatten(), (Projection(path, position),)
             before_it = spec.layer_parameter(layer, _gated_norm(spec, module, spec.dimensions[located[0]][position]))
             if before_it in modules:
-                norm = _student_norm(model, student, spec, plan, before_it)
+                norm = _student_norm(model, student, spec, plan, before_it, layer)
                 yield (layer, path), CutInputs(before_it, kept_K, torch.arange(num_inputs), own, norm)
             else:
                 yield (layer, path), CutInputs(path, kept_K, rest_R, own)
@@ -225,10 +228,10 @@ def _cut_channels(
     }
     student = empty_model(plan.build_student_config(model.config))
     for path, projections in _readers(model, plan, list(norms)).items():
-        layer = norms[path]
-        norm = _student_norm(model, student, spec, plan, path)
-        position = plan.sizes["layers"]["teacher"] if layer is None else layer
-        yield (position, path), CutInputs(path, kept_K, torch.arange(len(modules[path].weight)), projections, norm)
+        layer, sizes = norms[path], {axis: plan.sizes[axis]["teacher"] for axis in ("layers", "hidden")}
+        norm = _student_norm(model, student, spec, plan, path, layer)
+        position = sizes["layers"] if layer is None else layer
+        yield (position, path), CutInputs(path, kept_K, torch.arange(sizes["hidden"]), projections, norm)
 
 
 def _readers(model: PreTrainedModel, plan: PruningPlan, norms: list[str]) -> dict[str, tuple[Projection, ...]]:
@@ -263,8 +266,10 @@ def channel_projections(
             yield Projection(name, position)
 
 
-def _student_norm(model: PreTrainedModel, student: Any, spec: ArchSpec, plan: PruningPlan, path: str) -> nn.Module:
-    """The norm of the student that takes the place of one of the teacher's, with its weights.
+def _student_norm(
+    model: PreTrainedModel, student: Any, spec: ArchSpec, plan: PruningPlan, path: str, layer: int | None
+) -> nn.Module:
+    """The norm of the student that takes the place of one of the teacher's, with its weights where it has any.
 
     Args:
         model: the teacher.
@@ -272,17 +277,16 @@ def _student_norm(model: PreTrainedModel, student: Any, spec: ArchSpec, plan: Pr
         spec: the family's table.
         plan: the plan.
         path: of the teacher's norm.
+        layer: index of its layer; None outside the layers.
     """
-    located = spec.locate(f"{path}.weight")
-    assert located is not None
-    pattern, layer = located
     name = path
     if layer is not None:
-        name = spec.layer_parameter(plan.layers_kept.index(layer), pattern.removesuffix(".weight"))
-    norm = copy.deepcopy(student.get_submodule(name))
-    weight = tensor_values(model, f"{path}.weight")
-    norm = norm.to_empty(device=weight.device).to(weight.dtype)
-    for part, parameter in norm.named_parameters():
-        values = tensor_values(model, f"{path}.{part}").detach()
-        parameter.data.copy_(student_tensor(values, f"{path}.{part}", spec, model.config, plan))
+        relative = path.removeprefix(spec.layer_parameter(layer, ""))
+        name = spec.layer_parameter(plan.layers_kept.index(layer), relative)
+    norm: nn.Module = copy.deepcopy(student.get_submodule(name))
+    for part, parameter in list(norm.named_parameters()):
+        values = read_tensor(model, f"{path}.{part}")
+        values = student_tensor(values, f"{path}.{part}", spec, model.config, plan)
+        assert parameter.shape == values.shape
+        set_tensor(norm, part, values.clone())
     return norm.eval()

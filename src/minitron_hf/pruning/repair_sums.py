@@ -6,9 +6,9 @@ residual stream whose change in dropped layers is made up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,8 +95,88 @@ class Products:
     held_out: Moments | None = None
 
 
-class _AllObserved(Exception):
+class AllObserved(Exception):
     """Ends a forward pass whose rest is not needed."""
+
+
+@dataclass
+class Observed:
+    """What a pass has observed.
+
+    Attributes:
+        sums: path → sums so far.
+        waiting: paths that the current batch has yet to reach.
+        ends: whether a forward pass ends when nothing is waited for.
+        pause: while it is on, nothing is observed.
+    """
+
+    sums: dict[str, Products] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    ends: bool = True
+    pause: SecondRun = field(default_factory=SecondRun)
+
+
+@contextmanager
+def observing(
+    model: PreTrainedModel, group: Sequence[CutInputs], watch: Batches, probes: Sequence[CutInputs] = ()
+) -> Iterator[Observed]:
+    """Observe some inputs in the forward passes of the context.
+
+    Args:
+        model: the teacher.
+        group: inputs to observe.
+        watch: knows which tokens of the batch count.
+        probes: those of the group whose held-out rows are summed apart.
+    """
+    observed = Observed()
+    apart = {probe.path for probe in probes}
+
+    def add(cut: CutInputs, *batch: Tensor, tokens: Tensor | None = None) -> None:
+        _add(observed.sums, cut, batch, watch, cut.path in apart, tokens)
+        observed.waiting.discard(cut.path)
+        if observed.ends and not observed.waiting:
+            raise AllObserved
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating([model]))
+        modules: dict[str, list[CutInputs]] = {}
+        for cut in group:
+            if cut.expert is None:
+                _observe(model, cut, watch, add, observed.pause, stack)
+            else:
+                modules.setdefault(cut.projections[0].path, []).append(cut)
+        for cuts in modules.values():
+            observe_experts(model, cuts, watch, add, observed.pause, stack)
+        yield observed
+
+
+def forward(model: PreTrainedModel, watch: Batches, batch: Mapping[str, Tensor]) -> bool:
+    """Run the layers of a model on the next batch, and return whether an observer has ended the pass."""
+    device, names = input_device(model), ("input_ids", "attention_mask", "scored_mask")
+    inputs = watch.inputs(watch.begin({name: batch[name].to(device) for name in names if name in batch}))
+    try:
+        model.base_model(**inputs, use_cache=False)
+    except AllObserved:
+        return True
+    return False
+
+
+def require_observed(model: PreTrainedModel, observed: Observed) -> None:
+    """Refuse a model that did not call what is observed."""
+    if observed.waiting:
+        raise UnsupportedModelError(
+            f"The forward pass of this {type(model).__name__} did not call {', '.join(sorted(observed.waiting)[:4])}, "
+            "where activations are observed. Load it with another attention or kernel implementation, or prune "
+            "without repair."
+        )
+
+
+def require_tokens(watch: Batches) -> None:
+    """Refuse data without tokens."""
+    if not watch.num_tokens:
+        raise DataError(
+            "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
+        )
 
 
 @torch.no_grad()
@@ -115,47 +195,13 @@ def input_products(
         Path → sums, and the number of tokens.
     """
     watch = Batches(spec_for(model.config), model)
-    sums: dict[str, Products] = {}
-    waiting: set[str] = set()
-    second_run = SecondRun()
-    apart = {probe.path for probe in probes}
-
-    def add(cut: CutInputs, *batch: Tensor, tokens: Tensor | None = None) -> None:
-        _add(sums, cut, batch, watch, cut.path in apart, tokens)
-        waiting.discard(cut.path)
-        if not waiting:
-            raise _AllObserved
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating([model]))
-        modules: dict[str, list[CutInputs]] = {}
-        for cut in group:
-            if cut.expert is None:
-                _observe(model, cut, watch, add, second_run, stack)
-            else:
-                modules.setdefault(cut.projections[0].path, []).append(cut)
-        for cuts in modules.values():
-            observe_experts(model, cuts, watch, add, second_run, stack)
-        device = input_device(model)
+    with observing(model, group, watch, probes) as observed:
         for batch in calibration.batches():
-            waiting.update(cut.path for cut in group)
-            names = ("input_ids", "attention_mask", "scored_mask")
-            batch = {name: batch[name].to(device) for name in names if name in batch}
-            inputs = watch.inputs(watch.begin(batch))
-            try:
-                model.base_model(**inputs, use_cache=False)
-            except _AllObserved:
-                continue
-            raise UnsupportedModelError(
-                f"The forward pass of this {type(model).__name__} did not call {', '.join(sorted(waiting)[:4])}, "
-                "where activations are observed. Load it with another attention or kernel implementation, or prune "
-                "without repair."
-            )
-    if not watch.num_tokens:
-        raise DataError(
-            "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
-        )
-    return sums, watch.num_tokens
+            observed.waiting.update(cut.path for cut in group)
+            forward(model, watch, batch)
+            require_observed(model, observed)
+    require_tokens(watch)
+    return observed.sums, watch.num_tokens
 
 
 def _observe(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..compat import CAST, UNSAFE_VIEW, is_in_place, tree_map, wrapper_tensor
 from ..errors import UnsupportedModelError
@@ -146,6 +147,18 @@ def lazy_tensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         meta = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
         tensors[name] = LazyTensor(meta, Stored(path, 8 + length + entry["data_offsets"][0]))
     return tensors
+
+
+def on_disk(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, torch.Tensor]:
+    """Write tensors into a new folder, each as soon as it is there, and return them without their numbers."""
+    folder.mkdir()
+    found: dict[str, torch.Tensor] = {}
+    for number, (name, tensor) in enumerate(tensors):
+        path = folder / f"{number}.safetensors"
+        save_file({name: tensor.cpu().contiguous()}, path)
+        del tensor  # before the next one is computed
+        found |= lazy_tensors(path)
+    return found
 
 
 def _meta(value: Any) -> Any:

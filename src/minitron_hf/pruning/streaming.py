@@ -1,6 +1,7 @@
 """Prunes a checkpoint without loading it: reads the teacher's shards and writes the student's, a few rows at a time.
 
-The teacher is loaded by Transformers as usual, names converted and experts stacked, but of tensors that stay on disk
+A repair runs the teacher layer by layer (`repair_passes`); refitted weights wait on disk until they are cut. The
+teacher is loaded by Transformers as usual, names converted and experts stacked, but of tensors that stay on disk
 (`LazyTensor`); `apply_plan` cuts those; and what Transformers would save is written as `save_pretrained` does, each
 number read when it is written. What happens to a checkpoint in memory happens here by the same code.
 """
@@ -14,35 +15,37 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from ..compat import as_stored, generation_config_inside, names_not_saved, storage_id
-from ..errors import HubError, OutputError, PlanError, UnsupportedModelError, shortened
-from ..families import spec_for
-from ..files import local_folder, read_json, replacing_folder, require_empty, write_text
-from ..models import empty_model, first_line, load_config
+from ..compat import storage_id
+from ..data import DataSource, TokenRows
+from ..errors import OutputError, PlanError, UnsupportedModelError
+from ..families import named_tensors, spec_for
+from ..files import remove, replacing_folder, require_empty, write_text
+from ..hardware import as_device, as_dtype, default_device
+from ..models import load_tokenizer
 from ..privacy import is_outside_folder
-from ..publishing.card_values import LEGAL_FILES
-from ..saving import PROCESSOR_FILES, save_config
-from .stored_tensors import DTYPES, Computed, LazyTensor, lazy_tensors
+from ..saving import save_config
+from ..weights import set_tensor, tensor_values
+from .repair import refit
+from .stored_checkpoint import COPIED_FILES, WEIGHTS_INDEX_NAME, open_checkpoint, saved_tensors
+from .stored_layers import for_compute
+from .stored_tensors import DTYPES, Computed, LazyTensor, on_disk
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .plan import PruningPlan
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-#: Files beside the weights that the student takes over: tokenizer, chat templates, legal texts.
-COPIED_FILES = (*PROCESSOR_FILES, *LEGAL_FILES)
 
 
 def prune_checkpoint(
@@ -50,68 +53,146 @@ def prune_checkpoint(
     target: str | os.PathLike[str],
     plan: PruningPlan,
     *,
+    data: DataSource | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     show_progress: bool = True,
+    **repair_arguments: Any,
 ) -> Path:
     """Prune a checkpoint from folder to folder; only a few rows of one tensor are in memory at a time.
 
-    The files equal those of `apply_plan` and `save_model`, byte for byte. The folder appears when it is complete.
+    The files equal those of `prune_with_plan` and `save_model`, byte for byte. The folder appears when it is complete.
+    A repair needs the tensors of one layer, its sums, and its inputs for all calibration tokens, too.
 
     Args:
         source: the teacher: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
-        target: folder for the student: weights, configs, the plan, and the teacher's tokenizer and legal texts.
+        target: folder for the student: weights, configs, plan, and the teacher's tokenizer and legal texts.
         plan: plan for this teacher.
+        data: calibration data for a repair, as for `repaired_weights`.
+        processing_class: tokenizer for texts; default: the teacher's.
         revision: branch, tag or commit on the Hub.
+        device: where a repair computes; default: an accelerator if there is one.
+        dtype: in which a repair or a change of basis computes; default: as `load_for_compute` chooses.
         max_shard_size: as in `save_pretrained`.
         overwrite: replace the content of `target`.
         show_progress: show a progress bar.
+        **repair_arguments: passed on to `repaired_weights` (`num_rows`, `max_length`, `memory_limit`, …).
 
     Returns:
         `target`.
 
     Raises:
+        PlanError: if the plan has a repair and there is no data, or the reverse.
         HubError: if the teacher cannot be found or downloaded.
         UnsupportedModelError: see `open_checkpoint`.
         MismatchError: if the plan was made for another architecture or other weights.
         OutputError: if `target` holds files already, or the disk has too little space for the student.
     """
     target = Path(target)
-    _require_no_basis(plan)
+    _require_data(plan, data, repair_arguments)
     if not overwrite:
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
-    student = apply_plan(teacher, plan)
-    tensors: dict[str, LazyTensor] = _saved_tensors(student)
     copied = _copied_files(folder)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _require_room(target, size + sum(path.stat().st_size for path in copied))
-    with (
-        replacing_folder(target) as temporary,
-        tqdm(total=size, unit="B", unit_scale=True, desc="Pruning", disable=not show_progress) as progress,
-    ):
-        _write_weights(temporary, tensors, student.num_parameters(), max_shard_size, progress)
-        for path in copied:
-            copy = temporary / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
-        plan.save_pretrained(temporary)
-        if student.can_generate():
-            student.generation_config.save_pretrained(temporary)
-        student.config.architectures = [type(student).__name__]
-        student.config.dtype = str(student.dtype).removeprefix("torch.")
-        save_config(student.config, temporary)
+    _require_room(target, _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values()))
+    if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
+        processing_class = load_tokenizer(folder)
+    repair_arguments |= {"processing_class": processing_class, "device": as_device(device or default_device())}
+    with replacing_folder(target) as temporary:
+        student = _build_student(teacher, plan, dtype, data, temporary / "refitted", repair_arguments)
+        _write_student(temporary, student, plan, copied, max_shard_size, show_progress)
+        remove(temporary / "refitted", missing_ok=True)
     return target
 
 
-def _require_no_basis(plan: PruningPlan) -> None:
-    if plan.basis is not None:
+def _student_bytes(teacher: PreTrainedModel, plan: PruningPlan) -> int:
+    """Bytes of the student's weights."""
+    plain = apply_plan(teacher, replace(plan, repair=None, basis=None))
+    return sum(tensor.nbytes for tensor in saved_tensors(plain).values())
+
+
+def _build_student(
+    teacher: PreTrainedModel,
+    plan: PruningPlan,
+    dtype: str | torch.dtype | None,
+    data: DataSource | None,
+    folder: Path,
+    repair_arguments: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The student, whose tensors are on disk.
+
+    Args:
+        teacher: its tensors are on disk.
+        plan: the plan.
+        dtype: see `prune_checkpoint`.
+        data: see there.
+        folder: for refitted weights; made where there are any.
+        repair_arguments: of `refit`.
+    """
+    if not plan.repair and plan.basis is None:
+        return apply_plan(teacher, plan)
+    computed = for_compute(teacher, repair_arguments["device"], None if dtype in (None, "auto") else as_dtype(dtype))
+    refitted = None
+    if plan.repair:
+        assert data is not None
+        refitted = on_disk(refit(computed, plan, data, **repair_arguments), folder)
+    student = apply_plan(computed, plan, repaired=refitted)
+    theirs = named_tensors(teacher)
+    for name, source, _ in spec_for(teacher.config).student_tensors(theirs, student.config, plan.layers_kept):
+        set_tensor(student, name, tensor_values(student, name).detach().to(theirs[source].dtype))
+    student.tie_weights()
+    return student
+
+
+def _require_data(plan: PruningPlan, data: DataSource | None, repair_arguments: Mapping[str, Any]) -> None:
+    """Refuse a repair without data, and the reverse."""
+    if plan.repair and data is None:
         raise PlanError(
-            "This plan rotates the residual stream (hidden_basis), which needs the teacher in memory. Call "
-            "apply_plan(model, plan), or plan without hidden_basis."
+            f"This plan has repair={plan.repair!r}, which needs calibration data. Call "
+            "prune_checkpoint(source, target, plan, data=texts), or plan without repair."
         )
+    if not plan.repair and (data is not None or repair_arguments):
+        names = ", ".join(["data"] * (data is not None) + [*repair_arguments])
+        raise PlanError(f"This plan has no repair, so {names} would have no effect. Plan with PrunerConfig(repair=…).")
+
+
+def _write_student(
+    target: Path,
+    student: PreTrainedModel,
+    plan: PruningPlan,
+    copied: Mapping[str, Path],
+    max_shard_size: int | str,
+    show_progress: bool,
+) -> None:
+    """Write weights, configs, the plan, and copies of the teacher's files.
+
+    Args:
+        target: folder.
+        student: its tensors are on disk.
+        plan: the plan.
+        copied: name → the teacher's file.
+        max_shard_size: see `prune_checkpoint`.
+        show_progress: see there.
+    """
+    tensors: dict[str, LazyTensor] = saved_tensors(student)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Pruning", disable=not show_progress) as progress:
+        _write_weights(target, tensors, student.num_parameters(), max_shard_size, progress)
+    for name, path in copied.items():
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    plan.save_pretrained(target)
+    if student.can_generate():
+        student.generation_config.save_pretrained(target)
+    student.config.architectures = [type(student).__name__]
+    student.config.dtype = str(student.dtype).removeprefix("torch.")
+    save_config(student.config, target)
 
 
 def _write_weights(
@@ -134,178 +215,14 @@ def _write_weights(
         write_text(folder / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _copied_files(folder: Path) -> list[Path]:
-    """The teacher's files that go with the student, without links to what lies elsewhere."""
+def _copied_files(folder: Path) -> dict[str, Path]:
+    """The teacher's files that go with the student by their names, without links to what lies elsewhere."""
     copied = [path for pattern in COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
     linked = [path for path in copied if is_outside_folder(path, folder)]
     if linked:
         names = ", ".join(path.name for path in linked)
         logger.warning("%s: links out of the folder are not copied into the student (%s).", folder, names)
-    return [path for path in copied if path not in linked]
-
-
-def is_streamable(source: str | os.PathLike[str], *, revision: str | None = None) -> bool:
-    """Whether a teacher is stored as safetensors; a model on the Hub is downloaded if so.
-
-    Args:
-        source: a folder or a Hub id.
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        HubError: if it cannot be found or downloaded.
-    """
-    load_config(source, revision=revision)
-    return bool(_weight_names(_local_folder(source, revision)))
-
-
-# The teacher
-
-
-def _local_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder of a checkpoint; a model on the Hub is downloaded, without files that are not needed."""
-    found = local_folder(source)
-    if found is not None:
-        return found
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", *COPIED_FILES]))
-        wanted = _weight_names(folder) or [WEIGHTS_NAME]
-        return Path(snapshot_download(str(source), revision=folder.name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise HubError(
-            f"Cannot download {str(source)!r}: {first_line(error)} Check the connection and the space in the cache, "
-            "or pass a local folder."
-        ) from error
-
-
-def _weight_names(folder: Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint: one, or those that the index names. Empty if there are none."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return [WEIGHTS_NAME]
-    if (folder / WEIGHTS_INDEX_NAME).is_file():
-        index = folder / WEIGHTS_INDEX_NAME
-        named = read_json(index).get("weight_map")
-        names: set[Any] = set(named.values()) if isinstance(named, dict) else {None}
-        if strange := [
-            name for name in names if not isinstance(name, str) or name != os.path.basename(name) or not name
-        ]:
-            raise UnsupportedModelError(
-                f"{index} names {', '.join(map(repr, strange[:3]))}, expected files in its own folder. Save the model "
-                "again with save_pretrained."
-            )
-        return sorted(names)
-    return []
-
-
-def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedModel:
-    """The model that Transformers would load, with tensors that stay on disk: shapes at once, numbers when asked for.
-
-    It can be planned with and cut, and has the digest of the loaded model. It cannot compute.
-
-    Args:
-        source: the folder of a safetensors checkpoint, or a Hub id (which is downloaded into the cache).
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        HubError: if it cannot be found or downloaded.
-        UnsupportedModelError: if it is not a complete safetensors checkpoint of a family that can be pruned, without
-            missing, surplus or other tensors.
-    """
-    config = load_config(source, revision=revision)
-    spec_for(config)
-    folder = _local_folder(source, revision)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"The checkpoint {str(folder)!r} is quantised, so its rows and columns are not units of the model. "
-            "Prune the unquantised checkpoint, and quantise the student."
-        )
-    model = _load_lazily(folder, config)
-    model.config.name_or_path = str(folder)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except OSError:  # like Transformers: the generation settings of the model's config
-        model.generation_config = generation_config_inside(folder)
-    return model
-
-
-def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint, by their names in it.
-
-    Raises:
-        UnsupportedModelError: if it holds no safetensors files, or not all of them.
-    """
-    names = _weight_names(folder)
-    if not names:
-        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
-        found = f"only {', '.join(others[:3])}" if others else "no weights"
-        raise UnsupportedModelError(
-            f"{str(folder)!r} holds neither {WEIGHTS_NAME} nor {WEIGHTS_INDEX_NAME} ({found}), and only safetensors "
-            "can be read in parts. Load it with load_model and save it with save_pretrained, which writes "
-            "safetensors; or prune it in memory with apply_plan."
-        )
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise UnsupportedModelError(
-            f"{folder / WEIGHTS_INDEX_NAME} names {len(absent)} files that are not there: {shortened(absent)}. "
-            "Copy or download the checkpoint again."
-        )
-    stored: dict[str, LazyTensor] = {}
-    for name in names:
-        stored |= lazy_tensors(folder / name)
-    return stored
-
-
-def _load_lazily(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """Have Transformers load a checkpoint whose tensors stay on disk.
-
-    Raises:
-        UnsupportedModelError: if tensors are missing, surplus or of another shape.
-    """
-    stored = _stored_tensors(folder)
-    stock: Any = type(empty_model(config))
-    try:
-        model, report = stock.from_pretrained(
-            None,
-            config=config,
-            state_dict=stored,
-            dtype="auto",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (RuntimeError, ValueError) as error:
-        absent = sorted(_saved_tensors(empty_model(config)).keys() - stored.keys())
-        raise UnsupportedModelError(
-            f"The tensors of {str(folder)!r} do not make up a {stock.__name__}"
-            f"{f' ({shortened(absent)} missing)' if absent else ''}: {first_line(error)} "
-            "Check that the whole checkpoint was copied, and that it belongs to its config.json."
-        ) from error
-    problems = [
-        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
-        *(
-            f"{name} is {tuple(found)}, expected {tuple(expected)}"
-            for name, found, expected in sorted(report["mismatched_keys"], key=str)
-        ),
-        *(f"{name} is not part of the model" for name in sorted(report["unexpected_keys"])),
-    ]
-    if problems:
-        raise UnsupportedModelError(
-            f"The checkpoint {str(folder)!r} is not exactly a {stock.__name__}: {shortened(problems, '; ')}. "
-            "Expected a complete causal language model, its head included; check that the whole checkpoint was "
-            "copied, and that it is not a base model or an adapter."
-        )
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-# The student
-
-
-def _saved_tensors(model: PreTrainedModel) -> dict[str, Any]:
-    """What `save_pretrained` would write, under the names and in the layout of the family's checkpoints."""
-    state: dict[str, Any] = model.state_dict()
-    for name in names_not_saved(model):
-        state.pop(name, None)
-    # Which tensors are one and the same, tensors without memory are asked by the parameters that they belong to.
-    metas = {name: getattr(tensor, "meta", tensor) for name, tensor in state.items()}
-    return {name: tensor.contiguous() for name, tensor in as_stored(model, state, metas).items()}
+    return {str(path.relative_to(folder)): path for path in copied if path not in linked}
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: tqdm) -> None:

@@ -11,7 +11,8 @@ from ..pruning.candidates import best_shape
 from ..pruning.iterations import iterate_importance
 from ..pruning.planning import make_plan
 from ..pruning.prune import plan_for_target
-from ..pruning.streaming import is_streamable, prune_checkpoint
+from ..pruning.stored_checkpoint import is_streamable
+from ..pruning.streaming import prune_checkpoint
 from ..quantization import METHODS
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
@@ -25,6 +26,7 @@ from .run import (
     PRUNED_DIR,
     QUANTIZED_DIR,
     Run,
+    repair_arguments,
 )
 from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
 from .training import _save_student, _train, _training_settings
@@ -117,19 +119,25 @@ def _plan(run: Run) -> None:
 
 
 def _prune(run: Run) -> None:
-    section = run.recipe.teacher
-    in_memory = run.recipe.verify or run.plan.repair or run.plan.basis is not None
-    if not in_memory and is_streamable(section.model, revision=section.revision):
+    section, plan = run.recipe.teacher, run.plan
+    computes = bool(plan.repair) or plan.basis is not None
+    in_memory = run.recipe.verify or (computes and not run.recipe.stream_weights)
+    if not in_memory and (run.recipe.stream_weights or is_streamable(section.model, revision=section.revision)):
+        repair = repair_arguments(run, plan)
+        if computes:
+            run.release_teachers()
+            repair["dtype"] = None if run.narrows_weights else section.dtype
         prune_checkpoint(
             section.model,
             run.folder / PRUNED_DIR,
-            run.plan,
+            plan,
             revision=section.revision,
             overwrite=True,
             show_progress=run.show_progress,
+            **repair,
         )
     else:
-        student = run.prune_with_plan(run.plan, verify=run.recipe.verify)
+        student = run.prune_with_plan(plan, verify=run.recipe.verify)
         if run.recipe.verify:
             student.pruning_plan.save_pretrained(run.folder)
         _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)

@@ -274,9 +274,7 @@ class Run:
 
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """Build the student of a plan; a plan with repair refits it on the calibration data."""
-        rows = {name: value for name, value in self.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
-        texts = self.texts("calibration") if plan.repair else None
-        return prune_with_plan(self.teacher, plan, texts, processing_class=self.tokenizer, verify=verify, **rows)
+        return prune_with_plan(self.teacher, plan, verify=verify, **repair_arguments(self, plan))
 
     @property
     def plan(self) -> PruningPlan:
@@ -291,3 +289,11 @@ class Run:
         first = self.number if self.learns_from_previous else 1
         folders = [Path(self.whole.recipe.in_round(number).output_dir) for number in range(first, self.number + 1)]
         return [PruningPlan.from_pretrained(folder) for folder in folders]
+
+
+def repair_arguments(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The calibration data of a plan's repair, and how to cut it into rows; nothing for a plan without."""
+    if not plan.repair:
+        return {}
+    rows = {name: value for name, value in run.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
+    return {"data": run.texts("calibration"), "processing_class": run.tokenizer, **rows}

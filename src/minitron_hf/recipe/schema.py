@@ -193,6 +193,8 @@ class Recipe:
         rounds: several rounds of pruning and distillation, from large to small; empty: one round.
         verify: compare the pruned student with the masked teacher before training (`verify_student`). This loads both
             into memory.
+        stream_weights: read the teacher layer by layer from its files (`prune_checkpoint`) for a repair or a change of
+            basis, too, instead of loading it. The student is the same, and a repair takes about twice as long.
         scores: arguments of `estimate_importance`.
         generate: training text that the teacher writes itself, for `data.train`; None: no such text.
         teacher_correction: fine-tune the teacher on the corpus before distillation; None: no correction.
@@ -214,6 +216,7 @@ class Recipe:
     search: dict[str, Any] | None = None
     rounds: list[RoundSection] = field(default_factory=list)
     verify: bool = False
+    stream_weights: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
     generate: GenerateSection | None = None
     teacher_correction: CorrectionSection | None = None

@@ -160,6 +160,8 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
             _require_one_cache(recipe, one, found[-1], where)
     if recipe.data.streaming:
         _require_stream(recipe, found)
+    if recipe.stream_weights:
+        _require_streamable(recipe)
     lora_config(recipe)
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
@@ -173,6 +175,21 @@ def _require_shared(recipe: Recipe, number: int) -> None:
         raise DataError(
             f"rounds.{number}.distill.{name}: all rounds, calibration, generation and evaluation share one template. "
             f"Set distill.{name} instead."
+        )
+
+
+def _require_streamable(recipe: Recipe) -> None:
+    """Refuse a teacher that cannot be pruned from its files, and what needs it in memory."""
+    if recipe.verify:
+        raise DataError(
+            "stream_weights: verify loads the teacher into memory, to compare the student with it. "
+            "Leave one of them out."
+        )
+    folder = Path(recipe.teacher.model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"stream_weights: the teacher in {folder} holds no safetensors, and only these can be read in parts. Load "
+            "it and save it with save_pretrained, or leave stream_weights out."
         )
 
 

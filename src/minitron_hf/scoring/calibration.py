@@ -73,10 +73,13 @@ def load_calibration(
     max_length: int | None,
     packing: bool,
     batch_size: int,
+    *,
+    test_starts: bool = True,
 ) -> Calibration:
     """Cut calibration data into rows and batches.
 
-    The arguments are those of `estimate_importance`.
+    The arguments are those of `estimate_importance`; `test_starts` tells whether forward passes of the model may test
+    if rows begin as they have to (`warn_of_broken_starts`).
 
     Raises:
         DataError: if there is no text, too little of it or no tokenizer for it, or an argument is out of range.
@@ -113,7 +116,8 @@ def load_calibration(
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    warn_of_broken_starts(model, rows, "The model")
+    if test_starts:
+        warn_of_broken_starts(model, rows, "The model")
     return Calibration(
         lambda: padded_batches(rows, batch_size),
         -(-len(rows) // batch_size),

@@ -1,0 +1,278 @@
+"""Passes over the calibration data that observe the inputs of a repair: through the whole model, or layer by layer.
+
+A teacher whose tensors are on disk runs layer by layer. The inputs of a layer are kept for all batches; for each batch
+the model is called with the layers before it left out, and it ends before the next one. So the tensors of a layer are
+read once per sweep, and what is beside the layers (embeddings, masks, positions) is computed by the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..families import spec_for
+from ..models import evaluating
+from ..scoring.batches import Batches
+from ..scoring.calibration import Calibration
+from ..scoring.hooks import first_input
+from .repair_gaps import stream_output
+from .repair_inputs import CutInputs
+from .repair_sums import (
+    AllObserved,
+    Observed,
+    Products,
+    forward,
+    input_products,
+    observing,
+    require_observed,
+    require_tokens,
+)
+from .stored_layers import computing, is_stored, tensors_in_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Tokens of the pass that tests whether a model can be run layer by layer, and the relative error that is allowed:
+#: parallel sums of a device may differ from run to run.
+NUM_TESTED, TOLERANCE = 8, 1e-2
+
+#: A group of inputs, their sums by path, and the number of tokens.
+Summed = tuple[list[CutInputs], dict[str, Products], int]
+
+
+def segments_of(inputs: Sequence[CutInputs], num_layers: int) -> list[range]:
+    """The layers that run one after the other, each for all batches.
+
+    They are single layers, but dropped layers run together with the one before that makes up for them.
+
+    Args:
+        inputs: all inputs that are fitted.
+        num_layers: layers of the teacher.
+    """
+    ends = {cut.layer: cut.gap.last for cut in inputs if cut.gap is not None}
+    segments, start = list[range](), 0
+    while start < num_layers:
+        segments.append(range(start, ends.get(start, start) + 1))
+        start = segments[-1].stop
+    return segments
+
+
+class Passes:
+    """Sums the products of groups of inputs in one pass per group.
+
+    Args:
+        model: the teacher.
+        inputs: all inputs that are fitted.
+        calibration: rows.
+        device: on which a teacher computes whose tensors are on disk.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, inputs: Sequence[CutInputs], calibration: Calibration, device: torch.device
+    ) -> None:
+        self.model, self.calibration, self.device = model, calibration, device
+        self.spec = spec_for(model.config)
+        self.blocks: list[Any] = list(model.get_submodule(self.spec.layers_path).children())
+        self.segments = segments_of(inputs, len(self.blocks))
+        self._number_of = {layer: number for number, segment in enumerate(self.segments) for layer in segment}
+        self._number_of[len(self.blocks)] = len(self.segments) - 1  # what comes after the layers
+        #: Layer → the number of its outputs; None where it returns a tensor.
+        self._num_outputs: dict[int, int | None] = {}
+        self._batches: list[Mapping[str, Tensor]] = []
+        #: What the test of every segment has to find, until it is tested.
+        self._expected: dict[int, Tensor] | None = None
+
+    def segment_of(self, cut: CutInputs) -> int:
+        """Number of the segment in which some inputs are observed."""
+        return self._number_of[cut.layer]
+
+    def in_turn(self, groups: Sequence[list[CutInputs]], probes: Sequence[CutInputs] = ()) -> Iterator[Summed]:
+        """Sum the products of each group in turn.
+
+        Args:
+            groups: inputs whose sums are kept together, in the order of the layers.
+            probes: inputs whose held-out rows are summed apart.
+
+        Raises:
+            UnsupportedModelError: if the tensors are on disk, and a layer reads more of those before it than what the
+                last of them returns; or if an observed module is not called.
+            DataError: if there are no tokens.
+        """
+        if is_stored(self.model):
+            yield from self._by_layer(groups, probes)
+            return
+        for group in groups:
+            yield group, *input_products(self.model, group, self.calibration, probes)
+
+    @torch.no_grad()
+    def _by_layer(self, groups: Sequence[list[CutInputs]], probes: Sequence[CutInputs]) -> Iterator[Summed]:
+        self._batches = self._batches or list(self.calibration.batches())
+        if self._expected is None:
+            self._expected = dict(enumerate(self._run_through()))
+        # The inputs of the next segment: for every batch, and for the test.
+        states, tested, number = list[Tensor](), list[Tensor](), 0
+        with computing(self.model, self.device, layers=False):
+            for index, group in enumerate(groups):
+                watch = Batches(self.spec, self.model)
+                last = max(map(self.segment_of, group))
+                later = [self.segment_of(following[0]) for following in groups[index + 1 : index + 2]]
+                with observing(self.model, group, watch, probes) as observed:
+                    while number <= last:
+                        own = {cut.path for cut in group if self.segment_of(cut) == number}
+                        goes_on = number < last or (bool(later) and later[0] > number)
+                        with self._segment(number):
+                            self._test(number, watch, observed, tested)
+                            self._observe(number, watch, observed, own, states, goes_on)
+                        if not goes_on:
+                            break
+                        number += 1
+                require_tokens(watch)
+                yield group, observed.sums, watch.num_tokens
+
+    @contextmanager
+    def _segment(self, number: int) -> Iterator[None]:
+        """Hold the tensors of a segment, and leave the layers before it out."""
+        segment = self.segments[number]
+        with ExitStack() as stack:
+            stack.enter_context(tensors_in_memory([self.blocks[layer] for layer in segment], self.device))
+            for layer in range(segment.start):
+                stack.callback(delattr, self.blocks[layer], "forward")
+                self.blocks[layer].forward = _left_out(self._num_outputs[layer])
+            yield
+
+    def _observe(
+        self,
+        number: int,
+        watch: Batches,
+        observed: Observed,
+        own: set[str],
+        states: list[Tensor],
+        goes_on: bool,
+    ) -> None:
+        """Run a segment on all batches.
+
+        Args:
+            number: of the segment.
+            watch: counts the tokens, from the start.
+            observed: its observers.
+            own: paths that are observed in this segment.
+            states: its inputs for every batch, none for the first one; replaced by those of the next one.
+            goes_on: whether the next one will run.
+        """
+        watch.rows, watch.num_tokens, observed.ends = [], 0, not goes_on
+        if not own and not goes_on:
+            return
+        for index, batch in enumerate(self._batches):
+            observed.waiting.update(own)
+            with ExitStack() as stack:
+                if number:
+                    self._start_from(states[index].to(self.device), number, stack)
+                reached = self._end_of(number, stack) if goes_on else []
+                forward(self.model, watch, batch)
+            require_observed(self.model, observed)
+            if goes_on:
+                states[index : index + 1] = [state.cpu() for state in reached]
+
+    def _run_through(self) -> list[Tensor]:
+        """The ends of all segments for a few tokens, in a pass that is not interrupted."""
+        watch = Batches(self.spec, self.model)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating([self.model]))
+            stack.enter_context(computing(self.model, self.device))
+            for layer, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_hook(self._note_outputs(layer)).remove)
+            ends = [self._end_of(number, stack, is_last=False) for number in range(len(self.segments))]
+            forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
+        return [state for end in ends for state in end]
+
+    def _test(self, number: int, watch: Batches, observed: Observed, tested: list[Tensor]) -> None:
+        """Refuse a model that computes something else when the layers before a segment are left out."""
+        assert self._expected is not None
+        expected = self._expected.pop(number, None)
+        if expected is None:
+            return
+        with ExitStack() as stack:
+            stack.callback(setattr, observed.pause, "is_on", observed.pause.is_on)
+            observed.pause.is_on = True
+            if number:
+                self._start_from(tested[0], number, stack)
+            reached = self._end_of(number, stack)
+            try:
+                forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
+            except Exception as error:
+                raise self._refusal(number) from error
+        difference = (reached[0] - expected).double().norm()
+        if not bool(difference <= TOLERANCE * expected.double().norm()):
+            raise self._refusal(number)
+        tested[:] = reached
+
+    def _refusal(self, number: int) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"Layer {self.segments[number].start} of this {type(self.model).__name__} reads more of the layers before "
+            "it than what they return, so that they cannot run one by one. Repair the teacher in memory: "
+            "prune_with_plan(model, plan, data), minitron-hf prune --in-memory, or a recipe without stream_weights."
+        )
+
+    def _start_from(self, state: Tensor, number: int, stack: ExitStack) -> None:
+        """Replace the input of a segment."""
+
+        def hook(_: Any, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (state, *args[1:]), kwargs
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            return args, {**kwargs, name: state}
+
+        block = self.blocks[self.segments[number].start]
+        stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _end_of(self, number: int, stack: ExitStack, *, is_last: bool = True) -> list[Tensor]:
+        """Keep what a segment hands on: the input of the next one, or the output of the last layer.
+
+        Args:
+            number: of the segment.
+            stack: removes the hooks.
+            is_last: whether the pass ends there.
+
+        Returns:
+            A list that receives it.
+        """
+        found: list[Tensor] = []
+
+        def keep(state: Tensor) -> None:
+            found.append(state)
+            if is_last:
+                raise AllObserved
+
+        stop = self.segments[number].stop
+        if stop < len(self.blocks):
+
+            def before(_: Any, args: Any, kwargs: Any) -> None:
+                keep(first_input(args, kwargs))
+
+            # Ahead of the hook that would read the tensors of the layer.
+            handle = self.blocks[stop].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        else:
+            handle = self.blocks[-1].register_forward_hook(lambda _, __, output: keep(stream_output(output)))
+        stack.callback(handle.remove)
+        return found
+
+    def _note_outputs(self, layer: int) -> Callable[..., None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            self._num_outputs[layer] = len(output) if isinstance(output, tuple) else None
+
+        return hook
+
+
+def _left_out(num_outputs: int | None) -> Callable[..., Any]:
+    """A forward method that returns its input, as one of so many outputs."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = first_input(args, kwargs)
+        return given if num_outputs is None else (given, *[None] * (num_outputs - 1))
+
+    return forward
