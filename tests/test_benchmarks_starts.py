@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import corpora, peer_starts, peers
+from benchmarks.real import corpora, peer_starts, peers, report
 from benchmarks.real.arms import OPTIONAL_FIELDS, load_experiments
 from benchmarks.real.run import Bench
 
@@ -110,7 +110,7 @@ def test_starts_are_measured_once_and_distilled_like_all_others(files, tmp_path,
     assert page.read_bytes() == again
 
 
-def test_a_second_round_cuts_the_student_of_the_first(files, tmp_path):
+def test_a_second_round_cuts_the_student_of_the_first(files, tmp_path, monkeypatch):
     table = yaml.safe_load((files / "table.yaml").read_text())
     table["shapes"]["half-way"] = {"num_hidden_layers": 5, "intermediate_size": 36}
     table["experiments"] = {"rounds": {"title": "Rounds", "arms": [{}, {"first_shape": "half-way"}]}}
@@ -126,6 +126,20 @@ def test_a_second_round_cuts_the_student_of_the_first(files, tmp_path):
     assert found[0]["rows"]["after"] != found[1]["rows"]["after"]
     assert found[1]["arm"]["first_shape"] == "half-way"
     assert not list((tmp_path / "work" / "arms").rglob("first-round"))
+    page = tmp_path / "page.md"
+    marks = [
+        f"<!-- results of {name}: {where} -->" for name in (report.REGION, "rounds") for where in ("begin", "end")
+    ]
+    page.write_text("\n".join(marks))
+    given = ["--experiments", tmp_path / "table.yaml", "--results", tmp_path / "results", "--page", page]
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, given), "--region", "rounds"])
+    report.main()
+    untouched, _, region = page.read_text().partition(marks[2])
+    assert untouched == "\n".join(marks[:2]) + "\n"
+    assert "| rounds | first_shape half-way | 0k | 1 | " in region
+    page.write_text("no lines")
+    with pytest.raises(ValueError, match="results of rounds: begin"):
+        report.main()
 
 
 def test_units_are_refitted_with_and_without_the_layers_that_go(files, tmp_path):

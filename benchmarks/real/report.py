@@ -27,7 +27,8 @@ from .run import RESULTS
 from .tasks_report import FOLDER as TASKS_FOLDER
 from .tasks_report import TaskScores, tasks_section
 
-BEGIN, END = "<!-- results of benchmarks/real: begin -->", "<!-- results of benchmarks/real: end -->"
+#: The region of a page that holds the tables of `experiments.yaml`; another table's has its own name.
+REGION = "benchmarks/real"
 
 #: Measure of a claim → the value that is kept of every row.
 KEPT_AS = {"kl": "kl", "loss": "loss", "bits_per_byte": "loss", "disagreement": "agree"}
@@ -288,15 +289,16 @@ def text(groups: Sequence[Results], experiments: dict[str, Experiment], figure: 
     return "\n".join(parts)
 
 
-def write_page(page: Path, region: str) -> None:
-    """Replace the generated region of a page; a new page holds nothing else."""
+def write_page(page: Path, region: str, name: str = REGION) -> None:
+    """Replace a generated region of a page; a new page holds nothing else."""
+    begin, end = (f"<!-- results of {name}: {where} -->" for where in ("begin", "end"))
     before, after = "# Real teachers\n\n", ""
     if page.is_file():
         content = page.read_text(encoding="utf-8")
-        if BEGIN not in content or END not in content:
-            raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r}, between which the results go. Add them.")
-        before, after = content.partition(BEGIN)[0], content.partition(END)[2]
-    write_text(page, f"{before}{BEGIN}\n\n{region}\n{END}{after or chr(10)}")
+        if begin not in content or end not in content:
+            raise ValueError(f"{page} has no lines {begin!r} and {end!r}, between which the results go. Add them.")
+        before, after = content.partition(begin)[0], content.partition(end)[2]
+    write_text(page, f"{before}{begin}\n\n{region}\n{end}{after or chr(10)}")
 
 
 # ---- Figure ----
@@ -380,7 +382,7 @@ def main() -> None:
     if arguments.page is None:
         print(region)
     else:
-        write_page(arguments.page, region)
+        write_page(arguments.page, region, arguments.region)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -389,6 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--experiments", type=Path, default=TABLE)
     parser.add_argument("--page", type=Path, help="Markdown page whose generated region is replaced; default: print")
+    parser.add_argument("--region", default=REGION, help="name of that region: another table of arms has its own")
     parser.add_argument("--figure", type=Path, help="PNG file in the folder docs/_static")
     return parser.parse_args()
 

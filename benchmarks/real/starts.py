@@ -63,8 +63,9 @@ class Starts:
         folder = self.folder / self.name(arm)
         if folder.is_dir():
             return folder
-        log(f"  {folder.name}: {arm['shape']}, {arm['metric']}, {arm['repair']}")
-        if arm["method"] != OPTIONAL_FIELDS["method"]:
+        is_ours = arm["method"] == OPTIONAL_FIELDS["method"]
+        log(f"  {folder.name}: {arm['shape']}, " + (f"{arm['metric']}, {arm['repair']}" if is_ours else arm["method"]))
+        if not is_ours:
             if METHODS[arm["method"]].is_module:
                 raise ValueError(
                     f"method={arm['method']!r} gives a module of its own, which is measured before retraining alone "
