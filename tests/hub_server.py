@@ -519,6 +519,7 @@ ROUTES = (
     ("GET", rf"/api/models/{_ID}/revision/{_REVISION}", Handler.model_info),
     ("GET", rf"/api/models/{_ID}/tree/{_REVISION}(?:/(?P<path>.+))?", Handler.tree),
     ("GET", rf"/api/models/{_ID}", Handler.model_info),
+    ("GET|HEAD", rf"/(?P<repo_id>datasets/[^/]+/[^/]+)/resolve/{_REVISION}/(?P<path>.+)", Handler.resolve),
     ("GET|HEAD", rf"/{_ID}/resolve/{_REVISION}/(?P<path>.+)", Handler.resolve),
 )
 

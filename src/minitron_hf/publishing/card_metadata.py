@@ -1,8 +1,7 @@
 """The YAML block of a model card, with the student's results as a model-index.
 
-Scores of registered benchmarks may also be published as `.eval_results/*.yaml`. This module does not
-write them: they need the id of a registered benchmark dataset, which `benchmarks.json` does not have, and perplexity,
-KL and speed are not registered benchmarks. All results are in the card and its model-index.
+Scores on registered benchmarks are also published in `.eval_results/`, see `eval_results`. All results are in the card
+and its model-index.
 """
 
 from __future__ import annotations

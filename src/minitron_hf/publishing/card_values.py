@@ -30,6 +30,7 @@ from .card_tables import (
     measurement_table,
     speed_table,
 )
+from .licences import duties_of, name_problem
 from .plots import PLOTS
 
 #: Legal texts that go with the teacher's weights, as patterns of file names.
@@ -45,14 +46,6 @@ REPORT_NAME = "report.html"
 
 #: Files that only a run or its commands write.
 _MADE_BY_A_RUN = ("pruning_plan", "distillation")
-
-#: Further duties that a licence puts on derived models: start of the licence id or name → sentence.
-LICENCE_DUTIES = {
-    "llama3": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
-    "llama4": "Built with Llama. This licence asks that the name of a derived model begins with “Llama”.",
-    "gemma": "The Gemma terms ask that modified files say so (this card does) and that the terms and their use "
-    "restrictions are passed on to everyone who gets the model.",
-}
 
 
 def round_folders(run_dir: Path) -> list[Path]:
@@ -120,7 +113,7 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
     plan = run["pruning_plan"]
     teacher = _teacher(run)
     repo_id = (run["hub"] or {}).get("repo_id")
-    title = repo_id.split("/")[-1] if repo_id else f"{teacher['label'] or 'student'}-minitron"
+    title = repo_id.split("/")[-1] if repo_id else _title(teacher)
     models = evaluation["models"] if evaluation else {}
     return {
         "metadata": metadata(run, teacher, title),
@@ -153,13 +146,14 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "average": run["average"],
         "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}),
         "arguments": _arguments(distillation) if distillation else None,
+        "training": _training(distillation["arguments"]) if distillation else [],
         "final_evaluation": _last_evaluation(distillation["log_history"]) if distillation else {},
         "samples": run["samples"],
         "recipe": run["recipe"],
         "figures": _figures(run),
         "report": run["report"],
         "legal_files": run["legal_files"],
-        "duties": _licence_duties(teacher),
+        "duties": (duties := duties_of(teacher)) and duties.text,
         "evaluation_data": dataset_name(evaluation["data"]) if evaluation else None,
         "least_transformers": least_transformers(run["config"]) if run["config"] else None,
         "library_version": next((v["minitron_hf"] for v in _stage_versions(run).values() if "minitron_hf" in v), None),
@@ -186,6 +180,12 @@ def _figures(run: Mapping[str, Any]) -> dict[str, str | None]:
     return {name: described[name] if name in run["plots"] else None for name in PLOTS}
 
 
+def _title(teacher: Mapping[str, Any]) -> str:
+    """The name of a model that has no repository yet; it begins as the teacher's licence asks."""
+    name, duties = f"{teacher['label'] or 'student'}-minitron", duties_of(teacher)
+    return f"{duties.name_start}-{name}" if duties and name_problem(name, teacher) else name
+
+
 def _short_rows(run: Mapping[str, Any]) -> str | None:
     """A warning where the training rows were far shorter than the context that the student claims."""
     trained = [one["distillation"] for one in (*run["rounds"], run) if one["distillation"]]
@@ -201,6 +201,29 @@ def _longest_row(distillation: Mapping[str, Any]) -> int | None:
     data = (distillation.get("data") or {}).get("train") or {}
     found = (distillation["arguments"].get("max_length"), data.get("longest_row"))
     return min((length for length in found if length is not None), default=None)
+
+
+#: Training arguments in the text of the card: name → words.
+_METHOD = {
+    "divergence": "divergence",
+    "temperature": "temperature",
+    "kd_weight": "weight of the teacher's logits",
+    "ce_weight": "weight of cross-entropy",
+    "optim": "optimiser",
+    "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warm-up steps",
+    "weight_decay": "weight decay",
+    "per_device_train_batch_size": "rows per device and step",
+    "gradient_accumulation_steps": "accumulated steps",
+    "max_length": "tokens of context",
+    "seed": "seed",
+}
+
+
+def _training(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments that say how the student was trained, in words."""
+    return [(words, arguments[name]) for name, words in _METHOD.items() if arguments.get(name) is not None]
 
 
 def _arguments(distillation: Mapping[str, Any]) -> list[list[Any]]:
@@ -282,13 +305,6 @@ def _last_evaluation(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             if isinstance(entry.get(key), int | float):
                 last[key] = entry[key]
     return last
-
-
-def _licence_duties(teacher: Mapping[str, Any]) -> str | None:
-    names = [str(teacher[key]).lower().replace("-", "") for key in ("license", "license_name") if teacher[key]]
-    return next(
-        (text for start, text in LICENCE_DUTIES.items() if any(name.startswith(start) for name in names)), None
-    )
 
 
 def _stage_versions(run: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -17,7 +17,9 @@ from ..formats import read_artefact, write_artefact
 from .card import write_model_card
 from .card_metadata import is_repo_id
 from .card_values import require_run
+from .eval_results import write_eval_results
 from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries
+from .licences import name_problem
 from .teacher_metadata import write_teacher_metadata
 from .uploads import is_owned, require_no_secret, require_student, uploaded_files
 
@@ -63,7 +65,8 @@ def push_student_to_hub(
     Raises:
         OutputError: if the folder holds no complete student, was not made by a run, holds an access token in what
             would be published, or cannot be read or written.
-        HubError: if there is no token, the Hub refuses it or the metadata, or the connection breaks.
+        HubError: if there is no token, the Hub refuses it or the metadata, or the connection breaks; or if the
+            repository would be public under a name that the teacher's licence forbids.
     """
     from huggingface_hub import HfApi
 
@@ -77,7 +80,7 @@ def push_student_to_hub(
         with hub_errors(what):
             repo_id = f"{_whoami(api)['name']}/{repo_id}"
 
-    card, files = _prepare_files(run_dir, repo_id, token)
+    card, files = _prepare_files(run_dir, repo_id, api, private)
     message = commit_message or "Upload student, plan, measurements and card"
     options: dict[str, Any] = {"commit_message": message, "revision": revision, "create_pr": create_pr}
     commit, is_empty = _upload(api, repo_id, card, files, private=private, **options)
@@ -88,9 +91,12 @@ def push_student_to_hub(
     return commit
 
 
-def _prepare_files(run_dir: Path, repo_id: str, token: str) -> tuple[str, dict[str, Path]]:
+def _prepare_files(run_dir: Path, repo_id: str, api: HfApi, private: bool) -> tuple[str, dict[str, Path]]:
     """Write `hub.json` and the card; return the card and the files to upload, none of which holds a secret."""
+    token = str(api.token)
     _require_teacher_metadata(run_dir, token)
+    _check_name(run_dir, repo_id, private)
+    write_eval_results(run_dir, repo_id, api)
     write_artefact(run_dir / "hub.json", {"repo_id": repo_id})
     card = write_model_card(run_dir).read_text(encoding="utf-8")
     files = uploaded_files(run_dir)
@@ -242,6 +248,16 @@ def _commit(
                 f"{api.endpoint}/{repo_id}/discussions before you push again."
             ) from error
         raise
+
+
+def _check_name(run_dir: Path, repo_id: str, private: bool) -> None:
+    """Refuse a public repository whose name the teacher's licence does not allow; warn of a private one."""
+    path = run_dir / "teacher.json"
+    problem = name_problem(repo_id, read_artefact(path)) if path.is_file() else None
+    if problem and not private:
+        raise HubError(f"Cannot push to {repo_id}: {problem}")
+    if problem:
+        logger.warning("%s: %s Rename it before you share it.", repo_id, problem)
 
 
 def _require_teacher_metadata(run_dir: Path, token: str) -> None:

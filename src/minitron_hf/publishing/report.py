@@ -71,11 +71,8 @@ def _table_cell(text: Any) -> Any:
 
 
 def _address(link: str) -> Any:
-    """A link to a page of the web; other addresses are text."""
     from markupsafe import Markup
 
-    if not re.match(r"https?://", link):
-        return link
     return Markup('<a href="{0}">{0}</a>').format(link)
 
 

@@ -13,6 +13,7 @@ from ..formats import write_artefact
 from ..privacy import is_outside_folder
 from .card_values import LEGAL_FILES, matches
 from .hub_errors import hub_errors
+from .licences import write_legal_texts
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,10 @@ def write_teacher_metadata(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Write `teacher.json` from the metadata of the teacher's card, and copy its licence files.
+    """Write `teacher.json` from the metadata of the teacher's card, and the legal texts that go with the weights.
+
+    The teacher's licence files are copied. Of licences that ask for an attribution or a copy, these texts are written
+    where the teacher has none.
 
     What the card does not say is null: nothing is guessed. `hub_id` is null for a local folder, whose name means
     nothing to readers of the student's card.
@@ -70,6 +74,7 @@ def write_teacher_metadata(
             shutil.copyfile(files[file], temporary)
     path = run_dir / "teacher.json"
     write_artefact(path, teacher)
+    write_legal_texts(run_dir, teacher)
     return path
 
 

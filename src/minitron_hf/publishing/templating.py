@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def fill_template(
         autoescape=html,
     )
     environment.filters.update(filters)
+    environment.tests["web_address"] = lambda link: re.fullmatch(r"https?://[^\s<>]+", str(link)) is not None
     try:
         return environment.get_template(name).render(card_values(run))
     except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:

@@ -11,6 +11,7 @@ from ..errors import MismatchError, OutputError
 from ..files import read_json
 from ..privacy import SECRET, is_outside_folder
 from .card_values import REPORT_NAME, legal_files, round_folders
+from .eval_results import EVAL_RESULTS_NAME
 from .plots import PLOTS
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -67,6 +68,7 @@ ARTEFACTS = (
     "hub.json",
     "README.md",
     REPORT_NAME,
+    EVAL_RESULTS_NAME,
     *(f"plots/{name}" for name in PLOTS),
 )
 
