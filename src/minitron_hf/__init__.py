@@ -35,6 +35,8 @@ _MODULE_OF = {
     "iterate_importance": "pruning.iterations",
     "plan_for_target": "pruning.prune",
     "prune_model": "pruning.prune",
+    "count_tokens": "vocabulary.counts",
+    "prune_tokenizer": "pruning.tokenizers",
     "repaired_weights": "pruning.repair",
     "prune_checkpoint": "pruning.streaming",
     "quantize_checkpoint": "quantization",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from .pruning.repair import repaired_weights as repaired_weights
     from .pruning.streaming import prune_checkpoint as prune_checkpoint
     from .pruning.surgery import apply_plan as apply_plan
+    from .pruning.tokenizers import prune_tokenizer as prune_tokenizer
     from .pruning.verification import verify_student as verify_student
     from .publishing.card import render_model_card as render_model_card
     from .publishing.hub import push_student_to_hub as push_student_to_hub
@@ -109,6 +112,7 @@ if TYPE_CHECKING:
     from .search.architectures import search_architectures as search_architectures
     from .sizes.request import PrunerConfig as PrunerConfig
     from .sizes.student import student_config as student_config
+    from .vocabulary.counts import count_tokens as count_tokens
 
 
 def __getattr__(name: str) -> object:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import MismatchError
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
 from .privacy import is_outside_folder
@@ -84,11 +85,28 @@ def save_model(
         folder: where to write; made if it is missing.
         processing_class: tokenizer or processor.
         **kwargs: passed on to `model.save_pretrained` (`max_shard_size`, …).
+
+    Raises:
+        MismatchError: if the vocabulary of a student was cut, and the tokenizer is still the teacher's.
     """
+    _require_its_tokenizer(model, processing_class)
     model.save_pretrained(folder, **kwargs)
     if processing_class is not None:
         save_processing_class(processing_class, folder)
     add_older_keys(folder)
+
+
+def _require_its_tokenizer(model: PreTrainedModel, processing_class: Any) -> None:
+    """Refuse the teacher's tokenizer beside a student whose vocabulary was cut: its ids mean other tokens."""
+    vocabulary = getattr(getattr(model, "pruning_plan", None), "vocabulary", None)
+    if processing_class is None or vocabulary is None:
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if max(tokenizer.get_vocab().values()) >= model.config.get_text_config().vocab_size:
+        raise MismatchError(
+            "The student's vocabulary was cut, and this is the tokenizer of the teacher. Pass "
+            "prune_tokenizer(tokenizer, student.pruning_plan)."
+        )
 
 
 def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..files import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,12 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer; of a processor (of texts and images), its tokenizer."""
     tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer
+
+
+def tokenizer_digest(processing_class: Any) -> str:
+    """Digest of a tokenizer's vocabulary."""
+    vocabulary = text_tokenizer(processing_class).get_vocab()
+    return digest(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
 
 
 def added_tokens(processing_class: Any) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ from trl import SFTTrainer
 
 from ..compat import commit_hash, dataset_state, on_device
 from ..data.context import context_length
+from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import MismatchError, UnsupportedModelError
 from ..files import cached_file_digest, digest, replacing_file, require_writable, versions, write_json
@@ -31,7 +32,6 @@ from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, top_k_signal
 from ..models import evaluating, load_model, load_tokenizer, make_fast
-from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
 from .arguments import model_name
 from .assistant_turns import AssistantTurnsMixin

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..compat import set_commit_hash
+from ..data.tokens import tokenizer_digest
 from ..errors import MismatchError, OutputError
 from ..files import cached_file_digest
 from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
 from ..losses.signals import TopKSignal
 from ..pruning.plan import config_values
-from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
 from .batches import (
     CACHED,

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.tokens import text_tokenizer
+from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..errors import DataError, UnsupportedModelError
 from ..files import digest, require_creatable
 from ..formats import read_artefact, write_artefact
 from ..models import load_tokenizer
-from ..scoring.calibration import tokenizer_digest
 from ..weights import model_digest
 from .limits import checked_reference, require_positive
 from .loading import common_device, load_for_inference

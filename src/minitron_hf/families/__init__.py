@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError, did_you_mean
-from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec
+from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, VOCABULARY_FIELD, ArchSpec
 from .tensors import named_tensors, text_config
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FIELD_OF_AXIS",
     "PRUNER_FIELDS",
+    "VOCABULARY",
+    "VOCABULARY_FIELD",
     "ArchSpec",
     "families",
     "named_tensors",

@@ -75,7 +75,8 @@ class Axis:
         implied: size where the first field is missing or None, as a sum of products, each of which may be divided
             once: `"hidden/heads"`, `"4*hidden"`, `"nope_dim+rope_dim"`.
         per_layer: whether units are chosen in every layer for itself (the number of units is the same in all).
-        prunable: whether units may be removed at all. Head dimension, vocabulary and positions are not.
+        prunable: whether units may be removed at all. Head dimension
+            and positions are not, and the vocabulary is by the counts of its tokens instead of scores.
         within: the axis inside each of whose units these units are chosen: the neurons of every expert.
         rounding: how the stock class changes the size that the first field gives.
     """

@@ -78,6 +78,7 @@ SPEC = decoder(
     layer_lists=("layer_types", "intermediate_size", "activation_sparsity_pattern"),
     layer_rules=LayerRules(trailing_layers=("num_kv_shared_layers",), fixed_layers=(("kv_sharing_modes", "store"),)),
     refused={
+        "vocab": "every layer has embeddings of tokens of its own",
         "hidden": "AltUp mixes whole residual streams, and LAuReL adds a normalised output to one of them",
         "kv": "its last layers read the keys and values of earlier layers, so all would have to keep the same groups",
     },

@@ -80,6 +80,7 @@ DENSE = decoder(
     ),
     config_rules=ConfigRules(size_multipliers=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
     refused={
+        "vocab": "every layer has embeddings of tokens of its own",
         "kv": "its last layers read the keys and values of earlier layers, so all would have to keep the same groups; "
         "and layers with full attention have another number of KV heads",
     },

@@ -38,6 +38,8 @@ PRUNER_FIELDS: Mapping[str, str] = {
     "mamba_num_heads": "ssm_heads",
     "mamba_head_dim": "ssm_dim",
 }
+#: The size whose units are chosen by their counts in a corpus instead of scores, and its axis.
+VOCABULARY_FIELD, VOCABULARY = "vocab_size", "vocab"
 #: The reverse: axis → the name users know it by.
 FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.items()}
 

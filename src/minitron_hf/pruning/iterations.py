@@ -94,7 +94,7 @@ def _request_of_round(model: PreTrainedModel, config: PrunerConfig, number: int,
         if axis in FIELD_OF_AXIS and after[axis] < before[axis]
     }
     try:
-        return resolve_fractions(model.config, replace(config, repair=None, **part))
+        return resolve_fractions(model.config, replace(config, repair=None, vocab_size=None, **part))
     except PlanError as error:
         raise PlanError(
             f"iterations={iterations}: the student of round {number} has no stock classes. {error} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from transformers import PretrainedConfig
 
 from ..compat import CONFIG_NAME_KEY
 from ..errors import MismatchError
+from ..families import VOCABULARY, families
 from ..files import digest, json_values, replacing_file, versions
 from ..formats import FORMATS, read_artefact, write_artefact
+from ..vocabulary.ids import names_ids
 
 PLAN_NAME = "pruning_plan.json"
 INDICES_NAME = "pruning_plan.safetensors"
@@ -53,6 +55,8 @@ class PruningPlan:
             data.
         selection: metric that ranked the units; None if no units were ranked.
         scores: digest, settings and data digest of the scores used, or None.
+        vocabulary: where the vocabulary is cut: digests of both tokenizers, the share of the corpus that the kept
+            tokens make up, and the tokens per byte of both (`VocabularyCut.facts`).
         candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`,
             `proxy` (KL before retraining) and `behind` (difference to the best shape), with standard errors.
         notes: decisions that the user should know.
@@ -72,6 +76,7 @@ class PruningPlan:
     repair: str | None = None
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
+    vocabulary: Mapping[str, Any] | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -103,6 +108,28 @@ class PruningPlan:
             kept[axis] = np.where(partners < 0, kept[axis], partners)
         return kept
 
+    @property
+    def new_ids(self) -> dict[int, int] | None:
+        """Token id → its new id in the student, where the vocabulary is cut; None where it is not."""
+        if VOCABULARY not in self.kept:
+            return None
+        return {int(old): new for new, old in enumerate(self.kept[VOCABULARY])}
+
+    def with_whole_vocabulary(self) -> PruningPlan:
+        """The same plan without its cut of the vocabulary: for comparisons on the teacher's tokens."""
+        if VOCABULARY not in self.kept:
+            return self
+        sizes, config = self.sizes[VOCABULARY], self.student["config"]
+        fields = families()[self.model_type].axis[VOCABULARY].fields
+        own = {name: self.teacher["config"][name] for name in config if names_ids(name) or name in fields}
+        return replace(
+            self,
+            kept={axis: units for axis, units in self.kept.items() if axis != VOCABULARY},
+            sizes={**self.sizes, VOCABULARY: {**sizes, "student": sizes["teacher"]}},
+            student={**self.student, "config": {**config, **own}},
+            vocabulary=None,
+        )
+
     def build_student_config(self, teacher: PretrainedConfig | None = None) -> PretrainedConfig:
         """The student's config as an object of the stock class.
 
@@ -133,6 +160,7 @@ class PruningPlan:
             "repair": self.repair,
             "selection": self.selection,
             "scores": None if self.scores is None else dict(self.scores),
+            **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
             **({"candidates": [dict(one) for one in self.candidates]} if self.candidates else {}),
             "notes": list(self.notes),
         }
@@ -201,6 +229,7 @@ class PruningPlan:
                 repair=values.get("repair"),  # unknown to plans of earlier versions
                 selection=values["selection"],
                 scores=values["scores"],
+                vocabulary=values.get("vocabulary"),
                 candidates=tuple(values.get("candidates", ())),
                 notes=tuple(values["notes"]),
                 versions=values["versions"],

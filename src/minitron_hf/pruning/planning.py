@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from ..compat import commit_hash
 from ..errors import MismatchError, PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS
 from ..files import public_name
 from ..models import count_parameters, empty_model
@@ -20,6 +20,7 @@ from ..sizes.legality import require_units, rounding_step
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
+from ..vocabulary.ids import ids_in, renumbered_generation_config
 from ..weights import model_digest, on_meta
 from .basis import principal_basis
 from .choice_of_layers import choose_layers, tried_layer_sets
@@ -29,11 +30,15 @@ from .plan import PruningPlan, _config_to_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..vocabulary.counts import TokenCounts, VocabularyCut
+
 
 def make_plan(
     model_or_config: PreTrainedModel | PretrainedConfig,
     config: PrunerConfig,
     scores: ImportanceScores | None = None,
+    *,
+    token_counts: TokenCounts | None = None,
 ) -> PruningPlan:
     """Choose the units and layers to keep. Needs no weights: a config, or a model on the meta device, is enough.
 
@@ -41,6 +46,7 @@ def make_plan(
         model_or_config: the teacher.
         config: the student's sizes.
         scores: importance scores of the teacher; needed if units or layers have to be chosen.
+        token_counts: counts of the tokens of a corpus; needed for `vocab_size`.
 
     Returns:
         The plan, with the exact parameter counts of the student.
@@ -53,26 +59,22 @@ def make_plan(
     teacher, teacher_config = _checked_teacher(model_or_config, scores)
     spec, before = spec_for(teacher_config), spec_for(teacher_config).sizes(teacher_config)
     after, notes = resolve_sizes(spec, teacher_config, config)
-    cut = [axis for axis in after if axis != "layers" and after[axis] < before[axis]]
+    cut = [axis for axis in after if axis not in ("layers", VOCABULARY) and after[axis] < before[axis]]
+    vocabulary = _choose_vocabulary(teacher, before, after, token_counts)
     require_units(spec, named_tensors(teacher), config, cut)
     ranked = bool(cut) or (after["layers"] < before["layers"] and config.layers_to_drop is None)
     _require_scores(cut, ranked, scores)
     layers_kept = choose_layers(spec, teacher_config, after["layers"], config, scores)
     nonuniform_sizes = _choose_nonuniform_sizes(config, before, after, layers_kept, scores)
-    notes += _notes_on_sizes(nonuniform_sizes)
+    notes += [*_notes_on_sizes(nonuniform_sizes), *([vocabulary.note] if vocabulary else [])]
     student = build_student_config(
-        spec,
-        teacher_config,
-        after,
-        layers_kept,
-        norm_compensation=config.norm_compensation,
-        model_type=config.model_type,
-        nonuniform_sizes=nonuniform_sizes,
+        spec, teacher_config, after, layers_kept, **_config_options(config, nonuniform_sizes, vocabulary)
     )
     basis = _choose_basis(teacher, config, scores) if "hidden" in cut else None
     kept = choose_units(spec, teacher_config, student, layers_kept, cut, scores, is_rotated=basis is not None)
     axes = add_back_axes(spec, before, after) if config.head_add_back else ()
     partners = choose_partners(spec, teacher_config, layers_kept, kept, axes, scores)
+    units = {**kept, VOCABULARY: vocabulary.kept} if vocabulary else kept
     repair = config.repair if config.repair and repaired_axes(spec, before, after, config.repair) else None
     hidden_ratio = after["hidden"] / before["hidden"]
     return PruningPlan(
@@ -81,13 +83,14 @@ def make_plan(
         student={**_count_student(spec, teacher, student, layers_kept), "config": _config_to_dict(student)},
         sizes={axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
         layers_kept=layers_kept,
-        kept=kept,
+        kept=units,
         partners=partners,
         pruner_config=config.to_dict(),
         scales=_norm_scales(spec, hidden_ratio, norms=config.norm_compensation),
         basis=basis,
         repair=repair,
         **_describe_scores(scores if ranked else None),
+        vocabulary=vocabulary.facts if vocabulary else None,
         notes=(*notes, *_notes_on_weights(spec, config, hidden_ratio, kept, partners, repair)),
     )
 
@@ -104,6 +107,41 @@ def _checked_teacher(
     if scores is not None:
         scores.require_model(model_or_config)
     return teacher, config
+
+
+def _config_options(
+    config: PrunerConfig, nonuniform_sizes: Mapping[str, Sequence[int]], vocabulary: VocabularyCut | None
+) -> dict[str, Any]:
+    """Options of `build_student_config`."""
+    return {
+        "norm_compensation": config.norm_compensation,
+        "model_type": config.model_type,
+        "nonuniform_sizes": nonuniform_sizes,
+        "new_ids": vocabulary.new_ids if vocabulary else None,
+    }
+
+
+def _choose_vocabulary(
+    teacher: PreTrainedModel, before: Mapping[str, int], after: Mapping[str, int], counts: TokenCounts | None
+) -> VocabularyCut | None:
+    """The tokens that stay; None where all do.
+
+    Raises:
+        PlanError: without counts, or if more tokens have to stay.
+    """
+    if after[VOCABULARY] == before[VOCABULARY]:
+        return None
+    if counts is None:
+        raise PlanError(
+            f"vocab_size={after[VOCABULARY]:,} needs counts of tokens. Pass token_counts=count_tokens(corpus, "
+            "tokenizer), or calibration_data to prune_model; on the command line, --data with text."
+        )
+    generation = teacher.generation_config
+    if generation is not None:
+        renumbered_generation_config(generation, {}, before[VOCABULARY])  # refuses what cannot be renumbered
+    named = [teacher.config.to_dict(), {} if generation is None else generation.to_dict()]
+    needed = {index for fields in named for index in ids_in(fields, before[VOCABULARY])}
+    return counts.cut(after[VOCABULARY], before[VOCABULARY], sorted(needed))
 
 
 def _require_scores(cut: Sequence[str], ranked: bool, scores: ImportanceScores | None) -> None:

@@ -27,6 +27,7 @@ from ..sizes.request import PrunerConfig
 from ..sizes.shapes import TOLERANCE, Shape, select_diverse
 from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target
+from ..vocabulary.counts import TokenCounts, count_tokens
 from .candidates import Candidate, Divergence, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of the calibration data that are counted for a cut of the vocabulary.
+COUNTED_TOKENS = 10_000_000
+
 
 @accept_old_names(num_samples="num_rows")
 def prune_model(
@@ -49,6 +53,7 @@ def prune_model(
     calibration_data: DataSource | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     scores: ImportanceScores | None = None,
+    token_counts: TokenCounts | None = None,
     verify: bool = False,
     iterations: int = 1,
     **importance_kwargs: Any,
@@ -63,6 +68,7 @@ def prune_model(
             are tokenised once.
         processing_class: tokenizer for the texts; default: the one in the teacher's folder.
         scores: earlier results of `estimate_importance`.
+        token_counts: for `vocab_size` (`count_tokens`); default: of the first 10M tokens of the calibration data.
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: number of rounds of scoring and cutting (`iterate_importance`).
@@ -70,8 +76,7 @@ def prune_model(
             layers a `depth_metric` measures follows from `config`.
 
     Returns:
-        The student, on the teacher's device and in its stored dtype: a new stock model that `save_pretrained` and
-        `AutoModelForCausalLM.from_pretrained` know, with the plan as `student.pruning_plan`.
+        The student, a new stock model on the teacher's device and in its stored dtype, with its `pruning_plan`.
 
     Raises:
         MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
@@ -81,8 +86,7 @@ def prune_model(
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
         ...                       calibration_data=texts)  # doctest: +SKIP
     """
-    scored = _check_sources(config, calibration_data, scores, importance_kwargs)
-    # Every refusal of sizes comes before the weights are loaded, and before the scoring.
+    scored = _check_sources(config, calibration_data, scores, importance_kwargs, token_counts)
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
     _check_sizes(teacher_config, config)
     model = load_for_compute(model_or_path)
@@ -91,11 +95,12 @@ def prune_model(
             processing_class = load_tokenizer(model_or_path)
         importance_kwargs["processing_class"] = processing_class
         calibration_data = tokenize_once(calibration_data, processing_class)
+        token_counts = _counted(config, token_counts, calibration_data, processing_class)
         scores = iterate_importance(model, config, calibration_data, iterations=iterations, **importance_kwargs)
-    plan = _choose_plan(model, config, scores, calibration_data, processing_class, importance_kwargs.get("max_length"))
-    for note in plan.notes:
-        logger.warning(note)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
+    max_length = arguments.get("max_length")
+    plan = _choose_plan(model, config, scores, calibration_data, processing_class, max_length, token_counts)
+    _log_notes(plan)
     student: Any = prune_with_plan(
         model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
     )
@@ -103,11 +108,26 @@ def prune_model(
     return student if stored is None else student.to(stored)
 
 
+def _log_notes(plan: PruningPlan) -> None:
+    for note in plan.notes:
+        logger.warning(note)
+
+
+def _counted(
+    config: PrunerConfig, counts: TokenCounts | None, data: DataSource | None, processing_class: Any
+) -> TokenCounts | None:
+    """The given counts of tokens, or those of the calibration data where the vocabulary is cut."""
+    if config.vocab_size is None or counts is not None or data is None:
+        return counts
+    return count_tokens(data, processing_class, max_tokens=COUNTED_TOKENS)
+
+
 def _check_sources(
     config: PrunerConfig,
     data: DataSource | None,
     scores: ImportanceScores | None,
     importance_kwargs: Mapping[str, Any],
+    token_counts: TokenCounts | None,
 ) -> bool:
     """Refuse two sources of scores, or a request that needs data without them.
 
@@ -127,6 +147,11 @@ def _check_sources(
             "target_parameters needs calibration_data: shapes are measured on it after the scoring. With scores made "
             "before, call plan_for_target(model, config, scores, data) and apply_plan(model, plan)."
         )
+    if config.vocab_size is not None and token_counts is None and data is None:
+        raise PlanError(
+            f"vocab_size={config.vocab_size} needs a corpus, whose tokens are counted. Pass calibration_data, or "
+            "token_counts=count_tokens(corpus, tokenizer)."
+        )
     if importance_kwargs and not scored:
         raise PlanError(
             f"{', '.join(importance_kwargs)}: only used to score calibration_data. Pass it, or leave them out."
@@ -141,11 +166,20 @@ def _choose_plan(
     data: DataSource | None,
     processing_class: PreTrainedTokenizerBase | None,
     max_length: int | None,
+    token_counts: TokenCounts | None,
 ) -> PruningPlan:
     """The plan for given sizes, or for the best sizes that meet a target."""
     if config.target_parameters is None or scores is None or data is None:
-        return make_plan(model, config, scores)
-    return plan_for_target(model, config, scores, data, processing_class=processing_class, max_length=max_length)
+        return make_plan(model, config, scores, token_counts=token_counts)
+    return plan_for_target(
+        model,
+        config,
+        scores,
+        data,
+        processing_class=processing_class,
+        token_counts=token_counts,
+        max_length=max_length,
+    )
 
 
 def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
@@ -164,6 +198,7 @@ def plan_for_target(
     data: DataSource,
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
+    token_counts: TokenCounts | None = None,
     tolerance: float = TOLERANCE,
     num_shapes: int = 16,
     num_rows: int = 32,
@@ -181,6 +216,7 @@ def plan_for_target(
         scores: importance of the teacher's units.
         data: texts or token rows to measure on.
         processing_class: tokenizer of texts.
+        token_counts: for `vocab_size`. Shapes are measured with the whole vocabulary, and counted with what stays.
         tolerance: fraction of the target by which the student may be smaller; it is never larger.
         num_shapes: number of shapes to measure; if there are more, a diverse selection.
         num_rows: rows to measure on.
@@ -203,20 +239,17 @@ def plan_for_target(
     rows, repair_rows = _split_rows(rows) if request.repair else (rows, None)
     total = count_parameters(model)
     limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
-    candidates, refusals = measure_shapes(model, shapes, scores, Divergence(model, rows), limit, repair_rows)
+    divergence = Divergence(model, rows)
+    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, repair_rows, token_counts)
     if not candidates:
-        raise PlanError(
-            f"target_parameters={request.target_parameters:,}: none of {len(shapes)} shapes can be cut: {refusals[0]}"
-        )
+        start = f"target_parameters={request.target_parameters:,}"
+        raise PlanError(f"{start}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
     best, *others = sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)
     for other in others:
         other.kl_above_best = paired_gap(other, best, rows)
-    plan = make_plan(model, best.request, scores)
-    return replace(
-        plan,
-        candidates=tuple(candidate.pruned_dict() for candidate in (best, *others)),
-        notes=(*plan.notes, _choice_note(request.target_parameters, best, others)),
-    )
+    plan = make_plan(model, best.request, scores, token_counts=token_counts)
+    notes = (*plan.notes, _choice_note(request.target_parameters, best, others))
+    return replace(plan, candidates=tuple(one.pruned_dict() for one in (best, *others)), notes=notes)
 
 
 def _split_rows(rows: TokenRows) -> tuple[TokenRows, TokenRows]:
@@ -237,6 +270,7 @@ def measure_shapes(
     divergence: Divergence,
     limit: float,
     repair_rows: TokenRows | None = None,
+    token_counts: TokenCounts | None = None,
 ) -> tuple[list[Candidate], list[str]]:
     """Prune a model to each of some shapes, and measure the students before retraining.
 
@@ -247,6 +281,7 @@ def measure_shapes(
         divergence: from the teacher.
         limit: the most parameters that a student may have.
         repair_rows: rows for the repairs that the shapes ask for; None measures them without.
+        token_counts: counts of the tokens of a corpus, where the shapes have a smaller vocabulary.
 
     Returns:
         The measured candidates, and why other shapes cannot be cut.
@@ -256,7 +291,7 @@ def measure_shapes(
     for shape in shapes:
         try:
             request = shape.request if repair_rows is not None else replace(shape.request, repair=None)
-            plan = make_plan(model, request, scores)
+            plan = make_plan(model, request, scores, token_counts=token_counts)
         except PlanError as error:
             refusals.append(str(error))
             continue
@@ -264,7 +299,7 @@ def measure_shapes(
         if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
             refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
             continue
-        student = prune_with_plan(model, plan, repair_rows)
+        student = prune_with_plan(model, plan.with_whole_vocabulary(), repair_rows)
         candidate.pruned_kl = divergence(student, candidate)
         candidates.append(candidate)
         del student

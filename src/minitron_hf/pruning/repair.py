@@ -154,7 +154,7 @@ def refit(
         device: on which a teacher computes whose tensors are on disk.
     """
     _check_arguments(model, plan, memory_limit, ridge)
-    model = rotated_model(model, plan)
+    model, plan = rotated_model(model, plan), plan.with_whole_vocabulary()
     if not (inputs := cut_inputs(model, plan)):
         return
     rows = (num_rows, max_length, packing, batch_size)

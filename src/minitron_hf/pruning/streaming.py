@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +32,15 @@ from ..files import remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
 from ..models import load_tokenizer
 from ..privacy import is_outside_folder
-from ..saving import save_config
+from ..publishing.card_values import LEGAL_FILES
+from ..saving import save_config, save_processing_class
 from ..weights import set_tensor, tensor_values
 from .repair import refit
 from .stored_checkpoint import COPIED_FILES, WEIGHTS_INDEX_NAME, open_checkpoint, saved_tensors
 from .stored_layers import for_compute
 from .stored_tensors import DTYPES, Computed, LazyTensor, on_disk
 from .surgery import apply_plan
+from .tokenizers import prune_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,14 +100,15 @@ def prune_checkpoint(
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
-    copied = _copied_files(folder)
+    tokenizer = None if plan.vocabulary is None else prune_tokenizer(load_tokenizer(folder), plan)
+    copied = _copied_files(folder, COPIED_FILES if tokenizer is None else LEGAL_FILES)
     _require_room(target, _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values()))
     if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
         processing_class = load_tokenizer(folder)
     repair_arguments |= {"processing_class": processing_class, "device": as_device(device or default_device())}
     with replacing_folder(target) as temporary:
         student = _build_student(teacher, plan, dtype, data, temporary / "refitted", repair_arguments)
-        _write_student(temporary, student, plan, copied, max_shard_size, show_progress)
+        _write_student(temporary, student, plan, copied, tokenizer, max_shard_size, show_progress)
         remove(temporary / "refitted", missing_ok=True)
     return target
 
@@ -166,6 +169,7 @@ def _write_student(
     student: PreTrainedModel,
     plan: PruningPlan,
     copied: Mapping[str, Path],
+    tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: int | str,
     show_progress: bool,
 ) -> None:
@@ -176,6 +180,7 @@ def _write_student(
         student: its tensors are on disk.
         plan: the plan.
         copied: name → the teacher's file.
+        tokenizer: the student's, where the teacher's is not copied.
         max_shard_size: see `prune_checkpoint`.
         show_progress: see there.
     """
@@ -187,6 +192,8 @@ def _write_student(
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+    if tokenizer is not None:
+        save_processing_class(tokenizer, target)
     plan.save_pretrained(target)
     if student.can_generate():
         student.generation_config.save_pretrained(target)
@@ -215,9 +222,9 @@ def _write_weights(
         write_text(folder / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _copied_files(folder: Path) -> dict[str, Path]:
+def _copied_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """The teacher's files that go with the student by their names, without links to what lies elsewhere."""
-    copied = [path for pattern in COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    copied = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     linked = [path for path in copied if is_outside_folder(path, folder)]
     if linked:
         names = ", ".join(path.name for path in linked)

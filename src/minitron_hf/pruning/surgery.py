@@ -12,13 +12,14 @@ import torch
 
 from ..compat import build_from_config, no_init_weights, use_same_kernels
 from ..errors import MismatchError, PlanError, UnsupportedModelError
-from ..families import ArchSpec, named_tensors, spec_for
+from ..families import VOCABULARY, ArchSpec, named_tensors, spec_for
 from ..families.axes import Axis, Dimension, dimension_axes, dimension_index
 from ..models import (
     architecture_digest,
     empty_model,
 )
 from ..scoring.scores import require_weights
+from ..vocabulary.ids import renumbered_generation_config
 from ..weights import input_device, narrowed, on_meta, set_tensor, tensor_values
 from .basis import Rotation
 from .plan import PruningPlan, config_values
@@ -83,6 +84,9 @@ def apply_plan(
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
+    if plan.new_ids is not None and student.generation_config is not None:
+        size = plan.sizes[VOCABULARY]["teacher"]
+        student.generation_config = renumbered_generation_config(student.generation_config, plan.new_ids, size)
     student.pruning_plan = plan
     return student.eval()
 

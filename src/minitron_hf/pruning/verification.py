@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, UnsupportedModelError, VerificationError
+from ..families import VOCABULARY
 from ..models import evaluating, plain_model
 from ..weights import input_device
 from .basis import rotated_model
@@ -44,7 +45,7 @@ def verify_student(
         teacher: the teacher, in memory.
         student: the student that `apply_plan` made, before any training.
         plan: the plan.
-        input_ids: token ids [rows, tokens]; default: a few random ones.
+        input_ids: token ids of the student [rows, tokens]; default: a few random ones.
 
     Returns:
         The largest difference of two logits, relative to the largest logit. In dtypes below float32, the median over
@@ -65,22 +66,20 @@ def verify_student(
     teacher, student = rotated_model(plain_model(teacher), plan), plain_model(student)
     if any(parameter.is_meta for parameter in [*teacher.parameters(), *student.parameters()]):
         raise UnsupportedModelError("Verifying needs teacher and student in memory, but some weights are offloaded.")
-    if input_ids is None:
-        length = min(NUM_TOKENS[1], plan.sizes.get("positions", {}).get("teacher", NUM_TOKENS[1]))
-        generator = torch.Generator().manual_seed(0)
-        input_ids = torch.randint(0, plan.sizes["vocab"]["teacher"], (NUM_TOKENS[0], length), generator=generator)
-
-    def logits(model: PreTrainedModel) -> Tensor:
-        return model(input_ids.to(input_device(model)), use_cache=False).logits.detach().cpu().double()
+    ids = _random_ids(plan) if input_ids is None else input_ids.cpu()
+    # Where the vocabulary is cut, the teacher reads the same tokens under its own ids, and its kept logits count.
+    kept = torch.from_numpy(plan.kept[VOCABULARY]) if VOCABULARY in plan.kept else None
+    plan = plan.with_whole_vocabulary()
+    own_ids = ids if kept is None else kept[ids]
 
     # The stock models compute norms and softmax in float32 even where the weights are float64.
     eps = max(torch.finfo(dtype).eps for dtype in (student.dtype, torch.float32))
     with evaluating((teacher, student)):
-        found = logits(student)
+        found = _logits(student, ids)
         with masked_units(teacher, plan):
-            expected = logits(teacher)
+            expected = _logits(teacher, own_ids, kept)
             with _rounded(teacher.get_input_embeddings(), eps):
-                rounded = logits(teacher)
+                rounded = _logits(teacher, own_ids, kept)
     exact = eps == torch.finfo(torch.float32).eps
     gap, noise = _relative_gap(found, expected, exact), _relative_gap(rounded, expected, exact)
     tolerance = ROUNDINGS * max(noise, eps)
@@ -92,6 +91,19 @@ def verify_student(
             "made by this plan. Do not use it; please report it."
         )
     return gap
+
+
+def _random_ids(plan: PruningPlan) -> Tensor:
+    """A few random token ids of the student."""
+    length = min(NUM_TOKENS[1], plan.sizes.get("positions", {}).get("teacher", NUM_TOKENS[1]))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, plan.sizes[VOCABULARY]["student"], (NUM_TOKENS[0], length), generator=generator)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Logits in float64 on the CPU, of all tokens or the kept ones."""
+    found = model(ids.to(input_device(model)), use_cache=False).logits.detach().cpu().double()
+    return found if kept is None else found[..., kept]
 
 
 def note_verification(teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan) -> PruningPlan:

@@ -18,7 +18,6 @@ from ..data import DataSource, TokenRows, padded_batches, token_rows
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError
-from ..files import digest
 from .batches import require_vocabulary
 from .row_starts import warn_of_broken_starts
 
@@ -41,12 +40,6 @@ class Calibration(NamedTuple):
     batches: Callable[[], Iterable[Mapping[str, Tensor]]]
     num_batches: int | None
     packing: bool | None
-
-
-def tokenizer_digest(processing_class: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer's vocabulary."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return digest(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
 
 
 def _processes() -> tuple[int, int]:

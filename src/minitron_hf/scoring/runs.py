@@ -10,11 +10,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import TokenRows
+from ..data.tokens import tokenizer_digest
 from ..errors import DataError
 from ..families import ArchSpec
 from ..models import architecture_digest, evaluating
 from ..weights import input_device, model_digest
-from .calibration import Calibration, _processes, tokenizer_digest
+from .calibration import Calibration, _processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -215,7 +215,7 @@ def require_cuttable(spec: ArchSpec, config: PretrainedConfig, axis: str) -> Non
         if refused_axis == axis and getattr(config, name, None) == value:
             reason = f"{name}={value}: {why}"
     if reason is not None:
-        raise PlanError(f"{FIELD_OF_AXIS[axis]} of this '{spec.model_type}' model cannot be cut: {reason}.")
+        raise PlanError(f"{field_name(spec, axis)} of this '{spec.model_type}' model cannot be cut: {reason}.")
 
 
 def reason_not_cuttable(spec: ArchSpec, config: PretrainedConfig, name: str) -> str | None:

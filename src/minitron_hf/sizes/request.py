@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, PlanError, accept_old_names, did_you_mean
-from ..families import PRUNER_FIELDS
+from ..families import PRUNER_FIELDS, VOCABULARY_FIELD
 from ..files import local_path
 from ..formats import read_artefact, write_artefact
 
@@ -47,6 +47,8 @@ class PrunerConfig:
         mamba_num_heads: state-space heads, chosen in every layer.
         mamba_head_dim: channels of every state-space head, chosen in each.
         num_hidden_layers: layers to keep.
+        vocab_size: tokens to keep, chosen by their counts in a corpus (`count_tokens`). The student has a tokenizer of
+            its own (`prune_tokenizer`). Not measured yet on a real teacher.
         layers_to_drop: explicit layer indices to drop, instead of a choice by scores.
         contiguous: drop one contiguous block of layers, the least important one of its length. Dropping the 16
             individually least important layers of Llama-3.1-8B left WinoGrande at chance, a contiguous block did not
@@ -100,6 +102,7 @@ class PrunerConfig:
     mamba_num_heads: Size = None
     mamba_head_dim: Size = None
     num_hidden_layers: Size = None
+    vocab_size: Size = None
     layers_to_drop: list[int] | None = None
     contiguous: bool = True
     keep_first_layers: int = 1
@@ -114,7 +117,7 @@ class PrunerConfig:
     target_parameters: Size = None
 
     def __post_init__(self) -> None:
-        for name in PRUNER_FIELDS:
+        for name in (*PRUNER_FIELDS, VOCABULARY_FIELD):
             value = getattr(self, name)
             if value is None:
                 continue

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for, text_config
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, spec_for, text_config
 from ..families.axes import dimension_axes
 from .classes import _spec_of_student, config_class
 from .layers import fixed_layers, protected_layers
@@ -29,6 +29,7 @@ from .legality import (
     rounding_step,
 )
 from .request import PrunerConfig
+from .vocabulary import require_own_vocabulary, vocabulary_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,6 +102,7 @@ def resolve_sizes(
             "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
             "calibration_data, or give sizes instead."
         )
+    require_own_vocabulary(teacher_config, request)
     teacher_config = text_config(teacher_config)
     teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
@@ -108,6 +110,8 @@ def resolve_sizes(
     after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
     if request.layers_to_drop is not None:
         after["layers"] = _depth_after(spec, teacher_config, request)
+    if request.vocab_size is not None:
+        after[VOCABULARY] = vocabulary_after(before[VOCABULARY], request)
     following = _groups_cut_together(spec, before, given)
     notes = _round_fractions(spec, teacher_config, request, given, after, following, may_stay)
     _require_depth(spec, teacher_config, request, after["layers"])

@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..compat import use_same_kernels
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, named_tensors, spec_for, text_config
+from ..families import (
+    FIELD_OF_AXIS,
+    PRUNER_FIELDS,
+    VOCABULARY,
+    VOCABULARY_FIELD,
+    ArchSpec,
+    named_tensors,
+    spec_for,
+    text_config,
+)
 from ..families.axes import implied_size
 from ..models import empty_model, first_line
+from ..vocabulary.ids import ids_in, renumbered_fields
 from .classes import _equivalent_classes, config_class
 from .layers import _layer_fields, fixed_layers, reason_against_layers
 from .legality import axes_of_tensors, field_name, reason_not_cuttable, require_units
@@ -41,7 +51,8 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     """The student's config, from the teacher's config alone.
 
     The dropped layers matter here only for lists with one entry per layer. Without `layers_to_drop`, the block just
-    before the last layer is assumed (the choice of Sreenivas et al. 2024 for Llama-3.1-8B).
+    before the last layer is assumed (the choice of Sreenivas et al. 2024 for Llama-3.1-8B). With `vocab_size`, which
+    tokens stay is not known, and ids of special tokens are placeholders.
 
     Raises:
         UnsupportedModelError: if the family is unknown.
@@ -81,7 +92,7 @@ def require_some_size(config: PretrainedConfig, pruner_config: PrunerConfig) -> 
         UnsupportedModelError: if the family is unknown.
         PlanError: listing what can be cut, with the teacher's sizes.
     """
-    wanted = (*PRUNER_FIELDS, "layers_to_drop", "target_parameters", "model_type")
+    wanted = (*PRUNER_FIELDS, VOCABULARY_FIELD, "layers_to_drop", "target_parameters", "model_type")
     if any(getattr(pruner_config, name) is not None for name in wanted):
         return
     spec = spec_for(config)
@@ -136,7 +147,9 @@ def resolve_fractions(config: PretrainedConfig, pruner_config: PrunerConfig) -> 
     def resolved(request: PrunerConfig) -> PrunerConfig:
         sizes, _ = resolve_sizes(spec, config, request, may_stay=True)
         units: dict[str, Any] = {
-            name: sizes[axis] for name, axis in PRUNER_FIELDS.items() if getattr(request, name) is not None
+            name: sizes[axis]
+            for name, axis in {**PRUNER_FIELDS, VOCABULARY_FIELD: VOCABULARY}.items()
+            if getattr(request, name) is not None
         }
         return replace(request, **units)
 
@@ -158,6 +171,7 @@ def build_student_config(
     norm_compensation: bool = False,
     nonuniform_sizes: Mapping[str, Sequence[int]] | None = None,
     model_type: str | None = None,
+    new_ids: Mapping[int, int] | None = None,
 ) -> PretrainedConfig:
     """Build the teacher's config with the student's sizes, validated by the stock class.
 
@@ -170,6 +184,7 @@ def build_student_config(
             has to be scaled, too.
         nonuniform_sizes: axis → size in every kept layer, for axes whose sizes differ by layer.
         model_type: other stock classes than the teacher's.
+        new_ids: token id → new id, of the tokens that stay where the vocabulary is cut; None if it is not known.
 
     Raises:
         PlanError: if the stock class does not hold these sizes or layers; the message names those that it does.
@@ -183,6 +198,7 @@ def build_student_config(
     values = copy.deepcopy(teacher.to_dict())
     values.update(_resized_fields(spec, teacher, values, sizes, layers_kept, nonuniform_sizes or {}))
     values.update(_rescaled_fields(spec, values, before, sizes, norm_compensation))
+    values.update(_renumbered_fields(values, before, sizes, new_ids))
     changed: dict[str, Any] = {}
     if len(layers_kept) < before["layers"]:
         if reason := reason_against_layers(spec, teacher, layers_kept):
@@ -195,11 +211,7 @@ def build_student_config(
     if model_type not in (None, spec.model_type):
         config_type, values = _as_equivalent_class(spec, teacher, values, str(model_type))
     try:
-        config = config_type(**values)
-        # Layers that predict further tokens are no part of the stock model, and so of no student either.
-        if getattr(config, "num_mtp_layers", None):
-            config.num_mtp_layers = 0
-        config.validate()
+        config = _validated(config_type(**values))
     except Exception as error:
         nearest = _nearest_accepted(spec, config_type, values, before, sizes)
         raise PlanError(
@@ -207,6 +219,14 @@ def build_student_config(
         ) from error
     _require_unchanged(spec, teacher, config, sizes, changed)
     use_same_kernels(config, teacher)
+    return config
+
+
+def _validated(config: PretrainedConfig) -> PretrainedConfig:
+    # Layers that predict further tokens are no part of the stock model, and so of no student either.
+    if getattr(config, "num_mtp_layers", None):
+        config.num_mtp_layers = 0
+    config.validate()
     return config
 
 
@@ -269,6 +289,21 @@ def _rescaled_fields(
         ratio = before["hidden"] / sizes["hidden"]
         changed.update({name: values[name] * ratio for name in NORM_EPSILONS if values.get(name)})
     return changed
+
+
+def _renumbered_fields(
+    values: Mapping[str, Any],
+    before: Mapping[str, int],
+    sizes: Mapping[str, int],
+    new_ids: Mapping[int, int] | None,
+) -> dict[str, Any]:
+    """Config fields that name token ids, where the vocabulary is cut."""
+    old, new = before[VOCABULARY], sizes[VOCABULARY]
+    if new == old:
+        return {}
+    if new_ids is None:  # numbers that the stock class takes
+        new_ids = {one: min(one, new - 1) for one in ids_in(values, old)}
+    return renumbered_fields(values, new_ids, old)
 
 
 def _as_equivalent_class(

@@ -12,7 +12,9 @@ from .pieces import Pieces, pieces_of
 from .required import required_tokens
 
 
-def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int, num_rows: int) -> np.ndarray:
+def choose_tokens(
+    tokenizer: Any, counts: np.ndarray, size: int, num_rows: int, needed: Iterable[int] = ()
+) -> np.ndarray:
     """The ids of the tokens to keep.
 
     Required tokens stay (`required_tokens`). The others are taken by their counts, smaller ids first among equals,
@@ -23,6 +25,7 @@ def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int, num_rows: int) 
         counts: how often every token id occurs in a corpus, [ids]; ids beyond it do not occur.
         size: number of tokens to keep.
         num_rows: rows of the model's embeddings.
+        needed: further ids that stay.
 
     Returns:
         int64 ids, ascending: [size].
@@ -40,7 +43,7 @@ def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int, num_rows: int) 
             "tokenizer that belongs to the model."
         )
     closure = _Closure(pieces, known)
-    kept = closure(required_tokens(tokenizer, pieces))
+    kept = closure({*required_tokens(tokenizer, pieces), *needed})
     if len(kept) > size:
         raise PlanError(
             f"vocab_size={size:,}: {len(kept):,} tokens have to stay: single characters or bytes, special and added "

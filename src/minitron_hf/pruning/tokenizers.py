@@ -1,0 +1,46 @@
+"""The tokenizer of a student whose vocabulary is cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..data.tokens import text_tokenizer, tokenizer_digest
+from ..errors import MismatchError
+from ..families import VOCABULARY
+from ..vocabulary.rewriting import cut_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .plan import PruningPlan
+
+
+def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedTokenizerBase:
+    """The tokenizer of a plan's student.
+
+    It emits kept tokens alone, under the student's ids, and every text decodes to what it did. A text has the pieces
+    that it had, where all of these stay.
+
+    Args:
+        processing_class: the teacher's tokenizer; not changed. The student's is returned as it is.
+        plan: plan with `vocab_size`. Without a cut of the vocabulary, a tokenizer is returned as it is.
+
+    Raises:
+        MismatchError: if the tokenizer is not the one that the plan was made with.
+        UnsupportedModelError: if it cannot be rewritten.
+
+    Example:
+        >>> tokenizer = prune_tokenizer(tokenizer, student.pruning_plan)  # doctest: +SKIP
+        >>> save_model(student, "student", tokenizer)  # doctest: +SKIP
+    """
+    if VOCABULARY not in plan.kept or plan.vocabulary is None:
+        return text_tokenizer(processing_class)
+    found = tokenizer_digest(processing_class)
+    if found == plan.vocabulary["student_tokenizer"]:
+        return text_tokenizer(processing_class)
+    if found != plan.vocabulary["teacher_tokenizer"]:
+        raise MismatchError(
+            "The vocabulary of this plan was chosen with another tokenizer than the one that is given. Pass the "
+            "teacher's tokenizer, or plan again."
+        )
+    return cut_tokenizer(text_tokenizer(processing_class), plan.kept[VOCABULARY])

@@ -1,0 +1,281 @@
+"""A student with a cut vocabulary: the teacher's logits at the kept tokens, under new ids everywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from minitron_hf import (
+    PrunerConfig,
+    PruningPlan,
+    apply_plan,
+    count_tokens,
+    estimate_importance,
+    make_plan,
+    plan_for_target,
+    prune_checkpoint,
+    prune_model,
+    prune_tokenizer,
+    prune_with_plan,
+    save_model,
+    student_config,
+    verify_student,
+)
+from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
+from minitron_hf.families import spec_for
+from minitron_hf.models import count_parameters
+from minitron_hf.vocabulary.ids import renumbered_generation_config
+from pocket import POCKETS, VOCAB, float64_throughout, logits, pocket_model, pocket_tokenizer
+
+LETTERS = "abcdefgh"
+#: Tokens that stay in most tests: an odd number, unlike all other sizes.
+SIZE = 17
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Pairs and words of eight letters; special tokens first and last, as they are in large models."""
+    tokens = ["<unk>", "<pad>", *LETTERS, "_"]
+    merges = [(one, other) for one in LETTERS for other in LETTERS[::3]] + [("ab", "cd"), ("ad", "eg"), ("_", "ad")]
+    tokens += ["".join(pair) for pair in merges if "".join(pair) not in tokens]
+    tokens.insert(20, "cd")
+    merges.insert(3, ("c", "d")) if ("c", "d") not in merges else None
+    tokens = list(dict.fromkeys(tokens))
+    merges = [pair for pair in merges if all(part in tokens for part in pair)]
+    model = models.BPE({token: index for index, token in enumerate(tokens)}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("_", "merged_with_next")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    assert tokenizer.get_vocab_size() < VOCAB
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def texts(number: int = 60) -> list[str]:
+    """Words in which some pairs of letters never occur."""
+    draw = np.random.default_rng(0)
+    words = ["abcd", "_adeg", "_ab", "cdgg", "_ha", "_fdg"]
+    return ["".join(draw.choice(words, 9)) for _ in range(number)]
+
+
+def teacher_of(name: str = "llama", **changes):
+    """A pocket whose config names the special tokens of the tokenizer."""
+    tokenizer = bpe_tokenizer()
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    model = pocket_model(name, **{**ids, **changes})
+    model.generation_config = GenerationConfig(**{**ids, "eos_token_id": [ids["eos_token_id"], 14]})
+    return model, tokenizer
+
+
+def require_teachers_logits(teacher, student, plan) -> None:
+    kept = torch.from_numpy(plan.kept["vocab"])
+    ids = torch.randint(0, len(kept), (2, 12), generator=torch.Generator().manual_seed(1))
+    with float64_throughout(), torch.no_grad():
+        expected = teacher(kept[ids], use_cache=False).logits[..., kept]
+        found = student(ids, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+PLAIN = ("llama", "gpt2", "phi", "gemma2", "mamba", "opt", "qwen3_moe", "cohere", "granite", "gpt_neox_japanese")
+
+
+def cut_alone(name: str):
+    teacher, tokenizer = teacher_of(name)
+    plan = make_plan(teacher, PrunerConfig(vocab_size=SIZE), token_counts=count_tokens(texts(), tokenizer))
+    return teacher, tokenizer, plan, apply_plan(teacher, plan)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_logits_are_the_teachers_at_the_kept_tokens(name):
+    teacher, tokenizer, plan, student = cut_alone(name)
+    require_teachers_logits(teacher, student, plan)
+    assert student.config.vocab_size == SIZE
+    assert student.get_output_embeddings().weight.shape[0] == SIZE
+    assert plan.student["num_parameters"] == count_parameters(student)
+    cut = prune_tokenizer(tokenizer, plan)
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(student.config, role) == getattr(cut, role)
+    new = plan.new_ids
+    assert student.generation_config.eos_token_id == [new[i] for i in (tokenizer.eos_token_id, 14)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(POCKETS) - set(PLAIN)))
+def test_every_family_is_cut_or_refused(name):
+    teacher, tokenizer = teacher_of(name)
+    spec = spec_for(teacher.config)
+    if teacher.config.get_text_config() is not teacher.config or "vocab" in spec.refused:
+        with pytest.raises(PlanError, match=r"vocab_size of this .* cannot be cut"):
+            student_config(teacher.config, PrunerConfig(vocab_size=SIZE))
+        return
+    plan = make_plan(teacher, PrunerConfig(vocab_size=SIZE), token_counts=count_tokens(texts(), tokenizer))
+    require_teachers_logits(teacher, apply_plan(teacher, plan), plan)
+
+
+def test_text_that_splits_alike_has_the_teachers_logits():
+    teacher, tokenizer, plan, student = cut_alone("llama")
+    cut, kept = prune_tokenizer(tokenizer, plan), plan.kept["vocab"]
+    alike = [text for text in texts() if np.isin(tokenizer(text)["input_ids"], kept).all()]
+    assert alike
+    for text in alike[:3]:
+        old, new = (one(text, return_tensors="pt")["input_ids"] for one in (tokenizer, cut))
+        with torch.no_grad():
+            assert torch.allclose(teacher(old).logits[..., kept], student(new).logits, atol=1e-6)
+
+
+def test_the_vocabulary_is_cut_together_with_all_else():
+    """The student is the masked teacher at the kept tokens; a repair is fitted on the teacher's tokens."""
+    teacher, tokenizer = teacher_of()
+    scores, counts = estimate_importance(teacher, metric="random"), count_tokens(texts(), tokenizer)
+    request = PrunerConfig(hidden_size=0.5, intermediate_size=0.5, num_hidden_layers=3, vocab_size=SIZE)
+    plan = make_plan(teacher, request, scores, token_counts=counts)
+    student = apply_plan(teacher, plan)
+    assert verify_student(teacher, student, plan) < 1e-5
+    wrong = apply_plan(teacher, replace(plan, kept={**plan.kept, "vocab": plan.kept["vocab"][::-1].copy()}))
+    with pytest.raises(Exception, match="logits differ"):
+        verify_student(teacher, wrong, plan)
+    whole = make_plan(teacher, replace(request, vocab_size=None, repair="least_squares"), scores)
+    both = make_plan(teacher, replace(request, repair="least_squares"), scores, token_counts=counts)
+    assert both.with_whole_vocabulary().student["config"] == whole.student["config"]
+    one, other = (prune_with_plan(teacher, made, texts(), processing_class=tokenizer) for made in (whole, both))
+    kept = torch.from_numpy(plan.kept["vocab"])
+    ids = torch.arange(SIZE)[None]
+    with torch.no_grad():
+        assert torch.allclose(one(kept[ids]).logits[..., kept], other(ids).logits, atol=1e-6)
+
+
+def test_prune_model_counts_the_calibration_data(tmp_path):
+    """In one call; the student and its tokenizer are saved and loaded as stock objects."""
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    request = PrunerConfig(intermediate_size=0.5, vocab_size=SIZE)
+    student = prune_model(
+        teacher, request, calibration_data=texts(), processing_class=tokenizer, num_rows=4, max_length=16, verify=True
+    )
+    plan = student.pruning_plan
+    with pytest.raises(MismatchError, match="Pass prune_tokenizer"):
+        save_model(student, tmp_path / "wrong", tokenizer)
+    assert not (tmp_path / "wrong").exists()
+    save_model(student, tmp_path, prune_tokenizer(tokenizer, plan))
+    loaded, cut = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = torch.arange(SIZE)[None]
+    assert torch.allclose(logits(student, ids), logits(loaded, ids), atol=1e-6)
+    assert cut.get_vocab() == prune_tokenizer(tokenizer, plan).get_vocab()
+    assert prune_tokenizer(cut, plan) is cut  # it is the student's already
+    ids = cut(texts()[0], return_tensors="pt")
+    assert loaded.generate(**ids, max_new_tokens=4).max() < SIZE
+
+
+def test_a_plan_is_read_again(tmp_path):
+    *_, plan, _ = cut_alone("llama")
+    plan.save_pretrained(tmp_path)
+    read = PruningPlan.from_pretrained(tmp_path)
+    assert read.vocabulary == plan.vocabulary
+    assert read.new_ids == plan.new_ids
+    assert read.digest == plan.digest
+
+
+def test_the_plan_says_how_many_tokens_the_text_gains():
+    """Against counts by hand, on the documents that were held out."""
+    _, tokenizer, plan, _ = cut_alone("llama")
+    cut, held_out = prune_tokenizer(tokenizer, plan), texts()[9::10]
+    decoded = [tokenizer.decode(tokenizer(text)["input_ids"]) for text in held_out]
+    num_bytes = sum(len(text.encode()) for text in decoded)
+    for name, one in (("teacher", tokenizer), ("student", cut)):
+        number = sum(len(one(text, add_special_tokens=False)["input_ids"]) for text in decoded)
+        assert plan.vocabulary["tokens_per_byte"][name] == number / num_bytes
+    counted = [i for n, text in enumerate(texts()) if n % 10 != 9 for i in tokenizer(text)["input_ids"]]
+    assert plan.vocabulary["num_tokens"] == len(counted)
+    assert plan.vocabulary["share_kept"] == np.isin(counted, plan.kept["vocab"]).mean()
+    assert plan.vocabulary["tokens_per_byte"]["student"] > plan.vocabulary["tokens_per_byte"]["teacher"]
+    [note] = [note for note in plan.notes if note.startswith("Vocabulary")]
+    assert "Held-out text takes" in note
+
+
+def test_a_checkpoint_is_cut_from_folder_to_folder(tmp_path):
+    """The same files as in memory; the tokenizer of the teacher is left behind."""
+    teacher, tokenizer = teacher_of("qwen3", dtype=torch.float32, tie_word_embeddings=True)
+    save_model(teacher, tmp_path / "teacher", tokenizer)
+    (tmp_path / "teacher/vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
+    plan = make_plan(teacher, PrunerConfig(vocab_size=SIZE), token_counts=count_tokens(texts(), tokenizer))
+    prune_checkpoint(tmp_path / "teacher", tmp_path / "student", plan, show_progress=False)
+    save_model(apply_plan(teacher, plan), tmp_path / "memory", prune_tokenizer(tokenizer, plan))
+    names = sorted(path.name for path in (tmp_path / "memory").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "student").iterdir() if "plan" not in path.name)
+    for name in names:
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "student" / name).read_bytes(), name
+
+
+def test_a_target_counts_the_vocabulary_that_stays():
+    teacher, tokenizer = teacher_of()
+    request = PrunerConfig(target_parameters=0.75, vocab_size=SIZE, num_hidden_layers=1.0, hidden_size=1.0)
+    scores, counts = estimate_importance(teacher, metric="random"), count_tokens(texts(), tokenizer)
+    plan = plan_for_target(
+        teacher, request, scores, texts(), processing_class=tokenizer, token_counts=counts, tolerance=0.2, num_shapes=2
+    )
+    student = apply_plan(teacher, plan)
+    assert student.config.vocab_size == SIZE
+    assert 0.55 <= count_parameters(student) / count_parameters(teacher) <= 0.75
+    assert plan.candidates[0]["num_parameters"] == count_parameters(student)
+
+
+def test_generation_configs_are_renumbered():
+    config = GenerationConfig(
+        eos_token_id=[5, 6], pad_token_id=4, suppress_tokens=[3, 4], bad_words_ids=[[4, 5], [6]], bos_token_id=None
+    )
+    new = renumbered_generation_config(config, {4: 0, 5: 1}, 7)
+    assert (new.eos_token_id, new.pad_token_id, new.suppress_tokens) == ([1], 0, [0])
+    assert new.bad_words_ids == [[0, 1]]
+    assert config.eos_token_id == [5, 6]
+    with pytest.raises(PlanError, match="sequence_bias, whose token ids"):
+        renumbered_generation_config(GenerationConfig(sequence_bias=[[[4], 1.0]]), {}, 7)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"vocab_size": 4}, "tokens have to stay"),
+        ({"vocab_size": VOCAB + 1}, "larger than the teacher's"),
+        ({"vocab_size": 0.999, "multiple_of": 1}, "comes to no change"),
+    ],
+)
+def test_impossible_sizes_are_refused(request_, message):
+    teacher, tokenizer = teacher_of()
+    with pytest.raises(PlanError, match=message):
+        make_plan(teacher, PrunerConfig(**request_), token_counts=count_tokens(texts(), tokenizer))
+
+
+@pytest.mark.parametrize("size", [True, 0, -3, 1.5, "many"])
+def test_sizes_that_are_none_are_refused(size):
+    with pytest.raises(PlanError, match="vocab_size"):
+        PrunerConfig(vocab_size=size)
+
+
+def test_what_is_missing_is_named():
+    teacher, tokenizer = teacher_of()
+    with pytest.raises(PlanError, match=r"needs counts of tokens. Pass token_counts=count_tokens"):
+        make_plan(teacher, PrunerConfig(vocab_size=SIZE))
+    with pytest.raises(PlanError, match="needs a corpus, whose tokens are counted"):
+        prune_model(teacher, PrunerConfig(vocab_size=SIZE), scores=estimate_importance(teacher, metric="random"))
+    with pytest.raises(DataError, match="no tokens"):
+        count_tokens([], tokenizer)
+    with pytest.raises(DataError, match="a tokenizer is needed"):
+        count_tokens(texts(), None)
+    with pytest.raises(UnsupportedModelError, match="WordLevel"):
+        count_tokens(texts(), pocket_tokenizer())
+    plan = make_plan(teacher, PrunerConfig(vocab_size=SIZE), token_counts=count_tokens(texts(), tokenizer))
+    with pytest.raises(MismatchError, match="chosen with another tokenizer"):
+        prune_tokenizer(pocket_tokenizer(), plan)
+
+
+def test_refused_families_say_why():
+    with pytest.raises(PlanError, match="vocab_size of this 'gemma3n_text' model cannot be cut: every layer"):
+        student_config(POCKETS["gemma3n_text"].config, PrunerConfig(vocab_size=SIZE))
