@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from minitron_hf import (
+    DistillationConfig,
+    DistillationTrainer,
     PrunerConfig,
     PruningPlan,
     apply_plan,
     count_tokens,
     estimate_importance,
+    evaluate_models,
     make_plan,
     plan_for_target,
     prune_checkpoint,
@@ -24,15 +31,20 @@ from minitron_hf import (
     prune_tokenizer,
     prune_with_plan,
     save_model,
+    search_architectures,
     student_config,
     verify_student,
 )
+from minitron_hf.cli.app import app
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
 from minitron_hf.models import count_parameters
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.settings import check_settings
 from minitron_hf.vocabulary.ids import renumbered_generation_config
 from pocket import POCKETS, VOCAB, float64_throughout, logits, pocket_model, pocket_tokenizer
 
+GUIDE = Path(__file__).parents[1] / "docs/guides/vocabulary.md"
 LETTERS = "abcdefgh"
 #: Tokens that stay in most tests: an odd number, unlike all other sizes.
 SIZE = 17
@@ -279,3 +291,47 @@ def test_what_is_missing_is_named():
 def test_refused_families_say_why():
     with pytest.raises(PlanError, match="vocab_size of this 'gemma3n_text' model cannot be cut: every layer"):
         student_config(POCKETS["gemma3n_text"].config, PrunerConfig(vocab_size=SIZE))
+
+
+def test_the_command_line_plans_and_prunes(tmp_path):
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    save_model(teacher, tmp_path / "teacher", tokenizer)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    run = CliRunner()
+    plan = ["plan", tmp_path / "teacher", "--vocab-size", SIZE, "--data", tmp_path / "text.jsonl"]
+    for line in ([*plan, "-o", tmp_path / "plan"], ["plan", tmp_path / "teacher", "--vocab-size", SIZE]):
+        done = run.invoke(app, list(map(str, line)))
+        assert done.exit_code == 0, done.output
+        assert "vocab" in done.output
+    for name, options in (("streamed", []), ("loaded", ["--verify"])):
+        line = ["prune", tmp_path / "teacher", "--plan", tmp_path / "plan", "-o", tmp_path / name, *options]
+        done = run.invoke(app, list(map(str, line)))
+        assert done.exit_code == 0, done.output
+        student, cut = (kind.from_pretrained(tmp_path / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        assert student.config.vocab_size == len(cut) == SIZE
+
+
+def test_the_block_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(block.replace("0.5", str(SIZE)), {"teacher": teacher, "tokenizer": tokenizer, "texts": texts()})
+    assert len(AutoTokenizer.from_pretrained("student")) == SIZE
+
+
+def test_what_compares_with_the_teacher_refuses_a_cut_vocabulary(tmp_path):
+    """Distillation, search, recipes and evaluation: by name, before anything is computed."""
+    teacher, _, _, student = cut_alone("llama")
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4})
+    args = DistillationConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    with pytest.raises(MismatchError, match="vocabulary has 17 tokens"):
+        DistillationTrainer(student, teacher, args=args, train_dataset=rows, processing_class=bpe_tokenizer())
+    with pytest.raises(MismatchError, match="vocabulary of 17 tokens"):
+        evaluate_models({"teacher": teacher, "student": student}, rows, processing_class=bpe_tokenizer(), speed=False)
+    recipe = Recipe.from_dict(
+        {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path), "prune": {"vocab_size": 9}}
+    )
+    with pytest.raises(DataError, match=r"prune.vocab_size: a recipe distils"):
+        check_settings(recipe)
+    with pytest.raises(PlanError, match=r"base.vocab_size"):
+        search_architectures(teacher, None, space={}, calibration_data=rows, base=PrunerConfig(vocab_size=9))

@@ -109,6 +109,7 @@ def _sizes(
     num_attention_heads: str | None,
     num_key_value_heads: str | None,
     num_hidden_layers: str | None,
+    vocab_size: str | None = None,
 ) -> dict[str, int | float]:
     """The given sizes, by their names in `PrunerConfig`."""
     texts = {
@@ -117,6 +118,7 @@ def _sizes(
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
         "num_hidden_layers": num_hidden_layers,
+        "vocab_size": vocab_size,
     }
     return {name: _size(name, text) for name, text in texts.items() if text is not None}
 

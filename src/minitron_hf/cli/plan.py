@@ -38,7 +38,7 @@ PlanScores = Annotated[Optional[Path], typer.Option(help="Folder or file with sc
 PlanOutput = Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to write to.")]  # noqa: UP045
 TargetData = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="With --target, text to measure shapes on: file, saved dataset or Hub id."),
+    typer.Option(help="With --target or --vocab-size, text to measure or count: file, saved dataset or Hub id."),
 ]
 
 
@@ -51,6 +51,7 @@ def plan(
     num_attention_heads: SizeOption = None,
     num_key_value_heads: SizeOption = None,
     num_hidden_layers: SizeOption = None,
+    vocab_size: SizeOption = None,
     set_: Settings = None,
     target: Target = None,
     data: TargetData = None,
@@ -77,10 +78,10 @@ def plan(
 
     Without --output, nothing is written. With --target instead of sizes, several shapes that meet the target are
     pruned and measured before any retraining, and the best one is planned (plan_for_target). This needs --data
-    (calibration text) and --scores.
+    (calibration text) and --scores. With --vocab-size, the tokens to keep are the most frequent ones of --data.
     """
     sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
-    given = _sizes(*sizes)
+    given = _sizes(*sizes, vocab_size)
     if recommend:
         _say_moved("--recommend", "recommend")
         if device is not None or given or scores is not None or target is None:
@@ -94,13 +95,19 @@ def plan(
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")
-    _require_target_options(target, data, scores)
+    _require_target_options(target, None if _only_counts(given, set_, target) else data, scores)
     _require_no_plan(output, overwrite)
     if device is None or output is not None:
         _plan_and_print(teacher, output, scores, given, set_ or [], target, data, split, text_field)
     if device is not None:
         _say_moved("--device", "fit")
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
+
+
+def _only_counts(given: Mapping[str, Any], set_: list[str] | None, target: str | None) -> bool:
+    """Whether --data is for the counts of tokens alone."""
+    cuts = "vocab_size" in given or any(one.startswith("vocab_size=") for one in set_ or ())
+    return cuts and target is None
 
 
 def _require_target_options(target: str | None, data: str | None, scores: Path | None) -> None:
@@ -178,25 +185,32 @@ def _plan(
     overrides: list[str],
     texts: Any,
 ) -> None:
+    from ..data import tokenize_once
     from ..locks import locked_folder
-    from ..models import load_config
+    from ..models import load_config, load_tokenizer
     from ..pruning.planning import make_plan
     from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
     from ..sizes.request import PrunerConfig
     from ..sizes.student import require_some_size
+    from ..vocabulary.counts import count_tokens
 
     request = PrunerConfig.from_dict(apply_overrides(given, overrides))
     config = load_config(teacher)
     require_some_size(config, request)
     read = None if scores is None else ImportanceScores.from_pretrained(scores)
-    if texts is None or read is None:
-        made = make_plan(_load(teacher)[0] if request.hidden_basis else config, request, read)
+    counts = None
+    if request.vocab_size is not None and texts is not None:
+        tokenizer = load_tokenizer(teacher)
+        texts = tokenize_once(texts, tokenizer)
+        counts = count_tokens(texts, tokenizer)
+    if request.target_parameters is None or texts is None or read is None:
+        made = make_plan(_load(teacher)[0] if request.hidden_basis else config, request, read, token_counts=counts)
     else:
         from ..pruning.prune import plan_for_target
 
         model, tokenizer = _load(teacher)
-        made = plan_for_target(model, request, read, texts, processing_class=tokenizer)
+        made = plan_for_target(model, request, read, texts, processing_class=tokenizer, token_counts=counts)
     _print_shapes(
         {
             "model_type": made.model_type,

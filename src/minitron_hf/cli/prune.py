@@ -44,6 +44,7 @@ def prune(
     from ..pruning.repair import repaired_weights
     from ..pruning.stored_checkpoint import is_streamable
     from ..pruning.streaming import prune_checkpoint
+    from ..pruning.tokenizers import prune_tokenizer
     from ..recipe.rules import hints_of
     from ..saving import in_stored_dtype, save_model
 
@@ -69,6 +70,7 @@ def prune(
         if verify:
             say(student.pruning_plan.notes[-1])
         with replacing_folder(output) as folder:
-            save_model(in_stored_dtype(student, stored_dtype(load_config(teacher))), folder, tokenizer)
+            stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
+            save_model(stored, folder, prune_tokenizer(tokenizer, made))
             student.pruning_plan.save_pretrained(folder)
     wrote(output)

@@ -153,6 +153,7 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     for number, one in enumerate(rounds, 1):
         where = f"rounds.{number}." if recipe.rounds else ""
         require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
+        _require_whole_vocabulary(one, where)
         require_iterations(one.pruner_config, one.scores.get("iterations", 1))
         found.append(distillation_config(folder, one.distill, f"{where}distill."))
         _require_shared(recipe, number)
@@ -166,6 +167,16 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
     return found
+
+
+def _require_whole_vocabulary(recipe: Recipe, where: str) -> None:
+    """Refuse a cut of the vocabulary: distillation and evaluation compare the same tokens of teacher and student."""
+    if recipe.pruner_config.vocab_size is not None:
+        raise DataError(
+            f"{where}prune.vocab_size: a recipe distils and evaluates against the teacher, which needs the same "
+            "tokens. Leave it out, and cut the finished student's vocabulary with `minitron-hf plan --vocab-size` and "
+            "`minitron-hf prune`."
+        )
 
 
 def _require_shared(recipe: Recipe, number: int) -> None:

@@ -128,6 +128,8 @@ def search_architectures(
         PlanError: if no shape is within the budget, or arguments contradict each other.
         OutputError: if `output_dir` holds another search.
     """
+    if base is not None and base.vocab_size is not None:
+        raise PlanError("base.vocab_size: candidates are compared with the teacher on the same tokens. Leave it out.")
     budget = single_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
