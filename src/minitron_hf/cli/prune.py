@@ -51,12 +51,7 @@ def prune(
     own = ("model", "plan", "data", "processing_class")
     settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
     made = PruningPlan.from_pretrained(plan)
-    if made.repair and data is None:
-        raise DataError(f"The plan in {plan} has repair={made.repair!r}, which needs calibration text. Give --data.")
-    if (data or set_) and not made.repair:
-        raise DataError(
-            f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
-        )
+    _require_data(made.repair, plan, data, set_)
     require_empty(output)
     in_memory = verify or in_memory
     texts = None if data is None else _texts(data, split, text_field)
@@ -74,3 +69,13 @@ def prune(
             save_model(stored, folder, prune_tokenizer(tokenizer, made))
             student.pruning_plan.save_pretrained(folder)
     wrote(output)
+
+
+def _require_data(repair: str | None, plan: Path, data: str | None, settings: list[str] | None) -> None:
+    """Refuse a repair without calibration text, and the reverse."""
+    if repair and data is None:
+        raise DataError(f"The plan in {plan} has repair={repair!r}, which needs calibration text. Give --data.")
+    if (data or settings) and not repair:
+        raise DataError(
+            f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
+        )

@@ -100,8 +100,7 @@ def prune_checkpoint(
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
-    tokenizer = None if plan.vocabulary is None else prune_tokenizer(load_tokenizer(folder), plan)
-    copied = _copied_files(folder, COPIED_FILES if tokenizer is None else LEGAL_FILES)
+    copied, tokenizer = _companions(folder, plan)
     _require_room(target, _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values()))
     if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
         processing_class = load_tokenizer(folder)
@@ -220,6 +219,13 @@ def _write_weights(
         metadata = {"total_parameters": num_parameters, **shards.metadata}
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
         write_text(folder / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _companions(folder: Path, plan: PruningPlan) -> tuple[dict[str, Path], PreTrainedTokenizerBase | None]:
+    """The teacher's files to copy, and the student's tokenizer where it is another one."""
+    if plan.vocabulary is None:
+        return _copied_files(folder, COPIED_FILES), None
+    return _copied_files(folder, LEGAL_FILES), prune_tokenizer(load_tokenizer(folder), plan)
 
 
 def _copied_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
