@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from typer.testing import CliRunner
 
 from minitron_hf import (
-    DistillationConfig,
-    DistillationTrainer,
     PrunerConfig,
     PruningPlan,
     apply_plan,
@@ -309,6 +307,12 @@ def test_the_command_line_plans_and_prunes(tmp_path):
         assert done.exit_code == 0, done.output
         student, cut = (kind.from_pretrained(tmp_path / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
         assert student.config.vocab_size == len(cut) == SIZE
+    line = ["distill", tmp_path / "loaded", "--teacher", tmp_path / "teacher", "--train-data", tmp_path / "text.jsonl"]
+    settings = ("max_steps=1", "max_length=16", "per_device_train_batch_size=2", "use_cpu=true", "bf16=false")
+    line += ["-o", tmp_path / "out", *(f"--set={one}" for one in settings)]
+    done = run.invoke(app, list(map(str, line)))
+    assert done.exit_code == 0, done.output
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == SIZE
 
 
 def test_the_block_of_the_guide_runs(tmp_path, monkeypatch):
@@ -320,18 +324,15 @@ def test_the_block_of_the_guide_runs(tmp_path, monkeypatch):
 
 
 def test_what_compares_with_the_teacher_refuses_a_cut_vocabulary(tmp_path):
-    """Distillation, search, recipes and evaluation: by name, before anything is computed."""
+    """Search, recipes and evaluation: by name, before anything is computed."""
     teacher, _, _, student = cut_alone("llama")
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4})
-    args = DistillationConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
-    with pytest.raises(MismatchError, match="vocabulary has 17 tokens"):
-        DistillationTrainer(student, teacher, args=args, train_dataset=rows, processing_class=bpe_tokenizer())
     with pytest.raises(MismatchError, match="vocabulary of 17 tokens"):
         evaluate_models({"teacher": teacher, "student": student}, rows, processing_class=bpe_tokenizer(), speed=False)
     recipe = Recipe.from_dict(
         {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path), "prune": {"vocab_size": 9}}
     )
-    with pytest.raises(DataError, match=r"prune.vocab_size: a recipe distils"):
+    with pytest.raises(DataError, match=r"prune.vocab_size: a recipe evaluates"):
         check_settings(recipe)
     with pytest.raises(PlanError, match=r"base.vocab_size"):
         search_architectures(teacher, None, space={}, calibration_data=rows, base=PrunerConfig(vocab_size=9))

@@ -53,6 +53,7 @@ def distill(
         launch(["distill", *given, "--", student], accelerate, num_processes)
         return
     from ..distillation.checks import refuse_pair
+    from ..distillation.cut_vocabulary import kept_tokens
     from ..models import load_config
     from ..recipe.environment import check_reporters
     from ..recipe.schema import DISTILL_DEFAULTS
@@ -64,7 +65,8 @@ def distill(
     if eval_data is not None:
         corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data")
     if teacher is not None:
-        refuse_pair(student, teacher, load_config(student), load_config(teacher), None)
+        configs = load_config(student), load_config(teacher)
+        refuse_pair(student, teacher, *configs, None, maps_tokens=kept_tokens(student, (), *configs) is not None)
     model, tokenizer = _load(student, dtype="float32")
     run_distillation(model, teacher, output, tokenizer, {**DISTILL_DEFAULTS, **settings}, *corpora)
     if is_main_process():

@@ -18,7 +18,15 @@ from ..families.tensors import is_quantised
 from ..losses.heads import base_model_of
 
 
-def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config: Any, peft_config: Any) -> None:
+def refuse_pair(
+    student: Any,
+    teacher: Any,
+    student_config: Any,
+    teacher_config: Any,
+    peft_config: Any,
+    *,
+    maps_tokens: bool = False,
+) -> None:
     """Refuse a student and a teacher that cannot be distilled, before either is loaded.
 
     Args:
@@ -27,12 +35,14 @@ def refuse_pair(student: Any, teacher: Any, student_config: Any, teacher_config:
         student_config: the student's config.
         teacher_config: the teacher's config.
         peft_config: of the adapter to be trained, or None.
+        maps_tokens: whether it is known which of the teacher's tokens the student has.
 
     Raises:
         MismatchError: if the vocabularies differ, or the models share weights.
         UnsupportedModelError: if a model is split over devices, or the loss would not see the adapter.
     """
-    _refuse_unequal_vocabularies(student_config, teacher_config)
+    if not maps_tokens:
+        _refuse_unequal_vocabularies(student_config, teacher_config)
     refuse_split_model(student, "student")
     refuse_split_model(teacher, "teacher")
     if isinstance(student, nn.Module):
@@ -118,13 +128,17 @@ def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
         )
 
 
-def refuse_resized(student_config: Any, teacher_config: Any) -> None:
+def refuse_resized(student_config: Any, other: int) -> None:
     """Refuse a student whose vocabulary TRL has changed while it set up training.
+
+    Args:
+        student_config: its config now.
+        other: number of tokens that are compared.
 
     Raises:
         MismatchError: naming the remedy.
     """
-    size, other = (config.get_text_config().vocab_size for config in (student_config, teacher_config))
+    size = student_config.get_text_config().vocab_size
     if size != other:
         raise MismatchError(
             f"chat_template_path brings a tokenizer, to which the student's vocabulary was resized: {size} tokens, "

@@ -66,6 +66,7 @@ def try_packing(
     """
     backbone = base_model_of(model).base_model
     vocab_size = base_model_of(model).config.get_text_config().vocab_size
+    vocab_size = min(vocab_size, getattr(collator, "vocab_size", vocab_size))  # the student's, which may be smaller
     before, length = LENGTHS
     second = [token % vocab_size for token in range(20, 20 + length)]
     outputs = []

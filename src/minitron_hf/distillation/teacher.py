@@ -18,6 +18,7 @@ from ..models import load_model, make_fast
 from .checkpoints import fingerprint
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
+from .cut_vocabulary import KeptTokens
 from .intermediate import IntermediateLosses, needed_states
 from .parallel import forward_of_backbone, gathered_head, offload_layers, shard_teacher
 from .teacher_cache import TeacherCache
@@ -33,6 +34,7 @@ class TeacherMixin(SFTTrainer):
     _caches: list[TeacherCache]
     _correction: ConcurrentCorrection | None
     _intermediate: IntermediateLosses
+    _kept: KeptTokens | None
     _teacher_fingerprint: Any
     _teacher_loss: Tensor | None
 
@@ -101,6 +103,8 @@ class TeacherMixin(SFTTrainer):
         extra = {"output_hidden_states": wanted} if wanted else {}
         with torch.set_grad_enabled(learns), self.accelerator.autocast(), forward_of_backbone(teacher):
             # Called through the wrapper, if there is one, whose hooks gather sharded parameters.
+            if self._kept is not None:
+                inputs, targets = self._kept.inputs_of_teacher(inputs), self._kept.of_teacher(targets)
             output = self.teacher_model(**inputs, **extra, use_cache=False)
         head = gathered_head(output_head(teacher))
         h_NH = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
@@ -108,4 +112,5 @@ class TeacherMixin(SFTTrainer):
         if learns:
             with self.accelerator.autocast():
                 self._teacher_loss = cross_entropy_sum(h_NH, head, targets)
-        return DenseSignal(h_NH.detach(), head), tuple(h.detach() for h in states)
+        kept = None if self._kept is None else self._kept.ids
+        return DenseSignal(h_NH.detach(), head, kept), tuple(h.detach() for h in states)

@@ -17,7 +17,6 @@ from trl import SFTTrainer
 
 from ..compat import without_checkpointing_warning
 from ..data.context import shortest_context
-from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError
 from ..evaluation.callback import MeasurementCallback
 from ..files import require_writable
@@ -30,7 +29,6 @@ from .arguments import (
     eval_packing,
     in_training_dtype,
     kwargs_dict,
-    processing_class_of,
     refuse_unused_loading_arguments,
 )
 from .assistant_turns import AssistantTurnsMixin
@@ -56,6 +54,7 @@ from .checks import (
     refuse_wrapped_head,
 )
 from .config import DistillationConfig
+from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of
 from .inputs import TeacherSource, TrainingData
 from .intermediate import needed_states
 from .intermediate_steps import IntermediateLossMixin
@@ -107,12 +106,13 @@ class DistillationTrainer(
     Args:
         model: the student: a model, or a path or Hub id.
         teacher_model: the teacher: a model, or a path or Hub id. It is put into evaluation mode, frozen, and moved to
-            the training device. It must share the student's vocabulary. None if all data is cached.
+            the training device. It must share the student's vocabulary, or the student's plan has cut it. None if all
+            data is cached.
         args: a `DistillationConfig`.
         data_collator: makes batches of rows; by default TRL's collator for the data.
         train_dataset: corpus; or `load_teacher_cache(folder)`, a corpus with precomputed teacher logits.
         eval_dataset: held-out corpus or teacher cache, or several by name.
-        processing_class: tokenizer of both models.
+        processing_class: tokenizer of both models; where the student's plan cuts the vocabulary, of either.
         compute_metrics: metrics from the student's logits; costs a second forward pass and [batch, length, vocabulary]
             memory in evaluation.
         callbacks: trainer callbacks.
@@ -173,15 +173,15 @@ class DistillationTrainer(
         )
         data = TrainingData.of(train_dataset, eval_dataset)
         teacher = TeacherSource.of(teacher_model, args, data.train_caches)
-        refuse_pair(model, teacher.model, student_config, teacher.config, peft_config)
+        plans = plans_of(model, pruning_plan)
+        kept = None if teacher.model is None else kept_tokens(model, plans, student_config, teacher.config)
+        refuse_pair(model, teacher.model, student_config, teacher.config, peft_config, maps_tokens=kept is not None)
         limit_to_context(args, student=student_config, teacher=teacher.config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
         data.require_arguments(args)
-        self._remember_inputs(model, student_config, teacher, data, pruning_plan)
+        self._remember_inputs(model, student_config, teacher, data, plans, kept)
         self._prepare_output_folder(model, args, student_config, peft_config, teacher)
-        if processing_class is None and self._student_name is None:
-            processing_class = processing_class_of(teacher.config, args.trust_remote_code)
-        refuse_other_tokenizers(processing_class, student=model, teacher=teacher.model)
+        processing_class = checked_tokenizer(processing_class, model, teacher, kept, args.trust_remote_code)
         with without_checkpointing_warning():
             super().__init__(
                 model=model,
@@ -214,24 +214,22 @@ class DistillationTrainer(
         student_config: PretrainedConfig,
         teacher: TeacherSource,
         data: TrainingData,
-        pruning_plan: PruningPlan | Sequence[PruningPlan] | None,
+        plans: Sequence[PruningPlan],
+        kept: KeptTokens | None,
     ) -> None:
         """Keep what other methods need of the arguments, also those that the base class calls in its `__init__`."""
         self.teacher_model: Any = None
         self._teacher_fingerprint: str | None = None
         self._has_teacher = teacher.model is not None
         self._teacher_name, self._teacher_revision = teacher.name, teacher.revision
-        self._vocab_size = teacher.config.get_text_config().vocab_size
+        self._kept = kept
+        self._vocab_size = teacher.config.get_text_config().vocab_size if kept is None else len(kept.ids)
         self._caches: list[TeacherCache] = data.caches
         self._datasets = dict(data.described)
         config = student_config.get_text_config()
         self._stock_fields = {name: getattr(config, name) for name in TRAINING_FIELDS if hasattr(config, name)}
         self._student_name = source_name(model)
-        if pruning_plan is None:
-            pruning_plan = getattr(base_model_of(model), "pruning_plan", None)
-        if pruning_plan is not None and not isinstance(pruning_plan, Sequence):
-            pruning_plan = [pruning_plan]
-        self._plans = pruning_plan or ()
+        self._plans = plans
 
     def _prepare_output_folder(
         self,
@@ -256,7 +254,7 @@ class DistillationTrainer(
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         student = base_model_of(self.model)
-        refuse_resized(student.config, teacher_config)
+        refuse_resized(student.config, self._vocab_size)
         refuse_split_model(student, "student")
         refuse_wrapped_head(student)
         refuse_split_tie(student)

@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from ..errors import MismatchError
 from .chunks import default_chunk_size, even_slices
 from .divergences import DIVERGENCES, OF_LOGITS, Rows
+from .dropped import DroppedTokens
 from .heads import OutputHead, finite_bias
+from .products import compute_dtype, project, scaled_logits
 from .signals import DenseSignal, TeacherSignal, TopKSignal
 
 
@@ -91,7 +93,8 @@ def distillation_loss(
     Args:
         hidden: [N, H], the student's hidden states after its final norm.
         head: the student's output head. Its weight and bias get gradients if they require them.
-        teacher: the teacher's distributions at the same N tokens. They get no gradient.
+        teacher: the teacher's distributions at the same N tokens. They get no gradient. Where the student lacks some
+            of its tokens, D is weighted by the teacher's probability of the others (`losses.dropped`).
         labels: int64 [N], the true next token of each position.
         divergence: D: `"forward_kl"`; `"reverse_kl"`, KL(q ‖ p); `"jsd"`, the Jensen-Shannon divergence generalised
             as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
@@ -111,8 +114,9 @@ def distillation_loss(
     """
     _require_comparable(hidden, head, teacher, labels, divergence)
     if chunk_size is None:
-        dtype = _compute_dtype(hidden.device, head.weight)
-        chunk_size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device, dtype)
+        dtype = compute_dtype(hidden.device, head.weight)
+        widest = max(head.vocab_size, teacher.head.vocab_size if isinstance(teacher, DenseSignal) else 0)
+        chunk_size = default_chunk_size(hidden.shape[0], widest, hidden.device, dtype)
     settings = _Settings(head.scale, head.softcap, divergence, jsd_beta, temperature, kd_weight, ce_weight, chunk_size)
     weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # `needs_input_grad` is true of a parameter even then
@@ -183,12 +187,12 @@ class _FusedLoss(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_any = needs_hidden or needs_weight or needs_bias
         device, num_tokens = hidden.device, hidden.shape[0]
-        compute_dtype = _compute_dtype(device, weight)
+        dtype = compute_dtype(device, weight)
         # Half-precision gradients are summed over chunks in float32.
-        sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
 
-        h_NH, w_VH = hidden.detach().to(compute_dtype), weight.detach().to(compute_dtype)
-        b_V = finite_bias(bias, compute_dtype)
+        h_NH, w_VH = hidden.detach().to(dtype), weight.detach().to(dtype)
+        b_V = finite_bias(bias, dtype)
         kl = torch.empty(num_tokens, dtype=sum_dtype, device=device)
         ce, entropy = torch.empty_like(kl), torch.empty_like(kl)
         agreement, accuracy = (torch.empty_like(kl, dtype=torch.bool) for _ in range(2))
@@ -200,14 +204,14 @@ class _FusedLoss(torch.autograd.Function):
         found = TokenLosses(kl.new_zeros(()), divergence, kl, ce, agreement, accuracy, entropy)
         rows = _Rows(teacher, settings, labels, found, with_gradient=needs_any)
         with torch.autocast(device.type, enabled=False):  # the dtypes are chosen above
-            z_s = torch.empty(0, dtype=compute_dtype, device=device)
+            z_s = torch.empty(0, dtype=dtype, device=device)
             for chunk in even_slices(num_tokens, settings.chunk_size):
-                z_s = _project(h_NH[chunk], w_VH, b_V, z_s)
+                z_s = project(h_NH[chunk], w_VH, b_V, z_s)
                 rows.evaluate(chunk, z_s)  # z_s becomes the gradient with respect to the raw student logits
                 if grad_hidden is not None:
                     grad_hidden[chunk] = z_s @ w_VH
                 if grad_weight is not None:
-                    if grad_weight.dtype == compute_dtype:
+                    if grad_weight.dtype == dtype:
                         grad_weight.addmm_(z_s.t(), h_NH[chunk])
                     else:
                         grad_weight.add_(z_s.t() @ h_NH[chunk])
@@ -264,16 +268,22 @@ class _Rows:
         shape = (num_buffers, min(self.block, len(signal)), signal.vocab_size)
         self.scratch = torch.empty(shape, dtype=dtype, device=kl.device)
         if isinstance(signal, DenseSignal):
-            teacher_dtype = _compute_dtype(kl.device, signal.head.weight)
+            teacher_dtype = compute_dtype(kl.device, signal.head.weight)
             self.teacher_hidden = signal.hidden.detach().to(teacher_dtype)
             self.teacher_weight = signal.head.weight.detach().to(teacher_dtype)
             self.teacher_bias = finite_bias(signal.head.bias, teacher_dtype)
-            self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
+            self.product = self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
+        self.dropped = None
+        if isinstance(signal, DenseSignal) and signal.kept is not None:
+            self.dropped = DroppedTokens(signal, settings.temperature, found.kl, self.block)
 
     def evaluate(self, chunk: slice, z_s: Tensor) -> None:
         """Fill the losses of one chunk, and turn its raw student logits [chunk, V] into their gradient in place."""
         if isinstance(self.signal, DenseSignal):
-            self.z_t = _project(self.teacher_hidden[chunk], self.teacher_weight, self.teacher_bias, self.z_t)
+            hidden, weight = self.teacher_hidden[chunk], self.teacher_weight
+            self.product = self.z_t = project(hidden, weight, self.teacher_bias, self.product)
+            if self.dropped is not None:
+                self.z_t = self.dropped.split(chunk, self.product)
         for block in even_slices(z_s.shape[0], self.block):
             self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
 
@@ -286,7 +296,7 @@ class _Rows:
         """
         s, signal = self.settings, self.signal
         if isinstance(signal, DenseSignal):
-            return _scaled_logits(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
+            return scaled_logits(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
         tokens = signal.tokens[where]
         out.copy_(student).scatter_(-1, tokens, -torch.inf)
         log_tail = signal.log_tail[where, None].to(out.dtype)
@@ -300,9 +310,11 @@ class _Rows:
         s, found = self.settings, self.found
         scratch_a, scratch_b, work, probabilities_t, *spare = self.scratch[:, : z_s.shape[0]]
         # Logits over T; `teacher` and `student` are the buffers of the products themselves where nothing is to change.
-        student = _scaled_logits(z_s, s.scale, s.softcap, s.temperature, scratch_b)
+        student = scaled_logits(z_s, s.scale, s.softcap, s.temperature, scratch_b)
         teacher = self._teacher_logits(block, where, student, scratch_a)
         max_t, max_s = self._compare_best_tokens(where, teacher, student, z_s.dtype, work)
+        if self.dropped is not None:  # the teacher's most likely token may be one that the student lacks
+            found.agreement[where] &= max_t[:, 0] >= self.dropped.largest[where]
         label = student.gather(-1, self.labels[where, None])
 
         # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
@@ -313,13 +325,14 @@ class _Rows:
         # In place of the teacher's logits, where they are not needed any more.
         probabilities_s = torch.softmax(student, -1, out=spare[0] if spare else scratch_a)
         lse_s = max_s - probabilities_s.amax(-1, keepdim=True).log()
-        found.kl[where] = (kl - lse_t + lse_s)[:, 0]
+        share = 1.0 if self.dropped is None else self.dropped.share_kept(where, lse_t)
+        found.kl[where] = ((kl - lse_t + lse_s) * share)[:, 0]
         if s.temperature == 1:
             found.ce[where] = (lse_s - label)[:, 0]
             found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)
         offset = lse_s - lse_t
         rows = Rows(teacher, student, work, offset, probabilities_t, probabilities_s, self.with_gradient)
-        gradient = self._divergence_gradient(where, rows)
+        gradient = self._divergence_gradient(where, rows, share)
         free = work if gradient is probabilities_s else probabilities_s
         if s.temperature != 1:
             self._add_cross_entropy_at_one(where, student, max_s, gradient, free, probabilities_t)
@@ -359,25 +372,33 @@ class _Rows:
         found.accuracy[where] = (best == labels)[:, 0]
         return max_t, max_s
 
-    def _divergence_gradient(self, where: slice, rows: Rows) -> Tensor:
+    def _divergence_gradient(self, where: slice, rows: Rows, share: Tensor | float) -> Tensor:
         """Fill in the divergence, and return its weighted gradient with respect to the student's logits over T.
 
         At T = 1 the softmax of the cross-entropy, the same as the student's probabilities, is added here.
+
+        Args:
+            where: rows of the block.
+            rows: probabilities and logits of both models.
+            share: weight of the divergence, [n, 1] or one for all.
         """
         s = self.settings
         ce_weight = s.ce_weight if s.temperature == 1 else 0.0
+        weight = s.kd_coefficient * share
         if s.divergence == "forward_kl":  # its value is there already; its gradient is q - p
             gradient = rows.q
-            if self.with_gradient:
-                if s.kd_coefficient + ce_weight != 1:
-                    gradient.mul_(s.kd_coefficient + ce_weight)
-                gradient.sub_(rows.p, alpha=s.kd_coefficient)
-            return gradient
-        self.found.divergence[where] = DIVERGENCES[s.divergence](rows, s.jsd_beta)[:, 0]
+            if not self.with_gradient:
+                return gradient
+            if isinstance(weight, Tensor) or weight + ce_weight != 1:
+                gradient.mul_(weight + ce_weight)
+            if isinstance(weight, Tensor):
+                return gradient.sub_(rows.p.mul_(weight))
+            return gradient.sub_(rows.p, alpha=weight)
+        self.found.divergence[where] = (DIVERGENCES[s.divergence](rows, s.jsd_beta) * share)[:, 0]
         gradient = rows.difference
         if self.with_gradient:
-            if s.kd_coefficient != 1:
-                gradient.mul_(s.kd_coefficient)
+            if isinstance(weight, Tensor) or weight != 1:
+                gradient.mul_(weight)
             if ce_weight != 0:
                 gradient.add_(rows.q, alpha=ce_weight)
         return gradient
@@ -418,27 +439,3 @@ class _Rows:
 def _expected(probabilities: Tensor, logits: Tensor) -> Tensor:
     """Σ over the vocabulary of probability times logit → [n]."""
     return torch.linalg.vecdot(probabilities, logits.to(probabilities.dtype))
-
-
-def _scaled_logits(z: Tensor, scale: float, softcap: float | None, temperature: float, out: Tensor) -> Tensor:
-    """`softcap(scale * z) / T` in the dtype of `out`; `z` itself if that changes nothing, else written to `out`."""
-    if softcap is not None:
-        return torch.mul(z.to(out.dtype), scale / softcap, out=out).tanh_().mul_(softcap / temperature)
-    if scale == temperature:
-        return z if z.dtype == out.dtype else out.copy_(z)
-    return torch.mul(z.to(out.dtype), scale / temperature, out=out)
-
-
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """`hidden @ weightᵀ + bias` in the memory of `buffer` if its shape fits, else in new memory."""
-    shape = (hidden.shape[0], weight.shape[0])
-    out = buffer[: shape[0]] if buffer.dim() == 2 and buffer.shape[0] >= shape[0] else hidden.new_empty(shape)
-    torch.mm(hidden, weight.t(), out=out)
-    return out if bias is None else out.add_(bias)
-
-
-def _compute_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
-    """Precision of the matrix products: autocast's, if it is on, else the weight's."""
-    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device.type)
-    return weight.dtype

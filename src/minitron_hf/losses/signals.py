@@ -18,18 +18,20 @@ class DenseSignal:
     Attributes:
         hidden: [N, H_t], hidden states after the final norm.
         head: the teacher's output head.
+        kept: int64 [V], the teacher's id of every token of a student that lacks some; None: it has all.
     """
 
     hidden: Tensor
     head: OutputHead
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     @property
     def vocab_size(self) -> int:
-        """Size of the teacher's vocabulary."""
-        return self.head.vocab_size
+        """Number of tokens that are compared."""
+        return self.head.vocab_size if self.kept is None else len(self.kept)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""A student with fewer tokens than its teacher: it reads its own tokens, the teacher the same ones under its ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.vocabulary import refuse_other_tokenizers, stored_tokenizer
+from ..errors import MismatchError
+from ..families import VOCABULARY
+from ..losses.heads import base_model_of
+from ..pruning.plan import PLAN_NAME, PruningPlan
+from ..pruning.tokenizers import prune_tokenizer
+from .adapters import source_name
+from .arguments import processing_class_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .inputs import TeacherSource
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """The teacher's tokens that the student has.
+
+    Attributes:
+        ids: int64 [V], the teacher's id of every token of the student.
+        plan: the plan that chose them.
+    """
+
+    ids: Tensor
+    plan: PruningPlan
+
+    def tokenizer(self, processing_class: Any) -> Any:
+        """The student's tokenizer, from either model's.
+
+        Raises:
+            MismatchError: if it is neither.
+        """
+        if processing_class is None:
+            raise MismatchError(
+                "The student's vocabulary was cut, and its tokenizer is not known. Pass processing_class=tokenizer."
+            )
+        return prune_tokenizer(processing_class, self.plan)
+
+    def inputs_of_teacher(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of the student's forward pass with the teacher's ids."""
+        return {**inputs, "input_ids": self.of_teacher(inputs["input_ids"])}
+
+    def of_teacher(self, tokens: Tensor) -> Tensor:
+        """The teacher's ids of the student's tokens."""
+        return self.ids.to(tokens.device)[tokens]
+
+
+def kept_tokens(
+    student: Any, plans: Sequence[PruningPlan], student_config: PretrainedConfig, teacher_config: PretrainedConfig
+) -> KeptTokens | None:
+    """The teacher's tokens that a student has, if a plan cut the vocabulary from the one to the other.
+
+    Args:
+        student: a model, or a path or Hub id.
+        plans: of the student; empty: the plan in its folder, if there is one.
+        student_config: the student's.
+        teacher_config: the teacher's.
+
+    Returns:
+        None where both have equally many tokens, or no plan connects them.
+    """
+    sizes = tuple(config.get_text_config().vocab_size for config in (teacher_config, student_config))
+    if sizes[0] == sizes[1]:
+        return None
+    folder = source_name(student)
+    if not plans and folder is not None and (Path(folder) / PLAN_NAME).is_file():
+        plans = [PruningPlan.from_pretrained(folder)]
+    cuts = [plan for plan in plans if VOCABULARY in plan.kept]
+    if len(cuts) != 1 or sizes != (cuts[0].sizes[VOCABULARY]["teacher"], cuts[0].sizes[VOCABULARY]["student"]):
+        return None
+    return KeptTokens(torch.from_numpy(cuts[0].kept[VOCABULARY]), cuts[0])
+
+
+def plans_of(model: Any, given: PruningPlan | Sequence[PruningPlan] | None) -> Sequence[PruningPlan]:
+    """The plans of a student: those that are given, or the one that is attached to it."""
+    plans = getattr(base_model_of(model), "pruning_plan", None) if given is None else given
+    if isinstance(plans, PruningPlan):
+        return (plans,)
+    return tuple(plans or ())
+
+
+def checked_tokenizer(
+    processing_class: Any, student: Any, teacher: TeacherSource, kept: KeptTokens | None, trust_remote_code: bool
+) -> Any:
+    """The tokenizer of the student's tokens: the given one, or of a student in memory only, the teacher's.
+
+    Raises:
+        MismatchError: if it does not belong to the models.
+        DataError: if there is none.
+    """
+    folder = source_name(student)
+    if processing_class is None and folder is None:
+        processing_class = processing_class_of(teacher.config, trust_remote_code)
+    if kept is None:
+        refuse_other_tokenizers(processing_class, student=student, teacher=teacher.model)
+        return processing_class
+    if processing_class is None and folder is not None:
+        processing_class = stored_tokenizer(folder)
+    processing_class = kept.tokenizer(processing_class)
+    refuse_other_tokenizers(processing_class, student=student)
+    return processing_class

@@ -1,0 +1,234 @@
+"""Distillation of a student with fewer tokens than its teacher, against explicit probabilities in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minitron_hf import (
+    DistillationConfig,
+    DistillationTrainer,
+    PrunerConfig,
+    apply_plan,
+    count_tokens,
+    estimate_importance,
+    make_plan,
+    prune_tokenizer,
+)
+from minitron_hf.errors import DataError, MismatchError
+from minitron_hf.losses.fused import distillation_loss
+from minitron_hf.losses.heads import OutputHead
+from minitron_hf.losses.signals import DenseSignal
+from pocket import pocket_tokenizer
+from test_vocabulary_pruning import SIZE, teacher_of, texts
+
+N, V_T, H, H_T = 13, 31, 7, 11
+#: Teacher's ids of the student's tokens.
+KEPT = torch.tensor([0, 2, 3, 4, 7, 8, 11, 12, 13, 14, 17, 20, 21, 22, 23, 24, 28, 30])
+
+
+def problem(*, bias=False, scale=1.0, softcap=None, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    hidden, weight_t = normal(N, H), normal(V_T, H_T) / 2
+    hidden_t = torch.cat([hidden, normal(N, H_T - H)], 1)
+    bias_t = normal(V_T) if bias else None
+    head = OutputHead(
+        weight_t[KEPT, :H].clone().requires_grad_(),
+        bias_t[KEPT].clone().requires_grad_() if bias else None,
+        0.8 * scale,
+        softcap,
+    )
+    labels = torch.randint(len(KEPT), (N,), generator=generator)
+    return (
+        hidden.requires_grad_(),
+        head,
+        DenseSignal(hidden_t.detach(), OutputHead(weight_t, bias_t, scale, softcap), KEPT),
+        labels,
+    )
+
+
+def logits(states, head):
+    z = states.double() @ head.weight.double().T
+    z = (z if head.bias is None else z + head.bias.double()) * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def naive(hidden, head, teacher, labels, *, divergence, temperature, kd_weight, ce_weight):
+    """From the whole distribution of the teacher: m·D(p / m, q) with m, the probability of the kept tokens."""
+    z_s, z_t = logits(hidden, head), logits(teacher.hidden, teacher.head)
+    p_all = torch.exp(z_t / temperature) / torch.exp(z_t / temperature).sum(1, keepdim=True)
+    m = p_all[:, KEPT].sum(1)
+    p = p_all[:, KEPT] / m[:, None]
+    q = torch.exp(z_s / temperature) / torch.exp(z_s / temperature).sum(1, keepdim=True)
+
+    def kl_of(a, b):
+        return (a * torch.log(a / b)).sum(1)
+
+    mixed = (p + q) / 2
+    value = (
+        m
+        * {
+            "forward_kl": kl_of(p, q),
+            "reverse_kl": kl_of(q, p),
+            "jsd": (kl_of(p, mixed) + kl_of(q, mixed)) / 2,
+            "tv": (p - q).abs().sum(1) / 2,
+            "mse": (z_t[:, KEPT] - z_s).square().mean(1),
+        }[divergence]
+    )
+    ce = -torch.log_softmax(z_s, 1).gather(1, labels[:, None])[:, 0]
+    total = (kd_weight * temperature**2 * value + ce_weight * ce).sum()
+    return total, value, m * kl_of(p, q), ce, z_t.argmax(1) == KEPT[z_s.argmax(1)], p_all, q, m
+
+
+@pytest.mark.parametrize("case", [{}, {"bias": True, "scale": 0.3}, {"softcap": 5.0, "bias": True}], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tv", "mse"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.4])
+def test_values_and_gradients_equal_the_naive_reference(case, divergence, temperature, ce_weight):
+    if divergence == "mse" and temperature != 1:
+        pytest.skip("logits have no temperature")
+    hidden, head, teacher, labels = problem(**case)
+    options = {"divergence": divergence, "temperature": temperature, "kd_weight": 0.7, "ce_weight": ce_weight}
+    inputs = [tensor for tensor in (hidden, head.weight, head.bias) if tensor is not None]
+    total, value, kl, ce, agreement, p_all, q, m = naive(hidden, head, teacher, labels, **options)
+    found = distillation_loss(hidden, head, teacher, labels, chunk_size=5, **options)
+    for one, other in ((found.total, total), (found.divergence, value), (found.kl, kl), (found.ce, ce)):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    assert torch.equal(found.agreement, agreement)
+    assert agreement.any()
+    assert not agreement.all()
+    for one, other in zip(torch.autograd.grad(0.37 * found.total, inputs), torch.autograd.grad(0.37 * total, inputs)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    if divergence == "forward_kl":  # the other tokens are one more outcome, whose part the student cannot change
+        p = p_all[:, KEPT]
+        outcomes = (p * (p.log() - q.log())).sum(1) - m * m.log()
+        torch.testing.assert_close(found.kl, outcomes, rtol=1e-10, atol=1e-12)
+
+
+def test_a_student_that_lacks_no_token_learns_as_before():
+    """All tokens, in another order."""
+    hidden, _, teacher, _ = problem(bias=True)
+    order = torch.randperm(V_T, generator=torch.Generator().manual_seed(3))
+    weight, bias = (teacher.head.weight[order, :H].clone().requires_grad_(), teacher.head.bias[order].clone())
+    whole, labels = OutputHead(weight, bias), torch.zeros(N, dtype=torch.long)
+    signal = DenseSignal(teacher.hidden, OutputHead(teacher.head.weight[order], teacher.head.bias[order]))
+    plain = distillation_loss(hidden, whole, signal, labels)
+    mapped = distillation_loss(hidden, whole, DenseSignal(teacher.hidden, teacher.head, order), labels)
+    torch.testing.assert_close(mapped.kl, plain.kl, rtol=1e-12, atol=1e-13)
+    assert torch.equal(mapped.agreement, plain.agreement)
+    ours, theirs = (torch.autograd.grad(one.total, weight)[0] for one in (mapped, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_half_precision_is_near():
+    hidden, head, teacher, labels = problem()
+    expected = distillation_loss(hidden, head, teacher, labels)
+    half = [OutputHead(one.weight.detach().bfloat16(), None, one.scale) for one in (head, teacher.head)]
+    signal = DenseSignal(teacher.hidden.bfloat16(), half[1], KEPT)
+    found = distillation_loss(hidden.detach().bfloat16(), half[0], signal, labels)
+    assert (found.kl.double() - expected.kl).abs().mean() < 0.05 * expected.kl.mean()
+
+
+# The trainer
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A teacher, its student with two thirds of the tokens and neurons, and both tokenizers."""
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    counts, scores = count_tokens(texts(), tokenizer), estimate_importance(teacher, metric="random")
+    plan = make_plan(teacher, PrunerConfig(vocab_size=SIZE, intermediate_size=0.67), scores, token_counts=counts)
+    return teacher, apply_plan(teacher, plan), tokenizer, prune_tokenizer(tokenizer, plan)
+
+
+def trainer_of(student, teacher, folder, tokenizer, **changes):
+    values = {
+        "max_length": 16, "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "bf16": False,
+        "use_cpu": True, "report_to": "none", "logging_steps": 30, "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    rows = Dataset.from_dict({"text": texts()})
+    return DistillationTrainer(
+        student,
+        teacher,
+        args=DistillationConfig(str(folder), **{**values, **changes}),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_the_trainer_compares_the_kept_tokens(pair, tmp_path, whose):
+    """Evaluation equals the naive loss: the student reads its own tokens, the teacher the same ones."""
+    teacher, student, tokenizer, cut = pair
+    given = tokenizer if whose == "teacher" else cut
+    trainer = trainer_of(student, teacher, tmp_path, given, per_device_eval_batch_size=3)
+    found = trainer.evaluate()
+    kept = torch.from_numpy(student.pruning_plan.kept["vocab"])
+    sums, count, agree = 0.0, 0, 0
+    for row in trainer.eval_dataset["input_ids"]:
+        ids = torch.tensor([row])
+        assert ids.max() < SIZE
+        with torch.no_grad():
+            z_s, z_t = student(ids).logits[0, :-1].double(), teacher(kept[ids]).logits[0, :-1].double()
+        p_all = z_t.softmax(-1)
+        m = p_all[:, kept].sum(-1)
+        p, q = p_all[:, kept] / m[:, None], z_s.softmax(-1)
+        sums += float((m * (p * (p / q).log()).sum(-1)).sum())
+        agree += int((z_t.argmax(-1) == kept[z_s.argmax(-1)]).sum())
+        count += len(m)
+    assert found["eval_kl"] == pytest.approx(sums / count, rel=1e-4)
+    assert found["eval_agreement"] == pytest.approx(agree / count)
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_loss": "mse", "embedding_loss": "mse", "packing": True}], ids=str)
+def test_a_student_with_fewer_tokens_is_distilled(pair, tmp_path, options):
+    teacher, student, tokenizer, cut = pair
+    trainer = trainer_of(copy.deepcopy(student), teacher, tmp_path, tokenizer, **options)
+    before = trainer.evaluate()["eval_kl"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] < 0.8 * before
+    trainer.save_model()
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.get_vocab() == cut.get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == SIZE
+    # From the folder, which holds the plan and the student's tokenizer.
+    again = trainer_of(str(tmp_path), teacher, tmp_path / "again", None)
+    assert again.evaluate()["eval_kl"] == pytest.approx(trainer.evaluate()["eval_kl"], rel=1e-3)
+
+
+def test_teacher_correction_learns_the_teachers_ids(pair, tmp_path):
+    """Concurrent correction: the teacher's own loss is that of the same tokens under its ids."""
+    teacher, student, tokenizer, _ = pair
+    own = copy.deepcopy(teacher)
+    correction = {"teacher_correction": "concurrent", "teacher_original_learning_rate": 1e-2}
+    trainer = trainer_of(copy.deepcopy(student), own, tmp_path, tokenizer, max_steps=40, **correction)
+
+    def loss() -> float:
+        rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts()[:8]]
+        with torch.no_grad():
+            return sum(float(own(ids, labels=ids).loss) for ids in rows)
+
+    before = loss()
+    trainer.train()
+    assert loss() < before
+
+
+def test_pairs_that_do_not_fit_are_refused(pair, tmp_path):
+    teacher, student, tokenizer, _ = pair
+    with pytest.raises(MismatchError, match="chosen with another tokenizer"):
+        trainer_of(student, teacher, tmp_path, pocket_tokenizer())
+    with pytest.raises(DataError, match="processing_class is None"):
+        trainer_of(student, teacher, tmp_path, None)
+    bare = copy.deepcopy(student)
+    del bare.pruning_plan  # which tokens it has is not known
+    with pytest.raises(MismatchError, match="vocabulary has 17 tokens"):
+        trainer_of(bare, teacher, tmp_path, tokenizer)
