@@ -173,8 +173,8 @@ def _require_whole_vocabulary(recipe: Recipe, where: str) -> None:
     """Refuse a cut of the vocabulary: the evaluation of a recipe compares the same tokens of teacher and student."""
     if recipe.pruner_config.vocab_size is not None:
         raise DataError(
-            f"{where}prune.vocab_size: a recipe evaluates the student beside the teacher, on the same tokens. Leave it "
-            "out, and cut the finished student's vocabulary with `minitron-hf plan --vocab-size` and "
+            f"{where}prune.vocab_size: a recipe evaluates the student beside the teacher, on the same tokens. Leave "
+            "it out, and cut the finished student's vocabulary with `minitron-hf plan --vocab-size` and "
             "`minitron-hf prune`."
         )
 
