@@ -1,9 +1,9 @@
 """A small Hugging Face Hub on this machine, for tests that use the real client over real HTTP.
 
 Standard library only (PyYAML for card metadata). It speaks what `huggingface_hub` sends for a push with Git LFS and
-for reading a model: repository creation, card validation, upload modes, LFS batch and upload, commits, branches and
-pull requests, model info, tree, and files with `X-Repo-Commit` and `ETag`. It has accounts with tokens, private
-repositories that are invisible without one, and faults on request.
+for reading a model: repository creation, card validation, upload modes, LFS batch and upload, commits, branches,
+tags and pull requests, collections, model info, tree, and files with `X-Repo-Commit` and `ETag`. It has accounts
+with tokens, private repositories that are invisible without one, and faults on request.
 
     python tests/hub_server.py --port 0 --root DIR          # prints its URL
     HF_ENDPOINT=<url> HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_writer python …
@@ -78,6 +78,8 @@ class Repo:
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
 
     def history(self, revision: str = "main") -> list[Commit]:
         """Commits of a branch, newest first, without the empty one that every repository starts with."""
@@ -94,7 +96,8 @@ class HubServer:
 
     Attributes:
         url: where it listens.
-        repos: repository id → repository.
+        repos: repository id → repository; those of datasets begin with `datasets/`.
+        collections: slug → title, visibility and items.
         requests: (method, path) of every request, in order.
         faults: what goes wrong next; each entry is used up by the first request that it fits:
             "drop-lfs" cuts the connection in the middle of an LFS upload, "stall-lfs" stops reading there,
@@ -107,6 +110,7 @@ class HubServer:
         self.objects = Path(root) / "lfs"
         self.objects.mkdir(parents=True, exist_ok=True)
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[str] = []
         self.stalled = threading.Event()
@@ -297,10 +301,12 @@ class Handler(BaseHTTPRequestHandler):
         owners = () if account is None else (account["name"], *account["orgs"])
         if repo is None or (repo.private and repo_id.split("/")[0] not in owners):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
+        if repo.gated and "/resolve/" in self.path and repo_id.split("/")[0] not in owners:
+            raise Refusal(403, f"Access to model {repo_id} is restricted. You must have access to it.", "GatedRepo")
         return repo
 
     def commit_of(self, repo: Repo, revision: str) -> Commit:
-        oid = repo.branches.get(revision, revision)
+        oid = repo.branches.get(revision) or repo.tags.get(revision, revision)
         if oid not in repo.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return repo.commits[oid]
@@ -355,6 +361,60 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, f"Reference already exists: {branch}")
         repo.branches[branch] = self.commit_of(repo, json.loads(self.body or b"{}").get("startingPoint", "main")).oid
         self.answer({})
+
+    def create_tag(self, repo_id: str, revision: str) -> None:
+        self.may_write(repo_id.split("/")[0])
+        repo, tag = self.repo(repo_id), json.loads(self.body)["tag"]
+        if tag in repo.tags:
+            raise Refusal(409, f"Reference already exists: refs/tags/{tag}")
+        repo.tags[tag] = self.commit_of(repo, revision).oid
+        self.answer({})
+
+    def refs(self, repo_id: str) -> None:
+        repo = self.repo(repo_id)
+
+        def listed(kind: str, named: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in named.items()]
+
+        branches = {name: oid for name, oid in repo.branches.items() if not name.startswith("refs/")}
+        self.answer({"branches": listed("heads", branches), "tags": listed("tags", repo.tags), "converts": []})
+
+    def create_collection(self) -> None:
+        wanted = json.loads(self.body)
+        self.may_write(wanted["namespace"])
+        title = re.sub(r"\W+", "-", wanted["title"].lower())
+        slug = f"{wanted['namespace']}/{title}-{hashlib.sha1(wanted['title'].encode()).hexdigest()[:24]}"
+        with self.state.lock:
+            if slug in self.state.collections:
+                raise Refusal(409, "You already created this collection", slug=slug)
+            self.state.collections[slug] = {"title": wanted["title"], "private": wanted["private"], "items": []}
+        self.get_collection(slug)
+
+    def get_collection(self, slug: str) -> None:
+        self.account(required=True)
+        collection = self.state.collections[slug]
+        self.answer(
+            {
+                **collection,
+                "slug": slug,
+                "owner": {"name": slug.split("/")[0], "type": "user"},
+                "lastUpdated": "2026-01-01T00:00:00.000Z",
+                "position": 0,
+                "theme": "green",
+                "upvotes": 0,
+            }
+        )
+
+    def add_collection_item(self, slug: str) -> None:
+        self.may_write(slug.split("/")[0])
+        wanted, items = json.loads(self.body), self.state.collections[slug]["items"]
+        name = wanted["item"]["id"]
+        self.repo(name)
+        if name in [item["id"] for item in items]:
+            raise Refusal(409, "This item is already in the collection")
+        item = {"id": name, "type": "model", "repoType": "model", "position": len(items), "_id": f"{len(items):024}"}
+        items.append({**item, **({"note": {"text": wanted["note"]}} if "note" in wanted else {})})
+        self.get_collection(slug)
 
     def preupload(self, repo_id: str, revision: str) -> None:
         self.account(required=True)
@@ -512,6 +572,11 @@ ROUTES = (
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("PUT", rf"/api/models/{_ID}/settings", Handler.change_settings),
     ("POST", rf"/api/models/{_ID}/branch/(?P<branch>.+)", Handler.create_branch),
+    ("POST", rf"/api/models/{_ID}/tag/{_REVISION}", Handler.create_tag),
+    ("GET", rf"/api/models/{_ID}/refs", Handler.refs),
+    ("POST", r"/api/collections", Handler.create_collection),
+    ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", Handler.add_collection_item),
+    ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", Handler.get_collection),
     ("POST", rf"/api/models/{_ID}/preupload/{_REVISION}", Handler.preupload),
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_upload),

@@ -278,6 +278,9 @@ CASES = [
         ("data", "{teacher} me/student", "neither pruned nor distilled"),
         ("permission", "{student} me/student", "token"),
         ("extra", "{teacher} me/student main", "unexpected extra argument"),
+        ("range", "{student} me/student --create-pr --tag v1", "merge first"),
+        ("encoding", "{student} me/student --tag 'v 1'", "expected the name of a branch or tag"),
+        ("encoding", "{student} me/student --revision a..b", "expected the name of a branch or tag"),
     ),
     *command(
         "families",
@@ -542,6 +545,10 @@ CASES = [
         ("permission", "publish.repo_id=me/student", "no access token"),
         ("type", "publish={{repo_id: me/student, private: no}}", "Write false"),
         ("extra", "publish={{repo_id: me/student, token: hf_x}}", "no entry token"),
+        ("data", "publish={{repo_id: me/student, quantized: true}}", "quantises nothing"),
+        ("type", "publish={{repo_id: me/student, tag: 1}}", "publish.tag"),
+        ("encoding", "publish={{repo_id: me/student, tag: a b}}", "expected the name of a branch or tag"),
+        ("range", "publish={{repo_id: me/student, create_pr: true, tag: v1}}", "a pull request gets no tag"),
     ),
 ]
 

@@ -31,6 +31,8 @@ PUBLIC_TEXT = frozenset(
         "tasks",
         "teacher",
         "text_field",
+        "collection",
+        "tag",
         # What is cut and how it is scored.
         "batch_reduction",
         "depth_metric",

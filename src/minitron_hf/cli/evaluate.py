@@ -83,10 +83,29 @@ def publish(
     repo_id: Annotated[str, typer.Argument(help="Repository, owner/name.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     revision: Annotated[Optional[str], typer.Option(help="Branch to push to.")] = None,  # noqa: UP045
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[Optional[str], typer.Option(help="Name for the commit, such as v1.")] = None,  # noqa: UP045
+    collection: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Title of a collection that gets teacher, student and quantised copies."),
+    ] = None,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Also publish the copies in the folder `quantized`.")
+    ] = False,
 ) -> None:
-    """Upload a student with plan, plots, evaluation and card to the Hub, in one commit."""
+    """Upload a student with plan, plots, evaluation and card to the Hub, in one commit; on request its copies, too."""
     from ..publishing.hub import push_student_to_hub
 
-    url = push_student_to_hub(folder, repo_id, private=not public, revision=revision).commit_url
+    commit = push_student_to_hub(
+        folder,
+        repo_id,
+        private=not public,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        collection=collection,
+        quantized=quantized,
+    )
+    url = commit.pr_url or commit.commit_url
     if not given("url", url):
         say(f"Published {url}")

@@ -146,6 +146,7 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "average": run["average"],
         "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}),
         "arguments": _arguments(distillation) if distillation else None,
+        "quantized": ((run["hub"] or {}).get("quantized") or {}),
         "training": _training(distillation["arguments"]) if distillation else [],
         "final_evaluation": _last_evaluation(distillation["log_history"]) if distillation else {},
         "samples": run["samples"],

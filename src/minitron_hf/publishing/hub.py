@@ -20,6 +20,16 @@ from .card_values import require_run
 from .eval_results import write_eval_results
 from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries
 from .licences import name_problem
+from .releases import (
+    add_to_collection,
+    collected_models,
+    is_retriable,
+    make_tag,
+    prepare_quantized,
+    quantized_repositories,
+    require_free_tag,
+    require_reference,
+)
 from .teacher_metadata import write_teacher_metadata
 from .uploads import is_owned, require_no_secret, require_student, uploaded_files
 
@@ -42,6 +52,9 @@ def push_student_to_hub(
     commit_message: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    tag: str | None = None,
+    collection: str | None = None,
+    quantized: bool = False,
 ) -> CommitInfo:
     """Publish a run folder in one commit: weights, tokenizer, plan, scores, plots, evaluation, recipe and card.
 
@@ -57,7 +70,12 @@ def push_student_to_hub(
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
         commit_message: first line of the commit.
         revision: branch to push to; created if it does not exist.
-        create_pr: open a pull request instead of committing to the branch.
+        create_pr: open a pull request instead of committing to the branch. The repository must exist.
+        tag: name for the commit, such as `v1`.
+        collection: title of a collection of the repository's owner, which gets teacher, student and quantised copies;
+            created if there is none.
+        quantized: also publish the copies in the folder `quantized`, each in a repository of its own that is named
+            after the student and the method, with a card.
 
     Returns:
         The commit.
@@ -74,34 +92,67 @@ def push_student_to_hub(
     require_student(run_dir)
     require_run(run_dir)
     what = f"Cannot push to {repo_id}"
+    if create_pr and (tag or collection or quantized):
+        raise HubError(
+            f"{what}: a pull request gets no tag, collection or quantised copies. Leave them out, or merge first."
+        )
+    for which, name in (("revision", revision), ("tag", tag)):
+        require_reference(which, name)
     token = _require_token(repo_id, token, what)
     api = HfApi(token=token, library_name="minitron-hf")
-    if "/" not in repo_id:
-        with hub_errors(what):
+    with hub_errors(what, _REPEAT):
+        if "/" not in repo_id:
             repo_id = f"{_whoami(api)['name']}/{repo_id}"
+        if tag:
+            require_free_tag(api, repo_id, tag)
 
-    card, files = _prepare_files(run_dir, repo_id, api, private)
+    copies = quantized_repositories(run_dir, repo_id) if quantized else {}
+    card, files = _prepare_files(run_dir, repo_id, api, private, copies)
     message = commit_message or "Upload student, plan, measurements and card"
-    options: dict[str, Any] = {"commit_message": message, "revision": revision, "create_pr": create_pr}
+    options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+    commit = _publish(api, repo_id, card, files, private=private, commit_message=message, **options)
+    for method, name in copies.items():
+        folder = prepare_quantized(run_dir, method, name, repo_id)
+        files = _checked_files(folder, token)
+        message = f"Upload {repo_id.split('/')[-1]}, quantised ({method})"
+        _publish(api, name, (folder / "README.md").read_text("utf-8"), files, private=private, commit_message=message)
+    if tag:
+        make_tag(api, repo_id, tag, commit.oid)
+    if collection:
+        add_to_collection(api, collection, collected_models(run_dir, repo_id, copies), private=private)
+    return commit
+
+
+def _publish(
+    api: HfApi, repo_id: str, card: str, files: Mapping[str, Path], *, private: bool, **options: Any
+) -> CommitInfo:
+    """Commit files to a repository, and make a new one public once they are there."""
     commit, is_empty = _upload(api, repo_id, card, files, private=private, **options)
     if is_empty and not private:
         still = f"The commit was made ({commit.commit_url}), but {repo_id} could not be made public"
         with hub_errors(still, f"Do so at {api.endpoint}/{repo_id}/settings."):
-            with_retries(lambda: api.update_repo_settings(repo_id, private=False), is_retriable=_is_retriable)
+            with_retries(lambda: api.update_repo_settings(repo_id, private=False), is_retriable=is_retriable)
     return commit
 
 
-def _prepare_files(run_dir: Path, repo_id: str, api: HfApi, private: bool) -> tuple[str, dict[str, Path]]:
+def _prepare_files(
+    run_dir: Path, repo_id: str, api: HfApi, private: bool, copies: Mapping[str, str]
+) -> tuple[str, dict[str, Path]]:
     """Write `hub.json` and the card; return the card and the files to upload, none of which holds a secret."""
     token = str(api.token)
     _require_teacher_metadata(run_dir, token)
     _check_name(run_dir, repo_id, private)
     write_eval_results(run_dir, repo_id, api)
-    write_artefact(run_dir / "hub.json", {"repo_id": repo_id})
+    write_artefact(run_dir / "hub.json", {"repo_id": repo_id, **({"quantized": dict(copies)} if copies else {})})
     card = write_model_card(run_dir).read_text(encoding="utf-8")
-    files = uploaded_files(run_dir)
+    return card, _checked_files(run_dir, token)
+
+
+def _checked_files(folder: Path, token: str) -> dict[str, Path]:
+    """The files of a folder to upload, none of which holds a secret."""
+    files = uploaded_files(folder)
     require_no_secret(files, (token, os.environ.get("HF_TOKEN")))
-    return card, files
+    return files
 
 
 def _upload(
@@ -112,7 +163,10 @@ def _upload(
 
     with hub_errors(f"Cannot push to {repo_id}", _REPEAT):
         with_retries(lambda: ModelCard(card).validate(repo_type="model"), is_retriable=is_transient)
-        is_empty = with_retries(lambda: _make_repository(api, repo_id, private), is_retriable=_is_retriable)
+        is_empty = with_retries(
+            lambda: _make_repository(api, repo_id, private, must_exist=options.get("create_pr", False)),
+            is_retriable=is_retriable,
+        )
         return _commit(api, repo_id, files, **options), is_empty
 
 
@@ -164,10 +218,6 @@ def _require_token(repo_id: str, token: str | None, what: str) -> str:
     return token
 
 
-def _is_retriable(error: BaseException) -> bool:
-    return is_transient(error) or is_unanswered(error)
-
-
 def _whoami(api: HfApi) -> dict[str, Any]:
     return with_retries(lambda: {**(answer := api.whoami()), "name": answer["name"]}, is_retriable=is_transient)
 
@@ -190,8 +240,14 @@ def _missing_access(account: Mapping[str, Any], repo_id: str) -> str | None:
     return f"{account['name']} may only read in {owner}." if organisations[owner] == "read" else None
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
+def _make_repository(api: HfApi, repo_id: str, private: bool, *, must_exist: bool) -> bool:
     """Create a private repository unless there is one.
+
+    Args:
+        api: the Hub's client.
+        repo_id: its name.
+        private: whether it is to be private in the end, for a warning.
+        must_exist: refuse to create it.
 
     Returns:
         Whether the repository is empty: new, or created by a push or a trainer that has not committed yet.
@@ -201,6 +257,8 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
+        if must_exist:
+            raise
         api.create_repo(repo_id, private=True, exist_ok=True)
         return True
     if info.private and not {sibling.rfilename for sibling in info.siblings or ()} - {".gitattributes"}:
@@ -212,7 +270,13 @@ def _make_repository(api: HfApi, repo_id: str, private: bool) -> bool:
 
 
 def _commit(
-    api: HfApi, repo_id: str, files: Mapping[str, Path], *, revision: str | None, create_pr: bool, **options: Any
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path],
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **options: Any,
 ) -> CommitInfo:
     """Upload files and delete stale ones, in one commit.
 
@@ -240,7 +304,7 @@ def _commit(
         )
 
     try:
-        return with_retries(attempt, is_retriable=is_transient if create_pr else _is_retriable)
+        return with_retries(attempt, is_retriable=is_transient if create_pr else is_retriable)
     except Exception as error:
         if create_pr and is_unanswered(error):
             raise HubError(

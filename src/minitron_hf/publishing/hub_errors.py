@@ -142,9 +142,23 @@ def _wait_seconds(error: BaseException, otherwise: float) -> float:
 
 def _http_advice(error: Any) -> str:
     """Advice for an error answer of the Hub; `error` is an `HfHubHTTPError`."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     status = error.response.status_code
     message = (error.server_message or "").rstrip(".")
     said = f" The Hub says: {message}." if message else ""
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the repository is gated and this account has no access ({status}).{said} Ask for access on its page, "
+            "then log in with the same account."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"there is no such repository, or it is private and not visible with this token ({status}). Check the "
+            "name, and that you are logged in with an account that sees it."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no such revision ({status}).{said} Check the name of the branch, tag or commit."
     if status == 401:
         return f"the Hub does not accept the access token (401).{said} {NO_TOKEN}"
     if status == 403:

@@ -6,10 +6,35 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MismatchError
 from .card_values import card_values, read_run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def environment_of(filters: Mapping[str, Callable[..., Any]], *, html: bool) -> Environment:
+    """The templates of this package.
+
+    Args:
+        filters: filters of the templates.
+        html: escape every value for HTML.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=html,
+    )
+    environment.filters.update(filters)
+    environment.tests["web_address"] = lambda link: re.fullmatch(r"https?://[^\s<>]+", str(link)) is not None
+    return environment
 
 
 def fill_template(
@@ -31,18 +56,8 @@ def fill_template(
 
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=html,
-    )
-    environment.filters.update(filters)
-    environment.tests["web_address"] = lambda link: re.fullmatch(r"https?://[^\s<>]+", str(link)) is not None
     try:
-        return environment.get_template(name).render(card_values(run))
+        return environment_of(filters, html=html).get_template(name).render(card_values(run))
     except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise MismatchError(
             f"The files in {run_dir} do not have the expected fields ({type(error).__name__}: {error}). They were "

@@ -341,4 +341,4 @@ def _publish(run: Run) -> None:
 
     section = run.recipe.publish
     assert section is not None
-    push_student_to_hub(run.folder, section.repo_id, private=section.private, revision=section.revision)
+    push_student_to_hub(run.folder, **section.given())

@@ -20,6 +20,7 @@ from ..files import require_creatable
 from ..models import count_parameters
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
+from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
 from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
@@ -353,6 +354,14 @@ def check_publishing(recipe: Recipe) -> list[str]:
     name = recipe.publish.repo_id
     if not is_repo_id(name) or "/" not in name:
         raise HubError(f"publish.repo_id={name!r}: expected 'owner/name' (letters, digits, '-', '_' and '.').")
+    for which in ("revision", "tag"):
+        require_reference(f"publish.{which}", getattr(recipe.publish, which))
+    if recipe.publish.create_pr and (recipe.publish.tag or recipe.publish.collection or recipe.publish.quantized):
+        raise DataError(
+            "publish.create_pr: a pull request gets no tag, collection or quantised copies. Leave them out."
+        )
+    if recipe.publish.quantized and not recipe.quantize:
+        raise DataError("publish.quantized: the recipe quantises nothing. Add quantize: [int8], or leave it out.")
     skipped = check_push(name)
     return [] if skipped is None else [skipped.rstrip(".")]
 

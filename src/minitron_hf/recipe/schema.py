@@ -147,11 +147,24 @@ class PublishSection:
         repo_id: "owner/name".
         private: make a new repository private.
         revision: branch to push to.
+        create_pr: open a pull request instead of committing to the branch.
+        tag: name for the commit, such as `v1`.
+        collection: title of a collection of the owner that gets teacher, student and quantised copies.
+        quantized: also publish the copies that `quantize` writes, each in a repository of its own.
     """
 
     repo_id: str
     private: bool = True
     revision: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    collection: str | None = None
+    quantized: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """The entries as arguments of `push_student_to_hub`, those that changed nothing before they existed aside."""
+        later = ("create_pr", "tag", "collection", "quantized")
+        return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
 #: Folder of the students of all rounds but the last, in the run folder.

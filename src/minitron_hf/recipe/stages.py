@@ -309,7 +309,7 @@ STAGES: tuple[Stage, ...] = (
         "publish",
         "upload everything to the Hub in one commit",
         ("card",),
-        lambda recipe: None if recipe.publish is None else asdict(recipe.publish),
+        lambda recipe: None if recipe.publish is None else recipe.publish.given(),
         (),
         _publish,
         lambda recipe: recipe.publish is not None,

@@ -1,0 +1,75 @@
+"""Renders the card of a quantised copy from the files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json
+from ..formats import read_artefact
+from . import markdown as md
+from .card_tables import measurement_table
+from .card_values import legal_files
+from .licences import duties_of
+from .templating import environment_of
+
+
+def render_quantized_card(folder: Path) -> str:
+    """The card of a quantised copy: metadata and Markdown.
+
+    The result depends only on `hub.json`, `config.json`, `evaluation.json`, `teacher.json` and the names of the legal
+    texts in the folder.
+
+    Raises:
+        OutputError: if `hub.json` is missing.
+        MismatchError: if one of the files cannot be understood.
+    """
+    from ..quantization import METHODS
+
+    hub = read_artefact(folder / "hub.json")
+    found = {
+        name: read_artefact(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
+        for name in ("evaluation", "teacher")
+    }
+    method, teacher = hub["method"], found["teacher"]
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    values = {
+        "metadata": _metadata(hub, teacher),
+        "title": hub["repo_id"].split("/")[-1],
+        "student": hub["student"],
+        "repo_id": hub["repo_id"],
+        "method": METHODS[method].help if method in METHODS else method,
+        "package": METHODS[method].package[0] if method in METHODS else config.get("quant_method"),
+        "measurements": _measurements(found["evaluation"], method),
+        "teacher": teacher,
+        "duties": (duties := duties_of(teacher)) and duties.text,
+        "legal_files": legal_files(folder),
+    }
+    filters = {"table": md.table, "code": md.code, "cell": md.cell, "address": "<{}>".format}
+    return environment_of(filters, html=False).get_template("quantized_card.md.j2").render(values)
+
+
+def _metadata(hub: dict[str, Any], teacher: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        language=teacher.get("language") or None,
+        license=teacher.get("license"),
+        license_name=teacher.get("license_name"),
+        license_link=teacher.get("license_link"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["minitron", "quantized"],
+        base_model=hub["student"],
+        base_model_relation="quantized",
+    ).to_yaml(line_break="\n")
+
+
+def _measurements(evaluation: dict[str, Any], method: str) -> list[list[str]] | None:
+    """The table of teacher, student and this copy; None if the copy was not measured."""
+    own = f"student_{method}"
+    models = evaluation.get("models") or {}
+    if own not in models:
+        return None
+    shown = {name: models[name] for name in ("teacher", "student", own) if name in models}
+    return measurement_table({**evaluation, "models": shown})
