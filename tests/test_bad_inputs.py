@@ -279,7 +279,7 @@ CASES = [
         ("permission", "{student} me/student", "token"),
         ("extra", "{teacher} me/student main", "unexpected extra argument"),
         ("range", "{student} me/student --create-pr --tag v1", "merge first"),
-        ("encoding", "{student} me/student --tag 'v 1'", "expected the name of a branch or tag"),
+        ("encoding", "{student} me/student --tag v:1", "expected the name of a branch or tag"),
         ("encoding", "{student} me/student --revision a..b", "expected the name of a branch or tag"),
     ),
     *command(

@@ -93,11 +93,9 @@ def push_student_to_hub(
     require_run(run_dir)
     what = f"Cannot push to {repo_id}"
     if create_pr and (tag or collection or quantized):
-        raise HubError(
-            f"{what}: a pull request gets no tag, collection or quantised copies. Leave them out, or merge first."
-        )
-    for which, name in (("revision", revision), ("tag", tag)):
-        require_reference(which, name)
+        raise HubError(f"{what}: a pull request gets no tag, collection or copies. Leave them out, or merge first.")
+    require_reference("revision", revision)
+    require_reference("tag", tag)
     token = _require_token(repo_id, token, what)
     api = HfApi(token=token, library_name="minitron-hf")
     with hub_errors(what, _REPEAT):
@@ -111,16 +109,21 @@ def push_student_to_hub(
     message = commit_message or "Upload student, plan, measurements and card"
     options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
     commit = _publish(api, repo_id, card, files, private=private, commit_message=message, **options)
-    for method, name in copies.items():
-        folder = prepare_quantized(run_dir, method, name, repo_id)
-        files = _checked_files(folder, token)
-        message = f"Upload {repo_id.split('/')[-1]}, quantised ({method})"
-        _publish(api, name, (folder / "README.md").read_text("utf-8"), files, private=private, commit_message=message)
+    _publish_copies(api, run_dir, repo_id, copies, private)
     if tag:
         make_tag(api, repo_id, tag, commit.oid)
     if collection:
         add_to_collection(api, collection, collected_models(run_dir, repo_id, copies), private=private)
     return commit
+
+
+def _publish_copies(api: HfApi, run_dir: Path, repo_id: str, copies: Mapping[str, str], private: bool) -> None:
+    """Publish quantised copies (method → repository) of a published student."""
+    for method, name in copies.items():
+        folder = prepare_quantized(run_dir, method, name, repo_id)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        message = f"Upload {repo_id.split('/')[-1]}, quantised ({method})"
+        _publish(api, name, card, _checked_files(folder, str(api.token)), private=private, commit_message=message)
 
 
 def _publish(
