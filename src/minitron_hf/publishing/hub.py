@@ -86,8 +86,6 @@ def push_student_to_hub(
         HubError: if there is no token, the Hub refuses it or the metadata, or the connection breaks; or if the
             repository would be public under a name that the teacher's licence forbids.
     """
-    from huggingface_hub import HfApi
-
     run_dir = Path(run_dir)
     require_student(run_dir)
     require_run(run_dir)
@@ -96,25 +94,31 @@ def push_student_to_hub(
         raise HubError(f"{what}: a pull request gets no tag, collection or copies. Leave them out, or merge first.")
     require_reference("revision", revision)
     require_reference("tag", tag)
-    token = _require_token(repo_id, token, what)
-    api = HfApi(token=token, library_name="minitron-hf")
-    with hub_errors(what, _REPEAT):
-        if "/" not in repo_id:
-            repo_id = f"{_whoami(api)['name']}/{repo_id}"
-        if tag:
-            require_free_tag(api, repo_id, tag)
-
+    api, repo_id = _connect(repo_id, token, what, tag)
     copies = quantized_repositories(run_dir, repo_id) if quantized else {}
     card, files = _prepare_files(run_dir, repo_id, api, private, copies)
     message = commit_message or "Upload student, plan, measurements and card"
-    options: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-    commit = _publish(api, repo_id, card, files, private=private, commit_message=message, **options)
+    options: dict[str, Any] = {"commit_message": message, "revision": revision, "create_pr": create_pr}
+    commit = _publish(api, repo_id, card, files, private=private, **options)
     _publish_copies(api, run_dir, repo_id, copies, private)
     if tag:
         make_tag(api, repo_id, tag, commit.oid)
     if collection:
         add_to_collection(api, collection, collected_models(run_dir, repo_id, copies), private=private)
     return commit
+
+
+def _connect(repo_id: str, token: str | None, what: str, tag: str | None) -> tuple[HfApi, str]:
+    """The Hub's client with a token, and the whole name of a repository; refuses a tag that is taken."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=_require_token(repo_id, token, what), library_name="minitron-hf")
+    with hub_errors(what, _REPEAT):
+        if "/" not in repo_id:
+            repo_id = f"{_whoami(api)['name']}/{repo_id}"
+        if tag:
+            require_free_tag(api, repo_id, tag)
+    return api, repo_id
 
 
 def _publish_copies(api: HfApi, run_dir: Path, repo_id: str, copies: Mapping[str, str], private: bool) -> None:
