@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,12 @@ def test_one_threshold_cuts_the_lowest_until_enough_is_gone():
     assert all(one.all() for layers in everything.values() for one in layers)
 
 
-METHODS = [name for name, method in peer_starts.METHODS.items() if method.needs is None]
+METHODS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(find_spec(method.needs or "torch") is None, reason=f"needs {method.needs}")
+    )
+    for name, method in peer_starts.METHODS.items()
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
