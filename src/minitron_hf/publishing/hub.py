@@ -72,8 +72,7 @@ def push_student_to_hub(
         revision: branch to push to; created if it does not exist.
         create_pr: open a pull request instead of committing to the branch. The repository must exist.
         tag: name for the commit, such as `v1`.
-        collection: title of a collection of the repository's owner, which gets teacher, student and quantised copies;
-            created if there is none.
+        collection: title of a collection of the owner, which gets teacher, student and copies; created if missing.
         quantized: also publish the copies in the folder `quantized`, each in a repository of its own that is named
             after the student and the method, with a card.
 
@@ -92,9 +91,7 @@ def push_student_to_hub(
     what = f"Cannot push to {repo_id}"
     if create_pr and (tag or collection or quantized):
         raise HubError(f"{what}: a pull request gets no tag, collection or copies. Leave them out, or merge first.")
-    require_reference("revision", revision)
-    require_reference("tag", tag)
-    api, repo_id = _connect(repo_id, token, what, tag)
+    api, repo_id = _connect(repo_id, token, what, revision, tag)
     copies = quantized_repositories(run_dir, repo_id) if quantized else {}
     card, files = _prepare_files(run_dir, repo_id, api, private, copies)
     message = commit_message or "Upload student, plan, measurements and card"
@@ -108,10 +105,12 @@ def push_student_to_hub(
     return commit
 
 
-def _connect(repo_id: str, token: str | None, what: str, tag: str | None) -> tuple[HfApi, str]:
-    """The Hub's client with a token, and the whole name of a repository; refuses a tag that is taken."""
+def _connect(repo_id: str, token: str | None, what: str, revision: str | None, tag: str | None) -> tuple[HfApi, str]:
+    """The Hub's client with a token, and the whole name of a repository; refuses names that are no names, or taken."""
     from huggingface_hub import HfApi
 
+    require_reference("revision", revision)
+    require_reference("tag", tag)
     api = HfApi(token=_require_token(repo_id, token, what), library_name="minitron-hf")
     with hub_errors(what, _REPEAT):
         if "/" not in repo_id:
