@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minitron_hf import (
     DistillationConfig,
     DistillationTrainer,
+    MeasurementCallback,
     PrunerConfig,
     apply_plan,
     count_tokens,
     estimate_importance,
+    evaluate_models,
     make_plan,
     prune_tokenizer,
+    save_model,
 )
 from minitron_hf.errors import DataError, MismatchError
 from minitron_hf.losses.fused import distillation_loss
@@ -232,3 +235,47 @@ def test_pairs_that_do_not_fit_are_refused(pair, tmp_path):
     del bare.pruning_plan  # which tokens it has is not known
     with pytest.raises(MismatchError, match="vocabulary has 17 tokens"):
         trainer_of(bare, teacher, tmp_path, tokenizer)
+
+
+# Evaluation
+
+
+def test_models_are_measured_on_the_students_tokens(pair, tmp_path):
+    """Against explicit probabilities: the teacher's loss under its own ids, and the weighted divergence."""
+    teacher, student, tokenizer, cut = pair
+    save_model(student, tmp_path / "student", cut)
+    student.pruning_plan.save_pretrained(tmp_path / "student")
+    save_model(teacher, tmp_path / "teacher", tokenizer)
+    kept = torch.from_numpy(student.pruning_plan.kept["vocab"])
+    rows = [cut(text)["input_ids"] for text in texts()[:6]]
+    count, kl, agree, losses = 0, 0.0, 0, {"teacher": 0.0, "student": 0.0}
+    for row in rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            z_s, z_t = student(ids).logits[0, :-1].double(), teacher(kept[ids]).logits[0, :-1].double()
+        targets = ids[0, 1:, None]
+        losses["student"] -= float(z_s.log_softmax(-1).gather(1, targets).sum())
+        losses["teacher"] -= float(z_t.log_softmax(-1).gather(1, kept[targets]).sum())
+        p = z_t.softmax(-1)[:, kept]
+        m = p.sum(-1, keepdim=True)
+        kl += float((p * ((p / m).log() - z_s.log_softmax(-1))).sum())
+        agree += int((z_t.argmax(-1) == kept[z_s.argmax(-1)]).sum())
+        count += len(targets)
+    settings = {"speed": False, "show_progress": False, "batch_size": 4}
+    by_path = {name: tmp_path / name for name in ("teacher", "student")}
+    for models, given in ((pair[:2], tokenizer), (by_path.values(), cut)):
+        named = dict(zip(("teacher", "student"), models, strict=True))
+        found = evaluate_models(named, texts()[:6], processing_class=given, **settings)["models"]
+        for name, loss in losses.items():
+            assert found[name]["metrics"]["loss"]["value"] == pytest.approx(loss / count, rel=1e-5)
+        metrics = found["student"]["metrics"]
+        assert metrics["kl_divergence"]["value"] == pytest.approx(kl / count, rel=1e-4)
+        assert metrics["top1_agreement"]["value"] == pytest.approx(agree / count)
+    assert found["teacher"]["metrics"]["bits_per_byte"]["value"] > 0
+    callback = MeasurementCallback(
+        trainer_of(copy.deepcopy(student), teacher, tmp_path / "out", cut), reference=teacher, dataset=texts()[:6]
+    )
+    assert callback.measure()["eval_kl_divergence"] == pytest.approx(kl / count, rel=1e-4)
+    for other in ({"tasks": ["piqa"]}, {"draft_prompts": 2}, {"chat_prompts": texts()}):
+        with pytest.raises(DataError, match="not for models with different vocabularies"):
+            evaluate_models(by_path, texts()[:6], processing_class=cut, **other, **settings)

@@ -12,13 +12,15 @@ from typing import Any
 from .errors import MismatchError, OutputError
 from .files import parse_json, versions, write_json
 
+#: Files of a plan.
+PLAN_NAME, INDICES_NAME = "pruning_plan.json", "pruning_plan.safetensors"
 #: Format number that this version writes into each artefact, by file name. Raise it when an older reader would
 #: misunderstand the file, and add a migration.
 FORMATS: Mapping[str, int] = {
     "scores.safetensors": 1,
     "search.json": 1,
     "pruner_config.json": 1,
-    "pruning_plan.json": 1,
+    PLAN_NAME: 1,
     "teacher_correction.json": 1,
     "data-*.arrow": 1,
     "teacher_cache.json": 1,

@@ -78,13 +78,13 @@ class MeasurementCallback(TrainerCallback):
             raise DataError("A reference needs a dataset of held-out text, and the dataset a reference. Pass both.")
         _refuse_split(trainer)
         self.trainer, self.reference, self.batch_size = trainer, reference, batch_size
-        self.rows = None
+        self.rows, self._own_ids = None, dict[str, torch.Tensor]()
         if reference is not None and dataset is not None:
-            limits = Limits.of({"reference": reference, "model": self._model}, "reference")
+            limits = Limits.of({"reference": reference, "model": self._model}, "reference", maps_tokens=True)
+            self._own_ids = dict(limits.spaces.own_ids)
             length = limits.row_length(max_length or min(512, limits.context or 512))
-            self.rows = token_rows(
-                dataset, trainer.processing_class, max_length=length, num_rows=num_rows, packing=False, overlap=1
-            )
+            tokenizer = limits.spaces.tokenizer(trainer.processing_class, {})
+            self.rows = token_rows(dataset, tokenizer, max_length=length, num_rows=num_rows, packing=False, overlap=1)
         self.tasks = with_presets(tasks, num_fewshot)
         self.include_path, self.task_data = include_path, task_data
         self.settings = HarnessSettings(
@@ -124,7 +124,9 @@ class MeasurementCallback(TrainerCallback):
         if self.reference is not None and self.rows is not None:
             models = {"reference": self.reference, "model": model}
             with evaluating(models.values()):
-                quality = measure_quality(models, self.rows, "reference", self.batch_size, False)["model"]
+                quality = measure_quality(models, self.rows, "reference", self.batch_size, False, self._own_ids)[
+                    "model"
+                ]
             found |= {f"eval_{key}": quality[key]["value"] for key in ("kl_divergence", "top1_agreement")}
         if self.tasks:
             found |= self._task_scores(model)

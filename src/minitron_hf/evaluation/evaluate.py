@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import DataSource, TokenRows, token_rows
-from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, UnsupportedModelError
 from ..files import public_name, require_creatable, versions
 from ..formats import FORMATS, write_artefact
@@ -162,7 +161,8 @@ def evaluate_models(
         tasks, `benchmarks` holds the content of `benchmarks.json`.
 
     Raises:
-        MismatchError: if vocabularies or tokenizers differ, the models lack some tokens, or a context is too short.
+        MismatchError: if vocabularies or tokenizers differ otherwise than by the `vocab_size` of a plan, the models
+            lack some tokens, or a context is too short.
         DataError: if there is no text (see `token_rows`), or a setting is out of range.
         UnsupportedModelError: if a model cannot be loaded, or its logits are not finite.
         OutputError: if `output_path` cannot be written.
@@ -172,10 +172,11 @@ def evaluate_models(
     sources = _sources(models, checkpoints or {})
     output = _output_file(output_path)
     compared_models = _task_models(models, task_models)
+    # Refusals that need configs alone come before any weights are read.
+    limits = Limits.of(models, reference, maps_tokens=True)
+    limits.spaces.refuse(tasks=tasks, draft_prompts=draft_prompts, chat_prompts=chat_prompts is not None)
     if tasks:
         require_tasks(tasks, include_path, runs_code=confirm_run_unsafe_code)
-    # Refusals that need configs alone come before any weights are read.
-    limits = Limits.of(models, reference)
     max_length = limits.row_length(max_length)
     timing, grid = Timing(min(16, max_length), 0, 0), []  # for the size of the cache alone
     if speed:
@@ -183,8 +184,7 @@ def evaluate_models(
         grid = _speed_grid(limits, timing, speed_batch_sizes, speed_prompt_tokens)
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
-    if processing_class is not None:
-        refuse_other_tokenizers(processing_class, **{f"model {name!r}": model for name, model in models.items()})
+    processing_class = limits.spaces.tokenizer(processing_class, models)
     rows = token_rows(
         dataset,
         processing_class,
@@ -232,7 +232,8 @@ def evaluate_models(
             drafts = time_drafts(loaded, reference, rows, draft, show_progress)
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     in_full_precision = by_path if dtype in (None, "auto") else []
-    measured = _measure(loaded, rows, reference, batch_size, timing, grid, in_full_precision, chat, show_progress)
+    of_models = (limits.spaces.own_ids, in_full_precision)
+    measured = _measure(loaded, rows, reference, batch_size, timing, grid, *of_models, chat, show_progress)
     result = {
         "format": FORMATS[EVALUATION_NAME],
         "versions": versions(),
@@ -291,6 +292,7 @@ def _measure(
     batch_size: int,
     timing: Timing,
     grid: Sequence[Workload],
+    own_ids: Mapping[str, torch.Tensor],
     in_full_precision: Sequence[str],
     chat: ChatTest | None,
     show_progress: bool,
@@ -304,6 +306,7 @@ def _measure(
         batch_size: rows per forward pass.
         timing: lengths and number of the timed rounds.
         grid: further workloads to time.
+        own_ids: name → the model's own id of every token, where it differs.
         in_full_precision: names of the models whose quality is computed in float32: half precision moves a KL by 0.001
             nats, more than its standard error where a model is close to its reference.
         chat: prompts to answer.
@@ -311,9 +314,9 @@ def _measure(
     """
     with evaluating(models.values()):
         with in_float32([models[name] for name in in_full_precision]):
-            judged = reference or next(iter(models))
+            judged = next(name for name in (reference, *models) if name is not None and name not in own_ids)
             warn_of_broken_starts(models[judged], rows, f"The model {judged!r}")
-            quality = measure_quality(models, rows, reference, batch_size, show_progress)
+            quality = measure_quality(models, rows, reference, batch_size, show_progress, own_ids)
             positions = {name: quality[name].pop("positions") for name in models}
             answers = {} if chat is None else chat.measure(models, reference, batch_size, show_progress)
             dtypes = _dtypes(models)

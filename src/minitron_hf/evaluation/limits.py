@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..data import TokenRows
 from ..data.context import context_length
 from ..errors import DataError, MismatchError
 from ..models import load_config
+from .token_spaces import TokenSpaces
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,14 +55,21 @@ class Limits:
     Attributes:
         vocabularies: name → number of tokens that the model predicts.
         contexts: name → tokens of its context, for the models that have a limit.
+        spaces: what each model calls the measured tokens.
     """
 
     vocabularies: Mapping[str, int]
     contexts: Mapping[str, int]
+    spaces: TokenSpaces = field(default_factory=TokenSpaces)
 
     @classmethod
-    def of(cls, models: Mapping[str, Any], reference: str | None) -> Limits:
+    def of(cls, models: Mapping[str, Any], reference: str | None, *, maps_tokens: bool = False) -> Limits:
         """Read the limits of models from their configs.
+
+        Args:
+            models: name → model, or the path or Hub id of one.
+            reference: name of the model that the others are compared with.
+            maps_tokens: whether models may have fewer tokens than the reference by a plan (`TokenSpaces`).
 
         Raises:
             MismatchError: if a vocabulary differs from the reference's.
@@ -71,15 +79,16 @@ class Limits:
             for name, model in models.items()
         }
         vocabularies = {name: _vocabulary_size(models[name], config) for name, config in configs.items()}
+        spaces = TokenSpaces.of(models, vocabularies, reference) if maps_tokens else TokenSpaces()
         for name, size in vocabularies.items():
-            if reference is not None and size != vocabularies[reference]:
+            if reference is not None and size != vocabularies[reference] and spaces.cut is None:
                 raise MismatchError(
                     f"The model {name!r} has a vocabulary of {size} tokens and the reference {reference!r} one of "
                     f"{vocabularies[reference]}. Models are compared on the same tokens: evaluate them one at a time "
                     "and compare their bits per byte."
                 )
         contexts = {name: context_length(config) for name, config in configs.items()}
-        return cls(vocabularies, {name: context for name, context in contexts.items() if context})
+        return cls(vocabularies, {name: context for name, context in contexts.items() if context}, spaces)
 
     @property
     def context(self) -> int | None:

@@ -49,12 +49,16 @@ def token_log_probabilities(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> 
     return torch.cat(found)
 
 
-def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor) -> torch.Tensor:
+def token_divergences(
+    logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     """KL(reference ‖ model) of each token's prediction, Σ_v p_ref (ln p_ref − ln p), at temperature 1.
 
     Args:
         logits_TV: [T, V], any floating dtype; computed in float32 (float64 stays), a chunk of tokens at a time.
-        reference_logits_TV: [T, V].
+        reference_logits_TV: [T, V], or more tokens than the model has.
+        kept: int64 [V], the reference's ids of the model's tokens. Their distributions are compared, weighted by the
+            reference's probability of all of them, as in distillation (`losses.dropped`).
 
     Returns:
         Divergences in nats, float64 [T], on the CPU.
@@ -62,7 +66,7 @@ def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor
     Raises:
         MismatchError: if the vocabularies differ.
     """
-    if logits_TV.shape[-1] != reference_logits_TV.shape[-1]:
+    if logits_TV.shape[-1] != (reference_logits_TV.shape[-1] if kept is None else len(kept)):
         raise MismatchError(
             f"The model predicts {logits_TV.shape[-1]} tokens and the reference {reference_logits_TV.shape[-1]}. "
             "A divergence needs one vocabulary."
@@ -70,10 +74,15 @@ def token_divergences(logits_TV: torch.Tensor, reference_logits_TV: torch.Tensor
     found = []
     for logits, reference in zip(*_chunks(logits_TV, reference_logits_TV)):
         log_q, log_p = _log_softmax(logits), _log_softmax(reference.to(logits.device))
+        share: torch.Tensor | float = 1.0
+        if kept is not None:
+            log_p = log_p[:, kept.to(log_p.device)]
+            log_share = log_p.logsumexp(-1, keepdim=True)
+            log_p, share = log_p - log_share, log_share[:, 0].exp().double()
         p = log_p.exp()
         # An outcome of probability 0 adds nothing, also where both logarithms are −∞.
         terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
-        found.append(terms.sum(-1, dtype=torch.float64).cpu())
+        found.append((terms.sum(-1, dtype=torch.float64) * share).cpu())
     return torch.cat(found)
 
 
@@ -82,7 +91,7 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(logits: torch.Tensor, other: torch.Tensor) -> tuple[Iterable[torch.Tensor], Iterable[torch.Tensor]]:
-    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    size = max(1, CHUNK_ELEMENTS // max(one.shape[-1] for one in (logits, other) if one.ndim > 1))
     return logits.split(size), other.split(size)
 
 
@@ -121,13 +130,27 @@ def load_metric(name: str, **kwargs: Any) -> Any:
 
 
 def measure_quality(
-    models: Mapping[str, PreTrainedModel], rows: TokenRows, reference: str | None, batch_size: int, show_progress: bool
+    models: Mapping[str, PreTrainedModel],
+    rows: TokenRows,
+    reference: str | None,
+    batch_size: int,
+    show_progress: bool,
+    own_ids: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure every model in one pass over the rows, longest rows first, which needs the least padding.
+
+    Args:
+        models: name → model.
+        rows: token rows.
+        reference: name of the model that the others are compared with.
+        batch_size: rows at a time.
+        show_progress: show a progress bar.
+        own_ids: name → the model's own id of every token of the rows, for models with more tokens.
 
     Returns:
         Name → metrics; those by position under `positions`.
     """
+    own_ids = own_ids or {}
     names = sorted(models, key=lambda name: name != reference)
     measured = {name: _Quality(is_compared=reference not in (None, name)) for name in names}
     ordered = rows.select(sorted(range(len(rows)), key=lambda index: len(rows.rows[index]), reverse=True))
@@ -136,12 +159,16 @@ def measure_quality(
             first = index * batch_size
             places = [torch.tensor(ordered.predicted(first + i)) for i in range(len(batch["input_ids"]))]
             targets = [ids[place] for ids, place in zip(batch["input_ids"], places)]
-            by_row = {name: _logits_by_row(models[name], batch, places) for name in names}
+            by_row = {name: _logits_by_row(models[name], batch, places, own_ids.get(name)) for name in names}
             for target, place in zip(targets, places):
                 reference_TV = None
                 for name in names:  # the reference comes first
                     logits_TV = next(by_row[name])
-                    measured[name].add(logits_TV, target, place, reference_TV)
+                    own = own_ids.get(name)
+                    # The reference's ids of the model's tokens, where the reference alone has more.
+                    kept = own_ids.get(reference) if own is None and reference is not None else None
+                    target_own = target if own is None else own[target]
+                    measured[name].add(logits_TV, target_own, place, reference_TV, kept)
                     if name == reference:
                         reference_TV = logits_TV
                     del logits_TV  # before the next model's
@@ -159,14 +186,18 @@ def measure_quality(
 
 
 def _logits_by_row(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], places: Sequence[torch.Tensor]
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    places: Sequence[torch.Tensor],
+    own_ids: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Logits that predict the given places of every row, [n, V] of one row at a time.
 
     Causal attention never reaches the padding on the right, so neither a mask nor positions are needed. A mask does
     harm: with a sliding window, padding far to the right attends to nothing, and becomes NaN in some dtypes.
     """
-    inputs = {"input_ids": batch["input_ids"].to(model.device)}
+    ids = batch["input_ids"] if own_ids is None else own_ids[batch["input_ids"]]
+    inputs = {"input_ids": ids.to(model.device)}
     positions = [place - 1 for place in places]  # each position predicts the token after it
     with torch.no_grad():
         try:
@@ -204,6 +235,7 @@ class _Quality:
         tokens_T: torch.Tensor,
         places_T: torch.Tensor,
         reference_TV: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
     ) -> None:
         """Add a row.
 
@@ -212,18 +244,19 @@ class _Quality:
             tokens_T: the tokens that they predict, int64 [T].
             places_T: positions of these tokens in the row, int64 [T].
             reference_TV: the reference's logits, [T, V]; None without a comparison.
+            kept: see `token_divergences`.
         """
         positions = places_T.tolist()
         log_probabilities_T = token_log_probabilities(logits_TV, tokens_T)
         self.loss.add_values([log_probabilities_T.numpy()])
         self.by_position["loss"].add(positions, -log_probabilities_T)
         if self.is_compared and reference_TV is not None:
-            divergences_T = token_divergences(logits_TV, reference_TV)
+            divergences_T = token_divergences(logits_TV, reference_TV, kept)
             self.divergence.add_values([divergences_T.numpy()])
             self.by_position["kl_divergence"].add(positions, divergences_T)
-            self.agreement.add_batch(
-                predictions=[logits_TV.argmax(-1).tolist()], references=[reference_TV.argmax(-1).tolist()]
-            )
+            best = logits_TV.argmax(-1).cpu()
+            best = best if kept is None else kept[best]
+            self.agreement.add_batch(predictions=[best.tolist()], references=[reference_TV.argmax(-1).tolist()])
 
     def result(self, num_bytes: int | None) -> dict[str, Any]:
         """Metric → value and standard error; None where there is none.

@@ -19,10 +19,10 @@ from ..errors import MismatchError
 from ..families import VOCABULARY, families
 from ..files import digest, json_values, replacing_file, versions
 from ..formats import FORMATS, read_artefact, write_artefact
+from ..formats import INDICES_NAME as INDICES_NAME
+from ..formats import PLAN_NAME as PLAN_NAME
 from ..vocabulary.ids import names_ids
 
-PLAN_NAME = "pruning_plan.json"
-INDICES_NAME = "pruning_plan.safetensors"
 #: What the names of arrays of partners begin with, beside the kept units, which go by their axis.
 PARTNERS = "partners."
 #: Name of the basis of the residual stream in the same file.

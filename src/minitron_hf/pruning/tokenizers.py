@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data.tokens import text_tokenizer, tokenizer_digest
-from ..errors import MismatchError
+from ..data.tokens import text_tokenizer
 from ..families import VOCABULARY
-from ..vocabulary.rewriting import cut_tokenizer
+from ..vocabulary.stored import StoredCut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +34,5 @@ def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedToken
     """
     if VOCABULARY not in plan.kept or plan.vocabulary is None:
         return text_tokenizer(processing_class)
-    found = tokenizer_digest(processing_class)
-    if found == plan.vocabulary["student_tokenizer"]:
-        return text_tokenizer(processing_class)
-    if found != plan.vocabulary["teacher_tokenizer"]:
-        raise MismatchError(
-            "The vocabulary of this plan was chosen with another tokenizer than the one that is given. Pass the "
-            "teacher's tokenizer, or plan again."
-        )
-    return cut_tokenizer(text_tokenizer(processing_class), plan.kept[VOCABULARY])
+    cut: PreTrainedTokenizerBase = StoredCut(plan.kept[VOCABULARY], plan.vocabulary).tokenizer(processing_class)
+    return cut

@@ -1,0 +1,64 @@
+"""The cut of a student's vocabulary, as its plan holds it: attached to the model, or in its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from ..data.tokens import text_tokenizer, tokenizer_digest
+from ..errors import MismatchError
+from ..formats import INDICES_NAME, PLAN_NAME, read_artefact
+from .rewriting import cut_tokenizer
+
+
+@dataclass(frozen=True)
+class StoredCut:
+    """The tokens that a student has of its teacher's.
+
+    Attributes:
+        kept: int64 [V], the teacher's id of every token of the student.
+        facts: digests of both tokenizers, and more (`VocabularyCut.facts`).
+    """
+
+    kept: np.ndarray
+    facts: Mapping[str, Any]
+
+    def tokenizer(self, processing_class: Any) -> Any:
+        """The student's tokenizer, from either model's.
+
+        Raises:
+            MismatchError: if it is neither.
+        """
+        found = tokenizer_digest(processing_class)
+        if found == self.facts["student_tokenizer"]:
+            return text_tokenizer(processing_class)
+        if found != self.facts["teacher_tokenizer"]:
+            raise MismatchError(
+                "The vocabulary of this plan was chosen with another tokenizer than the one that is given. Pass the "
+                "teacher's tokenizer, or plan again."
+            )
+        return cut_tokenizer(text_tokenizer(processing_class), self.kept)
+
+
+def stored_cut(model: Any) -> StoredCut | None:
+    """The cut of a student's vocabulary; None if its plan has none, or is not known.
+
+    Args:
+        model: a model, or its folder.
+    """
+    if (plan := getattr(model, "pruning_plan", None)) is not None:
+        return None if plan.vocabulary is None else StoredCut(plan.kept["vocab"], plan.vocabulary)
+    name = model if isinstance(model, str | os.PathLike) else getattr(model.config, "name_or_path", None)
+    if not name or not (Path(name) / PLAN_NAME).is_file() or not (Path(name) / INDICES_NAME).is_file():
+        return None
+    facts = read_artefact(Path(name) / PLAN_NAME).get("vocabulary")
+    if facts is None:
+        return None
+    with safe_open(Path(name) / INDICES_NAME, "np") as stored:
+        return StoredCut(stored.get_tensor("vocab"), facts)
