@@ -15,7 +15,9 @@ from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import OutputError, PlanError
 from minitron_hf.models import count_parameters
+from minitron_hf.pruning import prune
 from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.recipe.actions import search_arguments
 from minitron_hf.recipe.schema import Recipe
@@ -159,6 +161,37 @@ def test_pruned_shapes_rank_by_the_divergence_of_pruned_students(find, teacher, 
         mean, error = naive_error(paired)
         assert candidate.kl_above_best["value"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
         assert candidate.kl_above_best["stderr"] == pytest.approx(error, rel=1e-3)
+
+
+def test_shapes_are_compared_repaired_where_the_request_repairs_them(find, teacher, scores):
+    """Repaired on every second row, measured on the others."""
+    base = PrunerConfig(repair="least_squares")
+    found = find(base=base, space={"intermediate_size": [0.25, 0.5]})
+    measured, repaired_on = ROWS.select([0, 2, 4]), ROWS.select([1, 3, 5])
+    for candidate in found.candidates:
+        assert candidate.request.repair == "least_squares"
+        plan = make_plan(teacher, candidate.request, scores)
+        student = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, repaired_on))
+        kl = torch.cat(naive_kl(teacher, student, measured)).mean().item()
+        assert candidate.pruned_kl["value"] == pytest.approx(kl, rel=1e-4)
+    with pytest.raises(PlanError, match="there is one row"):
+        find(base=base, calibration_data=ROWS.select([0]))
+
+
+def test_a_candidate_is_repaired_before_its_first_step_and_not_again(distil, teacher, monkeypatch):
+    """Two shapes are repaired to be measured, and once more before their first step; none after that."""
+    repairs, repair = [], prune.repaired_weights
+    monkeypatch.setattr(
+        prune, "repaired_weights", lambda model, plan, *a, **k: repairs.append(plan) or repair(model, plan, *a, **k)
+    )
+    monkeypatch.setattr(search, "_measure_speed", lambda *args: None)
+    changes = {"base": PrunerConfig(repair="least_squares"), "space": {"intermediate_size": [0.25, 0.5]}}
+    settings = {**DISTILLATION, "learning_rate": 0.0}
+    found = distil(**changes, distillation=settings, eval_data=ROWS.select([0, 2, 4]))
+    assert [len(candidate.rounds) for candidate in found.candidates] == [2, 1]
+    assert len(repairs) == 4
+    for candidate in found.candidates:  # steps of length 0 change nothing
+        assert candidate.rounds[-1]["kl"] == pytest.approx(candidate.pruned_kl["value"], rel=1e-4)
 
 
 @pytest.mark.slow

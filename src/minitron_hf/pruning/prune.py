@@ -233,10 +233,8 @@ def plan_for_target(
         raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
-    num_rows *= 2 if request.repair else 1
-    rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows)
+    rows, repair_rows = comparison_rows(data, processing_class, request, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    rows, repair_rows = _split_rows(rows) if request.repair else (rows, None)
     total = count_parameters(model)
     limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
     divergence = Divergence(model, rows)
@@ -252,14 +250,28 @@ def plan_for_target(
     return replace(plan, candidates=tuple(one.pruned_dict() for one in (best, *others)), notes=notes)
 
 
-def _split_rows(rows: TokenRows) -> tuple[TokenRows, TokenRows]:
-    """Every other row to measure on, and the rest to repair on.
+def comparison_rows(
+    data: DataSource,
+    processing_class: PreTrainedTokenizerBase | None,
+    request: PrunerConfig | None,
+    *,
+    max_length: int,
+    num_rows: int,
+) -> tuple[TokenRows, TokenRows | None]:
+    """Rows to compare shapes on and, where the request repairs them, as many other rows to repair them on.
 
     Raises:
-        PlanError: if there is a single row.
+        PlanError: if there is a single row for both.
     """
+    repairs = request is not None and request.repair is not None
+    rows = token_rows(data, processing_class, max_length=max_length, num_rows=2 * num_rows if repairs else num_rows)
+    if not repairs:
+        return rows, None
     if len(rows) < 2:
-        raise PlanError("repair with target_parameters needs two rows of calibration data or more. Pass more text.")
+        raise PlanError(
+            "repair: shapes are repaired on some rows of the calibration data and compared on the others, and there "
+            "is one row. Pass more text."
+        )
     return rows.select(list(range(0, len(rows), 2))), rows.select(list(range(1, len(rows), 2)))
 
 

@@ -14,7 +14,7 @@ import gc
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from ..locks import with_locked_folder
 from ..pruning.candidates import Candidate, Divergence, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
-from ..pruning.surgery import apply_plan
+from ..pruning.prune import comparison_rows, prune_with_plan
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
@@ -116,8 +116,8 @@ def search_architectures(
         num_tokens: number of tokens of the first round; each round doubles the total.
         num_rows: number of rows on which KL is measured.
         max_length: tokens in a row.
-        base: settings of the requests other than sizes (`contiguous`, `norm_compensation`, …). Candidates are
-            compared without its `repair`.
+        base: settings of the requests other than sizes (`contiguous`, `norm_compensation`, `repair`, …). With
+            `repair`, every candidate is repaired on as many other rows of the calibration data.
         distillation: fields of `DistillationConfig`.
         show_progress: show the table of candidates as it fills.
 
@@ -133,7 +133,9 @@ def search_architectures(
     budget = single_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
-    rows = token_rows(calibration_data, processing_class, max_length=max_length, num_rows=num_rows)
+    rows, repair_rows = comparison_rows(
+        calibration_data, processing_class, base, max_length=max_length, num_rows=num_rows
+    )
     held_out = rows
     if eval_data is not None:
         held_out = token_rows(eval_data, processing_class, max_length=max_length, num_rows=num_rows)
@@ -149,15 +151,17 @@ def search_architectures(
         "context_length": context_length,
     }
     inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
+    if repair_rows is not None:
+        inputs = digest(inputs, repair_rows.digest)
     record = SearchRecord(output_dir, inputs, settings, show_progress)
     shapes = shapes_within_budget(model, found.shapes, budget, tolerance, context_length, record)
-    search = _Search(model, scores, record)
+    search = _Search(model, scores, record, repair_rows)
     with record.live():
         search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budget)
         if train_dataset is not None:
             assert record.folder is not None
             training = {**(distillation or {}), "max_length": max_length}
-            distil = BriefDistillation(model, record.folder, train_dataset, processing_class, training)
+            distil = BriefDistillation(model, record.folder, train_dataset, processing_class, training, repair_rows)
             chosen = search.select(shapes, num_candidates)
             search.distil_rounds(chosen, distil, held_out, [num_tokens << turn for turn in range(num_rounds)])
     record.candidates = _rank(record.candidates, rows, held_out)
@@ -185,14 +189,23 @@ def _require_distillable(
 
 
 class _Search:
-    """Prunes, measures and distils candidates; every result goes into the record at once."""
+    """Prunes, measures and distils candidates; every result goes into the record at once.
 
-    def __init__(self, model: PreTrainedModel, scores: ImportanceScores, record: SearchRecord) -> None:
-        self.model, self.scores, self.record = model, scores, record
+    Args:
+        model: the teacher.
+        scores: importance of its units.
+        record: of the search.
+        repair_rows: rows to repair candidates on, or None.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, scores: ImportanceScores, record: SearchRecord, repair_rows: TokenRows | None
+    ) -> None:
+        self.model, self.scores, self.record, self.repair_rows = model, scores, record, repair_rows
 
     def plan(self, candidate: Candidate) -> PruningPlan:
-        """The plan of a candidate without a repair, which would need another pass for each."""
-        return make_plan(self.model, replace(candidate.request, repair=None), self.scores)
+        """The plan of a candidate."""
+        return make_plan(self.model, candidate.request, self.scores)
 
     def measure_pruned(
         self, shapes: Sequence[Shape], rows: TokenRows, found: Enumeration, budget: Mapping[str, float]
@@ -214,7 +227,7 @@ class _Search:
                 self.record.candidates.remove(candidate)
                 found.refused[TOO_LARGE] = found.refused.get(TOO_LARGE, 0) + 1
                 continue
-            student = apply_plan(self.model, plan)
+            student = prune_with_plan(self.model, plan, self.repair_rows)
             candidate.pruned_kl = measure(student, candidate)
             del student
             gc.collect()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data import TokenRows
 from ..distillation.checkpoints import last_checkpoint
 from ..distillation.config import DistillationConfig
 from ..distillation.trainer import DistillationTrainer
 from ..files import digest
 from ..models import plain_model
 from ..pruning.plan import PruningPlan
+from ..pruning.prune import prune_with_plan
 from ..pruning.surgery import apply_plan
 from .record import CANDIDATES_DIR
 
@@ -45,6 +48,7 @@ class BriefDistillation:
         train_dataset: corpus.
         processing_class: tokenizer of texts.
         settings: fields of `DistillationConfig`, with `max_length`.
+        repair_rows: rows to repair a student on before its first step, where its plan asks for that.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class BriefDistillation:
         train_dataset: Any,
         processing_class: Any,
         settings: Mapping[str, Any],
+        repair_rows: TokenRows | None = None,
     ) -> None:
+        self.repair_rows = repair_rows
         self.teacher, self.processing_class = teacher, processing_class
         self.folder = folder / CANDIDATES_DIR
         self.train_dataset = on_disk(train_dataset, self.folder)
@@ -76,8 +82,13 @@ class BriefDistillation:
         rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
         steps = math.ceil(num_tokens / (rows * values["max_length"]))
         saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
+        checkpoint = last_checkpoint(folder)
+        if checkpoint:  # it holds the weights, so nothing is repaired again
+            student = apply_plan(self.teacher, replace(plan, repair=None))
+        else:
+            student = prune_with_plan(self.teacher, plan, self.repair_rows)
         trainer = DistillationTrainer(
-            model=apply_plan(self.teacher, plan),
+            model=student,
             teacher_model=self.teacher,
             args=DistillationConfig(str(folder), **{**values, "max_steps": steps, **saving}),
             train_dataset=self.train_dataset,
@@ -85,7 +96,7 @@ class BriefDistillation:
             pruning_plan=plan,
         )
         trainer.remove_callback(PrinterCallback)  # the table shows the results
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=checkpoint)
         return plain_model(trainer.model).eval()
 
 
