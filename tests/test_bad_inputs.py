@@ -140,7 +140,9 @@ CASES = [
         ("key", "--space depth=[1]", "depth"),
         ("key", "--set num_candidate=3", "Did you mean 'num_candidates'?"),
         ("key", "--set distillation.lerning_rate=3", "Did you mean 'learning_rate'?"),
-        ("extra", "--max-memory-bytes 16B", "exactly one budget"),
+        ("range", "--max-active-parameters 0", "expected a number above 0"),
+        ("range", "--set batch_size=0", "expected at least 1"),
+        ("range", "--set tolerance=2", "tolerance"),
         ("encoding", "--eval-data {latin}", "line 2"),
         (
             "permission",
@@ -384,7 +386,7 @@ CASES = [
             "at least 1",
         ),
         ("extra", "search={{space: {{intermediate_size: [24]}}, max_parameters: 1}}", "in prune and in search"),
-        ("missing", "prune={{}};search={{space: {{hidden_size: [24]}}}}", "exactly one budget"),
+        ("missing", "prune={{}};search={{space: {{hidden_size: [24]}}}}", "needs a budget"),
     ),
     *section(
         "rounds",

@@ -774,12 +774,18 @@ def test_plan_file_has_the_documented_form(tmp_path: Path):
     assert written["versions"]["minitron_hf"]
     assert written["model_type"] == "llama"
     assert written["teacher"].keys() == {
-        "name_or_path", "revision", "digest", "num_parameters", "num_parameters_without_embeddings", "config",
+        "name_or_path", "revision", "digest", "num_parameters", "num_active_parameters",
+        "num_parameters_without_embeddings", "config",
     }  # fmt: skip
     assert written["teacher"]["name_or_path"] == "owner/teacher"
     assert written["teacher"]["digest"] == model_digest(model)
     assert written["teacher"]["config"]["hidden_size"] == 36
-    assert written["student"].keys() == {"num_parameters", "num_parameters_without_embeddings", "config"}
+    assert written["student"].keys() == {
+        "num_parameters",
+        "num_active_parameters",
+        "num_parameters_without_embeddings",
+        "config",
+    }
     assert written["student"]["config"]["hidden_size"] == 24
     assert written["sizes"]["hidden"] == {"teacher": 36, "student": 24}
     assert written["sizes"]["ffn"] == {"teacher": 52, "student": 52}

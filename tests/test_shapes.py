@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from minitron_hf.models import count_parameters
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.shapes import (
     cache_bytes,
+    counted_cost,
     enumerate_shapes,
-    filter_by_budget,
+    filter_by_budgets,
     memory_bytes,
+    require_budgets,
     select_diverse,
 )
 from minitron_hf.sizes.student import student_config
@@ -55,7 +58,7 @@ def eight_billion():
 
 def test_the_published_8b_space(eight_billion):
     assert len(eight_billion.shapes) == 4 * 2 * 5 * 4
-    found = filter_by_budget(eight_billion.shapes, 8.5e9, 1 - 7.8 / 8.5, lambda shape: shape.num_parameters)
+    found = filter_by_budgets(eight_billion.shapes, {"max_parameters": 8.5e9}, 1 - 7.8 / 8.5, counted_cost)
     rows = {tuple(shape.sizes[axis] for axis in ("layers", "heads", "ffn", "hidden")) for shape in found}
     assert rows == {
         (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096),
@@ -144,7 +147,7 @@ def test_cache_is_what_the_model_fills(name: str):
 
 
 def test_different_shapes_are_the_best_of_their_surroundings(eight_billion):
-    shapes = filter_by_budget(eight_billion.shapes, 8.5e9, 0.1, lambda shape: shape.num_parameters)
+    shapes = filter_by_budgets(eight_billion.shapes, {"max_parameters": 8.5e9}, 0.1, counted_cost)
     cost = {shape.name: index * 7 % 15 for index, shape in enumerate(shapes)}
     chosen = select_diverse(shapes, 5, cost=lambda shape: cost[shape.name])
     assert len(chosen) == 5
@@ -169,3 +172,17 @@ def test_names_are_short_and_complete():
     [shape] = enumerate_shapes(LlamaConfig(num_hidden_layers=4), {"intermediate_size": [0.5]}).shapes
     assert shape.name == "intermediate_size=5504"
     assert shape.request == PrunerConfig(intermediate_size=5504)
+
+
+def test_the_nearest_smaller_shape_is_named_with_the_tolerance_that_takes_it():
+    shapes = enumerate_shapes(pocket_model("llama").config, {"intermediate_size": [0.25, 0.5]}).shapes
+    larger, smaller = (shape.num_parameters for shape in shapes)
+    budgets = {"max_parameters": larger - 1}
+    with pytest.raises(PlanError, match="The nearest smaller one is intermediate_size=") as refused:
+        require_budgets(shapes, budgets, 0.0, counted_cost)
+    assert f"max_parameters {smaller:,}" in str(refused.value)
+    named = float(re.search(r"tolerance=([\d.]+) takes it", str(refused.value))[1])
+    assert [shape.num_parameters for shape in require_budgets(shapes, budgets, named, counted_cost)] == [smaller]
+    assert (1 - (named - 0.01)) * (larger - 1) > smaller
+    with pytest.raises(PlanError, match=f"costs so little: max_parameters is {smaller:,} to {larger:,}"):
+        require_budgets(shapes, {"max_parameters": smaller - 1}, 0.5, counted_cost)

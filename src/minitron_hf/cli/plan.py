@@ -155,8 +155,9 @@ def _plan_and_print(
 def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list[str]) -> None:
     """Sizes and counts of the student, from the teacher's config."""
     from ..families import spec_for
-    from ..models import count_parameters, load_config
+    from ..models import load_config
     from ..recipe.reading import apply_overrides
+    from ..sizes.counts import compared_counts, parameter_counts
     from ..sizes.request import PrunerConfig
     from ..sizes.student import check_sizes, student_config
 
@@ -168,10 +169,7 @@ def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list
         {
             "model_type": spec.model_type,
             "sizes": {axis: {"teacher": before[axis], "student": after[axis]} for axis in before},
-            "num_parameters": {name: count_parameters(one) for name, one in both.items()},
-            "num_parameters_without_embeddings": {
-                name: count_parameters(one, embeddings=False) for name, one in both.items()
-            },
+            **compared_counts({name: parameter_counts(one) for name, one in both.items()}),
             "notes": notes,
         }
     )
@@ -191,6 +189,7 @@ def _plan(
     from ..pruning.planning import make_plan
     from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
+    from ..sizes.counts import compared_counts
     from ..sizes.request import PrunerConfig
     from ..sizes.student import require_some_size
     from ..vocabulary.counts import count_tokens
@@ -215,10 +214,7 @@ def _plan(
         {
             "model_type": made.model_type,
             "sizes": made.sizes,
-            **{
-                key: {"teacher": made.teacher[key], "student": made.student[key]}
-                for key in ("num_parameters", "num_parameters_without_embeddings")
-            },
+            **compared_counts({"teacher": made.teacher, "student": made.student}),
             "notes": made.notes,
         }
     )

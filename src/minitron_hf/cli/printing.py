@@ -29,6 +29,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
+    from ..sizes.counts import TITLES
 
     if "candidates" in shapes:
         total, found = shapes["num_parameters"]["teacher"], shapes["candidates"]
@@ -46,8 +47,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     for column in ("", "teacher", "student", "kept"):
         table.add_column(column, justify="left" if not column else "right")
     sizes = {FIELD_OF_AXIS.get(axis, axis): both for axis, both in shapes["sizes"].items()}
-    rows = {**sizes, "parameters": shapes["num_parameters"]}
-    rows["without embeddings"] = shapes["num_parameters_without_embeddings"]
+    rows = {**sizes, **{title: shapes[key] for key, title in TITLES.items() if key in shapes}}
     for name, both in rows.items():
         share = both["student"] / both["teacher"]
         table.add_row(name, f"{both['teacher']:,}", f"{both['student']:,}", f"{share:.0%}")

@@ -17,7 +17,13 @@ Space = Annotated[
 ]
 MaxParameters = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="NUMBER", help="Budget of parameters, such as 4.5B. Exactly one budget is needed."),
+    typer.Option(
+        metavar="NUMBER", help="Budget of parameters, such as 4.5B. With several budgets, a shape meets all of them."
+    ),
+]
+MaxActive = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NUMBER", help="Budget of the parameters that one token uses, such as 3B."),
 ]
 MaxMemory = Annotated[
     Optional[str],  # noqa: UP045
@@ -44,6 +50,7 @@ def search(
     data: Data,
     output: Output,
     max_parameters: MaxParameters = None,
+    max_active_parameters: MaxActive = None,
     max_memory_bytes: MaxMemory = None,
     max_seconds_per_token: MaxSeconds = None,
     train_data: TrainData = None,
@@ -53,25 +60,27 @@ def search(
     device: Device = None,
     set_: Settings = None,
 ) -> None:
-    """Find the best shape within a budget: prune, distil briefly, keep the better half (search_architectures).
+    """Find the best shape within budgets: prune, distil briefly, keep the better half (search_architectures).
 
     --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
     The same command resumes an interrupted search.
     """
     from ..publishing.plots import write_plots
-    from ..recipe.reading import apply_overrides, read_yaml
+    from ..recipe.reading import apply_overrides
     from ..recipe.rules import with_new_names
     from ..recipe.settings import require_search
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures
     from ..search.record import candidate_table
 
-    sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in space)}
-    if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
-        raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
+    sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     settings = with_new_names(entries, "search", "--set ")
-    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
+    budgets = {
+        "max_parameters": max_parameters,
+        "max_active_parameters": max_active_parameters,
+        "max_memory_bytes": max_memory_bytes,
+    }
     require_search(settings, "--set ")
     limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
     calibration = _texts(data, split, text_field)
@@ -97,3 +106,17 @@ def search(
     found.best.save_pretrained(output)
     write_plots(output)
     wrote(found.path, f". Best: {found.candidates[0].name}")
+
+
+def _space(options: list[str]) -> dict[str, list[Any]]:
+    """The sizes to try, by name.
+
+    Raises:
+        DataError: if an option is no list.
+    """
+    from ..recipe.reading import read_yaml
+
+    sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in options)}
+    if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
+        raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
+    return sizes

@@ -15,8 +15,9 @@ from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, UnsupportedModelError
 from ..files import public_name, require_creatable, versions
 from ..formats import FORMATS, write_artefact
-from ..models import count_parameters, evaluating, load_tokenizer
+from ..models import evaluating, load_tokenizer
 from ..scoring.row_starts import warn_of_broken_starts
+from ..sizes.counts import parameter_counts
 from ..weights import model_digest
 from .benchmarks import measure_benchmarks
 from .chat import ChatTest
@@ -430,8 +431,7 @@ def _described_model(source: Any, model: PreTrainedModel, description: str | Non
         "name_or_path": _recorded_name(source),
         **({} if description is None else {"description": description}),
         "digest": _digest_or_none(model),
-        "num_parameters": count_parameters(model),
-        "num_parameters_without_embeddings": count_parameters(model, embeddings=False),
+        **parameter_counts(model),
         "checkpoint_bytes": checkpoint_bytes(source, loaded=model),
     }
 

@@ -24,7 +24,7 @@ from ..losses.heads import OutputHead, backbone_output, output_head
 from ..losses.signals import DenseSignal
 from ..models import evaluating
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import Shape
+from ..sizes.shapes import name_of_sizes
 from ..weights import input_device
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Candidate:
     Attributes:
         request: its sizes.
         num_parameters: exact.
+        num_active_parameters: those that one token uses; None in files of earlier versions.
         pruned_kl: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
         rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
             held-out text.
@@ -63,11 +64,12 @@ class Candidate:
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     row_sums: list[list[float]] = field(default_factory=list, repr=False)
+    num_active_parameters: int | None = None
 
     @property
     def name(self) -> str:
         """The sizes, in few words."""
-        return Shape(self.request, {}, self.num_parameters).name
+        return name_of_sizes(self.request)
 
     @property
     def kl(self) -> float:
@@ -87,6 +89,7 @@ class Candidate:
             "name": self.name,
             "request": {k: v for k, v in self.request.to_dict().items() if v is not None},
             "num_parameters": self.num_parameters,
+            "num_active_parameters": self.num_active_parameters,
             "proxy": self.pruned_kl,
             "rounds": self.rounds,
             "behind": self.kl_above_best,
@@ -97,7 +100,7 @@ class Candidate:
 
     def pruned_dict(self) -> dict[str, Any]:
         """The measurements before any retraining, JSON-ready."""
-        names = ("name", "request", "num_parameters", "proxy", "behind")
+        names = ("name", "request", "num_parameters", "num_active_parameters", "proxy", "behind")
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     @classmethod

@@ -58,7 +58,7 @@ def iterate_importance(
     """
     require_iterations(config, iterations)
     data = tokenize_once(data, importance_kwargs.get("processing_class"))
-    if config.target_parameters is not None:
+    if config.targets:
         once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))
         assert isinstance(once, ImportanceScores)
         return once
@@ -150,10 +150,10 @@ def require_iterations(config: PrunerConfig, iterations: int) -> None:
             f"iterations={iterations} cannot be combined with head_add_back: it needs the order of all heads in one "
             "round of scoring. Leave it out, or score once."
         )
-    if config.target_parameters is not None and iterations > 1:
+    if config.targets and iterations > 1:
         raise PlanError(
-            f"iterations={iterations} cannot be combined with target_parameters: what goes in each round follows "
-            "from sizes. Give sizes, or score once."
+            f"iterations={iterations} cannot be combined with {next(iter(config.targets))}: what goes in each round "
+            "follows from sizes. Give sizes, or score once."
         )
 
 

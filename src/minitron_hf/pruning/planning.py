@@ -14,8 +14,9 @@ from ..errors import MismatchError, PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS
 from ..files import public_name
-from ..models import count_parameters, empty_model
+from ..models import empty_model
 from ..scoring.scores import ImportanceScores
+from ..sizes.counts import parameter_counts
 from ..sizes.legality import require_units, rounding_step
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
@@ -211,8 +212,7 @@ def _describe_teacher(
         "name_or_path": public_name(config.name_or_path),
         "revision": commit_hash(config),
         "digest": weights_digest,
-        "num_parameters": count_parameters(teacher),
-        "num_parameters_without_embeddings": count_parameters(teacher, embeddings=False),
+        **parameter_counts(teacher),
         "config": _config_to_dict(config),
     }
 
@@ -300,7 +300,4 @@ def _count_student(
             f"The stock {type(meta).__name__} built from the student's config differs from the table at {wrong}. "
             "This is a mistake in the family table: please report it."
         )
-    return {
-        "num_parameters": count_parameters(meta),
-        "num_parameters_without_embeddings": count_parameters(meta, embeddings=False),
-    }
+    return dict(parameter_counts(meta))

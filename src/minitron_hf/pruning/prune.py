@@ -13,7 +13,6 @@ from torch import nn
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..errors import PlanError, accept_old_names
 from ..models import (
-    count_parameters,
     load_config,
     load_for_compute,
     load_tokenizer,
@@ -24,9 +23,9 @@ from ..scoring.calibration import default_max_length
 from ..scoring.metrics import needs_no_data
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import TOLERANCE, Shape, select_diverse
+from ..sizes.shapes import COUNTED, Shape, select_diverse
 from ..sizes.student import require_some_size, student_config
-from ..sizes.targets import shapes_near_target
+from ..sizes.targets import shapes_near_target, target_limits
 from ..vocabulary.counts import TokenCounts, count_tokens
 from .candidates import Candidate, Divergence, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
@@ -142,10 +141,10 @@ def _check_sources(
             f"repair={config.repair!r} needs calibration_data. Pass it instead of scores, or call make_plan and "
             "prune_with_plan(model, plan, data)."
         )
-    if config.target_parameters is not None and data is None:
+    if config.targets and data is None:
         raise PlanError(
-            "target_parameters needs calibration_data: shapes are measured on it after the scoring. With scores made "
-            "before, call plan_for_target(model, config, scores, data) and apply_plan(model, plan)."
+            f"{next(iter(config.targets))} needs calibration_data: shapes are measured on it after the scoring. With "
+            "scores made before, call plan_for_target(model, config, scores, data) and apply_plan(model, plan)."
         )
     if config.vocab_size is not None and token_counts is None and data is None:
         raise PlanError(
@@ -169,7 +168,7 @@ def _choose_plan(
     token_counts: TokenCounts | None,
 ) -> PruningPlan:
     """The plan for given sizes, or for the best sizes that meet a target."""
-    if config.target_parameters is None or scores is None or data is None:
+    if not config.targets or scores is None or data is None:
         return make_plan(model, config, scores, token_counts=token_counts)
     return plan_for_target(
         model,
@@ -185,7 +184,7 @@ def _choose_plan(
 def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
     """Refuse impossible sizes, and a request without any."""
     require_some_size(teacher, config)
-    if config.target_parameters is None:
+    if not config.targets:
         student_config(teacher, config)
     else:
         shapes_near_target(teacher, config)
@@ -199,12 +198,12 @@ def plan_for_target(
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
     token_counts: TokenCounts | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     num_shapes: int = 16,
     num_rows: int = 32,
     max_length: int | None = None,
 ) -> PruningPlan:
-    """Choose the sizes for `request.target_parameters` by the KL before retraining, and plan them.
+    """Choose the sizes for a target of parameters by the KL before retraining, and plan them.
 
     Shapes that meet the target (`shapes_near_target`) are pruned one after another and compared with the teacher
     before any retraining, on the same tokens. With `request.repair`, they are repaired first, on other rows. The shape
@@ -212,12 +211,12 @@ def plan_for_target(
 
     Args:
         model: the teacher; not changed.
-        request: a request with `target_parameters`. Its sizes are kept.
+        request: a request with `target_parameters`, `target_active_parameters`, or both. Its sizes are kept.
         scores: importance of the teacher's units.
         data: texts or token rows to measure on.
         processing_class: tokenizer of texts.
         token_counts: for `vocab_size`. Shapes are measured with the whole vocabulary, and counted with what stays.
-        tolerance: fraction of the target by which the student may be smaller; it is never larger.
+        tolerance: fraction of the target by which the student may be smaller; None: that of the request.
         num_shapes: number of shapes to measure; if there are more, a diverse selection.
         num_rows: rows to measure on.
         max_length: tokens of a row.
@@ -229,24 +228,26 @@ def plan_for_target(
         PlanError: if the target is out of reach, no size is left to choose, or none of the shapes can be planned.
         MismatchError: if the scores belong to another model.
     """
-    if request.target_parameters is None:
-        raise PlanError("plan_for_target needs target_parameters. With sizes, call make_plan(model, request, scores).")
+    if not request.targets:
+        raise PlanError(
+            "plan_for_target needs target_parameters or target_active_parameters. With sizes, call "
+            "make_plan(model, request, scores)."
+        )
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
     rows, repair_rows = comparison_rows(data, processing_class, request, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
-    total = count_parameters(model)
-    limit = request.target_parameters * (total if request.target_parameters < 1 else 1)
+    limits = target_limits(model.config, request)
     divergence = Divergence(model, rows)
-    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, repair_rows, token_counts)
+    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limits, repair_rows, token_counts)
+    wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
     if not candidates:
-        start = f"target_parameters={request.target_parameters:,}"
-        raise PlanError(f"{start}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
+        raise PlanError(f"{wanted}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
     best, *others = sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)
     for other in others:
         other.kl_above_best = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores, token_counts=token_counts)
-    notes = (*plan.notes, _choice_note(request.target_parameters, best, others))
+    notes = (*plan.notes, _choice_note(wanted, best, others))
     return replace(plan, candidates=tuple(one.pruned_dict() for one in (best, *others)), notes=notes)
 
 
@@ -280,7 +281,7 @@ def measure_shapes(
     shapes: Sequence[Shape],
     scores: ImportanceScores,
     divergence: Divergence,
-    limit: float,
+    limits: Mapping[str, float],
     repair_rows: TokenRows | None = None,
     token_counts: TokenCounts | None = None,
 ) -> tuple[list[Candidate], list[str]]:
@@ -291,7 +292,7 @@ def measure_shapes(
         shapes: to measure.
         scores: importance of the teacher's units.
         divergence: from the teacher.
-        limit: the most parameters that a student may have.
+        limits: name of a target (`COUNTED`) → the most that a student may have.
         repair_rows: rows for the repairs that the shapes ask for; None measures them without.
         token_counts: counts of the tokens of a corpus, where the shapes have a smaller vocabulary.
 
@@ -307,9 +308,11 @@ def measure_shapes(
         except PlanError as error:
             refusals.append(str(error))
             continue
-        candidate = Candidate(shape.request, plan.student["num_parameters"])
-        if candidate.num_parameters > limit:  # where layers are not alike, it depends on which of them go
-            refusals.append(f"{candidate.name} has {candidate.num_parameters:,} parameters with the layers that stay.")
+        counts = {name: plan.student[name] for name in ("num_parameters", "num_active_parameters")}
+        candidate = Candidate(shape.request, **counts)
+        # Where layers are not alike, it depends on which of them go.
+        if over := [COUNTED[name] for name, limit in limits.items() if counts[COUNTED[name]] > limit]:
+            refusals.append(f"{candidate.name} has {over[0]} {counts[over[0]]:,} with the layers that stay.")
             continue
         student = prune_with_plan(model, plan.with_whole_vocabulary(), repair_rows)
         candidate.pruned_kl = divergence(student, candidate)
@@ -318,10 +321,10 @@ def measure_shapes(
     return candidates, refusals
 
 
-def _choice_note(target: float, best: Candidate, others: Sequence[Candidate]) -> str:
+def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> str:
     assert best.pruned_kl is not None
     note = (
-        f"Sizes for target_parameters={target:,}: {best.name} ({best.num_parameters:,} parameters), KL "
+        f"Sizes for {wanted}: {best.name} ({best.num_parameters:,} parameters), KL "
         f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, the lowest of "
         f"{len(others) + 1} measured"
     )

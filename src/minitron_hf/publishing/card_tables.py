@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..sizes.counts import TITLES, compared_counts
 from . import markdown as md
 from .card_metadata import METRICS
 
@@ -12,6 +13,9 @@ from .card_metadata import METRICS
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
 
 #: Titles of the axes in tables. Other axes are shown under their own names.
+COUNT_TITLES = {
+    key: f"Parameters {title}" if title.startswith("without") else title.capitalize() for key, title in TITLES.items()
+}
 AXIS_TITLES = {
     "layers": "Layers",
     "hidden": "Hidden size",
@@ -133,11 +137,8 @@ def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
         before, after = teacher["config"].get(key), student["config"].get(key)
         if axis not in plan["sizes"] and (before is not None or after is not None):
             rows.append(row(AXIS_TITLES[axis], before, after))
-    for title, key in (
-        ("Parameters", "num_parameters"),
-        ("Parameters without embeddings", "num_parameters_without_embeddings"),
-    ):
-        rows.append(row(title, teacher[key], student[key]))
+    for key, both in compared_counts({"teacher": teacher, "student": student}).items():
+        rows.append(row(COUNT_TITLES[key], both["teacher"], both["student"]))
     return [["", "Teacher", "Student", "Kept"], *rows]
 
 
@@ -165,8 +166,7 @@ def measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
     for key, (title, _, factor, unit) in METRICS.items():
         add(title, [md.measured(models[name]["metrics"].get(key), factor, unit) for name in names])
     for title, key, shown in (
-        ("Parameters", "num_parameters", md.count),
-        ("Parameters without embeddings", "num_parameters_without_embeddings", md.count),
+        *((COUNT_TITLES[key], key, md.count) for key in compared_counts(models)),
         ("Checkpoint size", "checkpoint_bytes", md.binary_size),
         ("KV cache per token", "kv_cache_bytes_per_token", md.binary_size),
         ("Peak memory", "peak_memory_bytes", md.binary_size),

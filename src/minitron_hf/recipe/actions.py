@@ -103,7 +103,7 @@ def search_arguments(recipe: Recipe) -> dict[str, Any]:
 def _plan(run: Run) -> None:
     request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
     scores = ImportanceScores.from_pretrained(run.folder)
-    if request.target_parameters is None:
+    if not request.targets:
         plan = make_plan(run.teacher if request.hidden_basis else run.teacher_config, request, scores)
     else:
         plan = plan_for_target(

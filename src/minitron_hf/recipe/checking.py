@@ -14,8 +14,9 @@ from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.removal import require_depth
+from ..sizes.counts import compared_counts, parameter_counts
 from ..sizes.resolve import scoring_arguments
-from ..sizes.shapes import TOLERANCE, Shape, enumerate_shapes, require_budget
+from ..sizes.shapes import COUNTED, TOLERANCE, Shape, counted_cost, enumerate_shapes, require_budgets
 from ..sizes.student import check_sizes, student_config
 from ..sizes.targets import shapes_near_target
 from .actions import search_arguments
@@ -82,11 +83,7 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     return {
         "model_type": spec.model_type,
         "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
-        "num_parameters": {"teacher": count_parameters(config), "student": count_parameters(students[-1])},
-        "num_parameters_without_embeddings": {
-            "teacher": count_parameters(config, embeddings=False),
-            "student": count_parameters(students[-1], embeddings=False),
-        },
+        **compared_counts({"teacher": parameter_counts(config), "student": parameter_counts(students[-1])}),
         "notes": [*found, *notes],
     }
 
@@ -202,17 +199,19 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     """The candidate shapes of the student, largest first; None if the recipe gives its sizes."""
     request = recipe.pruner_config
     if recipe.search is None:
-        return None if request.target_parameters is None else shapes_near_target(config, request)
-    from ..search.budget import single_budget
+        return shapes_near_target(config, request) if request.targets else None
+    from ..search.budget import given_budgets
 
     arguments = search_arguments(recipe)
-    budgets = inspect.signature(single_budget).parameters
-    [(name, limit)] = single_budget(**{one: arguments[one] for one in budgets if one in arguments}).items()
+    names = inspect.signature(given_budgets).parameters
+    budgets = given_budgets(**{name: arguments[name] for name in names if name in arguments})
+    counted = {name: limit for name, limit in budgets.items() if name in COUNTED}
     shapes = enumerate_shapes(config, arguments["space"], request).shapes
-    if name == "max_parameters":
-        tolerance = arguments.get("tolerance", TOLERANCE)
-        shapes = require_budget(shapes, name, limit, tolerance, lambda shape: shape.num_parameters)
-    return shapes
+    if not counted:
+        return shapes
+    # Where other budgets are given too, a shape may use one of those, and stay far below the counted ones.
+    tolerance = arguments.get("tolerance", TOLERANCE) if counted == budgets else 1.0
+    return require_budgets(shapes, counted, tolerance, counted_cost)
 
 
 def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from ..pruning.repair import RIDGES, input_groups, probed_inputs
 from ..pruning.repair_sums import HELD_OUT_EVERY
 from ..scoring.activations import head_groups
 from ..scoring.hook_points import UnitView, holds_stacked_experts, norm_paths
+from ..sizes.counts import active_share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +64,7 @@ def layer_flops(config: PretrainedConfig, length: int) -> float:
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or id(tensor) in skipped:
             continue
-        products += tensor.numel() * (_active_share(config) if _is_stacked(name, tensor, config) else 1.0)
+        products += tensor.numel() * active_share(spec, config, name, tensor.shape)
     layers = spec.layers_with("heads", list(tensors)) if "heads" in spec.axis else ()
     return 2 * products + sum(_attention_flops(config, layer, length) for layer in layers)
 
@@ -228,26 +229,6 @@ def optimizer_bytes(num_parameters: int) -> int:
 def checkpoint_bytes(config: PretrainedConfig) -> int:
     """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P."""
     return CHECKPOINT_BYTES * count_parameters(config)
-
-
-def _is_stacked(name: str, tensor: Any, config: PretrainedConfig) -> bool:
-    """Whether a tensor holds the weights of all experts."""
-    spec = spec_for(config)
-    if "experts" not in spec.axis or tensor.ndim < 3:
-        return False
-    found = spec.locate(name)
-    return found is not None and tensor.shape[0] == spec.sizes(config, found[1])["experts"]
-
-
-def _active_share(config: PretrainedConfig) -> float:
-    """Share of the routed experts that a token uses."""
-    spec, text = spec_for(config), text_config(config)
-    fields = [field for axis, field in spec.least if axis == "experts" and field.isidentifier()]
-    known = [value for field in (*fields, "num_experts_per_tok") if (value := getattr(text, field, None))]
-    if not known:
-        return 1.0
-    active = known[0] if isinstance(known[0], int) else sum(known[0]) / len(known[0])  # a number for every layer
-    return min(1.0, active / spec.sizes(config)["experts"])
 
 
 def _attention_flops(config: PretrainedConfig, layer: int, length: int) -> float:

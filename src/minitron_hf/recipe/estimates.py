@@ -148,7 +148,7 @@ def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig
     """The student of every round; of a target the largest shape, of a search the teacher, as upper bounds."""
     if recipe.search is not None:
         return [config]
-    if recipe.pruner_config.target_parameters is not None:
+    if recipe.pruner_config.targets:
         return [student_config(config, shapes_near_target(config, recipe.pruner_config)[0].request)]
     students = []
     for one in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
@@ -234,7 +234,7 @@ def _search(facts: Facts, number: int) -> StageCost:
 def _plan(facts: Facts, number: int) -> StageCost:
     """Nothing to compute, unless shapes are measured for a target."""
     recipe, model, *_ = facts.in_round(number)
-    if recipe.pruner_config.target_parameters is None:
+    if not recipe.pruner_config.targets:
         return StageCost("plan", START_SECONDS, 0.0, 0.0, "no weights")
     length = recipe.scores.get("max_length") or default_max_length(model)
     passes = 2 if recipe.pruner_config.repair else 1

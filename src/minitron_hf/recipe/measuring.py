@@ -81,9 +81,9 @@ def measure_on_text(
         count = max(1, round(share * len(rows)))
         measured, calibration = rows.select(list(range(count))), rows.select(list(range(count, len(rows))))
         scores = estimate_importance(model, calibration, max_length=length, show_progress=False)
-        divergence, limit = Divergence(model, measured), count_parameters(model)
+        divergence, limits = Divergence(model, measured), {"target_parameters": count_parameters(model)}
         shapes = [_repaired(model.config, shape) for shape in shapes]
-        candidates, refusals = measure_shapes(model, shapes, scores, divergence, limit, calibration)
+        candidates, refusals = measure_shapes(model, shapes, scores, divergence, limits, calibration)
         if not candidates:
             raise PlanError(f"None of {len(shapes)} shapes can be cut: {refusals[0]}")
         return sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)

@@ -72,6 +72,7 @@ RANGES: Mapping[str, Range] = {
             "num_tokens", "per_device_eval_batch_size", "per_device_train_batch_size",
             "prefill_length", "rounds", "save_total_limit", "top_k", "torch_empty_cache_steps", "r", "lora_rank",
             "qalora_group_size", "dataloader_prefetch_factor", "max_eval_rows", "max_memory_bytes", "max_parameters",
+            "max_active_parameters",
         ),
         _COUNT,
     ),

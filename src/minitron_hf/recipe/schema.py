@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 from ..errors import DataError, did_you_mean
 from ..privacy import public_settings
 from ..quantization import METHODS
-from ..sizes.request import PrunerConfig
+from ..sizes.request import TARGETS, PrunerConfig
 from .corpus_sections import ChatSection as ChatSection
 from .corpus_sections import DataSection as DataSection
 from .corpus_sections import DatasetSection as DatasetSection
@@ -341,9 +341,11 @@ def _require_one_choice(recipe: Recipe) -> None:
     if recipe.rounds:
         if search is not None:
             raise DataError("rounds and search: leave out one. A search finds the shape of one cut.")
-        if any("target_parameters" in prune for prune in (recipe.prune, *(one.prune for one in recipe.rounds))):
+        if any(
+            target in prune for target in TARGETS for prune in (recipe.prune, *(one.prune for one in recipe.rounds))
+        ):
             raise DataError(
-                "rounds need sizes: what the next one can cut has to be known. Leave out target_parameters."
+                "rounds need sizes: what the next one can cut has to be known. Leave out the targets of parameters."
             )
         return
     if search is None:
@@ -354,8 +356,9 @@ def _require_one_choice(recipe: Recipe) -> None:
         raise DataError("search lacks space: the sizes to try, such as {hidden_size: [0.5, 0.75]}.")
     if twice := sorted(search["space"].keys() & recipe.prune.keys()):
         raise DataError(f"{', '.join(twice)}: in prune and in search.space. Leave it out of one of them.")
-    if recipe.prune.get("target_parameters") is not None:
-        raise DataError("prune.target_parameters and search: leave out one. A search takes max_parameters.")
+    if given := [name for name in TARGETS if recipe.prune.get(name) is not None]:
+        budget = given[0].replace("target", "max")
+        raise DataError(f"prune.{given[0]} and search: leave out one. A search takes {budget}.")
 
 
 #: Defaults of `distill`; the recipe can set any field of `DistillationConfig`. After Sreenivas et

@@ -11,7 +11,6 @@ after some 200 steps. So the first selection keeps diverse shapes, and distillat
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ from ..pruning.prune import comparison_rows, prune_with_plan
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..sizes.shapes import TOLERANCE, Enumeration, Shape, Space, enumerate_shapes, select_diverse
+from ..sizes.shapes import COUNTED, TOLERANCE, Enumeration, Shape, Space, enumerate_shapes, select_diverse
 from ..weights import model_digest
 from .brief_distillation import BriefDistillation
-from .budget import shapes_within_budget, single_budget
+from .budget import given_budgets, shapes_within_budget
 from .record import SearchRecord
 
 if TYPE_CHECKING:
@@ -71,10 +70,12 @@ def search_architectures(
     space: Space,
     calibration_data: DataSource,
     max_parameters: float | None = None,
+    max_active_parameters: float | None = None,
     max_memory_bytes: float | None = None,
     max_seconds_per_token: float | None = None,
     tolerance: float = TOLERANCE,
     context_length: int = 4096,
+    batch_size: int = 1,
     train_dataset: Any = None,
     eval_data: DataSource | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
@@ -99,12 +100,15 @@ def search_architectures(
         space: sizes to try, by their names in `PrunerConfig`: units, fractions, or multiples such as
             `"2.5*hidden_size"`.
         calibration_data: texts or token rows on which the KL before distillation is measured.
-        max_parameters: budget of parameters; exactly one of the three budgets is needed.
-        max_memory_bytes: budget of bytes, for the weights in the teacher's dtype and the cache of one sequence of
-            `context_length` tokens.
+        max_parameters: budget of parameters, all parts of a vision-language model included. One of the four budgets
+            is needed; with several, a shape has to meet all of them.
+        max_active_parameters: budget of the parameters that one token uses (`count_active_parameters`).
+        max_memory_bytes: budget of bytes, for the weights in the teacher's dtype and the cache of `batch_size`
+            sequences of `context_length` tokens.
         max_seconds_per_token: budget of time for decoding a token at batch size 1, measured on the model's device.
-        tolerance: fraction of the budget by which a shape may stay below it.
+        tolerance: fraction of every budget by which a shape may stay below it.
         context_length: see `max_memory_bytes`.
+        batch_size: see `max_memory_bytes`.
         train_dataset: corpus to distil on; None ranks by the KL before distillation.
         eval_data: held-out texts or token rows on which the KL after distillation is measured; None takes the
             calibration data.
@@ -130,7 +134,7 @@ def search_architectures(
     """
     if base is not None and base.vocab_size is not None:
         raise PlanError("base.vocab_size: candidates are compared with the teacher on the same tokens. Leave it out.")
-    budget = single_budget(max_parameters, max_memory_bytes, max_seconds_per_token)
+    budgets = given_budgets(max_parameters, max_active_parameters, max_memory_bytes, max_seconds_per_token)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
     rows, repair_rows = comparison_rows(
@@ -142,22 +146,25 @@ def search_architectures(
     found = enumerate_shapes(model.config, space, base)
     settings = {
         "space": {name: list(values) for name, values in space.items()},
-        "budget": budget,
+        "budget": budgets,
         "tolerance": tolerance,
         "base": None if base is None else base.to_dict(),
         "distillation": dict(distillation or {}),
         "rounds": [num_pruned, num_candidates, num_rounds, num_tokens, max_length],
         "distils": train_dataset is not None,
         "context_length": context_length,
+        "batch_size": batch_size,
     }
     inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
     if repair_rows is not None:
         inputs = digest(inputs, repair_rows.digest)
     record = SearchRecord(output_dir, inputs, settings, show_progress)
-    shapes = shapes_within_budget(model, found.shapes, budget, tolerance, context_length, record)
+    shapes = shapes_within_budget(
+        model, found.shapes, budgets, tolerance, context_length=context_length, batch_size=batch_size, record=record
+    )
     search = _Search(model, scores, record, repair_rows)
     with record.live():
-        search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budget)
+        search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budgets)
         if train_dataset is not None:
             assert record.folder is not None
             training = {**(distillation or {}), "max_length": max_length}
@@ -208,7 +215,7 @@ class _Search:
         return make_plan(self.model, candidate.request, self.scores)
 
     def measure_pruned(
-        self, shapes: Sequence[Shape], rows: TokenRows, found: Enumeration, budget: Mapping[str, float]
+        self, shapes: Sequence[Shape], rows: TokenRows, found: Enumeration, budgets: Mapping[str, float]
     ) -> None:
         """Prune every shape, and measure its KL before distillation.
 
@@ -223,7 +230,8 @@ class _Search:
             plan = self.plan(candidate)
             # Where layers are not alike, the number of parameters depends on which of them the scores keep.
             candidate.num_parameters = plan.student["num_parameters"]
-            if candidate.num_parameters > budget.get("max_parameters", math.inf):
+            candidate.num_active_parameters = plan.student["num_active_parameters"]
+            if any(getattr(candidate, COUNTED[name]) > limit for name, limit in budgets.items() if name in COUNTED):
                 self.record.candidates.remove(candidate)
                 found.refused[TOO_LARGE] = found.refused.get(TOO_LARGE, 0) + 1
                 continue
@@ -237,10 +245,10 @@ class _Search:
 
     def select(self, shapes: Sequence[Shape], number: int) -> list[Candidate]:
         """A diverse selection of the candidates with a low KL."""
-        sizes = {shape.name: shape.sizes for shape in shapes}
+        by_shape = {shape.name: shape for shape in shapes}
         by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.pruned_kl_or_infinity)}
         chosen = select_diverse(
-            [Shape(one.request, sizes[name], one.num_parameters) for name, one in by_name.items()],
+            [by_shape[name] for name in by_name],
             number,
             cost=lambda shape: by_name[shape.name].pruned_kl_or_infinity,
         )

@@ -12,7 +12,7 @@ from ..data import TokenRows
 from ..errors import PlanError
 from ..evaluation.speed import measure_speed
 from ..models import stored_dtype
-from ..sizes.shapes import Shape, memory_bytes, require_budget
+from ..sizes.shapes import COUNTED, Shape, counted_cost, memory_bytes, require_budgets
 from ..sizes.student import student_config
 from ..weights import input_device
 from .record import SearchRecord
@@ -21,63 +21,70 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def single_budget(
+def given_budgets(
     max_parameters: float | None = None,
+    max_active_parameters: float | None = None,
     max_memory_bytes: float | None = None,
-    maxseconds_per_token: float | None = None,
+    max_seconds_per_token: float | None = None,
 ) -> dict[str, float]:
-    """The one budget that is given, by its name.
+    """The budgets that are given, by their names, the cheapest to check first.
 
     Raises:
-        PlanError: if several are given, or none.
+        PlanError: if none is given.
     """
-    budgets = {"max_parameters": max_parameters, "max_memory_bytes": max_memory_bytes}
-    budgets["maxseconds_per_token"] = maxseconds_per_token
+    budgets = {
+        "max_parameters": max_parameters,
+        "max_active_parameters": max_active_parameters,
+        "max_memory_bytes": max_memory_bytes,
+        "max_seconds_per_token": max_seconds_per_token,
+    }
     given = {name: float(value) for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise PlanError(f"Give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
+    if not given:
+        raise PlanError(f"A search needs a budget. Give one or more of {', '.join(budgets)}.")
     return given
 
 
 def shapes_within_budget(
     model: PreTrainedModel,
     shapes: Sequence[Shape],
-    budget: Mapping[str, float],
+    budgets: Mapping[str, float],
     tolerance: float,
+    *,
     context_length: int,
+    batch_size: int,
     record: SearchRecord,
 ) -> list[Shape]:
-    """The shapes that use a budget within a tolerance; what was measured for it stays in the record.
+    """The shapes within all budgets that use one of them up to a tolerance; costs that take long stay in the record.
 
     Args:
         model: the teacher.
         shapes: all shapes.
-        budget: name of the budget → limit.
-        tolerance: by how much of the budget a shape may stay below it.
-        context_length: tokens in the cache that counts as memory.
+        budgets: name of every budget → limit.
+        tolerance: by how much of every budget a shape may stay below it.
+        context_length: tokens of every sequence in the cache that counts as memory.
+        batch_size: sequences in that cache.
         record: of the search.
     """
-    [(name, limit)] = budget.items()
-    costs = record.costs
     dtype = stored_dtype(model.config) or model.dtype
     if torch.promote_types(dtype, model.dtype) != model.dtype:
         dtype = model.dtype  # the model was loaded in a narrower dtype
 
-    def cost(shape: Shape) -> float:
-        if name == "max_parameters":
-            return shape.num_parameters
+    def cost(name: str, shape: Shape) -> float:
+        if name in COUNTED:
+            return counted_cost(name, shape)
+        costs = record.costs.setdefault(name, {})
         if shape.name not in costs:
             config = student_config(model.config, shape.request)
             if name == "max_memory_bytes":
                 costs[shape.name] = memory_bytes(
-                    config, shape.num_parameters, context_length=context_length, batch_size=1, dtype=dtype
+                    config, shape.num_parameters, context_length=context_length, batch_size=batch_size, dtype=dtype
                 )
             else:
                 costs[shape.name] = seconds_per_token(model, config)
             record.save()
         return costs[shape.name]
 
-    return require_budget(shapes, name, limit, tolerance, cost)
+    return require_budgets(shapes, budgets, tolerance, cost)
 
 
 @torch.no_grad()

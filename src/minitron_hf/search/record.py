@@ -42,7 +42,8 @@ class SearchRecord:
         self.folder = None if folder is None else require_writable(folder)
         self.inputs, self.settings = inputs, settings
         self.candidates: list[Candidate] = []
-        self.costs: dict[str, float] = {}
+        #: Name of a budget → name of a shape → what it costs.
+        self.costs: dict[str, dict[str, float]] = {}
         self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
         if self.path is not None and self.path.is_file():
             values = read_artefact(self.path)
@@ -70,7 +71,8 @@ class SearchRecord:
         for candidate in self.candidates:
             if candidate.name == shape.name:
                 return candidate
-        self.candidates.append(Candidate(shape.request, shape.num_parameters))
+        one = Candidate(shape.request, shape.num_parameters, num_active_parameters=shape.num_active_parameters)
+        self.candidates.append(one)
         return self.candidates[-1]
 
     def save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PlanError
@@ -47,7 +47,7 @@ def depth_to_measure(config: PretrainedConfig, pruner_config: PrunerConfig) -> d
         None where no layers are chosen by scores.
     """
     spec = spec_for(config)
-    given = replace(pruner_config, target_parameters=None)  # which leaves the layers as they are given
+    given = pruner_config.without_targets()  # which leaves the layers as they are given
     num_drop = spec.sizes(config)["layers"] - resolve_sizes(spec, config, given)[0]["layers"]
     if num_drop == 0 or pruner_config.layers_to_drop is not None:
         return None
@@ -71,10 +71,11 @@ def scoring_arguments(
     if arguments.get("depth_metric") is None:
         return dict(arguments)
     depth_given = pruner_config.num_hidden_layers is not None or pruner_config.layers_to_drop is not None
-    if pruner_config.target_parameters is not None and not depth_given:
+    if pruner_config.targets and not depth_given:
         raise PlanError(
             f"depth_metric={arguments['depth_metric']!r} has to know the number of dropped layers, which "
-            "target_parameters does not give. Give num_hidden_layers too, or leave out depth_metric."
+            f"{' and '.join(pruner_config.targets)} does not give. Give num_hidden_layers too, or leave out "
+            "depth_metric."
         )
     wanted = depth_to_measure(config, pruner_config)
     if wanted is None:
@@ -96,9 +97,10 @@ def resolve_sizes(
     Raises:
         PlanError: for every request that cannot be met; the message names what could.
     """
-    if request.target_parameters is not None:
+    if request.targets:
+        wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
         raise PlanError(
-            f"target_parameters={request.target_parameters:,} names no sizes: they are chosen by measuring shapes on "
+            f"{wanted} names no sizes: they are chosen by measuring shapes on "
             "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
             "calibration_data, or give sizes instead."
         )

@@ -18,6 +18,7 @@ from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from ..families.tensors import own_parameters
 from ..models import empty_model
+from .counts import active_parameters
 from .legality import require_units
 from .request import PrunerConfig
 from .resolve import resolve_sizes
@@ -43,19 +44,24 @@ class Shape:
         sizes: size of every axis.
         num_parameters: exact, tied ones once, other parts of a wrapper included. Where layers are not alike and some
             go, it is that of `student_config`, and a plan by scores may keep others.
+        num_active_parameters: those that one token uses, see `count_active_parameters`.
     """
 
     request: PrunerConfig
     sizes: Mapping[str, int]
     num_parameters: int
+    num_active_parameters: int
 
     @property
     def name(self) -> str:
         """The sizes that differ from the teacher's, in few words."""
-        given = {
-            name: getattr(self.request, name) for name in PRUNER_FIELDS if getattr(self.request, name) is not None
-        }
-        return " ".join(f"{name}={size}" for name, size in given.items()) or "unchanged"
+        return name_of_sizes(self.request)
+
+
+def name_of_sizes(request: PrunerConfig) -> str:
+    """The sizes that a request gives, in few words."""
+    given = {name: getattr(request, name) for name in PRUNER_FIELDS if getattr(request, name) is not None}
+    return " ".join(f"{name}={size}" for name, size in given.items()) or "unchanged"
 
 
 @dataclass
@@ -142,46 +148,97 @@ def shape_builder(
         require_units(spec, parameters, request, [axis for axis in sizes if sizes[axis] < before[axis]])
         layers_kept = layers_without_scores(spec, config, request, sizes["layers"])
         student = build_student_config(spec, config, sizes, layers_kept, model_type=request.model_type)
-        count = sum(math.prod(shape) for *_, shape in spec.student_tensors(parameters, student, layers_kept))
+        tensors = [(name, shape) for name, _, shape in spec.student_tensors(parameters, student, layers_kept)]
+        count = sum(math.prod(shape) for _, shape in tensors)
         named: dict[str, Any] = {
             name: sizes[axis] if getattr(request, name) is not None else None for name, axis in PRUNER_FIELDS.items()
         }
-        return Shape(replace(request, **named), sizes, count)
+        return Shape(replace(request, **named), sizes, count, active_parameters(spec, student, tensors))
 
     return build_shape
 
 
-def filter_by_budget(
-    shapes: Iterable[Shape], budget: float, tolerance: float, measure: Callable[[Shape], float]
+#: Name of a budget or target of parameters → the field of a shape that it limits.
+COUNTED = {
+    "max_parameters": "num_parameters",
+    "max_active_parameters": "num_active_parameters",
+    "target_parameters": "num_parameters",
+    "target_active_parameters": "num_active_parameters",
+}
+
+
+def counted_cost(name: str, shape: Shape) -> float:
+    """What a budget of parameters, one of `COUNTED`, counts of a shape."""
+    return float(getattr(shape, COUNTED[name]))
+
+
+def largest_share(
+    shape: Shape, budgets: Mapping[str, float], cost: Callable[[str, Shape], float] = counted_cost
+) -> float:
+    """The largest share of a budget that a shape uses; above 1 if it exceeds one."""
+    return max(cost(name, shape) / limit for name, limit in budgets.items())
+
+
+def filter_by_budgets(
+    shapes: Iterable[Shape], budgets: Mapping[str, float], tolerance: float, cost: Callable[[str, Shape], float]
 ) -> list[Shape]:
-    """Keep the shapes that cost at most a budget, and at least `(1 - tolerance)` of it.
+    """Keep the shapes that meet all budgets, and use at least `(1 - tolerance)` of one of them.
 
     Args:
         shapes: candidates.
-        budget: the most that a student may cost.
-        tolerance: by how much of the budget it may cost less.
-        measure: function that gives the cost of a shape.
+        budgets: name of a budget → the most that a student may cost.
+        tolerance: by how much of every budget it may cost less.
+        cost: function of the name of a budget and a shape. It is called in the order of the budgets, up to the first
+            one that a shape exceeds.
     """
-    return [shape for shape in shapes if (1 - tolerance) * budget <= measure(shape) <= budget]
+    return [
+        shape
+        for shape in shapes
+        if all(cost(name, shape) <= limit for name, limit in budgets.items())
+        and any(cost(name, shape) >= (1 - tolerance) * limit for name, limit in budgets.items())
+    ]
 
 
-def require_budget(
-    shapes: Sequence[Shape], name: str, budget: float, tolerance: float, measure: Callable[[Shape], float]
+def require_budgets(
+    shapes: Sequence[Shape], budgets: Mapping[str, float], tolerance: float, cost: Callable[[str, Shape], float]
 ) -> list[Shape]:
-    """Keep the shapes within a budget, as `filter_by_budget` does, and refuse a budget that none meets.
+    """Keep the shapes within budgets, as `filter_by_budgets` does, and refuse budgets that none meets.
 
     Raises:
-        PlanError: if no shape is.
+        PlanError: if no shape is; it names what the shapes cost, and the nearest smaller one.
     """
-    found = filter_by_budget(shapes, budget, tolerance, measure)
-    if not found:
-        least, most = min(map(measure, shapes)), max(map(measure, shapes))
+    found = filter_by_budgets(shapes, budgets, tolerance, cost)
+    if found:
+        return found
+    given = ", ".join(f"{name}={limit:,.10g}" for name, limit in budgets.items())
+    within = [shape for shape in shapes if all(cost(name, shape) <= limit for name, limit in budgets.items())]
+    if within:
+        nearest = max(within, key=lambda shape: largest_share(shape, budgets, cost))
+        least = rounded_up(1 - largest_share(nearest, budgets, cost))
+        costs = " and ".join(f"{name} {cost(name, nearest):,.10g}" for name in budgets)
         raise PlanError(
-            f"{name}={budget:,.10g}: none of the {len(shapes)} shapes of this space costs between "
-            f"{(1 - tolerance) * budget:,.10g} and that; they cost {least:,.10g} to {most:,.10g}. "
-            "Change the budget, the tolerance or the space."
+            f"{given}: none of the {len(shapes)} shapes of this space costs that, or up to {tolerance:.0%} less. The "
+            f"nearest smaller one is {nearest.name}, with {costs}: tolerance={least:g} takes "
+            "it. Or change the budget or the space."
         )
-    return found
+    ranges = "; ".join(
+        f"{name} is {min(costs):,.10g} to {max(costs):,.10g}"
+        for name in budgets
+        for costs in [[cost(name, shape) for shape in shapes]]
+    )
+    raise PlanError(
+        f"{given}: none of the {len(shapes)} shapes of this space costs so little: {ranges}. Raise the budget, or "
+        "extend the space."
+    )
+
+
+def rounded_up(fraction: float) -> float:
+    """A fraction rounded up to hundredths.
+
+    >>> rounded_up(0.0712)
+    0.08
+    """
+    return math.ceil(round(100 * fraction, 6)) / 100
 
 
 def memory_bytes(

@@ -26,7 +26,7 @@ from ..vocabulary.ids import ids_in, renumbered_fields
 from .classes import _equivalent_classes, config_class
 from .layers import _layer_fields, fixed_layers, reason_against_layers
 from .legality import axes_of_tensors, field_name, reason_not_cuttable, require_units
-from .request import PrunerConfig
+from .request import TARGETS, PrunerConfig
 from .resolve import resolve_sizes
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def require_some_size(config: PretrainedConfig, pruner_config: PrunerConfig) -> 
         UnsupportedModelError: if the family is unknown.
         PlanError: listing what can be cut, with the teacher's sizes.
     """
-    wanted = (*PRUNER_FIELDS, VOCABULARY_FIELD, "layers_to_drop", "target_parameters", "model_type")
+    wanted = (*PRUNER_FIELDS, VOCABULARY_FIELD, "layers_to_drop", *TARGETS, "model_type")
     if any(getattr(pruner_config, name) is not None for name in wanted):
         return
     spec = spec_for(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
@@ -13,10 +12,21 @@ from ..families import PRUNER_FIELDS, ArchSpec, spec_for
 from ..families.axes import dimension_axes, parse_dimensions
 from ..families.tensors import own_parameters
 from ..models import count_parameters, empty_model
+from .counts import count_active_parameters
 from .layers import protected_layers
 from .legality import axes_of_tensors, reason_not_cuttable, rounding_step
 from .request import PrunerConfig
-from .shapes import TOLERANCE, Shape, Space, enumerate_shapes, filter_by_budget, shape_builder
+from .shapes import (
+    TOLERANCE,
+    Shape,
+    Space,
+    counted_cost,
+    enumerate_shapes,
+    filter_by_budgets,
+    largest_share,
+    rounded_up,
+    shape_builder,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,47 +45,84 @@ LAYER_SHARES = (1.0, 15 / 16, 7 / 8, 13 / 16, 3 / 4)
 LEAST_NEURONS = 0.5
 
 
+def target_limits(config: PretrainedConfig, request: PrunerConfig) -> dict[str, float]:
+    """The targets of a request in parameters, by their names.
+
+    Raises:
+        PlanError: if one is no less than the teacher has.
+    """
+    limits: dict[str, float] = {}
+    for name, target in request.targets.items():
+        total = (count_active_parameters if name == "target_active_parameters" else count_parameters)(config)
+        limits[name] = target * total if target < 1 else float(target)
+        if limits[name] >= total:
+            raise PlanError(f"{name}={target:,}: the teacher has {total:,}. Pruning only removes.")
+    return limits
+
+
 def shapes_near_target(
-    config: PretrainedConfig, request: PrunerConfig, *, tolerance: float = TOLERANCE
+    config: PretrainedConfig, request: PrunerConfig, *, tolerance: float | None = None
 ) -> list[Shape]:
-    """Shapes with at most `request.target_parameters` parameters, and not much less.
+    """Shapes that meet the targets of a request, and are not much smaller than one of them.
 
     The residual stream and the attention heads are tried at the coarse fractions of `COARSE`. The numbers of neurons
-    are then as large as the target allows, all by the same fraction. Layers stay unless the request says otherwise: a
+    are then as large as the targets allow, all by the same fraction. Layers stay unless the request says otherwise: a
     choice before retraining overrates cuts of depth (Muralidharan et al. 2024). They are cut where no width is left to
     choose. Sizes that the request gives are kept.
 
     Args:
         config: the teacher's.
         request: with a target.
-        tolerance: by how much of the target a shape may be smaller.
+        tolerance: by how much of a target a shape may be smaller; None: that of the request.
 
     Returns:
         The shapes, largest first; their requests have sizes instead of the target.
 
     Raises:
-        PlanError: if the target is out of reach, or no size is left to choose.
+        PlanError: if a target is out of reach, or no size is left to choose.
         UnsupportedModelError: if the family is unknown.
     """
-    total, target = count_parameters(config), request.target_parameters
-    assert target is not None
-    limit = target * total if target < 1 else float(target)
-    if limit >= total:
-        raise PlanError(f"target_parameters={target:,}: the teacher has {total:,}. Pruning only removes.")
-    shapes, reasons = _largest_shapes(config, replace(request, target_parameters=None), limit)
-    found = filter_by_budget(shapes, limit, tolerance, lambda shape: shape.num_parameters)
+    limits = target_limits(config, request)
+    assert limits
+    tolerance = request.tolerance if tolerance is None else tolerance
+    shapes, reasons = _largest_shapes(config, request.without_targets(), limits)
+    found = filter_by_budgets(shapes, limits, tolerance, counted_cost)
     if not found:
-        below = max((shape.num_parameters for shape in shapes), default=None)
-        raise PlanError(
-            f"target_parameters={target:,}: no shape has between {(1 - tolerance) * limit:,.0f} and {limit:,.0f} "
-            f"parameters{'' if below is None else f', the nearest below has {below:,}'}. Choose another target, or "
-            f"give fewer sizes.{''.join(f' ({reason})' for reason in reasons[:1])}"
-        )
+        raise PlanError(_no_shape_message(request, shapes, limits, tolerance, reasons))
     return sorted(found, key=lambda shape: -shape.num_parameters)
 
 
-def _largest_shapes(config: PretrainedConfig, base: PrunerConfig, limit: float) -> tuple[list[Shape], list[str]]:
-    """The largest shape below a limit at every combination of coarse sizes, and why others cannot be cut."""
+def _no_shape_message(
+    request: PrunerConfig,
+    shapes: Sequence[Shape],
+    limits: Mapping[str, float],
+    tolerance: float,
+    reasons: Sequence[str],
+) -> str:
+    """That no shape meets the targets, and which one is nearest below them."""
+    wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
+    ranges = " and ".join(
+        f"{(1 - tolerance) * limit:,.0f} and {limit:,.0f} {'active ' if 'active' in name else ''}parameters"
+        for name, limit in limits.items()
+    )
+    advice = "Choose another target, or give fewer sizes."
+    nearest = ""
+    if shapes:
+        best = max(shapes, key=lambda shape: largest_share(shape, limits))
+        least = rounded_up(1 - largest_share(best, limits))
+        counts = f"{best.num_parameters:,}"
+        if "target_active_parameters" in limits:
+            counts += f", {best.num_active_parameters:,} of them active"
+        nearest = f", the nearest below has {counts} ({best.name})"
+        advice = f"Pass tolerance={least:g} to take it, choose another target, or give fewer sizes."
+    reason = "".join(f" ({one})" for one in reasons[:1])
+    return f"{wanted}: no shape has between {ranges}{nearest}. {advice}{reason}"
+
+
+def _largest_shapes(
+    config: PretrainedConfig, base: PrunerConfig, limits: Mapping[str, float]
+) -> tuple[list[Shape], list[str]]:
+    """The largest shape within limits at every combination of coarse sizes, and why others cannot be cut."""
     spec = spec_for(config)
     finest, others, coarse = _sizes_to_choose(spec, config, base)
     size = spec.sizes(config)[PRUNER_FIELDS[finest]]
@@ -95,7 +142,7 @@ def _largest_shapes(config: PretrainedConfig, base: PrunerConfig, limit: float) 
     shapes = {
         tuple(shape.sizes.values()): shape
         for values in itertools.product(*coarse.values())
-        if (shape := _largest(build, dict(zip(coarse, values)), finest, steps, limit)) is not None
+        if (shape := _largest(build, dict(zip(coarse, values)), finest, steps, limits)) is not None
     }
     return list(shapes.values()), list(reasons)
 
@@ -105,14 +152,14 @@ def _largest(
     given: Mapping[str, float],
     finest: str,
     steps: Sequence[float],
-    limit: float,
+    limits: Mapping[str, float],
 ) -> Shape | None:
-    """The largest shape below a limit with the given sizes; by bisection over the finest one."""
+    """The largest shape within limits with the given sizes; by bisection over the finest one."""
     found, low, high = None, 0, len(steps)
     while low < high:
         middle = (low + high) // 2
         shape = build({**given, finest: steps[middle]})
-        if shape is not None and shape.num_parameters <= limit:
+        if shape is not None and largest_share(shape, limits) <= 1:
             found, low = shape, middle + 1
         else:
             high = middle
@@ -234,7 +281,7 @@ def select_near_target(shapes: Sequence[Shape], parameters: int) -> list[Shape]:
             f"target: {parameters:,} parameters are out of reach, the smallest shape has {least:,}: embeddings and "
             "attention stay. Choose a larger target, the other goal, or a smaller teacher."
         )
-    return filter_by_budget(below, parameters, TOLERANCE, lambda shape: shape.num_parameters) or below[:1]
+    return filter_by_budgets(below, {"target_parameters": parameters}, TOLERANCE, counted_cost) or below[:1]
 
 
 def shapes_with_fewer_layers(config: PretrainedConfig, parameters: int) -> list[Shape]:
@@ -268,7 +315,7 @@ def shapes_with_fewer_layers(config: PretrainedConfig, parameters: int) -> list[
     found = []
     for layers in sorted({math.ceil(share * before["layers"]) for share in LAYER_SHARES}, reverse=True):
         depth = {} if layers == before["layers"] else {"num_hidden_layers": layers}
-        shape = _largest(build, depth, neurons[0], steps, parameters)
+        shape = _largest(build, depth, neurons[0], steps, {"target_parameters": parameters})
         if shape is not None and shape.num_parameters >= (1 - TOLERANCE) * parameters:
             found.append(shape)
     return found
