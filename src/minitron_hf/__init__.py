@@ -19,6 +19,7 @@ _MODULE_OF = {
     "load_model": "models",
     "load_tokenizer": "models",
     "save_model": "saving",
+    "count_active_parameters": "sizes.counts",
     "count_parameters": "models",
     "register_family": "families",
     "ImportanceScores": "scoring.scores",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from .scoring.metrics import register_metric as register_metric
     from .scoring.scores import ImportanceScores as ImportanceScores
     from .search.architectures import search_architectures as search_architectures
+    from .sizes.counts import count_active_parameters as count_active_parameters
     from .sizes.request import PrunerConfig as PrunerConfig
     from .sizes.student import student_config as student_config
     from .vocabulary.counts import count_tokens as count_tokens
