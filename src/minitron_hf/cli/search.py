@@ -76,13 +76,10 @@ def search(
     sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     settings = with_new_names(entries, "search", "--set ")
-    budgets = {
-        "max_parameters": max_parameters,
-        "max_active_parameters": max_active_parameters,
-        "max_memory_bytes": max_memory_bytes,
-    }
     require_search(settings, "--set ")
-    limits: dict[str, Any] = {name: _number(name, text) for name, text in budgets.items() if text is not None}
+    limits = _limits(
+        max_parameters=max_parameters, max_active_parameters=max_active_parameters, max_memory_bytes=max_memory_bytes
+    )
     calibration = _texts(data, split, text_field)
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
@@ -120,3 +117,8 @@ def _space(options: list[str]) -> dict[str, list[Any]]:
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
         raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
     return sizes
+
+
+def _limits(**budgets: str | None) -> dict[str, Any]:
+    """The budgets that are given, as numbers."""
+    return {name: _number(name, text) for name, text in budgets.items() if text is not None}
