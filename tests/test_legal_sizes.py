@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfig
@@ -88,6 +90,59 @@ def test_sizes_that_other_runtimes_ignore_are_noted(name: str, warned: bool):
     notes = resolve_sizes(families()[name], config, PrunerConfig(hidden_size=24))[1]
     assert any("head_dim=10 is honoured by Transformers" in note and "= 2 instead" in note for note in notes) == warned
     assert not resolve_sizes(families()[name], config, PrunerConfig())[1]
+
+
+RECOMPUTED = {
+    "qwen2": "vLLM 0.33.0 computes",
+    "qwen2_moe": "vLLM 0.33.0 and SGLang 0.5.23 compute",
+    "mixtral": "SGLang 0.5.23 computes",
+    "phi3": "a program that follows the declared fields of the config computes",
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_runtimes_that_compute_head_dim_are_named_with_sizes_that_they_take(name: str):
+    """The sizes that the note names give no note, and heads that fill the hidden size."""
+    spec, config = families()[name], pocket_config(name)
+    before = spec.sizes(config)
+    config.hidden_size = before["heads"] * before["head_dim"]
+    note = resolve_sizes(spec, config, PrunerConfig(hidden_size=config.hidden_size - 1))[1][0]
+    assert RECOMPUTED[name] in note
+    named = re.findall(r"hidden_size=(\d+) with num_attention_heads=(\d+)", note)
+    assert named
+    for hidden, heads in named:
+        request = PrunerConfig(hidden_size=int(hidden), num_attention_heads=int(heads))
+        sizes, notes = resolve_sizes(spec, config, request)
+        assert sizes["hidden"] == sizes["heads"] * sizes["head_dim"]
+        assert not [note for note in notes if "head_dim" in note]
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_portable_sizes_load_in_every_runtime(name: str):
+    spec, config = families()[name], pocket_config(name)
+    before = spec.sizes(config)
+    config.hidden_size = full = before["heads"] * before["head_dim"]
+    step = before["kv"] * before["head_dim"]
+    requests = [{"hidden_size": 0.6, "multiple_of": 10}, {"num_attention_heads": 0.5}, {"hidden_size": step}]
+    for request in requests:
+        sizes, _ = resolve_sizes(spec, config, PrunerConfig(**request, portable=True))
+        assert sizes["hidden"] == sizes["heads"] * sizes["head_dim"] < full
+    with pytest.raises(PlanError, match=f"with portable=True, {name} students only have .*Nearest: "):
+        resolve_sizes(spec, config, PrunerConfig(hidden_size=full - 1, portable=True))
+    both = PrunerConfig(hidden_size=step, num_attention_heads=before["heads"], portable=True)
+    with pytest.raises(PlanError, match=f"do not fit together: with portable=True, {name} students only have"):
+        resolve_sizes(spec, config, both)
+    config.hidden_size = full + 1
+    with pytest.raises(PlanError, match="It does not load there either"):
+        resolve_sizes(spec, config, PrunerConfig(hidden_size=full, portable=True))
+
+
+def test_portable_asks_nothing_of_types_whose_head_dim_every_runtime_reads():
+    config = pocket_config("llama")
+    found = [
+        resolve_sizes(families()["llama"], config, PrunerConfig(hidden_size=24, portable=one)) for one in (False, True)
+    ]
+    assert found[0] == found[1]
 
 
 def test_expert_sizes_that_fast_kernels_do_not_take_are_noted():

@@ -33,7 +33,7 @@ __all__ = [
 
 
 #: Modules of this folder that hold no table.
-NOT_TABLES = frozenset({"axes", "base", "releases", "rules", "spec", "state_space", "tensors"})
+NOT_TABLES = frozenset({"axes", "base", "releases", "rules", "runtimes", "spec", "state_space", "tensors"})
 
 #: Other packages offer tables under this group of entry points; each names an `ArchSpec`.
 ENTRY_POINTS = "minitron_hf.families"

@@ -90,6 +90,9 @@ class PrunerConfig:
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple. None: 8,
             and more for large sizes of the teacher, because kernels and quantisers need it: 64 from 2,048, 128 from
             4,096, 256 from 8,192. Numbers of units are never rounded.
+        portable: take only sizes that every runtime loads. Some compute `head_dim` as hidden_size /
+            num_attention_heads for some model types (`families/runtimes.py`); for these, the two sizes are cut
+            together.
         target_parameters: maximum number of parameters of the student, or a fraction (< 1) of the teacher's.
             `prune_model` and `plan_for_target` then choose the sizes that are not given, by measuring shapes. All
             parts of a vision-language model count, also those that are not cut.
@@ -122,6 +125,7 @@ class PrunerConfig:
     nonuniform_sizes: list[str] = field(default_factory=list)
     model_type: str | None = None
     multiple_of: int | None = None
+    portable: bool = False
     target_parameters: Size = None
     target_active_parameters: Size = None
     tolerance: float = 0.05
@@ -155,7 +159,7 @@ class PrunerConfig:
                 f"nonuniform_sizes={self.nonuniform_sizes!r}: expected a list of sizes, such as ['intermediate_size']."
             )
         self.nonuniform_sizes = list(self.nonuniform_sizes)
-        for name in ("contiguous", "norm_compensation", "head_add_back"):
+        for name in ("contiguous", "norm_compensation", "head_add_back", "portable"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name}={getattr(self, name)!r}: expected true or false.")
         if self.repair not in (None, *REPAIRS):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, spec_for, text_config
@@ -29,13 +28,12 @@ from .legality import (
     rounding_step,
 )
 from .request import PrunerConfig
+from .serving import HEADS_FILL_HIDDEN, portable_spec, serving_notes
 from .vocabulary import require_own_vocabulary, vocabulary_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: Stacked experts are multiplied by kernels that want rows of 16 bytes, that is this number of 16-bit values.
-EXPERT_ALIGNMENT = 8
 #: Axes whose fractions are rounded to a multiple that is more than legal: channels and neurons.
 ROUNDED_AXES = ("hidden", "ffn", "moe_ffn", "shared_ffn")
 
@@ -108,6 +106,11 @@ def resolve_sizes(
     teacher_config = text_config(teacher_config)
     teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
+    student_type = type(teacher_config) if spec is teachers else config_class(spec.model_type)
+    moved = f"The student is of type '{spec.model_type}', whose classes hold the same model."
+    moved_notes = [] if spec is teachers else [moved]
+    if request.portable:
+        spec = portable_spec(spec, student_type, before)
     given = _given_sizes(spec, before, request)
     after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
     if request.layers_to_drop is not None:
@@ -137,12 +140,7 @@ def resolve_sizes(
         if after[axis] < before[axis]:
             require_cuttable(spec, teacher_config, axis)
     notes += _check_options(teachers, spec, teacher_config, request, before, after)
-    if spec is not teachers:
-        notes.append(f"The student is of type '{spec.model_type}', whose classes hold the same model.")
-    notes += _serving_notes(
-        spec, type(teacher_config) if spec is teachers else config_class(spec.model_type), before, after
-    )
-    return after, notes
+    return after, [*notes, *moved_notes, *serving_notes(spec, student_type, before, after)]
 
 
 def _given_sizes(spec: ArchSpec, before: Mapping[str, int], request: PrunerConfig) -> dict[str, int | float]:
@@ -321,36 +319,6 @@ def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str,
     return axes
 
 
-def _serving_notes(
-    spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int], after: Mapping[str, int]
-) -> list[str]:
-    """Sizes that Transformers takes, and other programs or fast kernels may not."""
-    notes: list[str] = []
-    if after == before:
-        return notes
-    head_dim = spec.axis.get("head_dim")
-    declared = {declared.name for declared in fields(cast(Any, config_type))}
-    if head_dim is not None and head_dim.fields == ("head_dim",) and "head_dim" not in declared:
-        shared = after["hidden"] // after["heads"]
-        if after["heads"] * after["head_dim"] != after["hidden"]:
-            notes.append(
-                f"head_dim={after['head_dim']} is honoured by Transformers, but is no declared field of "
-                f"{config_type.__name__}: other runtimes are known to take hidden_size // num_attention_heads "
-                f"= {shared} instead. Try yours before you rely on it, or keep "
-                "hidden_size = num_attention_heads × head_dim."
-            )
-    if "moe_ffn" in after:
-        for axis in ("hidden", "moe_ffn"):
-            if after[axis] % EXPERT_ALIGNMENT and not before[axis] % EXPERT_ALIGNMENT:
-                nearest = _nearest_sizes(after[axis], range(EXPERT_ALIGNMENT, before[axis] + 1, EXPERT_ALIGNMENT))
-                notes.append(
-                    f"{field_name(spec, axis)}={after[axis]}: fast kernels for stacked experts need rows of 16 bytes, "
-                    f"that is, multiples of {EXPERT_ALIGNMENT} in 16 bits (nearest: {nearest}). Load the student "
-                    "with experts_implementation='eager', or choose one of them."
-                )
-    return notes
-
-
 def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
     """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
     outer = [axis for _, axis in spec.groups]
@@ -399,6 +367,9 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
         why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
         times = f"{each_right} × " if each_right > 1 else ""
         legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
+        holders = f"the stock '{spec.model_type}' classes only hold"
+        if (left_text, right_text) == HEADS_FILL_HIDDEN:
+            holders = f"with portable=True, {spec.model_type} students only have"
         moves, follows, each, each_following = left, right, each_left, each_right
         if right in fixed:
             moves, follows, each, each_following = right, left, each_right, each_left
@@ -407,14 +378,14 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
             step = each_right // math.gcd(each_right, each_left)
             heads = max(after[left] // step, 1) * step
             raise PlanError(
-                f"{names[right]}={after[right]} and {names[left]}={after[left]} do not fit together: the stock "
-                f"'{spec.model_type}' classes only hold {legal}. "
+                f"{names[right]}={after[right]} and {names[left]}={after[left]} do not fit together: "
+                f"{holders} {legal}. "
                 f"Nearest: {names[right]}={each_left * heads // each_right} with {names[left]}={heads}."
             )
         if rest:
             step = each_following // math.gcd(each_following, each)
             raise PlanError(
-                f"{names[moves]}={after[moves]}: the stock '{spec.model_type}' classes only hold {legal}. "
+                f"{names[moves]}={after[moves]}: {holders} {legal}. "
                 f"Nearest: {_nearest_sizes(after[moves], range(step, before[moves] + 1, step))}."
             )
         after[follows] = followed
