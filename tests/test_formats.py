@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -121,7 +122,7 @@ def run_dir(tmp_path_factory):
         patch.setattr(evaluate, "require_tasks", lambda *args, **kwargs: None)
         patch.setattr(evaluate, "measure_benchmarks", write_benchmarks)
         made = runner.run_recipe(Recipe.from_dict(values(folder)), show_progress=False, report=lambda line: None)
-    hub._prepare_files(made, "owner/student", "no token")
+    hub._prepare_files(made, "owner/student", HfApi(token="no token"), True, {})
     write_corpus(made)
     scores = ImportanceScores.from_pretrained(made)
     space = {"intermediate_size": [0.5, 0.25]}
