@@ -283,6 +283,41 @@ def test_faster_machines_and_fewer_tokens_take_less(recipe):
     assert saved.disk > slow.disk
 
 
+def test_further_speeds_and_drafts_are_counted(recipe):
+    """Each as tokens × the longer of reading and computing, from the lengths that the measurement takes."""
+
+    def seconds(**changes):
+        section = replace(recipe.evaluate, **changes)
+        return estimate_recipe(replace(recipe, evaluate=section), machine=MACHINE).stages[5].seconds
+
+    teacher = load_config(recipe.teacher.model)
+    student = student_config(teacher, PrunerConfig(intermediate_size=0.5, multiple_of=1))
+
+    def step(config, batch, length):
+        read = costs.decode_bytes(config, 4) + batch * (length - 32) * costs.cache_bytes(config, 4)
+        computed = batch * (costs.layer_flops(config, length) / 1e9 + costs.head_flops(config) / 2e9)
+        return max(read / 1e8, computed) + 6e-4 * config.num_hidden_layers
+
+    base, models = seconds(speed=False), [teacher, student, student, student]
+    assert seconds(speed=False, speed_batch_sizes=[8]) == base
+    timed = seconds(speed=True)
+    more = seconds(speed=True, speed_batch_sizes=[1, 8], speed_prompt_tokens=[512, 64])
+    expected = 0.0
+    for batch, length in ((8, 512), (1, 64), (8, 64)):
+        for one in models:
+            expected += 6 * batch * length * costs.layer_flops(one, length) / 1e9
+            expected += 6 * 64 * step(one, batch, length + 64)
+    assert more - timed == pytest.approx(expected)
+
+    drafts = seconds(speed=False, draft_prompts=3, draft_tokens=2)
+    expected = 3 * 4 * 2 * 64 * step(teacher, 1, 32 + 64)
+    for one in models[1:]:
+        read = costs.decode_bytes(one, 4) + (32 + 128 - 64) * costs.cache_bytes(one, 4)
+        computed = costs.layer_flops(one, 32 + 128) / 1e9 + costs.head_flops(one) / 2e9
+        expected += 4 * 128 * (max(read / 1e8, computed) + 6e-4 * one.num_hidden_layers)
+    assert drafts - base == pytest.approx(expected)
+
+
 def test_training_evaluates_few_rows(recipe):
     """By default, five times at most 64 rows, however large the held-out text is."""
     by_steps = {**recipe.distill, "eval_strategy": "steps"}

@@ -21,6 +21,7 @@ from ..scoring.metrics import find_metrics
 from ..sizes.student import student_config
 from ..sizes.targets import shapes_near_target
 from . import costs
+from .evaluation_times import draft_seconds, timing_seconds
 from .generating import expected_text, generation_cost
 from .lineage import beginning_notes, measured_dataset, measured_part, measured_training_corpus
 from .machine import Machine, measure_machine
@@ -53,8 +54,6 @@ START_SECONDS = 0.3
 CACHED_ENTRY, CACHED_POSITION = 6, 2
 #: Shapes and rows that are measured for `target_parameters` (`plan_for_target`).
 TARGET_SHAPES, TARGET_ROWS = 16, 32
-#: Timed decoding of `evaluate_models`: tokens and rounds, with the one that is not counted.
-DECODED_TOKENS, DECODE_ROUNDS = 64, 6
 
 
 @dataclass(frozen=True)
@@ -369,7 +368,7 @@ def _quantize(facts: Facts, number: int) -> StageCost:
 
 
 def _evaluate(facts: Facts, number: int) -> StageCost:
-    """N × forward passes of all models in float32, and decoding at weights / memory traffic."""
+    """N × forward passes of all models in float32, and what is timed: speeds and drafts."""
     section, recipe = facts.recipe.evaluate, facts.recipe
     length = section.max_length or min(default_max_length(facts.teacher, 2048), 2048)
     tokens = facts.tokens("eval")
@@ -386,17 +385,10 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
         layers = costs.layer_flops(model, length) * max(1.0, slower) / facts.machine.forward_flops
         layers = min(layers, costs.layer_flops(model, length) / (facts.machine.float32_flops / 2))
         seconds += START_SECONDS + tokens * (layers + costs.head_flops(model) / facts.machine.float32_flops)
-        if section.speed:
-            read = costs.decode_bytes(model, facts.compute_bytes)
-            seconds += DECODE_ROUNDS * DECODED_TOKENS * read / facts.machine.memory_traffic
+        seconds += timing_seconds(facts, model)
+    seconds += sum(draft_seconds(facts, draft) for draft in models[1:])
     memory = evaluation_bytes(facts, models, length)
-    extra = {
-        "tasks": section.tasks,
-        "drafts": section.draft_prompts,
-        "further speeds": section.speed and (section.speed_batch_sizes or section.speed_prompt_tokens),
-    }
-    uncounted = " and ".join(name for name, wanted in extra.items() if wanted)
-    formula = f"{tokens:,.0f} tokens, {len(models)} models" + (f", {uncounted} not counted" if uncounted else "")
+    formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
     return StageCost("evaluate", seconds, memory, 0.0, formula)
 
 

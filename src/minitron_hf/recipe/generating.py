@@ -108,31 +108,61 @@ class GenerationCost(NamedTuple):
 def generation_cost(text: ExpectedText, config: PretrainedConfig, machine: Machine, itemsize: int) -> GenerationCost:
     """What it costs to write a text, at most: every answer is counted with `max_new_tokens`.
 
-    A step of decoding makes one token of each of B rows. It takes the longer of two times: reading all active weights
-    and the keys and values of B rows at the speed of the memory, and computing B tokens at the speed of products. Each
-    layer adds `LAYER_START`.
-
     Args:
         text: what is to be written.
         config: the teacher's config.
         machine: its speeds.
         itemsize: bytes of a weight in memory.
     """
-    batch = text.batch_size
     num_rows = math.nan if text.num_rows is None else text.num_rows
-    steps = num_rows if text.num_rows is None else math.ceil(text.num_rows / batch) * text.max_new_tokens
     length = text.prompt_length + text.max_new_tokens
-    kept, head = costs.cache_bytes(config, itemsize), costs.head_flops(config) / machine.product_flops
-    read = costs.decode_bytes(config, itemsize) + batch * (length - text.max_new_tokens / 2) * kept
-    computed = batch * (costs.layer_flops(config, round(length)) / machine.forward_flops + head)
-    seconds = steps * (
-        max(read / machine.memory_traffic, computed) + LAYER_START * text_config(config).num_hidden_layers
+    seconds = decoding_seconds(
+        config,
+        machine,
+        itemsize,
+        num_batches=num_rows if text.num_rows is None else math.ceil(text.num_rows / text.batch_size),
+        batch_size=text.batch_size,
+        prompt_tokens=text.prompt_length,
+        new_tokens=text.max_new_tokens,
     )
     prompt_flops = costs.layer_flops(config, max(1, round(text.prompt_length)))
     seconds += num_rows * text.prompt_length * prompt_flops / machine.forward_flops
-    memory = count_parameters(config) * itemsize + batch * length * kept
-    memory += batch * text_config(config).vocab_size * SAMPLED_LOGIT
+    memory = count_parameters(config) * itemsize + text.batch_size * length * costs.cache_bytes(config, itemsize)
+    memory += text.batch_size * text_config(config).vocab_size * SAMPLED_LOGIT
     return GenerationCost(seconds, memory, num_rows * length * WRITTEN_TOKEN)
+
+
+def decoding_seconds(
+    config: PretrainedConfig,
+    machine: Machine,
+    itemsize: int,
+    *,
+    num_batches: float,
+    batch_size: int,
+    prompt_tokens: float,
+    new_tokens: int,
+) -> float:
+    """Seconds of decoding after the prompts were read.
+
+    A step of decoding makes one token of each of B rows. It takes the longer of two times: reading all active weights
+    and the keys and values of B rows at the speed of the memory, and computing B tokens at the speed of products. Each
+    layer adds `LAYER_START`.
+
+    Args:
+        config: the model's config.
+        machine: its speeds.
+        itemsize: bytes of a weight in memory.
+        num_batches: number of batches.
+        batch_size: B.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: tokens that are decoded after each prompt.
+    """
+    length = prompt_tokens + new_tokens
+    kept, head = costs.cache_bytes(config, itemsize), costs.head_flops(config) / machine.product_flops
+    read = costs.decode_bytes(config, itemsize) + batch_size * (length - new_tokens / 2) * kept
+    computed = batch_size * (costs.layer_flops(config, round(length)) / machine.forward_flops + head)
+    starts = LAYER_START * text_config(config).num_hidden_layers
+    return num_batches * new_tokens * (max(read / machine.memory_traffic, computed) + starts)
 
 
 def is_written(run: Run) -> bool:
