@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from minitron_hf.distillation.capacity import estimate_capacity
 from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.distillation.fake_runs import Setup
 from minitron_hf.distillation.gpu_data_sheets import Device
-from minitron_hf.distillation.stage_memory import Workload, stage_memory
+from minitron_hf.distillation.stage_memory import stage_memory
+from minitron_hf.distillation.stage_workload import Workload
 from minitron_hf.files import versions, write_json
 from minitron_hf.pruning.candidates import Candidate, Divergence
 from minitron_hf.saving import save_model
@@ -48,7 +50,9 @@ from reporting import command, peak_memory, reset_peak_memory, resident_memory
 
 #: Width → layers, measured; a vocabulary that is large beside the width, as in small models.
 MEASURED = [(width, depth) for width in (768, 1152) for depth in (4, 8)]
-LOAD = Workload(batch_size=8, max_length=256, eval_length=512, dtype=torch.float32, device="cpu", num_rows=8)
+LOAD = Workload(
+    batch_size=8, max_length=256, eval_length=512, dtype=torch.float32, device="cpu", num_rows=8, calibration_rows=8
+)
 #: Distillation of such a batch.
 SETUP = Setup(
     device=Device(1e12, type="cpu"),
@@ -89,7 +93,11 @@ def main() -> None:
         return
     results: dict[str, Any] = {"command": command(arguments), "versions": versions(), "measured": {}, "large": {}}
     for name, config in LARGE.items():
-        results["large"][name] = stage_memory(config, student_of(config), Workload(memory_limit=LIMIT))
+        load, student = Workload(memory_limit=LIMIT), student_of(config)
+        results["large"][name] = stage_memory(config, student, load)
+        # The inputs of a layer wait in main memory: all of it is counted for a computation on the CPU.
+        on_cpu = stage_memory(config, student, replace(load, device="cpu"), stages=["repair, streamed"])
+        results["large"][name] |= on_cpu
         for stage, parts in results["large"][name].items():
             described = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in parts.items())
             print(f"{name}, {stage}: {sum(parts.values()) / 1e9:.1f} GB ({described})", flush=True)
@@ -211,6 +219,8 @@ def stages(config: LlamaConfig, num_rows: int) -> Iterator[tuple[str, Callable[[
             "prune, streamed",
             lambda: prune_checkpoint(f"{folder}/teacher", f"{folder}/streamed", plain, show_progress=False),
         )
+        repair = {"data": rows, "batch_size": LOAD.batch_size, "show_progress": False, "overwrite": True}
+        yield "repair, streamed", lambda: prune_checkpoint(f"{folder}/teacher", f"{folder}/streamed", plan, **repair)
         for name, method in (("correct", "full"), ("correct by LoRA", "lora")):
             yield name, lambda method=method: _correct(f"{folder}/teacher", tokens, f"{folder}/{method}", method)
 

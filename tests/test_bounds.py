@@ -8,7 +8,8 @@ import torch
 from minitron_hf import estimate_importance, evaluate_models
 from minitron_hf.data import TokenRows
 from minitron_hf.distillation.fake_runs import AllocationCounter
-from minitron_hf.distillation.stage_memory import Workload, stage_memory
+from minitron_hf.distillation.stage_memory import stage_memory
+from minitron_hf.distillation.stage_workload import Workload
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.evaluation import quality
 from minitron_hf.families import spec_for

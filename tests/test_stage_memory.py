@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -21,16 +22,21 @@ from trl.trainer.utils import add_fused_lm_head
 
 from minitron_hf.data import TokenRows
 from minitron_hf.distillation.fake_runs import AllocationCounter
-from minitron_hf.distillation.stage_memory import Workload, stage_memory
+from minitron_hf.distillation.stage_memory import stage_memory
 from minitron_hf.distillation.stage_passes import backward_bytes, forward_bytes
+from minitron_hf.distillation.stage_workload import Workload
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
 from minitron_hf.pruning.planning import make_plan
-from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.pruning.repair import refit, repaired_weights
 from minitron_hf.pruning.repair_sums import Moments
+from minitron_hf.pruning.stored_checkpoint import open_checkpoint
+from minitron_hf.pruning.stored_tensors import on_disk
 from minitron_hf.pruning.streaming import _write_safetensors
+from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
+from minitron_hf.sizes.student import student_config
 from pocket import pocket_config
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +98,51 @@ def test_bytes_grow_with_the_batch_and_not_with_its_logits():
     assert second == pytest.approx(2 * first, rel=0.02)
 
 
+def allocated(run) -> int:
+    """The most bytes that PyTorch has allocated at a time for a piece of work."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    sizes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+#: A batch takes most, the solution does, or the readers of cut channels are refitted: rows of a batch, and tokens.
+STREAMED = {
+    "batch": ({"intermediate_size": 0.625}, (8, 64)),
+    "solution": ({"intermediate_size": 0.25}, (1, 16)),
+    "readers": ({"hidden_size": 0.5, "repair": "least_squares_all"}, (4, 64)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "depth"),
+    [
+        *(("batch", width, depth) for width in (64, 128) for depth in (2, 4)),
+        *((kind, width, depth) for kind in ("solution", "readers") for width, depth in ((64, 4), (128, 2))),
+    ],
+)
+def test_a_streamed_repair_allocates_what_is_estimated(kind, width, depth, tmp_path):
+    """Within a tenth, at two widths and two depths; one layer counts, however many there are."""
+    request_, (batch_size, length) = STREAMED[kind]
+    shape = SHAPE | {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 8 * width}
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32)
+    request = PrunerConfig(**{"repair": "least_squares", **request_})
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="random"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    stored = open_checkpoint(tmp_path / "teacher")
+    tokens = TokenRows(tuple(map(tuple, torch.randint(3, 512, (16, length)).tolist())), None)
+    refitted = refit(stored, plan, tokens, processing_class=None, batch_size=batch_size)
+    most = allocated(lambda: on_disk(refitted, tmp_path / "refitted"))
+    load = replace(LOAD, batch_size=batch_size, max_length=length, calibration_rows=16, repair=plan.repair)
+    student = plan.build_student_config(teacher.config)
+    found = stage_memory(teacher.config, student, load, stages=["repair, streamed"])["repair, streamed"]
+    assert most == pytest.approx(sum(found.values()), rel=0.1)
+    if kind == "batch" and depth == 4:
+        shallow = LlamaConfig(**shape | {"num_hidden_layers": 2})
+        other = student_config(shallow, request)
+        assert stage_memory(shallow, other, load, stages=["repair, streamed"])["repair, streamed"] == found
+
+
 @pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
 @pytest.mark.parametrize("stage", ["correct", "correct by LoRA"])
 def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):
@@ -105,13 +156,7 @@ def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):
     if stage == "correct by LoRA":
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.train()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
-    live = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
+    most = allocated(lambda: model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward())
     found = stage_memory(config, config, replace(LOAD, max_length=512), stages=[stage])[stage]
     assert most == pytest.approx(sum(found.values()) - found["weights"] - found["optimizer"], rel=0.1)
 
@@ -170,7 +215,7 @@ def test_other_families_are_estimated(name: str):
     config = pocket_config(name)
     found = stage_memory(config, config, LOAD)
     weights = found["prune"]["weights"]
-    light = ("repair", "prune, streamed", "save")  # nothing is cut, and one model is saved
+    light = ("repair", "repair, streamed", "prune, streamed", "save")  # nothing is cut, and one model is saved
     assert all(sum(parts.values()) > weights for stage, parts in found.items() if stage not in light)
     assert sum(found["save"].values()) == weights
 

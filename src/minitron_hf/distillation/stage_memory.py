@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,56 +22,16 @@ import torch
 from ..compat import as_stored, names_not_saved, storage_id
 from ..families import named_tensors, spec_for
 from ..losses.chunks import default_chunk_size
-from ..models import count_parameters, empty_model
-from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups, probed_inputs
-from ..pruning.repair_inputs import CutInputs
+from ..models import empty_model
 from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
-from .stage_repair import expected_cut_inputs, num_outputs, num_refitted
+from .stage_repair import expected_cut_inputs, num_refitted
+from .stage_repair_memory import repair, repair_streamed
+from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the stages are given.
-
-    Attributes:
-        batch_size: B.
-        max_length: T of calibration, of the teacher cache.
-        eval_length: T of evaluation.
-        dtype: of the weights and of all passes.
-        top_k: tokens per position of a teacher cache.
-        num_rows: M, rows on which shapes are compared.
-        repair: as in `PrunerConfig`.
-        num_gaps: runs of consecutive dropped layers, at most.
-        memory_limit: of `repaired_weights`; None: all projections in one pass.
-        is_rotated: whether the plan has a `hidden_basis`.
-        device: where the models are, `"cpu"` or `"cuda"`.
-    """
-
-    batch_size: int = 8
-    max_length: int = 512
-    eval_length: int = 2048
-    dtype: torch.dtype = torch.bfloat16
-    top_k: int = 64
-    num_rows: int = 32
-    repair: str = "least_squares"
-    num_gaps: int = 1
-    memory_limit: float | None = None
-    is_rotated: bool = False
-    device: str = "cuda"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number, b."""
-        return self.dtype.itemsize
-
-
-#: Kind of memory → bytes, at the moment of peak memory.
-Parts = Mapping[str, int]
 
 
 def stage_memory(
@@ -116,11 +75,11 @@ def evaluation_memory(models: Sequence[PretrainedConfig], load: Workload) -> dic
         PlanError: if the reference cannot be run on tensors without values.
     """
     num_tokens, b = load.batch_size * load.eval_length, load.itemsize
-    states = [num_tokens * _hidden(model) * b for model in models]
+    states = [num_tokens * hidden_size(model) * b for model in models]
     passed = forward_bytes(models[0], load.dtype, load.batch_size, load.eval_length)
-    logits = load.eval_length * _vocab(models[0]) * b
-    chunk = 6 * 4 * min(1 << 24, load.eval_length * _vocab(models[0]))
-    weights = [_weights(model, load) for model in models]
+    logits = load.eval_length * vocabulary(models[0]) * b
+    chunk = 6 * 4 * min(1 << 24, load.eval_length * vocabulary(models[0]))
+    weights = [weight_bytes(model, load) for model in models]
     parts = {"weights": weights[0], **({"student": sum(weights[1:])} if weights[1:] else {})}
     waiting = sum(states) - min(states) + (logits if weights[1:] else 0)
     if passed + waiting > sum(states) + 2 * logits + chunk:
@@ -135,10 +94,10 @@ def _score(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     (L + 2)·N·H·b and the similarities of all layers for 2²⁰ numbers at a time (2²⁵ on accelerators), 2·(b + 4) bytes.
     """
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length, keep_states=True)
-    parts = {"weights": _weights(teacher, load), "matrices of groups": _gram_bytes(teacher)}
-    state = load.batch_size * load.max_length * _hidden(teacher)
-    states = (_depth_of(teacher) + 2) * state * load.itemsize
-    compared = min(1 << (20 if load.device == "cpu" else 25), (_depth_of(teacher) + 1) * state)
+    parts = {"weights": weight_bytes(teacher, load), "matrices of groups": _gram_bytes(teacher)}
+    state = load.batch_size * load.max_length * hidden_size(teacher)
+    states = (num_layers(teacher) + 2) * state * load.itemsize
+    compared = min(1 << (20 if load.device == "cpu" else 25), (num_layers(teacher) + 1) * state)
     chunk = 2 * (load.itemsize + 4) * compared
     if states + chunk > passed:
         return {**parts, "inputs of all layers": states, "similarities of a chunk": chunk}
@@ -160,8 +119,8 @@ def _taylor(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload
     The logits of a row and their gradient take T·V·(2b + 8) bytes below float32, and 12·T·V in float32.
     """
     waiting, peak = backward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    logits = load.max_length * _vocab(teacher) * (12 if load.itemsize >= 4 else 2 * load.itemsize + 8)
-    return {"weights": _weights(teacher, load), **_larger(waiting, {"logits of a row": logits}, peak)}
+    logits = load.max_length * vocabulary(teacher) * (12 if load.itemsize >= 4 else 2 * load.itemsize + 8)
+    return {"weights": weight_bytes(teacher, load), **_larger(waiting, {"logits of a row": logits}, peak)}
 
 
 def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -170,81 +129,40 @@ def _depth(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     The logits of a row take T·V·(b + 8) bytes below float32, and 8·T·V in float32.
     """
     num_tokens = load.batch_size * load.max_length
-    states = (_depth_of(teacher) + 2) * num_tokens * _hidden(teacher) * load.itemsize
+    states = (num_layers(teacher) + 2) * num_tokens * hidden_size(teacher) * load.itemsize
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    logits = load.max_length * _vocab(teacher) * (8 if load.itemsize >= 4 else load.itemsize + 8)
-    parts = {"weights": _weights(teacher, load), "inputs of all layers": states}
+    logits = load.max_length * vocabulary(teacher) * (8 if load.itemsize >= 4 else load.itemsize + 8)
+    parts = {"weights": weight_bytes(teacher, load), "inputs of all layers": states}
     return {**parts, **({"forward pass": passed} if passed > logits else {"logits of a row": logits})}
-
-
-def _repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + weights refitted in earlier passes, D·H·b each, + the sums of a pass, + the larger of two moments.
-
-    A change of basis adds a copy of W_t.
-    The sums of an input take 8·K·W, W = K + R + G, and twice that of those that choose the ridge, if all fit into one
-    pass. A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (4·N·(K + R) in float32), with their
-    product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
-    projection, 8,192 at most: 8·(K·(K + W) + 2·K·O + R·O).
-    """
-    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
-    if not cuts:
-        return {"weights": _weights(teacher, load)}
-    groups = list(input_groups(cuts, load.memory_limit or math.inf))
-    held_out = _sum_bytes(probed_inputs(cuts)) if len(groups) == 1 else 0
-    passes = [
-        (num_refitted([cut for group in groups[:index] for cut in group], teacher) * load.itemsize, _sum_bytes(group))
-        for index, group in enumerate(groups)
-    ]
-    fitted, sums = max(passes, key=sum)
-    largest = max(cuts, key=lambda cut: cut.num_bytes)
-    kept, rest = len(largest.kept_K), len(largest.rest_R)
-    num_tokens = load.batch_size * load.max_length
-    passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    added = largest.gap.width if largest.gap else 0
-    wider = 4 if load.itemsize < 4 else 0
-    copies = num_tokens * (kept + rest) * (load.itemsize + wider) + 4 * kept * (kept + rest)
-    copies += num_tokens * added * (2 * load.itemsize + wider)
-    outputs = min(OUTPUTS_AT_A_TIME, num_outputs(teacher, largest))
-    solution = 8 * (kept * (kept + largest.width) + 2 * kept * outputs + rest * outputs)
-    moment = {"forward pass": passed, "inputs and product": copies}
-    return {
-        "weights": _weights(teacher, load),
-        "rotated weights": _weights(teacher, load) if load.is_rotated else 0,
-        "refitted weights": fitted,
-        "sums": sums,
-        "sums over held-out rows": held_out,
-        **(moment if passed + copies > solution else {"solution": solution}),
-    }
-
-
-def _sum_bytes(group: Sequence[CutInputs]) -> int:
-    return sum(cut.num_bytes for cut in group)
 
 
 def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + W_s."""
-    return {"weights": _weights(teacher, load), "student": _weights(student, load)}
+    return {"weights": weight_bytes(teacher, load), "student": weight_bytes(student, load)}
 
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + refitted weights, D·H·b each, + W_s."""
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     fitted = num_refitted(cuts, teacher) * load.itemsize
-    return {"weights": _weights(teacher, load), "refitted weights": fitted, "student": _weights(student, load)}
+    return {"weights": weight_bytes(teacher, load), "refitted weights": fitted, "student": weight_bytes(student, load)}
 
 
 def _stream(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """Two blocks of at most 32 MiB of the student, in `prune_checkpoint`: one is written while the next is read.
 
     To read a block whose rows or columns are cut takes as many bytes of the teacher, at most 32 MiB, and what is kept
-    of them beside the block if it is read in several pieces.
+    of them beside the block if it is read in several pieces. After a change of basis, a tensor is a block, and to read
+    it takes 8 bytes for each number more.
     """
     theirs = named_tensors(empty_model(teacher))
-    kept = tuple(range(_depth_of(student)))
+    kept = tuple(range(num_layers(student)))
     blocks, readings = [0], [0]
     for _, source, shape in spec_for(teacher).student_tensors(theirs, student, kept):
         whole, cut = theirs[source].numel() * load.itemsize, math.prod(shape) * load.itemsize
         block, piece = min(BLOCK_BYTES, cut), min(BLOCK_BYTES, whole)
+        if load.is_rotated:
+            block, piece = cut, whole + 8 * theirs[source].numel()
         blocks.append(block)
         rest = piece * cut // whole if whole > piece else 0
         readings.append(block + (piece + rest if cut < whole else 0))
@@ -264,7 +182,7 @@ def _save(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) 
         for tensor in as_stored(model, state, state).values()
         if storage_id(tensor) not in own or not tensor.is_contiguous()
     ]
-    return {"student": _weights(student, load), "tensors in another layout": sum(copies)}
+    return {"student": weight_bytes(student, load), "tensors in another layout": sum(copies)}
 
 
 def _compare(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -273,17 +191,17 @@ def _compare(teacher: PretrainedConfig, student: PretrainedConfig, load: Workloa
     The loss takes the last states of both, N·(H_t + H_s)·b, logits of a chunk of both, 2·C·V·b, and softmaxes of some
     of their rows.
     """
-    num_tokens, b, vocab_size = load.batch_size * load.max_length, load.itemsize, _vocab(teacher)
+    num_tokens, b, vocab_size = load.batch_size * load.max_length, load.itemsize, vocabulary(teacher)
     device = torch.device(load.device)
     chunk = min(default_chunk_size(num_tokens, vocab_size, device, load.dtype), num_tokens)
     block = min(chunk, max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // vocab_size))
-    loss = num_tokens * (_hidden(teacher) + _hidden(student)) * b + 2 * chunk * vocab_size * b
+    loss = num_tokens * (hidden_size(teacher) + hidden_size(student)) * b + 2 * chunk * vocab_size * b
     loss += 16 * block * vocab_size
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
     return {
-        "weights": _weights(teacher, load),
-        "student": _weights(student, load),
-        "states of the teacher": load.num_rows * load.max_length * _hidden(teacher) * b,
+        "weights": weight_bytes(teacher, load),
+        "student": weight_bytes(student, load),
+        "states of the teacher": load.num_rows * load.max_length * hidden_size(teacher) * b,
         **({"forward pass": passed} if passed > loss else {"states and logits of a chunk": loss}),
     }
 
@@ -312,7 +230,7 @@ def _training(config: PretrainedConfig, load: Workload, method: str) -> Parts:
     found = training_bytes(
         config, load.batch_size, load.max_length, mixed=mixed, checkpointing=not on_cpu, method=method
     )
-    head = 4 * _vocab(config) * _hidden(config) if method == "full" else 0
+    head = 4 * vocabulary(config) * hidden_size(config) if method == "full" else 0
     loss = head + _fused_head_bytes(config, load)
     parts = {"weights": found.weights, "optimizer": 8 * found.trained}
     if found.waiting + loss > found.backward + head:
@@ -331,8 +249,8 @@ def _fused_head_bytes(config: PretrainedConfig, load: Workload) -> int:
     A tile of n = min(N, 4096) tokens and v = min(V, 32768) entries takes 32768·n·b bytes, on a CPU 29·n·v more. The
     gradient of the states takes 4·N·H, and half-precision copies of a tile's weights v·H·b.
     """
-    num_tokens, width = load.batch_size * (load.max_length - 1), _hidden(config)
-    rows, entries = min(num_tokens, TILE_TOKENS), min(_vocab(config), TILE_ENTRIES)
+    num_tokens, width = load.batch_size * (load.max_length - 1), hidden_size(config)
+    rows, entries = min(num_tokens, TILE_TOKENS), min(vocabulary(config), TILE_ENTRIES)
     tile = rows * TILE_ENTRIES * load.itemsize + (TILE_BYTES * rows * entries if load.device == "cpu" else 0)
     return tile + 4 * num_tokens * width + (load.itemsize * entries * width if load.itemsize < 4 else 0)
 
@@ -344,12 +262,12 @@ def _cache(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     """
     num_tokens = load.batch_size * load.max_length
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
-    vocab_size, b = _vocab(teacher), load.itemsize
+    vocab_size, b = vocabulary(teacher), load.itemsize
     chunk = min(default_chunk_size(num_tokens, vocab_size, torch.device(load.device)), num_tokens)
     logits = chunk * vocab_size * (12 if b >= 4 else b + 12)
-    kept = num_tokens * (2 * _hidden(teacher) * b + 12 * load.top_k)
+    kept = num_tokens * (2 * hidden_size(teacher) * b + 12 * load.top_k)
     moment = {"states and top k": kept, "logits of a chunk": logits}
-    return {"weights": _weights(teacher, load), **(moment if kept + logits > passed else {"forward pass": passed})}
+    return {"weights": weight_bytes(teacher, load), **(moment if kept + logits > passed else {"forward pass": passed})}
 
 
 def _evaluate(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
@@ -364,26 +282,10 @@ def _larger(waiting: int, moment: Mapping[str, int], peak: int) -> Parts:
     return {"activations": peak}
 
 
-def _weights(config: PretrainedConfig, load: Workload) -> int:
-    return count_parameters(config) * load.itemsize
-
-
-def _vocab(config: PretrainedConfig) -> int:
-    return spec_for(config).sizes(config)["vocab"]
-
-
-def _hidden(config: PretrainedConfig) -> int:
-    return spec_for(config).sizes(config)["hidden"]
-
-
-def _depth_of(config: PretrainedConfig) -> int:
-    return spec_for(config).sizes(config)["layers"]
-
-
 #: Stage → its function.
 STAGES: Mapping[str, Callable[[PretrainedConfig, PretrainedConfig, Workload], Parts]] = {
     "score": _score, "score by Taylor": _taylor, "score depth": _depth, "compare shapes": _compare,
-    "repair": _repair, "prune": _prune, "prune, repaired": _prune_repaired, "prune, streamed": _stream,
-    "save": _save, "correct": _correct, "correct by LoRA": _correct_by_lora, "correct norms": _correct_norms,
-    "cache": _cache, "evaluate": _evaluate,
+    "repair": repair, "repair, streamed": repair_streamed, "prune": _prune, "prune, repaired": _prune_repaired,
+    "prune, streamed": _stream, "save": _save, "correct": _correct, "correct by LoRA": _correct_by_lora,
+    "correct norms": _correct_norms, "cache": _cache, "evaluate": _evaluate,
 }  # fmt: skip

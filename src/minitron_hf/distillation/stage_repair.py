@@ -97,7 +97,7 @@ def _before_gaps(
 
 
 def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator[tuple[int, CutInputs]]:
-    """The norms over channels that the student has fewer of, each with its share of the projections that read them.
+    """The norms over channels that the student has fewer of, each with its share of the projections of its layer.
 
     With every norm comes its layer; behind the last one where it belongs to none.
     """
@@ -106,14 +106,18 @@ def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator
     if kept == width:
         return
     layers, depth = range(_num_layers(student)), _num_layers(teacher)
-    projections = list(channel_projections(model, layers))
-    found = norm_paths(spec, dict(model.named_modules()), depth)
-    norms = [(path, layer) for path, layer in found if layer is None or layer in layers]
-    for number, (path, layer) in enumerate(norms):
-        own = tuple(projections[number :: len(norms)])
-        if own:
-            cut = CutInputs(path, torch.arange(kept), torch.arange(width), own)
-            yield depth if layer is None else layer, cut
+    readers: dict[int | None, list[Projection]] = {}
+    for projection in channel_projections(model, layers):
+        located = spec.locate(projection.name)
+        readers.setdefault(located[1] if located else None, []).append(projection)
+    norms: dict[int | None, list[str]] = {}
+    for path, layer in norm_paths(spec, dict(model.named_modules()), depth):
+        norms.setdefault(layer, []).append(path)
+    for layer, paths in norms.items():
+        for number, path in enumerate(paths):
+            if own := tuple(readers.get(layer, ())[number :: len(paths)]):
+                cut = CutInputs(path, torch.arange(kept), torch.arange(width), own)
+                yield depth if layer is None else layer, cut
 
 
 def num_outputs(teacher: PretrainedConfig, cut: CutInputs) -> int:
@@ -127,6 +131,19 @@ def num_refitted(cuts: Sequence[CutInputs], teacher: PretrainedConfig) -> int:
     theirs = named_tensors(empty_model(teacher))
     names = {projection.name for cut in cuts for projection in cut.projections}
     return sum(theirs[name].numel() for name in names)
+
+
+def layer_bytes(config: PretrainedConfig, itemsize: int) -> dict[int | None, int]:
+    """Bytes of the tensors of every layer; under None those outside the layers, without an untied head."""
+    spec, model = spec_for(config), empty_model(config)
+    found = dict[int | None, int].fromkeys([None, *range(_num_layers(config))], 0)
+    body = {name for name, _ in model.base_model.named_parameters(prefix=model.base_model_prefix)}
+    for name, tensor in named_tensors(model).items():
+        located = spec.locate(name)
+        layer = None if located is None else located[1]
+        if layer is not None or name in body:
+            found[layer] += tensor.numel() * itemsize
+    return found
 
 
 def _num_layers(config: PretrainedConfig) -> int:

@@ -153,8 +153,8 @@ def on_disk(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[s
     """Write tensors into a new folder, each as soon as it is there, and return them without their numbers."""
     folder.mkdir()
     found: dict[str, torch.Tensor] = {}
-    for number, (name, tensor) in enumerate(tensors):
-        path = folder / f"{number}.safetensors"
+    for name, tensor in tensors:  # not enumerated, which would hold the tensor until there is another
+        path = folder / f"{len(found)}.safetensors"
         save_file({name: tensor.cpu().contiguous()}, path)
         del tensor  # before the next one is computed
         found |= lazy_tensors(path)

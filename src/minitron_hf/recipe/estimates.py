@@ -257,7 +257,8 @@ def _prune(facts: Facts, number: int) -> StageCost:
         batch = recipe.scores.get("batch_size", 8)
         before, after = (spec_for(one).sizes(one)["layers"] for one in (model, student))
         gaps = min(1, before - after) if recipe.pruner_config.contiguous else before - after
-        seconds += repair_seconds(facts, model, student, repair, (rows, length, batch), gaps)
+        streamed = recipe.stream_weights
+        seconds += repair_seconds(facts, model, student, repair, (rows, length, batch), gaps, streamed=streamed)
         formula = f"repair on {rows:,} × {length:,} tokens; {formula}"
         load = {
             "repair": repair,
@@ -265,8 +266,8 @@ def _prune(facts: Facts, number: int) -> StageCost:
             "memory_limit": repair_limit(facts),
             "is_rotated": bool(recipe.pruner_config.hidden_basis),
         }
-        stages = ["repair", "prune, repaired"]
-        memory = memory_of(facts, model, student, stages, length=length, rows=batch, **load)
+        stages = ["repair, streamed", "prune, streamed"] if streamed else ["repair", "prune, repaired"]
+        memory = memory_of(facts, model, student, stages, length=length, rows=batch, calibration_rows=rows, **load)
     return StageCost("prune", seconds, memory, disk, formula)
 
 

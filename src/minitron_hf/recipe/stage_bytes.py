@@ -14,7 +14,9 @@ from ..distillation.capacity import estimate_capacity
 from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
 from ..distillation.gpu_data_sheets import Device
-from ..distillation.stage_memory import Workload, evaluation_memory, expected_cut_inputs, stage_memory
+from ..distillation.stage_memory import evaluation_memory, stage_memory
+from ..distillation.stage_repair import expected_cut_inputs
+from ..distillation.stage_workload import Workload
 from ..errors import MinitronError
 from ..hardware import as_dtype, training_device
 from ..models import count_parameters
@@ -116,8 +118,13 @@ def repair_seconds(
     repair: str,
     rows: tuple[int, int, int],
     gaps: int,
+    *,
+    streamed: bool = False,
 ) -> float:
-    """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows."""
+    """Seconds of a repair on a number of rows, of some tokens each, in batches of some rows.
+
+    A streamed one takes two passes, one of which chooses the ridge, and reads the weights for both and for a test.
+    """
     cuts = expected_cut_inputs(model, student, repair, gaps)
     if not cuts:
         return 0.0
@@ -128,9 +135,11 @@ def repair_seconds(
         cuts,
         num_tokens=tokens,
         num_batches=math.ceil(num_rows / batch),
-        memory_limit=repair_limit(facts),
+        memory_limit=0 if streamed else repair_limit(facts),
     )
-    seconds = found.passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
+    passes = 2 if streamed else found.passes
+    seconds = 3 * count_parameters(model) * facts.stored_bytes / speed.disk_traffic if streamed else 0.0
+    seconds += passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
     seconds += found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
     return seconds + found.solutions / (speed.float32_flops / 2)  # float64
 
