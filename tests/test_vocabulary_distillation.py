@@ -16,13 +16,17 @@ from minitron_hf import (
     PrunerConfig,
     apply_plan,
     count_tokens,
+    estimate_capacity,
     estimate_importance,
     evaluate_models,
     make_plan,
     prune_tokenizer,
     save_model,
+    student_config,
 )
-from minitron_hf.errors import DataError, MismatchError
+from minitron_hf.distillation.capacity import loss_bytes
+from minitron_hf.distillation.fake_runs import Setup
+from minitron_hf.errors import DataError, MismatchError, PlanError
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
@@ -279,3 +283,14 @@ def test_models_are_measured_on_the_students_tokens(pair, tmp_path):
     for other in ({"tasks": ["piqa"]}, {"draft_prompts": 2}, {"chat_prompts": texts()}):
         with pytest.raises(DataError, match="not for models with different vocabularies"):
             evaluate_models(by_path, texts()[:6], processing_class=cut, **other, **settings)
+
+
+def test_the_estimate_of_memory_counts_both_vocabularies():
+    """Less than with the teacher's vocabulary twice."""
+    teacher = teacher_of(dtype=torch.float32)[0].config
+    small, setup = student_config(teacher, PrunerConfig(vocab_size=SIZE)), Setup()
+    assert loss_bytes(teacher, small, setup, 1 << 20) < loss_bytes(teacher, teacher, setup, 1 << 20)
+    found = estimate_capacity(teacher, small, Setup(max_length=32), cuts_vocabulary=True)
+    assert found.parts["loss chunks"] >= 0
+    with pytest.raises(PlanError, match="expected the same vocabulary"):
+        estimate_capacity(small, teacher, cuts_vocabulary=True)

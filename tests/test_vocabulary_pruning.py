@@ -29,6 +29,7 @@ from minitron_hf import (
     prune_model,
     prune_tokenizer,
     prune_with_plan,
+    run_recipe,
     save_model,
     search_architectures,
     student_config,
@@ -38,6 +39,7 @@ from minitron_hf.cli.app import app
 from minitron_hf.errors import DataError, MismatchError, PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
 from minitron_hf.models import count_parameters
+from minitron_hf.recipe.checking import check_recipe
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.settings import check_settings
 from minitron_hf.vocabulary.ids import renumbered_generation_config
@@ -332,10 +334,52 @@ def test_what_compares_with_the_teacher_refuses_a_cut_vocabulary(tmp_path):
     del bare.pruning_plan  # which tokens it has is not known
     with pytest.raises(MismatchError, match="vocabulary of 17 tokens"):
         evaluate_models({"teacher": teacher, "student": bare}, rows, processing_class=bpe_tokenizer(), speed=False)
-    recipe = Recipe.from_dict(
-        {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path), "prune": {"vocab_size": 9}}
-    )
-    with pytest.raises(DataError, match=r"prune.vocab_size: a recipe evaluates"):
-        check_settings(recipe)
+    recipe = {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path)}
+    for name, section in (
+        ("teacher_cache", {"teacher_cache": {"top_k": 4}}),
+        ("evaluate.prompts", {"evaluate": {"prompts": ["a"]}}),
+        ("rounds", {"rounds": [{"prune": {"hidden_size": 8}}]}),
+        ("quantize", {"quantize": ["int8"]}),
+    ):
+        with pytest.raises(DataError, match=rf"prune.vocab_size with {name}: these read or write the same tokens"):
+            check_settings(Recipe.from_dict({**recipe, "prune": {"vocab_size": 9}, **section}))
     with pytest.raises(PlanError, match=r"base.vocab_size"):
         search_architectures(teacher, None, space={}, calibration_data=rows, base=PrunerConfig(vocab_size=9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"verify": True, "prune": {"vocab_size": SIZE, "repair": "least_squares"}}])
+def test_a_recipe_cuts_the_vocabulary(tmp_path, changes):
+    """All stages: the student that is distilled and measured has its own tokenizer."""
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    save_model(teacher, tmp_path / "teacher", tokenizer)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts()))
+    prune = {"vocab_size": SIZE, "intermediate_size": 0.5, **changes.get("prune", {})}
+    recipe = {
+        "teacher": str(tmp_path / "teacher"),
+        "data": {"train": str(text), "eval": str(text)},
+        "output_dir": str(tmp_path / "run"),
+        "scores": {"num_rows": 8, "max_length": 16},
+        "distill": {
+            "max_steps": 3,
+            "max_length": 16,
+            "per_device_train_batch_size": 4,
+            "use_cpu": True,
+            "bf16": False,
+        },
+        "evaluate": {"num_rows": 6, "speed": True},
+        **changes,
+        "prune": prune,
+    }
+    checked = check_recipe(Recipe.from_dict(recipe))
+    assert checked["sizes"]["vocab"] == {"teacher": VOCAB, "student": SIZE}
+    run_recipe(Recipe.from_dict(recipe))
+    run = tmp_path / "run"
+    plan = PruningPlan.from_pretrained(run)
+    for folder in (run, run / "pruned"):
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == prune_tokenizer(tokenizer, plan).get_vocab()
+        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == SIZE
+    models = json.loads((run / "evaluation.json").read_text())["models"]
+    assert all(models[name]["metrics"]["kl_divergence"]["value"] > 0 for name in ("pruned", "student"))
+    assert "tokens per byte instead of" in (run / "README.md").read_text()

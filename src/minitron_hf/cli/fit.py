@@ -30,6 +30,7 @@ def fit(
     num_attention_heads: SizeOption = None,
     num_key_value_heads: SizeOption = None,
     num_hidden_layers: SizeOption = None,
+    vocab_size: SizeOption = None,
     set_: Settings = None,
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     sharding: Annotated[str, typer.Option(help="ddp, fsdp2, zero2 or zero3.")] = "ddp",
@@ -50,8 +51,10 @@ def fit(
     from ..recipe.reading import apply_overrides
     from ..sizes.request import PrunerConfig
     from ..sizes.student import check_sizes, student_config
+    from ..vocabulary.stored import stored_cut
 
-    given = _sizes(hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
+    widths = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads)
+    given = _sizes(*widths, num_hidden_layers, vocab_size)
     if student is not None and (given or set_):
         raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")
     checked = _setup(
@@ -70,7 +73,8 @@ def fit(
     if student is None:
         check_sizes(config, request)
     made = student_config(config, request) if student is None else load_config(student)
-    _print_capacity(estimate_capacity(config, made, checked), device, checked)
+    cuts = request.vocab_size is not None or (student is not None and stored_cut(student) is not None)
+    _print_capacity(estimate_capacity(config, made, checked, cuts_vocabulary=cuts), device, checked)
 
 
 def _setup(device: str, setup: Mapping[str, Any]) -> Setup:

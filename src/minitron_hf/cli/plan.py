@@ -76,12 +76,13 @@ def plan(
 ) -> None:
     """Choose the units and layers to keep (make_plan), and print the shapes.
 
-    Without --output, nothing is written. With --target instead of sizes, several shapes that meet the target are
-    pruned and measured before any retraining, and the best one is planned (plan_for_target). This needs --data
-    (calibration text) and --scores. With --vocab-size, the tokens to keep are the most frequent ones of --data.
+    Without --output, nothing is written. With --target instead of sizes, several shapes that meet it are pruned and
+    measured on --data before any retraining, and the best one is planned (plan_for_target). With --vocab-size, the
+    tokens to keep are the most frequent ones of --data.
     """
-    sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers)
-    given = _sizes(*sizes, vocab_size)
+    heads = (num_attention_heads, num_key_value_heads)
+    sizes = (hidden_size, intermediate_size, *heads, num_hidden_layers, vocab_size)
+    given = _sizes(*sizes)
     if recommend:
         _say_moved("--recommend", "recommend")
         if device is not None or given or scores is not None or target is None:
@@ -89,8 +90,17 @@ def plan(
                 "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
                 "Use `minitron-hf recommend` instead."
             )
-        corpora = (train_data, eval_data, False)
-        own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, *corpora, output, set_)
+        own = (
+            goal or "quality",
+            rounds,
+            own_corpus,
+            teacher_learning_rate,
+            train_data,
+            eval_data,
+            False,
+            output,
+            set_,
+        )
         recommendation(teacher, target, tokens, *own, overwrite)
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
@@ -203,7 +213,7 @@ def _plan(
         tokenizer = load_tokenizer(teacher)
         texts = tokenize_once(texts, tokenizer)
         counts = count_tokens(texts, tokenizer)
-    if request.target_parameters is None or texts is None or read is None:
+    if not request.targets or texts is None or read is None:
         made = make_plan(_load(teacher)[0] if request.hidden_basis else config, request, read, token_counts=counts)
     else:
         from ..pruning.prune import plan_for_target

@@ -66,7 +66,11 @@ class Capacity:
 
 
 def estimate_capacity(
-    teacher_config: PretrainedConfig, student_config: PretrainedConfig, setup: Setup | None = None
+    teacher_config: PretrainedConfig,
+    student_config: PretrainedConfig,
+    setup: Setup | None = None,
+    *,
+    cuts_vocabulary: bool = False,
 ) -> Capacity:
     """Estimate memory and speed of distilling a student from a teacher, from their configs alone.
 
@@ -74,6 +78,7 @@ def estimate_capacity(
         teacher_config: the teacher's config.
         student_config: the student's config.
         setup: devices and settings of the distillation; default: one H100.
+        cuts_vocabulary: whether a plan with `vocab_size` leaves the student fewer of the teacher's tokens.
 
     Raises:
         PlanError: if a model cannot be run on tensors without values, or the two have different vocabularies.
@@ -81,7 +86,7 @@ def estimate_capacity(
     """
     setup = setup or Setup()
     sizes = [config.get_text_config().vocab_size for config in (teacher_config, student_config)]
-    if sizes[0] != sizes[1]:
+    if sizes[0] < sizes[1] or (sizes[0] != sizes[1] and not cuts_vocabulary):
         raise PlanError(f"The teacher has {sizes[0]} tokens and the student {sizes[1]}: expected the same vocabulary.")
     passes = run_on_fakes(teacher_config, student_config, setup)
     resident = resident_bytes(teacher_config, student_config, setup, passes)
@@ -164,12 +169,15 @@ def loss_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setu
     """Bytes that `distillation_loss` adds to the states of N tokens, both heads and the gradients included."""
     device = torch.device(setup.device.type)
     vocab_size, width = student.get_text_config().vocab_size, student.get_text_config().hidden_size
+    # A teacher with more tokens has logits of all of them, and of those that the student has.
+    whole = teacher.get_text_config().vocab_size
+    of_teacher = 0 if setup.cached_top_k else whole + (vocab_size if whole > vocab_size else 0)
     compute, stored = setup.compute_bytes, setup.stored_bytes
     dtype = torch.float32 if compute == 4 else torch.bfloat16
-    num_chunks = -(-num_tokens // default_chunk_size(num_tokens, vocab_size, device, dtype))
-    logits = -(-num_tokens // num_chunks) * vocab_size * compute * (1 if setup.cached_top_k else 2)
-    block = max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // vocab_size)
-    softmaxes = 4 * min(block, num_tokens) * vocab_size * 4
+    num_chunks = -(-num_tokens // default_chunk_size(num_tokens, max(vocab_size, whole), device, dtype))
+    logits = -(-num_tokens // num_chunks) * (vocab_size + of_teacher) * compute
+    block = max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // max(vocab_size, whole))
+    softmaxes = min(block, num_tokens) * (4 * vocab_size + (whole if whole > vocab_size else 0)) * 4
     states = num_tokens * width * stored
     head = 4 * vocab_size * width if setup.lora_rank is None else 0  # its gradient, summed in float32
     if setup.lora_rank is None and compute != 4:
@@ -196,9 +204,10 @@ def _speed(
 def step_flops(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:
     """FLOPs of one device's pass over B rows, the heads included: their logits, and the student's gradients."""
     vocab_size = student.get_text_config().vocab_size
-    widths = (2 if setup.lora_rank else 3) * student.get_text_config().hidden_size
-    widths += 0 if setup.cached_top_k else teacher.get_text_config().hidden_size
-    return setup.batch_size * (passes.flops_per_row + 2 * (setup.max_length - 1) * vocab_size * widths)
+    products = (2 if setup.lora_rank else 3) * student.get_text_config().hidden_size * vocab_size
+    text = teacher.get_text_config()
+    products += 0 if setup.cached_top_k else text.hidden_size * text.vocab_size
+    return setup.batch_size * (passes.flops_per_row + 2 * (setup.max_length - 1) * products)
 
 
 def communicated_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:

@@ -186,6 +186,7 @@ def evaluate_models(
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
     processing_class = limits.spaces.tokenizer(processing_class, models)
+    limits.spaces.require_own(dataset)
     rows = token_rows(
         dataset,
         processing_class,

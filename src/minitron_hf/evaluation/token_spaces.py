@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.documents import TokenizedDocuments
+from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError
+from ..errors import DataError, MismatchError
 from ..vocabulary.stored import StoredCut, stored_cut
 
 
@@ -69,6 +71,20 @@ class TokenSpaces:
         compared = {f"model {name!r}": model for name, model in models.items() if name not in self.own_ids}
         refuse_other_tokenizers(processing_class, **compared)
         return processing_class
+
+    def require_own(self, data: Any) -> None:
+        """Refuse documents that were split by the teacher's tokenizer before.
+
+        Raises:
+            MismatchError: if they were.
+        """
+        before = data.processing_class if isinstance(data, TokenizedDocuments) else None
+        if self.cut is None or before is None or tokenizer_digest(before) == self.cut.facts["student_tokenizer"]:
+            return
+        raise MismatchError(
+            "These documents were tokenised by another tokenizer than the student's, whose vocabulary was cut. Pass "
+            "the texts."
+        )
 
     def refuse(self, **wanted: Any) -> None:
         """Refuse measurements whose prompts every model would have to split by a tokenizer of its own.

@@ -263,7 +263,8 @@ class _Rows:
         self.with_gradient = with_gradient
         kl, dtype = found.kl, found.kl.dtype
         elements = torch.get_num_threads() << 17 if kl.device.type == "cpu" else 1 << 23
-        self.block = max(1, elements // signal.vocab_size)
+        widest = signal.head.vocab_size if isinstance(signal, DenseSignal) else signal.vocab_size
+        self.block = max(1, elements // max(widest, signal.vocab_size))
         num_buffers = 4 if settings.divergence == "forward_kl" else 5
         shape = (num_buffers, min(self.block, len(signal)), signal.vocab_size)
         self.scratch = torch.empty(shape, dtype=dtype, device=kl.device)

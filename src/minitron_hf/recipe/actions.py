@@ -10,13 +10,15 @@ from ..models import load_model
 from ..pruning.candidates import best_shape
 from ..pruning.iterations import iterate_importance
 from ..pruning.planning import make_plan
-from ..pruning.prune import plan_for_target
+from ..pruning.prune import COUNTED_TOKENS, plan_for_target
 from ..pruning.stored_checkpoint import is_streamable
 from ..pruning.streaming import prune_checkpoint
+from ..pruning.tokenizers import prune_tokenizer
 from ..quantization import METHODS
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
+from ..vocabulary.counts import count_tokens
 from .run import (
     CACHE_DIR,
     CONTROLS_DIR,
@@ -103,8 +105,12 @@ def search_arguments(recipe: Recipe) -> dict[str, Any]:
 def _plan(run: Run) -> None:
     request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
     scores = ImportanceScores.from_pretrained(run.folder)
+    counts = None
+    if request.vocab_size is not None:
+        counts = count_tokens(run.texts("calibration"), run.tokenizer, max_tokens=COUNTED_TOKENS)
     if not request.targets:
-        plan = make_plan(run.teacher if request.hidden_basis else run.teacher_config, request, scores)
+        teacher = run.teacher if request.hidden_basis else run.teacher_config
+        plan = make_plan(teacher, request, scores, token_counts=counts)
     else:
         plan = plan_for_target(
             run.teacher,
@@ -112,6 +118,7 @@ def _plan(run: Run) -> None:
             scores,
             run.texts("calibration"),
             processing_class=run.tokenizer,
+            token_counts=counts,
             max_length=run.recipe.scores.get("max_length"),
         )
     PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
@@ -140,7 +147,7 @@ def _prune(run: Run) -> None:
         student = run.prune_with_plan(plan, verify=run.recipe.verify)
         if run.recipe.verify:
             student.pruning_plan.save_pretrained(run.folder)
-        _save_student(student, run.tokenizer, run.folder / PRUNED_DIR, run.teacher_config)
+        _save_student(student, prune_tokenizer(run.tokenizer, plan), run.folder / PRUNED_DIR, run.teacher_config)
     if run.number > 1:
         run.release("teacher")  # whoever needs it still loads it again
 
@@ -268,7 +275,7 @@ def _evaluate(run: Run) -> None:
     run.release("distillation_teacher")
     evaluate_models(
         models,
-        run.texts("eval"),
+        **_held_out_text(run),
         processing_class=run.tokenizer,
         max_length=section.max_length,
         num_rows=section.num_rows,
@@ -291,6 +298,13 @@ def _evaluate(run: Run) -> None:
         compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
         samples = generate_samples(compared, run.tokenizer, section.prompts)
         write_artefact(run.folder / "samples.json", {"samples": samples})
+
+
+def _held_out_text(run: Run) -> dict[str, Any]:
+    """Arguments of `evaluate_models` for the text: its tokens, or the text, where the student splits it anew."""
+    if run.recipe.pruner_config.vocab_size is None:
+        return {"dataset": run.texts("eval")}
+    return {"dataset": run.dataset("eval"), "text_field": run.text_field("eval")}
 
 
 def _task_arguments(section: EvaluateSection) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..data.context import context_length, short_rows_note
 from ..distillation.checks import refuse_own_folder
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
-from ..families import FIELD_OF_AXIS, spec_for, text_config
+from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.removal import require_depth
 from ..sizes.counts import compared_counts, parameter_counts
@@ -19,6 +19,7 @@ from ..sizes.resolve import scoring_arguments
 from ..sizes.shapes import COUNTED, TOLERANCE, Shape, counted_cost, enumerate_shapes, require_budgets
 from ..sizes.student import check_sizes, student_config
 from ..sizes.targets import shapes_near_target
+from ..vocabulary.choice import require_choice
 from .actions import search_arguments
 from .environment import check_environment
 from .identity import dataset_identity, training_identity
@@ -68,6 +69,8 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
         if section is not None:
             dataset_identity(section)
     _check_tokenizer(run.tokenizer, recipe, text_config(config).vocab_size)
+    if chosen is not None and recipe.pruner_config.vocab_size is not None:
+        require_choice(run.tokenizer, chosen[1][VOCABULARY], spec.sizes(config)[VOCABULARY])
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
     if "distill" in {name.rpartition("/")[2] for name in names}:

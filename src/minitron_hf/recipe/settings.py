@@ -145,6 +145,7 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
         The arguments of distillation, of every round.
     """
     folder = Path(recipe.output_dir)
+    _require_comparable_tokens(recipe)
     if recipe.search is not None:
         require_search(recipe.search, "search.")
         search_arguments(recipe)
@@ -153,7 +154,6 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     for number, one in enumerate(rounds, 1):
         where = f"rounds.{number}." if recipe.rounds else ""
         require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
-        _require_whole_vocabulary(one, where)
         require_iterations(one.pruner_config, one.scores.get("iterations", 1))
         found.append(distillation_config(folder, one.distill, f"{where}distill."))
         _require_shared(recipe, number)
@@ -169,13 +169,26 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     return found
 
 
-def _require_whole_vocabulary(recipe: Recipe, where: str) -> None:
-    """Refuse a cut of the vocabulary: the evaluation of a recipe compares the same tokens of teacher and student."""
-    if recipe.pruner_config.vocab_size is not None:
+def _require_comparable_tokens(recipe: Recipe) -> None:
+    """Refuse, beside a cut of the vocabulary, what needs one tokenizer for teacher and student."""
+    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    if all(one.pruner_config.vocab_size is None for one in rounds):
+        return
+    wanted = {
+        "rounds": recipe.rounds,
+        "search": recipe.search,
+        "teacher_cache": recipe.teacher_cache,
+        "controls": recipe.controls,
+        "quantize": recipe.quantize,
+        **{
+            f"evaluate.{name}": getattr(recipe.evaluate, name)
+            for name in ("tasks", "draft_prompts", "prompts", "chat")
+        },
+    }
+    if names := [name for name, value in wanted.items() if value]:
         raise DataError(
-            f"{where}prune.vocab_size: a recipe evaluates the student beside the teacher, on the same tokens. Leave "
-            "it out, and cut the finished student's vocabulary with `minitron-hf plan --vocab-size` and "
-            "`minitron-hf prune`."
+            f"prune.vocab_size with {', '.join(names)}: these read or write the same tokens with teacher and student, "
+            "whose tokenizers differ then. Leave out one of the two, and do the rest with the finished student."
         )
 
 

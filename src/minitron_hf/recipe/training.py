@@ -142,6 +142,9 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
 def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
         save_model(in_stored_dtype(student, stored_dtype(teacher)), temporary, tokenizer)
+        plan = getattr(student, "pruning_plan", None)
+        if plan is not None and plan.vocabulary is not None:  # it says which of the teacher's tokens the student has
+            plan.save_pretrained(temporary)
 
 
 def lora_config(recipe: Recipe) -> Any:

@@ -35,6 +35,28 @@ def choose_tokens(
         MismatchError: if it has tokens beyond the embeddings.
         PlanError: if fewer tokens are asked for than have to stay.
     """
+    closure, kept = _required(tokenizer, size, num_rows, needed)
+    known: dict[str, int] = tokenizer.get_vocab()
+    times = np.zeros(num_rows, dtype=np.int64)
+    times[: min(len(counts), num_rows)] = counts[:num_rows]
+    ranked = [int(index) for index in np.lexsort((np.arange(num_rows), -times))]
+    used = set(known.values())
+    _add(kept, [index for index in ranked if index in used], size, closure)
+    _add(kept, [index for index in range(num_rows) if index not in used], size, closure)
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def require_choice(tokenizer: Any, size: int, num_rows: int) -> None:
+    """Refuse what `choose_tokens` refuses, before any corpus is counted.
+
+    Raises:
+        MinitronError: see there.
+    """
+    _required(tokenizer, size, num_rows, ())
+
+
+def _required(tokenizer: Any, size: int, num_rows: int, needed: Iterable[int]) -> tuple[_Closure, set[int]]:
+    """The tokens that have to stay, and what tells the parts of others."""
     pieces = pieces_of(tokenizer)
     known: dict[str, int] = tokenizer.get_vocab()
     if (largest := max(known.values())) >= num_rows:
@@ -50,13 +72,7 @@ def choose_tokens(
             "tokens, those of the chat template, and what they are merged from. "
             f"Keep {len(kept):,} or more."
         )
-    times = np.zeros(num_rows, dtype=np.int64)
-    times[: min(len(counts), num_rows)] = counts[:num_rows]
-    ranked = [int(index) for index in np.lexsort((np.arange(num_rows), -times))]
-    used = set(known.values())
-    _add(kept, [index for index in ranked if index in used], size, closure)
-    _add(kept, [index for index in range(num_rows) if index not in used], size, closure)
-    return np.array(sorted(kept), dtype=np.int64)
+    return closure, kept
 
 
 def _add(kept: set[int], ranked: list[int], size: int, closure: _Closure) -> None:
