@@ -85,22 +85,9 @@ def plan(
     given = _sizes(*sizes)
     if recommend:
         _say_moved("--recommend", "recommend")
-        if device is not None or given or scores is not None or target is None:
-            raise DataError(
-                "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
-                "Use `minitron-hf recommend` instead."
-            )
-        own = (
-            goal or "quality",
-            rounds,
-            own_corpus,
-            teacher_learning_rate,
-            train_data,
-            eval_data,
-            False,
-            output,
-            set_,
-        )
+        _require_only_target(target, device, given, scores)
+        corpora = (train_data, eval_data, False)
+        own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, *corpora, output, set_)
         recommendation(teacher, target, tokens, *own, overwrite)
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
@@ -112,6 +99,16 @@ def plan(
     if device is not None:
         _say_moved("--device", "fit")
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
+
+
+def _require_only_target(
+    target: str | None, device: str | None, given: Mapping[str, Any], scores: Path | None
+) -> None:
+    if device is not None or given or scores is not None or target is None:
+        raise DataError(
+            "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
+            "Use `minitron-hf recommend` instead."
+        )
 
 
 def _only_counts(given: Mapping[str, Any], set_: list[str] | None, target: str | None) -> bool:
