@@ -85,7 +85,7 @@ def plan(
     given = _sizes(*sizes)
     if recommend:
         _say_moved("--recommend", "recommend")
-        _require_only_target(target, device, given, scores)
+        target = _only_target(target, device, given, scores)
         corpora = (train_data, eval_data, False)
         own = (goal or "quality", rounds, own_corpus, teacher_learning_rate, *corpora, output, set_)
         recommendation(teacher, target, tokens, *own, overwrite)
@@ -101,14 +101,14 @@ def plan(
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
 
 
-def _require_only_target(
-    target: str | None, device: str | None, given: Mapping[str, Any], scores: Path | None
-) -> None:
+def _only_target(target: str | None, device: str | None, given: Mapping[str, Any], scores: Path | None) -> str:
+    """The target of --recommend; refuses other options."""
     if device is not None or given or scores is not None or target is None:
         raise DataError(
             "--recommend needs --target. It chooses the sizes itself, so it takes no sizes, --scores or --device. "
             "Use `minitron-hf recommend` instead."
         )
+    return target
 
 
 def _only_counts(given: Mapping[str, Any], set_: list[str] | None, target: str | None) -> bool:
