@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -114,8 +115,10 @@ def _cut_norms(teacher: PretrainedConfig, student: PretrainedConfig) -> Iterator
     for path, layer in norm_paths(spec, dict(model.named_modules()), depth):
         norms.setdefault(layer, []).append(path)
     for layer, paths in norms.items():
+        projections = readers.get(layer, [])
+        share = math.ceil(len(projections) / len(paths))
         for number, path in enumerate(paths):
-            if own := tuple(readers.get(layer, ())[number :: len(paths)]):
+            if own := tuple(projections[number * share : (number + 1) * share]):
                 cut = CutInputs(path, torch.arange(kept), torch.arange(width), own)
                 yield depth if layer is None else layer, cut
 
