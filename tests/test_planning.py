@@ -173,14 +173,29 @@ def test_depth_that_changes_the_attention_scale_is_refused():
 
 
 def test_refusals_of_the_stock_config_are_passed_on():
-    """Phi-3 wants one long-rope factor per rotated pair of hidden_size / heads dimensions, whatever head_dim says."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}
-    config = Phi3Config(
-        **{**pocket_config("phi3").to_dict(), "hidden_size": 48, "partial_rotary_factor": 1.0, "rope_parameters": rope}
-    )
-    with pytest.raises(PlanError, match=r"(?s)stock Phi3Config refuses these sizes.*short_factor"):
+    class Picky(MistralConfig):
+        def __post_init__(self, **kwargs):
+            super().__post_init__(**kwargs)
+            if self.hidden_size == 24:
+                raise ValueError("24 is one of the sizes that it cannot hold")
+
+    config = Picky(**pocket_config("mistral").to_dict())
+    with pytest.raises(PlanError, match=r"(?s)stock Picky refuses these sizes.*24 is one of the sizes"):
         student_config(config, PrunerConfig(hidden_size=24))
-    assert student_config(config, PrunerConfig(intermediate_size=24)).intermediate_size == 24
+    assert student_config(config, PrunerConfig(hidden_size=16)).hidden_size == 16
+
+
+def test_the_factors_of_longrope_stay_because_stream_and_heads_are_cut_alike():
+    """Phi-3 wants one factor per rotated pair of hidden_size / heads dimensions, whatever head_dim says."""
+    config = pocket_config("phi3-longrope")
+    for request in ({"hidden_size": 24}, {"num_attention_heads": 3}, {"hidden_size": 24, "num_attention_heads": 3}):
+        student = student_config(config, PrunerConfig(**request))
+        assert (student.hidden_size, student.num_attention_heads) == (24, 3)
+        assert student.rope_parameters == config.rope_parameters
+    with pytest.raises(PlanError, match=r"the stock 'phi3' classes only hold hidden_size = 8 × num_attention_heads"):
+        student_config(config, PrunerConfig(hidden_size=32, num_attention_heads=3))
+    with pytest.raises(PlanError, match=r"the stock 'gpt2' classes only hold"):
+        plan_of(pocket_config("gpt2"), hidden_size=33)
 
 
 def test_scores_of_another_model_are_refused():

@@ -167,6 +167,16 @@ GROUPED_COUPLED = {
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 
 
+#: The same by one factor for every second rotated dimension: six of eight.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 4.0],
+}
+
 #: A context of 16 tokens stretched to 64; queries are scaled by position too.
 YARN = {
     "rope_type": "yarn",

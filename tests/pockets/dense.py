@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
-from .base import GEMMA, GROUPED, SLIDING, YARN, Pocket, grouped, kinds
+from .base import GEMMA, GROUPED, GROUPED_COUPLED, LONGROPE, SLIDING, YARN, Pocket, grouped, kinds
 
 POCKETS: dict[str, Pocket] = {
     "llama": Pocket(LlamaConfig(**GROUPED)),
@@ -15,6 +15,15 @@ POCKETS: dict[str, Pocket] = {
     "qwen3": Pocket(Qwen3Config(**GROUPED, **SLIDING)),
     "qwen3-biases-tied": Pocket(Qwen3Config(**GROUPED, attention_bias=True, tie_word_embeddings=True)),
     "phi3": Pocket(Phi3Config(**GROUPED, partial_rotary_factor=0.6)),
+    "phi3-longrope": Pocket(
+        Phi3Config(
+            **{name: value for name, value in GROUPED_COUPLED.items() if name != "head_dim"},
+            partial_rotary_factor=LONGROPE["partial_rotary_factor"],
+            original_max_position_embeddings=16,
+            rope_parameters=LONGROPE,
+        ),
+        coupled=True,
+    ),
     "ministral": grouped("ministral", published={"head_dim": 128}, layer_types=kinds("sfsff"), sliding_window=6),
     "ministral3": grouped("ministral3", rope_parameters=YARN),
     "gemma": grouped("gemma", norm="rms1p", scaled_embeddings=True),

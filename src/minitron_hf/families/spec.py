@@ -116,7 +116,7 @@ class ArchSpec:
         equivalent_classes: (model type, fields, changes): other stock classes that hold exactly the same model if the
             teacher's config has these fields, after these changes. They lack a limit on sizes of its own config.
         variants: (config field, value, table): other layouts under the same `model_type`; the first whose field has
-            that value describes the model instead.
+            that value describes the model instead. `a.b` names the entry `b` of the field `a`.
     """
 
     model_type: str
@@ -152,7 +152,7 @@ class ArchSpec:
     def variant(self, config: PretrainedConfig) -> ArchSpec:
         """The layout that a config has: this one, or one of its variants."""
         for name, value, spec in self.variants:
-            if getattr(config, name, None) == value:
+            if _field(config, name) == value:
                 return spec.variant(config)
         return self
 
@@ -411,3 +411,10 @@ class ArchSpec:
             elif layer in position:
                 new = position[layer]
                 yield self.layer_parameter(new, pattern), name, self.shape(pattern, layer_sizes[new])
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """The value of a config field, or of an entry of one; None if there is none."""
+    name, _, entry = name.partition(".")
+    value = getattr(config, name, None)
+    return (value or {}).get(entry) if entry else value

@@ -109,6 +109,7 @@ def resolve_sizes(
     student_type = type(teacher_config) if spec is teachers else config_class(spec.model_type)
     moved = f"The student is of type '{spec.model_type}', whose classes hold the same model."
     moved_notes = [] if spec is teachers else [moved]
+    coupled = spec.equal
     if request.portable:
         spec = portable_spec(spec, student_type, before)
     given = _given_sizes(spec, before, request)
@@ -125,7 +126,7 @@ def resolve_sizes(
         if inner not in given and after[inner] > most:
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
-    notes += _follow_equal(spec, before, after, set(given))
+    notes += _follow_equal(spec, before, after, set(given), portable=spec.equal != coupled)
     for inner, outer in following:
         if after[inner] < after[outer]:
             after[outer] = after[inner]
@@ -354,8 +355,18 @@ def _depth_after(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig
     return left
 
 
-def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str]) -> list[str]:
-    """Where the stock class holds two dimensions only at one size, let the one that was not asked for follow."""
+def _follow_equal(
+    spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str], portable: bool
+) -> list[str]:
+    """Where two dimensions are held only at one size, let the one that was not asked for follow.
+
+    Args:
+        spec: the family.
+        before: the teacher's sizes.
+        after: the student's, which are changed.
+        given: axes that were asked for.
+        portable: whether heads fill the hidden size because `portable` asks for it, not the stock class.
+    """
     notes = []
     fixed = set(given)
     for left_text, right_text in spec.equal:
@@ -368,7 +379,7 @@ def _follow_equal(spec: ArchSpec, before: Mapping[str, int], after: dict[str, in
         times = f"{each_right} × " if each_right > 1 else ""
         legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
         holders = f"the stock '{spec.model_type}' classes only hold"
-        if (left_text, right_text) == HEADS_FILL_HIDDEN:
+        if portable and (left_text, right_text) == HEADS_FILL_HIDDEN:
             holders = f"with portable=True, {spec.model_type} students only have"
         moves, follows, each, each_following = left, right, each_left, each_right
         if right in fixed:
