@@ -107,11 +107,10 @@ def resolve_sizes(
     teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)
     student_type = type(teacher_config) if spec is teachers else config_class(spec.model_type)
-    moved = f"The student is of type '{spec.model_type}', whose classes hold the same model."
-    moved_notes = [] if spec is teachers else [moved]
-    coupled = spec.equal
-    if request.portable:
-        spec = portable_spec(spec, student_type, before)
+    moved_notes = []
+    if spec is not teachers:
+        moved_notes = [f"The student is of type '{spec.model_type}', whose classes hold the same model."]
+    coupled, spec = spec.equal, portable_spec(spec, student_type, before) if request.portable else spec
     given = _given_sizes(spec, before, request)
     after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
     if request.layers_to_drop is not None:
