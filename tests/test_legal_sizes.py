@@ -96,7 +96,7 @@ RECOMPUTED = {
     "qwen2": "vLLM 0.33.0 computes",
     "qwen2_moe": "vLLM 0.33.0 and SGLang 0.5.23 compute",
     "mixtral": "SGLang 0.5.23 computes",
-    "phi3": "a program that follows the declared fields of the config computes",
+    "phi3": "llama.cpp of llama-cpp-python 0.3.36 computes",
 }
 
 

@@ -1,8 +1,9 @@
 """Model types whose heads other programs size as hidden_size / num_attention_heads, whatever `head_dim` says.
 
 Read in the sources of the releases that are named, for the families whose stock classes honour `head_dim`: model types
-that a release has a class of its own for, and whose class reads no `head_dim`. A student of such a type loads there
-only if hidden_size = num_attention_heads × head_dim.
+that a release has a class of its own for, and whose class reads no `head_dim`; of llama.cpp, whose converter computes
+the rotated dimensions without it. A student of such a type runs there only if hidden_size = num_attention_heads ×
+head_dim.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _RECOMPUTED = {
     "SGLang 0.5.23": """
         cohere cohere2 granitemoe granitemoe_swa granitemoeshared lfm2_moe mixtral olmo olmo2 phi qwen2_moe starcoder2
     """,
+    "llama.cpp of llama-cpp-python 0.3.36": "cohere2 phi phi3",
 }
 
 

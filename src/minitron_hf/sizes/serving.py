@@ -79,7 +79,7 @@ def _head_notes(
     return [
         f"head_dim={after['head_dim']} is honoured by Transformers, but {runtimes} "
         f"{'compute' if ' and ' in runtimes else 'computes'} hidden_size // num_attention_heads = "
-        f"{after['hidden'] // after['heads']} instead, and cannot load this student.{_safe_sizes(spec, before, after)}"
+        f"{after['hidden'] // after['heads']} instead, and cannot run this student.{_safe_sizes(spec, before, after)}"
     ]
 
 
