@@ -13,7 +13,7 @@ from datasets import Dataset
 from minitron_hf.data import TokenRows
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
-from minitron_hf.errors import OutputError, PlanError
+from minitron_hf.errors import DataError, OutputError, PlanError
 from minitron_hf.models import count_parameters
 from minitron_hf.pruning import prune
 from minitron_hf.pruning.planning import make_plan
@@ -309,6 +309,58 @@ def test_a_shape_has_to_meet_all_budgets_and_use_one_of_them(find, teacher):
         }
         assert {one.name for one in found.candidates} == expected
         assert expected
+
+
+def neurons(model):
+    return float(model.config.intermediate_size)
+
+
+def nothing(model):
+    return float("nan")
+
+
+def test_a_score_of_ones_own_decides_and_has_a_floor(find, distil, teacher, scores, tmp_path):
+    """With the number of neurons as the score, the order is known; the KL would choose another one."""
+    found = find(score_func=neurons)
+    assert [one.scores for one in found.candidates] == [[one.request.intermediate_size] for one in found.candidates]
+    sizes = [one.request.intermediate_size for one in found.candidates]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [one.name for one in found.candidates] != [one.name for one in find().candidates]
+    assert {one.scores[0] for one in find(score_func=neurons, score_floor=max(sizes)).candidates} == {max(sizes)}
+    with pytest.raises(PlanError, match=rf"score_floor=1e\+06: none of 4 shapes reaches it. .* has {max(sizes)}"):
+        find(score_func=neurons, score_floor=1e6)
+    with pytest.raises(PlanError, match="score_floor is the least result of score_func"):
+        find(score_floor=1.0)
+    with pytest.raises(DataError, match="nothing returned nan"):
+        find(score_func=nothing)
+
+
+def test_a_score_of_ones_own_decides_after_every_round_and_is_not_measured_again(distil, monkeypatch):
+    asked = []
+
+    def few_layers(model):
+        asked.append(model.config.num_hidden_layers)
+        return -asked[-1]
+
+    monkeypatch.setattr(search, "_measure_speed", lambda *args: None)
+    arguments = {"space": {"num_hidden_layers": [3, 4]}, "score_func": few_layers, "num_candidates": 2}
+    found = distil(**arguments)
+    assert [one.request.num_hidden_layers for one in found.candidates] == [3, 4]
+    assert [one.scores for one in found.candidates] == [[-3.0] * 3, [-4.0] * 2]
+    assert distil(**arguments).best == found.best
+    assert len(asked) == 5
+
+
+def test_a_score_of_ones_own_chooses_the_shape_for_a_target(teacher, scores):
+    request = PrunerConfig(target_parameters=0.6, multiple_of=1, tolerance=0.1)
+    plan = plan_for_target(teacher, request, scores, ROWS, max_length=16, score_func=neurons)
+    assert plan.candidates[0]["scores"] == [max(one["scores"][0] for one in plan.candidates)]
+    assert any("the highest of" in note for note in plan.notes)
+    arguments = {"calibration_data": ROWS, "max_length": 16, "show_progress": False}
+    student = prune.prune_model(teacher, request, score_func=neurons, **arguments)
+    assert student.config.intermediate_size == plan.candidates[0]["scores"][0]
+    with pytest.raises(PlanError, match="score_func chooses among shapes for a target"):
+        prune.prune_model(teacher, PrunerConfig(intermediate_size=0.5), score_func=neurons, **arguments)
 
 
 def test_active_parameters_are_a_budget_and_a_target():

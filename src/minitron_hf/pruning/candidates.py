@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import TokenRows, padded_batches
-from ..errors import accept_old_names
+from ..errors import DataError, PlanError, accept_old_names
 from ..evaluation.quality import mean_and_error
 from ..formats import read_artefact
 from ..losses.fused import distillation_loss
@@ -47,6 +47,7 @@ class Candidate:
         request: its sizes.
         num_parameters: exact.
         num_active_parameters: those that one token uses; None in files of earlier versions.
+        scores: results of a user's `score_func`, if there is one: before any retraining, then of every round.
         pruned_kl: KL(teacher ‖ pruned student) in nats per token before any retraining, `value` and `stderr`.
         rounds: one entry for every round of distillation it took part in: `num_tokens` so far, `kl` and `stderr` on
             held-out text.
@@ -65,6 +66,7 @@ class Candidate:
     decode_tokens_per_second: float | None = None
     row_sums: list[list[float]] = field(default_factory=list, repr=False)
     num_active_parameters: int | None = None
+    scores: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -77,6 +79,17 @@ class Candidate:
         if self.rounds:
             return self.rounds[-1]["kl"]
         return self.pruned_kl_or_infinity
+
+    def rank(self, turn: int | None = None) -> float:
+        """What candidates are ordered by, lowest first: minus the score, or the KL where there are no scores.
+
+        Args:
+            turn: rounds of distillation before the measurement; None: the last measurement.
+        """
+        turn = len(self.rounds) if turn is None else turn
+        if self.scores:
+            return -self.scores[turn]
+        return self.rounds[turn - 1]["kl"] if turn else self.pruned_kl_or_infinity
 
     @property
     def pruned_kl_or_infinity(self) -> float:
@@ -96,11 +109,12 @@ class Candidate:
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "row_sums": self.row_sums,
+            "scores": self.scores,
         }
 
     def pruned_dict(self) -> dict[str, Any]:
         """The measurements before any retraining, JSON-ready."""
-        names = ("name", "request", "num_parameters", "num_active_parameters", "proxy", "behind")
+        names = ("name", "request", "num_parameters", "num_active_parameters", "proxy", "behind", "scores")
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     @classmethod
@@ -115,14 +129,77 @@ def best_shape(folder: str | os.PathLike[str]) -> PrunerConfig:
     return PrunerConfig.from_dict(read_artefact(Path(folder) / SEARCH_NAME)["candidates"][0]["request"])
 
 
+@dataclass(frozen=True)
+class OwnScore:
+    """A user's score of a model, which decides instead of the KL.
+
+    Attributes:
+        function: takes a model; the higher the result, the better.
+        floor: the least score of a candidate that is taken; None: any.
+    """
+
+    function: Callable[[PreTrainedModel], float]
+    floor: float | None = None
+
+    @classmethod
+    def of(cls, function: Callable[[PreTrainedModel], float] | None, floor: float | None) -> OwnScore | None:
+        """The score, if there is one.
+
+        Raises:
+            PlanError: if there is a floor alone.
+        """
+        if function is None and floor is not None:
+            raise PlanError("score_floor is the least result of score_func. Pass that, too, or leave it out.")
+        return None if function is None else cls(function, floor)
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        """The score of a model.
+
+        Raises:
+            DataError: if it is no finite number.
+        """
+        value: Any = self.function(model)
+        name = getattr(self.function, "__name__", "score_func")
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"score_func: {name} returned {value!r}. Expected a number.") from None
+        if not math.isfinite(value):
+            raise DataError(f"score_func: {name} returned {value}. Expected a finite number.")
+        return value
+
+    def require(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates whose last score reaches the floor, in their order.
+
+        Raises:
+            PlanError: if there are none; it names the best one.
+        """
+        found = [one for one in candidates if self.floor is None or one.scores[-1] >= self.floor]
+        if not found:
+            best = max(candidates, key=lambda one: one.scores[-1])
+            raise PlanError(
+                f"score_floor={self.floor:g}: none of {len(candidates)} shapes reaches it. The best, {best.name}, has "
+                f"{best.scores[-1]:.4g}. Lower the floor, or raise the budget."
+            )
+        return found
+
+
 class Divergence:
     """KL(teacher ‖ student) on some rows. The teacher's hidden states are computed once, and its head applied again.
 
     Shapes: N predicted tokens, H_t hidden width of the teacher.
+
+    Args:
+        teacher: the teacher.
+        rows: to measure on.
+        batch_size: rows at a time.
+        score: a user's score, measured beside it.
     """
 
-    def __init__(self, teacher: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(
+        self, teacher: PreTrainedModel, rows: TokenRows, batch_size: int = 8, score: OwnScore | None = None
+    ) -> None:
+        self.rows, self.batch_size, self.score = rows, batch_size, score
         self.head = output_head(teacher)
         self.states = [states.cpu() for states in self._hidden(teacher)]
 
@@ -141,7 +218,7 @@ class Divergence:
 
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:
-        """Mean and standard error; the sums of the rows are kept for comparisons in pairs."""
+        """Mean and standard error. The candidate keeps the sums of the rows, for comparisons in pairs, and the score."""
         head = output_head(student)
         losses = []
         for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
@@ -152,6 +229,8 @@ class Divergence:
         counts = _counts(self.rows)
         sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
         candidate.row_sums.append(sums)
+        if self.score is not None:
+            candidate.scores.append(self.score(student))
         value, error = mean_and_error(sums, counts)
         return {"value": value, "stderr": math.nan if error is None else error}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ..sizes.shapes import COUNTED, Shape, select_diverse
 from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target, target_limits
 from ..vocabulary.counts import TokenCounts, count_tokens
-from .candidates import Candidate, Divergence, paired_gap
+from .candidates import Candidate, Divergence, OwnScore, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
 from .planning import make_plan
@@ -55,9 +55,13 @@ def prune_model(
     token_counts: TokenCounts | None = None,
     verify: bool = False,
     iterations: int = 1,
+    score_func: Callable[[PreTrainedModel], float] | None = None,
+    score_floor: float | None = None,
     **importance_kwargs: Any,
 ) -> PreTrainedModel:
     """Score, plan and prune in one call. The plan's notes are logged as warnings.
+
+    Long because all arguments are explained.
 
     Args:
         model_or_path: the teacher: a model, which is not changed; or a folder or a Hub id, loaded onto an accelerator
@@ -71,6 +75,8 @@ def prune_model(
         verify: compare the student's logits with those of the teacher with the same units masked, on a few tokens
             (`verify_student`), and note the gap in the plan.
         iterations: number of rounds of scoring and cutting (`iterate_importance`).
+        score_func: a score of a model that chooses the shape for a target (`plan_for_target`).
+        score_floor: its least value.
         **importance_kwargs: passed on to `estimate_importance` (`metric`, `depth_metric`, `num_rows`, …). Which
             layers a `depth_metric` measures follows from `config`.
 
@@ -86,6 +92,8 @@ def prune_model(
         ...                       calibration_data=texts)  # doctest: +SKIP
     """
     scored = _check_sources(config, calibration_data, scores, importance_kwargs, token_counts)
+    if not config.targets and (score_func is not None or score_floor is not None):
+        raise PlanError("score_func chooses among shapes for a target. Give target_parameters, or leave it out.")
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
     _check_sizes(teacher_config, config)
     model = load_for_compute(model_or_path)
@@ -97,8 +105,20 @@ def prune_model(
         token_counts = _counted(config, token_counts, calibration_data, processing_class)
         scores = iterate_importance(model, config, calibration_data, iterations=iterations, **importance_kwargs)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
-    max_length = arguments.get("max_length")
-    plan = _choose_plan(model, config, scores, calibration_data, processing_class, max_length, token_counts)
+    if config.targets and scores is not None and calibration_data is not None:
+        plan = plan_for_target(
+            model,
+            config,
+            scores,
+            calibration_data,
+            processing_class=processing_class,
+            token_counts=token_counts,
+            max_length=arguments.get("max_length"),
+            score_func=score_func,
+            score_floor=score_floor,
+        )
+    else:
+        plan = make_plan(model, config, scores, token_counts=token_counts)
     _log_notes(plan)
     student: Any = prune_with_plan(
         model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
@@ -158,29 +178,6 @@ def _check_sources(
     return scored
 
 
-def _choose_plan(
-    model: PreTrainedModel,
-    config: PrunerConfig,
-    scores: ImportanceScores | None,
-    data: DataSource | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    max_length: int | None,
-    token_counts: TokenCounts | None,
-) -> PruningPlan:
-    """The plan for given sizes, or for the best sizes that meet a target."""
-    if not config.targets or scores is None or data is None:
-        return make_plan(model, config, scores, token_counts=token_counts)
-    return plan_for_target(
-        model,
-        config,
-        scores,
-        data,
-        processing_class=processing_class,
-        token_counts=token_counts,
-        max_length=max_length,
-    )
-
-
 def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
     """Refuse impossible sizes, and a request without any."""
     require_some_size(teacher, config)
@@ -202,12 +199,15 @@ def plan_for_target(
     num_shapes: int = 16,
     num_rows: int = 32,
     max_length: int | None = None,
+    score_func: Callable[[PreTrainedModel], float] | None = None,
+    score_floor: float | None = None,
 ) -> PruningPlan:
     """Choose the sizes for a target of parameters by the KL before retraining, and plan them.
 
     Shapes that meet the target (`shapes_near_target`) are pruned one after another and compared with the teacher
     before any retraining, on the same tokens. With `request.repair`, they are repaired first, on other rows. The shape
     with the lowest KL is chosen. The order can change in retraining: `search_architectures` retrains the best shapes.
+    Long because all arguments are explained.
 
     Args:
         model: the teacher; not changed.
@@ -220,12 +220,16 @@ def plan_for_target(
         num_shapes: number of shapes to measure; if there are more, a diverse selection.
         num_rows: rows to measure on.
         max_length: tokens of a row.
+        score_func: a score of a model, such as a benchmark; the shape with the highest one is chosen instead.
+        score_floor: the least score of the shape that is chosen.
 
     Returns:
         The plan of the best shape. All measured shapes are its `candidates`; the KL ± standard error is in its notes.
 
     Raises:
-        PlanError: if the target is out of reach, no size is left to choose, or none of the shapes can be planned.
+        PlanError: if the target is out of reach, no size is left to choose, none of the shapes can be planned, or none
+            reaches the floor.
+        DataError: if the score is no finite number.
         MismatchError: if the scores belong to another model.
     """
     if not request.targets:
@@ -233,17 +237,20 @@ def plan_for_target(
             "plan_for_target needs target_parameters or target_active_parameters. With sizes, call "
             "make_plan(model, request, scores)."
         )
+    score = OwnScore.of(score_func, score_floor)
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
     rows, repair_rows = comparison_rows(data, processing_class, request, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
     limits = target_limits(model.config, request)
-    divergence = Divergence(model, rows)
+    divergence = Divergence(model, rows, score=score)
     candidates, refusals = measure_shapes(model, shapes, scores, divergence, limits, repair_rows, token_counts)
     wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
     if not candidates:
         raise PlanError(f"{wanted}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
-    best, *others = sorted(candidates, key=lambda candidate: candidate.pruned_kl_or_infinity)
+    if score is not None:
+        candidates = score.require(candidates)
+    best, *others = sorted(candidates, key=Candidate.rank)
     for other in others:
         other.kl_above_best = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores, token_counts=token_counts)
@@ -328,6 +335,8 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
         f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, the lowest of "
         f"{len(others) + 1} measured"
     )
+    if best.scores:
+        note = note.replace(", the lowest of", f", score {best.scores[-1]:.4g}, the highest of")
     if not others or others[0].kl_above_best is None:
         return f"{note}."
     gap = others[0].kl_above_best

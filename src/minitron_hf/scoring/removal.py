@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import DataError
 from ..sizes.layers import protected_layers, reason_against_layers
@@ -119,7 +120,8 @@ class _Removal:
         """The value of the model without each candidate and the layers that were dropped before."""
         run, metric = self.run, self.request.depth_metric
         if callable(metric):
-            return [_value(metric, without_layers(run.spec, run.model, (*dropped, *gone))) for gone in candidates]
+            shown = tqdm(candidates, desc="Measuring layers", unit="model", disable=not run.show_progress)
+            return [_value(metric, without_layers(run.spec, run.model, (*dropped, *gone))) for gone in shown]
         assert metric is not None
         layers = DepthPass(run.spec, run.model, metric, candidates, tuple(dropped))
         self.settings |= run.feed(layers)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..errors import PlanError, accept_old_names
 from ..evaluation.speed import measure_speed
 from ..files import digest
 from ..locks import with_locked_folder
-from ..pruning.candidates import Candidate, Divergence, paired_gap
+from ..pruning.candidates import Candidate, Divergence, OwnScore, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
 from ..pruning.prune import comparison_rows, prune_with_plan
@@ -89,6 +89,8 @@ def search_architectures(
     base: PrunerConfig | None = None,
     distillation: Mapping[str, Any] | None = None,
     show_progress: bool = True,
+    score_func: Callable[[PreTrainedModel], float] | None = None,
+    score_floor: float | None = None,
 ) -> SearchResult:
     """Find the best shape within a budget.
 
@@ -124,6 +126,9 @@ def search_architectures(
             `repair`, every candidate is repaired on as many other rows of the calibration data.
         distillation: fields of `DistillationConfig`.
         show_progress: show the table of candidates as it fills.
+        score_func: a score of a model, such as a benchmark or a reward. Candidates are ordered by it, highest first,
+            instead of by the KL, before distillation and after every round.
+        score_floor: the least score of a candidate that is taken; the others are no part of the result.
 
     Returns:
         The ranking, with standard errors.
@@ -135,6 +140,7 @@ def search_architectures(
     if base is not None and base.vocab_size is not None:
         raise PlanError("base.vocab_size: candidates are compared with the teacher on the same tokens. Leave it out.")
     budgets = given_budgets(max_parameters, max_active_parameters, max_memory_bytes, max_seconds_per_token)
+    score = OwnScore.of(score_func, score_floor)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
     rows, repair_rows = comparison_rows(
@@ -154,6 +160,7 @@ def search_architectures(
         "distils": train_dataset is not None,
         "context_length": context_length,
         "batch_size": batch_size,
+        **({} if score is None else {"score_func": getattr(score_func, "__qualname__", "score_func")}),
     }
     inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
     if repair_rows is not None:
@@ -162,7 +169,7 @@ def search_architectures(
     shapes = shapes_within_budget(
         model, found.shapes, budgets, tolerance, context_length=context_length, batch_size=batch_size, record=record
     )
-    search = _Search(model, scores, record, repair_rows)
+    search = _Search(model, scores, record, repair_rows, score)
     with record.live():
         search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budgets)
         if train_dataset is not None:
@@ -173,8 +180,9 @@ def search_architectures(
             search.distil_rounds(chosen, distil, held_out, [num_tokens << turn for turn in range(num_rounds)])
     record.candidates = _rank(record.candidates, rows, held_out)
     record.save()
+    taken = record.candidates if score is None else score.require(record.candidates)
     record.clean()
-    return SearchResult(record.candidates, len(shapes), found.refused, record.path)
+    return SearchResult(taken, len(shapes), found.refused, record.path)
 
 
 def _require_distillable(
@@ -203,12 +211,19 @@ class _Search:
         scores: importance of its units.
         record: of the search.
         repair_rows: rows to repair candidates on, or None.
+        score: a user's score, or None.
     """
 
     def __init__(
-        self, model: PreTrainedModel, scores: ImportanceScores, record: SearchRecord, repair_rows: TokenRows | None
+        self,
+        model: PreTrainedModel,
+        scores: ImportanceScores,
+        record: SearchRecord,
+        repair_rows: TokenRows | None,
+        score: OwnScore | None,
     ) -> None:
-        self.model, self.scores, self.record, self.repair_rows = model, scores, record, repair_rows
+        self.model, self.scores, self.record = model, scores, record
+        self.repair_rows, self.score = repair_rows, score
 
     def plan(self, candidate: Candidate) -> PruningPlan:
         """The plan of a candidate."""
@@ -222,7 +237,7 @@ class _Search:
         Raises:
             PlanError: if all shapes hold more parameters than the budget once layers are chosen.
         """
-        measure = Divergence(self.model, rows)
+        measure = Divergence(self.model, rows, score=self.score)
         for shape in shapes:
             candidate = self.record.candidate(shape)
             if candidate.pruned_kl is not None:
@@ -246,11 +261,11 @@ class _Search:
     def select(self, shapes: Sequence[Shape], number: int) -> list[Candidate]:
         """A diverse selection of the candidates with a low KL."""
         by_shape = {shape.name: shape for shape in shapes}
-        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.pruned_kl_or_infinity)}
+        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.rank(0))}
         chosen = select_diverse(
             [by_shape[name] for name in by_name],
             number,
-            cost=lambda shape: by_name[shape.name].pruned_kl_or_infinity,
+            cost=lambda shape: by_name[shape.name].rank(0),
         )
         return [by_name[shape.name] for shape in chosen]
 
@@ -265,7 +280,7 @@ class _Search:
             rows: held-out rows that decide.
             token_counts: tokens that a student has seen after each round.
         """
-        measure = Divergence(self.model, rows)
+        measure = Divergence(self.model, rows, score=self.score)
         for turn, num_tokens in enumerate(token_counts):
             for candidate in alive:
                 if len(candidate.rounds) > turn:
@@ -287,13 +302,13 @@ TOO_LARGE = "The layers that the scores keep hold more parameters than the budge
 
 
 def _better_half(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
-    """The half with the lower KL after a round; the larger half of an odd number."""
-    return sorted(candidates, key=lambda candidate: candidate.rounds[turn]["kl"])[: -(-len(candidates) // 2)]
+    """The better half after a round; the larger half of an odd number."""
+    return sorted(candidates, key=lambda candidate: candidate.rank(turn + 1))[: -(-len(candidates) // 2)]
 
 
 def _rank(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRows) -> list[Candidate]:
     """Candidates, best first, each with its gap to the best on the same rows."""
-    ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.kl))
+    ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.rank()))
     for candidate in ranked:
         measured_on = held_out if candidate.rounds else rows
         candidate.kl_above_best = None if candidate is ranked[0] else paired_gap(candidate, ranked[0], measured_on)

@@ -96,9 +96,12 @@ class SearchRecord:
 
 def candidate_table(candidates: Sequence[Candidate]) -> Table:
     """The candidates as a table, best first."""
+    scored = any(candidate.scores for candidate in candidates)
     made = Table("shape", "parameters", "KL pruned", "KL distilled", "tokens", "behind the best")
+    if scored:
+        made.add_column("score")
     retrained = any(candidate.rounds for candidate in candidates)
-    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.kl)):
+    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.rank())):
         last = candidate.rounds[-1] if candidate.rounds else None
         gap = candidate.kl_above_best if last or not retrained else None
         made.add_row(
@@ -110,5 +113,6 @@ def candidate_table(candidates: Sequence[Candidate]) -> Table:
             "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
             "–" if last is None else f"{last['num_tokens']:,}",
             "–" if gap is None else f"{gap['value']:.3f} ± {gap['stderr']:.3f}",
+            *([f"{candidate.scores[-1]:.4g}" if candidate.scores else "–"] if scored else []),
         )
     return made
