@@ -218,7 +218,7 @@ class Divergence:
 
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:
-        """Mean and standard error. The candidate keeps the sums of the rows, for comparisons in pairs, and the score."""
+        """Mean and standard error. The candidate keeps the sums of the rows, for paired comparisons, and the score."""
         head = output_head(student)
         losses = []
         for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
