@@ -255,6 +255,31 @@ def test_words_that_are_tokens_whole_need_no_merges():
     assert cut_tokenizer(tokenizer, kept).tokenize("ab") == ["ab"]
 
 
+def test_characters_that_the_decoder_replaces_stay():
+    """A space that became bytes would decode to `▁`, because the decoder replaces before it decodes bytes."""
+    whole = byte_fallback()
+    known = whole.get_vocab()
+    counts = np.array([int("▁" not in token) for token in sorted(known, key=known.get)])
+    kept = choose_tokens(whole, counts, 400, len(whole))
+    assert [token for token, index in known.items() if "▁" in token and index in kept] == ["▁"]
+    cut, text = cut_tokenizer(whole, kept), "two words, ▁ and 漢"
+    assert cut.decode(cut(text)["input_ids"]) == whole.decode(whole(text)["input_ids"])
+
+
+def test_unknown_characters_of_unigrams_cost_what_they_did():
+    """By hand: `c` becomes bytes, at the smallest score less 10. With a cheaper one, `c|defgh` would win."""
+    scores = {"c": -30, "cd": -8, "ef": -8, "gh": -8, "defgh": -1, "zq": -31}
+    pieces = [("<unk>", 0.0), *((byte, 0.0) for byte in BYTE_TOKENS), *((one, float(n)) for one, n in scores.items())]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.decoder = decoders.ByteFallback()
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    counts = np.bincount(whole("cdefgh cd defgh", add_special_tokens=False)["input_ids"], minlength=len(whole))
+    kept = choose_tokens(whole, counts, len(whole) - 1, len(whole))
+    cut = cut_tokenizer(whole, kept)
+    assert whole.tokenize("cdefgh") == cut.tokenize("cdefgh") == ["cd", "ef", "gh"]
+    assert cut.tokenize("c") == ["<0x63>"]
+
+
 def test_words_of_chat_templates_stay():
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE

@@ -71,7 +71,7 @@ class Pieces(ABC):
         return (
             bool(self.model.get("byte_fallback"))
             and self.tokens.keys() >= set(BYTE_TOKENS)
-            and "ByteFallback" in set(_strings(self.whole["decoder"]))
+            and '"type": "ByteFallback"' in json.dumps(self.whole["decoder"])
         )
 
     def written_characters(self) -> set[str]:
@@ -249,11 +249,11 @@ def _no_own_token(kind: str, token: str, character: str) -> UnsupportedModelErro
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, without the names of fields."""
+    """All strings in a JSON value, without the names of fields and types."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _strings(value.values())
+        yield from _strings(one for name, one in value.items() if name != "type")
     elif isinstance(value, Iterable):
         for one in value:
             yield from _strings(one)
