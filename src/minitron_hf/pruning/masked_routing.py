@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
-from .masking import _ExcludeExperts, _Masking, _swap_tensors
+from .masking import Masking, excluding_experts, swap_tensors
 from .plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -28,17 +27,12 @@ def excluded_experts(model: PreTrainedModel, plan: PruningPlan, layer: int) -> I
     Raises:
         UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
     """
-    masking, replacements = _Masking(model, plan), dict[str, Tensor]()
+    masking, replacements = Masking(model, plan), dict[str, Tensor]()
     routers: list[tuple[Tensor, Tensor]] = []
     for name, (pattern, own) in masking.located.items():
         if own == layer and masking.is_of_router(pattern, layer):
             routers += masking.mask_router(name, pattern, layer, replacements)
     with ExitStack() as stack:
-        _swap_tensors(f"{masking.spec.layers_path}.{layer}", masking.modules, replacements, stack)
-        with _ExcludeExperts(routers) as mode:
+        swap_tensors(f"{masking.spec.layers_path}.{layer}", masking.modules, replacements, stack)
+        with excluding_experts(model, routers, "repair"):
             yield
-    if mode.unseen:
-        raise UnsupportedModelError(
-            f"The router of layer {layer} of this {type(model).__name__} computes scores in a way that cannot be "
-            "masked. Prune without repair."
-        )

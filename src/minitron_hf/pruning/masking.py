@@ -35,7 +35,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     Raises:
         UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
     """
-    masking = _Masking(model, plan)
+    masking = Masking(model, plan)
     with ExitStack() as stack:
         for dropped in plan.layers_dropped:
             module = masking.modules[f"{masking.spec.layers_path}.{dropped}"]
@@ -50,17 +50,33 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                 routers += masking.mask_tensor(name, pattern, layer, swapped[layer])
         masking.restrict_norms(stack)
         for kept, replacements in swapped.items():
-            _swap_tensors(f"{masking.spec.layers_path}.{kept}", masking.modules, replacements, stack)
-        with _ExcludeExperts(routers) as mode:
+            swap_tensors(f"{masking.spec.layers_path}.{kept}", masking.modules, replacements, stack)
+        with excluding_experts(model, routers, "verify"):
             yield
-        if mode.unseen:
-            raise UnsupportedModelError(
-                f"The routers of this {type(model).__name__} compute scores in a way that cannot be masked "
-                f"({len(mode.unseen)} of them were never seen to). Prune without verify."
-            )
 
 
-class _Masking:
+@contextmanager
+def excluding_experts(model: PreTrainedModel, routers: list[tuple[Tensor, Tensor]], setting: str) -> Iterator[None]:
+    """Give dropped experts no token, for the duration of the context.
+
+    Args:
+        model: the teacher.
+        routers: weight of every router, and True for its dropped experts.
+        setting: what needs this, for the message.
+
+    Raises:
+        UnsupportedModelError: on leaving, if scores of experts were to be masked and none were seen.
+    """
+    with _ExcludeExperts(routers) as mode:
+        yield
+    if mode.unseen:
+        raise UnsupportedModelError(
+            f"{len(mode.unseen)} of {len(routers)} routers of this {type(model).__name__} compute scores in a way "
+            f"that cannot be masked. Prune without {setting}."
+        )
+
+
+class Masking:
     """The tensors and modules of a teacher, and what a plan keeps of them."""
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -371,7 +387,7 @@ def _exclude_from_choice(bias: Tensor, dropped: Tensor) -> Tensor:
     return bias.masked_fill(dropped.to(bias.device), torch.finfo(bias.dtype).min / 2)
 
 
-def _swap_tensors(
+def swap_tensors(
     layer: str, modules: Mapping[str, nn.Module], replacements: Mapping[str, Tensor], stack: ExitStack
 ) -> None:
     """Let a layer compute with other tensors, which replace its own only while it runs."""
