@@ -140,6 +140,18 @@ def test_a_change_of_basis_is_streamed(tied: bool, repair: str | None, tmp_path:
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
 
 
+def test_one_pass_finds_what_reads_the_norms(tmp_path: Path):
+    """Of the teacher, for its rotation, the repair of the rotated one, and the surgery."""
+    teacher = load_model(saved("llama", tmp_path / "teacher"))
+    plan, lengths = planned(tmp_path / "teacher", hidden_size=0.5, hidden_basis="principal"), []
+    teacher.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    prune_with_plan(teacher, plan, ROWS)
+    prune_with_plan(teacher, plan, ROWS)
+    assert lengths == [(1, 8)]
+
+
 def test_a_limit_takes_more_passes_over_a_layer_and_gives_the_same(tmp_path: Path, monkeypatch):
     """With a limit of a byte each input is summed alone; every layer is read once per group and sweep."""
     teacher = saved("llama", tmp_path / "teacher")

@@ -13,10 +13,11 @@ leaves those channels as they are whose g differs most from the others', and for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -144,12 +145,25 @@ def _require_free_norms(model: PreTrainedModel, modules: Mapping[str, nn.Module]
             raise _refusal(model, f"{path} subtracts the mean over channels, or adds a bias to them")
 
 
+#: Model → its modules that read norms: a pass finds them once, and reads all weights of a teacher that is on disk.
+_READERS: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
+
+def norm_readers(model: PreTrainedModel, norms: Iterable[str]) -> dict[str, str]:
+    """Module with parameters → the norm, among some, whose output it is called on."""
+    if model not in _READERS:
+        _READERS[model] = _find_readers(model)
+    wanted = set(norms)
+    return {path: norm for path, norm in _READERS[model].items() if norm in wanted}
+
+
 @torch.no_grad()
-def norm_readers(model: PreTrainedModel, norms: list[str]) -> dict[str, str]:
-    """Module with parameters → the norm whose output it is called on: the same memory, in a short forward pass."""
+def _find_readers(model: PreTrainedModel) -> dict[str, str]:
+    """The readers of all norms: modules that are given the memory of their outputs, in a short forward pass."""
     outputs: dict[int, tuple[str, Tensor]] = {}
     found: dict[str, str] = {}
-    modules = dict(model.named_modules())
+    modules, spec = dict(model.named_modules()), spec_for(model.config)
+    norms = dict(norm_paths(spec, modules, spec.sizes(model.config)["layers"]))
 
     def remember(path: str) -> Any:
         def hook(_: Any, args: Any, output: Tensor) -> None:
@@ -308,4 +322,5 @@ def rotated_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         tensor = rotation.tensor(name, values)
         set_tensor(rotated, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     rotated.tie_weights()
+    _READERS[rotated] = _READERS[model]
     return rotated.eval()
