@@ -20,7 +20,7 @@ from ..files import digest, require_creatable
 from ..formats import read_artefact, write_artefact
 from ..models import load_tokenizer
 from ..weights import model_digest
-from .limits import checked_reference, require_positive
+from .limits import checked_reference, refuse_mixed, require_positive
 from .loading import common_device, load_for_inference
 from .means import mean_and_error
 from .paired import combined, paired_difference, share_of
@@ -102,11 +102,13 @@ def measure_benchmarks(
         and `format` say what was compared.
 
     Raises:
+        MismatchError: if the vocabulary of a student was cut, and not that of the others.
         MissingDependencyError: without lm-evaluation-harness.
         DataError: if a task is unknown or cannot be loaded, executes code unasked, or there is no tokenizer.
         OutputError: if `output_path` cannot be written.
     """
     reference = checked_reference(models, reference)
+    refuse_mixed(models)
     require_positive(batch_size=batch_size)
     wanted = with_presets([tasks] if isinstance(tasks, str) else tasks, num_fewshot)
     if not wanted:

@@ -11,6 +11,7 @@ from ..data import TokenRows
 from ..data.context import context_length
 from ..errors import DataError, MismatchError
 from ..models import load_config
+from ..vocabulary.stored import stored_cut
 from .token_spaces import TokenSpaces
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ class Limits:
         Raises:
             MismatchError: if a vocabulary differs from the reference's.
         """
-        configs = {
-            name: load_config(model) if isinstance(model, str | os.PathLike) else model.config
-            for name, model in models.items()
-        }
+        configs = _configs(models)
         vocabularies = {name: _vocabulary_size(models[name], config) for name, config in configs.items()}
         spaces = TokenSpaces.of(models, vocabularies, reference) if maps_tokens else TokenSpaces()
         for name, size in vocabularies.items():
@@ -149,6 +147,28 @@ class Limits:
                     f"The data holds the token {largest}, but the model {name!r} knows tokens below {size} only. "
                     "Pass the tokenizer that belongs to the models."
                 )
+
+
+def refuse_mixed(models: Mapping[str, Any]) -> None:
+    """Refuse students with a cut vocabulary beside models with more tokens, where one tokenizer serves all.
+
+    Raises:
+        MismatchError: naming a student.
+    """
+    sizes = {name: _vocabulary_size(models[name], config) for name, config in _configs(models).items()}
+    cut = [name for name, model in models.items() if stored_cut(model) is not None]
+    if cut and len(set(sizes.values())) > 1:
+        raise MismatchError(
+            f"The vocabulary of the model {cut[0]!r} was cut, and the others have other tokens. Measure it by itself, "
+            "with its own tokenizer."
+        )
+
+
+def _configs(models: Mapping[str, Any]) -> dict[str, PretrainedConfig]:
+    return {
+        name: load_config(model) if isinstance(model, str | os.PathLike) else model.config
+        for name, model in models.items()
+    }
 
 
 def _vocabulary_size(model: Any, config: PretrainedConfig) -> int:

@@ -12,6 +12,7 @@ from ..data import tokenize
 from ..data.tokens import text_tokenizer
 from ..generation.decoding import without_generation_defaults
 from ..models import evaluating, load_tokenizer
+from .limits import refuse_mixed
 from .loading import common_device, load_for_inference
 
 if TYPE_CHECKING:
@@ -44,12 +45,16 @@ def generate_samples(
 
     Returns:
         One mapping per prompt: `{"prompt": …, "completions": {name: text}}`, completions without the prompt.
+
+    Raises:
+        MismatchError: if the vocabulary of a student was cut, and not that of the others.
     """
     from transformers import GenerationConfig
 
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
     tokenizer = text_tokenizer(processing_class)
+    refuse_mixed(models)
     device = common_device(models, device)
     samples: list[dict[str, Any]] = [{"prompt": prompt, "completions": {}} for prompt in prompts]
     for name, model_or_path in models.items():
