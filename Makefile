@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-slow ranges lint format families reference docs dist clean
+.PHONY: help demo test test-slow ranges lint format families survey reference docs dist clean
 help:
 	@echo "make demo       the whole path, offline, on a small model and the standard library's own documentation"
 	@echo "make test       linters, types and the default test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make ranges     a minute of tests with the oldest and the newest dependencies; Transformers 4.57 reads students"
 	@echo "make format     format the code"
 	@echo "make families   write the matrix of families in docs/families.md anew"
+	@echo "make survey     what changed in the installed libraries since the tables were checked; CI can run it every week"
 	@echo "make reference  write the reference of recipe and command line in docs/reference anew"
 	@echo "make docs       build the documentation, warnings as errors, into docs/_build/html"
 	@echo "make dist       build wheel and source archive, check them, try the wheel in a clean environment"
@@ -51,6 +52,9 @@ format: $(VENV)/installed
 
 families: $(VENV)/installed
 	$(BIN)/python -m minitron_hf.survey.matrix docs/families.md
+
+survey: $(VENV)/installed
+	$(BIN)/python -m minitron_hf.survey.changes tools/survey.json
 
 reference: $(VENV)/installed
 	$(BIN)/python docs/generate.py

@@ -247,7 +247,7 @@ CHAT = "{% for m in messages %}{{ '<s>' if loop.first }}{{ m['role'][0] }}: {{ m
 CHAT += "{% if add_generation_prompt %}a: {% endif %}"
 
 
-def test_conversations_and_completions_are_read_as_trl_reads_them():
+def test_conversations_and_completions_are_read_as_trl_reads_them(tmp_path):
     """The oracle is the trainer's own rows: token ids, and labels where they count."""
     from trl import SFTConfig, SFTTrainer
 
@@ -263,7 +263,7 @@ def test_conversations_and_completions_are_read_as_trl_reads_them():
     for tokenizer in (pocket_tokenizer(), starting_tokenizer()):
         tokenizer.chat_template = CHAT
         for kind, data in kinds.items():
-            args = SFTConfig("unused", report_to="none", bf16=False, max_length=64)
+            args = SFTConfig(str(tmp_path), report_to="none", bf16=False, max_length=64)
             data = datasets.Dataset.from_list(data)
             trainer = SFTTrainer(pocket_model("llama"), args, train_dataset=data, processing_class=tokenizer)
             rows = token_rows(data, tokenizer, max_length=64, packing=False)

@@ -216,6 +216,14 @@ def has_image_text_class(config: PretrainedConfig) -> bool:
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
+@uses("transformers 5.23", "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+def decoder_types() -> Iterable[str]:
+    """Model types that have a causal language model in Transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 @uses("transformers 5.23", "transformers.PreTrainedModel._no_split_modules")
 def layer_class_names(model: Any) -> Iterable[str]:
     """Names of the classes of a model's layers."""
