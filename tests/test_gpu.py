@@ -12,12 +12,23 @@ import os
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers.utils import is_flash_attn_2_available
 
-from minitron_hf import DistillationConfig, DistillationTrainer, PrunerConfig, estimate_importance, prune_model
+from minitron_hf import (
+    DistillationConfig,
+    DistillationTrainer,
+    PrunerConfig,
+    estimate_importance,
+    make_plan,
+    prune_checkpoint,
+    prune_model,
+)
+from minitron_hf.data import TokenRows
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
+from minitron_hf.pruning.stored_checkpoint import WEIGHTS_NAME as WEIGHTS
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +54,23 @@ def test_scores_are_those_of_the_cpu(device, metric):
     assert here.keys() == there.keys()
     for name, values in here.items():
         torch.testing.assert_close(there[name].cpu(), values, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def test_a_streamed_repair_is_that_of_the_cpu(device, tmp_path):
+    """Layers are read onto the GPU one by one; their inputs wait in main memory."""
+    teacher = pocket_model("llama", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    request = PrunerConfig(
+        hidden_size=0.5, intermediate_size=0.5, layers_to_drop=[1], repair="least_squares_all", multiple_of=1
+    )
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="random"))
+    arguments = {"data": TokenRows(tuple(map(tuple, ROWS)), None), "ridge": 1e-2, "show_progress": False}
+    here, there = (
+        load_file(prune_checkpoint(tmp_path / "teacher", tmp_path / where, plan, device=place, **arguments) / WEIGHTS)
+        for where, place in (("here", "cpu"), ("there", device))
+    )
+    for name, values in here.items():
+        torch.testing.assert_close(there[name], values, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
