@@ -14,7 +14,7 @@ from minitron_hf.errors import DataError, PlanError
 from minitron_hf.evaluation import evaluate, tasks
 from minitron_hf.recipe.reading import apply_overrides
 from minitron_hf.recipe.runner import run_recipe, try_recipe
-from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.schema import PublishSection, Recipe
 from minitron_hf.recipe.stages import _distill_settings, _evaluation_settings, stages_until
 from pocket import pocket_model, pocket_tokenizer
 
@@ -36,6 +36,12 @@ def test_strings_stand_for_sources_and_defaults_are_filled_in():
     assert recipe.data.calibration is None
     assert recipe.pruner_config.hidden_size == 0.5
     assert recipe.publish is None
+    # What later versions added changes no digest of a finished stage.
+    assert PublishSection("me/student").given() == {"repo_id": "me/student", "private": True, "revision": None}
+    assert (
+        PublishSection("me/student", tag="v1", quantized=True).given().items()
+        >= {"tag": "v1", "quantized": True}.items()
+    )
 
 
 def test_the_written_recipe_reads_back_equal():

@@ -68,13 +68,14 @@ def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots, and write the report and the model card from the files of a run folder."""
     from ..locks import locked_folder
     from ..publishing.card import write_model_card
+    from ..publishing.quantized_card import is_quantized_copy, write_quantized_card
     from ..publishing.uploads import require_weights
 
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} does not exist. Give the folder of a finished run.")
     require_weights(folder)
     with locked_folder(folder):
-        path = write_model_card(folder)
+        path = (write_quantized_card if is_quantized_copy(folder) else write_model_card)(folder)
     wrote(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from ..files import read_json, write_text
 from ..formats import read_artefact
 from . import markdown as md
 from .card_tables import measurement_table
@@ -47,6 +47,24 @@ def render_quantized_card(folder: Path) -> str:
     }
     filters = {"table": md.table, "code": md.code, "cell": md.cell, "address": "<{}>".format}
     return environment_of(filters, html=False).get_template("quantized_card.md.j2").render(values)
+
+
+def is_quantized_copy(folder: Path) -> bool:
+    """Whether a folder is a quantised copy that was published beside its student."""
+    path = folder / "hub.json"
+    return path.is_file() and "student" in read_artefact(path)
+
+
+def write_quantized_card(folder: Path) -> Path:
+    """Render the card of a quantised copy into `README.md`.
+
+    Raises:
+        OutputError: if `hub.json` is missing.
+        MismatchError: if one of the files cannot be understood.
+    """
+    path = folder / "README.md"
+    write_text(path, render_quantized_card(folder))
+    return path
 
 
 def _metadata(hub: dict[str, Any], teacher: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HubError, OutputError
-from ..files import replacing_file, write_text
+from ..files import replacing_file
 from ..formats import read_artefact, write_artefact
 from .card_values import legal_files
 from .hub_errors import hub_errors, is_transient, is_unanswered, with_retries
-from .quantized_card import render_quantized_card
+from .quantized_card import write_quantized_card
 from .uploads import require_student
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def prepare_quantized(run_dir: Path, method: str, repo_id: str, student: str) ->
         else:
             (folder / name).unlink(missing_ok=True)
     write_artefact(folder / "hub.json", {"repo_id": repo_id, "student": student, "method": method})
-    write_text(folder / "README.md", render_quantized_card(folder))
+    write_quantized_card(folder)
     return folder
 
 
