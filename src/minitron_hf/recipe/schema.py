@@ -341,11 +341,10 @@ def _require_one_choice(recipe: Recipe) -> None:
     if recipe.rounds:
         if search is not None:
             raise DataError("rounds and search: leave out one. A search finds the shape of one cut.")
-        if any(
-            target in prune for target in TARGETS for prune in (recipe.prune, *(one.prune for one in recipe.rounds))
-        ):
+        prunes = (recipe.prune, *(one.prune for one in recipe.rounds))
+        if given := [target for target in TARGETS if any(target in prune for prune in prunes)]:
             raise DataError(
-                "rounds need sizes: what the next one can cut has to be known. Leave out the targets of parameters."
+                f"rounds need sizes: what the next one can cut has to be known. Leave out {' and '.join(given)}."
             )
         return
     if search is None:
