@@ -149,6 +149,7 @@ def test_light_modules_import_nothing_heavy_at_the_top(name: str):
         "import minitron_hf; minitron_hf.__version__; dir(minitron_hf)",
         "import minitron_hf.errors, minitron_hf.files, minitron_hf.families.axes, minitron_hf.data",
         "import minitron_hf.families; minitron_hf.families.families()",
+        "import minitron_hf.publishing.hub, minitron_hf.publishing.card, minitron_hf.publishing.uploads",
         "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', '--help']; minitron_hf.cli.main()",
         "import sys, minitron_hf.cli; sys.argv = ['minitron-hf', 'run', '--help']; minitron_hf.cli.main()",
     ],

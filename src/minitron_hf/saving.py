@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .errors import MismatchError
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
 from .privacy import is_outside_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -116,6 +115,8 @@ def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTra
         model: changed.
         dtype: None: its own.
     """
+    import torch
+
     dtype = dtype or model.dtype
     limit = torch.finfo(torch.float16).max
     if dtype == torch.float16:

@@ -164,7 +164,8 @@ def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list
     from ..families import spec_for
     from ..models import load_config
     from ..recipe.reading import apply_overrides
-    from ..sizes.counts import compared_counts, parameter_counts
+    from ..sizes.compared import compared_counts
+    from ..sizes.counts import parameter_counts
     from ..sizes.request import PrunerConfig
     from ..sizes.student import check_sizes, student_config
 
@@ -196,7 +197,7 @@ def _plan(
     from ..pruning.planning import make_plan
     from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
-    from ..sizes.counts import compared_counts
+    from ..sizes.compared import compared_counts
     from ..sizes.request import PrunerConfig
     from ..sizes.student import require_some_size
     from ..vocabulary.counts import count_tokens

@@ -29,7 +29,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from ..families import FIELD_OF_AXIS
-    from ..sizes.counts import TITLES
+    from ..sizes.compared import TITLES
 
     if "candidates" in shapes:
         total, found = shapes["num_parameters"]["teacher"], shapes["candidates"]

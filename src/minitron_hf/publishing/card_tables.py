@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..sizes.counts import TITLES, compared_counts
+from ..sizes.compared import TITLES, compared_counts
 from . import markdown as md
 from .card_metadata import METRICS
 

@@ -14,7 +14,8 @@ from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
 from ..models import count_parameters, empty_model, first_line
 from ..scoring.removal import require_depth
-from ..sizes.counts import compared_counts, parameter_counts
+from ..sizes.compared import compared_counts
+from ..sizes.counts import parameter_counts
 from ..sizes.resolve import scoring_arguments
 from ..sizes.shapes import COUNTED, TOLERANCE, Shape, counted_cost, enumerate_shapes, require_budgets
 from ..sizes.student import check_sizes, student_config

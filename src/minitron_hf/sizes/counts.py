@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
@@ -47,30 +47,6 @@ def parameter_counts(config_or_model: PretrainedConfig | PreTrainedModel) -> dic
         counts["num_active_parameters"] = count_active_parameters(config_or_model)
     counts["num_parameters_without_embeddings"] = count_parameters(config_or_model, embeddings=False)
     return counts
-
-
-#: Counts of parameters → their titles in tables.
-TITLES = {
-    "num_parameters": "parameters",
-    "num_active_parameters": "active parameters",
-    "num_parameters_without_embeddings": "without embeddings",
-}
-
-
-def compared_counts(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Every count → the value of each model. Active parameters are left out where no model routes experts.
-
-    Args:
-        counts: name of a model → what `parameter_counts` gives, among other values.
-    """
-    compared = {key: {name: one[key] for name, one in counts.items()} for key in TITLES if _all_have(counts, key)}
-    if compared.get("num_active_parameters") == compared["num_parameters"]:
-        del compared["num_active_parameters"]
-    return compared
-
-
-def _all_have(counts: Mapping[str, Mapping[str, Any]], key: str) -> bool:
-    return all(key in one for one in counts.values())
 
 
 def active_parameters(spec: ArchSpec, config: PretrainedConfig, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -83,6 +84,7 @@ def to_record(found: Survey, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def modelling_digest(model_type: str) -> str | None:
     """Digest of the code of the modelling file of a family, without comments and docstrings; None if it has none."""
     from transformers import CONFIG_MAPPING
