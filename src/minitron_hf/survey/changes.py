@@ -115,6 +115,7 @@ def code_digest(source: str) -> str:
     return digest(ast.dump(tree)).removeprefix("sha256:")[:16]
 
 
+@functools.cache
 def exists(path: str) -> bool:
     """Whether a name is there: as an attribute, or, if it is one of instances, keys or parameters, in the source.
 
