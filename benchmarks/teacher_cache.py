@@ -1,9 +1,10 @@
 """Compares distillation from teacher caches with online distillation: quality, size and time.
 
-Arms: online; a cache of the k most likely tokens with one more outcome for all others ("tail"); the same k tokens
-with probabilities that sum to 1 ("no tail"). All arms start from the same pruned student and train on the same rows;
-a seed sets their order. The script also measures bytes per token, CPU seconds and elapsed seconds per step (median,
-with data loading), and CPU seconds to write a cache. Run from the repository root, for example:
+Arms: online; a cache of the k most likely tokens with one more outcome for all others ("tail"); with `--no-tail` the
+same k tokens with probabilities that sum to 1; a cache of D draws. All arms start from the same pruned student and
+train on the same rows; a seed sets their order. The difference from online is paired by seed, with its 95 % interval
+(Student's t). The script also measures bytes per token, CPU seconds and elapsed seconds per step (median, with data
+loading), and CPU seconds to write a cache. Run from the repository root, for example:
 
     python benchmarks/teacher_cache.py --teacher MODEL --train train.jsonl --eval valid.jsonl --output results.json
 """
@@ -37,6 +38,7 @@ from minitron_hf import (
 )
 from minitron_hf.files import versions, write_json
 from minitron_hf.models import count_parameters, load_for_compute
+from real.intervals import t_quantile
 from reporting import command, spread
 
 METRICS = ("kl_divergence", "bits_per_byte", "top1_agreement")
@@ -54,7 +56,7 @@ def main() -> None:
     )
     plan = make_plan(teacher, PrunerConfig(hidden_size=0.75, intermediate_size=0.65), scores)
     results: dict = {
-        "command": command(arguments, together=("top_k",)),
+        "command": command(arguments, together=("top_k", "num_draws")),
         "versions": versions(),
         "teacher": {"num_parameters": count_parameters(teacher), "vocab_size": teacher.config.vocab_size},
         "student": {"num_parameters": plan.student["num_parameters"]},
@@ -81,21 +83,24 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         arms: dict = {"online": train}
-        for top_k in arguments.top_k:
-            folder, start = Path(work) / f"{top_k}", time.process_time()
-            cache_teacher_logits(
-                teacher, train, folder, top_k=top_k, args=settings(folder), processing_class=tokenizer
-            )
+        stored: dict = {f"k={k}": {"top_k": k} for k in arguments.top_k}
+        stored |= {f"k={k}, packed": {"top_k": k, "dtype": "fixed12"} for k in arguments.top_k if arguments.packed}
+        stored |= {f"D={d}": {"num_draws": d} for d in arguments.num_draws}
+        for name, how in stored.items():
+            folder, start = Path(work) / name, time.process_time()
+            cache_teacher_logits(teacher, train, folder, **how, args=settings(folder), processing_class=tokenizer)
             cache = load_teacher_cache(folder)
-            results["caches"][top_k] = {
+            results["caches"][name] = {
                 "bytes_per_token": cache.manifest["num_bytes"] / cache.manifest["num_tokens"],
                 "num_tokens": cache.manifest["num_tokens"],
                 "cpu_seconds": time.process_time() - start,
-                "mean_tail_probability": mean_tail(cache),
             }
-            print(top_k, results["caches"][top_k], flush=True)
-            arms[f"k={top_k}, tail"] = cache
-            arms[f"k={top_k}, no tail"] = without_tail(cache)
+            arms[name] = cache
+            if "top_k" in how and "dtype" not in how:
+                results["caches"][name]["mean_tail_probability"] = mean_tail(cache)
+                if arguments.no_tail:
+                    arms[f"{name}, no tail"] = without_tail(cache)
+            print(name, results["caches"][name], flush=True)
         for seed in range(arguments.seeds):
             for arm, rows in arms.items():
                 clock, student = Clock(), apply_plan(teacher, plan).float()
@@ -166,8 +171,16 @@ def mean_tail(cache: TeacherCache) -> float:
     return float(np.mean(np.concatenate([np.exp(row) for row in cache.dataset["teacher_log_tail"]])))
 
 
+def paired_interval(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half of the 95 % interval by Student's t; infinite for one seed."""
+    if len(differences) < 2:
+        return differences[0], float("inf")
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), t_quantile(0.975, len(differences) - 1) * error
+
+
 def table(results: dict) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the difference from online of the same seed."""
+    """Markdown: mean ± standard deviation over seeds, and the difference from online of the same seed, of online's."""
     runs = results["runs"]
     online = {run["seed"]: run for run in runs if run["arm"] == "online"}
     lines = [
@@ -181,11 +194,14 @@ def table(results: dict) -> str:
         more = [value - online[run["seed"]]["kl_divergence"]["value"] for value, run in zip(kl, mine, strict=True)]
         size = "–"
         if arm != "online":
-            caches = {str(key): value for key, value in results["caches"].items()}
-            size = f"{caches[arm.split(',')[0].removeprefix('k=')]['bytes_per_token']:.0f}"
+            size = f"{results['caches'][arm.removesuffix(', no tail')]['bytes_per_token']:.0f}"
         bits = [run["bits_per_byte"]["value"] for run in mine]
         step = statistics.median(run["cpu_seconds_per_step"] for run in mine)
-        difference = "–" if arm == "online" else spread(more)
+        difference = "–"
+        if arm != "online":
+            mean, half = paired_interval(more)
+            reference = statistics.mean(run["kl_divergence"]["value"] for run in online.values())
+            difference = f"{100 * mean / reference:+.2f} % ± {100 * half / reference:.2f} %"
         lines.append(f"| {arm} | {size} | {spread(kl)} | {difference} | {spread(bits)} | {step:.3f} |")
     return "\n".join(lines)
 
@@ -198,7 +214,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval", required=True, help="held-out corpus")
     parser.add_argument("--documents", type=int, default=1000, help="of the corpus, in one epoch")
     parser.add_argument("--eval-documents", type=int, default=100)
-    parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--num-draws", type=int, nargs="*", default=[12, 25, 50])
+    parser.add_argument("--packed", action="store_true", help="also the top k in 12 bits")
+    parser.add_argument("--no-tail", action="store_true", help="also the top k without the other tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=128)

@@ -255,6 +255,10 @@ def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
     assert found["prune"] == max(peaks["repair"], peaks["prune, repaired"])
     assert found["correct"] == peaks["correct by LoRA"]
     assert found["cache"] == sum(stage_memory(config, config, replace(load, top_k=8))["cache"].values())
+    drawn = replace(whole, teacher_cache=CacheSection(num_draws=7))
+    costs_of = [one for one in estimate_recipe(drawn, machine=MACHINE).stages if one.stage == "cache"]
+    load_of_drawn = replace(load, top_k=8, drawn=True)
+    assert costs_of[0].memory == sum(stage_memory(config, config, load_of_drawn)["cache"].values()) > found["cache"]
     together = evaluation_memory([config, student, student, student, config], replace(load, eval_length=64))
     assert found["evaluate"] == sum(together.values())
 

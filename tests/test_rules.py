@@ -110,8 +110,8 @@ def test_every_range_belongs_to_something():
 
 
 def test_choices_are_those_of_the_rooms_that_make_them():
+    from minitron_hf.distillation.cache_coding import DTYPES
     from minitron_hf.distillation.correction import Method
-    from minitron_hf.distillation.teacher_cache import DTYPES
     from minitron_hf.recipe.schema import CacheSection, CorrectionSection
 
     assert set(get_args(hints_of(CorrectionSection)["method"])) == set(get_args(Method))

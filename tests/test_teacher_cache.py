@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from minitron_hf.distillation import cache_writer as cache_module
-from minitron_hf.distillation.batches import LOG_PROBS
+from minitron_hf.distillation.cache_coding import LOG_PROBS
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
@@ -42,10 +42,11 @@ LAYOUTS = {
 }
 
 
-def write_cache(folder, teacher, data, *, top_k=VOCAB, dtype="float32", rows_per_file=2, **args):
+def write_cache(folder, teacher, data, *, top_k=VOCAB, num_draws=None, dtype="float32", rows_per_file=2, **args):
     return cache_teacher_logits(
         *(teacher, data, folder),
         top_k=top_k,
+        num_draws=num_draws,
         args=DistillationConfig(str(folder), **{**OPTIONS, **args}),
         processing_class=pocket_tokenizer(),
         dtype=dtype,

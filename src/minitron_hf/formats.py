@@ -22,8 +22,8 @@ FORMATS: Mapping[str, int] = {
     "pruner_config.json": 1,
     PLAN_NAME: 1,
     "teacher_correction.json": 1,
-    "data-*.arrow": 1,
-    "teacher_cache.json": 1,
+    "data-*.arrow": 2,
+    "teacher_cache.json": 2,
     "generation.json": 1,
     "checkpoint.json": 1,
     "distillation.json": 1,
@@ -66,11 +66,18 @@ def _name_models_of_benchmarks(content: dict[str, Any]) -> dict[str, Any]:
     return {"models": {"student": content} if student_alone else content}
 
 
+def _add_num_draws(settings: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 of a teacher cache held the most likely tokens only."""
+    return {**settings, "num_draws": None}
+
+
 #: (file name, older format) → function that turns its content into the next format. A file without a number has
 #: format 0; the files that are not listed here have carried a number from the beginning.
 MIGRATIONS: Mapping[tuple[str, int], Callable[[Any], dict[str, Any]]] = {
     ("pruner_config.json", 0): dict,
     ("data-*.arrow", 0): dict,
+    ("data-*.arrow", 1): _add_num_draws,
+    ("teacher_cache.json", 1): lambda content: {**content, "settings": _add_num_draws(content.get("settings"))},
     ("samples.json", 0): lambda content: {"samples": content},
     ("benchmarks.json", 0): _name_models_of_benchmarks,
     ("teacher.json", 0): dict,

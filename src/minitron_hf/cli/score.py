@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -57,13 +57,24 @@ def cache(
     data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
     output: Output,
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
-    top_k: Annotated[int, typer.Option(help="Number of tokens to store per position.")] = 64,
+    top_k: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Number of most likely tokens to store per position; 64 without --num-draws."),
+    ] = None,
+    num_draws: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Number of draws from the teacher's distribution per position, instead of --top-k."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="How log-probabilities are stored: float16, float32, or packed: fixed12.")
+    ] = "float16",
     set_: Settings = None,
 ) -> None:
-    """Store the teacher's top-k logits for a corpus (cache_teacher_logits); --set takes the arguments of distill.
+    """Store the teacher's distributions over a corpus (cache_teacher_logits); --set takes the arguments of distill.
 
     The same command resumes an interrupted cache.
     """
+    from ..distillation.cache_coding import refuse_both
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.teacher_cache import refuse_uncacheable
     from ..models import load_config
@@ -71,10 +82,12 @@ def cache(
 
     settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
     args = distillation_config(output, {**settings, "eval_strategy": "no"}, "--set ")
-    refuse_uncacheable(args)
+    refuse_both(top_k, num_draws, dtype)
+    refuse_uncacheable(args, num_draws=num_draws)
     rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
     vocab_size = load_config(teacher).get_text_config().vocab_size
-    if top_k > vocab_size:
+    if top_k is not None and top_k > vocab_size:
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     model, tokenizer = _load(teacher)
-    wrote(cache_teacher_logits(model, rows, output, top_k=top_k, args=args, processing_class=tokenizer))
+    stored: dict[str, Any] = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype}
+    wrote(cache_teacher_logits(model, rows, output, **stored, args=args, processing_class=tokenizer))

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..losses.fused import next_token_positions
+from .cache_coding import TOKENS, decode
 
-#: Columns of a cached row: tokens and log-probabilities, N * k each, position by position; and N tails.
-TOKENS, LOG_PROBS, LOG_TAIL = "teacher_tokens", "teacher_log_probs", "teacher_log_tail"
 #: Prefix of the columns of cached hidden states, before their index among the teacher's hidden states.
 STATES = "teacher_states_"
 #: Entries of a batch that are not arguments of the model. Some collators also add shifted labels.
@@ -31,15 +30,17 @@ class CachedTeacher:
 
     Attributes:
         tokens: int64 [N, k], the most likely one first.
-        log_probs: float32 [N, k].
-        log_tail: float32 [N].
+        log_probs: float32 [N, k]; of drawn tokens their weights.
+        log_tail: float32 [N]; of drawn tokens the teacher's entropy.
         states: index into the teacher's hidden states → float32 [N, H_t].
+        drawn: whether the tokens were drawn (`SampledSignal`), not the most likely ones (`TopKSignal`).
     """
 
     tokens: Tensor
     log_probs: Tensor
     log_tail: Tensor
     states: Mapping[int, Tensor]
+    drawn: bool = False
 
 
 @dataclass
@@ -66,17 +67,13 @@ class WithCachedTeacher:
         # The cached columns are arrays, for speed; the collator expects lists.
         others = [name for name in examples[0] if not name.startswith("teacher_")]
         batch = self.collator([{name: np.asarray(row[name]).tolist() for name in others} for row in examples])
-        tail = _concatenated(examples, LOG_TAIL)
-        batch[CACHED] = CachedTeacher(
-            _concatenated(examples, TOKENS, len(tail)).long(),
-            _concatenated(examples, LOG_PROBS, len(tail)),
-            tail,
-            {
-                int(name.removeprefix(STATES)): _concatenated(examples, name, len(tail))
-                for name in examples[0]
-                if name.startswith(STATES)
-            },
-        )
+        tokens, log_probs, log_tail, drawn = decode(examples, tuple(examples[0]))
+        states = {
+            int(name.removeprefix(STATES)): _concatenated(examples, name, len(log_tail))
+            for name in examples[0]
+            if name.startswith(STATES)
+        }
+        batch[CACHED] = CachedTeacher(tokens, log_probs, log_tail, states, drawn)
         return batch
 
 
@@ -99,11 +96,9 @@ class WithKnownTokens:
         return batch
 
 
-def _concatenated(examples: list[dict[str, Any]], name: str, num_tokens: int | None = None) -> Tensor:
-    """A column of all rows: [N], or [N, width] where `num_tokens` is given."""
+def _concatenated(examples: list[dict[str, Any]], name: str, num_tokens: int) -> Tensor:
+    """A column of all rows: [N, width], with N = `num_tokens`."""
     values = torch.from_numpy(np.concatenate([np.asarray(example[name]) for example in examples]))
-    if num_tokens is None:
-        return values
     return values.reshape(num_tokens, len(values) // num_tokens if num_tokens else 1)
 
 
@@ -144,7 +139,7 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
         cached, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
         states = {index: values[:count] for index, values in cached.states.items()}
         first = (cached.tokens[:count], cached.log_probs[:count], cached.log_tail[:count])
-        masked[CACHED] = CachedTeacher(*first, states)
+        masked[CACHED] = CachedTeacher(*first, states, cached.drawn)
     return {**batch, **masked}
 
 

@@ -1,4 +1,4 @@
-"""Writes precomputed top-k teacher logits to disk."""
+"""Writes precomputed teacher distributions to disk: the most likely tokens, or drawn ones."""
 
 from __future__ import annotations
 
@@ -30,21 +30,19 @@ from ..hardware import as_dtype
 from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
-from ..losses.signals import DenseSignal, top_k_signal
+from ..losses.signals import DenseSignal, TeacherSignal, sampled_signal, top_k_signal
 from ..models import evaluating, load_model, load_tokenizer, make_fast
 from ..weights import model_digest
 from .arguments import model_name
 from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     LABELS,
-    LOG_PROBS,
-    LOG_TAIL,
     STATES,
-    TOKENS,
     WithRowLengths,
     model_inputs,
     row_of_positions,
 )
+from .cache_coding import DTYPES, Coding, refuse_both
 from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .intermediate import needed_states, state_pairs
@@ -52,7 +50,7 @@ from .packing import require_documents_apart
 from .parallel import forward_of_backbone
 from .record import describe_data
 from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty, some_rows
-from .teacher_cache import DTYPES, MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
+from .teacher_cache import MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,30 +68,38 @@ def cache_teacher_logits(
     dataset: Any,
     output_dir: str | os.PathLike[str],
     *,
-    top_k: int = 64,
+    top_k: int | None = None,
+    num_draws: int | None = None,
     args: DistillationConfig | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     dtype: str = "float16",
     rows_per_file: int = 1024,
     num_rows: int | None = None,
 ) -> Path:
-    """Write the top-k teacher logits of a corpus to disk; an interrupted call resumes.
+    """Write the teacher's distributions over a corpus to disk; an interrupted call resumes.
+
+    Stored are the `top_k` most likely tokens with the total probability of all others; or, with `num_draws`, tokens
+    that are drawn from the distribution, whose mean gradient of the forward KL is that of the whole distribution.
 
     Files are written atomically, the manifest last. A second call writes the missing files with the same bytes. It
     refuses a folder that was begun with other settings or data. Under `accelerate launch`
-    the processes take turns at the files.
+    the processes take turns at the files. Long because all arguments are explained.
 
     Args:
         teacher: a model, or a path or Hub id; moved to the training device.
         dataset: corpus, as for `DistillationTrainer`.
         output_dir: folder of the cache.
         top_k: number of most likely tokens to store per position; the whole vocabulary stores the exact distribution.
+            None: 64, or with `num_draws` none.
+        num_draws: draws per position, instead of `top_k`; `args.seed` says which. For `divergence="forward_kl"` only.
+            A token that is drawn several times is stored once, with its count.
         args: arguments of the run that will train from the cache. They set the packing into rows, the `temperature`,
             the precision and the batch size (`per_device_eval_batch_size`). With `hidden_loss` or `embedding_loss` the
             cache also holds the teacher's hidden states: 2 bytes per channel and token, which needs much space.
         processing_class: tokenizer; by default the one in the teacher's folder.
         dtype: dtype of log-probabilities and hidden states: `"float16"` (at a log-probability of -8, rounding changes
-            the probability by 0.4 %) or `"float32"`.
+            the probability by 0.4 %) or `"float32"`; or `"fixed12"`, log-probabilities from -32 to 0 in 12 bits (the
+            probability changes by 0.4 % at most) and token ids in ⌈log₂V⌉ bits, with hidden states in float16.
         rows_per_file: rows per file; an interruption loses at most so many. The token rows of a file are held in
             memory, their logits are not.
         num_rows: store at most so many of the token rows, at equal distances, as `max_eval_rows` of the trainer takes
@@ -103,30 +109,35 @@ def cache_teacher_logits(
         The folder, for `load_teacher_cache`.
 
     Raises:
-        ValueError: if a number is out of range or the dtype is unknown.
+        ValueError: if a number is out of range, the dtype is unknown, or both `top_k` and `num_draws` are given.
         MismatchError: if the folder was begun with other settings or data, or the arguments cannot be trained from a
             cache.
         OutputError: if the folder cannot be written.
         UnsupportedModelError: if the teacher's logits are computed in an unknown way, or it would be sharded.
     """
-    _require_possible(dtype, rows_per_file=rows_per_file, num_rows=num_rows)
+    _require_possible(dtype, top_k, num_draws=num_draws, rows_per_file=rows_per_file, num_rows=num_rows)
+    top_k = 64 if top_k is None and num_draws is None else top_k
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
-    refuse_uncacheable(args)
+    refuse_uncacheable(args, num_draws=num_draws)
     refuse_own_folder(output_dir, teacher=teacher)
     folder = require_writable(output_dir)
     processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
     refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
-    _require_top_k(top_k, model)
+    if top_k is not None:
+        _require_top_k(top_k, model)
     trainer = _row_trainer(model, args, dataset, processing_class, folder)
     trainer.train_dataset = some_rows(trainer.train_dataset, num_rows)
-    _CacheWriter(folder, model, trainer, _settings(model, trainer, top_k, dtype, rows_per_file)).write(dataset)
+    settings = _settings(model, trainer, dtype, rows_per_file, top_k=top_k, num_draws=num_draws)
+    _CacheWriter(folder, model, trainer, settings).write(dataset)
     return folder
 
 
-def _require_possible(dtype: str, **counts: int | None) -> None:
+def _require_possible(dtype: str, top_k: int | None, **counts: int | None) -> None:
+    num_draws = counts["num_draws"]
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    refuse_both(top_k, num_draws, dtype)
     for name, number in counts.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}={number}: expected at least 1.")
@@ -162,7 +173,9 @@ def _row_trainer(
     return trainer
 
 
-def _settings(model: PreTrainedModel, trainer: Any, top_k: int, dtype: str, rows_per_file: int) -> dict[str, Any]:
+def _settings(
+    model: PreTrainedModel, trainer: Any, dtype: str, rows_per_file: int, **stored: int | None
+) -> dict[str, Any]:
     """Everything that decides the contents of a cache, apart from the rows."""
     args = trainer.args
     depth = model.config.get_text_config().num_hidden_layers
@@ -173,7 +186,8 @@ def _settings(model: PreTrainedModel, trainer: Any, top_k: int, dtype: str, rows
         "teacher": model_digest(model),
         "tokenizer": tokenizer_digest(trainer.processing_class),
         "temperature": args.temperature,
-        "top_k": top_k,
+        **stored,
+        **({} if stored["num_draws"] is None else {"seed": args.seed}),
         "vocab_size": output_head(model).vocab_size,
         "states": needed_states(pairs, "teacher"),
         "dtype": dtype,
@@ -206,7 +220,7 @@ class _CacheWriter:
             dataset: the corpus, as it was given, for the manifest.
         """
         trainer = self.trainer
-        files = []
+        files, first = [], 0
         with evaluating([self.model]):
             for number, rows in enumerate(_batched(trainer.train_dataset, self.settings["rows_per_file"])):
                 path = self.folder / f"data-{number:05d}.arrow"
@@ -215,19 +229,21 @@ class _CacheWriter:
                 if path.exists():
                     _require_same(path, described)
                 elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
-                    _write(path, rows, self._teacher_batches(rows), described)
+                    _write(path, rows, self._teacher_batches(rows, first), described)
+                first += len(rows)
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             _write_manifest(self.folder, files, self.settings, self.model.config, dataset)
         trainer.accelerator.wait_for_everyone()
 
-    def _teacher_batches(self, rows: list[Any]) -> Iterator[Iterable[dict[str, Tensor]]]:
-        """The teacher's columns of each row, batch by batch."""
+    def _teacher_batches(self, rows: list[Any], first: int) -> Iterator[Iterable[dict[str, Any]]]:
+        """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
         collator = self.trainer.data_collator
         collator = WithRowLengths(collator) if self.trainer.padding_free else collator
         collator = WithinContext(collator, context_length(self.model.config))
         for batch in _batched(rows, self.trainer.args.per_device_eval_batch_size):
-            yield _teacher_columns(self.model, collator(batch), self.trainer, self.settings)
+            numbers = range(first, first := first + len(batch))
+            yield _teacher_columns(self.model, collator(batch), self.trainer, self.settings, numbers)
 
 
 # ---- Writing ----
@@ -260,13 +276,21 @@ def _require_token_rows(rows: Any) -> None:
 
 @torch.no_grad()
 def _teacher_columns(
-    model: Any, batch: Mapping[str, Any], trainer: Any, settings: Mapping[str, Any]
-) -> Iterator[dict[str, Tensor]]:
+    model: Any, batch: Mapping[str, Any], trainer: Any, settings: Mapping[str, Any], numbers: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """The teacher's columns of every row of a batch, on the CPU.
 
+    Args:
+        model: the teacher.
+        batch: of the collator.
+        trainer: knows the device and the precision.
+        settings: of the cache.
+        numbers: of the rows in the corpus.
+
     Returns:
-        For every row: column → [N, …], with N its tokens that count.
+        For every row: column → numbers of its N tokens that count, one after the other.
     """
+    row, num_rows = row_of_positions(batch)
     batch = on_device(trainer, batch)
     positions, _ = next_token_positions(batch[LABELS])
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
@@ -275,27 +299,35 @@ def _teacher_columns(
             output = model(**model_inputs(batch), **extra, use_cache=False)
         head = output_head(model)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
-        signal = top_k_signal(DenseSignal(hidden, head), settings["top_k"], temperature=settings["temperature"])
-    dtype = as_dtype(settings["dtype"])
-    # Not below the smallest number of the dtype: each of the k tokens has a probability above 0.
-    log_probs = signal.log_probs.clamp(min=torch.finfo(dtype).min)
-    columns = {
-        TOKENS: signal.tokens.to(torch.int32),
-        LOG_PROBS: log_probs.to(dtype),
-        LOG_TAIL: signal.log_tail.to(dtype),
-    }
+        dense, temperature = DenseSignal(hidden, head), settings["temperature"]
+        counts = torch.bincount(row[positions], minlength=num_rows).tolist()
+        signal: TeacherSignal
+        if settings["num_draws"] is None:
+            signal = top_k_signal(dense, settings["top_k"], temperature=temperature)
+        else:
+            offsets = torch.cat([_offsets(settings["seed"], *which) for which in zip(numbers, counts, strict=True)])
+            signal = sampled_signal(dense, settings["num_draws"], offsets, temperature=temperature)
+    coding = Coding.of(settings)
+    found = coding.columns(signal, counts)
     for index in settings["states"]:
-        columns[f"{STATES}{index}"] = output.hidden_states[index].flatten(0, 1)[positions].to(dtype)
-    row, num_rows = row_of_positions(batch)
-    counts = torch.bincount(row[positions], minlength=num_rows).tolist()
-    parts = {name: column.cpu().split(counts) for name, column in columns.items()}
-    return ({name: parts[name][i] for name in parts} for i in range(num_rows))
+        states = output.hidden_states[index].flatten(0, 1)[positions].to(as_dtype(coding.floats))
+        for columns, part in zip(found, states.cpu().split(counts), strict=True):
+            columns[f"{STATES}{index}"] = part.numpy().reshape(-1)
+    return iter(found)
+
+
+def _offsets(seed: int, row: int, count: int) -> Tensor:
+    """A uniform number in [0, 1) for each position of a row, whatever other rows there are: float64 [count].
+
+    The generator counts, so that nothing depends on earlier rows; 32 bits of it are exact in later sums.
+    """
+    numbers = np.random.Philox(key=[seed, row]).random_raw(count) >> np.uint64(32)
+    return torch.from_numpy(numbers.astype(np.float64) / 2**32)
 
 
 def _schema(names: Iterable[str], settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> pa.Schema:
-    token = pa.uint16() if settings["vocab_size"] <= 1 << 16 else pa.int32()
-    value = DTYPES[settings["dtype"]]
-    types = {TOKENS: token, LOG_PROBS: value, LOG_TAIL: value, **{f"{STATES}{i}": value for i in settings["states"]}}
+    coding = Coding.of(settings)
+    types = {**coding.types, **{f"{STATES}{i}": DTYPES[coding.floats] for i in settings["states"]}}
     fields = [pa.field(name, pa.list_(types.get(name, pa.int32()))) for name in (*names, *types)]
     numbered = {"format": FORMATS[ROWS_KIND], **metadata}
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(numbered, sort_keys=True)})
@@ -304,7 +336,7 @@ def _schema(names: Iterable[str], settings: Mapping[str, Any], metadata: Mapping
 def _write(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
-    batches: Iterable[Iterable[Mapping[str, Tensor]]],
+    batches: Iterable[Iterable[Mapping[str, Any]]],
     described: Mapping[str, Any],
 ) -> None:
     names = [name for name in ("input_ids", LABELS, "seq_lengths") if name in rows[0]]
@@ -318,7 +350,7 @@ def _write(
                 for name in names:
                     columns[name].append(np.asarray(row[name], dtype=np.int32))
                 for name, values in computed.items():
-                    columns[name].append(values.numpy().reshape(-1))
+                    columns[name].append(values)
             writer.write_batch(pa.record_batch([_list_array(columns[f.name], f.type) for f in schema], schema=schema))
 
 
@@ -367,7 +399,7 @@ def _write_manifest(
         with pa.memory_map(os.fspath(path)) as source:
             reader = pa.ipc.open_stream(source)
             schema = reader.schema
-            num_tokens += sum(len(batch.column(LOG_TAIL).flatten()) for batch in reader)
+            num_tokens += sum(len(batch.column(Coding.of(settings).positions).flatten()) for batch in reader)
     rows = digest(*(file["digest"] for file in files))
     write_json(folder / "dataset_info.json", asdict(DatasetInfo(features=Features.from_arrow_schema(schema))))
     fingerprint = digest(settings, rows).removeprefix("sha256:")[:16]

@@ -258,13 +258,14 @@ def _fused_head_bytes(config: PretrainedConfig, load: Workload) -> int:
 def _cache(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
     """W_t + a forward pass, or the last states, 2·N·H·b, k numbers and tokens per token, and the logits of a chunk.
 
-    A chunk of C tokens (`default_chunk_size`) takes C·V·(b + 12) bytes below float32, and 12·C·V in float32.
+    A chunk of C tokens (`default_chunk_size`) takes C·V·(b + 12) bytes below float32, and 12·C·V in float32; drawing
+    takes 16·C·V more, for probabilities in float64.
     """
     num_tokens = load.batch_size * load.max_length
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
     vocab_size, b = vocabulary(teacher), load.itemsize
     chunk = min(default_chunk_size(num_tokens, vocab_size, torch.device(load.device)), num_tokens)
-    logits = chunk * vocab_size * (12 if b >= 4 else b + 12)
+    logits = chunk * vocab_size * ((12 if b >= 4 else b + 12) + (16 if load.drawn else 0))
     kept = num_tokens * (2 * hidden_size(teacher) * b + 12 * load.top_k)
     moment = {"states and top k": kept, "logits of a chunk": logits}
     return {"weights": weight_bytes(teacher, load), **(moment if kept + logits > passed else {"forward pass": passed})}

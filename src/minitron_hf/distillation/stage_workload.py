@@ -25,6 +25,7 @@ class Workload:
         eval_length: T of evaluation.
         dtype: of the weights and of all passes.
         top_k: tokens per position of a teacher cache.
+        drawn: whether these tokens are drawn from the teacher's distribution.
         num_rows: M, rows on which shapes are compared.
         calibration_rows: M of a streamed repair.
         repair: as in `PrunerConfig`.
@@ -39,6 +40,7 @@ class Workload:
     eval_length: int = 2048
     dtype: torch.dtype = torch.bfloat16
     top_k: int = 64
+    drawn: bool = False
     num_rows: int = 32
     calibration_rows: int = 1024
     repair: str = "least_squares"

@@ -1,4 +1,4 @@
-"""Precomputed top-k teacher logits on disk, as training data."""
+"""Precomputed teacher distributions on disk, as training data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import AutoConfig
@@ -20,7 +19,7 @@ from ..errors import MismatchError, OutputError
 from ..files import cached_file_digest
 from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
-from ..losses.signals import TopKSignal
+from ..losses.signals import SampledSignal, TopKSignal
 from ..pruning.plan import config_values
 from ..weights import model_digest
 from .batches import (
@@ -53,11 +52,13 @@ ROW_ARGUMENTS = (
     "chat_template_path",
 )
 
-DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
+def refuse_uncacheable(args: DistillationConfig, *, num_draws: int | None = None) -> None:
+    """Refuse arguments that need the teacher itself, or more of it than a cache holds.
 
-def refuse_uncacheable(args: DistillationConfig) -> None:
-    """Refuse arguments that need the teacher itself.
+    Args:
+        args: arguments of the run.
+        num_draws: tokens drawn per position; None: the most likely ones are stored.
 
     Raises:
         MismatchError: naming the argument.
@@ -66,6 +67,12 @@ def refuse_uncacheable(args: DistillationConfig) -> None:
         raise MismatchError(
             f"divergence={args.divergence!r} compares logits, and a cache of the teacher holds probabilities. Use "
             "another divergence, or train with the teacher itself."
+        )
+    if num_draws is not None and args.divergence != "forward_kl":
+        raise MismatchError(
+            f"divergence={args.divergence!r} with a cache of num_draws={num_draws}: tokens drawn from the teacher "
+            "give the right gradient on average for the forward KL only. Use divergence='forward_kl', or cache top_k "
+            "tokens."
         )
     if args.teacher_correction:
         raise MismatchError(
@@ -119,8 +126,8 @@ class TeacherCache:
         Raises:
             MismatchError: naming the argument.
         """
-        refuse_uncacheable(args)
         settings = self.manifest["settings"]
+        refuse_uncacheable(args, num_draws=settings["num_draws"])
         wanted = {"temperature": args.temperature, **{name: getattr(args, name) for name in ROW_ARGUMENTS}}
         wanted["packing"] = packing
         if not packing and not settings["packing"]:
@@ -237,5 +244,5 @@ def cached_signal(batch: Mapping[str, Any], positions: Tensor, vocab_size: int, 
             "or labels were changed. Pass the cached rows as they are, without a data_collator that changes labels."
         )
     tokens, log_probs, log_tail = (x.to(positions.device) for x in (cached.tokens, cached.log_probs, cached.log_tail))
-    signal = TopKSignal(tokens, log_probs, log_tail, vocab_size)
+    signal = (SampledSignal if cached.drawn else TopKSignal)(tokens, log_probs, log_tail, vocab_size)
     return signal, tuple(cached.states[index].to(positions.device) for index in states)

@@ -34,13 +34,11 @@ from .arguments import (
 from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     CACHED,
-    LOG_PROBS,
-    LOG_TAIL,
     STATES,
-    TOKENS,
     RepeatedRowsMixin,
     model_inputs,
 )
+from .cache_coding import SIGNAL_COLUMNS
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import (
     refuse_data_parallel,
@@ -302,7 +300,7 @@ class DistillationTrainer(
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         states = [f"{STATES}{index}" for index in needed_states(self._intermediate.pairs, "teacher")]
-        kept = (TOKENS, LOG_PROBS, LOG_TAIL, *states)
+        kept = (*SIGNAL_COLUMNS, *states)
         self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:

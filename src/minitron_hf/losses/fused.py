@@ -24,7 +24,7 @@ from .divergences import DIVERGENCES, OF_LOGITS, Rows
 from .dropped import DroppedTokens
 from .heads import OutputHead, finite_bias
 from .products import compute_dtype, project, scaled_logits
-from .signals import DenseSignal, TeacherSignal, TopKSignal
+from .signals import DenseSignal, SampledSignal, TeacherSignal, TopKSignal
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TokenLosses:
     Attributes:
         total: scalar, sum over tokens of `kd_weight * T² * divergence + ce_weight * ce`; the only differentiable one.
         divergence: float32 [N], at temperature T, without the factor T².
-        kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence.
+        kl: float32 [N], KL(teacher ‖ student) in nats at temperature T, whatever the divergence; unbiased if drawn.
         ce: float32 [N], cross-entropy of the student with the true token in nats, at temperature 1.
         agreement: bool [N], whether student and teacher have the same most likely token.
         accuracy: bool [N], whether the true token is the student's most likely one.
@@ -100,7 +100,7 @@ def distillation_loss(
             as in arXiv 2306.13649 (eq. 1); `"tv"`, half the sum of |p - q|; or of the logits, at T = 1: `"mse"`, the
             mean squared difference, and `"cosine"`, one minus the cosine; or a name of `register_divergence`.
         jsd_beta: β of `"jsd"`, the weight of the teacher in the mixture.
-        temperature: T. The log-probabilities of a `TopKSignal` are at this temperature already.
+        temperature: T. The probabilities of a `TopKSignal` or `SampledSignal` are at this temperature already.
         kd_weight: weight of the divergence.
         ce_weight: weight of the cross-entropy, which is reported in any case.
         chunk_size: tokens whose logits are in memory at one time; by default chosen from the vocabulary size.
@@ -110,7 +110,7 @@ def distillation_loss(
         number of tokens of the whole optimiser step.
 
     Raises:
-        MismatchError: if the two vocabularies differ in size, or logits are to be compared and there are none.
+        MismatchError: if the two vocabularies differ in size, or the divergence cannot be computed from the signal.
     """
     _require_comparable(hidden, head, teacher, labels, divergence)
     if chunk_size is None:
@@ -137,6 +137,10 @@ def _require_comparable(
         raise MismatchError(
             f"divergence={divergence!r} compares logits, and a top-k signal holds probabilities. Use one of "
             f"{', '.join(sorted(({'forward_kl'} | DIVERGENCES.keys()) - OF_LOGITS))}, or the teacher itself."
+        )
+    if divergence != "forward_kl" and isinstance(teacher, SampledSignal):
+        raise MismatchError(
+            f"divergence={divergence!r}: drawn tokens give the right mean gradient of forward_kl only. Use that one."
         )
     if len(teacher) != hidden.shape[0] or labels.shape[0] != hidden.shape[0]:
         raise MismatchError(
@@ -289,7 +293,7 @@ class _Rows:
             self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
 
     def _teacher_logits(self, block: slice, where: slice, student: Tensor, out: Tensor) -> Tensor:
-        """The teacher's logits over T of a block, perhaps in `out`.
+        """The teacher's logits over T of a block, perhaps in `out`; of drawn tokens, the logarithms of their weights.
 
         Of a top-k signal, logits that share its k + 1 outcomes and spread the last one over its tokens as the student
         does: the divergences of the outcomes, and their gradients, are those of the whole distributions then, because
@@ -298,6 +302,8 @@ class _Rows:
         s, signal = self.settings, self.signal
         if isinstance(signal, DenseSignal):
             return scaled_logits(self.z_t[block], signal.head.scale, signal.head.softcap, s.temperature, out)
+        if isinstance(signal, SampledSignal):
+            return signal.log_weights(where, out)
         tokens = signal.tokens[where]
         out.copy_(student).scatter_(-1, tokens, -torch.inf)
         log_tail = signal.log_tail[where, None].to(out.dtype)
@@ -328,6 +334,8 @@ class _Rows:
         lse_s = max_s - probabilities_s.amax(-1, keepdim=True).log()
         share = 1.0 if self.dropped is None else self.dropped.share_kept(where, lse_t)
         found.kl[where] = ((kl - lse_t + lse_s) * share)[:, 0]
+        if isinstance(self.signal, SampledSignal):
+            found.kl[where] += self.signal.surplus_entropy(where).to(found.kl.dtype)
         if s.temperature == 1:
             found.ce[where] = (lse_s - label)[:, 0]
             found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)
@@ -367,7 +375,7 @@ class _Rows:
         # Half-precision logits have ties, and a tie is not an agreement. `max` is three times faster than `argmax`.
         max_s, best = student.max(-1, keepdim=True)
         max_t, of_teacher = teacher.max(-1, keepdim=True)
-        if isinstance(self.signal, TopKSignal):
+        if not isinstance(self.signal, DenseSignal):
             of_teacher = self.signal.tokens[where, :1]
         found.agreement[where] = (of_teacher == best)[:, 0]
         found.accuracy[where] = (best == labels)[:, 0]

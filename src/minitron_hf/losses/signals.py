@@ -1,4 +1,4 @@
-"""Teacher signals: dense logits, or the top-k log-probabilities and the probability of all other tokens."""
+"""Teacher signals: dense logits, the top-k log-probabilities with the probability of all others, or sampled tokens."""
 
 from __future__ import annotations
 
@@ -57,8 +57,42 @@ class TopKSignal:
         return self.tokens.shape[0]
 
 
-#: What the student learns from. Only `top_k_signal` and `fused._Rows` depend on the kind of signal.
-TeacherSignal = DenseSignal | TopKSignal
+@dataclass(frozen=True)
+class SampledSignal:
+    """Tokens drawn from the teacher's distribution, weighted so that the gradient of the KL is right on average.
+
+    With the weights ŵ of a token's draws, E[ŵ] = p. The gradient of KL(p ‖ q) with respect to the student's logits is
+    q - p, linear in p, so the mean gradient over the draws is that of the whole distribution (arXiv 2503.16870). This
+    holds for the forward KL and the cross-entropy to the teacher, for no other divergence.
+
+    Attributes:
+        tokens: int64 [N, m], the most likely one first, also where it was not drawn; then the others that were drawn.
+            Rows with fewer tokens are filled up with any token of weight 0.
+        weights: [N, m], draws of the token divided by all draws of its row; they sum to 1.
+        entropy: [N], of the teacher's whole distribution in nats, with which the value of the KL is right on average.
+        vocab_size: V, size of the teacher's vocabulary.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    entropy: Tensor
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def log_weights(self, where: slice, out: Tensor) -> Tensor:
+        """Logarithms of the weights of all tokens, [n, V], in `out`; finite, and exp of them is 0 for weights of 0."""
+        out.zero_().scatter_add_(-1, self.tokens[where], self.weights[where].to(out.dtype))
+        return out.log_().clamp_(min=-1e4)
+
+    def surplus_entropy(self, where: slice) -> Tensor:
+        """Entropy of the weights minus that of the teacher, [n]: what their KL to the student lacks."""
+        return torch.special.entr(self.weights[where]).sum(-1) - self.entropy[where]
+
+
+#: What the student learns from. Only the functions below and `fused._Rows` depend on the kind of signal.
+TeacherSignal = DenseSignal | TopKSignal | SampledSignal
 
 
 @torch.no_grad()
@@ -90,3 +124,67 @@ def top_k_signal(
         # Summed over the other tokens: one minus the sum of the k is only rounding error where that sum is nearly 1.
         log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
     return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
+
+
+@torch.no_grad()
+def sampled_signal(
+    signal: DenseSignal,
+    num_draws: int,
+    offsets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> SampledSignal:
+    """Draw tokens from the teacher's distribution, with the head applied to a chunk of tokens at a time.
+
+    The draws of a position are the tokens at the points (u + j) / D of the cumulative distribution, j = 0 … D - 1
+    (systematic sampling). A token of probability p is drawn ⌊D·p⌋ or ⌈D·p⌉ times, D·p times on average over u. So
+    the weights are as unbiased as those of independent draws, and vary less: their variance is at most 1 / 4D², not
+    p(1 - p) / D.
+
+    Args:
+        signal: N hidden states of the teacher, and its head.
+        num_draws: D, draws of each position.
+        offsets: float64 [N], u of each position, uniform in [0, 1).
+        temperature: T of the distribution.
+        chunk_size: tokens whose logits are in memory at one time; by default chosen from the vocabulary size.
+
+    Returns:
+        At most D + 1 tokens of each position, in float32, or float64 for float64 states.
+    """
+    hidden, head = signal.hidden, signal.head
+    size = default_chunk_size(hidden.shape[0], head.vocab_size, hidden.device) if chunk_size is None else chunk_size
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    tokens = torch.zeros((len(signal), num_draws + 1), dtype=torch.long, device=hidden.device)
+    weights = torch.zeros((len(signal), num_draws + 1), dtype=dtype, device=hidden.device)
+    entropy = torch.empty(len(signal), dtype=dtype, device=hidden.device)
+    steps = torch.arange(num_draws, device=hidden.device)
+    for chunk in even_slices(len(signal), size):
+        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
+        best = logits.argmax(-1)
+        # In float64: in float32 the sum over a large vocabulary loses the tokens of small probability.
+        cumulative = torch.softmax(logits, -1, dtype=torch.float64)
+        entropy[chunk] = torch.special.entr(cumulative).sum(-1).to(dtype)
+        cumulative = cumulative.cumsum_(-1)
+        points = (offsets[chunk, None].to(hidden.device) + steps) / num_draws * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, points, right=True)
+        tokens[chunk], counts = _counted(drawn, best)
+        weights[chunk] = counts.to(dtype) / num_draws
+    return SampledSignal(tokens, weights, entropy, head.vocab_size)
+
+
+def _counted(drawn: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Different tokens and their counts, [n, D + 1] each.
+
+    Args:
+        drawn: [n, D], ascending.
+        best: [n], the token that comes first.
+    """
+    is_best = drawn == best[:, None]
+    is_new = torch.ones_like(is_best)
+    is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = (is_new & ~is_best).cumsum(-1).masked_fill_(is_best, 0)
+    tokens = best[:, None].repeat(1, drawn.shape[1] + 1)
+    tokens.scatter_(1, place, drawn)
+    counts = torch.zeros_like(tokens).scatter_add_(1, place, torch.ones_like(drawn))
+    return tokens, counts

@@ -198,6 +198,7 @@ def _cache(run: Run) -> None:
             run.dataset(which),
             run.folder / CACHE_DIR / which,
             top_k=section.top_k,
+            num_draws=section.num_draws,
             dtype=section.dtype,
             num_rows=args.max_eval_rows if which == "eval" else None,
             args=args,

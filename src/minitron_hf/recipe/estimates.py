@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 BLOCK_RANKING = 0.52
 #: Seconds to start a stage that has a model, beside its work; a stage of a pocket model takes 0.1 to 1.
 START_SECONDS = 0.3
-#: Bytes of a cached position beside `top_k` entries of six bytes each.
-CACHED_ENTRY, CACHED_POSITION = 6, 2
 #: Shapes and rows that are measured for `target_parameters` (`plan_for_target`).
 TARGET_SHAPES, TARGET_ROWS = 16, 32
 
@@ -290,17 +288,25 @@ def _correct(facts: Facts, number: int) -> StageCost:
 
 
 def _cache(facts: Facts, number: int) -> StageCost:
-    """N × the teacher's forward pass with its head; N × (6·k + 2) bytes."""
+    """N × the teacher's forward pass with its head; N × `bytes_per_position`."""
+    from ..distillation.cache_coding import bytes_per_position
+
     section = facts.recipe.teacher_cache
     assert section is not None
     length = facts.arguments[-1].max_length or 1024
     tokens = facts.tokens("train") + _evaluated_tokens(facts, facts.arguments[-1], length)
-    disk = tokens * (section.top_k * CACHED_ENTRY + CACHED_POSITION)
+    vocab_size = facts.teacher.get_text_config().vocab_size
+    disk = tokens * bytes_per_position(
+        vocab_size, top_k=section.kept, num_draws=section.num_draws, dtype=section.dtype
+    )
     seconds = START_SECONDS + tokens * _forward_seconds(facts, facts.teacher, length)
     seconds += disk / facts.machine.disk_traffic
     rows = facts.arguments[-1].per_device_eval_batch_size
-    memory = memory_of(facts, facts.teacher, facts.teacher, ["cache"], length=length, rows=rows, top_k=section.top_k)
-    return StageCost("cache", seconds, memory, disk, f"{tokens:,.0f} tokens, top {section.top_k}")
+    drawn = section.num_draws is not None
+    load = {"length": length, "rows": rows, "top_k": section.most_tokens, "drawn": drawn}
+    memory = memory_of(facts, facts.teacher, facts.teacher, ["cache"], **load)
+    what = f"at most {section.most_tokens} drawn" if drawn else f"top {section.kept}"
+    return StageCost("cache", seconds, memory, disk, f"{tokens:,.0f} tokens, {what}")
 
 
 def _distill(facts: Facts, number: int) -> StageCost:

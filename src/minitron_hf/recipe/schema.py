@@ -65,17 +65,35 @@ class CorrectionSection:
 
 @dataclass(frozen=True)
 class CacheSection:
-    """Top-k teacher logits, stored on disk before distillation (`cache_teacher_logits`).
+    """The teacher's distributions, stored on disk before distillation (`cache_teacher_logits`).
 
     Distillation, and every control, then needs no teacher in memory.
 
     Attributes:
-        top_k: number of tokens to store per position.
-        dtype: dtype of the stored log-probabilities, `"float16"` or `"float32"`.
+        top_k: number of most likely tokens to store per position; None: 64, or none with `num_draws`.
+        num_draws: number of draws from the teacher's distribution per position, stored instead of the most likely
+            tokens; for `divergence: forward_kl` only.
+        dtype: dtype of the stored log-probabilities, `"float16"`, `"float32"` or, packed, `"fixed12"`.
     """
 
-    top_k: int = 64
-    dtype: Literal["float16", "float32"] = "float16"
+    top_k: int | None = None
+    num_draws: int | None = None
+    dtype: Literal["float16", "float32", "fixed12"] = "float16"
+
+    @property
+    def kept(self) -> int | None:
+        """Most likely tokens per position; None of drawn ones."""
+        return 64 if self.top_k is None and self.num_draws is None else self.top_k
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens per position, at most."""
+        return self.kept or (self.num_draws or 0) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that decide the contents; settings that came later are left out where they are not used."""
+        settings = {**asdict(self), "top_k": self.kept}
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -211,7 +229,7 @@ class Recipe:
         scores: arguments of `estimate_importance`.
         generate: training text that the teacher writes itself, for `data.train`; None: no such text.
         teacher_correction: fine-tune the teacher on the corpus before distillation; None: no correction.
-        teacher_cache: precomputed top-k teacher logits on disk; None: the teacher runs during distillation.
+        teacher_cache: the teacher's distributions, precomputed on disk; None: the teacher runs during distillation.
         distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; the adapter is merged into the student. None: train all weights.
         controls: controls to train with the student's settings: `random_pruning`, `random_init`, `cross_entropy`.

@@ -228,9 +228,16 @@ def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> 
 
 
 def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, where: str) -> None:
+    from ..distillation.cache_coding import refuse_both
     from ..distillation.teacher_cache import refuse_uncacheable
 
-    refuse_uncacheable(args)
+    section = recipe.teacher_cache
+    assert section is not None
+    try:
+        refuse_both(section.top_k, section.num_draws, section.dtype)
+    except ValueError as error:
+        raise DataError(f"teacher_cache: {error}") from error
+    refuse_uncacheable(args, num_draws=section.num_draws)
     whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
     if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:
         raise DataError(

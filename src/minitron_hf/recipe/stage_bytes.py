@@ -165,7 +165,7 @@ def training_memory(
         max_length=length,
         activation_checkpointing=bool(getattr(args, checkpointing_field())),
         lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
-        cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.top_k,
+        cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.most_tokens,
         accumulates=args.gradient_accumulation_steps > 1,
     )
     try:
