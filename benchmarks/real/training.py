@@ -169,11 +169,13 @@ class Workshop:
         kind = arm["teacher"]
         if kind == "as-is":
             return self.teacher, data.dataset
-        if kind.startswith("cached-"):
-            top_k = int(kind.partition("-")[2])
-            folder = self.folder / f"cache-{key(self.digest, str(self.teacher.dtype), data.identity(), top_k)}"
+        if kind.startswith(("cached-", "drawn-")):
+            how, _, number = kind.partition("-")
+            stored = {"top_k" if how == "cached" else "num_draws": int(number)}
+            named = int(number) if how == "cached" else kind
+            folder = self.folder / f"cache-{key(self.digest, str(self.teacher.dtype), data.identity(), named)}"
             cache_teacher_logits(
-                self.teacher, data.dataset, folder, top_k=top_k, args=arguments, processing_class=self.tokenizer,
+                self.teacher, data.dataset, folder, **stored, args=arguments, processing_class=self.tokenizer,
                 rows_per_file=CACHED_ROWS_PER_FILE,
             )  # fmt: skip
             return None, load_teacher_cache(folder)
@@ -181,7 +183,7 @@ class Workshop:
             return load_for_compute(self.teacher_path), data.dataset  # it is trained: a copy of its own
         if kind == "corrected":
             return load_for_compute(self._corrected(arm, data), dtype=self.teacher.dtype), data.dataset
-        raise ValueError(f"teacher={kind!r}: expected as-is, cached-K, corrected or corrected-meanwhile.")
+        raise ValueError(f"teacher={kind!r}: expected as-is, cached-K, drawn-D, corrected or corrected-meanwhile.")
 
     def _corrected(self, arm: Arm, data: Documents) -> Path:
         rate = arm["teacher_original_learning_rate"]

@@ -51,14 +51,20 @@ def bits_for(count: int) -> int:
 
 def pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """Numbers of `bits` bits one after the other, the highest bit first; the last byte is filled up with zeros."""
-    shifts = np.arange(bits - 1, -1, -1)
-    return np.packbits((np.asarray(values, dtype=np.int64).reshape(-1, 1) >> shifts & 1).astype(np.uint8))
+    numbers = np.asarray(values, dtype=np.int64).reshape(-1)
+    found = np.empty((len(numbers), bits), dtype=np.uint8)
+    for place in range(bits):
+        found[:, place] = numbers >> (bits - 1 - place) & 1
+    return np.packbits(found)
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
     """The first `count` numbers of `pack`."""
     found = np.unpackbits(np.asarray(packed, dtype=np.uint8), count=count * bits).reshape(count, bits)
-    return found @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+    numbers = np.zeros(count, dtype=np.int64)
+    for place in range(bits):
+        numbers = numbers << 1 | found[:, place]
+    return numbers
 
 
 def quantise(values: Tensor, largest: float, bits: int) -> NDArray[np.int64]:

@@ -158,16 +158,17 @@ def sampled_signal(
     tokens = torch.zeros((len(signal), num_draws + 1), dtype=torch.long, device=hidden.device)
     weights = torch.zeros((len(signal), num_draws + 1), dtype=dtype, device=hidden.device)
     entropy = torch.empty(len(signal), dtype=dtype, device=hidden.device)
-    steps = torch.arange(num_draws, device=hidden.device)
+    # In float64, which MPS lacks: in float32 the sum over a large vocabulary loses the tokens of small probability.
+    exact = torch.float32 if hidden.device.type == "mps" else torch.float64
+    offsets, steps = offsets.to(hidden.device, exact), torch.arange(num_draws, device=hidden.device)
     for chunk in even_slices(len(signal), size):
         logits = head_logits(hidden[chunk], head).to(dtype) / temperature
         best = logits.argmax(-1)
-        # In float64: in float32 the sum over a large vocabulary loses the tokens of small probability.
-        cumulative = torch.softmax(logits, -1, dtype=torch.float64)
+        cumulative = torch.softmax(logits, -1, dtype=exact)
         entropy[chunk] = torch.special.entr(cumulative).sum(-1).to(dtype)
         cumulative = cumulative.cumsum_(-1)
-        points = (offsets[chunk, None].to(hidden.device) + steps) / num_draws * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, points, right=True)
+        points = (offsets[chunk, None] + steps) / num_draws * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=head.vocab_size - 1)
         tokens[chunk], counts = _counted(drawn, best)
         weights[chunk] = counts.to(dtype) / num_draws
     return SampledSignal(tokens, weights, entropy, head.vocab_size)
