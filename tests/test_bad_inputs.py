@@ -189,7 +189,7 @@ CASES = [
         ("extra", "--num-draws 9 --top-k 9", "the most likely tokens or drawn ones"),
         ("extra", "--num-draws 9 --dtype fixed12", "Leave out dtype"),
         ("model", "--num-draws 9 --set divergence=jsd", "forward KL only"),
-        ("key", "--dtype fixed13", "expected one of float16"),
+        ("key", "--dtype fixed13", "Did you mean 'fixed12'?"),
         ("range", "--set max_length=1", "expected at least 2"),
         ("key", "--set nope=1", "fields of DistillationConfig"),
         ("extra", "--set output_dir=x", "output_dir is unknown"),

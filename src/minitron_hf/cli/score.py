@@ -74,15 +74,20 @@ def cache(
 
     The same command resumes an interrupted cache.
     """
-    from ..distillation.cache_coding import refuse_both
+    from ..distillation.cache_coding import DTYPES, refuse_both
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.teacher_cache import refuse_uncacheable
     from ..models import load_config
+    from ..recipe.rules import require_choice
     from ..recipe.settings import distillation_config, distillation_hints
 
     settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
     args = distillation_config(output, {**settings, "eval_strategy": "no"}, "--set ")
-    refuse_both(top_k, num_draws, dtype)
+    require_choice(dtype, DTYPES, "--dtype")
+    try:
+        refuse_both(top_k, num_draws, dtype)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     refuse_uncacheable(args, num_draws=num_draws)
     rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
     vocab_size = load_config(teacher).get_text_config().vocab_size
