@@ -77,7 +77,8 @@ def save_model(
 
     An architecture that is new in version 5 still needs version 5. The files differ from those of
     `model.save_pretrained` in config keys that version 5 ignores, and in tokenizer files that are copied from where
-    the tokenizer was loaded.
+    the tokenizer was loaded. The plan of a student whose vocabulary was cut is written, too: comparisons with the
+    teacher need its ids.
 
     Args:
         model: a student, or any other model.
@@ -93,6 +94,9 @@ def save_model(
     if processing_class is not None:
         save_processing_class(processing_class, folder)
     add_older_keys(folder)
+    plan: Any = getattr(model, "pruning_plan", None)
+    if getattr(plan, "vocabulary", None) is not None:
+        plan.save_pretrained(folder)
 
 
 def _require_its_tokenizer(model: PreTrainedModel, processing_class: Any) -> None:

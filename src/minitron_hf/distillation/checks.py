@@ -124,7 +124,8 @@ def _refuse_unequal_vocabularies(student: Any, teacher: Any) -> None:
             f"The student's vocabulary has {sizes['s']} tokens, the teacher's {sizes['t']}. Distillation compares "
             "probabilities token by token, so both need one tokenizer and equally many embedding rows. Use a teacher "
             "of the same family, or, where the tokenizer is the same and one embedding is only padded, "
-            f"student.resize_token_embeddings({sizes['t']})."
+            f"student.resize_token_embeddings({sizes['t']}). A student whose vocabulary was cut needs its "
+            "pruning_plan.json beside it, which save_model writes."
         )
 
 

@@ -83,7 +83,8 @@ class Limits:
                 raise MismatchError(
                     f"The model {name!r} has a vocabulary of {size} tokens and the reference {reference!r} one of "
                     f"{vocabularies[reference]}. Models are compared on the same tokens: evaluate them one at a time "
-                    "and compare their bits per byte."
+                    "and compare their bits per byte. A student whose vocabulary was cut needs its pruning_plan.json "
+                    "beside it, which save_model writes."
                 )
         contexts = {name: context_length(config) for name, config in configs.items()}
         return cls(vocabularies, {name: context for name, context in contexts.items() if context}, spaces)

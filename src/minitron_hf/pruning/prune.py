@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
-from ..errors import PlanError, accept_old_names
+from ..data.tokens import tokenizer_digest
+from ..errors import MismatchError, PlanError, accept_old_names
 from ..models import (
     load_config,
     load_for_compute,
@@ -136,6 +137,12 @@ def _counted(
     config: PrunerConfig, counts: TokenCounts | None, data: DataSource | None, processing_class: Any
 ) -> TokenCounts | None:
     """The given counts of tokens, or those of the calibration data where the vocabulary is cut."""
+    given = None if counts is None or processing_class is None else tokenizer_digest(processing_class)
+    if counts is not None and given not in (None, tokenizer_digest(counts.tokenizer)):
+        raise MismatchError(
+            "token_counts were made with another tokenizer than the teacher's. Count again: "
+            "count_tokens(corpus, tokenizer)."
+        )
     if config.vocab_size is None or counts is not None or data is None:
         return counts
     return count_tokens(data, processing_class, max_tokens=COUNTED_TOKENS)

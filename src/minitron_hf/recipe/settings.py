@@ -47,6 +47,10 @@ def search_hints() -> dict[str, Any]:
 
 def require_search(values: Mapping[str, Any], prefix: str) -> None:
     """Refuse impossible arguments of `search_architectures`."""
+    if given := [name for name in ("score_func", "score_floor") if name in values]:
+        raise DataError(
+            f"{prefix}{given[0]}: a score is a function. Call search_architectures in Python, or leave it out."
+        )
     require_settings(values, search_hints(), prefix, "arguments of search_architectures")
     distillation = values.get("distillation") or {}
     require_settings(distillation, distillation_hints(), f"{prefix}distillation.", "fields of DistillationConfig")
