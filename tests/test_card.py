@@ -537,3 +537,14 @@ def test_rows_far_shorter_than_the_context_are_told(tmp_path, context, warns):
     text = f"**Training rows have at most 256 tokens of a context of {context:,}: positions from 256"
     assert (f"{text} on are not trained.**" in card) == warns
     assert "\n\n\n" not in card
+
+
+def test_a_cut_vocabulary_is_said_beside_the_measurements(run_dir):
+    """The teacher looks worse than it is, and nothing follows from the difference of the losses."""
+    sentence, difference = "All models read the text in the student's tokens", "The model's loss is"
+    assert sentence not in render_model_card(run_dir)
+    assert difference in render_model_card(run_dir)
+    plan = json.loads((run_dir / "pruning_plan.json").read_text())
+    write_json(run_dir / "pruning_plan.json", {**plan, "vocabulary": {"coverage": 0.9}})
+    assert sentence in render_model_card(run_dir)
+    assert difference not in render_model_card(run_dir)

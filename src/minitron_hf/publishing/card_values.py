@@ -141,7 +141,8 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "corpus": _corpus_table(distillation),
         "written": _written_by_teacher(distillation),
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
-        "loss_gap": _loss_gap(evaluation) if evaluation else None,
+        # Over fewer tokens than the teacher's own, a difference of losses says nothing about the student.
+        "loss_gap": _loss_gap(evaluation) if evaluation and not (plan or {}).get("vocabulary") else None,
         "benchmarks": _benchmark_table(run["benchmarks"], run["average"]) if run["benchmarks"] else None,
         "average": run["average"],
         "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}),
