@@ -138,7 +138,7 @@ CASES = [
         ("range", "--set num_candidates=0", "expected at least 1"),
         ("range", "--max-parameters -1", "expected a number above 0"),
         ("key", "--space depth=[1]", "depth"),
-        ("kind", "--set score_func=foo", "a score is a function"),
+        ("type", "--set score_func=foo", "a score is a function"),
         ("key", "--set num_candidate=3", "Did you mean 'num_candidates'?"),
         ("key", "--set distillation.lerning_rate=3", "Did you mean 'learning_rate'?"),
         ("range", "--max-active-parameters 0", "expected a number above 0"),
