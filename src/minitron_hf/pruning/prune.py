@@ -252,7 +252,7 @@ def plan_for_target(
     limits = target_limits(model.config, request)
     divergence = Divergence(model, rows, score=score)
     candidates, refusals = measure_shapes(model, shapes, scores, divergence, limits, repair_rows, token_counts)
-    wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
+    wanted = request.targets_in_words()
     if not candidates:
         raise PlanError(f"{wanted}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
     if score is not None:
@@ -337,13 +337,12 @@ def measure_shapes(
 
 def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> str:
     assert best.pruned_kl is not None
+    place = f"score {best.scores[-1]:.4g}, the highest" if best.scores else "the lowest"
     note = (
         f"Sizes for {wanted}: {best.name} ({best.num_parameters:,} parameters), KL "
-        f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, the lowest of "
+        f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, {place} of "
         f"{len(others) + 1} measured"
     )
-    if best.scores:
-        note = note.replace(", the lowest of", f", score {best.scores[-1]:.4g}, the highest of")
     if not others or others[0].kl_above_best is None:
         return f"{note}."
     gap = others[0].kl_above_best

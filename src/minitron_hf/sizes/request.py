@@ -26,6 +26,9 @@ HIDDEN_BASES = ("principal",)
 #: Fields that limit the student's parameters instead of giving sizes.
 TARGETS = ("target_parameters", "target_active_parameters")
 
+#: By how much of a budget or a target a shape may be smaller (as in the search spaces of Muralidharan et al. 2024).
+TOLERANCE = 0.05
+
 #: A size: units to keep, a fraction of the teacher's, or None for no change.
 Size = int | float | None
 
@@ -128,7 +131,7 @@ class PrunerConfig:
     portable: bool = False
     target_parameters: Size = None
     target_active_parameters: Size = None
-    tolerance: float = 0.05
+    tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         for name in (*PRUNER_FIELDS, VOCABULARY_FIELD):
@@ -188,6 +191,10 @@ class PrunerConfig:
         """The targets that are given, by their names."""
         values = {name: getattr(self, name) for name in TARGETS}
         return {name: value for name, value in values.items() if value is not None}
+
+    def targets_in_words(self) -> str:
+        """The targets as they were given, for messages."""
+        return ", ".join(f"{name}={target:,}" for name, target in self.targets.items())
 
     def without_targets(self) -> PrunerConfig:
         """The same without targets: only the sizes that are given."""

@@ -96,9 +96,8 @@ def resolve_sizes(
         PlanError: for every request that cannot be met; the message names what could.
     """
     if request.targets:
-        wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
         raise PlanError(
-            f"{wanted} names no sizes: they are chosen by measuring shapes on "
+            f"{request.targets_in_words()} names no sizes: they are chosen by measuring shapes on "
             "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
             "calibration_data, or give sizes instead."
         )

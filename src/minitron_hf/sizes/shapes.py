@@ -20,6 +20,7 @@ from ..families.tensors import own_parameters
 from ..models import empty_model
 from .counts import active_parameters
 from .legality import require_units
+from .request import TOLERANCE as TOLERANCE
 from .request import PrunerConfig
 from .resolve import resolve_sizes
 from .student import build_student_config, layers_without_scores
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 #: Sizes to try, by their names in `PrunerConfig`: numbers of units, fractions of the teacher's, or multiples of
 #: another size, `"2.5*hidden_size"`.
 Space = Mapping[str, Sequence[int | float | str]]
-#: By how much of a budget or a target a shape may be smaller (as in the search spaces of Muralidharan et al. 2024).
-TOLERANCE = 0.05
 _MULTIPLE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\*\s*([a-z_]+)\s*")
 
 

@@ -100,7 +100,6 @@ def _no_shape_message(
     reasons: Sequence[str],
 ) -> str:
     """That no shape meets the targets, and which one is nearest below them."""
-    wanted = ", ".join(f"{name}={target:,}" for name, target in request.targets.items())
     ranges = " and ".join(
         f"{(1 - tolerance) * limit:,.0f} and {limit:,.0f} {'active ' if 'active' in name else ''}parameters"
         for name, limit in limits.items()
@@ -116,7 +115,7 @@ def _no_shape_message(
         nearest = f", the nearest below has {counts} ({best.name})"
         advice = f"Pass tolerance={least:g} to take it, choose another target, or give fewer sizes."
     reason = "".join(f" ({one})" for one in reasons[:1])
-    return f"{wanted}: no shape has between {ranges}{nearest}. {advice}{reason}"
+    return f"{request.targets_in_words()}: no shape has between {ranges}{nearest}. {advice}{reason}"
 
 
 def _largest_shapes(
