@@ -25,7 +25,7 @@ from test_importance import ROWS, assert_close, assert_equal_scores, scores_of
 from test_metrics import MAKERS, caught_by_row, reduced
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "add-a-metric.md"
-BUILT_IN = {"activation", "pre_activation", "contribution", "taylor", "magnitude", "random"}
+BUILT_IN = {"activation", "activation_range", "pre_activation", "contribution", "taylor", "magnitude", "random"}
 
 
 @pytest.fixture(autouse=True)

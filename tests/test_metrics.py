@@ -27,7 +27,7 @@ MAKERS = {
     "gpt2": (("mlp.c_fc", 1),),
     "nemotron": (("mlp.up_proj", 1),),
 }
-WATCHED = ["activation", "pre_activation", "contribution"]
+WATCHED = ["activation", "pre_activation", "contribution", "activation_range"]
 
 
 def caught_by_row(name: str, paths: list[str], read: Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]) -> dict:
@@ -153,6 +153,52 @@ def test_contributions_of_channels():
         rows = caught_by_row("llama", [path], lambda _, __, output: output[0])[path]
         total += reduced([row * weight for row in rows])
     assert_close(scores.axes["hidden"], total, "hidden", rtol=1e-10)
+
+
+def shares(*matrices: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest weight of every unit, [U, elements] each, over the largest range; summed."""
+    ranges = [matrix.flatten(1).amax(1) - matrix.flatten(1).amin(1) for matrix in matrices]
+    return sum(each / each.max() for each in ranges)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_ranges_of_weights(name: str):
+    """Fused projections count as the projections that they hold."""
+    model, config = pocket_model(name), POCKETS[name].config
+    scores, plain = (scores_of(model, metric=metric, batch_size=2) for metric in ("activation_range", "activation"))
+    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    for index, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        if name == "llama":
+            q, k, v = (each.weight.detach() for each in (attention.q_proj, attention.k_proj, attention.v_proj))
+            gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
+        else:
+            width = attention.head_dim
+            q, k, v = attention.qkv_proj.weight.detach().split([heads * width, kv * width, kv * width])
+            gate, up = mlp.gate_up_proj.weight.detach().chunk(2)
+        o = attention.o_proj.weight.detach().T
+        expected = {
+            "ffn": shares(gate, up, mlp.down_proj.weight.detach().T),
+            "heads": shares(*(each.unflatten(0, (heads, -1)) for each in (q, o))),
+            "kv": shares(*(each.unflatten(0, (kv, -1)) for each in (q, k, v, o))),
+        }
+        for axis, factor in expected.items():
+            found = scores.axes[axis][index].flatten()
+            assert_close(found, plain.axes[axis][index].flatten() * factor, f"{axis} of layer {index}", rtol=1e-6)
+    assert_close(scores.axes["hidden"], plain.axes["hidden"], "hidden", rtol=1e-12)
+
+
+def test_ranges_of_the_weights_of_experts():
+    model = pocket_model("mixtral")
+    scores, plain = (scores_of(model, metric=metric) for metric in ("activation_range", "activation"))
+    for index, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.detach().chunk(2, 1)
+        down = experts.down_proj.detach().mT
+        by_expert = shares(gate, up, down, layer.mlp.gate.weight.detach())
+        by_neuron = shares(*(each.flatten(0, 1) for each in (gate, up, down))).unflatten(0, gate.shape[:2])
+        for axis, factor in {"experts": by_expert, "moe_ffn": by_neuron}.items():
+            assert_close(scores.axes[axis][index], plain.axes[axis][index] * factor, f"{axis} {index}", rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_reduction", ["l2", "mean", "var"])

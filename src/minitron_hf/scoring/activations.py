@@ -42,7 +42,7 @@ from .hook_points import (
 from .hooks import Hooks
 from .metrics import ImportanceMetric, UnitActivations, find_metrics
 from .reductions import Reduction, accumulation_dtype, reduce_routed, reduce_rows, reduce_sequence, row_terms
-from .weights import channel_norms
+from .weights import channel_norms, unit_ranges
 
 #: Bytes of the matrices WᵀW of units that are kept from batch to batch. For groups of heads there are as many numbers
 #: in all layers as layers × width² / groups. Those that do not fit are computed again for every batch.
@@ -78,6 +78,7 @@ class ActivationPass(Batches):
         # The same keys, until their first value → the module that has to be called.
         self.unseen: dict[tuple[str, str, int], str] = {}
         self.down_projection_norms: dict[tuple[str, int, int], Tensor] = {}
+        self.weight_ranges: dict[tuple[str, int], Tensor] = {}
         self.kept_gram_bytes = 0
         self.similarity = torch.zeros(self.sizes["layers"] + 1, self.sizes["layers"] + 1, dtype=torch.float64)
 
@@ -224,7 +225,8 @@ class ActivationPass(Batches):
                 squared_BTU = (torch.einsum("...ur,urs->...us", wide_BTUR, gram_URR) * wide_BTUR).sum(-1)
                 return squared_BTU.clamp(min=0).sqrt()
 
-            units = UnitActivations(x_BTUR, axis, layer, view.is_scalar, view.is_group, weigh)
+            ranges = self._ranges_of(axis, layer)
+            units = UnitActivations(x_BTUR, axis, layer, view.is_scalar, view.is_group, weigh, ranges)
             self._add(metrics, layer, units)
 
         return observe
@@ -266,7 +268,8 @@ class ActivationPass(Batches):
 
             for axis in axes:
                 if spec.axis[axis].within is None:
-                    add(self.metrics, UnitActivations(routed.output_nH[:, None, :], axis, layer))
+                    ranges = self._ranges_of(axis, layer, slice(expert, expert + 1))
+                    add(self.metrics, UnitActivations(routed.output_nH[:, None, :], axis, layer, ranges=ranges))
                     continue
                 read, produced = self._split_metrics(are_neurons=True)
                 x_nF = routed.inner_nF * routed.weight_n1
@@ -274,12 +277,24 @@ class ActivationPass(Batches):
                 def weigh(x_nF: Tensor = x_nF) -> Tensor:
                     return x_nF * self._down_projection_norms(path, layer, expert, transposed).to(x_nF)
 
-                add(read, UnitActivations(x_nF[..., None], axis, layer, is_scalar=True, weigh=weigh))
+                ranges = self._ranges_of(axis, layer, expert)
+                add(read, UnitActivations(x_nF[..., None], axis, layer, is_scalar=True, weigh=weigh, ranges=ranges))
                 for part, piece in enumerate(slices.get(axis, ())):
                     x_nF1 = (routed.before_nD[:, piece] * routed.weight_n1)[..., None]
                     add(produced, UnitActivations(x_nF1, axis, layer, is_scalar=True), part)
 
         return observe
+
+    def _ranges_of(self, axis: str, layer: int, own: slice | int = slice(None)) -> Callable[[], Tensor]:
+        """Computes the ranges of some units' weights, [U], once per layer."""
+
+        def ranges() -> Tensor:
+            key = axis, layer
+            if key not in self.weight_ranges:
+                self.weight_ranges[key] = unit_ranges(self.spec, self.model, axis, layer)
+            return self.weight_ranges[key][own].flatten()
+
+        return ranges
 
     def _down_projection_norms(self, path: str, layer: int, expert: int, transposed: bool) -> Tensor:
         """L2 norm of what the down projection of an expert holds for each of its neurons, [F]."""

@@ -70,7 +70,7 @@ def estimate_importance(
     Long because all arguments are explained.
 
     Metrics are functions of `minitron_hf.scoring.metrics`, which defines each; `register_metric` adds one.
-    `"activation"`, `"pre_activation"` and `"contribution"` share one forward pass. `"taylor"` needs a backward pass,
+    `"activation"`, `"activation_range"`, `"pre_activation"` and `"contribution"` share one forward pass. `"taylor"` needs a backward pass,
     without gradients of weights. `"magnitude"` and `"random"` are controls that need no data; show every result beside
     `"random"`.
 

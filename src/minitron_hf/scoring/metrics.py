@@ -153,6 +153,7 @@ class UnitActivations:
         is_scalar: whether each unit is one number with a sign: a neuron or a channel.
         is_group: whether each unit is a group of others: a KV group with its query heads.
         weigh: computes `contribution`; None where that is `norm`.
+        ranges: computes `weight_range`.
     """
 
     values: Tensor
@@ -161,6 +162,7 @@ class UnitActivations:
     is_scalar: bool = False
     is_group: bool = False
     weigh: Callable[[], Tensor] | None = None
+    ranges: Callable[[], Tensor] | None = None
 
     @cached_property
     def norm(self) -> Tensor:
@@ -177,6 +179,15 @@ class UnitActivations:
         belong to it.
         """
         return self.norm if self.weigh is None else self.weigh()
+
+    @cached_property
+    def weight_range(self) -> Tensor:
+        """[U], largest minus smallest weight of each unit, as a share of the layer's largest, summed over matrices.
+
+        1 for channels, whose weights are in all layers.
+        """
+        like = self.values[..., 0]
+        return torch.ones_like(like[0]) if self.ranges is None else self.ranges().to(like.device, like.dtype)
 
 
 @register_metric("activation")
@@ -198,6 +209,15 @@ def pre_activation(units: UnitActivations) -> Tensor:
 def contribution(units: UnitActivations) -> Tensor:
     """Weight times activation: the norm of what a unit adds to the output of the projection that reads it."""
     return units.contribution
+
+
+@register_metric("activation_range")
+def activation_range(units: UnitActivations) -> Tensor:
+    """`activation` times the range of the unit's weights, which is large where a weight lies far out.
+
+    For neurons as in Martra (arXiv 2512.22671) with activations: gate, up and down projection count alike.
+    """
+    return activation(units) * units.weight_range
 
 
 @register_metric("taylor", reads="gradients")

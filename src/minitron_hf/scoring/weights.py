@@ -1,4 +1,4 @@
-"""Sums over the weights of every unit.
+"""Sums and ranges of the weights of every unit.
 
 Legend of shape suffixes: U units of an axis, O units of the axis that they are within, G groups, L layers.
 """
@@ -6,7 +6,8 @@ Legend of shape suffixes: U units of an axis, O units of the axis that they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families import ArchSpec
-from ..families.axes import Dimension, dimension_axes, product_shape
+from ..families.axes import Dimension, dimension_axes, dimension_size, product_shape
 from ..families.tensors import named_tensors
 from ..weights import tensor_values
 
@@ -43,15 +44,28 @@ def unit_sums(
     Returns:
         float64 `[U]`, or `[O, U]` for units within others; None where no element belongs to a single unit.
     """
+    return _by_unit(tensor, spec.dimensions.get(pattern, ()), axis, spec, sizes, term, "sum")
+
+
+def _by_unit(
+    tensor: Tensor,
+    dimensions: Sequence[Dimension],
+    axis: str,
+    spec: ArchSpec,
+    sizes: Mapping[str, int],
+    term: Term,
+    reduction: Literal["sum", "amax"],
+) -> Tensor | None:
+    """`unit_sums`, or the largest term of each unit: -inf for a unit without elements."""
     outer = spec.axis[axis].within
     count = sizes[axis] * (1 if outer is None else sizes[outer])
     owners = [
         (unit_indices(dimension, axis, spec, sizes), unit_indices(dimension, outer, spec, sizes) if outer else None)
-        for dimension in spec.dimensions.get(pattern, ())
+        for dimension in dimensions
     ]
     if all(unit is None for unit, _ in owners) or (outer and all(other is None for _, other in owners)):
         return None
-    sums = torch.zeros(count, dtype=torch.float64)
+    found = torch.full((count,), 0.0 if reduction == "sum" else -torch.inf, dtype=torch.float64)
     for rows in _slices(tensor):
         part = tensor[rows].detach()
         terms = term(part.to(torch.promote_types(part.dtype, torch.float32)))
@@ -60,7 +74,10 @@ def unit_sums(
         for position, labels in enumerate(owners):
             own = [label if label is None or position else label[rows] for label in labels]
             if all(label is None for label in own):
-                terms = terms.sum(position, keepdim=True, dtype=torch.float64)
+                if reduction == "sum":
+                    terms = terms.sum(position, keepdim=True, dtype=torch.float64)
+                else:
+                    terms = terms.amax(position, keepdim=True)
                 continue
             shape = tuple(-1 if p == position else 1 for p in range(tensor.ndim))
             for label, step in zip(own, (1, sizes[axis])):
@@ -68,8 +85,52 @@ def unit_sums(
                     index = index + step * label.reshape(shape)
                     known = known & (label >= 0).reshape(shape)
         index, known = np.broadcast_to(index, terms.shape), np.broadcast_to(known, terms.shape)
-        sums.index_add_(0, torch.from_numpy(index[known]), terms.cpu().double()[torch.from_numpy(known.copy())])
-    return sums if outer is None else sums.unflatten(0, (sizes[outer], -1))
+        values = terms.cpu().double()[torch.from_numpy(known.copy())]
+        found.scatter_reduce_(0, torch.from_numpy(index[known]), values, reduction)
+    return found if outer is None else found.unflatten(0, (sizes[outer], -1))
+
+
+def unit_ranges(spec: ArchSpec, model: PreTrainedModel, axis: str, layer: int) -> Tensor:
+    """Range of the weights of every unit in one layer: largest minus smallest, each as a share of the layer's largest.
+
+    The shares of all matrices that hold the axis are added. A tensor that holds several side by side, such as gate and
+    up projection, counts as these.
+
+    Args:
+        spec: the family's table.
+        model: the model.
+        axis: a prunable axis.
+        layer: index of the layer.
+
+    Returns:
+        float64 `[U]`, or `[O, U]` for units within others.
+    """
+    sizes = spec.sizes(model.config, layer)
+    total = torch.zeros(spec.own_units(axis, sizes), dtype=torch.float64)
+    for name in named_tensors(model):
+        pattern, where = spec.locate(name) or (name, None)
+        if where != layer or len(spec.dimensions[pattern]) < 2:
+            continue
+        for part, dimensions in _apart(tensor_values(model, name), spec.dimensions[pattern], sizes):
+            largest = _by_unit(part, dimensions, axis, spec, sizes, torch.clone, "amax")
+            smallest = _by_unit(part, dimensions, axis, spec, sizes, torch.neg, "amax")
+            if largest is not None and smallest is not None:
+                range_U = (largest + smallest).nan_to_num(nan=0.0, neginf=0.0)
+                total += range_U / range_U.max().clamp(min=torch.finfo(torch.float64).tiny)
+    return total
+
+
+def _apart(
+    tensor: Tensor, dimensions: Sequence[Dimension], sizes: Mapping[str, int]
+) -> Iterator[tuple[Tensor, Sequence[Dimension]]]:
+    """The matrices that a tensor holds side by side, such as queries, keys and values, with their dimensions."""
+    for position, dimension in enumerate(dimensions):
+        if len(dimension) > 1:
+            lengths = [dimension_size((product,), sizes) for product in dimension]
+            for part, product in zip(tensor.split(lengths, position), dimension, strict=True):
+                yield from _apart(part, [*dimensions[:position], (product,), *dimensions[position + 1 :]], sizes)
+            return
+    yield tensor, dimensions
 
 
 def _slices(tensor: Tensor) -> Iterator[slice]:
