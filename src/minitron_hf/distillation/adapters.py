@@ -187,7 +187,8 @@ def refuse_split_tie(student: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-    if not student.config.get_text_config().tie_word_embeddings:
+    # Transformers ties by the config of the whole model; that of a language model inside may lack the field.
+    if not getattr(student.config, "tie_word_embeddings", False):
         return
     head = student.get_output_embeddings()
     wrapped = [module for module in student.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -15,6 +15,7 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
+from ..compat import decoder_types
 from ..errors import DataError, UnsupportedModelError, did_you_mean
 from ..families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
 from ..families.axes import Axis, dimension_axes, parse_dimensions
@@ -140,6 +141,13 @@ def missing_from_transformers(*model_types: str) -> tuple[str, ...]:
     return ()
 
 
+def only_inside(model_type: str) -> tuple[str, ...]:
+    """A remark where Transformers has a language model only as a part of larger ones."""
+    if model_type not in CONFIG_MAPPING or model_type in decoder_types():
+        return ()
+    return ("only inside a larger model: Transformers has no class for the language model alone",)
+
+
 def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
     """The matrix of some families; those with equal cells share a row.
 
@@ -159,7 +167,8 @@ def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
     grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name, spec in tables.items():
         cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuttable_axes(spec).items()}
-        remarks = (*refused_variants(spec), *missing_from_transformers(*re.findall(r"[\w.-]+", name)))
+        missing = missing_from_transformers(*re.findall(r"[\w.-]+", name))
+        remarks = (*refused_variants(spec), *missing, *only_inside(name))
         grouped.setdefault(tuple(cells.items()), []).append(marked(name, remarks))
     used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
     rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())

@@ -1,0 +1,74 @@
+"""Decoders that Transformers has only inside larger models, here with a head around the stock decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel, Qwen2VLTextModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeThinkerTextModel,
+    Qwen3OmniMoeThinkerTextPreTrainedModel,
+)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel, Qwen3VLTextModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoePreTrainedModel, Qwen3VLMoeTextModel
+
+from .base import EXPERTS, GROUPED_COUPLED, SLIDING, Pocket, coupled, grouped
+
+
+def with_head(parent: type, decoder: type) -> None:
+    """Let `AutoModelForCausalLM` build a stock decoder with a head around it, as the larger model has it."""
+
+    class WithHead(parent, GenerationMixin):  # type: ignore[misg, valid-type]
+        config_class = decoder.config_class
+        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = decoder(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+            outputs = self.model(input_ids=input_ids, **kwargs)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+            return CausalLMOutputWithPast(
+                loss=loss,
+                logits=logits,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+
+    WithHead.__name__ = WithHead.__qualname__ = decoder.__name__.replace("TextModel", "TextForCausalLM")
+    AutoModelForCausalLM.register(decoder.config_class, WithHead, exist_ok=True)  # it is a class of Transformers
+
+
+with_head(Qwen2VLPreTrainedModel, Qwen2VLTextModel)
+with_head(Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel)
+with_head(Qwen3VLPreTrainedModel, Qwen3VLTextModel)
+with_head(Qwen3VLMoePreTrainedModel, Qwen3VLMoeTextModel)
+with_head(Qwen3OmniMoeThinkerTextPreTrainedModel, Qwen3OmniMoeThinkerTextModel)
+
+#: Positions of time, height and width share the frequencies of a head: four of them in heads of eight, or five of ten.
+SECTIONS_OF_8 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+SECTIONS_OF_10 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 1]}
+#: The larger model says whether embeddings are tied; some of these configs do not.
+UNTIED = {"tie_word_embeddings": False}
+SQUARE = {key: value for key, value in GROUPED_COUPLED.items() if key != "head_dim"} | SLIDING
+SPARSE = {"experts": "mlp.experts", "mlp_only_layers": [1], "decoder_sparse_step": 1, **EXPERTS}
+
+POCKETS: dict[str, Pocket] = {
+    "qwen2_vl_text": coupled("qwen2_vl_text", SQUARE, kv=True, norm="rms", rope_parameters=SECTIONS_OF_8, **UNTIED),
+    "qwen2_5_vl_text": coupled(
+        "qwen2_5_vl_text", SQUARE, kv=True, norm="rms", rope_parameters=SECTIONS_OF_8, **UNTIED
+    ),
+    "qwen3_vl_text": grouped("qwen3_vl_text", rope_parameters=SECTIONS_OF_10, **UNTIED),
+    "qwen3_vl_moe_text": grouped("qwen3_vl_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),
+    "qwen3_omni_moe_text": grouped("qwen3_omni_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),
+}
