@@ -52,6 +52,31 @@ def refuse_pair(
         _refuse_prompt_learning(peft_config)
 
 
+def refuse_top_k(top_k: int | None, vocab_size: int, *, cuts_vocabulary: bool, where: str = "") -> None:
+    """Refuse a `top_k` of `DistillationConfig` that does not fit the models.
+
+    Args:
+        top_k: as given; None compares whole distributions.
+        vocab_size: number of the teacher's tokens.
+        cuts_vocabulary: whether the student lacks some of them.
+        where: what stands before the argument's name.
+
+    Raises:
+        MismatchError: naming what to do.
+    """
+    if top_k is None:
+        return
+    if cuts_vocabulary:
+        raise MismatchError(
+            f"{where}top_k={top_k}: the student's vocabulary was cut, and it may lack some of the teacher's most "
+            "likely tokens. Leave out top_k: the distributions over the kept tokens are compared."
+        )
+    if top_k > vocab_size:
+        raise MismatchError(
+            f"{where}top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it, or leave it out."
+        )
+
+
 def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None:
     """Refuse an output folder that holds one of the models.
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from ..hardware import has_fast_bf16, training_device
-from ..losses.divergences import require_divergence
+from ..losses.divergences import OF_LOGITS, require_divergence
 from .intermediate import Distance
 
 #: Logged values of which less is better: what `metric_for_best_model` names, with or without `eval_` or a dataset.
@@ -54,8 +54,18 @@ class DistillationConfig(SFTConfig):
     temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Temperature of both distributions in the divergence. 1 was the best of 0.1, 0.5, 1 and 3 "
-            "(Muralidharan et al. 2024, practice 5)."
+            "help": "Temperature T of both distributions in the divergence, which is multiplied by T² (TRL does not): "
+            "gradients keep their size when T changes. 1 was the best of 0.1, 0.5, 1 and 3 (Muralidharan et al. 2024, "
+            "practice 5)."
+        },
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of the teacher's most likely tokens that training compares, with all others together as "
+            "one more outcome, as from a teacher cache with this top_k. If not set, the whole distributions. "
+            "Evaluation compares the whole distributions in any case. k of 100 or less made students worse in "
+            "Muralidharan et al. 2024."
         },
     )
     kd_weight: float = field(
@@ -247,12 +257,24 @@ class DistillationConfig(SFTConfig):
                 f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
             )
         require_divergence(self.divergence, self.jsd_beta, self.temperature)
+        self._require_top_k()
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
         if self.max_eval_rows is not None and self.max_eval_rows < 1:
             raise ValueError(f"max_eval_rows={self.max_eval_rows}: expected at least 1 row, or None for all.")
         if self.eval_task_limit is not None and self.eval_task_limit < 1:
             raise ValueError(f"eval_task_limit={self.eval_task_limit}: expected at least 1 document, or None for all.")
+
+    def _require_top_k(self) -> None:
+        if self.top_k is None:
+            return
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: expected at least 1 token, or None for the whole vocabulary.")
+        if self.divergence in OF_LOGITS:
+            raise ValueError(
+                f"top_k={self.top_k}: divergence={self.divergence!r} compares logits, and top_k keeps probabilities. "
+                "Use another divergence, or leave out top_k."
+            )
 
     def _require_correction(self) -> None:
         if self.teacher_correction not in (None, "concurrent"):

@@ -35,6 +35,7 @@ RECORDED_ARGUMENTS = (
     "divergence",
     "jsd_beta",
     "temperature",
+    "top_k",
     "kd_weight",
     "ce_weight",
     "teacher_correction",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from ..compat import prepare_deepspeed
+from ..compat import gathered_parameters, prepare_deepspeed
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..hardware import one_dtype
 from ..losses.heads import check_output_head, output_head
-from ..losses.signals import DenseSignal, TeacherSignal
+from ..losses.signals import DenseSignal, TeacherSignal, top_k_signal
 from ..models import load_model, make_fast
 from .checkpoints import fingerprint
 from .config import DistillationConfig
@@ -94,7 +94,8 @@ class TeacherMixin(SFTTrainer):
     ) -> tuple[TeacherSignal, tuple[Tensor, ...]]:
         """The teacher's distributions and hidden states at `positions` of the flattened batch.
 
-        With `teacher_correction` it also computes the teacher's own loss, which `compute_loss` backpropagates.
+        With `top_k`, training gets the most likely tokens; evaluation always gets whole distributions. With
+        `teacher_correction` it also computes the teacher's own loss, which `compute_loss` backpropagates.
         """
         learns = self._correction is not None and self.model.training and torch.is_grad_enabled()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -113,4 +114,9 @@ class TeacherMixin(SFTTrainer):
             with self.accelerator.autocast():
                 self._teacher_loss = cross_entropy_sum(h_NH, head, targets)
         kept = None if self._kept is None else self._kept.ids
-        return DenseSignal(h_NH.detach(), head, kept), tuple(h.detach() for h in states)
+        dense = DenseSignal(h_NH.detach(), head, kept)
+        signal: TeacherSignal = dense
+        if self.args.top_k is not None and self.model.training:
+            with self.accelerator.autocast(), gathered_parameters(head.weight, head.bias):
+                signal = top_k_signal(dense, self.args.top_k, temperature=self.args.temperature)
+        return signal, tuple(h.detach() for h in states)

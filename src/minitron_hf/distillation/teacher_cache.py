@@ -74,6 +74,11 @@ def refuse_uncacheable(args: DistillationConfig, *, num_draws: int | None = None
             "give the right gradient on average for the forward KL only. Use divergence='forward_kl', or cache top_k "
             "tokens."
         )
+    if args.top_k is not None:
+        raise MismatchError(
+            f"top_k={args.top_k} of the distillation selects among the teacher's tokens in training, and a teacher "
+            "cache has a top_k of its own. Leave it out of the arguments of the distillation."
+        )
     if args.teacher_correction:
         raise MismatchError(
             f"teacher_correction={args.teacher_correction!r}: a cached teacher cannot be trained. Correct it "

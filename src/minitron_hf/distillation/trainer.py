@@ -48,6 +48,7 @@ from .checks import (
     refuse_pair,
     refuse_resized,
     refuse_split_model,
+    refuse_top_k,
     refuse_unknown_tokens,
     refuse_wrapped_head,
 )
@@ -96,10 +97,11 @@ class DistillationTrainer(
     work as in `trl.SFTTrainer`. The loss applies both output heads to chunks of tokens, so the logits of a whole
     batch are never in memory.
 
-    Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher); `hidden`, `embedding` and their
-    weight `alpha` if they are part of the loss; and TRL's `entropy`, `mean_token_accuracy` (top-1, with the true
-    tokens) and `num_tokens`. Evaluation logs `eval_…` of each as exact means over the tokens of the evaluation set.
-    Saves the stock student, its pruning plan and `distillation.json`.
+    Logs `loss`, `divergence`, `kl`, `ce` and `agreement` (top-1, with the teacher), in training over the outcomes of
+    `top_k` where that is set; `hidden`, `embedding` and their weight `alpha` if they are part of the loss; and TRL's
+    `entropy`, `mean_token_accuracy` (top-1, with the true tokens) and `num_tokens`. Evaluation logs `eval_…` of each
+    as exact means over the tokens of the evaluation set. Saves the stock student, its pruning plan and
+    `distillation.json`.
 
     Args:
         model: the student: a model, or a path or Hub id.
@@ -166,14 +168,14 @@ class DistillationTrainer(
         args = as_distillation_config(args, model)
         refuse_data_parallel(model, args.n_gpu)
         refuse_unused_loading_arguments(args, model, quantization_config)
-        student_config = config_of(
-            model, {"trust_remote_code": args.trust_remote_code, **kwargs_dict(args.model_init_kwargs)}
-        )
+        kwargs = {"trust_remote_code": args.trust_remote_code, **kwargs_dict(args.model_init_kwargs)}
+        student_config = config_of(model, kwargs)
         data = TrainingData.of(train_dataset, eval_dataset)
         teacher = TeacherSource.of(teacher_model, args, data.train_caches)
         plans = plans_of(model, pruning_plan)
         kept = None if teacher.model is None else kept_tokens(model, plans, student_config, teacher.config)
         refuse_pair(model, teacher.model, student_config, teacher.config, peft_config, maps_tokens=kept is not None)
+        refuse_top_k(args.top_k, teacher.config.get_text_config().vocab_size, cuts_vocabulary=kept is not None)
         limit_to_context(args, student=student_config, teacher=teacher.config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
         data.require_arguments(args)

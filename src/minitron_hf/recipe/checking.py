@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.context import context_length, short_rows_note
-from ..distillation.checks import refuse_own_folder
+from ..distillation.checks import refuse_own_folder, refuse_top_k
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
@@ -124,6 +124,9 @@ def _check_against_model(
     vocab_size = text_config(teacher).vocab_size
     if recipe.teacher_cache is not None and (top_k := recipe.teacher_cache.top_k or 0) > vocab_size:
         raise DataError(f"teacher_cache.top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
+    for args in arguments:
+        cuts = recipe.pruner_config.vocab_size is not None
+        refuse_top_k(args.top_k, vocab_size, cuts_vocabulary=cuts, where="distill.")
     config, prunes = teacher, [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     for one, student, args in zip(prunes, students, arguments):
         depths = [text_config(each).num_hidden_layers for each in (student, teacher)]
