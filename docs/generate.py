@@ -1,23 +1,26 @@
-"""Writes the reference pages that come from the code: `reference/recipe.md` and `reference/cli.md`."""
+"""Writes the reference pages that come from the code: `recipe.md`, `configs.md` and `cli.md` in `reference/`."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
 from typer.main import get_command
 
+from minitron_hf import DistillationConfig, PrunerConfig
 from minitron_hf.cli.app import app
 from minitron_hf.recipe import schema
 
 
 def write_generated(folder: Path) -> None:
-    """Write `recipe.md` and `cli.md` into `folder`."""
+    """Write the pages into `folder`."""
     (folder / "recipe.md").write_text(recipe_reference(), encoding="utf-8")
+    (folder / "configs.md").write_text(configs_reference(), encoding="utf-8")
     (folder / "cli.md").write_text(cli_reference(), encoding="utf-8")
 
 
@@ -37,6 +40,38 @@ def recipe_reference() -> str:
         parts.append(f"({name.lower()})=\n## {name}\n\n{about}\n\n" + "\n".join(rows) + "\n")
     about = "This page lists every key of a recipe for users of `minitron-hf run`. A recipe is a YAML file."
     return f"# The keys of a recipe\n\n{about}\n\n" + "\n".join(parts)
+
+
+def configs_reference() -> str:
+    """One table each for the fields of `PrunerConfig` and those that `DistillationConfig` adds or changes."""
+    about = (
+        "This page lists the fields of `PrunerConfig` and `DistillationConfig` for users of Python. In a recipe they "
+        "stand under `prune` and `distill`; `minitron-hf plan --set` and `minitron-hf distill --set` take them, too."
+    )
+    inherited = (
+        "`DistillationConfig` has all fields of "
+        "[`trl.SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig). It adds those below, or "
+        "changes their defaults. Recipes have some other defaults (`minitron_hf.recipe.schema.DISTILL_DEFAULTS`)."
+    )
+    own = [
+        one
+        for one in dataclasses.fields(DistillationConfig)
+        if one.name in vars(DistillationConfig)["__annotations__"]
+    ]
+    sizes = "A size is an `int` (units to keep), a `float` in (0, 1] (fraction of the teacher's), or None (unchanged)."
+    helps = {one.name: _cell(one.metadata["help"]) for one in own}
+    return (
+        f"# The fields of PrunerConfig and DistillationConfig\n\n{about}\n\n## PrunerConfig\n\n{sizes}\n\n"
+        + _field_table(dataclasses.fields(PrunerConfig), _attributes(PrunerConfig))
+        + f"\n## DistillationConfig\n\n{inherited}\n\n"
+        + _field_table(own, helps)
+    )
+
+
+def _field_table(fields: Iterable[dataclasses.Field[Any]], described: Mapping[str, str]) -> str:
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    rows += [f"| `{one.name}` | {_default(one)} | {described[one.name]} |" for one in fields]
+    return "\n".join(rows) + "\n"
 
 
 def cli_reference() -> str:

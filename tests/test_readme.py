@@ -151,7 +151,7 @@ def test_links_lead_somewhere(page):
 def test_the_reference_pages_are_current(tmp_path):
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     generate["write_generated"](tmp_path)
-    for page in ("recipe.md", "cli.md"):
+    for page in ("recipe.md", "configs.md", "cli.md"):
         assert (tmp_path / page).read_text() == PAGES[f"docs/reference/{page}"], "make reference writes it"
 
 

@@ -9,6 +9,7 @@ import torch
 from minitron_hf.data import TokenRows
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_with_plan
 from minitron_hf.pruning.repair import RIDGES, repaired_weights
 from minitron_hf.pruning.repair_gaps import find_gaps
 from minitron_hf.pruning.surgery import apply_plan
@@ -130,13 +131,16 @@ def test_layers_that_add_nothing_change_nothing():
     [("gemma2", [1]), ("olmo2", [1]), ("gemma3n_text", [1]), ("llama", [0])],
 )
 def test_nothing_makes_up_for_layers_where_no_projection_can(name: str, dropped: list[int], caplog):
-    """A norm is between the projection and the stream; or several streams; or no layer is before."""
-    caplog.set_level("INFO")
+    """A norm is between the projection and the stream; or several streams; or no layer is before. Plans note it."""
     teacher = pocket_model(name)
     plan = planned(teacher, layers_to_drop=dropped, keep_first_layers=0)
     assert find_gaps(teacher, plan) == {}
     assert repaired_weights(teacher, plan, ROWS) == {}
-    assert name == "gemma3n_text" or "nothing makes up for layers" in caplog.text
+    note = f"nothing makes up for layer {dropped[0]}:"
+    assert note in caplog.text
+    notes = prune_with_plan(teacher, plan, ROWS).pruning_plan.notes
+    assert notes[: len(plan.notes)] == plan.notes
+    assert [note in one for one in notes[len(plan.notes) :]] == [True]
 
 
 def test_every_run_of_layers_has_a_projection_of_its_own():

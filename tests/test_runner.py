@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_hf.data import token_rows
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
+from minitron_hf.formats import without_new_defaults
 from minitron_hf.models import load_model
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.repair import repaired_weights
@@ -21,9 +22,11 @@ from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
 from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe import runner
+from minitron_hf.recipe.identity import FIELDS_OF
 from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
@@ -149,6 +152,38 @@ def test_until_stops_and_the_rest_follows_later(values):
     assert not (folder / "pruned").exists()
     _, lines = run(values, until="prune")
     assert ["skipped" in line for line in lines] == [True, True, False]
+    costs = json.loads((folder / "costs.json").read_text())  # the last stage, too
+    assert [one["stage"] for one in costs["stages"]] == ["score", "plan", "prune"]
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(values, monkeypatch):
+    """A setting that the record lacks and that has its default is no change; with another value, it is one."""
+    values["scores"]["depth_metric"] = "perplexity"  # then scores depend on the sizes
+    whole = PrunerConfig.to_dict
+
+    def earlier(self: PrunerConfig) -> dict:
+        return {name: value for name, value in whole(self).items() if name not in ("portable", "nonuniform_sizes")}
+
+    with monkeypatch.context() as older:
+        older.setattr(PrunerConfig, "to_dict", earlier)
+        run(values, until="plan")
+    assert all("skipped" in line for line in run(values, until="plan")[1])
+    _, lines = run(values, until="prune")
+    assert ["skipped" in line for line in lines] == [True, True, False]
+    values["prune"]["portable"] = True
+    with pytest.raises(MismatchError, match=r"\(prune.portable: None → True\)"):
+        run(values, until="plan")
+
+
+def test_settings_of_data_that_a_record_lacks_are_no_change():
+    now = {
+        "data": {"source": "x", "split": "train", "parts": [{"num_rows": None, "weight": 2}]},
+        "other": {"split": 1},
+    }
+    then = {"data": {"source": "x", "parts": [{"weight": 2}]}, "other": {}}
+    assert without_new_defaults(now, then, FIELDS_OF) == {**then, "other": {"split": 1}}
+    changed = {"data": {**now["data"], "split": "test"}}
+    assert without_new_defaults(changed, then, FIELDS_OF)["data"]["split"] == "test"
 
 
 @pytest.mark.either_cpu
@@ -296,6 +331,45 @@ def test_a_search_decides_the_sizes_and_is_not_done_twice(values):
     assert all("skipped" in line for line in lines)
     with pytest.raises(MismatchError, match=r"stage 'search' was made from other inputs \(search.num_tokens"):
         run({**values, "search": {**values["search"], "num_tokens": 64}}, until="plan")
+
+
+def test_a_dry_run_lists_the_shapes_that_meet_all_budgets(values):
+    """Counted by hand: parameters, and 4 bytes each of them and of keys and values of the whole context."""
+    teacher = load_model(values["teacher"])
+    neuron = 3 * teacher.config.hidden_size + 2 * teacher.config.mlp_bias
+    config, given = teacher.config, {"intermediate_size": [0.25, 0.5, 0.75], "num_hidden_layers": [2, 3, 4]}
+    layer = {
+        share: layer_of(teacher) - neuron * (config.intermediate_size - round(config.intermediate_size * share))
+        for share in given["intermediate_size"]
+    }
+    fixed = sum(p.numel() for p in teacher.parameters()) - config.num_hidden_layers * layer_of(teacher)
+    shapes = {
+        (share, layers): fixed + layers * size
+        for share, size in layer.items()
+        for layers in given["num_hidden_layers"]
+    }
+    cache = 2 * 100 * config.num_key_value_heads * config.head_dim
+    used = {name: 4 * (count + name[1] * cache) for name, count in shapes.items()}
+    limit, most = sorted(shapes.values())[6], sorted(used.values())[4]
+    expected = {
+        count
+        for name, count in shapes.items()
+        if count <= limit and used[name] <= most and (count >= 0.8 * limit or used[name] >= 0.8 * most)
+    }
+    assert 0 < len(expected) < len(shapes)
+    budgets = {"max_parameters": limit, "max_memory_bytes": most, "context_length": 100, "tolerance": 0.2}
+    values |= {"prune": {"multiple_of": 1}, "search": {"space": given, **budgets}}
+    found = runner.check_recipe(Recipe.from_dict(values))
+    assert {one["num_parameters"] for one in found["candidates"]} == expected
+    assert not any("max_seconds" in note for note in found["notes"])
+    values["search"]["max_seconds_per_token"] = 1.0
+    found = runner.check_recipe(Recipe.from_dict(values))
+    assert {one["num_parameters"] for one in found["candidates"]} > expected, "a shape may use the time alone"
+    assert any("max_seconds_per_token" in note for note in found["notes"])
+
+
+def layer_of(model):
+    return sum(p.numel() for p in model.model.layers[0].parameters())
 
 
 def test_a_target_decides_the_sizes(values):

@@ -7,8 +7,9 @@ for the Hub, `ImportError` for a missing package. The command line prints any as
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
@@ -27,6 +28,10 @@ class UnsupportedModelError(MinitronError, ValueError):
 
 class PlanError(MinitronError, ValueError):
     """The requested sizes cannot be cut from this teacher, or the stock student class cannot hold them."""
+
+
+class ArgumentError(MinitronError, TypeError):
+    """An argument of another type than a function takes."""
 
 
 class DataError(MinitronError, ValueError):
@@ -90,6 +95,40 @@ def shortened(items: list[str], separator: str = ", ", limit: int = 4) -> str:
     """
     more = f"{separator}… ({len(items) - limit} more)" if len(items) > limit else ""
     return separator.join(items[:limit]) + more
+
+
+#: Class that arguments of public functions have → where an instance comes from, for messages.
+KINDS: Mapping[str, str] = {
+    "PrunerConfig": "Build it with PrunerConfig(hidden_size=0.75, …), or PrunerConfig.from_dict(…) from a mapping.",
+    "ImportanceScores": "Make them with estimate_importance(…), or read ImportanceScores.from_pretrained(folder).",
+    "PruningPlan": "Make it with make_plan(…), or read PruningPlan.from_pretrained(folder).",
+    "TokenCounts": "Make them with count_tokens(corpus, tokenizer).",
+    "Recipe": "Build it with Recipe.from_dict(…), or read Recipe.from_yaml(file).",
+}
+
+
+def checks_kinds(function: _Callable) -> _Callable:
+    """Decorate a function: arguments that are annotated as one of `KINDS` have to be that, or the call is refused."""
+    kinds = {
+        name: str(annotation)
+        for name, annotation in function.__annotations__.items()
+        if str(annotation).removesuffix(" | None") in KINDS and name != "return"
+    }
+    names = [*inspect.signature(function).parameters]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        for name in kinds.keys() & given.keys():
+            kind, value = kinds[name].removesuffix(" | None"), given[name]
+            may_miss = value is None and kind != kinds[name]
+            if not may_miss and kind not in [one.__name__ for one in type(value).__mro__]:
+                raise ArgumentError(
+                    f"{function.__name__}({name}=…): expected a {kind}, not a {type(value).__name__}. {KINDS[kind]}"
+                )
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:

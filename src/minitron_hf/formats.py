@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,34 @@ def _read_header(path: Path, kind: str) -> Any:
             return json.loads(pa.ipc.open_stream(source).schema.metadata[b"minitron_hf"])
     except Exception as error:
         raise MismatchError(f"{path} cannot be read ({error!r}). Write it again with {WRITERS[kind]}.") from error
+
+
+def without_new_defaults(settings: Any, recorded: Any, classes: Mapping[str, type], entry: str | None = None) -> Any:
+    """Settings without the fields that a record lacks, where they have their defaults.
+
+    The record is of a version that did not have these fields yet, and did what their defaults do. So the digest of
+    these settings is the one that it made.
+
+    Args:
+        settings: as they are now.
+        recorded: those in the record.
+        classes: entry of the settings → the dataclass whose fields stand there.
+        entry: name of the entry that holds the settings; None of all of them.
+    """
+    if isinstance(settings, Mapping) and isinstance(recorded, Mapping):
+        section = None if entry is None else classes.get(entry)
+        defaults = {} if section is None else _defaults(section)
+        return {
+            name: without_new_defaults(value, recorded.get(name), classes, name)
+            for name, value in settings.items()
+            if name in recorded or name not in defaults or value != defaults[name]
+        }
+    if isinstance(settings, list) and isinstance(recorded, list) and len(settings) == len(recorded):
+        return [without_new_defaults(*both, classes, entry) for both in zip(settings, recorded, strict=True)]
+    return settings
+
+
+def _defaults(section: Any) -> dict[str, Any]:
+    """The defaults of a dataclass, by field."""
+    made = {one.name: one.default_factory() for one in fields(section) if one.default_factory is not MISSING}
+    return made | {one.name: one.default for one in fields(section) if one.default is not MISSING}

@@ -29,11 +29,14 @@ from .recommend import recommend as recommendation
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..sizes.request import PrunerConfig
+
 
 #: Options that moved to commands of their own, still taken for one release.
 Moved = Annotated[Optional[str], typer.Option(hidden=True)]  # noqa: UP045
 MovedInt = Annotated[Optional[int], typer.Option(hidden=True)]  # noqa: UP045
 MovedFloat = Annotated[Optional[float], typer.Option(hidden=True)]  # noqa: UP045
+Portable = Annotated[bool, typer.Option("--portable", help="Take only sizes that every runtime loads.")]
 PlanScores = Annotated[Optional[Path], typer.Option(help="Folder or file with scores.")]  # noqa: UP045
 PlanOutput = Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder to write to.")]  # noqa: UP045
 TargetData = Annotated[
@@ -52,6 +55,7 @@ def plan(
     num_key_value_heads: SizeOption = None,
     num_hidden_layers: SizeOption = None,
     vocab_size: SizeOption = None,
+    portable: Portable = False,
     set_: Settings = None,
     target: Target = None,
     data: TargetData = None,
@@ -92,10 +96,12 @@ def plan(
         return
     if device is None and (devices, sharding, lora_rank) != (1, "ddp", None):
         raise DataError("plan: --devices, --sharding and --lora-rank belong to `minitron-hf fit`.")
-    _require_target_options(target, None if _only_counts(given, set_, target) else data, scores)
+    set_ = [*(set_ or ()), *(["portable=true"] if portable else ())]
+    request = _request(given, target, set_)
+    _require_target_options(request, data, scores)
     _require_no_plan(output, overwrite)
     if device is None or output is not None:
-        _plan_and_print(teacher, output, scores, given, set_ or [], target, data, split, text_field)
+        _plan_or_sizes(teacher, output, scores, request, None if data is None else _texts(data, split, text_field))
     if device is not None:
         _say_moved("--device", "fit")
         fit(teacher, device, None, *sizes, set_, devices, sharding, batch_size, max_length, optimizer, lora_rank)
@@ -111,17 +117,24 @@ def _only_target(target: str | None, device: str | None, given: Mapping[str, Any
     return target
 
 
-def _only_counts(given: Mapping[str, Any], set_: list[str] | None, target: str | None) -> bool:
-    """Whether --data is for the counts of tokens alone."""
-    cuts = "vocab_size" in given or any(one.startswith("vocab_size=") for one in set_ or ())
-    return cuts and target is None
+def _request(given: Mapping[str, Any], target: str | None, overrides: list[str]) -> PrunerConfig:
+    """The sizes that the options ask for."""
+    from ..recipe.reading import apply_overrides
+    from ..sizes.request import PrunerConfig
+
+    if target is not None:
+        number = _number("target", target)
+        given = {**given, "target_parameters": number if number < 1 else round(number)}
+    return PrunerConfig.from_dict(apply_overrides(given, overrides))
 
 
-def _require_target_options(target: str | None, data: str | None, scores: Path | None) -> None:
-    if (target is None) != (data is None) or (target is not None and scores is None):
-        given_options = {"--target": target, "--data": data, "--scores": scores}
-        missing = ", ".join(name for name, value in given_options.items() if value is None)
-        raise DataError(f"plan: --target, --data and --scores belong together; {missing} is missing.")
+def _require_target_options(request: PrunerConfig, data: str | None, scores: Path | None) -> None:
+    """Refuse a target without text or scores, and text that nothing reads."""
+    name = next(iter({**request.targets, "target_parameters": None})).replace("target_parameters", "--target")
+    if request.targets or (data is not None and request.vocab_size is None):
+        given_options = {name: request.targets or None, "--data": data, "--scores": scores}
+        if missing := ", ".join(option for option, value in given_options.items() if value is None):
+            raise DataError(f"plan: {name}, --data and --scores belong together; {missing} is missing.")
 
 
 def _require_no_plan(output: Path | None, overwrite: bool) -> None:
@@ -138,38 +151,22 @@ def _say_moved(option: str, command: str) -> None:
     )
 
 
-def _plan_and_print(
-    teacher: str,
-    output: Path | None,
-    scores: Path | None,
-    given: dict[str, int | float],
-    overrides: list[str],
-    target: str | None,
-    data: str | None,
-    split: str,
-    text_field: str,
-) -> None:
-    if target is not None:
-        number = _number("target", target)
-        given["target_parameters"] = number if number < 1 else round(number)
-    texts = None if data is None else _texts(data, split, text_field)
+def _plan_or_sizes(teacher: str, output: Path | None, scores: Path | None, request: PrunerConfig, texts: Any) -> None:
     if output is None and texts is None and scores is None:
-        _print_sizes(teacher, given, overrides)
+        _print_sizes(teacher, request)
     else:
-        _plan(teacher, output, scores, given, overrides, texts)
+        _plan(teacher, output, scores, request, texts)
 
 
-def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list[str]) -> None:
+def _print_sizes(teacher: str, request: PrunerConfig) -> None:
     """Sizes and counts of the student, from the teacher's config."""
     from ..families import spec_for
     from ..models import load_config
-    from ..recipe.reading import apply_overrides
     from ..sizes.compared import compared_counts
     from ..sizes.counts import parameter_counts
-    from ..sizes.request import PrunerConfig
     from ..sizes.student import check_sizes, student_config
 
-    config, request = load_config(teacher), PrunerConfig.from_dict(apply_overrides(given, overrides))
+    config = load_config(teacher)
     spec = spec_for(config)
     before, (after, notes) = spec.sizes(config), check_sizes(config, request)
     both = {"teacher": config, "student": student_config(config, request)}
@@ -183,29 +180,22 @@ def _print_sizes(teacher: str, given: Mapping[str, int | float], overrides: list
     )
 
 
-def _plan(
-    teacher: str,
-    output: Path | None,
-    scores: Path | None,
-    given: Mapping[str, int | float],
-    overrides: list[str],
-    texts: Any,
-) -> None:
+def _plan(teacher: str, output: Path | None, scores: Path | None, request: PrunerConfig, texts: Any) -> None:
     from ..data import tokenize_once
     from ..locks import locked_folder
     from ..models import load_config, load_tokenizer
     from ..pruning.planning import make_plan
-    from ..recipe.reading import apply_overrides
     from ..scoring.scores import ImportanceScores
     from ..sizes.compared import compared_counts
     from ..sizes.request import PrunerConfig
     from ..sizes.student import require_some_size
     from ..vocabulary.counts import count_tokens
 
-    request = PrunerConfig.from_dict(apply_overrides(given, overrides))
     config = load_config(teacher)
     require_some_size(config, request)
     read = None if scores is None else ImportanceScores.from_pretrained(scores)
+    if read is not None:
+        read.require_model(config)  # before the weights are loaded
     counts = None
     if request.vocab_size is not None and texts is not None:
         tokenizer = load_tokenizer(teacher)

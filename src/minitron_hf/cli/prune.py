@@ -57,17 +57,19 @@ def prune(
     texts = None if data is None else _texts(data, split, text_field)
     if is_streamable(teacher) and not in_memory:
         prune_checkpoint(teacher, output, made, data=texts, device=device, **settings)
+        noted = PruningPlan.from_pretrained(output)
     else:
         if not in_memory:
             say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         model, tokenizer = _load(teacher, device=device)
         student: Any = prune_with_plan(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
-        if verify:
-            say(student.pruning_plan.notes[-1])
+        noted = student.pruning_plan
         with replacing_folder(output) as folder:
             stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
             save_model(stored, folder, prune_tokenizer(tokenizer, made))
-            student.pruning_plan.save_pretrained(folder)
+            noted.save_pretrained(folder)
+    for note in noted.notes[len(made.notes) :]:
+        say(note)
     wrote(output)
 
 

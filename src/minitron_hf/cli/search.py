@@ -65,6 +65,7 @@ def search(
     --set takes its other arguments (num_candidates, num_rounds, num_tokens, tolerance, distillation.learning_rate, …).
     The same command resumes an interrupted search.
     """
+    from ..models import load_config
     from ..publishing.plots import write_plots
     from ..recipe.reading import apply_overrides
     from ..recipe.rules import with_new_names
@@ -75,15 +76,14 @@ def search(
 
     sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
-    settings = with_new_names(entries, "search", "--set ")
-    require_search(settings, "--set ")
-    limits = _limits(
-        max_parameters=max_parameters, max_active_parameters=max_active_parameters, max_memory_bytes=max_memory_bytes
-    )
+    require_search(settings := with_new_names(entries, "search", "--set "), "--set ")
+    counted = {"max_parameters": max_parameters, "max_active_parameters": max_active_parameters}
+    limits = _limits(**counted, max_memory_bytes=max_memory_bytes)
     calibration = _texts(data, split, text_field)
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
     read = ImportanceScores.from_pretrained(scores)
+    read.require_model(load_config(teacher))  # before the weights are loaded
     model, tokenizer = _load(teacher, device=device)
     found = search_architectures(
         model,

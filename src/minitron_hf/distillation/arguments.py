@@ -68,7 +68,7 @@ def as_distillation_config(args: Any, student: Any) -> DistillationConfig:
 
     Raises:
         MismatchError: if they are not training arguments.
-        ValueError: if distillation does not support one of them (`DistillationConfig`).
+        DataError: if distillation does not support one of them (`DistillationConfig`).
     """
     if args is None:
         return DistillationConfig(f"{Path(model_name(student) or 'student').name}-distilled")

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import DataError
 from ..losses.signals import SampledSignal, TopKSignal
 
 #: Columns of a cached row. Position by position: tokens and log-probabilities, N * k each; tails of all other tokens.
@@ -118,17 +119,17 @@ def refuse_both(top_k: int | None, num_draws: int | None, dtype: str) -> None:
     """Refuse the most likely tokens and drawn ones in one cache, and log-probabilities that drawn tokens lack.
 
     Raises:
-        ValueError: naming the setting.
+        DataError: naming the setting.
     """
     if num_draws is None:
         return
     if top_k is not None:
-        raise ValueError(
+        raise DataError(
             f"top_k={top_k} and num_draws={num_draws}: a cache holds the most likely tokens or drawn ones. Leave out "
             "one of them."
         )
     if dtype == FIXED:
-        raise ValueError(
+        raise DataError(
             f"dtype={dtype!r} with num_draws={num_draws}: drawn tokens have counts instead of log-probabilities, and "
             "are packed in any case. Leave out dtype."
         )

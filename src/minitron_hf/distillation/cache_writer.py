@@ -23,7 +23,7 @@ from ..compat import commit_hash, dataset_state, on_device
 from ..data.context import context_length
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..files import cached_file_digest, digest, replacing_file, require_writable, versions, write_json
 from ..formats import FORMATS, migrate, write_artefact
 from ..hardware import as_dtype
@@ -109,7 +109,7 @@ def cache_teacher_logits(
         The folder, for `load_teacher_cache`.
 
     Raises:
-        ValueError: if a number is out of range, the dtype is unknown, or both `top_k` and `num_draws` are given.
+        DataError: if a number is out of range, the dtype is unknown, or both `top_k` and `num_draws` are given.
         MismatchError: if the folder was begun with other settings or data, or the arguments cannot be trained from a
             cache.
         OutputError: if the folder cannot be written.
@@ -136,17 +136,17 @@ def cache_teacher_logits(
 def _require_possible(dtype: str, top_k: int | None, **counts: int | None) -> None:
     num_draws = counts["num_draws"]
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+        raise DataError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
     refuse_both(top_k, num_draws, dtype)
     for name, number in counts.items():
         if number is not None and number < 1:
-            raise ValueError(f"{name}={number}: expected at least 1.")
+            raise DataError(f"{name}={number}: expected at least 1.")
 
 
 def _require_top_k(top_k: int, model: PreTrainedModel) -> None:
     vocab_size = output_head(model).vocab_size
     if not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
+        raise DataError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
 
 
 def _row_trainer(

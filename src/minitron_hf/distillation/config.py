@@ -12,6 +12,7 @@ from typing import Any, get_args
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from ..errors import DataError
 from ..hardware import has_fast_bf16, training_device
 from ..losses.divergences import OF_LOGITS, require_divergence
 from .intermediate import Distance
@@ -251,19 +252,19 @@ class DistillationConfig(SFTConfig):
 
     def _require_loss(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: expected a number above 0.")
+            raise DataError(f"temperature={self.temperature}: expected a number above 0.")
         if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight + self.ce_weight == 0:
-            raise ValueError(
+            raise DataError(
                 f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}: expected numbers of at least 0, one above."
             )
         require_divergence(self.divergence, self.jsd_beta, self.temperature)
         self._require_top_k()
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
+            raise DataError(f"loss_chunk_size={self.loss_chunk_size}: expected at least 1 token, or None.")
         if self.max_eval_rows is not None and self.max_eval_rows < 1:
-            raise ValueError(f"max_eval_rows={self.max_eval_rows}: expected at least 1 row, or None for all.")
+            raise DataError(f"max_eval_rows={self.max_eval_rows}: expected at least 1 row, or None for all.")
         if self.eval_task_limit is not None and self.eval_task_limit < 1:
-            raise ValueError(f"eval_task_limit={self.eval_task_limit}: expected at least 1 document, or None for all.")
+            raise DataError(f"eval_task_limit={self.eval_task_limit}: expected at least 1 document, or None for all.")
 
     def _require_top_k(self) -> None:
         if self.top_k is None:
@@ -278,39 +279,39 @@ class DistillationConfig(SFTConfig):
 
     def _require_correction(self) -> None:
         if self.teacher_correction not in (None, "concurrent"):
-            raise ValueError(f"teacher_correction={self.teacher_correction!r}: expected 'concurrent' or None.")
+            raise DataError(f"teacher_correction={self.teacher_correction!r}: expected 'concurrent' or None.")
         rate = self.teacher_original_learning_rate
         if self.teacher_correction and not (isinstance(rate, int | float) and rate > 0):
-            raise ValueError(
+            raise DataError(
                 f"teacher_original_learning_rate={rate!r}: teacher_correction needs the peak learning rate that the "
                 "teacher was trained with, a number above 0."
             )
         if self.teacher_correction and self.teacher_offload:
-            raise ValueError(
+            raise DataError(
                 "teacher_offload: a teacher that is trained (teacher_correction) must be on the device. Leave one out."
             )
         if self.teacher_correction and self.fp16:
-            raise ValueError(
+            raise DataError(
                 "teacher_correction does not work in float16, whose gradients need a scaler. Set fp16=False."
             )
 
     def _refuse_unsupported(self) -> None:
         """Refuse arguments that would have no effect, or would replace the forward pass that computes the loss."""
         if self.loss_type != "nll":
-            raise ValueError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
+            raise DataError(f"loss_type={self.loss_type!r}: distillation has its own loss; leave loss_type as 'nll'.")
         if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor: the teacher's distribution is the target; leave it at 0.")
+            raise DataError("label_smoothing_factor: the teacher's distribution is the target; leave it at 0.")
         if self.use_liger_kernel:
-            raise ValueError(
+            raise DataError(
                 "use_liger_kernel: Liger replaces the forward pass that computes this loss. Its layer kernels are "
                 'available as model_init_kwargs={"use_kernels": True}; the loss is fused already.'
             )
         if self.router_aux_loss_coef != 0:
-            raise ValueError(
+            raise DataError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: not supported in distillation; leave it at 0.0."
             )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
+            raise DataError(
                 f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload optimizer states; expected 'end' "
                 "or 'every_save'."
             )
@@ -330,26 +331,26 @@ class DistillationConfig(SFTConfig):
     def _require_intermediate_losses(self) -> None:
         for name in ("hidden_loss", "embedding_loss"):
             if getattr(self, name) not in (None, *get_args(Distance)):
-                raise ValueError(
+                raise DataError(
                     f"{name}={getattr(self, name)!r}: expected {' or '.join(get_args(Distance))}, or None."
                 )
         if self.hidden_layers is not None:
             pairs = self.hidden_layers
             if not _are_pairs(pairs):
-                raise ValueError(
+                raise DataError(
                     f"hidden_layers={pairs}: expected a list of pairs [layer of the teacher, layer of the student]."
                 )
             if self.hidden_loss is None:
-                raise ValueError("hidden_layers has no effect without hidden_loss. Set hidden_loss='cosine' or 'mse'.")
+                raise DataError("hidden_layers has no effect without hidden_loss. Set hidden_loss='cosine' or 'mse'.")
         weight: Any = self.intermediate_weight
         with contextlib.suppress(TypeError, ValueError):
             weight = float(weight)
         if weight != "dynamic" and not (isinstance(weight, float) and weight >= 0):
-            raise ValueError(
+            raise DataError(
                 f"intermediate_weight={self.intermediate_weight!r}: expected 'dynamic' or a number of at least 0."
             )
         if weight == "dynamic" and self.kd_weight == 0 and (self.hidden_loss or self.embedding_loss):
-            raise ValueError(
+            raise DataError(
                 "intermediate_weight='dynamic' is relative to the divergence, whose weight is 0 (kd_weight=0). "
                 "Set intermediate_weight to a number."
             )

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from ..compat import without_checkpointing_warning
 from ..data.context import context_length
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..families import spec_for
 from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions
 from ..formats import write_artefact
@@ -100,7 +100,7 @@ def correct_teacher(
         The folder of the corrected teacher, a stock model in the dtype of the given one.
 
     Raises:
-        ValueError: if the method is unknown or a number is out of range.
+        DataError: if the method is unknown or a number is out of range.
         OutputError: if the folder cannot be written, is the teacher's own, or another run uses it.
         UnsupportedModelError: if the teacher is quantised, or has an adapter.
         MismatchError: if the folder holds a checkpoint of another training.
@@ -122,10 +122,10 @@ def correct_teacher(
 
 def _require_request(method: str, original_learning_rate: float, num_tokens: int) -> None:
     if method not in get_args(Method):
-        raise ValueError(f"method={method!r}: expected one of {', '.join(get_args(Method))}.")
+        raise DataError(f"method={method!r}: expected one of {', '.join(get_args(Method))}.")
     for name, value in (("original_learning_rate", original_learning_rate), ("num_tokens", num_tokens)):
         if not value > 0:
-            raise ValueError(f"{name}={value!r}: expected a number above 0.")
+            raise DataError(f"{name}={value!r}: expected a number above 0.")
 
 
 def _training_arguments(

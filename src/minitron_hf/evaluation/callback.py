@@ -37,7 +37,7 @@ class MeasurementCallback(TrainerCallback):
         trainer: the trainer.
         reference: the model to compare with, such as the teacher; None: no comparison.
         dataset: held-out text, as in `token_rows`; needed with a reference.
-        num_rows: number of its rows.
+        num_rows: stop reading after the document that completes so many rows (`evaluate_models`).
         max_length: longest row, in tokens; default 512, or the models' context if that is shorter.
         tasks: lm-evaluation-harness tasks or presets (the extra `eval`).
         task_limit: number of documents per task; None: all.

@@ -119,7 +119,8 @@ def evaluate_models(
         reference: name of the model that the others are compared with; default `"teacher"` if there is one, else the
             first. A single model has no reference.
         max_length: longest row, in tokens; by default the shortest context of the models, at most 2,048.
-        num_rows: number of rows after which to stop reading; None: all.
+        num_rows: stop reading after the document that completes so many rows; all of its rows are measured, so that
+            bits per byte are exact. None: read all. The result has the number of rows that were measured.
         batch_size: rows per forward pass; logits exist for one row of two models at a time.
         text_field: column that holds the text.
         assistant_only: measure the assistant's turns of conversations alone, as training with `assistant_only_loss`

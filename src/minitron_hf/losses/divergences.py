@@ -195,17 +195,17 @@ def require_divergence(name: str, beta: float, temperature: float) -> None:
     """Refuse an unknown divergence, and parameters that do not fit it.
 
     Raises:
-        ValueError: naming what is expected.
+        DataError: naming what is expected.
     """
     names = divergence_names()
     if name not in names:
-        raise ValueError(
+        raise DataError(
             f"divergence={name!r}: expected one of {', '.join(names)}.{did_you_mean(str(name), names)} "
             "register_divergence adds one."
         )
     if not 0 < beta < 1:
-        raise ValueError(
+        raise DataError(
             f"jsd_beta={beta}: expected a number between 0 and 1; the limits are the forward and the reverse KL."
         )
     if name in OF_LOGITS and temperature != 1:
-        raise ValueError(f"temperature={temperature}: divergence={name!r} compares logits, which have no temperature.")
+        raise DataError(f"temperature={temperature}: divergence={name!r} compares logits, which have no temperature.")

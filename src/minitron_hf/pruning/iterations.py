@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import DataSource, tokenize_once
-from ..errors import PlanError
+from ..errors import PlanError, checks_kinds
 from ..families import FIELD_OF_AXIS, ArchSpec, spec_for
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CALIBRATION_ARGUMENTS = ("num_rows", "max_length", "packing", "batch_size")
 
 
+@checks_kinds
 def iterate_importance(
     model: PreTrainedModel,
     config: PrunerConfig,

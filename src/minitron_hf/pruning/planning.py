@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from ..compat import commit_hash
-from ..errors import MismatchError, PlanError
+from ..errors import MismatchError, PlanError, checks_kinds
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS
 from ..files import public_name
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..vocabulary.counts import TokenCounts, VocabularyCut
 
 
+@checks_kinds
 def make_plan(
     model_or_config: PreTrainedModel | PretrainedConfig,
     config: PrunerConfig,
@@ -67,7 +68,7 @@ def make_plan(
     _require_scores(cut, ranked, scores)
     layers_kept = choose_layers(spec, teacher_config, after["layers"], config, scores)
     nonuniform_sizes = _choose_nonuniform_sizes(config, before, after, layers_kept, scores)
-    notes += [*_notes_on_sizes(nonuniform_sizes), *([vocabulary.note] if vocabulary else [])]
+    notes += _notes_on_sizes(nonuniform_sizes, vocabulary, after == before and config.model_type is None)
     student = build_student_config(
         spec, teacher_config, after, layers_kept, **_config_options(config, nonuniform_sizes, vocabulary)
     )
@@ -231,11 +232,15 @@ def _describe_scores(scores: ImportanceScores | None) -> dict[str, Any]:
     return {"selection": str(scores.settings["metric"]), "scores": described}
 
 
-def _notes_on_sizes(nonuniform_sizes: Mapping[str, Sequence[int]]) -> list[str]:
-    return [
+def _notes_on_sizes(
+    nonuniform_sizes: Mapping[str, Sequence[int]], vocabulary: VocabularyCut | None, unchanged: bool
+) -> list[str]:
+    notes = ["Nothing is cut: all sizes are the teacher's."] if unchanged else []
+    notes += [
         f"{FIELD_OF_AXIS[axis]} differs by layer, from {min(counts)} to {max(counts)}."
         for axis, counts in nonuniform_sizes.items()
     ]
+    return notes if vocabulary is None else [*notes, vocabulary.note]
 
 
 def _notes_on_weights(

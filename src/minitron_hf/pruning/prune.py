@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..data.tokens import tokenizer_digest
-from ..errors import MismatchError, PlanError, accept_old_names
+from ..errors import MismatchError, PlanError, accept_old_names, checks_kinds
 from ..models import (
     load_config,
     load_for_compute,
@@ -32,7 +32,7 @@ from .candidates import Candidate, Divergence, OwnScore, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
 from .planning import make_plan
-from .repair import repaired_weights
+from .repair import refit
 from .surgery import apply_plan
 from .verification import note_verification
 
@@ -46,6 +46,7 @@ COUNTED_TOKENS = 10_000_000
 
 
 @accept_old_names(num_samples="num_rows")
+@checks_kinds
 def prune_model(
     model_or_path: PreTrainedModel | str | os.PathLike[str],
     config: PrunerConfig,
@@ -120,16 +121,17 @@ def prune_model(
         )
     else:
         plan = make_plan(model, config, scores, token_counts=token_counts)
-    _log_notes(plan)
+    _log_notes(plan.notes)
     student: Any = prune_with_plan(
         model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
     )
+    _log_notes(student.pruning_plan.notes[len(plan.notes) + verify :])
     stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
     return student if stored is None else student.to(stored)
 
 
-def _log_notes(plan: PruningPlan) -> None:
-    for note in plan.notes:
+def _log_notes(notes: Sequence[str]) -> None:
+    for note in notes:
         logger.warning(note)
 
 
@@ -194,6 +196,7 @@ def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
         shapes_near_target(teacher, config)
 
 
+@checks_kinds
 def plan_for_target(
     model: PreTrainedModel,
     request: PrunerConfig,
@@ -244,6 +247,7 @@ def plan_for_target(
             "plan_for_target needs target_parameters or target_active_parameters. With sizes, call "
             "make_plan(model, request, scores)."
         )
+    scores.require_model(model)
     score = OwnScore.of(score_func, score_floor)
     shapes = select_diverse(shapes_near_target(model.config, request, tolerance=tolerance), num_shapes)
     max_length = max_length or default_max_length(model.config)
@@ -349,6 +353,7 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
     return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 
 
+@checks_kinds
 def prune_with_plan(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -380,9 +385,12 @@ def prune_with_plan(
         plan = note_verification(model, student, plan)
     if plan.repair:
         repaired = None
+        notes: list[str] = []
         if data is not None:
-            repaired = repaired_weights(model, plan, data, processing_class=processing_class, **row_arguments)
+            rows = {"processing_class": processing_class, **row_arguments}
+            repaired = dict(refit(model, plan, data, notes=notes, **rows))
         student = apply_plan(model, plan, repaired=repaired)
+        plan = replace(plan, notes=(*plan.notes, *notes))
     elif student is None:
         student = apply_plan(model, plan)
     student.pruning_plan = plan

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError, UnsupportedModelError, accept_old_names
+from ..errors import DataError, UnsupportedModelError, accept_old_names, checks_kinds
 from ..families import spec_for
 from ..hardware import free_memory
 from ..scoring.calibration import load_calibration
@@ -65,6 +65,7 @@ TOKENS_PER_INPUT = 16
 
 
 @accept_old_names(num_samples="num_rows")
+@checks_kinds
 def repaired_weights(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -106,6 +107,7 @@ def repaired_weights(
         DataError: if `memory_limit` is not positive; see also `estimate_importance`.
         UnsupportedModelError: if the teacher does not call a projection, or gives it values that are not finite.
     """
+    notes: list[str] = []
     refitted = refit(
         model,
         plan,
@@ -117,8 +119,12 @@ def repaired_weights(
         batch_size=batch_size,
         ridge=ridge,
         memory_limit=memory_limit,
+        notes=notes,
     )
-    return dict(refitted)
+    weights = dict(refitted)
+    for note in notes:
+        logger.warning(note)
+    return weights
 
 
 def refit(
@@ -134,6 +140,7 @@ def refit(
     ridge: float | None = None,
     memory_limit: float | None = None,
     device: torch.device | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what `repaired_weights` returns, each tensor as soon as it is complete.
 
@@ -152,13 +159,12 @@ def refit(
         ridge: see there.
         memory_limit: see there.
         device: on which a teacher computes whose tensors are on disk.
+        notes: gets notes for the plan, on dropped layers that nothing makes up for.
     """
-    _check_arguments(model, plan, memory_limit, ridge)
-    model, plan = rotated_model(model, plan), plan.with_whole_vocabulary()
-    if not (inputs := cut_inputs(model, plan)):
+    model, plan = _checked_arguments(model, plan, memory_limit, ridge)
+    if not (inputs := cut_inputs(model, plan, notes)):
         return
     rows = (num_rows, max_length, packing, batch_size)
-    # Scoring has tested these rows; every pass would read the whole teacher from disk.
     calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
     device = input_device(model) if device is None else device
     limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
@@ -183,16 +189,17 @@ def refit(
     _report(inputs, num_tokens, ridges)
 
 
-def _check_arguments(
+def _checked_arguments(
     model: PreTrainedModel, plan: PruningPlan, memory_limit: float | None, ridge: float | None
-) -> None:
-    """Refuse a plan for another teacher, and numbers without a meaning."""
+) -> tuple[PreTrainedModel, PruningPlan]:
+    """The teacher on the plan's axes, with all tokens; refuses another teacher, and numbers without a meaning."""
     if memory_limit is not None and not memory_limit > 0:
         raise DataError(f"memory_limit={memory_limit!r}: expected a number of bytes above 0.")
     if ridge is not None and not 0 <= ridge < math.inf:
         raise DataError(f"ridge={ridge!r}: expected a number of 0 or more, or None to choose it on held-out rows.")
     spec_for(model.config).check(model)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
+    return rotated_model(model, plan), plan.with_whole_vocabulary()
 
 
 def input_groups(

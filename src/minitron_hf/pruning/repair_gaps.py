@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
-
-logger = logging.getLogger(__name__)
 
 #: Tokens of the pass that tries what a layer does with the output of a projection.
 NUM_TRACED = 8
@@ -106,7 +103,9 @@ def stream_writers(model: PreTrainedModel, layer: int) -> list[Projection]:
 
 
 @torch.no_grad()
-def find_gaps(model: PreTrainedModel, plan: PruningPlan) -> dict[str, tuple[int, Projection, Gap]]:
+def find_gaps(
+    model: PreTrainedModel, plan: PruningPlan, notes: list[str] | None = None
+) -> dict[str, tuple[int, Projection, Gap]]:
     """The projections that make up for the dropped layers of a plan.
 
     It is the last projection of the layer before that the forward pass calls. What the layer does with its output is
@@ -116,28 +115,35 @@ def find_gaps(model: PreTrainedModel, plan: PruningPlan) -> dict[str, tuple[int,
     Args:
         model: the teacher.
         plan: made for it.
+        notes: gets a note for the plan on every run of layers that nothing makes up for.
 
     Returns:
         Path of the projection → index of its layer, projection and gap.
     """
     spec = spec_for(model.config)
     runs = {first - 1: (first, last) for first, last in dropped_runs(plan)}
+    notes = [] if notes is None else notes
     if -1 in runs:
-        logger.info("Repair: nothing makes up for layers %s to %s: no layer that stays is before them.", *runs.pop(-1))
-    if not runs or spec.stream.stacked_states:
+        notes.append(_missed(*runs.pop(-1), "no layer that stays is before them."))
+    if spec.stream.stacked_states:
+        notes += [_missed(*run, "this family has several residual streams.") for run in runs.values()]
+        return {}
+    if not runs:
         return {}
     tried = _linear_writers(model, spec, list(runs))
     found = {}
     for layer, (first, last) in runs.items():
         if layer not in tried:
-            logger.info(
-                "Repair: nothing makes up for layers %s to %s: the layer before changes what its last projection "
-                "writes.", first, last,
-            )  # fmt: skip
+            notes.append(_missed(first, last, "the layer before changes what its last projection writes."))
             continue
         projection, factor = tried[layer]
         found[projection.path] = layer, projection, Gap(first, last, factor, spec.sizes(model.config)["hidden"])
     return found
+
+
+def _missed(first: int, last: int, why: str) -> str:
+    layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+    return f"Repair: nothing makes up for {layers}: {why}"
 
 
 def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -> dict[int, tuple[Projection, float]]:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..compat import storage_id
 from ..data import DataSource, TokenRows
-from ..errors import OutputError, PlanError, UnsupportedModelError
+from ..errors import OutputError, PlanError, UnsupportedModelError, checks_kinds
 from ..families import named_tensors, spec_for
 from ..files import remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@checks_kinds
 def prune_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -106,7 +107,7 @@ def prune_checkpoint(
         processing_class = load_tokenizer(folder)
     repair_arguments |= {"processing_class": processing_class, "device": as_device(device or default_device())}
     with replacing_folder(target) as temporary:
-        student = _build_student(teacher, plan, dtype, data, temporary / "refitted", repair_arguments)
+        student, plan = _build_student(teacher, plan, dtype, data, temporary / "refitted", repair_arguments)
         _write_student(temporary, student, plan, copied, tokenizer, max_shard_size, show_progress)
         remove(temporary / "refitted", missing_ok=True)
     return target
@@ -125,8 +126,8 @@ def _build_student(
     data: DataSource | None,
     folder: Path,
     repair_arguments: Mapping[str, Any],
-) -> PreTrainedModel:
-    """The student, whose tensors are on disk.
+) -> tuple[PreTrainedModel, PruningPlan]:
+    """The student, whose tensors are on disk, and the plan with the notes of its repair.
 
     Args:
         teacher: its tensors are on disk.
@@ -137,18 +138,19 @@ def _build_student(
         repair_arguments: of `refit`.
     """
     if not plan.repair and plan.basis is None:
-        return apply_plan(teacher, plan)
+        return apply_plan(teacher, plan), plan
     computed = for_compute(teacher, repair_arguments["device"], None if dtype in (None, "auto") else as_dtype(dtype))
     refitted = None
+    notes: list[str] = []
     if plan.repair:
         assert data is not None
-        refitted = on_disk(refit(computed, plan, data, **repair_arguments), folder)
+        refitted = on_disk(refit(computed, plan, data, notes=notes, **repair_arguments), folder)
     student = apply_plan(computed, plan, repaired=refitted)
     theirs = named_tensors(teacher)
     for name, source, _ in spec_for(teacher.config).student_tensors(theirs, student.config, plan.layers_kept):
         set_tensor(student, name, tensor_values(student, name).detach().to(theirs[source].dtype))
     student.tie_weights()
-    return student
+    return student, replace(plan, notes=(*plan.notes, *notes))
 
 
 def _require_data(plan: PruningPlan, data: DataSource | None, repair_arguments: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..compat import build_from_config, no_init_weights, use_same_kernels
-from ..errors import MismatchError, PlanError, UnsupportedModelError
+from ..errors import MismatchError, PlanError, UnsupportedModelError, checks_kinds
 from ..families import VOCABULARY, ArchSpec, named_tensors, spec_for
 from ..families.axes import Axis, Dimension, dimension_axes, dimension_index
 from ..models import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@checks_kinds
 def apply_plan(
     model: PreTrainedModel, plan: PruningPlan, *, repaired: Mapping[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:

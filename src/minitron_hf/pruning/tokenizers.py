@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..data.tokens import text_tokenizer
+from ..errors import checks_kinds
 from ..families import VOCABULARY
 from ..vocabulary.stored import StoredCut
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .plan import PruningPlan
 
 
+@checks_kinds
 def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedTokenizerBase:
     """The tokenizer of a plan's student.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError, UnsupportedModelError, VerificationError
+from ..errors import PlanError, UnsupportedModelError, VerificationError, checks_kinds
 from ..families import VOCABULARY
 from ..models import evaluating, plain_model
 from ..weights import input_device
@@ -32,6 +32,7 @@ ROUNDINGS = 30
 NUM_TOKENS = (2, 24)
 
 
+@checks_kinds
 @torch.no_grad()
 def verify_student(
     teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan, *, input_ids: Tensor | None = None

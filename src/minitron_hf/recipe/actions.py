@@ -9,6 +9,7 @@ from ..formats import write_artefact
 from ..models import load_model
 from ..pruning.candidates import best_shape
 from ..pruning.iterations import iterate_importance
+from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
 from ..pruning.prune import COUNTED_TOKENS, plan_for_target
 from ..pruning.stored_checkpoint import is_streamable
@@ -143,11 +144,13 @@ def _prune(run: Run) -> None:
             show_progress=run.show_progress,
             **repair,
         )
+        noted = PruningPlan.from_pretrained(run.folder / PRUNED_DIR)
     else:
         student = run.prune_with_plan(plan, verify=run.recipe.verify)
-        if run.recipe.verify:
-            student.pruning_plan.save_pretrained(run.folder)
+        noted = student.pruning_plan
         _save_student(student, prune_tokenizer(run.tokenizer, plan), run.folder / PRUNED_DIR, run.teacher_config)
+    if noted.notes != plan.notes:  # of a verification, or a repair
+        noted.save_pretrained(run.folder)
     if run.number > 1:
         run.release("teacher")  # whoever needs it still loads it again
 

@@ -12,7 +12,7 @@ from ..distillation.checks import refuse_own_folder, refuse_top_k
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
-from ..models import count_parameters, empty_model, first_line
+from ..models import count_parameters, empty_model, first_line, stored_dtype
 from ..scoring.removal import require_depth
 from ..sizes.compared import compared_counts
 from ..sizes.counts import parameter_counts
@@ -74,6 +74,8 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
         require_choice(run.tokenizer, chosen[1][VOCABULARY], spec.sizes(config)[VOCABULARY])
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
+    if "max_seconds_per_token" in (recipe.search or {}):
+        notes.append("Not checked: max_seconds_per_token, which the search measures. It may leave fewer shapes.")
     if "distill" in {name.rpartition("/")[2] for name in names}:
         notes = [*_short_rows(run, arguments), *corpus_notes(run), *notes]
     if chosen is None:
@@ -205,18 +207,28 @@ def _shapes_to_compare(recipe: Recipe, config: PretrainedConfig) -> list[Shape] 
     request = recipe.pruner_config
     if recipe.search is None:
         return shapes_near_target(config, request) if request.targets else None
-    from ..search.budget import given_budgets
+    import torch
+
+    from ..search.architectures import search_architectures
+    from ..search.budget import MEASURED, given_budgets, memory_cost
 
     arguments = search_arguments(recipe)
     names = inspect.signature(given_budgets).parameters
     budgets = given_budgets(**{name: arguments[name] for name in names if name in arguments})
-    counted = {name: limit for name, limit in budgets.items() if name in COUNTED}
+    known = {name: limit for name, limit in budgets.items() if name != MEASURED}
     shapes = enumerate_shapes(config, arguments["space"], request).shapes
-    if not counted:
+    if not known:
         return shapes
-    # Where other budgets are given too, a shape may use one of those, and stay far below the counted ones.
-    tolerance = arguments.get("tolerance", TOLERANCE) if counted == budgets else 1.0
-    return require_budgets(shapes, counted, tolerance, counted_cost)
+    given = inspect.signature(search_architectures).parameters
+    cache = {name: arguments.get(name, given[name].default) for name in ("context_length", "batch_size")}
+    bytes_of = memory_cost(config, dtype=stored_dtype(config) or torch.float32, **cache)
+
+    def cost(name: str, shape: Shape) -> float:
+        return counted_cost(name, shape) if name in COUNTED else bytes_of(shape)
+
+    # Where time is limited, too, a shape may use that budget, and stay far below the others.
+    tolerance = arguments.get("tolerance", TOLERANCE) if known == budgets else 1.0
+    return require_budgets(shapes, known, tolerance, cost)
 
 
 def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[PretrainedConfig], dict[str, int], list[str]]:

@@ -13,7 +13,18 @@ from ..data.loading import local_dataset
 from ..errors import DataError
 from ..files import cached_file_digest, digest, local_folder, local_path
 from ..models import load_config
-from .schema import DataSection, DatasetSection, TeacherSection, TrainingSection
+from ..sizes.request import PrunerConfig
+from .schema import (
+    CacheSection,
+    ChatSection,
+    CorrectionSection,
+    DataSection,
+    DatasetSection,
+    EvaluateSection,
+    GenerateSection,
+    TeacherSection,
+    TrainingSection,
+)
 
 #: Files of a local teacher that decide what it computes and which tokens it sees.
 MODEL_FILES = (
@@ -30,6 +41,17 @@ PUBLISHING = frozenset(
         "trackio_bucket_id", "trackio_static_space_id",
     }
 )  # fmt: skip
+
+#: Entry of a stage's settings → the class whose fields stand there (`formats.without_new_defaults`).
+FIELDS_OF: Mapping[str, type] = {
+    "prune": PrunerConfig,
+    "evaluate": EvaluateSection,
+    "chat": ChatSection,
+    "teacher_cache": CacheSection,
+    "teacher_correction": CorrectionSection,
+    "generate": GenerateSection,
+    **dict.fromkeys(("train", "eval", "data", "parts", "prompts"), DatasetSection),
+}
 
 
 def without_publishing(settings: Any) -> Any:

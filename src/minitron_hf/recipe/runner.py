@@ -9,35 +9,51 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import MinitronError, MismatchError, OutputError
+from ..errors import MinitronError, MismatchError, OutputError, checks_kinds
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
-from ..formats import read_artefact, require_readable, write_artefact
+from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from ..publishing.markdown import duration
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
-from .identity import hub_commit
+from .identity import FIELDS_OF, hub_commit
 from .progress import progress_bars
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import Stage, stages_of, stages_until
+from .stages import CARD, PUBLISH, Stage, stages_of, stages_until
 from .usage import Usage, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
 RECORD_KIND = f"{STAGES_DIR}/*.json"
 
 
-def stage_digests(recipe: Recipe) -> dict[str, str]:
-    """Digest of each stage's settings, external inputs and earlier stages."""
+def stage_digests(recipe: Recipe, folder: Path | None = None) -> dict[str, str]:
+    """Digest of each stage's settings, external inputs and earlier stages.
+
+    Args:
+        recipe: the recipe.
+        folder: run folder. A stage that an earlier version has done with the same settings has the digest that this
+            version gave it, although there are new settings now, if these have their defaults.
+    """
     digests: dict[str, str] = {}
     for stage in stages_of(recipe):
-        if stage.wanted(recipe):
-            above = [digests.get(name) for name in stage.inputs_in(recipe)]
-            digests[stage.name] = digest(stage.name, stage.dependencies(recipe), above)
+        if not stage.wanted(recipe):
+            continue
+        above = [digests.get(name) for name in stage.inputs_in(recipe)]
+        settings = stage.dependencies(recipe)
+        digests[stage.name] = digest(stage.name, settings, above)
+        record = None
+        with contextlib.suppress(MismatchError):  # a record that cannot be read is refused or redone later
+            record = None if folder is None else _record(folder, stage.name)
+        if record is not None:
+            earlier = digest(stage.name, without_new_defaults(settings, record["settings"], FIELDS_OF), above)
+            if record["digest"] == earlier:
+                digests[stage.name] = earlier
     return digests
 
 
+@checks_kinds
 def run_recipe(
     recipe: Recipe,
     *,
@@ -90,7 +106,7 @@ def _run_stages(
     """Check the run folder, announce the run, then run the unfinished stages."""
     recipe = run.recipe
     hub_commit.cache_clear()
-    digests = stage_digests(recipe)
+    digests = stage_digests(recipe, run.folder)
     _require_own_folder(run.folder)
     wanted = stages_until(recipe, until)
     with locked_folder(require_writable(run.folder)):
@@ -146,7 +162,7 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     _require_own_folder(folder)
     if (folder / STAGES_DIR).is_dir() and not redo:
         hub_commit.cache_clear()
-        _require_usable(folder, stages_until(recipe, until), recipe, stage_digests(recipe))
+        _require_usable(folder, stages_until(recipe, until), recipe, stage_digests(recipe, folder))
         _drop_rounds(folder, recipe, redo)
     return shapes
 
@@ -158,12 +174,19 @@ def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str]
         _clear(run.folder, stage)
     report(f"[{stage.name}] {stage.help}{remark}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
-    records = [_record(run.folder, one.name) for one in stages_of(run.recipe)]
-    write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])
+    _write_costs(run)
     with measured_usage(run.folder) as usage, _explain_storage_errors():
         stage.run(run)
     _write_record(run.folder, stage, run.recipe, stage_digest, "done", usage)
+    if stage.name not in (CARD, PUBLISH):  # the card shows what was known when it was written
+        _write_costs(run)
     gc.collect()
+
+
+def _write_costs(run: Run) -> None:
+    """Write what the finished stages took."""
+    records = [_record(run.folder, one.name) for one in stages_of(run.recipe)]
+    write_costs(run.folder, [one for one in records if one is not None and one["status"] == "done"])
 
 
 def _require_own_folder(folder: Path) -> None:
@@ -262,7 +285,8 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     record = _record(folder, stage.name)
     if record is None or record["digest"] == stage_digest or record["status"] != "done":
         return  # an unfinished stage accepts corrected inputs
-    old, new = _flatten(record["settings"]), _flatten(recorded_settings(stage.dependencies(recipe)))
+    settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
+    old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"
     raise MismatchError(

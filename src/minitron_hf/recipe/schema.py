@@ -90,11 +90,6 @@ class CacheSection:
         """Tokens per position, at most."""
         return self.kept or (self.num_draws or 0) + 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings that decide the contents; settings that came later are left out where they are not used."""
-        settings = {**asdict(self), "top_k": self.kept}
-        return {name: value for name, value in settings.items() if value is not None}
-
 
 @dataclass(frozen=True)
 class DistributedSection:
@@ -115,7 +110,8 @@ class EvaluateSection:
 
     Attributes:
         max_length: tokens in a row.
-        num_rows: rows to measure; None: all.
+        num_rows: stop reading after the document that completes so many rows; all of its rows are measured, so that
+            bits per byte are exact. None: read all.
         batch_size: rows per batch.
         speed: measure prefill and decode speed.
         speed_batch_sizes: numbers of prompts at a time to time, beside one prompt.

@@ -239,8 +239,8 @@ def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, wh
     assert section is not None
     try:
         refuse_both(section.top_k, section.num_draws, section.dtype)
-    except ValueError as error:
-        raise DataError(f"teacher_cache: {error}") from error
+    except DataError as error:
+        raise DataError(f"teacher_cache.{error}") from error
     refuse_uncacheable(args, num_draws=section.num_draws)
     whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
     if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:

@@ -43,10 +43,10 @@ from .run import (
     UNFINISHED_DIR,
     Run,
 )
-from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, EvaluateSection, Recipe
+from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 
-#: The stage that lets the teacher write training text.
-GENERATE = "generate"
+#: The stage that lets the teacher write training text; those that publish.
+GENERATE, CARD, PUBLISH = "generate", "card", "publish"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _cache_settings(recipe: Recipe) -> Any:
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     return {
         "teacher": model_identity(recipe.teacher),
-        "teacher_cache": recipe.teacher_cache.to_dict(),
+        "teacher_cache": {**asdict(recipe.teacher_cache), "top_k": recipe.teacher_cache.kept},
         "distill": {name: settings[name] for name in cached_arguments() if name in settings},
         "train": training_identity(recipe.data),
         "eval": dataset_identity(recipe.data.eval),
@@ -155,19 +155,9 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-#: Entries of `evaluate` that finished stages of older versions have not recorded.
-_NEW_EVALUATE_ENTRIES = (
-    "task_models", "task_data", "confirm_run_unsafe_code", "draft_prompts", "draft_tokens", "speed_batch_sizes",
-    "speed_prompt_tokens",
-)  # fmt: skip
-
-
 def _evaluation_settings(recipe: Recipe) -> Any:
-    settings, defaults = asdict(recipe.evaluate), asdict(EvaluateSection())
+    settings = asdict(recipe.evaluate)
     del settings["chat"]
-    for name in _NEW_EVALUATE_ENTRIES:
-        if settings[name] == defaults[name]:
-            del settings[name]
     if recipe.evaluate.chat is not None:
         settings["chat"] = {**asdict(recipe.evaluate.chat), "prompts": dataset_identity(recipe.evaluate.chat.prompts)}
     turns = {"assistant_only": True} if recipe.measures_turns else {}
@@ -298,7 +288,7 @@ STAGES: tuple[Stage, ...] = (
         leftovers=("samples.json", "benchmarks.json"),
     ),
     Stage(
-        "card",
+        CARD,
         "draw the plots, write the report and the model card",
         ("evaluate",),
         lambda recipe: {},
@@ -306,9 +296,9 @@ STAGES: tuple[Stage, ...] = (
         _card,
     ),
     Stage(
-        "publish",
+        PUBLISH,
         "upload everything to the Hub in one commit",
-        ("card",),
+        (CARD,),
         lambda recipe: None if recipe.publish is None else recipe.publish.given(),
         (),
         _publish,

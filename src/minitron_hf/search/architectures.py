@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import DataSource, TokenRows, token_rows
-from ..errors import PlanError, accept_old_names
+from ..errors import PlanError, accept_old_names, checks_kinds
 from ..evaluation.speed import measure_speed
 from ..files import digest
+from ..formats import without_new_defaults
 from ..locks import with_locked_folder
 from ..pruning.candidates import Candidate, Divergence, OwnScore, paired_gap
 from ..pruning.plan import PruningPlan
@@ -33,7 +34,7 @@ from ..sizes.shapes import COUNTED, TOLERANCE, Enumeration, Shape, Space, enumer
 from ..weights import model_digest
 from .brief_distillation import BriefDistillation
 from .budget import given_budgets, shapes_within_budget
-from .record import SearchRecord
+from .record import SearchRecord, stored_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ class SearchResult:
 
 
 @accept_old_names(num_proxied="num_pruned")
+@checks_kinds
 @with_locked_folder("output_dir")
 def search_architectures(
     model: PreTrainedModel,
@@ -139,6 +141,7 @@ def search_architectures(
     """
     if base is not None and base.vocab_size is not None:
         raise PlanError("base.vocab_size: candidates are compared with the teacher on the same tokens. Leave it out.")
+    scores.require_model(model)
     budgets = given_budgets(max_parameters, max_active_parameters, max_memory_bytes, max_seconds_per_token)
     score = OwnScore.of(score_func, score_floor)
     _require_distillable(train_dataset, output_dir, distillation or {})
@@ -162,7 +165,8 @@ def search_architectures(
         "batch_size": batch_size,
         **({} if score is None else {"score_func": getattr(score_func, "__qualname__", "score_func")}),
     }
-    inputs = digest(model_digest(model), scores.digest, settings, rows.digest, held_out.digest)
+    known = without_new_defaults(settings, stored_settings(output_dir), {"base": PrunerConfig})
+    inputs = digest(model_digest(model), scores.digest, known, rows.digest, held_out.digest)
     if repair_rows is not None:
         inputs = digest(inputs, repair_rows.digest)
     record = SearchRecord(output_dir, inputs, settings, show_progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,10 @@ from ..weights import input_device
 from .record import SearchRecord
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: The budget that is measured on the machine of the search; the others follow from configs.
+MEASURED = "max_seconds_per_token"
 
 
 def given_budgets(
@@ -68,23 +71,45 @@ def shapes_within_budget(
     dtype = stored_dtype(model.config) or model.dtype
     if torch.promote_types(dtype, model.dtype) != model.dtype:
         dtype = model.dtype  # the model was loaded in a narrower dtype
+    bytes_of = memory_cost(model.config, context_length=context_length, batch_size=batch_size, dtype=dtype)
 
     def cost(name: str, shape: Shape) -> float:
         if name in COUNTED:
             return counted_cost(name, shape)
         costs = record.costs.setdefault(name, {})
         if shape.name not in costs:
-            config = student_config(model.config, shape.request)
             if name == "max_memory_bytes":
-                costs[shape.name] = memory_bytes(
-                    config, shape.num_parameters, context_length=context_length, batch_size=batch_size, dtype=dtype
-                )
+                costs[shape.name] = bytes_of(shape)
             else:
-                costs[shape.name] = seconds_per_token(model, config)
+                costs[shape.name] = seconds_per_token(model, student_config(model.config, shape.request))
             record.save()
         return costs[shape.name]
 
     return require_budgets(shapes, budgets, tolerance, cost)
+
+
+def memory_cost(
+    config: PretrainedConfig, *, context_length: int, batch_size: int, dtype: torch.dtype
+) -> Callable[[Shape], int]:
+    """Return a function: shape → what `max_memory_bytes` counts of it, computed once for each shape.
+
+    Args:
+        config: the teacher's.
+        context_length: tokens of every sequence in the cache.
+        batch_size: sequences in it.
+        dtype: of weights and cache.
+    """
+    known: dict[str, int] = {}
+
+    def bytes_of(shape: Shape) -> int:
+        if shape.name not in known:
+            student = student_config(config, shape.request)
+            known[shape.name] = memory_bytes(
+                student, shape.num_parameters, context_length=context_length, batch_size=batch_size, dtype=dtype
+            )
+        return known[shape.name]
+
+    return bytes_of
 
 
 @torch.no_grad()

@@ -23,6 +23,12 @@ from ..sizes.shapes import Shape
 CANDIDATES_DIR = "candidates"
 
 
+def stored_settings(folder: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The settings of the search that was done in a folder; empty without one."""
+    path = None if folder is None else Path(folder) / SEARCH_NAME
+    return read_artefact(path)["settings"] if path is not None and path.is_file() else {}
+
+
 class SearchRecord:
     """Results so far: on disk, and as a table on the terminal.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..compat import use_same_kernels
-from ..errors import PlanError
+from ..errors import PlanError, checks_kinds
 from ..families import (
     FIELD_OF_AXIS,
     PRUNER_FIELDS,
@@ -47,6 +47,7 @@ NORM_EPSILONS = (
 )
 
 
+@checks_kinds
 def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> PretrainedConfig:
     """The student's config, from the teacher's config alone.
 
@@ -70,6 +71,7 @@ def student_config(config: PretrainedConfig, pruner_config: PrunerConfig) -> Pre
     )
 
 
+@checks_kinds
 def check_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tuple[dict[str, int], list[str]]:
     """Sizes of the student and notes, by `resolve_sizes`; refuses also sizes that no tensor of the teacher has.
 
@@ -86,16 +88,20 @@ def check_sizes(config: PretrainedConfig, pruner_config: PrunerConfig) -> tuple[
 
 
 def require_some_size(config: PretrainedConfig, pruner_config: PrunerConfig) -> None:
-    """Refuse a request that names nothing to cut.
+    """Refuse a request that names nothing to cut, or gives all sizes as they are.
 
     Raises:
         UnsupportedModelError: if the family is unknown.
-        PlanError: listing what can be cut, with the teacher's sizes.
+        PlanError: listing what can be cut, with the teacher's sizes; or if the sizes are impossible.
     """
-    wanted = (*PRUNER_FIELDS, VOCABULARY_FIELD, "layers_to_drop", *TARGETS, "model_type")
-    if any(getattr(pruner_config, name) is not None for name in wanted):
+    if any(getattr(pruner_config, name) is not None for name in (*TARGETS, "model_type")):
         return
     spec = spec_for(config)
+    wanted = (*PRUNER_FIELDS, VOCABULARY_FIELD, "layers_to_drop")
+    named = any(getattr(pruner_config, name) is not None for name in wanted)
+    if named and resolve_sizes(spec, config, pruner_config)[0] != spec.sizes(config):
+        return
+    reason = "All sizes that the request gives are the teacher's" if named else "The request names no size"
     sizes, held = spec.sizes(config), axes_of_tensors(spec, named_tensors(empty_model(config)))
     possible = [
         f"{name}={sizes[axis]:,}"
@@ -103,7 +109,7 @@ def require_some_size(config: PretrainedConfig, pruner_config: PrunerConfig) -> 
         if (axis == "layers" or axis in held) and reason_not_cuttable(spec, config, name) is None
     ]
     raise PlanError(
-        f"The request names no size, so nothing would be cut. This '{spec.model_type}' model has "
+        f"{reason}, so nothing would be cut. This '{spec.model_type}' model has "
         f"{', '.join(possible)}. Give smaller ones, or fractions of them (hidden_size=0.75), or layers_to_drop, or "
         "target_parameters."
     )
