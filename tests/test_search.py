@@ -183,7 +183,9 @@ def test_shapes_are_compared_repaired_where_the_request_repairs_them(find, teach
 def test_a_candidate_is_repaired_before_its_first_step_and_not_again(distil, teacher, monkeypatch):
     """Two shapes are repaired to be measured, and once more before their first step; none after that."""
     repairs, repair = [], prune.refit
-    monkeypatch.setattr(prune, "refit", lambda model, plan, *a, **k: repairs.append(plan) or repair(model, plan, *a, **k))
+    monkeypatch.setattr(
+        prune, "refit", lambda model, plan, *a, **k: repairs.append(plan) or repair(model, plan, *a, **k)
+    )
     monkeypatch.setattr(search, "_measure_speed", lambda *args: None)
     changes = {"base": PrunerConfig(repair="least_squares"), "space": {"intermediate_size": [0.25, 0.5]}}
     settings = {**DISTILLATION, "learning_rate": 0.0}

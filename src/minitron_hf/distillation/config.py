@@ -270,9 +270,9 @@ class DistillationConfig(SFTConfig):
         if self.top_k is None:
             return
         if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: expected at least 1 token, or None for the whole vocabulary.")
+            raise DataError(f"top_k={self.top_k}: expected at least 1 token, or None for the whole vocabulary.")
         if self.divergence in OF_LOGITS:
-            raise ValueError(
+            raise DataError(
                 f"top_k={self.top_k}: divergence={self.divergence!r} compares logits, and top_k keeps probabilities. "
                 "Use another divergence, or leave out top_k."
             )

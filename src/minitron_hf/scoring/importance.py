@@ -70,9 +70,9 @@ def estimate_importance(
     Long because all arguments are explained.
 
     Metrics are functions of `minitron_hf.scoring.metrics`, which defines each; `register_metric` adds one.
-    `"activation"`, `"activation_range"`, `"pre_activation"` and `"contribution"` share one forward pass. `"taylor"` needs a backward pass,
-    without gradients of weights. `"magnitude"` and `"random"` are controls that need no data; show every result beside
-    `"random"`.
+    `"activation"`, `"activation_range"`, `"pre_activation"` and `"contribution"` share one forward pass. `"taylor"`
+    needs a backward pass, without gradients of weights. `"magnitude"` and `"random"` are controls that need no data;
+    show every result beside `"random"`.
 
     The same pass scores layers, as blocks of every length, by their block importance (arXiv 2407.14679 §2.2). With
     `depth_metric`, layers are scored by the model without them instead.
