@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minitron_hf.errors import DataError, UnsupportedModelError
-from minitron_hf.families import FIELD_OF_AXIS, families, wrapped_families
+from minitron_hf.families import FIELD_OF_AXIS, REFUSED, families, wrapped_families
 from minitron_hf.survey.matrix import (
     BEGIN,
     END,
@@ -29,10 +29,20 @@ def test_the_page_shows_the_current_matrix():
 
 def test_every_family_is_in_one_row():
     listed = [name.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹ ") for names, _ in support_matrix().rows for name in names]
-    assert sorted(listed) == sorted([*families(), *(f"{outer} ({text})" for outer, text in wrapped_families())])
-    rows = [line for line in PAGE.splitlines() if "`mistral3` (`mistral`)" in line]
-    [(layers, hidden)] = [row.split("|")[2:4] for row in rows]
-    assert ("✓" in layers, "✗" in hidden) == (True, True)
+    assert sorted(listed) == sorted(families())
+
+
+def test_every_model_around_a_language_model_has_one_row():
+    rows = support_matrix().wrappers
+    listed = {name: (texts, said) for names, texts, said in rows for name in names}
+    assert len(listed) == sum(len(names) for names, *_ in rows)
+    assert listed.keys() == {outer for outer, _ in wrapped_families()} | REFUSED.keys()
+    pairs = {(name, text) for name, (texts, said) in listed.items() for text in texts if "✗" not in said}
+    assert pairs == set(wrapped_families())
+    assert listed["git"] == (("git",), "✗ no table describes its language model")
+    assert "| `git` | `git` | ✗ no table" in PAGE
+    with pytest.raises(UnsupportedModelError, match="'git' models cannot be pruned: no table"):
+        describe_family("git")
 
 
 def test_models_around_language_models_are_described():

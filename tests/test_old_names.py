@@ -14,7 +14,7 @@ from minitron_hf.errors import DataError
 from minitron_hf.families import families
 from minitron_hf.families.base import decoder
 from minitron_hf.families.rules import ConfigRules, StreamRules
-from minitron_hf.families.spec import Wrapper
+from minitron_hf.families.wrapper import Wrapper
 from minitron_hf.pruning.candidates import Candidate
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import _scoring_settings

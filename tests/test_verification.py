@@ -13,11 +13,11 @@ from minitron_hf.families import families
 from minitron_hf.families.axes import dimension_index, parse_dimensions
 from minitron_hf.families.base import linear
 from minitron_hf.families.rules import PLAIN_STREAM
-from minitron_hf.pruning.masking import _dimension_mask
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.surgery import apply_plan
+from minitron_hf.pruning.unit_masks import dimension_mask
 from minitron_hf.pruning.verification import verify_student
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -63,7 +63,7 @@ def test_masks_of_dimensions_are_what_surgery_keeps():
     kept = {"kv": np.array([0, 2]), "heads": np.array([1, 4]), "moe_ffn": np.array([[0, 3], [1, 2]])}
     for text in ("heads*head_dim", "kv*(heads/kv+1+1)*head_dim", "5+heads*3", "experts*moe_ffn*2", "experts*2"):
         [dimension] = parse_dimensions(text)
-        mask, index = _dimension_mask(dimension, spec, sizes, kept), dimension_index(dimension, sizes, kept)
+        mask, index = dimension_mask(dimension, spec, sizes, kept), dimension_index(dimension, sizes, kept)
         assert (mask is None) == (index is None)
         assert mask is None or mask.nonzero()[:, 0].tolist() == index.tolist()
 

@@ -224,6 +224,14 @@ def decoder_types() -> Iterable[str]:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+@uses("transformers 5.23", "transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+def image_text_types() -> Iterable[str]:
+    """Model types that turn images or sound, and text, into text."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", ())  # not in Transformers 4.57
+
+
 @uses("transformers 5.23", "transformers.PreTrainedModel._no_split_modules")
 def layer_class_names(model: Any) -> Iterable[str]:
     """Names of the classes of a model's layers."""

@@ -148,10 +148,12 @@ def _print_estimate(estimate: Estimate) -> None:
 def _print_matrix() -> None:
     from rich.table import Table
 
-    from ..survey.matrix import support_matrix
+    from ..survey.matrix import WRAPPERS_TITLE, support_matrix
 
     matrix = support_matrix()
-    if given("matrix", {"families": [{"names": names, "sizes": cells} for names, cells in matrix.rows]}):
+    rows = [{"names": names, "sizes": cells} for names, cells in matrix.rows]
+    wrappers = [{"names": names, "holding": texts, "cut": said} for names, texts, said in matrix.wrappers]
+    if given("matrix", {"families": rows, "wrappers": wrappers}):
         return
     console = _console()
     table = Table(title="What can be cut", title_justify="left", show_lines=True)
@@ -171,6 +173,11 @@ def _print_matrix() -> None:
     console.print(matrix.legend, markup=False, highlight=False)
     for number, remark in enumerate(matrix.remarks, 1):
         console.print(f"{number}. {remark}", markup=False, highlight=False)
+    table = Table("models", "language model inside", "what can be cut", show_lines=True)
+    for names, texts, said in matrix.wrappers:
+        table.add_row(", ".join(names), ", ".join(texts), said)
+    console.print(WRAPPERS_TITLE, markup=False, highlight=False)
+    console.print(table)
 
 
 def _described_family(about: str, spec: ArchSpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import accept_old_names
 from .axes import Axis, Rounding
-from .spec import ArchSpec, Wrapper
+from .spec import ArchSpec
 
 # The standard axes. `PRUNER_FIELDS` gives the names under which users ask for their sizes.
 LAYERS = Axis("layers", ("num_hidden_layers",))
@@ -302,23 +302,6 @@ GPT_POSITION_EMBEDDINGS = {"transformer.wpe.weight": "positions hidden"}
 
 #: Llama's layout without biases is Mistral's without a window, and that config takes any hidden size.
 AS_MISTRAL = (("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),)
-
-
-def fixed_width_wrapper(model_type: str, *parts: str) -> Wrapper:
-    """A wrapper inside which the hidden size cannot be cut, because other parts derive their sizes from it.
-
-    The projector has as many neurons as the hidden size, or a field of the vision config holds its output width.
-
-    Args:
-        model_type: the wrapper's.
-        *parts: the modules beside the language model.
-    """
-    return Wrapper(
-        model_type,
-        prefix="model.language_model.",
-        unpruned_prefixes=tuple(f"{part}." for part in parts),
-        refused={"hidden": f"the stock '{model_type}' classes derive other sizes beside the language model from it"},
-    )
 
 
 @accept_old_names(

@@ -1,8 +1,7 @@
 """Gemma 3, text only: Gemma 2 with RMSNorm on every query and key head."""
 
 from .base import GATED_MLP, GROUPED_ATTENTION, HEAD_NORMS, decoder, layer_tables
-from .rules import CAPPED_LOGITS, PLAIN_LOGITS, StreamRules
-from .spec import Wrapper
+from .rules import CAPPED_LOGITS, StreamRules
 
 SPEC = decoder(
     "gemma3_text",
@@ -17,14 +16,4 @@ SPEC = decoder(
     # The config insists on hidden_size % num_attention_heads == 0, though head_dim is a field of its own.
     multiples=(("hidden", "heads"),),
     layer_lists=("layer_types",),
-    wrappers=(
-        Wrapper(
-            "gemma3",
-            prefix="model.language_model.",
-            tensors={"model.multi_modal_projector.mm_input_projection_weight": "any hidden"},
-            stream_writers=("model.multi_modal_projector.mm_input_projection_weight",),
-            unpruned_prefixes=("model.vision_tower.", "model.multi_modal_projector.mm_soft_emb_norm."),
-            logits=PLAIN_LOGITS,  # the stock class does not cap them
-        ),
-    ),
 )

@@ -19,7 +19,6 @@ from .base import (
     norm,
 )
 from .rules import CAPPED_LOGITS, ConfigRules, LayerRules, StreamRules
-from .spec import Wrapper
 
 NORMS = ("input_layernorm", "pre_feedforward_layernorm")
 DENSE = decoder(
@@ -62,21 +61,6 @@ DENSE = decoder(
     layer_lists=("layer_types",),
     layer_rules=LayerRules(
         trailing_layers=("num_kv_shared_layers",), fixed_layers=(("kv_sharing_modes", "store"),), fixed_ends=(-1,)
-    ),
-    wrappers=(
-        Wrapper(
-            "gemma4",
-            prefix="model.language_model.",
-            tensors={
-                "model.embed_vision.embedding_projection.weight": "hidden any",
-                "model.embed_audio.embedding_projection.weight": "hidden any",
-            },
-            stream_writers=(
-                "model.embed_vision.embedding_projection.weight",
-                "model.embed_audio.embedding_projection.weight",
-            ),
-            unpruned_prefixes=("model.vision_tower.", "model.audio_tower."),
-        ),
     ),
     config_rules=ConfigRules(size_multipliers=(("ffn", "use_double_wide_mlp", "kv_sharing_modes", "reuse", 2),)),
     refused={

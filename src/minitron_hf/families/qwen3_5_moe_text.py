@@ -16,7 +16,6 @@ from .base import (
     QWEN_DELTA,
     SHARED_FFN,
     decoder,
-    fixed_width_wrapper,
     layer_tables,
 )
 
@@ -29,6 +28,5 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
-    wrappers=(fixed_width_wrapper("qwen3_5_moe", "model.visual"),),
     least=(("experts", "num_experts_per_tok"),),
 )

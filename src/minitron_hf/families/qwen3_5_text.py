@@ -11,7 +11,6 @@ from .base import (
     NEEDS_FULL_ATTENTION,
     QWEN_DELTA,
     decoder,
-    fixed_width_wrapper,
     layer_tables,
 )
 
@@ -22,5 +21,4 @@ SPEC = decoder(
     layer_lists=("layer_types",),
     needed_kinds=NEEDS_FULL_ATTENTION,
     norm_offset=1.0,
-    wrappers=(fixed_width_wrapper("qwen3_5", "model.visual"),),
 )

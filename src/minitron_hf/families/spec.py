@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,31 +49,6 @@ FIELD_OF_AXIS: Mapping[str, str] = {axis: name for name, axis in PRUNER_FIELDS.i
 ANY: Dimension = (("any",),)
 
 
-@accept_old_names(writers="stream_writers", opaque="unpruned_prefixes")
-@dataclass(frozen=True)
-class Wrapper:
-    """A model that holds a family's language model beside others: images and sound become inputs of it.
-
-    Attributes:
-        model_type: the wrapper's.
-        prefix: what its names have instead of `model.`.
-        tensors: tensor name → dimensions, for tensors outside the language model that know its sizes (projectors);
-            `any` is a dimension of the wrapper's own.
-        stream_writers: those of them that write to the residual stream, where the embeddings are scaled.
-        unpruned_prefixes: beginnings of the names of all other tensors, which are kept as they are.
-        refused: axis → why it cannot be cut inside this wrapper.
-        logits: scales and caps of the logits, where the wrapper's differ from the language model's own.
-    """
-
-    model_type: str
-    prefix: str
-    unpruned_prefixes: tuple[str, ...]
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    stream_writers: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-    logits: LogitRules | None = None
-
-
 @accept_old_names(taps="hook_points", sisters="equivalent_classes", opaque="unpruned_prefixes")
 @dataclass(frozen=True)
 class ArchSpec:
@@ -107,8 +83,11 @@ class ArchSpec:
         bare_norms: whether norms without weights (of queries and keys) add the same number to the mean square.
         stream: further changes of the residual stream after a cut of the hidden size.
         config_rules: config fields that follow from sizes.
-        wrappers: models that hold this language model beside other parts.
         unpruned_prefixes: beginnings of names of tensors that are no part of the language model, and kept as they are.
+        input_writers: tensors in `outer` that write inputs of the language model beside its embeddings: projectors.
+        width_fields: config fields outside the language model's config that hold its hidden size; `a.b` is the field
+            `b` of the config `a`.
+        deep_inputs: such a field with a list, as long as the number of first layers that images are added to.
         logits: scales and caps of the logits after the output projection.
         least: (axis, expression of config fields): the smallest number of units to keep (routing picks that many).
         refused: axis → why it cannot be cut in this family.
@@ -140,8 +119,10 @@ class ArchSpec:
     bare_norms: bool = False
     stream: StreamRules = PLAIN_STREAM
     config_rules: ConfigRules = NO_CONFIG_RULES
-    wrappers: tuple[Wrapper, ...] = ()
     unpruned_prefixes: tuple[str, ...] = ()
+    input_writers: tuple[str, ...] = ()
+    width_fields: tuple[str, ...] = ()
+    deep_inputs: str = ""
     logits: LogitRules = PLAIN_LOGITS
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -156,30 +137,19 @@ class ArchSpec:
                 return spec.variant(config)
         return self
 
-    def inside(self, wrapper: Wrapper) -> ArchSpec:
-        """This layout as it is named inside a wrapper, with the wrapper's own tensors."""
+    def with_fixed_layers(self, config: PretrainedConfig) -> ArchSpec:
+        """This layout, in which the layers that images are added to stay.
 
-        def renamed(name: str) -> str:
-            return wrapper.prefix + name.removeprefix("model.") if name.startswith("model.") else name
-
-        return replace(
-            self,
-            model_type=wrapper.model_type,
-            layers_path=renamed(self.layers_path),
-            final_norm=renamed(self.final_norm),
-            outer={**{renamed(name): text for name, text in self.outer.items()}, **wrapper.tensors},
-            stream=replace(
-                self.stream,
-                stream_writers=(*map(renamed, self.stream.stream_writers), *wrapper.stream_writers),
-                stream_readers=tuple(map(renamed, self.stream.stream_readers)),
-                hidden_powers=tuple((renamed(name), power) for name, power in self.stream.hidden_powers),
-            ),
-            logits=self.logits if wrapper.logits is None else wrapper.logits,
-            refused={**self.refused, **wrapper.refused},
-            unpruned_prefixes=wrapper.unpruned_prefixes,
-            equivalent_classes=(),  # of the language model alone
-            variants=tuple((name, value, spec.inside(wrapper)) for name, value, spec in self.variants),
-        )
+        Args:
+            config: the whole model's.
+        """
+        if not self.deep_inputs:
+            return self
+        value: Any = config
+        for name in self.deep_inputs.split("."):
+            value = getattr(value, name)
+        fixed = (*range(len(value or ())), *self.layer_rules.fixed_ends)
+        return replace(self, layer_rules=replace(self.layer_rules, fixed_ends=fixed))
 
     def layouts(self) -> Iterator[ArchSpec]:
         """This layout and all its variants."""
@@ -257,6 +227,11 @@ class ArchSpec:
         return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
 
     @cached_property
+    def numbered(self) -> frozenset[str]:
+        """Names in `outer` that stand for several tensors, which differ in a number."""
+        return frozenset(name for name in self.outer if ".*." in name)
+
+    @cached_property
     def residual_norms(self) -> tuple[str, ...]:
         """Weights of the norms over the hidden size, the only vectors of that width that are called weights."""
         return tuple(name for name, dims in self.dimensions.items() if dims == (CHANNELS,) and name.endswith("weight"))
@@ -303,6 +278,8 @@ class ArchSpec:
         """Pattern and layer index of a parameter name, or None when the table does not claim it."""
         if parameter in self.outer:
             return parameter, None
+        if self.numbered and (pattern := _without_numbers(parameter)) in self.numbered:
+            return pattern, None
         prefix = f"{self.layers_path}."
         if parameter.startswith(prefix):
             index, _, relative = parameter[len(prefix) :].partition(".")
@@ -418,3 +395,12 @@ def _field(config: PretrainedConfig, name: str) -> Any:
     name, _, entry = name.partition(".")
     value = getattr(config, name, None)
     return (value or {}).get(entry) if entry else value
+
+
+def _without_numbers(name: str) -> str:
+    """A name with `*` for every number between dots.
+
+    >>> _without_numbers("model.merger.mlp.0.linear.weight")
+    'model.merger.mlp.*.linear.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -99,6 +99,9 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     """
     base = base_model_of(model)
     layer = base.get_output_embeddings()
+    if layer is None and (family := _family(base.config)) is not None and family.input_writers:
+        # A whole language model inside a larger one, which does not pass its head on.
+        layer = base.get_submodule(family.layers_path.partition(".")[0]).get_output_embeddings()
     weight = getattr(layer, "weight", None)
     # DeepSpeed ZeRO-3 leaves an empty tensor between uses, and its shape in `ds_shape`.
     if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:

@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError, UnsupportedModelError
 from ..families import ArchSpec, named_tensors, spec_for
-from ..families.axes import CHANNELS, Dimension, Product, dimension_axes, product_shape
+from ..families.axes import CHANNELS, Dimension, dimension_axes
 from ..sizes.student import NORM_EPSILONS
 from .plan import PruningPlan
+from .unit_masks import dimension_mask, unit_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ def masked_units(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
                 masking.mask_inputs(name, pattern, layer, stack)
                 routers += masking.mask_tensor(name, pattern, layer, swapped[layer])
         masking.restrict_norms(stack)
+        swap_tensors("", masking.modules, masking.mask_projectors(), stack)
         for kept, replacements in swapped.items():
             swap_tensors(f"{masking.spec.layers_path}.{kept}", masking.modules, replacements, stack)
         with excluding_experts(model, routers, "verify"):
@@ -111,7 +113,7 @@ class Masking:
         hooked = self._hooked_axes(pattern.removesuffix(".weight"))
         units = hooked | {inner for inner, outer in self.spec.groups if outer in hooked}
         for dimension in self.spec.dimensions[pattern]:
-            mask = _dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
+            mask = dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
             if mask is not None and dimension_axes(dimension) & units:
                 module = self.modules[name.removesuffix(".weight")]
                 stack.callback(module.register_forward_pre_hook(_mask_input(mask)).remove)
@@ -151,16 +153,35 @@ class Masking:
         self, name: str, pattern: str, layer: int, replacements: dict[str, Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
         """As `mask_tensor`, for a tensor of a router."""
-        dropped = ~_unit_mask("experts", self.spec, self.sizes[layer], self.kept[layer])
+        dropped = ~unit_mask("experts", self.spec, self.sizes[layer], self.kept[layer])
         if len(self.spec.dimensions[pattern]) > 1:
             return [(self.tensors[name], dropped)]
         replacements[name] = _exclude_from_choice(self.tensors[name], dropped)
         return []
 
+    def mask_projectors(self) -> dict[str, Tensor]:
+        """Tensors outside the language model that know its sizes, by name, without what the plan drops."""
+        replacements = {}
+        for name, (pattern, layer) in self.located.items():
+            dimensions = self.spec.dimensions[pattern]
+            axes = {axis for dimension in dimensions for axis in dimension_axes(dimension)}
+            if layer is not None or not (pattern in self.spec.input_writers or "projector" in axes):
+                continue
+            tensor = self.tensors[name]
+            for position, dimension in enumerate(dimensions):
+                mask = dimension_mask(dimension, self.spec, self.sizes[None], self.kept[None])
+                if mask is not None:
+                    shape = [-1 if other == position else 1 for other in range(tensor.ndim)]
+                    tensor = tensor * mask.reshape(shape).to(tensor)
+            if not pattern.endswith((".weight", ".bias")):  # these are scaled where their module returns
+                tensor = tensor * self.scales.get(pattern, 1.0)
+            replacements[name] = tensor
+        return replacements
+
     def restrict_norms(self, stack: ExitStack) -> None:
         """Let every norm see the kept units alone."""
         for path, dimension, layer in _find_norms(self.spec, self.located, self.modules, self.plan):
-            mask = _dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
+            mask = dimension_mask(dimension, self.spec, self.sizes[layer], self.kept[layer])
             if mask is None:
                 continue
             pattern = (self.spec.locate(f"{path}.weight") or ("",))[0].removesuffix(".weight")
@@ -194,59 +215,6 @@ def _find_norms(
             yield path, dimension, layer
 
 
-def _dimension_mask(
-    dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
-) -> Tensor | None:
-    """True where a dimension holds kept units, bool [length]; None where it is not cut."""
-    return None if dimension_axes(dimension).isdisjoint(kept) else _sum_mask(dimension, spec, sizes, kept)
-
-
-def _sum_mask(
-    dimension: Dimension, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
-) -> Tensor:
-    """True at kept positions: bool [length], or [outer, length] where they depend on the unit before."""
-    pieces = [_product_mask(product, spec, sizes, kept) for product in dimension]
-    outer = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-    return torch.cat([piece.expand(*outer, -1) for piece in pieces], dim=-1)
-
-
-def _product_mask(
-    product: Product, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]
-) -> Tensor:
-    mask: Tensor | None = None
-    for factor, size in zip(product, product_shape(product, sizes)):
-        if isinstance(factor, tuple):
-            own = _sum_mask(factor, spec, sizes, kept)
-        elif isinstance(factor, str) and (axis := factor.partition("/")[0]) in kept:
-            own = _unit_mask(axis, spec, sizes, kept)
-            own = own.unflatten(0, (-1, size)) if "/" in factor else own
-        else:
-            own = torch.ones(size, dtype=torch.bool)
-        if mask is None:
-            mask = own
-        else:
-            # A row belongs to a unit of the factor before, which varies fastest so far.
-            own = own if own.ndim == 1 else own.repeat(mask.shape[-1] // len(own), 1)
-            mask = (mask[..., None] & own).flatten(-2)
-    assert mask is not None
-    return mask
-
-
-def _unit_mask(axis: str, spec: ArchSpec, sizes: Mapping[str, int], kept: Mapping[str, np.ndarray]) -> Tensor:
-    """True at kept units of an axis: bool [units], or [outer, units] for units inside another axis."""
-    units = kept[axis]
-    if units.ndim == 1:
-        mask = torch.zeros(sizes[axis], dtype=torch.bool)
-        mask[torch.from_numpy(units)] = True
-        return mask
-    outer = spec.axis[axis].within
-    assert outer is not None
-    mask = torch.zeros(sizes[outer], sizes[axis], dtype=torch.bool)
-    for row, unit in enumerate(kept.get(outer, range(sizes[outer]))):
-        mask[int(unit), torch.from_numpy(units[row])] = True
-    return mask
-
-
 def _pass_through(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A layer's output replaced by its input."""
     given = args[0] if args else kwargs["hidden_states"]
@@ -266,7 +234,7 @@ def _mask_embeddings(model: PreTrainedModel, plan: PruningPlan, stack: ExitStack
         return
     spec, hidden = spec_for(model.config), plan.sizes["hidden"]
     scale = (hidden["student"] / hidden["teacher"]) ** 0.5 if spec.stream.scaled_embeddings else 1.0
-    mask = _dimension_mask(CHANNELS, spec, spec.sizes(model.config), plan.kept)
+    mask = dimension_mask(CHANNELS, spec, spec.sizes(model.config), plan.kept)
     assert mask is not None
     stack.callback(model.get_input_embeddings().register_forward_hook(_mask_output(mask, scale)).remove)
 
@@ -376,7 +344,7 @@ def _masked_experts(
         for axis in dimension_axes(dimension) & kept.keys():
             outer = ((spec.axis[axis].within,),)
             if dimension == ((axis,),) and outer in dimensions:
-                units = _unit_mask(axis, spec, sizes, kept)
+                units = unit_mask(axis, spec, sizes, kept)
                 shape = [length if part in (outer, dimension) else 1 for part, length in zip(dimensions, tensor.shape)]
                 return tensor * (units if dimensions.index(outer) < position else units.T).reshape(shape).to(tensor)
     return None

@@ -26,6 +26,7 @@ from .reductions import Reduction
 from .removal import DepthRequest, score_layers
 from .runs import ScoringRun
 from .scores import ImportanceScores, Metric, require_finite
+from .weights import unobserved_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -196,7 +197,8 @@ def _scores(
         UnsupportedModelError: if it is not finite.
         DataError: if it does not have the shape of the axes.
     """
-    axes, blocks = ({axis: values.float() for axis, values in found[0].items()}, found[1].float())
+    own = {**found[0], **unobserved_scores(run.spec, run.model, found[0])}
+    axes, blocks = {axis: values.float() for axis, values in own.items()}, found[1].float()
     depth = run.spec.sizes(run.model.config)["layers"]
     for name, values in {**axes, "blocks": blocks}.items():
         expected = (depth, depth) if name == "blocks" else run.spec.units(name, run.model.config)

@@ -6,7 +6,7 @@ Legend of shape suffixes: U units of an axis, O units of the axis that they are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -212,6 +212,32 @@ def zero_scores(spec: ArchSpec, model: PreTrainedModel) -> dict[str, Tensor]:
             lacking = sorted(set(range(len(layer_sizes))) - set(spec.layers_with(axis, tied_names)))
             axes[axis][lacking] = torch.nan
     return axes
+
+
+def unobserved_scores(spec: ArchSpec, model: PreTrainedModel, observed: Collection[str]) -> dict[str, Tensor]:
+    """L2 norm of the weights of units outside the layers that no observer sees: the neurons of a projector.
+
+    Args:
+        spec: the family's table.
+        model: the model.
+        observed: axes that have scores.
+
+    Returns:
+        axis → float64 [U].
+    """
+    sizes = spec.sizes(model.config)
+    missing = [
+        axis.name
+        for axis in spec.axes
+        if axis.prunable and not axis.per_layer and axis.name != "layers" and axis.name not in observed
+    ]
+    squares = {axis: torch.zeros(sizes[axis], dtype=torch.float64) for axis in missing}
+    for name in named_tensors(model) if missing else ():
+        pattern, layer = spec.locate(name) or (name, None)
+        for axis, place in squares.items() if layer is None else ():
+            sums = unit_sums(tensor_values(model, name), pattern, axis, spec, sizes, torch.square)
+            place += 0 if sums is None else sums
+    return {axis: place.sqrt() for axis, place in squares.items()}
 
 
 def below_diagonal_nan(blocks_LL: Tensor) -> Tensor:

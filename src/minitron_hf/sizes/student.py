@@ -199,7 +199,7 @@ def build_student_config(
         text = build_student_config(
             spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, nonuniform_sizes=nonuniform_sizes
         )
-        return _config_around(teacher, text)
+        return _config_around(spec, teacher, text)
     before = spec.sizes(teacher)
     values = copy.deepcopy(teacher.to_dict())
     values.update(_resized_fields(spec, teacher, values, sizes, layers_kept, nonuniform_sizes or {}))
@@ -236,9 +236,15 @@ def _validated(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _config_around(teacher: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+def _config_around(spec: ArchSpec, teacher: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
     """The config of a wrapper around the config of the student's language model."""
     whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
+    for path in spec.width_fields:
+        *parents, name = path.split(".")
+        holder = whole
+        for parent in parents:
+            holder = holder[parent]
+        holder[name] = spec.sizes(text)["hidden"]
     for name in LEFT_OUT:
         whole.pop(name, None)
     wrapped = type(teacher)(**whole)

@@ -1,7 +1,7 @@
 """What changed in the installed libraries since the tables were last checked: `make survey`.
 
-It lists decoders without a table, families whose modelling file changed, and private names of other libraries that
-moved. The record holds a digest of every modelling file at the time of the last check.
+It lists decoders and wrappers without a table, families whose modelling file changed, and private names of other
+libraries that moved. The record holds a digest of every modelling file at the time of the last check.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compat import INHERITED, WRAPPED, decoder_types
-from ..families import families, wrapped_families
+from ..compat import INHERITED, WRAPPED, decoder_types, image_text_types
+from ..families import REFUSED, families, wrapped_families
 from ..files import digest, read_json, write_json
 
 
@@ -30,7 +30,8 @@ class Survey:
     Attributes:
         version: the installed Transformers.
         modelling_files: family → digest of its modelling file.
-        without_table: types of decoders that no table describes and that the record does not name.
+        without_table: types of decoders, and of models around one, that no table describes and that are named neither
+            in the record nor among the wrappers that are refused.
         changed: families whose modelling file changed.
         missing: private names of other libraries that are not where they were.
     """
@@ -44,7 +45,7 @@ class Survey:
     def lines(self) -> list[str]:
         """What to look at, a line each; empty if there is nothing."""
         said = {
-            "no table for the decoder": self.without_table,
+            "no table for the decoder or wrapper": self.without_table,
             "read the modelling file again, it changed": self.changed,
             "find the private name, it moved": self.missing,
         }
@@ -58,12 +59,12 @@ def survey(record: Mapping[str, Any]) -> Survey:
         record: what `to_record` wrote, or an empty mapping.
     """
     files = {name: code for name in sorted(families()) if (code := modelling_digest(name)) is not None}
-    known = {*record.get("without_table", ()), *families(), *(outer for outer, _ in wrapped_families())}
+    known = {*record.get("without_table", ()), *families(), *(outer for outer, _ in wrapped_families()), *REFUSED}
     before = record.get("modelling_files", {})
     return Survey(
         importlib.metadata.version("transformers"),
         files,
-        tuple(sorted(set(decoder_types()) - known)),
+        tuple(sorted({*decoder_types(), *image_text_types()} - known)),
         tuple(name for name, code in files.items() if name in before and before[name] != code),
         tuple(f"{name.path} ({name.read_in})" for name in (*INHERITED, *WRAPPED) if not exists(name.path)),
     )
@@ -76,7 +77,8 @@ def to_record(found: Survey, record: Mapping[str, Any]) -> dict[str, Any]:
         found: the survey.
         record: the one before.
     """
-    known = {*record.get("without_table", ()), *found.without_table} - set(families())
+    described = {*families(), *(outer for outer, _ in wrapped_families()), *REFUSED}
+    known = {*record.get("without_table", ()), *found.without_table} - described
     return {
         "transformers": found.version,
         "without_table": sorted(known),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,19 @@ from transformers import CONFIG_MAPPING
 
 from ..compat import decoder_types
 from ..errors import DataError, UnsupportedModelError, did_you_mean
-from ..families import FIELD_OF_AXIS, ArchSpec, families, wrapped_families
+from ..families import FIELD_OF_AXIS, REFUSED, WITHOUT_TABLE, ArchSpec, families, wrapped_families
 from ..families.axes import Axis, dimension_axes, parse_dimensions
 from ..families.releases import FIRST_RELEASE
 from ..files import replacing_file
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
+WRAPPERS_TITLE = (
+    "Models around a language model. Their language model is cut as its own row above says, and the rest stays as it "
+    "is, but for what a projector writes to the language model:"
+)
 LEGEND = (
     "✓ can be cut, ✗ cannot, empty: the family has no such size; numbers refer to the remarks. The sizes are those of "
-    "`PrunerConfig`: {names}. A name in brackets is that of the language model that is cut inside a larger model; "
-    "the rest of it stays as it is."
+    "`PrunerConfig`: {names}."
 )
 
 
@@ -51,11 +54,13 @@ class Matrix:
         axes: the columns.
         rows: families with equal cells, and these: axis → mark with the numbers of its remarks.
         remarks: the remarks, numbered from 1.
+        wrappers: rows of models around a language model: their names, what they may hold, and what can be cut.
     """
 
     axes: tuple[str, ...]
     rows: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
     remarks: tuple[str, ...]
+    wrappers: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = ()
 
     @property
     def legend(self) -> str:
@@ -92,6 +97,8 @@ def _own_cuts(spec: ArchSpec) -> dict[str, Cut]:
     for left, right in spec.equal:
         together = f"only together, so that {_in_user_names(right, spec)} = {_in_user_names(left, spec)}"
         moving = {axis for side in (left, right) for axis in dimension_axes(parse_dimensions(side)[0])}
+        if "projector" in moving:  # follows by itself
+            continue
         for axis in moving & remarks.keys():
             remarks[axis].append(together)
     for multiple, divisor in spec.multiples:
@@ -152,27 +159,42 @@ def support_matrix(specs: Sequence[ArchSpec] | None = None) -> Matrix:
     """The matrix of some families; those with equal cells share a row.
 
     Args:
-        specs: their tables (default: all, also as they are inside other models).
+        specs: their tables (default: all, and the models around them).
     """
-    if specs is None:
-        inside = {f"{outer} ({text})": spec for (outer, text), spec in sorted(wrapped_families().items())}
-        tables = {**families(), **inside}
-    else:
-        tables = {spec.model_type: spec for spec in specs}
+    tables = list(families().values()) if specs is None else specs
     numbers: dict[str, int] = {}
 
     def marked(mark: str, remarks: Sequence[str]) -> str:
         return mark + _superscript([numbers.setdefault(remark, len(numbers) + 1) for remark in remarks])
 
     grouped: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for name, spec in tables.items():
+    for spec in tables:
         cells = {axis: marked("✓" if cut.allowed else "✗", cut.remarks) for axis, cut in cuttable_axes(spec).items()}
-        missing = missing_from_transformers(*re.findall(r"[\w.-]+", name))
-        remarks = (*refused_variants(spec), *missing, *only_inside(name))
-        grouped.setdefault(tuple(cells.items()), []).append(marked(name, remarks))
+        missing = missing_from_transformers(spec.model_type)
+        remarks = (*refused_variants(spec), *missing, *only_inside(spec.model_type))
+        grouped.setdefault(tuple(cells.items()), []).append(marked(spec.model_type, remarks))
     used = tuple(axis for axis in FIELD_OF_AXIS if any(axis in dict(cells) for cells in grouped))
     rows = tuple((tuple(names), dict(cells)) for cells, names in grouped.items())
-    return Matrix(used, rows, tuple(numbers))
+    return Matrix(used, rows, tuple(numbers), tuple(_wrapper_rows()) if specs is None else ())
+
+
+def _wrapper_rows() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
+    """Rows of models around a language model; those that say the same share one."""
+    held: dict[str, list[str]] = {}
+    for outer, text in wrapped_families():
+        held.setdefault(outer, []).append(text)
+    grouped: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for outer, inside in sorted(held.items()):
+        spec, own = wrapped_families()[outer, inside[0]], families()[inside[0]].refused
+        refused = [f"not `{FIELD_OF_AXIS[axis]}`: {why}" for axis, why in spec.refused.items() if axis not in own]
+        refused += ["not the first layers, which images are added to"] if spec.deep_inputs else []
+        said = "; ".join(["✓", *refused])
+        grouped.setdefault((tuple(inside), said), []).append(outer)
+    for outer, reason in sorted(REFUSED.items(), key=lambda row: (row[0] in WITHOUT_TABLE, row[0])):
+        texts = tuple(WITHOUT_TABLE[name] for name in [outer] if name in WITHOUT_TABLE)
+        grouped.setdefault((texts, f"✗ {reason}"), []).append(outer)
+    for (texts, said), names in grouped.items():
+        yield tuple(names), texts, said
 
 
 def to_markdown(matrix: Matrix) -> str:
@@ -183,7 +205,13 @@ def to_markdown(matrix: Matrix) -> str:
         listed = ", ".join(re.sub(r"[a-zA-Z0-9_-]+", r"`\g<0>`", name) for name in names)
         lines.append(f"| {listed} | {' | '.join(cells.get(axis, '') for axis in matrix.axes)} |")
     remarks = [f"{number}. {remark}" for number, remark in enumerate(matrix.remarks, 1)]
-    return "\n".join([*lines, "", matrix.legend, "", *remarks])
+    lines += ["", matrix.legend, "", *remarks]
+    if matrix.wrappers:
+        lines += ["", WRAPPERS_TITLE, "", "| models | language model inside | what can be cut |", "|---|---|---|"]
+        for names, texts, said in matrix.wrappers:
+            listed, inside = (", ".join(f"`{name}`" for name in group) for group in (names, texts))
+            lines.append(f"| {listed} | {inside} | {said} |")
+    return "\n".join(lines)
 
 
 def describe_family(model_type: str) -> list[tuple[str, ArchSpec]]:
@@ -195,6 +223,8 @@ def describe_family(model_type: str) -> list[tuple[str, ArchSpec]]:
     if model_type in families():
         return [(_docstring_of(model_type), families()[model_type])]
     inside = [(text, spec) for (outer, text), spec in wrapped_families().items() if outer == model_type]
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"'{model_type}' models cannot be pruned: {REFUSED[model_type]}.")
     if not inside:
         known = dict.fromkeys((*families(), *sorted(outer for outer, _ in wrapped_families())))
         raise UnsupportedModelError(

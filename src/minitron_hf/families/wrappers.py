@@ -1,0 +1,318 @@
+"""Models that hold a language model beside others: a row each. The language model is described by its family's table.
+
+Images and sound become inputs of the language model through projectors, whose tensors are named here with their axes
+like all others. Types without a row are refused, with their reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import layer_tables, linear
+from .rules import CAPPED_LOGITS, COHERE_LOGITS, LogitRules
+from .wrapper import Wrapper
+
+#: Language models that are tested in wrappers that take any.
+DECODERS = (
+    "llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "phi", "phi3", "granite",
+    "cohere2", "olmo2", "gpt_oss",
+)  # fmt: skip
+#: What most wrappers call the parts beside the language model.
+TOWER, VISION, PROJECTOR = "model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."
+#: A projector of two projections, with as many neurons between them as the hidden size.
+TWO_LINEAR = layer_tables(
+    linear(f"{PROJECTOR}linear_1", "projector", "any"), linear(f"{PROJECTOR}linear_2", "hidden", "projector")
+)
+#: The same with a size of its own between them.
+OWN_WIDTH = linear(f"{PROJECTOR}linear_2", "hidden", "any")
+#: What ends a row of image tokens.
+NEWLINE = {"model.image_newline": "hidden"}
+#: A merger in the vision tower, whose output width is a field of its config.
+MERGER = linear("model.visual.merger.linear_fc2", "hidden", "any")
+MERGER_WIDTH = ("vision_config.out_hidden_size",)
+TWO_PARTS = (TOWER, PROJECTOR)
+
+ROWS = (
+    *(
+        Wrapper(name, DECODERS, unpruned_prefixes=TWO_PARTS, tensors=TWO_LINEAR)
+        for name in ("internvl", "llava", "mistral3", "qianfan_ocr", "vipllava")
+    ),
+    Wrapper(
+        "video_llava",
+        DECODERS,
+        unpruned_prefixes=("model.image_tower.", "model.video_tower.", PROJECTOR),
+        tensors=TWO_LINEAR,
+    ),
+    *(
+        Wrapper(name, DECODERS, unpruned_prefixes=TWO_PARTS, tensors=layer_tables(TWO_LINEAR, NEWLINE))
+        for name in ("llava_next", "llava_next_video", "llava_onevision")
+    ),
+    *(
+        Wrapper(
+            name,
+            DECODERS,
+            prefix="model.text_model.",
+            unpruned_prefixes=(VISION, "model.connector."),
+            tensors=linear("model.connector.modality_projection.proj", "hidden", "any"),
+        )
+        for name in ("idefics3", "smolvlm")
+    ),
+    *(
+        Wrapper(name, texts, unpruned_prefixes=TWO_PARTS, tensors=OWN_WIDTH)
+        for name, texts in {
+            "aya_vision": ("cohere2", "cohere"),
+            "cohere2_vision": ("cohere2", "cohere"),
+            "lfm2_vl": ("lfm2", "lfm2_moe"),
+            "lfm3_vl": ("lfm3",),
+        }.items()
+    ),
+    Wrapper(
+        "idefics2",
+        ("mistral",),
+        prefix="model.text_model.",
+        unpruned_prefixes=(VISION, "model.connector."),
+        refused={
+            "hidden": "its perceiver computes in the hidden size of the language model",
+            "ffn": "its projector has as many neurons as the language model's MLPs",
+        },
+    ),
+    Wrapper(
+        "llama4",
+        ("llama4_text",),
+        prefix="language_model.",
+        has_whole_model=True,
+        unpruned_prefixes=("vision_model.", "multi_modal_projector."),
+        tensors=linear("multi_modal_projector.linear_1", "hidden", "any"),
+    ),
+    Wrapper(
+        "nemotron_h_omni",
+        ("nemotron_h",),
+        prefix="language_model.",
+        has_whole_model=True,
+        unpruned_prefixes=("vision_model.", "multi_modal_projector.", "sound_encoder.", "sound_projection."),
+        tensors=linear("multi_modal_projector.linear_2", "hidden", "any"),
+    ),
+    Wrapper(
+        "kimi_k25",
+        ("deepseek_v3",),
+        unpruned_prefixes=(TOWER, "model.mm_projector."),
+        tensors=linear("model.mm_projector.out_proj", "hidden", "any"),
+    ),
+    Wrapper(
+        "lighton_ocr",
+        ("qwen3", "qwen2", "mistral"),
+        unpruned_prefixes=("model.vision_encoder.", "model.vision_projection."),
+        tensors=layer_tables(
+            linear("model.vision_projection.linear_1", "projector", "any"),
+            linear("model.vision_projection.linear_2", "hidden", "projector"),
+        ),
+    ),
+    Wrapper(
+        "aria",
+        ("aria_text",),
+        unpruned_prefixes=TWO_PARTS,
+        tensors=layer_tables(
+            linear(f"{PROJECTOR}feed_forward.linear_in", "projector", "any"),
+            linear(f"{PROJECTOR}feed_forward.linear_out", "hidden", "projector"),
+        ),
+    ),
+    Wrapper(
+        "deepseek_vl",
+        DECODERS,
+        unpruned_prefixes=(VISION, "model.aligner."),
+        tensors=layer_tables(
+            linear("model.aligner.linear1", "projector", "any"), linear("model.aligner.linear2", "hidden", "projector")
+        ),
+    ),
+    Wrapper(
+        "deepseek_vl_hybrid",
+        DECODERS,
+        unpruned_prefixes=(VISION, "model.aligner.", "model.high_res_vision_"),
+        refused={"hidden": "its two vision towers share the neurons of the projector, half and half"},
+    ),
+    Wrapper(
+        "janus",
+        ("llama",),
+        unpruned_prefixes=(VISION, "model.aligner.", "model.vqmodel.", "model.generation_"),
+        refused={"hidden": "its image generator reads the residual stream, too"},
+    ),
+    *(
+        Wrapper(
+            name,
+            ("qwen2",),
+            unpruned_prefixes=TWO_PARTS,
+            tensors=layer_tables(
+                {f"{PROJECTOR}conv_upsampler2.weight": "projector any any any"},
+                linear(f"{PROJECTOR}multimodal_projector", "hidden", "projector"),
+            ),
+        )
+        for name in ("got_ocr2", "pp_chart2table")
+    ),
+    Wrapper(
+        "ovis2",
+        ("qwen2", "qwen3"),
+        unpruned_prefixes=(TOWER, "model.visual_embeddings_table."),
+        tensors={"model.visual_embeddings_table.weight": "any hidden"},
+        width_fields=("hidden_size",),
+    ),
+    Wrapper(
+        "video_llama_3",
+        ("qwen2", "qwen3"),
+        unpruned_prefixes=(VISION, "model.projector."),
+        tensors=layer_tables(
+            linear("model.projector.readout.0", "projector", "any"),
+            linear("model.projector.readout.2", "hidden", "projector"),
+        ),
+    ),
+    Wrapper(
+        "hyperclovax_vision_v2",
+        ("hyperclovax",),
+        unpruned_prefixes=(VISION, "model.projector."),
+        tensors=linear("model.projector", "hidden", "any"),
+        logits=LogitRules(multiplied_by="logits_scaling"),
+    ),
+    Wrapper(
+        "fuyu",
+        ("persimmon",),
+        unpruned_prefixes=("model.vision_embed_tokens.",),
+        tensors=linear("model.vision_embed_tokens", "hidden", "any"),
+    ),
+    *(
+        Wrapper(
+            name,
+            ("qwen3_5_text",),
+            unpruned_prefixes=(TOWER, "model.merger."),
+            tensors=linear("model.merger.mlp.0.linear_2", "hidden", "any"),
+        )
+        for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+    ),
+    Wrapper(
+        "minimax_m3_vl",
+        ("minimax_m3_vl_text",),
+        unpruned_prefixes=TWO_PARTS,
+        refused={"hidden": "its projector merges patches of the hidden size, whose number is another config field"},
+    ),
+    Wrapper(
+        "exaone4_5",
+        ("exaone4",),
+        unpruned_prefixes=("model.visual.",),
+        tensors=linear("model.visual.merger.mlp.2", "hidden", "any"),
+        width_fields=MERGER_WIDTH,
+    ),
+    Wrapper(
+        "cohere_compass",
+        ("cohere_compass_text",),
+        unpruned_prefixes=("model.visual.",),
+        tensors=layer_tables(MERGER, linear("model.visual.deepstack_merger_list.*.linear_fc2", "hidden", "any")),
+        width_fields=MERGER_WIDTH,
+        logits=COHERE_LOGITS,
+        deep_inputs="vision_config.deepstack_visual_indexes",
+    ),
+    Wrapper(
+        "paligemma",
+        ("gemma", "gemma2"),
+        unpruned_prefixes=TWO_PARTS,
+        tensors=linear(f"{PROJECTOR}linear", "hidden", "any"),
+        width_fields=("projection_dim", "vision_config.projection_dim", "hidden_size"),
+        logits=CAPPED_LOGITS,
+    ),
+    *(
+        Wrapper(
+            name,
+            ("gemma3_text",),
+            unpruned_prefixes=TWO_PARTS,
+            tensors={f"{PROJECTOR}mm_input_projection_weight": "any hidden"},
+        )
+        for name in ("gemma3", "shieldgemma2")
+    ),
+    Wrapper(
+        "gemma4",
+        ("gemma4_text",),
+        unpruned_prefixes=(TOWER, "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+        tensors={
+            "model.embed_vision.embedding_projection.weight": "hidden any",
+            "model.embed_audio.embedding_projection.weight": "hidden any",
+        },
+        logits=CAPPED_LOGITS,
+    ),
+    Wrapper(
+        "qwen3_5", ("qwen3_5_text",), unpruned_prefixes=("model.visual.",), tensors=MERGER, width_fields=MERGER_WIDTH
+    ),
+    Wrapper(
+        "qwen3_5_moe",
+        ("qwen3_5_moe_text",),
+        unpruned_prefixes=("model.visual.",),
+        tensors=MERGER,
+        width_fields=MERGER_WIDTH,
+    ),
+)
+
+#: Wrapper → its language model, which no table describes.
+WITHOUT_TABLE = {
+    "chameleon": "chameleon",
+    "cosmos3_edge": "cosmos3_edge_text",
+    "deepseek_ocr2": "deepseek_ocr2_text",
+    "diffusion_gemma": "diffusion_gemma_text",
+    "dots3_note": "dots3_note_text",
+    "emu3": "emu3_text_model",
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "git": "git",
+    "glm46v": "glm4v_text",
+    "glm4v": "glm4v_text",
+    "glm4v_moe": "glm4v_moe_text",
+    "glm5_next": "glm5_next_text",
+    "glm_ocr": "glm_ocr_text",
+    "glmga": "glm4v_text",
+    "granite4_vision": "granite4_vision_text",
+    "granite_docling": "granite_docling_text",
+    "hunyuan_vl": "hunyuan_vl_text",
+    "inkling2": "inkling2_text",
+    "inkling_mm_model": "inkling_text",
+    "kosmos-2": "kosmos_2_text_model",
+    "kosmos-2.5": "kosmos_2_5_text_model",
+    "kyutai_speech_to_text": "kyutai_speech_to_text",
+    "mistral4": "mistral4",
+    "mistral_large4": "mistral_large4_text",
+    "molmo2": "molmo2_text",
+    "muse_glimmer": "muse_glimmer_text",
+    "muse_spark": "muse_spark_text",
+    "paddleocr_vl": "paddleocr_vl_text",
+    "phi4_multimodal": "phi4_multimodal",
+    "qwen2_5_omni_thinker": "qwen2_5_omni_text",
+    "qwen4_exp": "qwen4_exp_text",
+    "step3p7": "step3p5",
+    "unlimited_ocr": "unlimited_ocr_text",
+    "voxtral_realtime": "voxtral_realtime_text",
+}
+_ENCODER = "its decoder reads an encoder by cross-attention"
+_TIMM = "its vision tower is one of timm, with which it is not tested"
+_SOUND = "it reads sound, with which it is not tested"
+#: Wrapper → why it cannot be pruned.
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(WITHOUT_TABLE, "no table describes its language model"),
+    **dict.fromkeys(
+        (
+            "blip", "evolla", "florence2", "idefics", "mllama", "pix2struct", "pp_formulanet", "t5gemma2", "udop",
+            "vision-encoder-decoder",
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo"), "its forward pass takes no text without an image"
+    ),
+    "pi0": "it predicts actions, not tokens",
+    **dict.fromkeys(
+        ("cosmos3_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
+        "no row describes its vision tower",
+    ),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
+    **dict.fromkeys(
+        (
+            "fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
+            "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+        ),
+        _SOUND,
+    ),
+    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "it holds several models; its thinker is a model of its own"),
+}  # fmt: skip

@@ -1,0 +1,305 @@
+"""One tiny config per model that holds a language model beside others, and the images that go into it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from .base import VOCAB
+
+#: The token in whose place the images stand.
+IMAGE_TOKEN = 95
+#: Rows of a batch, with one image each.
+ROWS = 2
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 22,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+#: What fits most language models.
+WIDTHS = (
+    {"num_attention_heads": 6},
+    {"intermediate_size": 31},
+    {"num_key_value_heads": 2, "num_attention_heads": 4},
+    {"layers_to_drop": [1, 3]},
+    {"hidden_size": 24},
+    {"hidden_size": 24, "intermediate_size": 17, "num_attention_heads": 6, "num_hidden_layers": 3},
+)
+#: What fits mixtures of experts without another MLP.
+EXPERTS = (
+    {"num_attention_heads": 6},
+    {"moe_intermediate_size": 9, "num_experts": 4},
+    {"layers_to_drop": [1, 3]},
+    {"hidden_size": 24},
+    {"hidden_size": 24, "num_experts": 4, "num_attention_heads": 6, "num_hidden_layers": 3},
+)
+#: What fits latent attention, which has no groups of heads.
+LATENT = tuple(request for request in WIDTHS if "num_key_value_heads" not in request)
+#: What fits five heads of eight dimensions.
+SQUARE = (
+    {"num_attention_heads": 3},
+    {"intermediate_size": 31},
+    {"layers_to_drop": [1, 3]},
+    {"hidden_size": 24},
+    {"hidden_size": 24, "intermediate_size": 17, "num_hidden_layers": 3},
+)
+
+
+@dataclass(frozen=True)
+class WrapperPocket:
+    """A wrapper's pocket config around a pocket language model.
+
+    Attributes:
+        config: the config.
+        num_tokens: tokens of one image.
+        image: makes the inputs of `ROWS` images from a random generator.
+        reads_neurons: weights of the projector that read its neurons, in their last dimension.
+        token_kinds: further inputs with a number for every token: this one where images stand, else 0.
+        widths: what to ask for; the last one names several sizes.
+        is_exact: whether a cut of the hidden size leaves what the projector computes as it was; False where its norm
+            shares the eps of the language model's norms.
+    """
+
+    config: PretrainedConfig
+    num_tokens: int
+    image: Callable[[torch.Generator], Mapping[str, Tensor]]
+    is_exact: bool = True
+    reads_neurons: tuple[str, ...] = ()
+    token_kinds: Mapping[str, int] = field(default_factory=dict)
+    widths: tuple[Mapping[str, Any], ...] = WIDTHS
+
+
+def pixels(*shape: int, **others: Any) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+    """Pixels of some shape for `ROWS` images, and further inputs."""
+
+    def make(generator: torch.Generator) -> Mapping[str, Tensor]:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return {"pixel_values": values, **{name: torch.as_tensor(value) for name, value in others.items()}}
+
+    return make
+
+
+def renamed(
+    make: Callable[[torch.Generator], Mapping[str, Tensor]], **names: str
+) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+    """The same inputs under other names."""
+    return lambda generator: {names.get(name, name): value for name, value in make(generator).items()}
+
+
+def doubled(
+    make: Callable[[torch.Generator], Mapping[str, Tensor]], **names: str
+) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+    """The same inputs, some of them under a second name, too."""
+
+    def both(generator: torch.Generator) -> Mapping[str, Tensor]:
+        given = make(generator)
+        return {**given, **{other: given[name] for name, other in names.items()}}
+
+    return both
+
+
+IMAGES = pixels(ROWS, 3, 16, 16)
+SIZES = [[16, 16]] * ROWS
+#: Four patches of Qwen's towers become one token; a frame counts twice.
+PATCHES = pixels(ROWS * 16, 3 * 2 * 4 * 4, image_grid_thw=[[1, 4, 4]] * ROWS)
+MERGED = {
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "out_hidden_size": 36,
+    "num_position_embeddings": 16,
+    "temporal_patch_size": 2,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE_TOKEN,
+    "video_token_id": 96,
+    "vision_start_token_id": 93,
+    "vision_end_token_id": 94,
+}
+INDEX, ID = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
+
+
+def wrapper_config(text: PretrainedConfig, model_type: str, tower: str, vision: Mapping[str, Any], fields: Any) -> Any:
+    """A wrapper's config around a language model's."""
+    own = {"model_type": tower, **VISION, **vision}
+    return AutoConfig.for_model(
+        model_type, text_config=copy.deepcopy(text.to_dict()), vision_config=own, **copy.deepcopy(fields)
+    )
+
+
+def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperPocket]:
+    """All of them.
+
+    Args:
+        texts: pocket configs of language models.
+    """
+    pockets: dict[str, WrapperPocket] = {}
+    known = {one.name for one in fields(WrapperPocket)}
+
+    def add(
+        model_type: str,
+        text: str,
+        tower: str,
+        num_tokens: int = 16,
+        image: Callable[[torch.Generator], Mapping[str, Tensor]] = IMAGES,
+        *,
+        vision: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> None:
+        """A wrapper of a type around a language model; changes are fields of the pocket or of its config."""
+        own = {name: changes.pop(name) for name in known & changes.keys()}
+        config = wrapper_config(texts[text], model_type, tower, vision or {}, changes)
+        pockets[model_type] = WrapperPocket(config, num_tokens, image, **own)
+
+    second = "model.multi_modal_projector.linear_2.weight"
+    no_head = {"vision_use_head": False}
+    sized = pixels(ROWS, 3, 16, 16, image_sizes=SIZES)
+    # A whole image and one tile, whose rows end with a newline.
+    tiles = pixels(ROWS, 2, 3, 16, 16, image_sizes=SIZES)
+    pinpoints = {"image_grid_pinpoints": [[16, 16]], "reads_neurons": (second,)}
+    add("llava", "llama", "clip_vision_model", reads_neurons=(second,), **INDEX)
+    add("llava_next", "mistral", "clip_vision_model", 36, tiles, **INDEX, **pinpoints)
+    add("llava_onevision", "qwen2", "siglip_vision_model", 36, tiles, vision=no_head, **INDEX, **pinpoints)
+    add("vipllava", "llama", "clip_vision_model", vision_feature_layers=[-2, -1], reads_neurons=(second,), **INDEX)
+    squares = {"image_size": [16, 16], "patch_size": [4, 4]}
+    add("internvl", "qwen3", "internvl_vision", 4, vision=squares, reads_neurons=(second,), **ID)
+    eps = {"is_exact": False, "reads_neurons": (second,)}
+    add("mistral3", "mistral", "pixtral", 4, sized, vision={"head_dim": 10}, **eps, **INDEX)
+    projected = {"projection_dim": 36, "hidden_size": 36, "vocab_size": VOCAB, "token_kinds": {"token_type_ids": 0}}
+    tower = {**no_head, "projection_dim": 36}
+    add("paligemma", "gemma", "siglip_vision_model", vision=tower, **projected, **INDEX)
+    gemma3 = {"token_kinds": {"token_type_ids": 1}, "mm_tokens_per_image": 4}
+    add("gemma3", "gemma3_text", "siglip_vision_model", 4, vision=no_head, **gemma3, **INDEX)
+    gemma4 = {"head_dim": 12, "num_key_value_heads": 2, "position_embedding_size": 16}
+    add("gemma4", "gemma4_text", "gemma4_vision", 0, vision=gemma4, **ID)
+    qwen = {"token_kinds": {"mm_token_type_ids": 1}, "vision": MERGED, **QWEN_TOKENS}
+    add("qwen3_5", "qwen3_5_text", "qwen3_5_vision", 4, PATCHES, **qwen)
+    add("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_moe_vision", 4, PATCHES, widths=EXPERTS, **qwen)
+    add("qianfan_ocr", "qwen3", "qianfan_ocr_vision", 4, vision=squares, reads_neurons=(second,), **ID)
+    whole = {"vision_feature_select_strategy": "full", "reads_neurons": (second,)}
+    stills = renamed(IMAGES, pixel_values="pixel_values_images")
+    add("video_llava", "llama", "clip_vision_model", 17, stills, **whole, **INDEX)
+    add("llava_next_video", "llama", "clip_vision_model", 36, tiles, **INDEX, **pinpoints)
+    one_tile = pixels(ROWS, 1, 3, 16, 16)
+    add("idefics3", "llama", "idefics3_vision", 4, one_tile, scale_factor=2, **ID)
+    add("smolvlm", "llama", "smolvlm_vision", 4, one_tile, scale_factor=2, **ID)
+    resampler = {"resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 6}
+    perceiver = {"num_key_value_heads": 1, "hidden_size": 36, **resampler}
+    add("idefics2", "mistral", "idefics2_vision", 3, one_tile, perceiver_config=perceiver, **ID)
+    merged = {"downsample_factor": 2, "alignment_intermediate_size": 26}
+    add("aya_vision", "cohere2", "siglip_vision_model", 4, vision=no_head, **merged, **INDEX)
+    add("cohere2_vision", "cohere2", "siglip_vision_model", 4, vision=no_head, **merged, **ID)
+    packed = pixels(
+        ROWS,
+        16,
+        3 * 4 * 4,
+        spatial_shapes=[[4, 4]] * ROWS,
+        pixel_attention_mask=torch.ones(ROWS, 16, dtype=torch.long),
+    )
+    narrow = {"projector_hidden_size": 26}
+    add("lfm2_vl", "lfm2", "siglip2_vision_model", 4, packed, vision={**no_head, "num_patches": 16}, **narrow, **ID)
+    lfm3 = {"hidden_size": 24, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]}
+    add("lfm3_vl", "lfm3", "lfm3_vl_vision", 4, PATCHES, vision=lfm3, **narrow, **QWEN_TOKENS)
+    llama4 = {
+        "vision_output_dim": 26,
+        "projector_input_dim": 26,
+        "projector_output_dim": 26,
+        "intermediate_size": 96,
+        "hidden_size": 24,
+    }
+    add("llama4", "llama4_text", "llama4_vision_model", 4, vision=llama4, **INDEX)
+    radio = {"max_img_size": 16, "video_temporal_patch_size": 2, "mlp_ratio": 1.5}
+    flat = pixels(ROWS * 16, 3 * 4 * 4, image_grid_hw=[[4, 4]] * ROWS)
+    add("nemotron_h_omni", "nemotron_h", "radio", 4, flat, vision=radio, vision_hidden_size=20, **narrow, **ID)
+    grid = pixels(ROWS * 16, 3, 4, 4, image_grid_thw=[[1, 4, 4]] * ROWS)
+    kimi = {"hidden_size": 24, "pos_emb_height": 4, "pos_emb_width": 4}
+    add(
+        "kimi_k25",
+        "deepseek_v3",
+        "kimi_k25_vision",
+        4,
+        grid,
+        vision=kimi,
+        projection_hidden_size=24,
+        widths=LATENT,
+        **QWEN_TOKENS,
+    )
+    vision = {"reads_neurons": ("model.vision_projection.linear_2.weight",), "is_exact": False}
+    add("lighton_ocr", "qwen3", "pixtral", 4, sized, vision={"head_dim": 10}, **vision, **ID)
+    aria = {"projector_patch_to_query_dict": {16: 3}, "vision_feature_layer": -1}
+    feed = "model.multi_modal_projector.feed_forward.linear_out.weight"
+    add("aria", "aria_text", "idefics3_vision", 3, reads_neurons=(feed,), widths=EXPERTS, **aria, **INDEX)
+    add(
+        "deepseek_vl",
+        "llama",
+        "siglip_vision_model",
+        vision=no_head,
+        reads_neurons=("model.aligner.linear2.weight",),
+        **ID,
+    )
+    sam = {
+        "num_hidden_layers": 2,
+        "hidden_size": 20,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "output_channels": 6,
+        "mlp_dim": 22,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "num_pos_feats": 3,
+    }
+    pair = doubled(IMAGES, pixel_values="high_res_pixel_values")
+    add(
+        "deepseek_vl_hybrid",
+        "llama",
+        "siglip_vision_model",
+        16,
+        pair,
+        vision=no_head,
+        high_res_vision_config=sam,
+        **ID,
+    )
+    add("janus", "llama", "janus_vision_model", vision={"projection_dim": 36}, **ID)
+    got = {"mlp_dim": 22, "output_channels": 6, "window_size": 2, "global_attn_indexes": [1], "image_size": 64}
+    reads = {"reads_neurons": ("model.multi_modal_projector.multimodal_projector.weight",)}
+    large = pixels(ROWS, 3, 64, 64)
+    add("got_ocr2", "qwen2", "got_ocr2_vision", 16, large, vision=got, **reads, **INDEX)
+    add("pp_chart2table", "qwen2", "got_ocr2_vision", 16, large, vision=got, **reads, **INDEX)
+    ovis = {"hidden_stride": 2, "vocab_size": 40, "num_visual_indicator_tokens": 5}
+    add("ovis2", "qwen2", "ovis2_vision", 4, vision=ovis, hidden_size=36, **ID)
+    frames = pixels(ROWS * 16, 3 * 4 * 4, image_grid_thw=[[1, 4, 4]] * ROWS, image_merge_sizes=[2] * ROWS)
+    reads = {"reads_neurons": ("model.projector.readout.2.weight",)}
+    tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 96}
+    add("video_llama_3", "qwen2", "video_llama_3_vision", 4, frames, vision={"hidden_size": 24}, **reads, **tokens)
+    add("hyperclovax_vision_v2", "hyperclovax", "qwen2_5_vl_vision", 4, PATCHES, vision=MERGED, **tokens)
+    kinds = {"mm_token_type_ids": 1}
+    for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"):
+        strip = pixels(1, 3, 4, ROWS * 64, target_sizes=[[4, 4]] * ROWS)
+        add(
+            name,
+            "qwen3_5_text",
+            f"{name}_vision",
+            4,
+            strip,
+            downsample_mode="4x",
+            token_kinds=kinds if name == "minicpmv4_7" else {},
+            **ID,
+        )
+    add("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3_vl_vision", 4, PATCHES, projector_hidden_size=26, **INDEX)
+    add("exaone4_5", "exaone4", "exaone4_5_vision", 4, PATCHES, vision={**MERGED, "num_key_value_heads": 1}, **tokens)
+    deep = {**MERGED, "deepstack_visual_indexes": [0]}
+    add("cohere_compass", "cohere_compass_text", "cohere_compass_vision", 4, PATCHES, **{**qwen, "vision": deep})
+    add("shieldgemma2", "gemma3_text", "siglip_vision_model", 4, vision=no_head, **gemma3, **INDEX)
+    patches = pixels(ROWS, 16, 3 * 4 * 4)
+    add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)
+    return pockets
