@@ -61,6 +61,7 @@ PUBLIC_TEXT = frozenset(
         "quant_method",
         "report_to",
         "save_strategy",
+        "fake_quantization",
         "teacher_correction",
         "torch_dtype",
         "truncation_mode",

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from ..errors import DataError
 from ..hardware import has_fast_bf16, training_device
 from ..losses.divergences import OF_LOGITS, require_divergence
+from .fake_quantization import require_fake_quantization
 from .intermediate import Distance
 
 #: Logged values of which less is better: what `metric_for_best_model` names, with or without `eval_` or a dataset.
@@ -182,6 +183,14 @@ class DistillationConfig(SFTConfig):
             "`save_student(dtype=...)` writes it in half precision again."
         },
     )
+    fake_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantisation-aware distillation: 'int8' or 'int4' rounds the weights of the student's "
+            "projections in every forward pass as `minitron-hf quantize` will, and trains the weights behind them (needs the "
+            "extra `quantize`). The saved student is not quantised."
+        },
+    )
 
     # Defaults of the base classes that are changed.
     learning_rate: float = field(
@@ -232,6 +241,7 @@ class DistillationConfig(SFTConfig):
         self._require_loss()
         self._require_intermediate_losses()
         self._require_correction()
+        require_fake_quantization(self.fake_quantization)
         self._refuse_unsupported()
 
     def _fill_in_machine_defaults(self) -> None:

@@ -38,6 +38,7 @@ RECORDED_ARGUMENTS = (
     "top_k",
     "kd_weight",
     "ce_weight",
+    "fake_quantization",
     "teacher_correction",
     "teacher_original_learning_rate",
     "hidden_loss",

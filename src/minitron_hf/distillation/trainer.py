@@ -54,6 +54,7 @@ from .checks import (
 )
 from .config import DistillationConfig
 from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of
+from .fake_quantization import fake_quantize
 from .inputs import TeacherSource, TrainingData
 from .intermediate import needed_states
 from .intermediate_steps import IntermediateLossMixin
@@ -260,6 +261,8 @@ class DistillationTrainer(
         refuse_split_tie(student)
         refuse_frozen(self.model)
         disable_peft_card(self.model)
+        if method := self.args.fake_quantization:
+            fake_quantize(self.model, method, is_split=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # Replaces TRL's own fused forward, which computes only a cross-entropy.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.
