@@ -187,8 +187,8 @@ class DistillationConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Quantisation-aware distillation: 'int8' or 'int4' rounds the weights of the student's "
-            "projections in every forward pass as `minitron-hf quantize` will, and trains the weights behind them (needs the "
-            "extra `quantize`). The saved student is not quantised."
+            "projections in every forward pass as `minitron-hf quantize` will, and trains the weights behind them "
+            "(needs the extra `quantize`). The saved student is not quantised."
         },
     )
 

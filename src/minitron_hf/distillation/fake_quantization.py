@@ -59,7 +59,7 @@ def fake_quantize(student: Any, method: str, *, is_split: bool) -> None:
 
     group_size, paths = quantised_projections(student.config, method)
     if method == "int4":
-        rounding = IntxFakeQuantizeConfig(torch.int4, group_size=group_size, is_symmetric=True)
+        rounding = IntxFakeQuantizeConfig(torch.int4, group_size=group_size, is_symmetric=True)  # type: ignore[attr-defined]
     else:
         rounding = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     quantize_(student, QATConfig(weight_config=rounding, step="prepare"), filter_fn=lambda _, path: path in paths)
