@@ -206,6 +206,12 @@ CASES = [
         ("space", "", "No space left"),
         ("model", "--set divergence=mse", "compares logits"),
         ("data", "= cache {teacher} --data {other_columns} -o {out}", "has the columns a"),
+        ("type", "--server localhost:8000", "expected an address such as http://localhost:8000"),
+        ("missing", "--server http://127.0.0.1:9", "does not answer"),
+        ("extra", "--server-model llama", "--server, which is missing"),
+        ("extra", "--server http://127.0.0.1:9 --num-draws 9", "draws none"),
+        ("model", "--server http://127.0.0.1:9 --set temperature=2", "probabilities of prompts at temperature 1"),
+        ("model", "--server http://127.0.0.1:9 --set hidden_loss=mse", "hidden states, which no server gives"),
     ),
     *command(
         "distill",
@@ -468,6 +474,18 @@ CASES = [
         ("extra", "teacher_cache={{num_draws: 9, dtype: fixed12}}", "Leave out dtype"),
         ("model", "teacher_cache={{num_draws: 9}};distill.divergence=jsd", "forward KL only"),
         ("model", "teacher_cache={{}};distill.divergence=mse", "compares logits"),
+        ("type", "teacher_cache.server=8000", "expected text"),
+        ("type", "teacher_cache.server=localhost", "expected an address"),
+        ("missing", "teacher_cache={{server: 'http://127.0.0.1:9'}}", "does not answer"),
+        ("extra", "teacher_cache.server_model=llama", "teacher_cache.server, which is missing"),
+        ("extra", "teacher_cache={{server: 'http://127.0.0.1:9', num_draws: 9}}", "draws none"),
+        ("model", "teacher_cache={{server: 'http://127.0.0.1:9'}};distill.temperature=2", "at temperature 1"),
+        (
+            "extra",
+            "teacher_cache={{server: 'http://127.0.0.1:9'}};"
+            "teacher_correction={{num_tokens: 9, original_learning_rate: 1}}",
+            "offers the teacher as it was before",
+        ),
     ),
     *section(
         "distill",

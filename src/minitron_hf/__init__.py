@@ -45,6 +45,7 @@ _MODULE_OF = {
     "estimate_capacity": "distillation.capacity",
     "correct_teacher": "distillation.correction",
     "cache_teacher_logits": "distillation.cache_writer",
+    "cache_served_teacher": "distillation.server_cache",
     "load_teacher_cache": "distillation.teacher_cache",
     "TeacherCache": "distillation.teacher_cache",
     "DistillationTrainer": "distillation.trainer",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .distillation.capacity import estimate_capacity as estimate_capacity
     from .distillation.config import DistillationConfig as DistillationConfig
     from .distillation.correction import correct_teacher as correct_teacher
+    from .distillation.server_cache import cache_served_teacher as cache_served_teacher
     from .distillation.teacher_cache import TeacherCache as TeacherCache
     from .distillation.teacher_cache import load_teacher_cache as load_teacher_cache
     from .distillation.trainer import DistillationTrainer as DistillationTrainer

@@ -50,6 +50,10 @@ class HubError(MinitronError, OSError):
     """The Hub refused a request, or a model or dataset could not be found."""
 
 
+class ServerError(MinitronError, OSError):
+    """The server of a teacher did not answer, or cannot give what is needed."""
+
+
 class MissingDependencyError(MinitronError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 

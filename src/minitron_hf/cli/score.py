@@ -68,6 +68,17 @@ def cache(
     dtype: Annotated[
         str, typer.Option(help="How log-probabilities are stored: float16, float32, or packed: fixed12.")
     ] = "float16",
+    server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="URL",
+            help="vLLM server that offers the teacher, such as http://localhost:8000; no weights are loaded then.",
+        ),
+    ] = None,
+    server_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="The server's name of the teacher, if it offers several models."),
+    ] = None,
     set_: Settings = None,
 ) -> None:
     """Store the teacher's distributions over a corpus (cache_teacher_logits); --set takes the arguments of distill.
@@ -76,6 +87,7 @@ def cache(
     """
     from ..distillation.cache_coding import DTYPES, refuse_both
     from ..distillation.cache_writer import cache_teacher_logits
+    from ..distillation.server_cache import cache_served_teacher
     from ..distillation.teacher_cache import refuse_uncacheable
     from ..models import load_config
     from ..recipe.rules import require_choice
@@ -89,10 +101,18 @@ def cache(
     except ValueError as error:
         raise DataError(str(error)) from error
     refuse_uncacheable(args, num_draws=num_draws)
+    if server is None and server_model is not None:
+        raise DataError("--server-model names a model of --server, which is missing.")
+    if server is not None and num_draws is not None:
+        raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
     rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
     vocab_size = load_config(teacher).get_text_config().vocab_size
     if top_k is not None and top_k > vocab_size:
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
+    if server is not None:
+        served = {"server_model": server_model, "top_k": 64 if top_k is None else top_k, "dtype": dtype, "args": args}
+        wrote(cache_served_teacher(server, teacher, rows, output, **served))
+        return
     model, tokenizer = _load(teacher)
     stored: dict[str, Any] = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype}
     wrote(cache_teacher_logits(model, rows, output, **stored, args=args, processing_class=tokenizer))

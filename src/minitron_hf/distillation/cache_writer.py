@@ -6,8 +6,9 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def cache_teacher_logits(
         OutputError: if the folder cannot be written.
         UnsupportedModelError: if the teacher's logits are computed in an unknown way, or it would be sharded.
     """
-    _require_possible(dtype, top_k, num_draws=num_draws, rows_per_file=rows_per_file, num_rows=num_rows)
+    require_possible(dtype, top_k, num_draws=num_draws, rows_per_file=rows_per_file, num_rows=num_rows)
     top_k = 64 if top_k is None and num_draws is None else top_k
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args, num_draws=num_draws)
@@ -126,14 +127,21 @@ def cache_teacher_logits(
     model = load_model(teacher)
     if top_k is not None:
         _require_top_k(top_k, model)
-    trainer = _row_trainer(model, args, dataset, processing_class, folder)
+    trainer = row_trainer(model, args, dataset, processing_class, folder)
+    make_fast(model, trainer.accelerator.device)
+    check_output_head(model, role="teacher")
+    require_documents_apart(trainer, teacher=model)
     trainer.train_dataset = some_rows(trainer.train_dataset, num_rows)
-    settings = _settings(model, trainer, dtype, rows_per_file, top_k=top_k, num_draws=num_draws)
-    _CacheWriter(folder, model, trainer, settings).write(dataset)
+    stored = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype, "rows_per_file": rows_per_file}
+    settings = {"teacher": model_digest(model), **cache_settings(trainer, model.config, stored)}
+    settings |= {"vocab_size": output_head(model).vocab_size, "computed_in": _computed_in(model, trainer.args)}
+    with evaluating([model]):
+        columns = partial(_columns, model, trainer, settings)
+        CacheWriter(folder, trainer, settings, model.config, columns).write(dataset)
     return folder
 
 
-def _require_possible(dtype: str, top_k: int | None, **counts: int | None) -> None:
+def require_possible(dtype: str, top_k: int | None, **counts: int | None) -> None:
     num_draws = counts["num_draws"]
     if dtype not in DTYPES:
         raise DataError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
@@ -149,15 +157,29 @@ def _require_top_k(top_k: int, model: PreTrainedModel) -> None:
         raise DataError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
 
 
-def _row_trainer(
+def row_trainer(
     model: PreTrainedModel, args: DistillationConfig, dataset: Any, processing_class: Any, folder: Path
 ) -> Any:
-    """A trainer that makes the rows and batches, as it would for training, and the checks that need one."""
+    """A trainer that makes the rows and batches, as it would for training.
+
+    Args:
+        model: the teacher; on the meta device if only its config is needed.
+        args: of the run that will train from the cache; changed.
+        dataset: the corpus.
+        processing_class: the tokenizer.
+        folder: of the cache.
+
+    Raises:
+        UnsupportedModelError: if the teacher would be sharded.
+        MismatchError: if the rows are tokenised only when batches are made.
+    """
     args.output_dir, args.push_to_hub, args.max_steps, args.eval_strategy = str(folder), False, 1, "no"
     # TRL changes the model that it is given: here a copy that shares only the weights.
     stand_in: Any = copy.copy(model)
     stand_in.is_quantized = False  # nothing is trained
     stand_in.config, stand_in.generation_config = copy.deepcopy((model.config, model.generation_config))
+    if model.device.type == "meta":
+        stand_in.to = lambda *args, **kwargs: stand_in
     refuse_empty(dataset, "given")
     limit_to_context(args, teacher=model.config)
     trainer: Any = RowMaker(stand_in, args, train_dataset=dataset, processing_class=processing_class)
@@ -166,52 +188,53 @@ def _row_trainer(
             "A teacher that is sharded by FSDP or DeepSpeed cannot be cached. Launch without, one whole teacher on "
             "every device, or load it with device_map='auto' in one process."
         )
-    make_fast(model, trainer.accelerator.device)
-    check_output_head(model, role="teacher")
     _require_token_rows(trainer.train_dataset)
-    require_documents_apart(trainer, teacher=model)
     return trainer
 
 
-def _settings(
-    model: PreTrainedModel, trainer: Any, dtype: str, rows_per_file: int, **stored: int | None
-) -> dict[str, Any]:
-    """Everything that decides the contents of a cache, apart from the rows."""
+def _computed_in(model: PreTrainedModel, args: DistillationConfig) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
+
+
+def cache_settings(trainer: Any, config: PretrainedConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the contents of a cache, apart from the teacher and the rows.
+
+    Args:
+        trainer: makes the rows.
+        config: the teacher's.
+        stored: `top_k`, `num_draws`, `dtype` and `rows_per_file`.
+    """
     args = trainer.args
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = config.get_text_config().num_hidden_layers
     layers: Any = args.hidden_layers  # a string was parsed by the arguments
     pairs = state_pairs(args.hidden_loss, args.embedding_loss, layers, depth, depth)
-    computed_in = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
     return {
-        "teacher": model_digest(model),
         "tokenizer": tokenizer_digest(trainer.processing_class),
         "temperature": args.temperature,
         **stored,
         **({} if stored["num_draws"] is None else {"seed": args.seed}),
-        "vocab_size": output_head(model).vocab_size,
         "states": needed_states(pairs, "teacher"),
-        "dtype": dtype,
-        "computed_in": computed_in,
-        "rows_per_file": rows_per_file,
         **{name: getattr(args, name) for name in ROW_ARGUMENTS},
     }
 
 
 @dataclass(frozen=True)
-class _CacheWriter:
+class CacheWriter:
     """Writes the files of one cache.
 
     Attributes:
         folder: of the cache.
-        model: the teacher.
         trainer: makes rows and batches.
         settings: what decides the contents.
+        config: the teacher's.
+        columns: rows of a file and the number of the first one → the teacher's columns of every row, batch by batch.
     """
 
     folder: Path
-    model: PreTrainedModel
     trainer: Any
     settings: Mapping[str, Any]
+    config: PretrainedConfig
+    columns: Callable[[list[Any], int], Iterator[Iterable[Mapping[str, Any]]]]
 
     def write(self, dataset: Any) -> None:
         """Write the missing files, and then the manifest.
@@ -221,35 +244,41 @@ class _CacheWriter:
         """
         trainer = self.trainer
         files, first = [], 0
-        with evaluating([self.model]):
-            for number, rows in enumerate(_batched(trainer.train_dataset, self.settings["rows_per_file"])):
-                path = self.folder / f"data-{number:05d}.arrow"
-                described = {**self.settings, "rows": _digest_of(rows)}
-                files.append({"file": path.name, "num_rows": len(rows), "digest": described["rows"]})
-                if path.exists():
-                    _require_same(path, described)
-                elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
-                    _write(path, rows, self._teacher_batches(rows, first), described)
-                first += len(rows)
+        for number, rows in enumerate(batched(trainer.train_dataset, self.settings["rows_per_file"])):
+            path = self.folder / f"data-{number:05d}.arrow"
+            described = {**self.settings, "rows": _digest_of(rows)}
+            files.append({"file": path.name, "num_rows": len(rows), "digest": described["rows"]})
+            if path.exists():
+                _require_same(path, described)
+            elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
+                _write(path, rows, self.columns(rows, first), described)
+            first += len(rows)
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _write_manifest(self.folder, files, self.settings, self.model.config, dataset)
+            _write_manifest(self.folder, files, self.settings, self.config, dataset)
         trainer.accelerator.wait_for_everyone()
 
-    def _teacher_batches(self, rows: list[Any], first: int) -> Iterator[Iterable[dict[str, Any]]]:
-        """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
-        collator = self.trainer.data_collator
-        collator = WithRowLengths(collator) if self.trainer.padding_free else collator
-        collator = WithinContext(collator, context_length(self.model.config))
-        for batch in _batched(rows, self.trainer.args.per_device_eval_batch_size):
-            numbers = range(first, first := first + len(batch))
-            yield _teacher_columns(self.model, collator(batch), self.trainer, self.settings, numbers)
+
+def row_collator(trainer: Any, config: PretrainedConfig) -> Any:
+    """The trainer's collator, which also checks lengths and, where rows are joined, tells theirs."""
+    collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
+    return WithinContext(collator, context_length(config))
+
+
+def _columns(
+    model: PreTrainedModel, trainer: Any, settings: Mapping[str, Any], rows: list[Any], first: int
+) -> Iterator[Iterable[dict[str, Any]]]:
+    """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
+    collator = row_collator(trainer, model.config)
+    for batch in batched(rows, trainer.args.per_device_eval_batch_size):
+        numbers = range(first, first := first + len(batch))
+        yield _teacher_columns(model, collator(batch), trainer, settings, numbers)
 
 
 # ---- Writing ----
 
 
-def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while group := list(islice(iterator, size)):
         yield group

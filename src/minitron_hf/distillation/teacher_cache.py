@@ -173,8 +173,13 @@ class TeacherCache:
         """Refuse another teacher than the one that was cached.
 
         Raises:
-            MismatchError: if its weights differ.
+            MismatchError: if its weights differ, or are not known because the cache is from a server.
         """
+        if served := self.manifest["settings"].get("server_model"):
+            raise MismatchError(
+                f"The teacher cache is from a server (model {served!r}), so nothing tells whether teacher_model has "
+                "the same weights. Leave teacher_model out, and cache the held-out data, too."
+            )
         if model_digest(teacher) != self.manifest["settings"]["teacher"]:
             raise MismatchError(
                 f"The teacher cache was written by another teacher ({self.manifest['teacher']['name_or_path']}) than "

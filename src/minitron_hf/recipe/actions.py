@@ -189,6 +189,7 @@ def correct(run: Run) -> None:
 def _cache(run: Run) -> None:
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.config import DistillationConfig
+    from ..distillation.server_cache import cache_served_teacher
 
     section = run.recipe.teacher_cache
     assert section is not None
@@ -196,17 +197,19 @@ def _cache(run: Run) -> None:
         args = DistillationConfig(str(run.folder), **_training_settings(run))
         if which == "eval" and args.eval_packing is not None:
             args.packing = args.eval_packing
-        cache_teacher_logits(
-            run.distillation_teacher,
-            run.dataset(which),
-            run.folder / CACHE_DIR / which,
-            top_k=section.top_k,
-            num_draws=section.num_draws,
-            dtype=section.dtype,
-            num_rows=args.max_eval_rows if which == "eval" else None,
-            args=args,
-            processing_class=run.tokenizer,
-        )
+        corpus, folder = run.dataset(which), run.folder / CACHE_DIR / which
+        shared: dict[str, Any] = {
+            "dtype": section.dtype,
+            "num_rows": args.max_eval_rows if which == "eval" else None,
+            "args": args,
+            "processing_class": run.tokenizer,
+        }
+        if section.server is None:
+            own = {"top_k": section.top_k, "num_draws": section.num_draws}
+            cache_teacher_logits(run.distillation_teacher, corpus, folder, **own, **shared)
+        else:
+            served = {"server_model": section.server_model, "top_k": section.kept, "show_progress": run.show_progress}
+            cache_served_teacher(section.server, run.teacher_config, corpus, folder, **served, **shared)
     run.release("teacher")
     run.release("distillation_teacher")
 

@@ -26,7 +26,7 @@ from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
 from .generating import expected_text
 from .launching import require_launchable
-from .run import place_of, read_chat_template
+from .run import CACHE_DIR, place_of, read_chat_template
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
@@ -74,11 +74,25 @@ def check_environment(
     if "evaluate" in stages:
         check_benchmarks(recipe, run.tokenizer)
         skipped += check_chat_prompts(run)
+    if "cache" in stages:
+        _check_server(run)
     if "publish" in stages:
         skipped += check_publishing(recipe)
     if "search" not in stages:
         check_disk(recipe, stages, arguments, run.teacher_config, students)
     return skipped
+
+
+def _check_server(run: Run) -> None:
+    """Refuse a server that does not offer the teacher, unless its cache is finished."""
+    section = run.recipe.teacher_cache
+    if section is None or section.server is None:
+        return
+    from ..distillation.server_cache import check_server
+    from ..distillation.teacher_cache import MANIFEST_NAME
+
+    if not all((run.folder / CACHE_DIR / which / MANIFEST_NAME).is_file() for which in ("train", "eval")):
+        check_server(section.server, run.tokenizer, section.most_tokens, model=section.server_model, timeout=60.0)
 
 
 def check_corpora(

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 BLOCK_RANKING = 0.52
 #: Seconds to start a stage that has a model, beside its work; a stage of a pocket model takes 0.1 to 1.
 START_SECONDS = 0.3
+#: Bytes of a token's log-probability in what a server sends.
+JSON_BYTES = 75
 #: Shapes and rows that are measured for `target_parameters` (`plan_for_target`).
 TARGET_SHAPES, TARGET_ROWS = 16, 32
 
@@ -301,6 +303,10 @@ def _cache(facts: Facts, number: int) -> StageCost:
     )
     seconds = START_SECONDS + tokens * _forward_seconds(facts, facts.teacher, length)
     seconds += disk / facts.machine.disk_traffic
+    if section.server is not None:
+        sent = tokens * (section.most_tokens + 1) * JSON_BYTES
+        what = f"{tokens:,.0f} tokens, as fast as the server; it sends about {sent / 1e9:,.1f} GB"
+        return StageCost("cache", UNKNOWN, 0.0, disk, what)
     rows = facts.arguments[-1].per_device_eval_batch_size
     drawn = section.num_draws is not None
     load = {"length": length, "rows": rows, "top_k": section.most_tokens, "drawn": drawn}

@@ -74,11 +74,16 @@ class CacheSection:
         num_draws: number of draws from the teacher's distribution per position, stored instead of the most likely
             tokens; for `divergence: forward_kl` only.
         dtype: dtype of the stored log-probabilities, `"float16"`, `"float32"` or, packed, `"fixed12"`.
+        server: address of a vLLM server that offers the teacher, such as `http://localhost:8000`; None: the teacher is
+            loaded. With `top_k` only.
+        server_model: the server's name of the teacher; None: its only model.
     """
 
     top_k: int | None = None
     num_draws: int | None = None
     dtype: Literal["float16", "float32", "fixed12"] = "float16"
+    server: str | None = None
+    server_model: str | None = None
 
     @property
     def kept(self) -> int | None:
@@ -89,6 +94,10 @@ class CacheSection:
     def most_tokens(self) -> int:
         """Tokens per position, at most."""
         return self.kept or (self.num_draws or 0) + 1
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the contents: whether there is a server, not its address."""
+        return {**asdict(self), "top_k": self.kept, "server": self.server and "served"}
 
 
 @dataclass(frozen=True)

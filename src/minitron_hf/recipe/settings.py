@@ -242,11 +242,35 @@ def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, wh
     except DataError as error:
         raise DataError(f"teacher_cache.{error}") from error
     refuse_uncacheable(args, num_draws=section.num_draws)
+    if section.server is not None:
+        _require_served(recipe, args)
+    elif section.server_model is not None:
+        raise DataError("teacher_cache.server_model names a model of teacher_cache.server, which is missing. Set it.")
     whole, own = ({**DISTILL_DEFAULTS, **each.distill} for each in (recipe, one))
     if other := [name for name in cached_arguments() if own.get(name) != whole.get(name)]:
         raise DataError(
             f"{where}distill: {', '.join(other)} cannot differ between rounds that read one teacher_cache. Set it "
             "for all of them, or leave out teacher_cache."
+        )
+
+
+def _require_served(recipe: Recipe, args: DistillationConfig) -> None:
+    """Refuse what a teacher behind a server cannot do."""
+    from ..distillation.server import plain_url
+    from ..distillation.server_cache import refuse_unserved
+
+    section = recipe.teacher_cache
+    assert section is not None
+    plain_url(str(section.server))
+    refuse_unserved(args)
+    if section.num_draws is not None:
+        raise DataError(
+            "teacher_cache.num_draws with a server: it gives the most likely tokens, and draws none. Use top_k."
+        )
+    if recipe.teacher_correction is not None:
+        raise DataError(
+            "teacher_cache.server with teacher_correction: the server offers the teacher as it was before. Leave one "
+            "out, or correct the teacher in a run of its own and serve the result."
         )
 
 

@@ -113,7 +113,7 @@ def _cache_settings(recipe: Recipe) -> Any:
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
     return {
         "teacher": model_identity(recipe.teacher),
-        "teacher_cache": {**asdict(recipe.teacher_cache), "top_k": recipe.teacher_cache.kept},
+        "teacher_cache": recipe.teacher_cache.deciding(),
         "distill": {name: settings[name] for name in cached_arguments() if name in settings},
         "train": training_identity(recipe.data),
         "eval": dataset_identity(recipe.data.eval),
