@@ -96,10 +96,7 @@ def cache(
     settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
     args = distillation_config(output, {**settings, "eval_strategy": "no"}, "--set ")
     require_choice(dtype, DTYPES, "--dtype")
-    try:
-        refuse_both(top_k, num_draws, dtype)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    refuse_both(top_k, num_draws, dtype)
     refuse_uncacheable(args, num_draws=num_draws)
     if server is None and server_model is not None:
         raise DataError("--server-model names a model of --server, which is missing.")
@@ -109,10 +106,9 @@ def cache(
     vocab_size = load_config(teacher).get_text_config().vocab_size
     if top_k is not None and top_k > vocab_size:
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
+    stored: dict[str, Any] = {"top_k": top_k, "dtype": dtype, "args": args}
     if server is not None:
-        served = {"server_model": server_model, "top_k": 64 if top_k is None else top_k, "dtype": dtype, "args": args}
-        wrote(cache_served_teacher(server, teacher, rows, output, **served))
+        wrote(cache_served_teacher(server, teacher, rows, output, server_model=server_model, **stored))
         return
     model, tokenizer = _load(teacher)
-    stored: dict[str, Any] = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype}
-    wrote(cache_teacher_logits(model, rows, output, **stored, args=args, processing_class=tokenizer))
+    wrote(cache_teacher_logits(model, rows, output, num_draws=num_draws, **stored, processing_class=tokenizer))

@@ -53,7 +53,7 @@ def cache_served_teacher(
     output_dir: str | os.PathLike[str],
     *,
     server_model: str | None = None,
-    top_k: int = 64,
+    top_k: int | None = None,
     args: DistillationConfig | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     dtype: str = "float16",
@@ -69,6 +69,7 @@ def cache_served_teacher(
     The folder is that of `cache_teacher_logits` with `top_k`. The server gives the most likely tokens of every
     position; the probability of all others is 1 minus theirs. Every document of a packed row is sent by itself.
     Requests that fail are sent again, six times within half a minute.
+    Long because all arguments are explained.
 
     Args:
         server: address of the server, such as `http://localhost:8000`.
@@ -76,7 +77,7 @@ def cache_served_teacher(
         dataset: corpus, as for `DistillationTrainer`.
         output_dir: folder of the cache.
         server_model: the server's name of the model; None: the only one.
-        top_k: number of most likely tokens to store per position. vLLM gives 20 unless it is started with
+        top_k: number of most likely tokens to store per position; None: 64. vLLM gives 20 unless it is started with
             `--max-logprobs`.
         args: arguments of the run that will train from the cache, as for `cache_teacher_logits`.
         processing_class: tokenizer; by default the one in the teacher's folder.
@@ -97,6 +98,7 @@ def cache_served_teacher(
         DataError: if `server` is no address, or a number is out of range.
         OutputError: if the folder cannot be written.
     """
+    top_k = 64 if top_k is None else top_k
     require_possible(dtype, top_k, num_draws=None, rows_per_file=rows_per_file, num_rows=num_rows)
     if num_parallel < 1 or not timeout > 0:
         raise DataError(f"num_parallel={num_parallel}, timeout={timeout}: expected at least 1, and more than 0.")
@@ -107,7 +109,7 @@ def cache_served_teacher(
     vocab_size = config.get_text_config().vocab_size
     if not 1 <= top_k <= vocab_size:
         raise DataError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
-    processing_class = processing_class or load_tokenizer(config.name_or_path)
+    processing_class = processing_class or load_tokenizer(config.name_or_path or "")
     refuse_other_tokenizers(processing_class, teacher=config.name_or_path or None)
     asked = check_server(server, processing_class, top_k, model=server_model, api_key=api_key, timeout=timeout)
     folder = require_writable(output_dir)
@@ -280,8 +282,12 @@ class _ServedColumns:
                 f"{vocab_size} tokens. Name the teacher that the server serves."
             )
         _require_log_probs(self.server, log_probs)
-        tail = _log_tail(log_probs, vocab_size)
-        signal = TopKSignal(*map(torch.from_numpy, (tokens, log_probs, tail)), vocab_size)
+        signal = TopKSignal(
+            torch.from_numpy(tokens),
+            torch.from_numpy(log_probs),
+            torch.from_numpy(_log_tail(log_probs, vocab_size)),
+            vocab_size,
+        )
         return Coding.of(self.settings).columns(signal, [len(tokens)])[0]
 
 

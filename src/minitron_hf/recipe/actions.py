@@ -199,17 +199,17 @@ def _cache(run: Run) -> None:
             args.packing = args.eval_packing
         corpus, folder = run.dataset(which), run.folder / CACHE_DIR / which
         shared: dict[str, Any] = {
+            "top_k": section.top_k,
             "dtype": section.dtype,
             "num_rows": args.max_eval_rows if which == "eval" else None,
             "args": args,
             "processing_class": run.tokenizer,
         }
         if section.server is None:
-            own = {"top_k": section.top_k, "num_draws": section.num_draws}
-            cache_teacher_logits(run.distillation_teacher, corpus, folder, **own, **shared)
+            cache_teacher_logits(run.distillation_teacher, corpus, folder, num_draws=section.num_draws, **shared)
         else:
-            served = {"server_model": section.server_model, "top_k": section.kept, "show_progress": run.show_progress}
-            cache_served_teacher(section.server, run.teacher_config, corpus, folder, **served, **shared)
+            shared |= {"server_model": section.server_model, "show_progress": run.show_progress}
+            cache_served_teacher(section.server, run.teacher_config, corpus, folder, **shared)
     run.release("teacher")
     run.release("distillation_teacher")
 
