@@ -89,6 +89,7 @@ def test_every_python_block_is_run():
     # In test_contributing and test_outside_families, in test_metric_registry, and in test_divergence_registry.
     run_elsewhere = {"docs/guides/add-a-family.md", "docs/guides/add-a-metric.md", "docs/guides/add-a-divergence.md"}
     run_elsewhere.add("docs/guides/runtimes.md")  # in test_runtimes, on a pruned student
+    run_elsewhere.add("docs/guides/images.md")  # in test_images: it needs a vision-language model
     run_elsewhere.add("docs/guides/vocabulary.md")  # in test_vocabulary_pruning: it needs another tokenizer
     assert {page for page in PAGES if blocks(page, "python")} == run_here | run_elsewhere
 

@@ -362,6 +362,22 @@ def trains_on_images(trainer: Any) -> bool:
     return trainer._is_vision_dataset
 
 
+@uses("trl 1.16", "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling")
+def image_text_collator(**kwargs: Any) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+    """The collator of images and text of TRL's supervised trainer, which has no name at the top of the package."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    return DataCollatorForVisionLanguageModeling(**kwargs)
+
+
+@uses("trl 1.16", "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling")
+def collates_images(collator: Any) -> bool:
+    """Whether a collator is TRL's for images and text."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    return isinstance(collator, DataCollatorForVisionLanguageModeling)
+
+
 @uses("trl 1.16", "trl.data_utils.get_dataset_column_names")
 def column_names(dataset: Any) -> list[str]:
     """Columns of a dataset, streams included, whose columns may have to be read from the first row."""

@@ -14,7 +14,7 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
     """The error to raise instead, with one message: what went wrong, and what to do next.
 
     Args:
-        what: `"model"`, `"config"` or `"tokenizer"`.
+        what: `"model"`, `"config"`, `"tokenizer"` or `"processor"`.
         name: folder or Hub id.
         error: of Transformers or the Hub.
     """
@@ -41,6 +41,11 @@ def loading_error(what: str, name: str, error: Exception) -> MinitronError:
     if what == "tokenizer":
         return DataError(
             f"{start}: {first_line(error)} Expected tokenizer.json or the files of a slow tokenizer; save it there."
+        )
+    if what == "processor":
+        return DataError(
+            f"{start}: {first_line(error)} Expected processor_config.json or preprocessor_config.json beside the "
+            "files of a tokenizer; save it there."
         )
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(

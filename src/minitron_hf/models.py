@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -248,6 +249,25 @@ def load_tokenizer(
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
     return tokenizer
+
+
+def load_processor(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load the processor of a vision-language model.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        **kwargs: passed on to `AutoProcessor.from_pretrained`.
+
+    Raises:
+        HubError: if the folder or repository cannot be found or read.
+        DataError: if it holds no processor.
+    """
+    name = _checked_name(name_or_path)
+    _require_own_templates(Path(name))
+    try:
+        return AutoProcessor.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+    except Exception as error:
+        raise loading_error("processor", name, error) from error
 
 
 def _require_own_templates(folder: Path) -> None:

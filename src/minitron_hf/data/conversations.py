@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
+from .images import refuse_image_parts
 from .tokens import require_tokenizer
 
 
@@ -82,6 +83,7 @@ def _render(
             "texts."
         )
     messages = conversation_of(messages)
+    refuse_image_parts(messages)
     tools = row.get("tools")
     try:
         return tokenizer.apply_chat_template(

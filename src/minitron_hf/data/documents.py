@@ -16,6 +16,7 @@ from .conversations import conversation_of as conversation_of
 from .conversations import is_conversation as is_conversation
 from .conversations import render_conversation as render_conversation
 from .conversations import render_text as render_text
+from .images import has_images
 from .tokens import added_tokens, missing_start, require_tokenizer, separator_tokens, start_tokens, tokenize
 from .turns import assistant_tokens
 
@@ -212,6 +213,8 @@ def _numbered_content(
 
 def _content(document: Any, text_field: str, processing_class: Any, start: list[int]) -> str | Piece:
     if isinstance(document, Mapping):
+        if has_images(document):
+            raise DataError("It has images, and is read one at a time. Pass a dataset or a list of all rows.")
         if "input_ids" in document:
             ids, mask = document["input_ids"], document.get("attention_mask")
             document = ids if mask is None else [token for token, kept in zip(_as_list(ids), _as_list(mask)) if kept]

@@ -1,75 +1,17 @@
-"""Token rows: documents cut into rows of limited length, and batches of rows."""
+"""Cuts documents into token rows of limited length."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import DataError
-from ..files import digest
+from .batches import TokenRows
 from .documents import DataSource, Piece, TokenizedDocuments, documents
+from .image_rows import image_rows
+from .images import holds_images
 from .tokens import missing_start, start_tokens
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Token ids in rows of at most `max_length`, ragged, without padding.
-
-    Attributes:
-        rows: token ids, one list per row, each of length ≥ 2.
-        num_bytes: UTF-8 bytes of the text whose tokens the rows predict; None for token ids and messages, or if
-            tokens are left out.
-        overlap: number of tokens of every row that repeat the end of the row before it (0 or 1). With 1, each token
-            after the first is predicted exactly once, for every `max_length`.
-        context: positions of the tokens of every row that are context alone: start tokens of the tokenizer, and
-            prompts. They are neither scored nor counted, and no prediction of them is measured. Empty if no row has
-            any.
-        continues: whether each row begins in the middle of a document. Empty if it is unknown.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    num_bytes: int | None
-    overlap: int = 0
-    context: tuple[tuple[int, ...], ...] = ()
-    continues: tuple[bool, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in all rows, including overlaps, without context."""
-        return sum(map(len, self.rows)) - sum(map(len, self.context))
-
-    @property
-    def digest(self) -> str:
-        """Digest of the token ids, their split into rows, and the positions of context."""
-        return digest(self.rows, self.context) if any(self.context) else digest(self.rows)
-
-    def predicted(self, index: int) -> list[int]:
-        """Positions of a row's tokens whose predictions are measured."""
-        context = set(self.context[index]) if self.context else set()
-        return [position for position in range(1, len(self.rows[index])) if position not in context]
-
-    @property
-    def num_predicted(self) -> int:
-        """Number of predictions that are measured in all rows."""
-        return sum(len(self.predicted(index)) for index in range(len(self)))
-
-    def select(self, indices: list[int]) -> TokenRows:
-        """Some of the rows, in the order of `indices`."""
-        return TokenRows(
-            tuple(self.rows[index] for index in indices),
-            self.num_bytes if sorted(indices) == list(range(len(self))) else None,
-            self.overlap,
-            tuple(self.context[index] for index in indices) if self.context else (),
-            tuple(self.continues[index] for index in indices) if self.continues else (),
-        )
 
 
 def token_rows(
@@ -89,10 +31,12 @@ def token_rows(
         data: an iterable of `str`, of conversations, of token-id sequences, or of mappings (a `datasets.Dataset`, for
             example) with the columns `input_ids` (without the padding that an `attention_mask` marks), `prompt` and
             `completion`, `messages`, or `text_field`; or a single `TokenRows`, returned unchanged. Chat templates are
-            applied as by TRL's `SFTTrainer`, and a prompt is context alone.
-        processing_class: tokenizer, or a processor with one; needed for text. Every row begins with the tokens that it
-            adds in front of a text (mostly the beginning-of-text token), also a row that begins inside a document,
-            because many teachers are far worse without them. These tokens are context alone, see `TokenRows`.
+            applied as by TRL's `SFTTrainer`, and a prompt is context alone. With a column `images` or `image` beside
+            them, every row of the data becomes one row (`data.image_rows`).
+        processing_class: tokenizer, or a processor with one; needed for text. Images need a processor. Every row
+            begins with the tokens that it adds in front of a text (mostly the beginning-of-text token), also a row
+            that begins inside a document, because many teachers are far worse without them. These tokens are context
+            alone, see `TokenRows`.
         max_length: longest row, in tokens, including those.
         num_rows: number of rows after which to stop; None: all.
         packing: join documents (each behind a separator, see `separator_tokens`) and cut them into full rows, which
@@ -117,6 +61,16 @@ def token_rows(
     if isinstance(data, TokenRows):
         return data
     _require_documents(data)
+    if holds_images(data):
+        _require_row_settings(max_length, num_rows, overlap, [])
+        return image_rows(
+            data,
+            processing_class,
+            max_length=max_length,
+            num_rows=num_rows,
+            text_field=text_field,
+            assistant_only=assistant_only,
+        )
     if isinstance(data, TokenizedDocuments):
         processing_class = _same_tokenizer(data, processing_class)
     start = [] if processing_class is None else start_tokens(processing_class)
@@ -144,12 +98,14 @@ def tokenize_once(
 ) -> DataSource:
     """Wrap data that is cut into rows several times, so that it is tokenised once (`TokenizedDocuments`).
 
-    What holds rows or batches already, and what `token_rows` refuses, is returned unchanged. The arguments are those
+    What holds rows, batches or images, and what `token_rows` refuses, is returned unchanged. The arguments are those
     of `token_rows`.
     """
     from torch.utils.data import DataLoader
 
     if data is None or isinstance(data, TokenRows | TokenizedDocuments | DataLoader | str | os.PathLike | Mapping):
+        return data
+    if holds_images(data):
         return data
     return TokenizedDocuments(data, processing_class, text_field, assistant_only)
 
@@ -262,40 +218,3 @@ class _Cutter:
         num_bytes = self.num_bytes if self.overlap else None
         context = tuple(self.context) if any(self.context) else ()
         return TokenRows(tuple(self.rows), num_bytes, self.overlap, context, tuple(self.continues))
-
-
-def padded_batches(
-    rows: TokenRows, batch_size: int, *, pad_token_id: int = 0, padding_side: str = "right"
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of `input_ids`, `attention_mask` and `position_ids`, each int64 [batch, longest row in the batch].
-
-    Position ids count the unmasked tokens, so absolute position embeddings do not depend on the padding side. Where
-    some tokens are context alone, `scored_mask` is the attention mask without them.
-    """
-    import torch
-
-    for start in range(0, len(rows), batch_size):
-        chunk = rows.rows[start : start + batch_size]
-        length = max(map(len, chunk))
-        input_ids = torch.full((len(chunk), length), pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(chunk), length), dtype=torch.long)
-        for index, row in enumerate(chunk):
-            where = slice(0, len(row)) if padding_side == "right" else slice(length - len(row), length)
-            input_ids[index, where] = torch.tensor(row)
-            attention_mask[index, where] = 1
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids(attention_mask),
-        }
-        if any(rows.context):
-            batch["scored_mask"] = attention_mask.clone()
-            for index, row in enumerate(chunk):
-                first = 0 if padding_side == "right" else length - len(row)
-                batch["scored_mask"][index, [first + position for position in rows.context[start + index]]] = 0
-        yield batch
-
-
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of every token among the unmasked ones, int64 [batch, length]; padding gets 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import AutoProcessor, TrainingArguments
+from transformers import TrainingArguments
 
 from ..errors import DataError, MismatchError
 from ..families.tensors import is_quantised
 from ..hardware import is_fast, one_dtype, training_device
 from ..losses.heads import base_model_of
-from ..models import load_config, load_tokenizer, plain_model, stored_dtype
+from ..models import load_config, load_processor, load_tokenizer, plain_model, stored_dtype
 from .config import DistillationConfig
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
         raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")
     if teacher_config.get_text_config() is teacher_config:
         return load_tokenizer(name, **options)
-    return AutoProcessor.from_pretrained(name, **options)
+    return load_processor(name, **options)
 
 
 def kwargs_dict(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:

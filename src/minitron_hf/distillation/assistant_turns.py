@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..compat import column_names, has_training_template
+from ..data.images import holds_images, require_assistant_marks
 from ..data.tokens import text_tokenizer
 from ..data.turns import labelled_turns
 from ..errors import DataError
@@ -30,6 +31,8 @@ class AssistantTurnsMixin:
         if not self._finds_turns:
             super().__init__(model, args, **kwargs)  # type: ignore[call-arg] # of SFTTrainer
             return
+        if holds_images(kwargs.get("train_dataset")):
+            require_assistant_marks(tokenizer)
         args.assistant_only_loss = False  # TRL would refuse the template
         try:
             super().__init__(model, args, **kwargs)  # type: ignore[call-arg] # of SFTTrainer

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 from ..compat import commit_hash, dataset_state, on_device
 from ..data.context import context_length
+from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
@@ -121,6 +122,7 @@ def cache_teacher_logits(
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args, num_draws=num_draws)
     refuse_own_folder(output_dir, teacher=teacher)
+    _refuse_images(dataset)
     folder = require_writable(output_dir)
     processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
     refuse_other_tokenizers(processing_class, teacher=teacher)
@@ -287,6 +289,19 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = ("input_ids", LABELS, "seq_lengths")
     return digest(*(np.asarray(row.get(name, ()), dtype="<i4").tobytes() for row in rows for name in columns))
+
+
+def _refuse_images(dataset: Any) -> None:
+    """Refuse data with images, whose pixels a cache would have to hold too.
+
+    Raises:
+        MismatchError: saying what to do instead.
+    """
+    if holds_images(dataset):
+        raise MismatchError(
+            "The data holds images. Their tokens and pixels are made when batches are made, so a cache cannot hold "
+            "them. Train with the teacher itself (teacher_model=…), or cache data without images."
+        )
 
 
 def _require_token_rows(rows: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..compat import commit_hash
+from ..data.images import holds_images, require_image_model, require_image_processor
 from ..errors import MismatchError
 from .arguments import config_of, eval_packing, kwargs_dict, model_name
 from .config import DistillationConfig
@@ -57,15 +58,32 @@ class TrainingData:
         """All caches."""
         return [*self.train_caches, *self.eval_caches]
 
-    def require_arguments(self, args: DistillationConfig) -> None:
-        """Refuse arguments under which the rows of a cache would be others.
+    def require_arguments(
+        self, args: DistillationConfig, processing_class: Any = None, **configs: PretrainedConfig
+    ) -> None:
+        """Refuse arguments under which the rows of a cache would be others, and images that cannot be read.
+
+        Args:
+            args: of the trainer.
+            processing_class: tokenizer or processor; None for the one in a model's folder.
+            **configs: role → config of the model.
 
         Raises:
             MismatchError: naming the argument.
+            DataError: naming what reads text alone.
         """
+        self._require_readable_images(processing_class, **configs)
         for caches, packing in ((self.train_caches, args.packing), (self.eval_caches, eval_packing(args))):
             for cache in caches:
                 cache.require_arguments(args, packing=packing)
+
+    def _require_readable_images(self, processing_class: Any, **configs: PretrainedConfig) -> None:
+        if not holds_images(self.train):
+            return
+        for role, config in configs.items():
+            require_image_model(config, f"The {role}")
+        if processing_class is not None:
+            require_image_processor(processing_class)
 
 
 @dataclass(frozen=True)

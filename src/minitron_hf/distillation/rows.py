@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 from trl import is_conversational, is_conversational_from_value
 
-from ..compat import column_names, trains_on_images
+from ..compat import collates_images, column_names, trains_on_images
 from ..data import TokenRows
 from ..data.context import context_length
+from ..data.conversations import is_conversation
+from ..data.images import (
+    ImageCollator,
+    has_images,
+    refuse_image_parts,
+)
 from ..data.tokens import missing_start, separator_tokens, start_tokens, text_tokenizer
 from ..errors import DataError
+from ..losses.heads import base_model_of
 from ..scoring.row_starts import NUM_ROWS, NUM_TOKENS, warn_of_broken_starts
 from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
 
@@ -78,9 +85,28 @@ class WithinContext:
 def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
     """The trainer's collator, which also adds row lengths and cached teacher logits and checks lengths and tokens."""
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
-    collator = WithinContext(WithCachedTeacher(collator), context)
-    # Some models have the embeddings of image tokens elsewhere.
-    return collator if trains_on_images(trainer) else WithKnownTokens(collator, vocab_size)
+    if trains_on_images(trainer):  # some models have the embeddings of image tokens elsewhere
+        if collates_images(collator):
+            collator = ImageCollator.around(collator, trainer.processing_class, base_model_of(trainer.model).config)
+        return WithinContext(collator, context)
+    return WithKnownTokens(WithinContext(WithCachedTeacher(collator), context), vocab_size)
+
+
+def try_first_images(trainer: Any) -> None:
+    """Make a batch of the first row of every dataset with images, before training begins.
+
+    Raises:
+        DataError: if a row cannot be read.
+    """
+    if not trains_on_images(trainer):
+        return
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
+    for name, dataset in {"train": trainer.train_dataset, **evaluated}.items():
+        if dataset is not None:
+            try:
+                trainer.data_collator([next(iter(dataset))])
+            except DataError as error:
+                raise DataError(f"The first row of the {name} dataset: {error}") from error
 
 
 def holds_conversation(row: Mapping[str, Any]) -> bool:
@@ -258,7 +284,14 @@ def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: st
     Raises:
         DataError: naming the column.
     """
-    if "input_ids" in first or holds_conversation(first):
+    if has_images(first):
+        raise DataError(
+            f"The {name} dataset has images, and the train dataset has none. Train on images too, or leave them out."
+        )
+    if "input_ids" in first:
+        return
+    if holds_conversation(first):
+        refuse_image_parts(message for value in first.values() if is_conversation(value) for message in value)
         return
     for field in ("prompt", "completion") if "prompt" in first else (text_field,):
         if field not in first:

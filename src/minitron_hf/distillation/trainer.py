@@ -64,7 +64,14 @@ from .parallel import (
     distilling_forward,
     keep_losses_in_float32,
 )
-from .rows import StartTokensMixin, limit_to_context, some_rows, training_collator, warn_of_missing_start
+from .rows import (
+    StartTokensMixin,
+    limit_to_context,
+    some_rows,
+    training_collator,
+    try_first_images,
+    warn_of_missing_start,
+)
 from .saving import TRAINING_FIELDS, SavingMixin, output_dir_of
 from .teacher import TeacherMixin
 from .teacher_cache import TeacherCache, cached_signal, rows_and_caches
@@ -111,9 +118,11 @@ class DistillationTrainer(
             data is cached.
         args: a `DistillationConfig`.
         data_collator: makes batches of rows; by default TRL's collator for the data.
-        train_dataset: corpus; or `load_teacher_cache(folder)`, a corpus with precomputed teacher logits.
+        train_dataset: corpus, with images for a vision-language model; or `load_teacher_cache(folder)`, a corpus with
+            precomputed teacher logits.
         eval_dataset: held-out corpus or teacher cache, or several by name.
-        processing_class: tokenizer of both models; where the student's plan cuts the vocabulary, of either.
+        processing_class: tokenizer of both models, for images their processor; where the student's plan cuts the
+            vocabulary, of either.
         compute_metrics: metrics from the student's logits; costs a second forward pass and [batch, length, vocabulary]
             memory in evaluation.
         callbacks: trainer callbacks.
@@ -179,7 +188,7 @@ class DistillationTrainer(
         refuse_top_k(args.top_k, teacher.config.get_text_config().vocab_size, cuts_vocabulary=kept is not None)
         limit_to_context(args, student=student_config, teacher=teacher.config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
-        data.require_arguments(args)
+        data.require_arguments(args, processing_class, student=student_config, teacher=teacher.config)
         self._remember_inputs(model, student_config, teacher, data, plans, kept)
         self._prepare_output_folder(model, args, student_config, peft_config, teacher)
         processing_class = checked_tokenizer(processing_class, model, teacher, kept, args.trust_remote_code)
@@ -270,6 +279,7 @@ class DistillationTrainer(
         self._loss_shifts_labels = True
         context = shortest_context(student_config, teacher_config)
         self.data_collator = training_collator(self, context, self._vocab_size)
+        try_first_images(self)
 
     def _prepare_teacher_side(self, teacher: TeacherSource) -> None:
         """Load and place the teacher, and try both models on packed rows."""

@@ -15,15 +15,15 @@ from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, UnsupportedModelError
 from ..files import public_name, require_creatable, versions
 from ..formats import FORMATS, write_artefact
-from ..models import evaluating, load_tokenizer
+from ..models import evaluating
 from ..scoring.row_starts import warn_of_broken_starts
 from ..sizes.counts import parameter_counts
 from ..weights import model_digest
 from .benchmarks import measure_benchmarks
 from .chat import ChatTest
 from .draft import DraftTest, time_drafts
-from .limits import Limits, checked_reference, require_positive
-from .loading import common_device, in_float32, load_for_inference
+from .limits import Limits, checked_reference, require_image_models, require_positive
+from .loading import common_device, in_float32, load_for_inference, load_processing_class
 from .quality import measure_quality
 from .speed import Workload, checkpoint_bytes, device_description, measure_speed
 from .tasks import require_tasks
@@ -114,8 +114,8 @@ def evaluate_models(
     Args:
         models: name → model, or the path or Hub id of one. Model objects are measured in the dtype and on the device
             they have, and left unchanged.
-        dataset: as in `token_rows`.
-        processing_class: tokenizer or processor, or the path or Hub id of one; needed for text.
+        dataset: as in `token_rows`. Predictions of text are measured, also where rows have images; speed without them.
+        processing_class: tokenizer, for images processor, or the path or Hub id of one; needed for text.
         reference: name of the model that the others are compared with; default `"teacher"` if there is one, else the
             first. A single model has no reference.
         max_length: longest row, in tokens; by default the shortest context of the models, at most 2,048.
@@ -184,9 +184,8 @@ def evaluate_models(
     if speed:
         timing = Timing(*limits.timed_lengths(prefill_length, decode_tokens), rounds)
         grid = _speed_grid(limits, timing, speed_batch_sizes, speed_prompt_tokens)
-    if isinstance(processing_class, str | os.PathLike):
-        processing_class = load_tokenizer(processing_class)
-    processing_class = limits.spaces.tokenizer(processing_class, models)
+    require_image_models(models, dataset)
+    processing_class = limits.spaces.tokenizer(load_processing_class(processing_class, dataset), models)
     limits.spaces.require_own(dataset)
     rows = token_rows(
         dataset,
@@ -198,8 +197,9 @@ def evaluate_models(
         text_field=text_field,
         assistant_only=assistant_only,
     )
-    limits.require_known(rows)
-    draft = None if draft_prompts is None else _draft_test(limits, reference, rows, draft_prompts, draft_tokens)
+    text = rows.without_images()
+    limits.require_known(text)
+    draft = None if draft_prompts is None else _draft_test(limits, reference, text, draft_prompts, draft_tokens)
     chat = None
     if chat_prompts is not None:
         chat = ChatTest.of(
@@ -232,7 +232,7 @@ def evaluate_models(
     drafts = {}
     if draft is not None and reference is not None:
         with evaluating(loaded.values()):
-            drafts = time_drafts(loaded, reference, rows, draft, show_progress)
+            drafts = time_drafts(loaded, reference, text, draft, show_progress)
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     in_full_precision = by_path if dtype in (None, "auto") else []
     of_models = (limits.spaces.own_ids, in_full_precision)
@@ -323,7 +323,7 @@ def _measure(
             positions = {name: quality[name].pop("positions") for name in models}
             answers = {} if chat is None else chat.measure(models, reference, batch_size, show_progress)
             dtypes = _dtypes(models)
-        speeds = measure_speed(models, rows, **asdict(timing), grid=grid, show_progress=show_progress)
+        speeds = measure_speed(models, rows.without_images(), **asdict(timing), grid=grid, show_progress=show_progress)
     found = {}
     for name in models:
         found[name] = {"metrics": quality[name], **speeds[name]}

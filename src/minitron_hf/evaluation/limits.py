@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import TokenRows
 from ..data.context import context_length
+from ..data.images import holds_images, require_image_model
 from ..errors import DataError, MismatchError
 from ..models import load_config
 from ..vocabulary.stored import stored_cut
@@ -163,6 +164,18 @@ def refuse_mixed(models: Mapping[str, Any]) -> None:
             f"The vocabulary of the model {cut[0]!r} was cut, and the others have other tokens. Measure it by itself, "
             "with its own tokenizer."
         )
+
+
+def require_image_models(models: Mapping[str, Any], data: Any) -> None:
+    """Refuse models that read text alone, if the data has images.
+
+    Raises:
+        DataError: naming the model.
+    """
+    if not holds_images(data):
+        return
+    for name, config in _configs(models).items():
+        require_image_model(config, f"The model {name!r}")
 
 
 def _configs(models: Mapping[str, Any]) -> dict[str, PretrainedConfig]:

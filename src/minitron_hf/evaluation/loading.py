@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.images import holds_images
 from ..errors import MismatchError
 from ..hardware import as_device, default_device
-from ..models import load_for_compute
+from ..models import load_for_compute, load_processor, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +26,13 @@ def load_for_inference(
     A model object keeps the dtype and device that it has.
     """
     return load_for_compute(model_or_path, dtype=dtype, device=device)
+
+
+def load_processing_class(processing_class: Any, data: Any) -> Any:
+    """A tokenizer, for data with images a processor, of a path or Hub id; an object is returned as it is."""
+    if not isinstance(processing_class, str | os.PathLike):
+        return processing_class
+    return load_processor(processing_class) if holds_images(data) else load_tokenizer(processing_class)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import TokenRows, padded_batches
+from ..data.images import image_inputs
 from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
 from ..scoring.logits import run_backbone
 from .means import mean_and_error as mean_and_error
@@ -197,12 +198,14 @@ def _logits_by_row(
     harm: with a sliding window, padding far to the right attends to nothing, and becomes NaN in some dtypes.
     """
     ids = batch["input_ids"] if own_ids is None else own_ids[batch["input_ids"]]
-    inputs = {"input_ids": ids.to(model.device)}
+    inputs = {"input_ids": ids.to(model.device), **image_inputs(batch, model)}
     positions = [place - 1 for place in places]  # each position predicts the token after it
     with torch.no_grad():
         try:
             output = run_backbone(model, inputs)
         except UnsupportedModelError:  # of an unknown family
+            if len(inputs) > 1:  # images of several rows are one tensor
+                raise
             output = None
     for row, position in enumerate(positions):
         with torch.no_grad():  # not around the yield, where it would reach the caller

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import TokenRows, padded_batches
+from ..data.images import image_inputs
 from ..errors import DataError, PlanError, accept_old_names
 from ..evaluation.quality import mean_and_error
 from ..formats import read_artefact
@@ -209,9 +210,8 @@ class Divergence:
         with evaluating([model]):
             for index, batch in enumerate(padded_batches(self.rows, self.batch_size)):
                 # Padding is on the right, where causal attention never looks.
-                h_BTH = backbone_output(
-                    model, input_ids=batch["input_ids"].to(input_device(model)), use_cache=False
-                ).last_hidden_state
+                inputs = {"input_ids": batch["input_ids"].to(input_device(model)), **image_inputs(batch, model)}
+                h_BTH = backbone_output(model, **inputs, use_cache=False).last_hidden_state
                 first = index * self.batch_size
                 places = [torch.tensor(self.rows.predicted(first + i)) - 1 for i in range(len(h_BTH))]
                 yield torch.cat([h_TH[place.to(h_TH.device)] for h_TH, place in zip(h_BTH, places)])

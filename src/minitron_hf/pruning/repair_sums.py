@@ -17,10 +17,9 @@ from torch import Tensor
 from ..errors import DataError, UnsupportedModelError
 from ..families import spec_for
 from ..models import evaluating
-from ..scoring.batches import Batches
+from ..scoring.batches import Batches, on_device
 from ..scoring.calibration import Calibration
 from ..scoring.hooks import first_input
-from ..weights import input_device
 from .repair_experts import SecondRun, observe_experts
 from .repair_gaps import stream_output
 from .repair_inputs import CutInputs
@@ -152,8 +151,7 @@ def observing(
 
 def forward(model: PreTrainedModel, watch: Batches, batch: Mapping[str, Tensor]) -> bool:
     """Run the layers of a model on the next batch, and return whether an observer has ended the pass."""
-    device, names = input_device(model), ("input_ids", "attention_mask", "scored_mask")
-    inputs = watch.inputs(watch.begin({name: batch[name].to(device) for name in names if name in batch}))
+    inputs = watch.inputs(watch.begin(on_device(batch, model)))
     try:
         model.base_model(**inputs, use_cache=False)
     except AllObserved:

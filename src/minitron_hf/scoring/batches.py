@@ -14,10 +14,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data import position_ids
 from ..data.context import context_length
+from ..data.images import image_inputs, placeholder_ids
 from ..errors import DataError
 from ..families import ArchSpec, text_config
 from ..weights import input_device
 from .reductions import accumulation_dtype
+
+#: What a batch of text holds; the rest belongs to images.
+TEXT_BATCH = ("input_ids", "attention_mask", "scored_mask")
+
+
+def on_device(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a pass reads of a batch, on the device where the model takes its inputs."""
+    device = input_device(model)
+    text = {name: batch[name].to(device) for name in TEXT_BATCH if name in batch}
+    return {**text, **image_inputs(batch, model)}
 
 
 def require_vocabulary(largest: int, config: PretrainedConfig) -> None:
@@ -81,6 +92,7 @@ class Batches:
         shape_BT: shape of the current batch.
         attended_BT: True at its tokens, False at padding.
         mask_BT: True at its tokens that are scored: all but context.
+        predicted_BT: True at those of them whose predictions count: no token of an image.
     """
 
     def __init__(self, spec: ArchSpec, model: PreTrainedModel) -> None:
@@ -92,6 +104,8 @@ class Batches:
         self.shape_BT: tuple[int, ...] = ()
         self.attended_BT = torch.zeros(0, 0, dtype=torch.bool)
         self.mask_BT = torch.zeros(0, 0, dtype=torch.bool)
+        self.predicted_BT = self.mask_BT
+        self.placeholders = torch.tensor(placeholder_ids(model.config), dtype=torch.long)
         # The signature, not __code__: Transformers wraps `forward` in decorators.
         self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
@@ -99,10 +113,10 @@ class Batches:
         """Check and count a batch, and make it the current one.
 
         Args:
-            batch: `input_ids` and, optionally, the masks of `padded_batches`, each [B, T].
+            batch: `input_ids` and, optionally, the masks of `padded_batches`, each [B, T], and inputs of images.
 
         Returns:
-            `input_ids` and `attention_mask`, each [B, T].
+            `input_ids` and `attention_mask`, each [B, T], and the inputs of images.
 
         Raises:
             DataError: if tokens are outside the vocabulary, or rows longer than the context.
@@ -111,13 +125,17 @@ class Batches:
         mask_BT = batch.get("attention_mask")
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids_BT, mask_BT)]
-        require_vocabulary(max(map(max, filter(None, rows)), default=0), self.model.config)
+        is_image_BT = torch.isin(ids_BT, self.placeholders.to(ids_BT.device))
+        text_BT = ids_BT.masked_fill(is_image_BT | ~mask_BT.bool(), 0)  # the embedding of an image is another
+        require_vocabulary(int(text_BT.max()) if text_BT.numel() else 0, self.model.config)
         require_context(max(map(len, rows), default=0), self.model.config)
         self.shape_BT, self.attended_BT = mask_BT.shape, mask_BT.bool()
         self.mask_BT = self.attended_BT & batch.get("scored_mask", mask_BT).bool()
+        self.predicted_BT = self.mask_BT & ~is_image_BT
         self.num_tokens += int(self.mask_BT.sum())
         self.rows.append([row for row in rows if row])
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        images = {name: value for name, value in batch.items() if name not in TEXT_BATCH}
+        return {"input_ids": ids_BT, "attention_mask": mask_BT, **images}
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs of a causal model: without a mask where all padding is on the right, which no token attends to.
@@ -126,11 +144,12 @@ class Batches:
         NaN.
         """
         mask_BT = batch["attention_mask"]
+        images = {name: value for name, value in batch.items() if name not in TEXT_BATCH}
         # A padding token that was added to the tokenizer alone lies outside the model's vocabulary.
-        inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0)}
+        inputs = {"input_ids": batch["input_ids"].masked_fill(~mask_BT.bool(), 0), **images}
         if bool((mask_BT.diff(dim=1) > 0).any()):
             inputs["attention_mask"] = mask_BT
-            if self.takes_positions:
+            if self.takes_positions and not images:  # some models have positions of their own for images
                 inputs["position_ids"] = position_ids(mask_BT)
         return inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 from ..compat import is_prepared_loader
 from ..data import DataSource, TokenRows, padded_batches, token_rows
 from ..data.context import context_length
+from ..data.image_rows import ImageRows
+from ..data.images import holds_images, require_image_model
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError
 from .batches import require_vocabulary
@@ -58,6 +60,12 @@ def default_max_length(config: PretrainedConfig, limit: int = 512) -> int:
     return min(limit, context_length(config) or limit)
 
 
+def _require_positive(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise DataError(f"{name}={number!r}: expected an integer of at least 1.")
+
+
 def load_calibration(
     model: PreTrainedModel,
     data: DataSource | None,
@@ -90,11 +98,9 @@ def load_calibration(
             )
         endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
         return Calibration(lambda: data, None if endless else len(data), None)
-    for name, number in (("num_rows", num_rows), ("max_length", max_length), ("batch_size", batch_size)):
-        if name == "max_length" and number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise DataError(f"{name}={number!r}: expected an integer of at least 1.")
+    _require_positive(
+        num_rows=num_rows, batch_size=batch_size, **({} if max_length is None else {"max_length": max_length})
+    )
     context = context_length(model.config)
     if max_length is not None and context is not None and max_length > context:
         logger.warning(
@@ -102,7 +108,11 @@ def load_calibration(
         )
         max_length = context
     max_length = default_max_length(model.config) if max_length is None else max_length
+    if holds_images(data):
+        require_image_model(model.config)
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows, packing=packing)
+    if isinstance(rows, ImageRows):
+        return Calibration(lambda: padded_batches(rows, batch_size), -(-len(rows) // batch_size), False)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
         raise DataError(
             f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "

@@ -141,7 +141,7 @@ class DepthPass(Batches):
             own, logits_TV = slice(row, row + 1), found.logits(row)
             if self.metric == "perplexity":
                 losses_1T, predicted_1T = token_losses(
-                    logits_TV[None], ids_BT[own], self.attended_BT[own], self.mask_BT[own]
+                    logits_TV[None], ids_BT[own], self.attended_BT[own], self.predicted_BT[own]
                 )
                 terms = [losses_1T.sum(dtype=torch.float64), predicted_1T.sum()]
             else:

@@ -85,7 +85,7 @@ class GradientPass(Batches):
         for row in range(len(states_BTH)):
             own = slice(row, row + 1)
             logits_TV = backbone.logits(row, states_BTH=states_BTH)
-            masks = self.attended_BT[own], self.mask_BT[own]
+            masks = self.attended_BT[own], self.predicted_BT[own]
             losses_1T, predicted_1T = token_losses(logits_TV[None], batch["input_ids"][own], *masks)
             (losses_1T.sum() / predicted_1T.sum().clamp(min=1)).backward()
             del logits_TV, losses_1T  # before the next row's

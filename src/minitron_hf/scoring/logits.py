@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..data.images import TEXT_INPUTS
 from ..errors import UnsupportedModelError
 from ..families import spec_for
 
@@ -27,7 +28,7 @@ class BackboneOutput:
 
     Attributes:
         model: the model.
-        inputs: its inputs, each [B, T].
+        inputs: its inputs: those of the text, each [B, T], and of images.
         output: what the backbone returned.
     """
 
@@ -56,7 +57,8 @@ class BackboneOutput:
         chosen_1TH = states_BTH[row : row + 1]
         if positions_n is not None:
             chosen_1TH = chosen_1TH[:, positions_n.to(chosen_1TH.device)]
-        inputs = {name: values[row : row + 1] for name, values in self.inputs.items()}
+        # The backbone, which alone reads images, returns what is stored.
+        inputs = {name: values[row : row + 1] for name, values in self.inputs.items() if name in TEXT_INPUTS}
         with _backbone_returns(self.model, type(self.output)(last_hidden_state=chosen_1TH)):
             logits: Tensor = self.model(**inputs, use_cache=False).logits[0]
         return logits
@@ -67,7 +69,7 @@ def run_backbone(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Backbo
 
     Args:
         model: a causal language model of a known family.
-        inputs: `input_ids` and whatever else it takes, each [B, T].
+        inputs: `input_ids` and whatever else it takes.
 
     Raises:
         UnsupportedModelError: if the family is unknown, or the model does not call the module that holds its layers.

@@ -14,7 +14,8 @@ from ..data.tokens import tokenizer_digest
 from ..errors import DataError
 from ..families import ArchSpec
 from ..models import architecture_digest, evaluating
-from ..weights import input_device, model_digest
+from ..weights import model_digest
+from .batches import on_device
 from .calibration import Calibration, _processes
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class ScoringRun:
         """
         assert self.calibration is not None
         rank, num_processes = _processes()
-        device, num_batches = input_device(self.model), self.calibration.num_batches
+        num_batches = self.calibration.num_batches
         with (
             evaluating([self.model]),
             torch.no_grad(),
@@ -95,8 +96,7 @@ class ScoringRun:
             ) as bar,
         ):
             for batch in islice(self.calibration.batches(), rank, None, num_processes):
-                names = ("input_ids", "attention_mask", "scored_mask")
-                observer.run({name: batch[name].to(device) for name in names if name in batch})
+                observer.run(on_device(batch, self.model))
                 bar.update()
         if num_processes > 1:
             observer.gather()
