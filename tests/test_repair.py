@@ -125,6 +125,40 @@ def test_readers_of_cut_channels_are_refitted_as_by_lstsq(name: str):
         assert name in same or torch.equal(one, two), name
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_routers_and_stacked_experts_are_refitted_as_by_lstsq(name: str):
+    """They read the same norm: every output of every expert that stays, and the router's, on all tokens."""
+    teacher = pocket_model(name)
+    plan = planned(teacher, hidden_size=0.5, num_experts=4, repair="least_squares_all")
+    plain = apply_plan(teacher, planned(teacher, hidden_size=0.5, num_experts=4, repair=None))
+    student = apply_plan(teacher, plan, repaired=repaired_weights(teacher, plan, ROWS, ridge=1e-12))
+    router = {"mixtral": "gate", "gpt_oss": "router"}[name]
+    for layer in range(teacher.config.num_hidden_layers):
+        norm, kept = f"model.layers.{layer}.post_attention_layernorm", plan.kept["experts"][layer]
+        [cut] = [cut for cut in cut_inputs(teacher, plan) if cut.path == norm]
+        assert {p.tensor for p in cut.projections} == {"weight", "gate_up_proj"}
+        states = inputs(teacher, norm)[:, plan.kept["hidden"]]
+        with torch.no_grad():
+            x = plain.get_submodule(norm)(torch.tensor(states)).numpy()
+            wanted = teacher.get_submodule(norm)(torch.tensor(inputs(teacher, norm))).numpy()
+        theirs, own, before = (model.model.layers[layer].mlp for model in (teacher, student, plain))
+        transpose = name == "mixtral"
+        pairs = [[getattr(mlp, router).weight.T for mlp in (theirs, own, before)]]
+        pairs[0][0] = pairs[0][0][:, kept]
+        for row, expert in enumerate(kept):
+            stacks = (theirs.experts.gate_up_proj[expert], *(m.experts.gate_up_proj[row] for m in (own, before)))
+            pairs.append([stack.T if transpose else stack for stack in stacks])
+        for weight, found, cut_only in (tuple(w.detach().numpy() for w in pair) for pair in pairs):
+            has_bias = name == "gpt_oss" and weight.shape[1] == 4  # of the router
+            target = wanted @ weight
+            expected, _ = least_squares(x, target, has_bias=has_bias)
+            error, best = (x @ w - target for w in (found, expected))
+            if has_bias:
+                error, best = (e - e.mean(0) for e in (error, best))
+            np.testing.assert_allclose(np.linalg.norm(error), np.linalg.norm(best), rtol=1e-5)
+            assert np.linalg.norm(error) < 0.95 * np.linalg.norm(x @ cut_only - target)
+
+
 READERS = {
     "llama": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
     "gemma": ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.gate_proj"],

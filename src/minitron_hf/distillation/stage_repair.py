@@ -79,7 +79,7 @@ def _cut_experts(
             continue
         width = theirs[name].shape[2 - position] if after["experts"] < before["experts"] else 0
         for index in range(after["experts"]):
-            units, own = torch.arange(num_neurons), (Projection(path, position, index),)
+            units, own = torch.arange(num_neurons), (Projection(path, position, index, DOWN_PROJECTIONS),)
             expert, key = Expert(index, layer, width, nullcontext), f"{path}.{index}"
             yield key, (layer, CutInputs(key, units[:num_kept], units[num_kept:], own, expert=expert))
 

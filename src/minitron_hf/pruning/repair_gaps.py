@@ -14,7 +14,6 @@ from transformers import Conv1D
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS
 from ..models import evaluating
-from ..scoring.experts import DOWN_PROJECTIONS
 from ..weights import input_device
 from .stored_layers import computing
 
@@ -36,17 +35,19 @@ class Projection:
     Attributes:
         path: of the module.
         position: the dimension of its weight that holds its inputs.
-        expert: index of the expert whose down projection it is, in a module of stacked experts.
+        expert: index of the expert whose projection it is, in a module of stacked experts.
+        tensor: name in the module of the tensor that holds the weight, or those of all experts.
     """
 
     path: str
     position: int
     expert: int | None = None
+    tensor: str = "weight"
 
     @property
     def name(self) -> str:
-        """Name of the tensor that holds the weight, or those of all experts."""
-        return f"{self.path}.{'weight' if self.expert is None else DOWN_PROJECTIONS}"
+        """Name of the tensor in the model."""
+        return f"{self.path}.{self.tensor}"
 
     def own(self, tensor: Tensor) -> Tensor:
         """The weight in that tensor, as a view."""

@@ -7,7 +7,7 @@ for, G channels of the residual stream whose change in dropped layers is made up
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .plan import PruningPlan
+
+#: The outputs of a router.
+ROUTED: Dimension = (("experts",),)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _cut_experts(
             is_kept_F = torch.full((sizes["moe_ffn"],), neurons is None)
             is_kept_F[[] if neurons is None else torch.from_numpy(neurons[row])] = True
             kept_K, rest_R = is_kept_F.nonzero().flatten(), (~is_kept_F).nonzero().flatten()
-            own = (Projection(path, position, index),)
+            own = (Projection(path, position, index, DOWN_PROJECTIONS),)
             expert = Expert(index, layer, 0 if experts is None else width, routing)
             yield (layer, f"{path}.{index:04}"), CutInputs(f"{path}.{index}", kept_K, rest_R, own, expert=expert)
 
@@ -217,10 +220,10 @@ def _gated_norm(spec: ArchSpec, module: str, inputs: Dimension) -> str:
 def _cut_channels(
     model: PreTrainedModel, spec: ArchSpec, plan: PruningPlan
 ) -> Iterator[tuple[tuple[int, str], CutInputs]]:
-    """Every norm over channels of which some are cut, with the plain projections that read its output.
+    """Every norm over channels of which some are cut, with the projections that read its output.
 
-    Other readers (routers, stacked experts, tied heads, what reads the stream without a norm) keep the teacher's
-    weights of the channels that stay.
+    Other readers (tied heads, what reads the stream without a norm) keep the teacher's weights of the channels that
+    stay.
     """
     kept = plan.kept.get("hidden")
     if kept is None:
@@ -240,19 +243,31 @@ def _cut_channels(
 
 
 def _readers(model: PreTrainedModel, plan: PruningPlan, norms: list[str]) -> dict[str, tuple[Projection, ...]]:
-    """Norm → the plain projections whose input is its output, in the order in which they are called."""
-    projections = {one.path: one for one in channel_projections(model, plan.layers_kept, plan.scales)}
+    """Norm → the projections whose input is its output, in the order in which they are called."""
+    projections: dict[str, list[Projection]] = {}
+    for one in channel_projections(model, plan.layers_kept, plan.scales):
+        kept = () if one.expert is None else plan.kept_in(_layer_of(model, one)).get("experts", (one.expert,))
+        if one.expert is None or one.expert in kept:
+            projections.setdefault(one.path, []).append(one)
     found: dict[str, list[Projection]] = {}
     for path, norm in norm_readers(model, norms).items():
-        if path in projections:
-            found.setdefault(norm, []).append(projections[path])
-    return {norm: tuple(readers) for norm, readers in found.items()}
+        found.setdefault(norm, []).extend(projections.get(path, ()))
+    return {norm: tuple(readers) for norm, readers in found.items() if readers}
+
+
+def _layer_of(model: PreTrainedModel, projection: Projection) -> int:
+    located = spec_for(model.config).locate(projection.name)
+    assert located is not None
+    assert located[1] is not None
+    return located[1]
 
 
 def channel_projections(
     model: PreTrainedModel, layers_kept: Container[int], scaled: Container[str] = ()
 ) -> Iterator[Projection]:
-    """Plain projections of the kept layers, and an untied head, whose inputs are the channels.
+    """Plain projections, routers and stacked experts of the kept layers, and an untied head, that read the channels.
+
+    An expert is fitted to all tokens, not to those that it is given.
 
     Args:
         model: the teacher; its weights need no values.
@@ -260,15 +275,34 @@ def channel_projections(
         scaled: patterns of weights that the plan scales, which are left out.
     """
     spec, own = spec_for(model.config), named_tensors(model)
-    for name, module in model.named_modules():
-        located = spec.locate(f"{name}.weight")
-        if located is None or not isinstance(module, nn.Linear | Conv1D) or f"{name}.weight" not in own:
-            continue
-        pattern, layer = located
-        position = 0 if isinstance(module, Conv1D) else 1
-        is_kept = layer is None or layer in layers_kept
-        if is_kept and spec.dimensions[pattern][position] == CHANNELS and pattern not in scaled:
-            yield Projection(name, position)
+    for path, module in model.named_modules():
+        for tensor, _ in module.named_parameters(recurse=False):
+            name = f"{path}.{tensor}"
+            located = spec.locate(name)
+            if located is None or name not in own:
+                continue
+            pattern, layer = located
+            position = _input_position(module, tensor, spec.dimensions[pattern])
+            if position is None or (layer is not None and layer not in layers_kept) or pattern in scaled:
+                continue
+            if own[name].ndim == 2:
+                yield Projection(path, position)
+            else:
+                yield from (Projection(path, position, expert, tensor) for expert in range(len(own[name])))
+
+
+def _input_position(module: nn.Module, tensor: str, dimensions: Sequence[Dimension]) -> int | None:
+    """The dimension of a weight, or of one expert's, that holds the channels it reads; None if it reads others."""
+    if len(dimensions) == 3:  # stacked experts
+        positions = [at for at, dimension in enumerate(dimensions[1:]) if dimension == CHANNELS]
+        return positions[0] if positions and tensor != DOWN_PROJECTIONS else None
+    if tensor != "weight" or len(dimensions) != 2:
+        return None
+    position = 0 if isinstance(module, Conv1D) else 1
+    is_router = dimensions[0] == ROUTED
+    if not (isinstance(module, nn.Linear | Conv1D) or is_router) or dimensions[position] != CHANNELS:
+        return None
+    return position
 
 
 def _student_norm(
