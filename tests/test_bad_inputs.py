@@ -384,7 +384,12 @@ CASES = [
         ("range", "prune.vocab_size=4000", "larger than the teacher's"),
         ("key", "prune.vocabsize=40", "Did you mean 'vocab_size'?"),
         ("model", "prune.vocab_size=40", "with a WordLevel model"),
-        ("extra", "prune.vocab_size=40;evaluate.prompts=[the]", "prune.vocab_size with evaluate.prompts"),
+        ("extra", "prune.vocab_size=40;teacher_cache={{top_k: 4}}", "prune.vocab_size with teacher_cache"),
+        (
+            "extra",
+            "rounds=[{{prune: {{vocab_size: 40}}}},{{prune: {{hidden_size: 0.9}}}}]",
+            "rounds.1.prune.vocab_size",
+        ),
         ("key", "prune.hiden_size=8", "Did you mean 'hidden_size'?"),
         ("missing", "prune={{}}", "lacks prune"),
         ("type", "prune.contiguous=no", "expected true or false"),

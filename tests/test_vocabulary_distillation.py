@@ -19,9 +19,7 @@ from minitron_hf import (
     estimate_capacity,
     estimate_importance,
     evaluate_models,
-    generate_samples,
     make_plan,
-    measure_benchmarks,
     prune_tokenizer,
     save_model,
     student_config,
@@ -282,15 +280,6 @@ def test_models_are_measured_on_the_students_tokens(pair, tmp_path):
         trainer_of(copy.deepcopy(student), teacher, tmp_path / "out", cut), reference=teacher, dataset=texts()[:6]
     )
     assert callback.measure()["eval_kl_divergence"] == pytest.approx(kl / count, rel=1e-4)
-    with pytest.raises(MismatchError, match="vocabulary of the model 'student' was cut"):
-        generate_samples(by_path, tokenizer, ["ab"])
-    with pytest.raises(MismatchError, match="vocabulary of the model 'student' was cut"):
-        measure_benchmarks(by_path, ["piqa"], processing_class=tokenizer)
-    alone = generate_samples({"student": by_path["student"]}, cut, ["ab"], max_new_tokens=2)
-    assert alone[0]["completions"]
-    for other in ({"tasks": ["piqa"]}, {"draft_prompts": 2}, {"chat_prompts": texts()}):
-        with pytest.raises(DataError, match="not for models with different vocabularies"):
-            evaluate_models(by_path, texts()[:6], processing_class=cut, **other, **settings)
 
 
 def test_the_estimate_of_memory_counts_both_vocabularies():

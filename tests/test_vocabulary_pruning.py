@@ -327,8 +327,8 @@ def test_the_block_of_the_guide_runs(tmp_path, monkeypatch):
     assert len(AutoTokenizer.from_pretrained("student")) == SIZE
 
 
-def test_what_compares_with_the_teacher_refuses_a_cut_vocabulary(tmp_path):
-    """Search, recipes and evaluation: by name, before anything is computed."""
+def test_what_cannot_read_other_tokens_refuses_a_cut_vocabulary(tmp_path):
+    """Recipes and evaluation: by name, before anything is computed."""
     teacher, _, _, student = cut_alone("llama")
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4})
     bare = copy.deepcopy(student)
@@ -336,43 +336,58 @@ def test_what_compares_with_the_teacher_refuses_a_cut_vocabulary(tmp_path):
     with pytest.raises(MismatchError, match="vocabulary of 17 tokens"):
         evaluate_models({"teacher": teacher, "student": bare}, rows, processing_class=bpe_tokenizer(), speed=False)
     recipe = {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path)}
-    for name, section in (
-        ("teacher_cache", {"teacher_cache": {"top_k": 4}}),
-        ("evaluate.prompts", {"evaluate": {"prompts": ["a"]}}),
-        ("rounds", {"rounds": [{"prune": {"hidden_size": 8}}]}),
-        ("quantize", {"quantize": ["int8"]}),
+    cut, width = {"vocab_size": 9}, {"hidden_size": 8}
+    for words, section in (
+        ("prune.vocab_size with teacher_cache: the cache holds", {"prune": cut, "teacher_cache": {"top_k": 4}}),
+        ("rounds.1.prune.vocab_size: the rounds after", {"rounds": [{"prune": cut}, {"prune": width}]}),
+        (
+            r"rounds.1.prune.vocab_size: the rounds after",
+            {"prune": cut, "rounds": [{"prune": width}] * 2},
+        ),
     ):
-        with pytest.raises(DataError, match=rf"prune.vocab_size with {name}: these read or write the same tokens"):
-            check_settings(Recipe.from_dict({**recipe, "prune": {"vocab_size": 9}, **section}))
-    with pytest.raises(PlanError, match=r"base.vocab_size"):
-        search_architectures(teacher, None, space={}, calibration_data=rows, base=PrunerConfig(vocab_size=9))
+        with pytest.raises(DataError, match=words):
+            check_settings(Recipe.from_dict({**recipe, **section}))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"verify": True, "prune": {"vocab_size": SIZE, "repair": "least_squares"}}])
-def test_a_recipe_cuts_the_vocabulary(tmp_path, changes):
-    """All stages: the student that is distilled and measured has its own tokenizer."""
-    teacher, tokenizer = teacher_of(dtype=torch.float32)
-    save_model(teacher, tmp_path / "teacher", tokenizer)
+@pytest.fixture
+def tokenizer_of_recipe():
+    return bpe_tokenizer()
+
+
+@pytest.fixture
+def recipe_of(tmp_path, tokenizer_of_recipe):
+    teacher, _ = teacher_of(dtype=torch.float32)
+    save_model(teacher, tmp_path / "teacher", tokenizer_of_recipe)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts()))
-    prune = {"vocab_size": SIZE, "intermediate_size": 0.5, **changes.get("prune", {})}
-    recipe = {
+    settings = {"max_steps": 3, "max_length": 16, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+    return {
         "teacher": str(tmp_path / "teacher"),
         "data": {"train": str(text), "eval": str(text)},
         "output_dir": str(tmp_path / "run"),
         "scores": {"num_rows": 8, "max_length": 16},
-        "distill": {
-            "max_steps": 3,
-            "max_length": 16,
-            "per_device_train_batch_size": 4,
-            "use_cpu": True,
-            "bf16": False,
-        },
+        "distill": settings,
         "evaluate": {"num_rows": 6, "speed": True},
-        **changes,
-        "prune": prune,
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"verify": True, "prune": {"vocab_size": SIZE, "repair": "least_squares"}},
+        {
+            "controls": ["random_pruning", "random_init", "cross_entropy"],
+            "evaluate": {"num_rows": 6, "speed": False, "prompts": ["ab"], "draft_prompts": 2},
+        },
+    ],
+)
+def test_a_recipe_cuts_the_vocabulary(tmp_path, recipe_of, tokenizer_of_recipe, changes):
+    """All stages: the student that is distilled and measured has its own tokenizer."""
+    recipe = {**recipe_of, **changes}
+    recipe["prune"] = {"vocab_size": SIZE, "intermediate_size": 0.5, **changes.get("prune", {})}
+    tokenizer = tokenizer_of_recipe
     checked = check_recipe(Recipe.from_dict(recipe))
     assert checked["sizes"]["vocab"] == {"teacher": VOCAB, "student": SIZE}
     run_recipe(Recipe.from_dict(recipe))
@@ -384,6 +399,42 @@ def test_a_recipe_cuts_the_vocabulary(tmp_path, changes):
     models = json.loads((run / "evaluation.json").read_text())["models"]
     assert all(models[name]["metrics"]["kl_divergence"]["value"] > 0 for name in ("pruned", "student"))
     assert "tokens per byte instead of" in (run / "README.md").read_text()
+    for name in changes.get("controls", ()):
+        assert len(AutoTokenizer.from_pretrained(run / "controls" / name)) == SIZE
+        assert models[name]["metrics"]["kl_divergence"]["value"] > 0
+        assert models[name]["draft"]["identical_outputs"]["value"] == 1
+
+
+@pytest.mark.slow
+def test_the_last_of_several_rounds_cuts_the_vocabulary(recipe_of, tokenizer_of_recipe):
+    recipe = {**recipe_of, "prune": {}}
+    recipe["rounds"] = [{"prune": {"intermediate_size": 0.75}}, {"prune": {"vocab_size": SIZE}}]
+    run = run_recipe(Recipe.from_dict(recipe))
+    assert AutoModelForCausalLM.from_pretrained(run / "rounds" / "1").config.vocab_size == VOCAB
+    plan = PruningPlan.from_pretrained(run)
+    assert AutoTokenizer.from_pretrained(run).get_vocab() == prune_tokenizer(tokenizer_of_recipe, plan).get_vocab()
+    models = json.loads((run / "evaluation.json").read_text())["models"]
+    assert all(models[name]["metrics"]["kl_divergence"]["value"] > 0 for name in ("round_1", "pruned", "student"))
+
+
+def test_a_search_counts_the_vocabulary_that_stays_and_compares_with_all_of_it():
+    """The divergences are those of the same shapes with the whole vocabulary."""
+    teacher, tokenizer = teacher_of(dtype=torch.float32)
+    scores = estimate_importance(teacher, metric="random")
+    arguments = {
+        "space": {"intermediate_size": [0.5, 0.75]}, "calibration_data": texts()[:8], "processing_class": tokenizer,
+        "max_parameters": 1e9, "tolerance": 0.9999, "max_length": 16, "show_progress": False,
+    }  # fmt: skip
+    arguments["max_parameters"] = count_parameters(teacher)
+    whole, cut = (
+        search_architectures(teacher, scores, base=PrunerConfig(**base), **arguments).candidates
+        for base in ({}, {"vocab_size": SIZE})
+    )
+    rows = VOCAB - SIZE
+    lost = 2 * rows * teacher.config.hidden_size  # embeddings and head
+    assert [one.pruned_kl for one in cut] == [one.pruned_kl for one in whole]
+    assert [one.num_parameters for one in cut] == [one.num_parameters - lost for one in whole]
+    assert {one.request.vocab_size for one in cut} == {SIZE}
 
 
 def test_counts_of_another_tokenizer_are_refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
 from .files import replacing_folder, require_empty
+from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, default_device, is_fast
 from .models import auto_class, empty_model, load_config, load_tokenizer, stored_dtype
 from .saving import save_model
@@ -133,7 +135,15 @@ def quantize_checkpoint(
     made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
     with replacing_folder(Path(output_dir)) as temporary:
         save_model(made, temporary, load_tokenizer(model, revision=revision))
+        _copy_cut_vocabulary(Path(model), temporary)
     return Path(output_dir)
+
+
+def _copy_cut_vocabulary(source: Path, target: Path) -> None:
+    """Copy the plan of a student whose vocabulary was cut: it says which of the teacher's tokens the copy has."""
+    if (source / PLAN_NAME).is_file() and read_artefact(source / PLAN_NAME).get("vocabulary") is not None:
+        for name in (PLAN_NAME, INDICES_NAME):
+            shutil.copyfile(source / name, target / name)
 
 
 def require_quantizable(config: PretrainedConfig, method: str) -> None:

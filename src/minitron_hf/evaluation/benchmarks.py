@@ -20,13 +20,14 @@ from ..files import digest, require_creatable
 from ..formats import read_artefact, write_artefact
 from ..models import load_tokenizer
 from ..weights import model_digest
-from .limits import checked_reference, refuse_mixed, require_positive
+from .limits import checked_reference, require_positive
 from .loading import common_device, load_for_inference
 from .means import mean_and_error
 from .paired import combined, paired_difference, share_of
 from .presets import main_metric, with_presets
 from .task_results import TaskScores, harness_version
 from .tasks import HarnessSettings, LoadedTask, TaskSource, run_task
+from .token_spaces import own_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +75,8 @@ def measure_benchmarks(
     Args:
         models: name → model, or the path or Hub id of one. Model objects keep their dtype and device.
         tasks: names of tasks or groups, paths of task files, or names of presets (`presets.PRESETS`).
-        processing_class: tokenizer, or the path or Hub id of one; default the one beside the reference's weights.
+        processing_class: tokenizer, or the path or Hub id of one; default the one beside the reference's weights. A
+            student whose vocabulary was cut reads the same documents with a tokenizer of its own, which follows.
         reference: name of the model that the others are compared with; default `"teacher"` if there is one, else the
             first. A single model has no reference.
         limit: number of documents per task, or their fraction below 1, for a quick look.
@@ -102,13 +104,12 @@ def measure_benchmarks(
         and `format` say what was compared.
 
     Raises:
-        MismatchError: if the vocabulary of a student was cut, and not that of the others.
+        MismatchError: if the vocabulary of a student was cut, and the tokenizer of another model is not known.
         MissingDependencyError: without lm-evaluation-harness.
         DataError: if a task is unknown or cannot be loaded, executes code unasked, or there is no tokenizer.
         OutputError: if `output_path` cannot be written.
     """
     reference = checked_reference(models, reference)
-    refuse_mixed(models)
     require_positive(batch_size=batch_size)
     wanted = with_presets([tasks] if isinstance(tasks, str) else tasks, num_fewshot)
     if not wanted:
@@ -131,8 +132,9 @@ def measure_benchmarks(
             raise DataError("apply_chat_template: the tokenizer has no chat template. Leave it out.")
         device = common_device(models, device)
         loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
+        tokenizers = own_tokenizers(models, tokenizer)
         names = sorted(loaded, key=lambda name: name != reference)  # comparisons are complete task by task
-        runs = {name: _Run.of(name, loaded[name], tokenizer, settings, store) for name in names}
+        runs = {name: _Run.of(name, loaded[name], tokenizers[name], settings, store) for name in names}
         found: dict[str, dict[str, _Stored]] = {}
         with tqdm(total=len(wanted) * len(names), desc="Benchmarks", unit="task", disable=not show_progress) as bar:
             for task, shots in wanted.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from ..generation.decoding import (
 from ..generation.prompts import Prompt, Prompts
 from .means import mean_and_error
 from .quality import measure_quality
+from .token_spaces import Readers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,11 +39,14 @@ class ChatTest:
         prompts: in their order.
         tokenizer: with a chat template.
         max_new_tokens: longest answer, in tokens.
+        readers: own ids and tokenizers of the models. Where the vocabulary of students was cut, the prompts are split
+            by the students' tokenizer, and the reference answers in its own tokens.
     """
 
     prompts: Sequence[Prompt]
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
+    readers: Readers = field(default_factory=Readers)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class ChatTest:
         max_new_tokens: int,
         num_prompts: int | None,
         text_field: str = "text",
+        readers: Readers | None = None,
     ) -> ChatTest:
         """Read the prompts.
 
@@ -73,6 +78,7 @@ class ChatTest:
             max_new_tokens: longest answer, in tokens.
             num_prompts: number of prompts; None: all.
             text_field: column that holds a text.
+            readers: own ids and tokenizers of the models.
 
         Raises:
             DataError: if there are no prompts, no tokenizer or no chat template, or no room for an answer.
@@ -91,7 +97,7 @@ class ChatTest:
         prompts = list(source)
         if not prompts:
             raise DataError("chat_prompts holds no prompts that leave room for an answer. Pass others.")
-        return cls(prompts, source.tokenizer, max_new_tokens)
+        return cls(prompts, source.tokenizer, max_new_tokens, readers or Readers())
 
     def measure(
         self, models: Mapping[str, PreTrainedModel], reference: str | None, batch_size: int, show_progress: bool
@@ -108,29 +114,34 @@ class ChatTest:
             Name → metric → value and standard error over prompts (see `evaluate_models`).
         """
         judge = reference or next(iter(models))
-        ends = end_tokens_of(models[judge], self.tokenizer)
+        tokenizers = {name: self.readers.tokenizers.get(name, self.tokenizer) for name in models}
+        ends = {name: end_tokens_of(models[judge], self.tokenizer) for name in models}
+        if self.readers.tokenizers:  # under their own ids
+            ends = {name: end_tokens_of(model, tokenizers[name]) for name, model in models.items()}
         with tqdm(
             total=len(models) * len(self.prompts), desc="Answering", unit="prompt", disable=not show_progress
         ) as bar:
-            answers = {name: self._answers(model, ends, batch_size, bar) for name, model in models.items()}
-        rows = self._rows(answers[judge])
-        quality = measure_quality(models, rows, reference, batch_size, show_progress)
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = {*self.tokenizer.all_special_ids, *ends, *(token for token, found in added if found.special)}
+            answers = {name: self._answers(name, model, ends[name], batch_size, bar) for name, model in models.items()}
+        rows = self._rows(judge, answers[judge])
+        spaces = self.readers.spaces
+        quality = measure_quality(models, rows, reference, batch_size, show_progress, spaces.own_ids)
+        special = {name: {*ends[name], *_special_tokens(tokenizers[name])} for name in models}
         return {
             name: {
                 **{metric: quality[name][metric] for metric in ANSWER_METRICS},
-                "stopping": _share([answer[-1] in ends for answer in answers[name]]),
-                "format": _share([keeps_format(answer, ends, special) for answer in answers[name]]),
+                "stopping": _share([answer[-1] in ends[name] for answer in answers[name]]),
+                "format": _share([keeps_format(answer, ends[name], special[name]) for answer in answers[name]]),
                 "answer_tokens": _mean([len(answer) for answer in answers[name]]),
             }
             for name in models
         }
 
-    def _answers(self, model: PreTrainedModel, ends: Collection[int], batch_size: int, bar: Any) -> list[list[int]]:
-        """The greedy answers of a model, in the order of the prompts."""
-        pad = pad_token_of(self.tokenizer, ends)
-        prompts = [prompt.ids for prompt in self.prompts]
+    def _answers(
+        self, name: str, model: PreTrainedModel, ends: Collection[int], batch_size: int, bar: Any
+    ) -> list[list[int]]:
+        """The greedy answers of a model in its own tokens, in the order of the prompts."""
+        pad = pad_token_of(self.readers.tokenizers.get(name, self.tokenizer), ends)
+        prompts = [self.readers.spaces.of_model(name, prompt.ids) for prompt in self.prompts]
         lengths = [len(ids) for ids in prompts]
         equal = len(set(lengths)) > 1 and reads_padding(model, min(prompts, key=len)[:256], pad)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -147,14 +158,23 @@ class ChatTest:
             bar.update(len(places))
         return answers
 
-    def _rows(self, answers: Sequence[Sequence[int]]) -> TokenRows:
-        """Prompts with answers; only the answers are measured."""
+    def _rows(self, judge: str, answers: Sequence[Sequence[int]]) -> TokenRows:
+        """Prompts with the answers of a model; only the answers are measured."""
         prompts = [prompt.ids for prompt in self.prompts]
+        spaces = self.readers.spaces
+        if spaces.cut is not None and judge in spaces.own_ids:
+            own = self.readers.tokenizers[judge]
+            answers = [spaces.cut.respelled(answer, own, self.tokenizer) for answer in answers]
         return TokenRows(
             tuple((*ids, *answer) for ids, answer in zip(prompts, answers)),
             None,
             context=tuple(tuple(range(len(ids))) for ids in prompts),
         )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, found in added if found.special)}
 
 
 def keeps_format(answer: Sequence[int], ends: Collection[int], special: Collection[int]) -> bool:

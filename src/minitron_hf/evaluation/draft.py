@@ -21,6 +21,7 @@ from .limits import Limits, require_positive
 from .loading import common_device, load_for_inference
 from .means import mean_and_error
 from .speed import synchronize
+from .token_spaces import Readers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,9 +85,11 @@ def measure_draft(
 
     Args:
         teacher: the model whose text is generated, or the path or Hub id of one.
-        draft: the model that proposes tokens, with the same vocabulary.
+        draft: the model that proposes tokens, with the same vocabulary, or one that a plan has cut. Then `generate`
+            also takes `tokenizer` and `assistant_tokenizer`, and translates the tokens.
         dataset: as in `token_rows`; the beginnings of its rows are the prompts.
-        processing_class: tokenizer, or the path or Hub id of one; needed for text.
+        processing_class: tokenizer, or the path or Hub id of one; needed for text, and that of the teacher where the
+            draft's vocabulary was cut.
         num_prompts: number of prompts.
         prompt_tokens: tokens of each.
         new_tokens: tokens that are generated after each.
@@ -111,14 +114,16 @@ def measure_draft(
     """
     test = DraftTest(num_prompts, prompt_tokens, new_tokens, draft_tokens)
     models = {"teacher": teacher, "draft": draft}
-    limits = Limits.of(models, "teacher")
+    limits = Limits.of(models, "teacher", maps_tokens=True)
     limits.timed_lengths(prompt_tokens, new_tokens)
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
+    readers = Readers.of(limits.spaces, models, processing_class)
+    limits.spaces.require_own(dataset)
     # Twice as many rows as prompts, because some may be too short.
     rows = token_rows(
         dataset,
-        processing_class,
+        limits.spaces.tokenizer(processing_class, models),
         max_length=limits.row_length(None),
         num_rows=2 * num_prompts,
         packing=False,
@@ -128,13 +133,18 @@ def measure_draft(
     device = common_device(models, device)
     loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
     with evaluating(loaded.values()):
-        found = time_drafts(loaded, "teacher", rows, test, show_progress)
+        found = time_drafts(loaded, "teacher", rows, test, readers, show_progress)
     return found["draft"]
 
 
 @torch.no_grad()
 def time_drafts(
-    models: Mapping[str, PreTrainedModel], teacher: str, rows: TokenRows, test: DraftTest, show_progress: bool
+    models: Mapping[str, PreTrainedModel],
+    teacher: str,
+    rows: TokenRows,
+    test: DraftTest,
+    readers: Readers,
+    show_progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """Measure every other model as a draft of one; see `measure_draft`.
 
@@ -143,12 +153,14 @@ def time_drafts(
         teacher: name of the model whose text is generated.
         rows: the beginnings of these rows are the prompts.
         test: how drafts are measured.
+        readers: ids and tokenizers of the models.
         show_progress: show a progress bar.
 
     Returns:
         Name of every draft → metrics.
     """
-    prompts = [torch.tensor([list(ids)], device=models[teacher].device) for ids in test.prompts(rows)]
+    own = [readers.spaces.of_model(teacher, ids) for ids in test.prompts(rows)]
+    prompts = [torch.tensor([ids], device=models[teacher].device) for ids in own]
     drafts = [name for name in models if name != teacher]
     plain: list[_Timed] = []
     assisted: dict[str, list[_Timed]] = {name: [] for name in drafts}
@@ -156,7 +168,8 @@ def time_drafts(
     with tqdm(total=len(prompts) + 1, desc="Drafting", unit="prompt", disable=not show_progress) as bar:
         for turn, prompt in enumerate([prompts[0], *prompts]):  # the first turn warms up
             for name in names:
-                timed = _generate(models[teacher], None if name is None else models[name], prompt, test)
+                draft = None if name is None else models[name]
+                timed = _generate(models[teacher], draft, prompt, test, readers.translation(teacher, name))
                 if turn:
                     (plain if name is None else assisted[name]).append(timed)
             names = names[1:] + names[:1]
@@ -195,9 +208,13 @@ class _Steps:
 
 
 def _generate(
-    teacher: PreTrainedModel, draft: PreTrainedModel | None, prompt_1T: torch.Tensor, test: DraftTest
+    teacher: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    prompt_1T: torch.Tensor,
+    test: DraftTest,
+    translation: Mapping[str, Any],
 ) -> _Timed:
-    """Greedy continuation of one prompt, [1, T]."""
+    """Greedy continuation of one prompt, [1, T]; `translation` holds both tokenizers where they differ."""
     settings = GenerationConfig(
         max_new_tokens=test.new_tokens,
         do_sample=False,
@@ -206,6 +223,12 @@ def _generate(
         use_cache=True,
     )
     steps = _Steps()
+    read: list[int] = []
+
+    def count(_: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        read.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    hook = teacher.register_forward_pre_hook(count, with_kwargs=True)
     with without_generation_defaults(teacher), _proposing(draft, test.draft_tokens):
         synchronize(teacher.device)
         start = time.perf_counter()
@@ -216,17 +239,22 @@ def _generate(
                 generation_config=settings,
                 assistant_model=draft,
                 streamer=steps,
+                **translation,
             )
         except (ValueError, NotImplementedError) as error:
             raise UnsupportedModelError(
                 f"{type(teacher).__name__} cannot check the tokens of a draft ({error}). Leave drafts out."
             ) from error
+        finally:
+            hook.remove()
         synchronize(teacher.device)
         seconds = time.perf_counter() - start
     counts = steps.counts[1:]
     # A draft proposes no more tokens than can be kept beside the one that the teacher adds.
     left = [test.new_tokens - sum(counts[:place]) for place in range(len(counts))]
     proposed = 0 if draft is None else sum(min(test.draft_tokens, rest - 1) for rest in left)
+    if translation:  # the teacher reads what is proposed behind the prompt, or behind the token that it added itself
+        proposed = sum(read) - prompt_1T.shape[1] - (len(read) - 1)
     return _Timed(output[0, prompt_1T.shape[1] :].tolist(), seconds, proposed, len(counts))
 
 

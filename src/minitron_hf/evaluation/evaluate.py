@@ -27,6 +27,7 @@ from .loading import common_device, in_float32, load_for_inference, load_process
 from .quality import measure_quality
 from .speed import Workload, checkpoint_bytes, device_description, measure_speed
 from .tasks import require_tasks
+from .token_spaces import Readers, TokenSpaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,7 +177,6 @@ def evaluate_models(
     compared_models = _task_models(models, task_models)
     # Refusals that need configs alone come before any weights are read.
     limits = Limits.of(models, reference, maps_tokens=True)
-    limits.spaces.refuse(tasks=tasks, draft_prompts=draft_prompts, chat_prompts=chat_prompts is not None)
     if tasks:
         require_tasks(tasks, include_path, runs_code=confirm_run_unsafe_code)
     max_length = limits.row_length(max_length)
@@ -185,7 +185,10 @@ def evaluate_models(
         timing = Timing(*limits.timed_lengths(prefill_length, decode_tokens), rounds)
         grid = _speed_grid(limits, timing, speed_batch_sizes, speed_prompt_tokens)
     require_image_models(models, dataset)
-    processing_class = limits.spaces.tokenizer(load_processing_class(processing_class, dataset), models)
+    given = load_processing_class(processing_class, dataset)
+    talks = draft_prompts is not None or chat_prompts is not None
+    readers = Readers.of(limits.spaces if talks else TokenSpaces(), models, given)
+    processing_class = limits.spaces.tokenizer(given, models)
     limits.spaces.require_own(dataset)
     rows = token_rows(
         dataset,
@@ -202,14 +205,12 @@ def evaluate_models(
     draft = None if draft_prompts is None else _draft_test(limits, reference, text, draft_prompts, draft_tokens)
     chat = None
     if chat_prompts is not None:
-        chat = ChatTest.of(
-            chat_prompts,
-            processing_class,
-            context=limits.context,
-            max_new_tokens=chat_max_new_tokens,
-            num_prompts=num_chat_prompts,
-            text_field=text_field,
-        )
+        answers: Any = {
+            "max_new_tokens": chat_max_new_tokens,
+            "num_prompts": num_chat_prompts,
+            "text_field": text_field,
+        }
+        chat = ChatTest.of(chat_prompts, processing_class, context=limits.context, readers=readers, **answers)
     device = common_device(models, device)
     loaded = {name: load_for_inference(model, dtype, device) for name, model in models.items()}
     benchmarks = None
@@ -217,7 +218,7 @@ def evaluate_models(
         benchmarks = measure_benchmarks(
             {name: loaded[name] for name in compared_models},
             tasks,
-            processing_class=processing_class,
+            processing_class=given,
             reference=reference if reference in compared_models else None,
             limit=task_limit,
             num_fewshot=num_fewshot,
@@ -232,7 +233,7 @@ def evaluate_models(
     drafts = {}
     if draft is not None and reference is not None:
         with evaluating(loaded.values()):
-            drafts = time_drafts(loaded, reference, text, draft, show_progress)
+            drafts = time_drafts(loaded, reference, text, draft, readers, show_progress)
     by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
     in_full_precision = by_path if dtype in (None, "auto") else []
     of_models = (limits.spaces.own_ids, in_full_precision)

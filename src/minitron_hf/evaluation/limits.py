@@ -12,7 +12,6 @@ from ..data.context import context_length
 from ..data.images import holds_images, require_image_model
 from ..errors import DataError, MismatchError
 from ..models import load_config
-from ..vocabulary.stored import stored_cut
 from .token_spaces import TokenSpaces
 
 if TYPE_CHECKING:
@@ -149,21 +148,6 @@ class Limits:
                     f"The data holds the token {largest}, but the model {name!r} knows tokens below {size} only. "
                     "Pass the tokenizer that belongs to the models."
                 )
-
-
-def refuse_mixed(models: Mapping[str, Any]) -> None:
-    """Refuse students with a cut vocabulary beside models with more tokens, where one tokenizer serves all.
-
-    Raises:
-        MismatchError: naming a student.
-    """
-    sizes = {name: _vocabulary_size(models[name], config) for name, config in _configs(models).items()}
-    cut = [name for name, model in models.items() if stored_cut(model) is not None]
-    if cut and len(set(sizes.values())) > 1:
-        raise MismatchError(
-            f"The vocabulary of the model {cut[0]!r} was cut, and the others have other tokens. Measure it by itself, "
-            "with its own tokenizer."
-        )
 
 
 def require_image_models(models: Mapping[str, Any], data: Any) -> None:

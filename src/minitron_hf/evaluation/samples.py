@@ -12,8 +12,8 @@ from ..data import tokenize
 from ..data.tokens import text_tokenizer
 from ..generation.decoding import without_generation_defaults
 from ..models import evaluating, load_tokenizer
-from .limits import refuse_mixed
 from .loading import common_device, load_for_inference
+from .token_spaces import own_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def generate_samples(
 
     Args:
         models: name → model, or the path or Hub id of one.
-        processing_class: tokenizer that all models share.
+        processing_class: tokenizer of the models; where the vocabulary of a student was cut, the teacher's.
         prompts: texts to continue; each begins as documents do in training (see `data.tokenize`).
         max_new_tokens: longest continuation, in tokens.
         do_sample: sample from the models (temperature 1) instead of taking the most probable token.
@@ -47,18 +47,18 @@ def generate_samples(
         One mapping per prompt: `{"prompt": …, "completions": {name: text}}`, completions without the prompt.
 
     Raises:
-        MismatchError: if the vocabulary of a student was cut, and not that of the others.
+        MismatchError: if the vocabulary of a student was cut, and the tokenizer of another model is not known.
     """
     from transformers import GenerationConfig
 
     if isinstance(processing_class, str | os.PathLike):
         processing_class = load_tokenizer(processing_class)
-    tokenizer = text_tokenizer(processing_class)
-    refuse_mixed(models)
+    tokenizers = own_tokenizers(models, text_tokenizer(processing_class))
     device = common_device(models, device)
     samples: list[dict[str, Any]] = [{"prompt": prompt, "completions": {}} for prompt in prompts]
     for name, model_or_path in models.items():
         model = load_for_inference(model_or_path, dtype, device)
+        tokenizer = tokenizers[name]
         end = model.generation_config.eos_token_id if model.generation_config is not None else None
         end = tokenizer.eos_token_id if end is None else end
         pad = tokenizer.pad_token_id

@@ -5,7 +5,8 @@ Text is split by the students' tokenizer, and the other models read the same tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..data.documents import TokenizedDocuments
-from ..data.tokens import tokenizer_digest
-from ..data.vocabulary import refuse_other_tokenizers
+from ..data.tokens import text_tokenizer, tokenizer_digest
+from ..data.vocabulary import refuse_other_tokenizers, stored_tokenizer
 from ..errors import DataError, MismatchError
+from ..models import load_config
 from ..vocabulary.stored import StoredCut, stored_cut
 
 
@@ -86,14 +88,73 @@ class TokenSpaces:
             "the texts."
         )
 
-    def refuse(self, **wanted: Any) -> None:
-        """Refuse measurements whose prompts every model would have to split by a tokenizer of its own.
+    def of_model(self, name: str, tokens: Sequence[int]) -> list[int]:
+        """A model's own ids of some of the measured tokens."""
+        return self.own_ids[name][list(tokens)].tolist() if name in self.own_ids else list(tokens)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """How each model reads and writes text.
+
+    Attributes:
+        spaces: the models' own ids of the measured tokens.
+        tokenizers: name → tokenizer; empty where all models have the same tokens.
+    """
+
+    spaces: TokenSpaces = field(default_factory=TokenSpaces)
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spaces: TokenSpaces, models: Mapping[str, Any], processing_class: Any) -> Readers:
+        """Find the tokenizers where the vocabulary of students was cut.
 
         Raises:
-            DataError: naming them.
+            DataError: without a tokenizer.
+            MismatchError: see `own_tokenizers`.
         """
-        if self.cut is not None and (names := [name for name, value in wanted.items() if value]):
-            raise DataError(
-                f"{', '.join(names)}: not for models with different vocabularies in one call. Leave it out, or "
-                "measure the models one at a time."
+        if spaces.cut is None:
+            return cls()
+        if processing_class is None:
+            raise DataError("Drafts of models with different vocabularies need a tokenizer. Pass the teacher's.")
+        return cls(spaces, own_tokenizers(models, text_tokenizer(processing_class)))
+
+    def translation(self, teacher: str, draft: str | None) -> dict[str, Any]:
+        """Arguments of `generate` for a draft with other tokens."""
+        if draft is None or (teacher in self.spaces.own_ids) == (draft in self.spaces.own_ids):
+            return {}
+        return {"tokenizer": self.tokenizers[teacher], "assistant_tokenizer": self.tokenizers[draft]}
+
+
+def own_tokenizers(models: Mapping[str, Any], processing_class: Any) -> dict[str, Any]:
+    """The tokenizer of every model, where the vocabularies of students were cut: they follow from the teacher's.
+
+    Args:
+        models: name → model, or its folder.
+        processing_class: tokenizer or processor of one of the models.
+
+    Raises:
+        MismatchError: if the tokenizer of a model is neither given, nor follows from it, nor is beside the model.
+    """
+    cuts = {name: stored_cut(model) for name, model in models.items()}
+    known = next((cut for cut in cuts.values() if cut is not None), None)
+    if known is None:
+        return dict.fromkeys(models, processing_class)
+    found = {}
+    for name, model in models.items():
+        config = load_config(model) if isinstance(model, str | os.PathLike) else model.config
+        cut = cuts[name] or (known if config.get_text_config().vocab_size == len(known.kept) else None)
+        if cut is not None:
+            found[name] = cut.tokenizer(processing_class)
+            continue
+        folder = model if isinstance(model, str | os.PathLike) else config.name_or_path
+        beside = stored_tokenizer(os.fspath(folder)) if folder else None
+        whole = [text_tokenizer(processing_class), *([] if beside is None else [beside])]
+        own = [one for one in whole if tokenizer_digest(one) == known.facts["teacher_tokenizer"]]
+        if not own:
+            raise MismatchError(
+                f"The model {name!r} has more tokens than the tokenizer that is given, and none of its own beside it. "
+                "Pass the teacher's tokenizer: that of a student with a cut vocabulary follows from it."
             )
+        found[name] = own[0]
+    return found

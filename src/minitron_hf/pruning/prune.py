@@ -104,7 +104,7 @@ def prune_model(
             processing_class = load_tokenizer(model_or_path)
         importance_kwargs["processing_class"] = processing_class
         calibration_data = tokenize_once(calibration_data, processing_class)
-        token_counts = _counted(config, token_counts, calibration_data, processing_class)
+        token_counts = counted_tokens(config, token_counts, calibration_data, processing_class)
         scores = iterate_importance(model, config, calibration_data, iterations=iterations, **importance_kwargs)
     arguments = {name: value for name, value in importance_kwargs.items() if name in CALIBRATION_ARGUMENTS}
     if config.targets and scores is not None and calibration_data is not None:
@@ -135,7 +135,7 @@ def _log_notes(notes: Sequence[str]) -> None:
         logger.warning(note)
 
 
-def _counted(
+def counted_tokens(
     config: PrunerConfig, counts: TokenCounts | None, data: DataSource | None, processing_class: Any
 ) -> TokenCounts | None:
     """The given counts of tokens, or those of the calibration data where the vocabulary is cut."""

@@ -19,7 +19,7 @@ from ..quantization import METHODS
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
-from ..vocabulary.counts import count_tokens
+from ..vocabulary.counts import TokenCounts, count_tokens
 from .run import (
     CACHE_DIR,
     CONTROLS_DIR,
@@ -80,6 +80,7 @@ def _search(run: Run) -> None:
         processing_class=run.tokenizer,
         output_dir=run.folder,
         base=run.recipe.pruner_config,
+        token_counts=_token_counts(run, run.recipe.pruner_config),
         show_progress=run.show_progress,
         distillation=distillation,
         **arguments,
@@ -103,15 +104,24 @@ def search_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _token_counts(run: Run, request: PrunerConfig) -> TokenCounts | None:
+    """Counts of the calibration text, where the vocabulary is cut."""
+    if request.vocab_size is None:
+        return None
+    return count_tokens(run.texts("calibration"), run.tokenizer, max_tokens=COUNTED_TOKENS)
+
+
+def _planned(run: Run, request: PrunerConfig) -> Any:
+    """What plans are made for: the teacher's config, unless its weights decide."""
+    return run.teacher if request.hidden_basis else run.teacher_config
+
+
 def _plan(run: Run) -> None:
     request = run.recipe.pruner_config if run.recipe.search is None else best_shape(run.folder)
     scores = ImportanceScores.from_pretrained(run.folder)
-    counts = None
-    if request.vocab_size is not None:
-        counts = count_tokens(run.texts("calibration"), run.tokenizer, max_tokens=COUNTED_TOKENS)
+    counts = _token_counts(run, request)
     if not request.targets:
-        teacher = run.teacher if request.hidden_basis else run.teacher_config
-        plan = make_plan(teacher, request, scores, token_counts=counts)
+        plan = make_plan(_planned(run, request), request, scores, token_counts=counts)
     else:
         plan = plan_for_target(
             run.teacher,
@@ -239,17 +249,20 @@ def _controls(run: Run) -> None:
             continue  # finished before an interruption
         if name == "random_pruning":
             scores = estimate_importance(run.teacher, metric="random", seed=seed)
-            student = run.prune_with_plan(
-                make_plan(run.teacher, PrunerConfig.from_dict(run.plan.pruner_config), scores)
-            )
+            request = PrunerConfig.from_dict(run.plan.pruner_config)
+            counts = _token_counts(run, request)
+            plan = make_plan(_planned(run, request), request, scores, token_counts=counts)
+            student = run.prune_with_plan(plan)
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()
             student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            student.pruning_plan = run.plan  # its tokens
         else:
             _train(run, run.folder / PRUNED_DIR, folder, kd_weight=0.0, ce_weight=1.0)
             continue
-        _save_student(student, run.tokenizer, folder / PRUNED_DIR, run.teacher_config)
+        tokenizer = prune_tokenizer(run.tokenizer, run.plan)
+        _save_student(student, tokenizer, folder / PRUNED_DIR, run.teacher_config)
         _train(run, folder / PRUNED_DIR, folder)
 
 
@@ -309,7 +322,8 @@ def _evaluate(run: Run) -> None:
 
 def _held_out_text(run: Run) -> dict[str, Any]:
     """Arguments of `evaluate_models` for the text: its tokens, or the text, where the student splits it anew."""
-    if run.recipe.pruner_config.vocab_size is None:
+    last = run.recipe.in_round(len(run.recipe.rounds)) if run.recipe.rounds else run.recipe
+    if last.pruner_config.vocab_size is None:
         return {"dataset": run.texts("eval")}
     return {"dataset": run.dataset("eval"), "text_field": run.text_field("eval")}
 

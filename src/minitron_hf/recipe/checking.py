@@ -61,7 +61,7 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
     config = run.teacher_config
     spec = spec_for(config)
     spec.check(empty_model(config))
-    candidates = _shapes_to_compare(recipe, config)
+    candidates = _shapes_to_compare(recipe, config)  # one or more, largest first
     chosen = _check_sizes(recipe, config) if candidates is None else None
     students = [config] if chosen is None else chosen[0]
     _check_against_model(recipe, config, students, arguments)
@@ -70,8 +70,11 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
         if section is not None:
             dataset_identity(section)
     _check_tokenizer(run.tokenizer, recipe, text_config(config).vocab_size)
-    if chosen is not None and recipe.pruner_config.vocab_size is not None:
-        require_choice(run.tokenizer, chosen[1][VOCABULARY], spec.sizes(config)[VOCABULARY])
+    before = spec.sizes(config)
+    after: Mapping[str, int] = before if chosen is None else chosen[1]
+    after = candidates[0].sizes if candidates else after
+    if after[VOCABULARY] < before[VOCABULARY]:
+        require_choice(run.tokenizer, after[VOCABULARY], before[VOCABULARY])
     skipped = check_environment(run, {name.rpartition("/")[2] for name in names}, arguments, students)
     notes = [f"Not checked: {one}." for one in skipped]
     if "max_seconds_per_token" in (recipe.search or {}):
@@ -85,7 +88,7 @@ def check_recipe(recipe: Recipe, *, until: str | None = None) -> dict[str, Any]:
             "candidates": [{"name": one.name, "num_parameters": one.num_parameters} for one in candidates or ()],
             "notes": notes,
         }
-    before, (students, sizes, found) = spec.sizes(config), chosen
+    students, sizes, found = chosen
     return {
         "model_type": spec.model_type,
         "sizes": {axis: {"teacher": before[axis], "student": sizes[axis]} for axis in before},
@@ -248,7 +251,8 @@ def _check_sizes(recipe: Recipe, config: PretrainedConfig) -> tuple[list[Pretrai
             raise type(error)(f"Round {number}: {error}") from error
         counts = [f"{count_parameters(one):,}" for one in (config, student)]
         smaller = {axis: f"{before[axis]:,} → {size:,}" for axis, size in sizes.items() if size < before[axis]}
-        cut = ", ".join(f"{FIELD_OF_AXIS[axis]} {both}" for axis, both in smaller.items())
+        fields = {**FIELD_OF_AXIS, VOCABULARY: "vocab_size"}
+        cut = ", ".join(f"{fields[axis]} {both}" for axis, both in smaller.items())
         notes += [f"Round {number}: {' → '.join(counts)} parameters, {cut}."]
         notes += [f"Round {number}: {note}" for note in own]
         config = student

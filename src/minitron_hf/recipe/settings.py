@@ -41,7 +41,7 @@ def search_hints() -> dict[str, Any]:
     """Arguments of `search_architectures` that YAML can hold."""
     from ..search.architectures import search_architectures
 
-    own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress")
+    own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress", "token_counts")
     return hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
 
 
@@ -174,25 +174,18 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
 
 
 def _require_comparable_tokens(recipe: Recipe) -> None:
-    """Refuse, beside a cut of the vocabulary, what needs one tokenizer for teacher and student."""
+    """Refuse a cut of the vocabulary where other tokens than the teacher's cannot be read."""
     rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
-    if all(one.pruner_config.vocab_size is None for one in rounds):
-        return
-    wanted = {
-        "rounds": recipe.rounds,
-        "search": recipe.search,
-        "teacher_cache": recipe.teacher_cache,
-        "controls": recipe.controls,
-        "quantize": recipe.quantize,
-        **{
-            f"evaluate.{name}": getattr(recipe.evaluate, name)
-            for name in ("tasks", "draft_prompts", "prompts", "chat")
-        },
-    }
-    if names := [name for name, value in wanted.items() if value]:
+    cut = [number for number, one in enumerate(rounds, 1) if one.pruner_config.vocab_size is not None]
+    if early := [number for number in cut if number < len(rounds)]:
         raise DataError(
-            f"prune.vocab_size with {', '.join(names)}: these read or write the same tokens with teacher and student, "
-            "whose tokenizers differ then. Leave out one of the two, and do the rest with the finished student."
+            f"rounds.{early[0]}.prune.vocab_size: the rounds after it would read other tokens than the corpus and the "
+            "teacher. Cut the vocabulary in the last round alone."
+        )
+    if cut and recipe.teacher_cache is not None:
+        raise DataError(
+            "prune.vocab_size with teacher_cache: the cache holds the teacher's distributions over all of its tokens, "
+            "on rows that its own tokenizer splits. Leave it out: the teacher then runs during distillation."
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import DataSource, TokenRows, token_rows
+from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..errors import PlanError, accept_old_names, checks_kinds
 from ..evaluation.speed import measure_speed
 from ..files import digest
@@ -26,11 +26,12 @@ from ..locks import with_locked_folder
 from ..pruning.candidates import Candidate, Divergence, OwnScore, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
-from ..pruning.prune import comparison_rows, prune_with_plan
+from ..pruning.prune import comparison_rows, counted_tokens, prune_with_plan
 from ..scoring.calibration import default_max_length
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.shapes import COUNTED, TOLERANCE, Enumeration, Shape, Space, enumerate_shapes, select_diverse
+from ..vocabulary.counts import TokenCounts
 from ..weights import model_digest
 from .brief_distillation import BriefDistillation
 from .budget import given_budgets, shapes_within_budget
@@ -93,6 +94,7 @@ def search_architectures(
     show_progress: bool = True,
     score_func: Callable[[PreTrainedModel], float] | None = None,
     score_floor: float | None = None,
+    token_counts: TokenCounts | None = None,
 ) -> SearchResult:
     """Find the best shape within a budget.
 
@@ -131,6 +133,8 @@ def search_architectures(
         score_func: a score of a model, such as a benchmark or a reward. Candidates are ordered by it, highest first,
             instead of by the KL, before distillation and after every round.
         score_floor: the least score of a candidate that is taken; the others are no part of the result.
+        token_counts: for `base.vocab_size` (`count_tokens`); default: of the first 10M tokens of the calibration data.
+            Candidates are counted with the tokens that stay; they are measured, distilled and timed with all of them.
 
     Returns:
         The ranking, with standard errors.
@@ -140,7 +144,8 @@ def search_architectures(
         OutputError: if `output_dir` holds another search.
     """
     if base is not None and base.vocab_size is not None:
-        raise PlanError("base.vocab_size: candidates are compared with the teacher on the same tokens. Leave it out.")
+        calibration_data = tokenize_once(calibration_data, processing_class)
+        token_counts = counted_tokens(base, token_counts, calibration_data, processing_class)
     scores.require_model(model)
     budgets = given_budgets(max_parameters, max_active_parameters, max_memory_bytes, max_seconds_per_token)
     score = OwnScore.of(score_func, score_floor)
@@ -173,7 +178,7 @@ def search_architectures(
     shapes = shapes_within_budget(
         model, found.shapes, budgets, tolerance, context_length=context_length, batch_size=batch_size, record=record
     )
-    search = _Search(model, scores, record, repair_rows, score)
+    search = _Search(model, scores, record, repair_rows, score, token_counts)
     with record.live():
         search.measure_pruned(select_diverse(shapes, num_pruned), rows, found, budgets)
         if train_dataset is not None:
@@ -216,6 +221,7 @@ class _Search:
         record: of the search.
         repair_rows: rows to repair candidates on, or None.
         score: a user's score, or None.
+        token_counts: counts of tokens, where the vocabulary is cut.
     """
 
     def __init__(
@@ -225,13 +231,15 @@ class _Search:
         record: SearchRecord,
         repair_rows: TokenRows | None,
         score: OwnScore | None,
+        token_counts: TokenCounts | None,
     ) -> None:
         self.model, self.scores, self.record = model, scores, record
+        self.token_counts = token_counts
         self.repair_rows, self.score = repair_rows, score
 
     def plan(self, candidate: Candidate) -> PruningPlan:
         """The plan of a candidate."""
-        return make_plan(self.model, candidate.request, self.scores)
+        return make_plan(self.model, candidate.request, self.scores, token_counts=self.token_counts)
 
     def measure_pruned(
         self, shapes: Sequence[Shape], rows: TokenRows, found: Enumeration, budgets: Mapping[str, float]
@@ -254,7 +262,7 @@ class _Search:
                 self.record.candidates.remove(candidate)
                 found.refused[TOO_LARGE] = found.refused.get(TOO_LARGE, 0) + 1
                 continue
-            student = prune_with_plan(self.model, plan, self.repair_rows)
+            student = prune_with_plan(self.model, plan.with_whole_vocabulary(), self.repair_rows)
             candidate.pruned_kl = measure(student, candidate)
             del student
             gc.collect()
@@ -289,7 +297,7 @@ class _Search:
             for candidate in alive:
                 if len(candidate.rounds) > turn:
                     continue
-                student = distil(candidate.name, self.plan(candidate), num_tokens)
+                student = distil(candidate.name, self.plan(candidate).with_whole_vocabulary(), num_tokens)
                 kl = measure(student, candidate)
                 candidate.rounds.append({"num_tokens": num_tokens, "kl": kl["value"], "stderr": kl["stderr"]})
                 _measure_speed(student, candidate, rows)

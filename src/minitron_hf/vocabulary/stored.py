@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
+from tokenizers.models import WordPiece
 
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..errors import MismatchError
@@ -44,6 +45,37 @@ class StoredCut:
                 "teacher's tokenizer, or plan again."
             )
         return cut_tokenizer(text_tokenizer(processing_class), self.kept)
+
+    def respelled(self, tokens: Iterable[int], teacher: Any, student: Any) -> list[int]:
+        """The student's ids of the teacher's tokens; a dropped token becomes the pieces that spell it.
+
+        Args:
+            tokens: ids of the teacher.
+            teacher: its tokenizer.
+            student: the student's.
+        """
+        new_ids = {int(old): new for new, old in enumerate(self.kept)}
+        found: list[int] = []
+        for token in tokens:
+            if token in new_ids:
+                found.append(new_ids[token])
+            elif (piece := teacher.convert_ids_to_tokens(token)) is not None:  # None: a row that no text has
+                found += _pieces(student.backend_tokenizer.model, piece)
+        return found
+
+
+def _pieces(model: Any, piece: str) -> list[int]:
+    """The ids that spell a piece in another model of the same kind."""
+    prefix = getattr(model, "continuing_subword_prefix", None)
+    if not (isinstance(model, WordPiece) and prefix and piece.startswith(prefix)):
+        return [token.id for token in model.tokenize(piece)]
+    rest, found = piece.removeprefix(prefix), []
+    while rest:  # the longest piece from the left that begins inside a word, as the model looks for them
+        ends = range(len(rest), 0, -1)
+        end, index = next((end, i) for end in ends if (i := model.token_to_id(prefix + rest[:end])) is not None)
+        found.append(index)
+        rest = rest[end:]
+    return found
 
 
 def stored_cut(model: Any) -> StoredCut | None:
