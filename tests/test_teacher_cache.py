@@ -180,20 +180,20 @@ def test_the_folder_is_a_dataset_and_the_manifest_counts_it(tmp_path):
 def test_an_interrupted_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
     _, teacher = models(dtype=torch.float32)
     data = token_dataset()
-    written = cache_module._write
+    written = cache_module.write_rows
 
     def failing(path, *args):
         if path.name == "data-00001.arrow":
             raise KeyboardInterrupt
         written(path, *args)
 
-    monkeypatch.setattr(cache_module, "_write", failing)
+    monkeypatch.setattr(cache_module, "write_rows", failing)
     options = {"top_k": 8, "packing": True, "max_length": 32, "rows_per_file": 1}
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path / "parts", teacher, data, **options)
     with pytest.raises(OutputError, match=r"no teacher_cache.json, 1 file"):
         load_teacher_cache(tmp_path / "parts")
-    monkeypatch.setattr(cache_module, "_write", written)
+    monkeypatch.setattr(cache_module, "write_rows", written)
     first = (tmp_path / "parts" / "data-00000.arrow").stat().st_mtime_ns
     write_cache(tmp_path / "parts", teacher, data, **options)
     assert (tmp_path / "parts" / "data-00000.arrow").stat().st_mtime_ns == first

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import DatasetInfo, Features
 from torch import Tensor
 from trl import SFTTrainer
 
-from ..compat import commit_hash, dataset_state, on_device
+from ..compat import on_device
 from ..data.context import context_length
 from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
-from ..files import cached_file_digest, digest, replacing_file, require_writable, versions, write_json
-from ..formats import FORMATS, migrate, write_artefact
+from ..files import require_writable
 from ..hardware import as_dtype
 from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
@@ -45,14 +41,14 @@ from .batches import (
     row_of_positions,
 )
 from .cache_coding import DTYPES, Coding, refuse_both
+from .cache_files import digest_of, require_same, write_manifest, write_rows
 from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
 from .parallel import forward_of_backbone
-from .record import describe_data
 from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty, some_rows
-from .teacher_cache import MANIFEST_NAME, METADATA_KEY, ROW_ARGUMENTS, ROWS_KIND, refuse_uncacheable
+from .teacher_cache import ROW_ARGUMENTS, refuse_uncacheable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -248,16 +244,16 @@ class CacheWriter:
         files, first = [], 0
         for number, rows in enumerate(batched(trainer.train_dataset, self.settings["rows_per_file"])):
             path = self.folder / f"data-{number:05d}.arrow"
-            described = {**self.settings, "rows": _digest_of(rows)}
+            described = {**self.settings, "rows": digest_of(rows)}
             files.append({"file": path.name, "num_rows": len(rows), "digest": described["rows"]})
             if path.exists():
-                _require_same(path, described)
+                require_same(path, described)
             elif number % trainer.accelerator.num_processes == trainer.accelerator.process_index:
-                _write(path, rows, self.columns(rows, first), described)
+                write_rows(path, rows, self.columns(rows, first), described)
             first += len(rows)
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _write_manifest(self.folder, files, self.settings, self.config, dataset)
+            write_manifest(self.folder, files, self.settings, self.config, dataset)
         trainer.accelerator.wait_for_everyone()
 
 
@@ -284,11 +280,6 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = ("input_ids", LABELS, "seq_lengths")
-    return digest(*(np.asarray(row.get(name, ()), dtype="<i4").tobytes() for row in rows for name in columns))
 
 
 def _refuse_images(dataset: Any) -> None:
@@ -367,99 +358,3 @@ def _offsets(seed: int, row: int, count: int) -> Tensor:
     """
     numbers = np.random.Philox(key=[seed, row]).random_raw(count) >> np.uint64(32)
     return torch.from_numpy(numbers.astype(np.float64) / 2**32)
-
-
-def _schema(names: Iterable[str], settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> pa.Schema:
-    coding = Coding.of(settings)
-    types = {**coding.types, **{f"{STATES}{i}": DTYPES[coding.floats] for i in settings["states"]}}
-    fields = [pa.field(name, pa.list_(types.get(name, pa.int32()))) for name in (*names, *types)]
-    numbered = {"format": FORMATS[ROWS_KIND], **metadata}
-    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(numbered, sort_keys=True)})
-
-
-def _write(
-    path: Path,
-    rows: Sequence[Mapping[str, Any]],
-    batches: Iterable[Iterable[Mapping[str, Any]]],
-    described: Mapping[str, Any],
-) -> None:
-    names = [name for name in ("input_ids", LABELS, "seq_lengths") if name in rows[0]]
-    schema = _schema(names, described, described)
-    remaining = iter(rows)
-    with replacing_file(path) as temporary, pa.ipc.new_stream(os.fspath(temporary), schema) as writer:
-        for batch in batches:
-            columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-            for computed in batch:
-                row = next(remaining)
-                for name in names:
-                    columns[name].append(np.asarray(row[name], dtype=np.int32))
-                for name, values in computed.items():
-                    columns[name].append(values)
-            writer.write_batch(pa.record_batch([_list_array(columns[f.name], f.type) for f in schema], schema=schema))
-
-
-def _list_array(values: Sequence[Any], of: pa.ListType) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, values)])
-    flat = pa.array(np.concatenate(values).astype(of.value_type.to_pandas_dtype()), type=of.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat)
-
-
-def _require_same(path: Path, described: Mapping[str, Any]) -> None:
-    """Refuse to resume with a file of other rows or settings."""
-    try:
-        with pa.memory_map(os.fspath(path)) as source:
-            found = json.loads(pa.ipc.open_stream(source).schema.metadata[METADATA_KEY])
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise MismatchError(
-            f"{path} is not a file of a teacher cache ({error}). Choose another folder, or empty this one."
-        ) from error
-    found = migrate(found, path, ROWS_KIND)
-    for name, value in described.items():
-        if found.get(name) != value:
-            raise MismatchError(
-                f"{path} was written with {name}={found.get(name)!r}, this run has {value!r}. Choose another folder, "
-                "or delete this one."
-            )
-
-
-def _write_manifest(
-    folder: Path,
-    files: Sequence[dict[str, Any]],
-    settings: Mapping[str, Any],
-    config: PretrainedConfig,
-    dataset: Any,
-) -> None:
-    """Write the files that `datasets` needs, and then the manifest."""
-    if left := sorted({path.name for path in folder.glob("data-*.arrow")} - {file["file"] for file in files}):
-        raise MismatchError(
-            f"{folder} holds {', '.join(left)}, which belong to no row of the dataset: the cache was "
-            "begun with a longer dataset. Choose another folder, or delete this one."
-        )
-    num_tokens = 0
-    for file in files:
-        path = folder / file["file"]
-        file["num_bytes"] = path.stat().st_size
-        file["sha256"] = cached_file_digest(path)
-        with pa.memory_map(os.fspath(path)) as source:
-            reader = pa.ipc.open_stream(source)
-            schema = reader.schema
-            num_tokens += sum(len(batch.column(Coding.of(settings).positions).flatten()) for batch in reader)
-    rows = digest(*(file["digest"] for file in files))
-    write_json(folder / "dataset_info.json", asdict(DatasetInfo(features=Features.from_arrow_schema(schema))))
-    fingerprint = digest(settings, rows).removeprefix("sha256:")[:16]
-    write_json(folder / "state.json", dataset_state([file["file"] for file in files], fingerprint))
-    manifest = {
-        "versions": versions(),
-        "settings": settings,
-        "teacher": {
-            "name_or_path": config.name_or_path or None,
-            "revision": commit_hash(config),
-            "config": json.loads(config.to_json_string(use_diff=False)),
-        },
-        "data": {"given": describe_data(dataset), "digest": rows},
-        "num_rows": sum(file["num_rows"] for file in files),
-        "num_tokens": num_tokens,
-        "num_bytes": sum(file["num_bytes"] for file in files),
-        "files": files,
-    }
-    write_artefact(folder / MANIFEST_NAME, manifest)
