@@ -36,6 +36,7 @@ from minitron_hf.recipe.recommendations import recommend
 from minitron_hf.saving import save_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search.architectures import search_architectures
+from minitron_hf.sizes.counts import parameter_counts
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
 from minitron_hf.sizes.targets import shapes_near_target
@@ -285,6 +286,19 @@ def test_the_loss_knows_the_head_of_a_wrapped_language_model(name: str):
     if hasattr(model.config.text_config, "final_logit_softcapping"):
         model.config.text_config.final_logit_softcapping = 1.5
     check_output_head(model)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_share_of_the_language_model_is_counted(name: str):
+    config = CONFIGS[name]
+    counts = parameter_counts(config)
+    model = models.empty_model(config)
+    inside = spec_for(config).layers_path.rpartition(".")[0]
+    own = {id(one): one.numel() for one in model.get_submodule(inside).parameters()}
+    head = [one for path, one in model.named_parameters() if path.endswith("lm_head.weight")]
+    own |= {id(one): one.numel() for one in head}
+    assert counts["num_language_model_parameters"] == sum(own.values()) < counts["num_parameters"]
+    assert counts["num_parameters"] == models.count_parameters(config)
 
 
 def test_a_target_and_a_search_prune_the_language_model():

@@ -22,6 +22,7 @@ _MODULE_OF = {
     "count_active_parameters": "sizes.counts",
     "count_parameters": "models",
     "register_family": "families",
+    "register_wrapper": "families",
     "ImportanceScores": "scoring.scores",
     "estimate_importance": "scoring.importance",
     "register_divergence": "losses.divergences",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate_models as evaluate_models
     from .evaluation.samples import generate_samples as generate_samples
     from .families import register_family as register_family
+    from .families import register_wrapper as register_wrapper
     from .generation.corpus import generate_corpus as generate_corpus
     from .losses.divergences import register_divergence as register_divergence
     from .models import count_parameters as count_parameters

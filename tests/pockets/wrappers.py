@@ -44,6 +44,14 @@ EXPERTS = (
 )
 #: What fits latent attention, which has no groups of heads.
 LATENT = tuple(request for request in WIDTHS if "num_key_value_heads" not in request)
+#: What fits heads that are as wide together as the residual stream.
+LIKE_HEADS = (
+    {"num_attention_heads": 3},
+    {"intermediate_size": 31},
+    {"layers_to_drop": [1, 3]},
+    {"hidden_size": 24},
+    {"hidden_size": 24, "intermediate_size": 17, "num_hidden_layers": 3},
+)
 #: What fits five heads of eight dimensions.
 SQUARE = (
     {"num_attention_heads": 3},
@@ -297,8 +305,28 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         )
     add("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3_vl_vision", 4, PATCHES, projector_hidden_size=26, **INDEX)
     add("exaone4_5", "exaone4", "exaone4_5_vision", 4, PATCHES, vision={**MERGED, "num_key_value_heads": 1}, **tokens)
+    frames = {"token_kinds": {"mm_token_type_ids": 1}, **QWEN_TOKENS}
+    qwen2 = {"depth": 2, "embed_dim": 24, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 1}
+    add("qwen2_vl", "qwen2_vl_text", "qwen2_vl_vision", 4, PATCHES, vision=qwen2, widths=LIKE_HEADS, **frames)
+    wide = {**MERGED, "out_hidden_size": 48, "fullatt_block_indexes": [1], "window_size": 8}
+    add("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl_vision", 4, PATCHES, vision=wide, widths=LIKE_HEADS, **frames)
     deep = {**MERGED, "deepstack_visual_indexes": [0]}
     add("cohere_compass", "cohere_compass_text", "cohere_compass_vision", 4, PATCHES, **{**qwen, "vision": deep})
+    for name, text in (("qwen3_vl", "qwen3_vl_text"), ("qwen3_vl_moe", "qwen3_vl_moe_text")):
+        add(name, text, f"{name}_vision", 4, PATCHES, vision=deep, **frames)
+    add("cosmos3_omni", "qwen3_vl_text", "qwen3_vl_vision", 4, PATCHES, vision=deep, **frames)
+    sound = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 22, "d_model": 20, "output_dim": 36}
+    sound |= {"num_mel_bins": 16, "downsample_hidden_size": 6}
+    thinker = {"audio_config": sound, "audio_token_id": 92, "audio_start_token_id": 91, **frames}
+    add(
+        "qwen3_omni_moe_thinker",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_vision_encoder",
+        4,
+        PATCHES,
+        vision=deep,
+        **thinker,
+    )
     add("shieldgemma2", "gemma3_text", "siglip_vision_model", 4, vision=no_head, **gemma3, **INDEX)
     patches = pixels(ROWS, 16, 3 * 4 * 4)
     add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)

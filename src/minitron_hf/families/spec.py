@@ -227,9 +227,9 @@ class ArchSpec:
         return bool(fields) and fields[0] in self.layer_lists and isinstance(getattr(config, fields[0], None), list)
 
     @cached_property
-    def numbered(self) -> frozenset[str]:
-        """Names in `outer` that stand for several tensors, which differ in a number."""
-        return frozenset(name for name in self.outer if ".*." in name)
+    def numbered(self) -> Mapping[str, re.Pattern[str]]:
+        """Patterns in `outer` for several tensors, which differ in a number, and the names that they match."""
+        return {name: re.compile(re.escape(name).replace(r"\*", r"\d+")) for name in self.outer if ".*." in name}
 
     @cached_property
     def residual_norms(self) -> tuple[str, ...]:
@@ -278,8 +278,9 @@ class ArchSpec:
         """Pattern and layer index of a parameter name, or None when the table does not claim it."""
         if parameter in self.outer:
             return parameter, None
-        if self.numbered and (pattern := _without_numbers(parameter)) in self.numbered:
-            return pattern, None
+        for pattern, name in self.numbered.items():
+            if name.fullmatch(parameter):
+                return pattern, None
         prefix = f"{self.layers_path}."
         if parameter.startswith(prefix):
             index, _, relative = parameter[len(prefix) :].partition(".")
@@ -395,12 +396,3 @@ def _field(config: PretrainedConfig, name: str) -> Any:
     name, _, entry = name.partition(".")
     value = getattr(config, name, None)
     return (value or {}).get(entry) if entry else value
-
-
-def _without_numbers(name: str) -> str:
-    """A name with `*` for every number between dots.
-
-    >>> _without_numbers("model.merger.mlp.0.linear.weight")
-    'model.merger.mlp.*.linear.weight'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -29,6 +29,7 @@ OWN_WIDTH = linear(f"{PROJECTOR}linear_2", "hidden", "any")
 NEWLINE = {"model.image_newline": "hidden"}
 #: A merger in the vision tower, whose output width is a field of its config.
 MERGER = linear("model.visual.merger.linear_fc2", "hidden", "any")
+DEEP_MERGERS = layer_tables(MERGER, linear("model.visual.deepstack_merger_list.*.linear_fc2", "hidden", "any"))
 MERGER_WIDTH = ("vision_config.out_hidden_size",)
 TWO_PARTS = (TOWER, PROJECTOR)
 
@@ -44,7 +45,7 @@ ROWS = (
         tensors=TWO_LINEAR,
     ),
     *(
-        Wrapper(name, DECODERS, unpruned_prefixes=TWO_PARTS, tensors=layer_tables(TWO_LINEAR, NEWLINE))
+        Wrapper(name, DECODERS, unpruned_prefixes=(*TWO_PARTS, *NEWLINE), tensors=layer_tables(TWO_LINEAR, NEWLINE))
         for name in ("llava_next", "llava_next_video", "llava_onevision")
     ),
     *(
@@ -193,17 +194,54 @@ ROWS = (
         refused={"hidden": "its projector merges patches of the hidden size, whose number is another config field"},
     ),
     Wrapper(
-        "exaone4_5",
-        ("exaone4",),
+        "qwen2_vl",
+        ("qwen2_vl_text",),
         unpruned_prefixes=("model.visual.",),
         tensors=linear("model.visual.merger.mlp.2", "hidden", "any"),
-        width_fields=MERGER_WIDTH,
+        width_fields=("vision_config.hidden_size",),
+    ),
+    *(
+        Wrapper(
+            name,
+            (text,),
+            unpruned_prefixes=("model.visual.",),
+            tensors=linear("model.visual.merger.mlp.2", "hidden", "any"),
+            width_fields=MERGER_WIDTH,
+        )
+        for name, text in {"exaone4_5": "exaone4", "qwen2_5_vl": "qwen2_5_vl_text"}.items()
+    ),
+    *(
+        Wrapper(
+            name,
+            (text,),
+            unpruned_prefixes=("model.visual.",),
+            tensors=DEEP_MERGERS,
+            width_fields=MERGER_WIDTH,
+            deep_inputs="vision_config.deepstack_visual_indexes",
+        )
+        for name, text in {
+            "cosmos3_omni": "qwen3_vl_text",
+            "qwen3_vl": "qwen3_vl_text",
+            "qwen3_vl_moe": "qwen3_vl_moe_text",
+        }.items()
+    ),
+    Wrapper(
+        "qwen3_omni_moe_thinker",
+        ("qwen3_omni_moe_text",),
+        unpruned_prefixes=("model.visual.", "model.audio_tower."),
+        tensors=layer_tables(
+            linear("model.visual.merger.mlp.2", "hidden", "any"),
+            linear("model.visual.merger_list.*.mlp.2", "hidden", "any"),
+            linear("model.audio_tower.proj2", "hidden", "any"),
+        ),
+        width_fields=(*MERGER_WIDTH, "audio_config.output_dim"),
+        deep_inputs="vision_config.deepstack_visual_indexes",
     ),
     Wrapper(
         "cohere_compass",
         ("cohere_compass_text",),
         unpruned_prefixes=("model.visual.",),
-        tensors=layer_tables(MERGER, linear("model.visual.deepstack_merger_list.*.linear_fc2", "hidden", "any")),
+        tensors=DEEP_MERGERS,
         width_fields=MERGER_WIDTH,
         logits=COHERE_LOGITS,
         deep_inputs="vision_config.deepstack_visual_indexes",
@@ -302,10 +340,6 @@ REFUSED: Mapping[str, str] = {
         ("blip-2", "instructblip", "instructblipvideo"), "its forward pass takes no text without an image"
     ),
     "pi0": "it predicts actions, not tokens",
-    **dict.fromkeys(
-        ("cosmos3_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
-        "no row describes its vision tower",
-    ),
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     **dict.fromkeys(
         (

@@ -9,6 +9,7 @@ from typing import Any
 TITLES = {
     "num_parameters": "parameters",
     "num_active_parameters": "active parameters",
+    "num_language_model_parameters": "of the language model",
     "num_parameters_without_embeddings": "without embeddings",
 }
 

@@ -30,21 +30,47 @@ def count_active_parameters(config_or_model: PretrainedConfig | PreTrainedModel)
         UnsupportedModelError: if the family has no table, or see `empty_model`.
     """
     config: Any = getattr(config_or_model, "config", config_or_model)
+    return active_parameters(spec_for(config), config, _own_shapes(config_or_model).items())
+
+
+def count_language_model_parameters(config_or_model: PretrainedConfig | PreTrainedModel) -> int:
+    """Number of parameters of the language model inside a larger model, its head included; tied ones count once.
+
+    Of a language model alone this is `count_parameters`.
+
+    Args:
+        config_or_model: see `count_parameters`.
+
+    Raises:
+        UnsupportedModelError: if the family has no table, or see `empty_model`.
+    """
+    config: Any = getattr(config_or_model, "config", config_or_model)
+    others = spec_for(config).unpruned_prefixes
+    shapes = _own_shapes(config_or_model)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(others))
+
+
+def _own_shapes(config_or_model: PretrainedConfig | PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters, tied ones once."""
+    config: Any = getattr(config_or_model, "config", config_or_model)
     counted: Any = (
         empty_model(config) if config is config_or_model or is_quantised(config_or_model) else config_or_model
     )
-    tensors = {name: tuple(parameter.shape) for name, parameter in own_parameters(counted)}
-    return active_parameters(spec_for(config), config, tensors.items())
+    return {name: tuple(parameter.shape) for name, parameter in own_parameters(counted)}
 
 
 def parameter_counts(config_or_model: PretrainedConfig | PreTrainedModel) -> dict[str, int]:
     """All numbers of parameters: `num_parameters`, `num_active_parameters`, `num_parameters_without_embeddings`.
 
-    A family without a table lacks the active ones.
+    A family without a table lacks the active ones. A model around a language model has
+    `num_language_model_parameters`, too: the others are those of the whole model.
     """
+    config: Any = getattr(config_or_model, "config", config_or_model)
     counts = {"num_parameters": count_parameters(config_or_model)}
     with contextlib.suppress(UnsupportedModelError):
         counts["num_active_parameters"] = count_active_parameters(config_or_model)
+        if text_config(config) is not config:
+            counts["num_language_model_parameters"] = count_language_model_parameters(config_or_model)
     counts["num_parameters_without_embeddings"] = count_parameters(config_or_model, embeddings=False)
     return counts
 

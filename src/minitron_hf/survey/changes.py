@@ -29,7 +29,7 @@ class Survey:
 
     Attributes:
         version: the installed Transformers.
-        modelling_files: family → digest of its modelling file.
+        modelling_files: family, or model around one → digest of its modelling file.
         without_table: types of decoders, and of models around one, that no table describes and that are named neither
             in the record nor among the wrappers that are refused.
         changed: families whose modelling file changed.
@@ -58,8 +58,9 @@ def survey(record: Mapping[str, Any]) -> Survey:
     Args:
         record: what `to_record` wrote, or an empty mapping.
     """
-    files = {name: code for name in sorted(families()) if (code := modelling_digest(name)) is not None}
-    known = {*record.get("without_table", ()), *families(), *(outer for outer, _ in wrapped_families()), *REFUSED}
+    described = {*families(), *(outer for outer, _ in wrapped_families())}
+    files = {name: code for name in sorted(described) if (code := modelling_digest(name)) is not None}
+    known = {*record.get("without_table", ()), *described, *REFUSED}
     before = record.get("modelling_files", {})
     return Survey(
         importlib.metadata.version("transformers"),
