@@ -25,7 +25,7 @@ from minitron_hf.families import (
     wrapped_families,
 )
 from minitron_hf.families.wrappers import ROWS, WITHOUT_TABLE
-from minitron_hf.losses.heads import check_output_head
+from minitron_hf.losses.heads import backbone_output, check_output_head, head_logits, output_head
 from minitron_hf.pruning.masking import masked_units
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
@@ -278,6 +278,16 @@ def test_targets_and_recommendations_count_the_whole_model(name: str):
         assert shape.num_parameters == count <= limit
     [*_, last] = recommend(config, 0.9).rounds
     assert last.num_parameters == models.count_parameters(student_config(config, last.request))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_loss_reads_the_same_hidden_states_with_an_image(name: str):
+    model = wrapped(name)
+    given = inputs(name, WRAPPERS[name].num_tokens > 0)
+    with torch.no_grad(), float64_throughout():
+        hidden = backbone_output(model, **given, use_cache=False).last_hidden_state
+        found, expected = head_logits(hidden, output_head(model)), model(**given, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", EACH)
