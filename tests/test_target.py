@@ -46,6 +46,41 @@ def naive_kl(teacher, student, rows=ROWS):
     return torch.cat(found).mean().item()
 
 
+def test_a_comparison_that_was_stopped_goes_on(teacher, scores, tmp_path):
+    """Nothing is measured twice, the plan is that of an uninterrupted call, and other inputs begin again."""
+    request, calls = PrunerConfig(target_parameters=0.6, multiple_of=1), []
+
+    def neurons(model, stop=-1):
+        calls.append(model.config.intermediate_size)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return float(model.config.intermediate_size)
+
+    def stopped(model):
+        return neurons(model, stop=4)
+
+    stopped.__qualname__ = neurons.__qualname__
+    given = {"num_shapes": 6, "max_length": 16, "show_progress": False}
+    whole = plan_for_target(teacher, request, scores, ROWS, score_func=neurons, **given)
+    every = len(calls)
+    assert every > 4
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        plan_for_target(teacher, request, scores, ROWS, score_func=stopped, output_dir=tmp_path, **given)
+    kept = json.loads((tmp_path / "shapes.unfinished.json").read_text())
+    assert len(kept["candidates"]) == 3
+    calls.clear()
+    found = plan_for_target(teacher, request, scores, ROWS, score_func=neurons, output_dir=tmp_path, **given)
+    assert len(calls) == every - 3
+    assert found.candidates == whole.candidates
+    assert found.digest == whole.digest
+    assert not list(tmp_path.glob("shapes*"))
+    (tmp_path / "shapes.unfinished.json").write_text(json.dumps({**kept, "inputs": "sha256:0"}))
+    calls.clear()
+    plan_for_target(teacher, request, scores, ROWS, score_func=neurons, output_dir=tmp_path, **given)
+    assert len(calls) == every
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen2_moe", "mamba2"])
 def test_shapes_meet_the_target_and_no_larger_ones_do(name):
     config = pocket_config(name)

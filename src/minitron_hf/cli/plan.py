@@ -207,7 +207,8 @@ def _plan(teacher: str, output: Path | None, scores: Path | None, request: Prune
         from ..pruning.prune import plan_for_target
 
         model, tokenizer = _load(teacher)
-        made = plan_for_target(model, request, read, texts, processing_class=tokenizer, token_counts=counts)
+        given: Any = {"processing_class": tokenizer, "token_counts": counts, "output_dir": output}
+        made = plan_for_target(model, request, read, texts, **given)
     _print_shapes(
         {
             "model_type": made.model_type,

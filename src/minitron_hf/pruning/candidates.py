@@ -5,6 +5,7 @@ All candidates are measured on the same tokens, so that they are compared in pai
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from ..data import TokenRows, padded_batches
 from ..data.images import image_inputs
-from ..errors import DataError, PlanError, accept_old_names
+from ..errors import DataError, MismatchError, PlanError, accept_old_names
 from ..evaluation.quality import mean_and_error
+from ..files import parse_json, write_json
 from ..formats import read_artefact
 from ..losses.fused import distillation_loss
 from ..losses.heads import OutputHead, backbone_output, output_head
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 
 SEARCH_NAME = "search.json"
+#: Measurements of a comparison of shapes that has not ended.
+UNFINISHED_NAME = "shapes.unfinished.json"
 
 
 #: Keys of `search.json` whose fields have another name.
@@ -122,7 +126,47 @@ class Candidate:
     def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
         """The reverse of `to_dict`."""
         known = {FIELD_OF_KEY.get(k, k): value for k, value in values.items() if k not in ("name", "request")}
+        for name in ("pruned_kl", "kl_above_best"):  # JSON has no NaN
+            known[name] = known.get(name) and {k: math.nan if v is None else v for k, v in known[name].items()}
         return cls(request=PrunerConfig.from_dict(values["request"]), **known)
+
+
+class MeasuredShapes:
+    """What is measured of some shapes, in a file until all of them are: a comparison that was stopped goes on.
+
+    Args:
+        folder: for the file; None keeps nothing.
+        inputs: digest of all that the measurements depend on; those with other inputs are done again.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, inputs: str) -> None:
+        self.path = None if folder is None else Path(folder) / UNFINISHED_NAME
+        self.inputs = inputs
+        self.found: dict[str, Candidate] = {}
+        if self.path is not None and self.path.is_file():
+            with contextlib.suppress(MismatchError, PlanError, KeyError, TypeError):  # written by another version
+                values = parse_json(self.path)
+                if values["inputs"] == inputs:
+                    self.found = {one.name: one for one in map(Candidate.from_dict, values["candidates"])}
+
+    def measure(self, candidate: Candidate, measure: Callable[[Candidate], None]) -> None:
+        """Measure a candidate, or give it the measurements in the file."""
+        if (known := self.found.get(candidate.name)) is None:
+            measure(candidate)
+        else:
+            for name in ("pruned_kl", "row_sums", "scores"):
+                setattr(candidate, name, getattr(known, name))
+        self.found[candidate.name] = candidate
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.path, {"inputs": self.inputs, "candidates": [one.to_dict() for one in self.found.values()]}
+            )
+
+    def end(self) -> None:
+        """Remove the file: what was chosen stands in the plan."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def best_shape(folder: str | os.PathLike[str]) -> PrunerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..data.tokens import tokenizer_digest
 from ..errors import MismatchError, PlanError, accept_old_names, checks_kinds
+from ..files import digest
+from ..locks import with_locked_folder
 from ..models import (
     load_config,
     load_for_compute,
@@ -28,7 +32,8 @@ from ..sizes.shapes import COUNTED, Shape, select_diverse
 from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target, target_limits
 from ..vocabulary.counts import TokenCounts, count_tokens
-from .candidates import Candidate, Divergence, OwnScore, paired_gap
+from ..weights import model_digest
+from .candidates import Candidate, Divergence, MeasuredShapes, OwnScore, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
 from .plan import PruningPlan
 from .planning import make_plan
@@ -116,6 +121,7 @@ def prune_model(
             processing_class=processing_class,
             token_counts=token_counts,
             max_length=arguments.get("max_length"),
+            show_progress=importance_kwargs.get("show_progress", True),
             score_func=score_func,
             score_floor=score_floor,
         )
@@ -197,6 +203,7 @@ def _check_sizes(teacher: PretrainedConfig, config: PrunerConfig) -> None:
 
 
 @checks_kinds
+@with_locked_folder("output_dir")
 def plan_for_target(
     model: PreTrainedModel,
     request: PrunerConfig,
@@ -211,6 +218,8 @@ def plan_for_target(
     max_length: int | None = None,
     score_func: Callable[[PreTrainedModel], float] | None = None,
     score_floor: float | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    show_progress: bool = True,
 ) -> PruningPlan:
     """Choose the sizes for a target of parameters by the KL before retraining, and plan them.
 
@@ -232,6 +241,9 @@ def plan_for_target(
         max_length: tokens of a row.
         score_func: a score of a model, such as a benchmark; the shape with the highest one is chosen instead.
         score_floor: the least score of the shape that is chosen.
+        output_dir: folder that keeps what is measured until all shapes are: the same call goes on after an
+            interruption. None: it begins again.
+        show_progress: show a progress bar.
 
     Returns:
         The plan of the best shape. All measured shapes are its `candidates`; the KL ± standard error is in its notes.
@@ -254,8 +266,18 @@ def plan_for_target(
     rows, repair_rows = comparison_rows(data, processing_class, request, max_length=max_length, num_rows=num_rows)
     require_vocabulary(max(max(row) for row in rows.rows), model.config)
     limits = target_limits(model.config, request)
+    used = (
+        rows.digest,
+        repair_rows and repair_rows.digest,
+        request.to_dict(),
+        getattr(score_func, "__qualname__", None),
+    )
+    inputs = "" if output_dir is None else digest(model_digest(model), scores.digest, *used)
+    measured = MeasuredShapes(output_dir, inputs)
     divergence = Divergence(model, rows, score=score)
-    candidates, refusals = measure_shapes(model, shapes, scores, divergence, limits, repair_rows, token_counts)
+    candidates, refusals = measure_shapes(
+        model, shapes, scores, divergence, limits, repair_rows, token_counts, measured, show_progress
+    )
     wanted = request.targets_in_words()
     if not candidates:
         raise PlanError(f"{wanted}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
@@ -266,6 +288,7 @@ def plan_for_target(
         other.kl_above_best = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores, token_counts=token_counts)
     notes = (*plan.notes, _choice_note(wanted, best, others))
+    measured.end()
     return replace(plan, candidates=tuple(one.pruned_dict() for one in (best, *others)), notes=notes)
 
 
@@ -302,6 +325,8 @@ def measure_shapes(
     limits: Mapping[str, float],
     repair_rows: TokenRows | None = None,
     token_counts: TokenCounts | None = None,
+    measured: MeasuredShapes | None = None,
+    show_progress: bool = False,
 ) -> tuple[list[Candidate], list[str]]:
     """Prune a model to each of some shapes, and measure the students before retraining.
 
@@ -313,13 +338,16 @@ def measure_shapes(
         limits: name of a target (`COUNTED`) → the most that a student may have.
         repair_rows: rows for the repairs that the shapes ask for; None measures them without.
         token_counts: counts of the tokens of a corpus, where the shapes have a smaller vocabulary.
+        measured: what is measured already.
+        show_progress: show a progress bar.
 
     Returns:
         The measured candidates, and why other shapes cannot be cut.
     """
     candidates: list[Candidate] = []
     refusals: list[str] = []
-    for shape in shapes:
+    measured = measured or MeasuredShapes(None, "")
+    for shape in tqdm(shapes, desc="Comparing shapes", unit="shape", disable=not show_progress):
         try:
             request = shape.request if repair_rows is not None else replace(shape.request, repair=None)
             plan = make_plan(model, request, scores, token_counts=token_counts)
@@ -332,11 +360,20 @@ def measure_shapes(
         if over := [COUNTED[name] for name, limit in limits.items() if counts[COUNTED[name]] > limit]:
             refusals.append(f"{candidate.name} has {over[0]} {counts[over[0]]:,} with the layers that stay.")
             continue
-        student = prune_with_plan(model, plan.with_whole_vocabulary(), repair_rows)
-        candidate.pruned_kl = divergence(student, candidate)
+        measured.measure(candidate, functools.partial(_measure, model, plan, divergence, repair_rows))
         candidates.append(candidate)
-        del student
     return candidates, refusals
+
+
+def _measure(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    divergence: Divergence,
+    repair_rows: TokenRows | None,
+    candidate: Candidate,
+) -> None:
+    student = prune_with_plan(model, plan.with_whole_vocabulary(), repair_rows)
+    candidate.pruned_kl = divergence(student, candidate)
 
 
 def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> str:

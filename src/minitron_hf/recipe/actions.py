@@ -131,6 +131,8 @@ def _plan(run: Run) -> None:
             processing_class=run.tokenizer,
             token_counts=counts,
             max_length=run.recipe.scores.get("max_length"),
+            output_dir=run.folder,
+            show_progress=run.show_progress,
         )
     PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
     plan.save_pretrained(run.folder)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import DataError, did_you_mean
-from ..pruning.candidates import SEARCH_NAME
+from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
 from ..pruning.plan import INDICES_NAME, PLAN_NAME
 from ..scoring.scores import SCORES_NAME
 from ..sizes.request import PRUNER_CONFIG_NAME
@@ -211,6 +211,7 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {"prune": recipe.pruner_config.to_dict()},
         (PRUNER_CONFIG_NAME, PLAN_NAME, INDICES_NAME),
         _plan,
+        leftovers=(UNFINISHED_NAME,),
     ),
     Stage(
         "prune",
