@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, Gemma3TextConfig, Mistral3Config, PreTrainedModel
 
 from minitron_hf import families as rooms
 from minitron_hf import models
 from minitron_hf.compat import image_text_types
 from minitron_hf.data import TokenRows
+from minitron_hf.data.images import image_inputs
+from minitron_hf.distillation.adapters import refuse_split_tie
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import (
     FIELD_OF_AXIS,
@@ -35,6 +39,7 @@ from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.recipe.recommendations import recommend
 from minitron_hf.saving import save_model
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.scoring.logits import run_backbone
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.counts import parameter_counts
 from minitron_hf.sizes.request import PrunerConfig
@@ -77,6 +82,7 @@ def inputs(name: str, image: bool) -> dict[str, torch.Tensor]:
     if not image:
         return {"input_ids": tokens}
     tokens[:, 2 : 2 + pocket.num_tokens] = IMAGE_TOKEN
+    tokens[:, 1] = getattr(pocket.config, "vision_start_token_id", None) or tokens[:, 1]
     given = {"input_ids": tokens, **pocket.image(torch.Generator().manual_seed(1))}
     for key, kind in pocket.token_kinds.items():
         given[key] = (tokens == IMAGE_TOKEN).to(torch.int64) * kind
@@ -266,6 +272,60 @@ def test_every_language_model_works_in_a_wrapper(text: str):
         expected = logits("llava", model, True)
     assert ((logits("llava", student, True) - expected).abs().max() / expected.abs().max()).item() < 1e-12
     check_output_head(filled(config, torch.float32))
+
+
+@pytest.mark.slow
+def test_sound_reaches_the_language_model_through_the_kept_channels():
+    model, tokens = wrapped("qwen3_omni_moe_thinker"), TOKENS.clone()
+    tokens[:, 2:5] = model.config.audio_token_id
+    mask = torch.ones(2, 24, dtype=torch.long)
+    sound = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given = {"input_ids": tokens, "input_features": sound, "feature_attention_mask": mask, "use_cache": False}
+    plan = planned(model, hidden_size=24, num_experts=4, num_attention_heads=6, layers_to_drop=[2])
+    student = apply_plan(model, plan)
+    with float64_throughout(), torch.no_grad():
+        with masked_units(model, plan):
+            expected = model(**given).logits
+        torch.testing.assert_close(student(**given).logits, expected, rtol=1e-10, atol=1e-10)
+        silent = student(**{**given, "input_features": 0 * sound}).logits
+        assert not torch.allclose(silent, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"])
+def test_layers_that_images_are_added_to_stay(name: str):
+    config = copy.deepcopy(CONFIGS[name])
+    config.vision_config.deepstack_visual_indexes = [0, 1]
+    for layer in (0, 1):
+        with pytest.raises(PlanError, match=rf"layers? .*{layer}.*stay"):
+            make_plan(config, PrunerConfig(layers_to_drop=[layer]))
+    assert student_config(config, PrunerConfig(num_hidden_layers=3)).text_config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ties_are_read_from_the_config_of_the_whole_model(tied: bool):
+    """That of the language model inside Qwen2-VL has no field for it."""
+    config = copy.deepcopy(CONFIGS["qwen2_vl"])
+    config.tie_word_embeddings = tied
+    del config.text_config.tie_word_embeddings
+    student = get_peft_model(filled(config, torch.float32), LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(UnsupportedModelError, match="are one matrix") if tied else contextlib.nullcontext():
+        refuse_split_tie(student)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_rows_of_a_batch_with_images_have_the_logits_of_the_whole_model(name: str):
+    """As calibration and evaluation compute them; the inputs of images are found by the forward pass alone."""
+    model, given = wrapped(name), inputs(name, image=True)
+    if not WRAPPERS[name].num_tokens:
+        pytest.skip("no images here")
+    found = image_inputs({**given, "labels": given["input_ids"], "name": "of the batch"}, model)
+    assert set(found) == set(given) - {"input_ids"}
+    with float64_throughout(), torch.no_grad():
+        output = run_backbone(model, {"input_ids": given["input_ids"], **found})
+        rows = torch.stack([output.logits(row) for row in range(len(given["input_ids"]))])
+        trained = backbone_output(model, **given, use_cache=False).last_hidden_state
+        assert torch.equal(trained, output.states_BTH)
+    torch.testing.assert_close(rows, logits(name, model, image=True), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", EACH)

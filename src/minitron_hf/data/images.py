@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 COLUMNS = ("images", "image")
 #: What placeholders stand for.
 KINDS = ("image", "video", "audio")
+#: What the inputs that hold images, videos and sound begin with.
+PIXELS = ("pixel_values", "input_features")
 #: Inputs of every language model, and what only training and generation pass.
 TEXT_INPUTS = frozenset(
     [
@@ -115,6 +117,11 @@ def require_image_model(config: PretrainedConfig, role: str = "The model") -> No
         )
 
 
+def holds_pixels(inputs: Iterable[str]) -> bool:
+    """Whether images or sound are among the inputs of these names."""
+    return any(name.startswith(PIXELS) for name in inputs)
+
+
 def image_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """What the images of a batch add to the inputs of a vision-language model, on its device and in its dtype.
 
@@ -126,13 +133,20 @@ def image_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
         Name → tensor: pixels with their sizes, and what says which token belongs to an image.
 
     Raises:
-        DataError: if the batch has images and the model reads text alone.
+        DataError: if the batch has images that the model does not read.
     """
     if text_config(model.config) is model.config:
-        if "pixel_values" in batch:
+        if holds_pixels(batch):
             require_image_model(model.config)
         return {}
-    known = inspect.signature(model.base_model.forward).parameters.keys() - TEXT_INPUTS
+    # The larger of the two forward passes may know older names of what the other takes.
+    known = {name for one in (model, model.base_model) for name in inspect.signature(one.forward).parameters}
+    known -= TEXT_INPUTS
+    if unread := [name for name in batch if name.startswith(PIXELS) and name not in known]:
+        raise DataError(
+            f"A batch holds {', '.join(unread)}, which {type(model).__name__} does not take. Use the processor that "
+            "belongs to this model."
+        )
     added = {name: value for name, value in batch.items() if name in known and hasattr(value, "is_floating_point")}
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)

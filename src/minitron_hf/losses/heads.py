@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.images import holds_pixels
 from ..errors import UnsupportedModelError
 from ..families import ArchSpec, families, wrapped_families
 from ..families.rules import PLAIN_LOGITS, LogitRules
+from ..scoring.logits import run_backbone
 
 
 @dataclass(frozen=True)
@@ -79,29 +81,16 @@ def backbone_output(model: Any, *args: Any, **kwargs: Any) -> Any:
         The backbone's output; its `last_hidden_state` is what the output head's weight multiplies.
     """
     backbone, config = model.base_model, model.config
-    family = _family(config)
-    if backbone is model and family is not None:
-        # Llama 4's text model has another name for its base model than the attribute that holds it.
-        backbone = model.get_submodule(family.layers_path.rpartition(".")[0])
-        output = (
-            _output_inside(model, backbone, *args, **kwargs) if family.input_writers else backbone(*args, **kwargs)
-        )
+    if backbone is model and holds_pixels(kwargs):
+        # No part of the model but the whole reads images.
+        output = run_backbone(model, {name: value for name, value in kwargs.items() if name != "use_cache"}).output
     else:
+        if backbone is model and (family := _family(config)) is not None:
+            # Llama 4's text model has another name for its base model than the attribute that holds it.
+            backbone = model.get_submodule(family.layers_path.rpartition(".")[0])
         output = backbone(*args, **kwargs)
     if module := _logit_rules(config).transformed_by:
         output.last_hidden_state = model.get_submodule(module)(output.last_hidden_state)
-    return output
-
-
-def _output_inside(model: Any, backbone: Any, *args: Any, **kwargs: Any) -> Any:
-    """Output of the backbone of a whole language model inside a larger one, which turns images into its inputs."""
-    outputs = []
-    hook = backbone.register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
-        model(*args, **kwargs, logits_to_keep=1)
-    finally:
-        hook.remove()
-    [output] = outputs
     return output
 
 

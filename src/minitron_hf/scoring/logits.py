@@ -7,6 +7,7 @@ Legend of shape suffixes: B rows of a batch, T tokens of a row, V vocabulary, H 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..data.images import TEXT_INPUTS
+from ..data.images import TEXT_INPUTS, holds_pixels
 from ..errors import UnsupportedModelError
 from ..families import spec_for
 
@@ -79,7 +80,12 @@ def run_backbone(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Backbo
     handle = backbone.register_forward_hook(lambda _, __, output: seen.append(output))
     base: Any = model.base_model
     try:
-        (backbone if base is model else base)(**inputs, use_cache=False)
+        if base is not model:
+            base(**inputs, use_cache=False)
+        elif holds_pixels(inputs):
+            _run_whole(model, inputs)
+        else:
+            backbone(**inputs, use_cache=False)
     finally:
         handle.remove()
     if not seen:
@@ -88,6 +94,13 @@ def run_backbone(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Backbo
             "computed row by row; please report it."
         )
     return BackboneOutput(model, inputs, seen[-1])
+
+
+def _run_whole(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Run a model whose images are read by no part of it but the whole, with as few logits as its class can give."""
+    forward = type(model).forward  # the instance's own may be replaced by one that calls this
+    least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    forward(model, **inputs, **least, use_cache=False)
 
 
 def _backbone(model: PreTrainedModel) -> Any:
