@@ -148,6 +148,22 @@ def test_images_reach_the_language_model_through_the_kept_channels(name: str):
     assert (found - expected).abs().max() < (1e-12 if pocket.is_exact else 1e-5)
 
 
+def test_images_reach_a_rotated_language_model():
+    name = "llava_next"
+    model = wrapped(name)
+    rows = TokenRows(tuple(tuple(row) for row in TOKENS.tolist()), None)
+    scores = estimate_importance(model, rows, max_length=22, hidden_covariance=True, show_progress=False)
+    plan = make_plan(model, PrunerConfig(hidden_size=24, hidden_basis="principal", multiple_of=1), scores)
+    student = apply_plan(model, plan)
+    dropped = torch.ones(36, dtype=torch.bool)
+    dropped[torch.from_numpy(plan.kept["projector"])] = False
+    with torch.no_grad():
+        for path in WRAPPERS[name].reads_neurons:
+            model.get_parameter(path)[:, dropped] = 0
+    directions = torch.from_numpy(plan.basis).double()[:, :24]
+    torch.testing.assert_close(embedded(name, student), embedded(name, model) @ directions, atol=1e-6, rtol=1e-6)
+
+
 def embedded(name: str, model: PreTrainedModel) -> torch.Tensor:
     """What the first layer reads, with an image in every row."""
     seen = []
@@ -167,7 +183,7 @@ def test_the_others_are_kept_bit_for_bit_and_reload(name: str, tmp_path: Path):
     before, after = model.state_dict(), student.state_dict()
     inside = spec_for(model.config)
     others = {name for name in before if inside.locate(name) is None}
-    assert len(others) > 5
+    assert len(others) > 5 or name == "fuyu"  # which has no vision tower
     assert all(torch.equal(before[name], after[name]) for name in others)
     student.save_pretrained(tmp_path)
     reloaded = models.load_model(tmp_path)
@@ -207,8 +223,8 @@ def test_all_in_one_call_and_from_disk(name: str, tmp_path: Path):
         **next(one for one in reversed(WRAPPERS[name].widths) if one.keys().isdisjoint(refused)), multiple_of=1
     )
     rows = (pocket_tokens(6, 16) % IMAGE_TOKEN % 93).tolist()
-    # What else there is for experts takes other sizes.
-    teacher = models.load_model(tmp_path / "teacher", experts_implementation="eager")
+    # What else there is for stacked experts takes other sizes.
+    teacher = models.load_model(tmp_path / "teacher", experts_implementation={"text_config": "eager"})
     student = prune_model(teacher, config, calibration_data=rows, max_length=16, verify=True)
     assert "Verified" in student.pruning_plan.notes[-1]
     save_model(student, tmp_path / "memory")
@@ -334,11 +350,14 @@ def test_rows_of_a_batch_with_images_have_the_logits_of_the_whole_model(name: st
 def test_targets_and_recommendations_count_the_whole_model(name: str):
     """The parts beside the language model are parameters of the student too."""
     config = CONFIGS[name]
-    limit = 0.9 * models.count_parameters(config)
-    for shape in shapes_near_target(config, PrunerConfig(target_parameters=0.9, multiple_of=1), tolerance=0.2):
+    counts = parameter_counts(config)
+    share = counts["num_language_model_parameters"] / counts["num_parameters"]
+    target = 1 - 0.1 * share  # a tenth of the language model
+    limit = target * counts["num_parameters"]
+    for shape in shapes_near_target(config, PrunerConfig(target_parameters=target, multiple_of=1), tolerance=0.2):
         count = models.count_parameters(student_config(config, shape.request))
         assert shape.num_parameters == count <= limit
-    [*_, last] = recommend(config, 0.9).rounds
+    [*_, last] = recommend(config, target).rounds
     assert last.num_parameters == models.count_parameters(student_config(config, last.request))
 
 

@@ -147,9 +147,14 @@ def attention_implementation(config: Any) -> str | None:
     "transformers.PretrainedConfig._experts_implementation",
 )
 def use_same_kernels(config: Any, source: Any) -> None:
-    """Have a config choose the same functions for attention and experts as another config does."""
+    """Have a config choose the same functions for attention and experts as another config of its class does."""
     config._attn_implementation = source._attn_implementation
     config._experts_implementation = source._experts_implementation
+    # Both are set on the configs inside, too, whose models may know others.
+    for name in config.sub_configs:
+        inner, theirs = getattr(config, name, None), getattr(source, name, None)
+        if inner is not None and theirs is not None:
+            use_same_kernels(inner, theirs)
 
 
 @contextlib.contextmanager

@@ -277,7 +277,15 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         high_res_vision_config=sam,
         **ID,
     )
-    add("janus", "llama", "janus_vision_model", vision={"projection_dim": 36}, **ID)
+    codes = {
+        "embed_dim": 4,
+        "num_embeddings": 10,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1],
+    }
+    codes |= {"num_res_blocks": 1, "projection_dim": 36, "image_token_embed_dim": 36, "num_hidden_layers": 1}
+    add("janus", "llama", "janus_vision_model", vision={"projection_dim": 36}, vq_config=codes, **ID)
     got = {"mlp_dim": 22, "output_channels": 6, "window_size": 2, "global_attn_indexes": [1], "image_size": 64}
     reads = {"reads_neurons": ("model.multi_modal_projector.multimodal_projector.weight",)}
     large = pixels(ROWS, 3, 64, 64)
@@ -327,7 +335,6 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         vision=deep,
         **thinker,
     )
-    add("shieldgemma2", "gemma3_text", "siglip_vision_model", 4, vision=no_head, **gemma3, **INDEX)
     patches = pixels(ROWS, 16, 3 * 4 * 4)
     add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)
     return pockets

@@ -254,14 +254,11 @@ ROWS = (
         width_fields=("projection_dim", "vision_config.projection_dim", "hidden_size"),
         logits=CAPPED_LOGITS,
     ),
-    *(
-        Wrapper(
-            name,
-            ("gemma3_text",),
-            unpruned_prefixes=TWO_PARTS,
-            tensors={f"{PROJECTOR}mm_input_projection_weight": "any hidden"},
-        )
-        for name in ("gemma3", "shieldgemma2")
+    Wrapper(
+        "gemma3",
+        ("gemma3_text",),
+        unpruned_prefixes=TWO_PARTS,
+        tensors={f"{PROJECTOR}mm_input_projection_weight": "any hidden"},
     ),
     Wrapper(
         "gemma4",
@@ -339,6 +336,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         ("blip-2", "instructblip", "instructblipvideo"), "its forward pass takes no text without an image"
     ),
+    "shieldgemma2": "it is a classifier, and Transformers does not load what it saves of its language model",
     "pi0": "it predicts actions, not tokens",
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     **dict.fromkeys(

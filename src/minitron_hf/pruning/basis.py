@@ -87,7 +87,8 @@ def stream_tensors(model: PreTrainedModel) -> StreamTensors:
         path, _, leaf = name.rpartition(".")
         if not holding or path in norms:
             continue
-        reads = _reads_channels(modules[path], leaf, holding[0])
+        is_writer = located is not None and located[0] in spec.input_writers
+        reads = False if is_writer else _reads_channels(modules[path], leaf, holding[0])
         if len(holding) > 1 or dimensions[holding[0]] != CHANNELS or reads is None:
             raise _refusal(model, f"it is not known how {name} reads or writes the stream")
         if reads and path not in readers:
