@@ -127,7 +127,9 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
 
     Accelerate fills the last batch of an epoch with rows from its beginning, so that all processes get equally many.
     """
-    state = accelerator.gradient_state
+    state, parallelism = accelerator.gradient_state, accelerator.parallelism_config
+    if parallelism is not None and parallelism.tp_enabled:  # all processes have the same rows
+        return batch
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1 or LABELS not in batch:
         return batch
     row_of_position, num_rows = row_of_positions(batch)

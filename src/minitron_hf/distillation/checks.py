@@ -243,7 +243,7 @@ def refuse_launch(accelerator: Any) -> None:
 
     Raises:
         DistributedError: if every process would train alone, or no model would be split.
-        UnsupportedModelError: if context, sequence or tensor parallelism is on.
+        UnsupportedModelError: if context or sequence parallelism is on, or tensor parallelism beside another one.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and accelerator.num_processes == 1:
@@ -259,9 +259,42 @@ def refuse_launch(accelerator: Any) -> None:
                 f"processes were launched on {accelerator.device.type}. Launch with the configuration ddp."
             )
     parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
+    if parallelism is None:
+        return
+    for name, is_on in (("Context", parallelism.cp_enabled), ("Sequence", parallelism.sp_enabled)):
+        if is_on:
+            raise UnsupportedModelError(
+                f"{name} parallelism splits every row over the processes, and the loss compares whole rows of teacher "
+                "and student. Use DDP, FSDP2, DeepSpeed or tensor parallelism, or a smaller max_length."
+            )
+    if parallelism.tp_enabled and parallelism.tp_size != accelerator.num_processes:
         raise UnsupportedModelError(
-            "Context, sequence and tensor parallelism are not supported in distillation; use DDP, FSDP2 or DeepSpeed."
+            f"Tensor parallelism over {parallelism.tp_size} of {accelerator.num_processes} processes: together with "
+            "data parallelism it is not supported in distillation. Use tp_size alone, or DDP, FSDP2 or DeepSpeed."
+        )
+
+
+def refuse_tensor_parallel(trainer: Any) -> None:
+    """Refuse what tensor parallelism is not supported with.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    if trainer.get_tp_size() == 1:
+        return
+    args = trainer.args
+    wanted = {
+        "an adapter": is_peft_model(trainer.model),
+        "teacher_correction": args.teacher_correction,
+        "teacher_offload": args.teacher_offload,
+        "hidden_loss": args.hidden_loss,
+        "embedding_loss": args.embedding_loss,
+        "save_strategy (a checkpoint would hold one process's part of the optimizer)": args.save_strategy != "no",
+    }
+    if names := [name for name, value in wanted.items() if value]:
+        raise UnsupportedModelError(
+            f"Tensor parallelism with {', '.join(names)} is not supported in distillation. Leave it out "
+            "(save_strategy='no'), or use DDP, FSDP2 or DeepSpeed."
         )
 
 

@@ -17,7 +17,7 @@ from ..compat import apply_to_tensors, fsdp2_wrap_policy, gathered_parameters, l
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..losses.fused import distillation_loss
-from ..losses.heads import OutputHead, backbone_output, base_model_of, output_head
+from ..losses.heads import backbone_output, base_model_of, gathered_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal
 from ..models import empty_model
 from .adapters import with_adapters
@@ -90,16 +90,11 @@ def gathered_projection(projection: Any) -> Tensor | None:
         return weight.detach().clone()
 
 
-def gathered_head(head: OutputHead) -> OutputHead:
-    """The head with FSDP2's sharded parameters gathered; their gradients are averaged over the processes."""
-    from torch.distributed.tensor import DTensor, Partial
+def is_split(model: Any) -> bool:
+    """Whether parameters of a model are split over processes (FSDP2, tensor parallelism)."""
+    from torch.distributed.tensor import DTensor
 
-    whole: dict[str, Any] = {
-        name: value.full_tensor(grad_placements=[Partial("avg")] * value.device_mesh.ndim)
-        for name, value in (("weight", head.weight), ("bias", head.bias))
-        if isinstance(value, DTensor)
-    }
-    return replace(head, **whole) if whole else head
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
@@ -122,7 +117,7 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
 
 
 def gathered_model(trainer: Any) -> Any | None:
-    """The model that was trained under FSDP or DeepSpeed, gathered in CPU memory, with its adapter merged.
+    """The model that was trained in parts (FSDP, DeepSpeed, tensor parallelism), gathered, with its adapter merged.
 
     To be called on all processes.
 
@@ -131,6 +126,10 @@ def gathered_model(trainer: Any) -> Any | None:
     """
     wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     state_dict = trainer.accelerator.get_state_dict(wrapped)
+    if trainer.get_tp_size() > 1:
+        state_dict = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state_dict.items()
+        }
     if not trainer.args.should_save:
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -101,12 +101,17 @@ class SavingMixin(SFTTrainer):
 
         def _sum_over_processes(self, values: Tensor) -> Tensor: ...
 
+        def _num_tokens_seen(self) -> int: ...
+
     def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
         """Save the student (or its adapter) in its training dtype, with its plan and `distillation.json`.
 
         `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
         """
         output_dir = os.fspath(output_dir or output_dir_of(self.args))
+        if self.get_tp_size() > 1:  # the base class would save the part of one process
+            self.save_student(output_dir)
+            return
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         with self._stock_config(), _explained_write_errors(output_dir):
             if self.args.should_save:
@@ -137,7 +142,7 @@ class SavingMixin(SFTTrainer):
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         dtype = None if dtype is None else as_dtype(dtype)
         base = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
             base = merged_copy(base)
@@ -149,6 +154,7 @@ class SavingMixin(SFTTrainer):
             config = copy.deepcopy(base.config)
             for name, value in self._stock_fields.items():
                 setattr(config.get_text_config(), name, value)
+            vars(config).pop("distributed_config", None)  # the saved student is whole
             student: Any = empty_model(config)
         student.load_state_dict(state_dict, assign=True)
         student.tie_weights()
@@ -200,7 +206,7 @@ class SavingMixin(SFTTrainer):
             "num_processes": self.accelerator.num_processes,
             "peft": peft,
             "global_step": self.state.global_step,
-            "num_input_tokens_seen": int(self.state.num_input_tokens_seen),
+            "num_input_tokens_seen": self._num_tokens_seen(),
             "train_runtime": next(
                 (entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None
             ),

@@ -12,7 +12,7 @@ from ..compat import gathered_parameters, prepare_deepspeed
 from ..errors import UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..hardware import one_dtype
-from ..losses.heads import check_output_head, output_head
+from ..losses.heads import check_output_head, gathered_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal, top_k_signal
 from ..models import load_model, make_fast
 from .checkpoints import fingerprint
@@ -20,7 +20,7 @@ from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .cut_vocabulary import KeptTokens
 from .intermediate import IntermediateLosses, needed_states
-from .parallel import forward_of_backbone, gathered_head, offload_layers, shard_teacher
+from .parallel import forward_of_backbone, is_split, offload_layers, shard_teacher
 from .teacher_cache import TeacherCache
 
 
@@ -56,6 +56,11 @@ class TeacherMixin(SFTTrainer):
             raise UnsupportedModelError(
                 "teacher_offload: FSDP and DeepSpeed split the teacher over the devices. Leave it out, or have the "
                 "configuration keep all shards in main memory (fsdp_offload_params, offload_param_device)."
+            )
+        if is_split(teacher_model) and self.get_tp_size() == 1:
+            raise UnsupportedModelError(
+                "The teacher is split by tensor parallelism, and the student is not, so every process would train on "
+                "other rows. Load both with distributed_config=DistributedConfig(tp_size=N)."
             )
         if not sharded:
             if self.args.teacher_offload:

@@ -42,6 +42,10 @@ class TokenMeansMixin(SFTTrainer):
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(sum_dtype(values.device)), "sum")
 
+    def _num_tokens_seen(self) -> int:
+        """Tokens seen in training. The base class adds up those of all processes, of which some share their rows."""
+        return int(self.state.num_input_tokens_seen) // self.get_tp_size()
+
     def _zero_sums(self) -> Tensor:
         shape = (len(self._columns) + 1,)
         return torch.zeros(shape, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
@@ -85,7 +89,7 @@ class TokenMeansMixin(SFTTrainer):
             self._token_sums["train"] = self._zero_sums()
             logs.update((key, value) for key, value in means.items() if key != "loss")
             if self.args.include_num_input_tokens_seen != "no":  # TRL's own count restarts at 0 when a run is resumed
-                logs["num_tokens"] = int(self.state.num_input_tokens_seen)
+                logs["num_tokens"] = self._num_tokens_seen()
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -102,7 +106,9 @@ class TokenMeansMixin(SFTTrainer):
             row_of_position, num_rows = row_of_positions(inputs)
             sums = torch.zeros((num_rows, len(self._columns) + 1), dtype=sum_dtype(loss.device), device=loss.device)
             sums.index_add_(0, row_of_position[positions].to(loss.device), self._values_per_token(losses))
-            self._token_sums["eval"] += self.accelerator.gather_for_metrics(sums).sum(0)
+            if self.get_tp_size() == 1:  # else all processes have the same rows
+                sums = self.accelerator.gather_for_metrics(sums)
+            self._token_sums["eval"] += sums.sum(0)
             if prediction_loss_only:
                 return loss.detach(), None, None
             return loss.detach(), model(**model_inputs(inputs), use_cache=False).logits.detach(), inputs["labels"]

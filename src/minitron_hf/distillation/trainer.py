@@ -48,6 +48,7 @@ from .checks import (
     refuse_pair,
     refuse_resized,
     refuse_split_model,
+    refuse_tensor_parallel,
     refuse_top_k,
     refuse_unknown_tokens,
     refuse_wrapped_head,
@@ -261,6 +262,7 @@ class DistillationTrainer(
     def _prepare_student(self, student_config: PretrainedConfig, teacher_config: PretrainedConfig) -> None:
         """Check the student as the base class has set it up, and have its forward pass compute the loss."""
         refuse_launch(self.accelerator)
+        refuse_tensor_parallel(self)
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         student = base_model_of(self.model)
@@ -398,8 +400,9 @@ class DistillationTrainer(
         else:
             count = torch.as_tensor(num_items_in_batch).clamp(min=1).to(losses["total"].device)
             if self.args.average_tokens_across_devices:
-                # DDP takes the mean of the gradients over the processes, and the count is over all of them.
-                count = count / self.accelerator.num_processes
+                # DDP takes the mean of the gradients over the processes, and the count is over all of them. Processes
+                # that share the tensors of a model share its rows.
+                count = count / (self.accelerator.num_processes // self.get_tp_size())
         loss = losses["total"] / count
         if self._teacher_loss is not None:
             (self._teacher_loss / count).backward()

@@ -132,6 +132,26 @@ def head_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
+def gathered_head(head: OutputHead) -> OutputHead:
+    """The head with parameters that are split over processes gathered, by FSDP2 or tensor parallelism.
+
+    Under FSDP2 every process has other rows, and gradients are averaged. Under tensor parallelism all processes have
+    the same rows and compute the same gradient of the whole head, of which each keeps its part.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    def gathered(value: DTensor) -> Tensor:
+        names = value.device_mesh.mesh_dim_names or ("",) * value.device_mesh.ndim
+        return value.full_tensor(grad_placements=[Replicate() if name == "tp" else Partial("avg") for name in names])
+
+    whole = {
+        name: gathered(value)
+        for name, value in (("weight", head.weight), ("bias", head.bias))
+        if isinstance(value, DTensor)
+    }
+    return OutputHead(whole.get("weight", head.weight), whole.get("bias", head.bias), head.scale, head.softcap)
+
+
 @torch.no_grad()
 def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
     """Prove on a few tokens that `head_logits(backbone(tokens), output_head(model))` are the model's own logits.
@@ -147,7 +167,7 @@ def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
         UnsupportedModelError: if they differ.
     """
     base = base_model_of(model)
-    head = output_head(model)
+    head = gathered_head(output_head(model))
     was_training = base.training
     base.eval()
     try:
