@@ -21,6 +21,7 @@ class TeacherServer:
     Attributes:
         url: where it listens.
         requests: paths of the requests, in order.
+        delay: seconds before each answer.
         faults: what goes wrong next, each once: a status, "drop" (the connection is cut), "stall" (no answer), or
             None: nothing.
     """
@@ -31,7 +32,7 @@ class TeacherServer:
         self.requests: list[str] = []
         self.faults: list[int | str | None] = []
         self.lock, self.released = threading.Lock(), threading.Event()
-        self.most_at_once, self.at_once = 0, 0
+        self.most_at_once, self.at_once, self.delay = 0, 0, 0.0
 
     def __enter__(self) -> TeacherServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"state": self}))
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             elif isinstance(fault, int):
                 self.refuse(fault, "try again")
             else:
-                time.sleep(0.01)
+                time.sleep(state.delay)
                 self.complete(body)
         finally:
             with state.lock:

@@ -97,7 +97,9 @@ def test_requests_are_repeated_and_an_interrupted_cache_goes_on(tmp_path, teache
     with TeacherServer(teacher, pocket_tokenizer()) as vllm:
         whole = load_from_disk(ask(tmp_path / "whole", vllm.url, teacher, data, num_parallel=1))
         assert vllm.most_at_once == 1
+        vllm.delay = 0.3
         ask(tmp_path / "parallel", vllm.url, teacher, data, num_parallel=4)
+        vllm.delay = 0.0
         assert vllm.most_at_once > 1
         vllm.faults += [503, "drop", 429]
         again = load_from_disk(ask(tmp_path / "faults", vllm.url, teacher, data))
