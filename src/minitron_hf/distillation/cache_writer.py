@@ -46,7 +46,7 @@ from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
-from .parallel import forward_of_backbone
+from .parallel import forward_of_backbone, is_split
 from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty, some_rows
 from .teacher_cache import ROW_ARGUMENTS, refuse_uncacheable
 
@@ -118,7 +118,7 @@ def cache_teacher_logits(
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args, num_draws=num_draws)
     refuse_own_folder(output_dir, teacher=teacher)
-    _refuse_images(dataset)
+    refuse_images(dataset)
     folder = require_writable(output_dir)
     processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
     refuse_other_tokenizers(processing_class, teacher=teacher)
@@ -181,10 +181,10 @@ def row_trainer(
     refuse_empty(dataset, "given")
     limit_to_context(args, teacher=model.config)
     trainer: Any = RowMaker(stand_in, args, train_dataset=dataset, processing_class=processing_class)
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_split(model):
         raise UnsupportedModelError(
-            "A teacher that is sharded by FSDP or DeepSpeed cannot be cached. Launch without, one whole teacher on "
-            "every device, or load it with device_map='auto' in one process."
+            "A teacher that is split by FSDP, DeepSpeed or tensor parallelism cannot be cached. Launch without, one "
+            "whole teacher on every device, or load it with device_map='auto' in one process."
         )
     _require_token_rows(trainer.train_dataset)
     return trainer
@@ -282,7 +282,7 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _refuse_images(dataset: Any) -> None:
+def refuse_images(dataset: Any) -> None:
     """Refuse data with images, whose pixels a cache would have to hold too.
 
     Raises:

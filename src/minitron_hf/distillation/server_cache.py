@@ -29,7 +29,15 @@ from ..losses.signals import TopKSignal
 from ..models import empty_model, load_config, load_tokenizer
 from .batches import LABELS
 from .cache_coding import Coding
-from .cache_writer import CacheWriter, batched, cache_settings, require_possible, row_collator, row_trainer
+from .cache_writer import (
+    CacheWriter,
+    batched,
+    cache_settings,
+    refuse_images,
+    require_possible,
+    row_collator,
+    row_trainer,
+)
 from .checks import refuse_own_folder, refuse_unknown_tokens
 from .config import DistillationConfig
 from .rows import some_rows
@@ -104,6 +112,7 @@ def cache_served_teacher(
         raise DataError(f"num_parallel={num_parallel}, timeout={timeout}: expected at least 1, and more than 0.")
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_unserved(args)
+    refuse_images(dataset)
     config = load_config(teacher)
     refuse_own_folder(output_dir, teacher=config.name_or_path or None)
     vocab_size = config.get_text_config().vocab_size
