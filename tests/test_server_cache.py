@@ -96,11 +96,11 @@ def test_requests_are_repeated_and_an_interrupted_cache_goes_on(tmp_path, teache
     data = token_dataset()
     with TeacherServer(teacher, pocket_tokenizer()) as vllm:
         whole = load_from_disk(ask(tmp_path / "whole", vllm.url, teacher, data, num_parallel=1))
-        assert vllm.most_at_once == 1
+        assert vllm.most_at_once <= 2  # an answer arrives before the server has counted it
         vllm.delay = 0.3
-        ask(tmp_path / "parallel", vllm.url, teacher, data, num_parallel=4)
+        ask(tmp_path / "parallel", vllm.url, teacher, data, num_parallel=6, rows_per_file=8)
         vllm.delay = 0.0
-        assert vllm.most_at_once > 1
+        assert vllm.most_at_once > 2
         vllm.faults += [503, "drop", 429]
         again = load_from_disk(ask(tmp_path / "faults", vllm.url, teacher, data))
         assert again.to_dict() == whole.to_dict()
