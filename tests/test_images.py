@@ -117,6 +117,27 @@ def test_long_rows_lose_text_and_never_a_part_of_an_image(processor):
         token_rows(image_rows(), processor, max_length=7)
 
 
+def test_rows_of_text_alone_stand_among_the_others(teacher, processor):
+    rows = image_rows()
+    [user, assistant] = rows[1]["messages"]
+    rows[1] = {"messages": [{**user, "content": user["content"][1:]}, assistant], "images": []}
+    [batch] = padded_batches(token_rows(rows, processor, max_length=64), 6)
+    assert len(batch["pixel_values"]) == 5
+    one, six = (
+        estimate_importance(teacher, rows, processing_class=processor, max_length=64, batch_size=size, **QUIET)
+        for size in (1, 6)
+    )
+    torch.testing.assert_close(one.axes["ffn"], six.axes["ffn"], rtol=1e-4, atol=1e-6)
+
+
+def test_texts_hold_the_marks_of_their_images(processor):
+    texts = [{"text": f"See <boi>: a cat {index}", "image": image} for index, image in enumerate(images(2))]
+    rows = token_rows(texts, processor, max_length=64)
+    assert [row.count(processor.tokenizer.image_token_id) for row in rows.rows] == [IMAGE_LENGTH] * 2
+    with pytest.raises(DataError, match=r"Row 1 .*The processor cannot read the row"):
+        token_rows([texts[0], {"text": "No mark", "image": images(1)[0]}], processor, max_length=64)
+
+
 def test_prompts_are_context(processor):
     prompts = [
         {"prompt": row["messages"][:1], "completion": row["messages"][1:], "images": row["images"]}
