@@ -15,10 +15,12 @@ from minitron_hf import (
     MeasurementCallback,
     PrunerConfig,
     apply_plan,
+    cache_teacher_logits,
     count_tokens,
     estimate_capacity,
     estimate_importance,
     evaluate_models,
+    load_teacher_cache,
     make_plan,
     prune_tokenizer,
     save_model,
@@ -239,6 +241,15 @@ def test_pairs_that_do_not_fit_are_refused(pair, tmp_path):
     del bare.pruning_plan  # which tokens it has is not known
     with pytest.raises(MismatchError, match="vocabulary has 17 tokens"):
         trainer_of(bare, teacher, tmp_path, tokenizer)
+    cache = cache_teacher_logits(
+        *(teacher, Dataset.from_dict({"text": texts()[:4]}), tmp_path / "cache"),
+        top_k=4,
+        args=DistillationConfig(str(tmp_path), max_length=16, bf16=False, use_cpu=True, report_to="none"),
+        processing_class=tokenizer,
+    )
+    for given in (teacher, None):
+        with pytest.raises(MismatchError, match="teacher cache holds distributions over all tokens of the teacher"):
+            DistillationTrainer(student, given, train_dataset=load_teacher_cache(cache), processing_class=tokenizer)
 
 
 # Evaluation

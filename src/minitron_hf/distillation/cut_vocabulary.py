@@ -22,7 +22,7 @@ from .arguments import processing_class_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .inputs import TeacherSource
+    from .inputs import TeacherSource, TrainingData
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,20 @@ def kept_tokens(
     if len(cuts) != 1 or sizes != (cuts[0].sizes[VOCABULARY]["teacher"], cuts[0].sizes[VOCABULARY]["student"]):
         return None
     return KeptTokens(torch.from_numpy(cuts[0].kept[VOCABULARY]), cuts[0])
+
+
+def without_caches(kept: KeptTokens | None, data: TrainingData) -> KeptTokens | None:
+    """The kept tokens; refuses teacher caches for a student that lacks some of the teacher's tokens.
+
+    Raises:
+        MismatchError: if there is one.
+    """
+    if kept is not None and data.caches:
+        raise MismatchError(
+            "The student's vocabulary was cut, and a teacher cache holds distributions over all tokens of the teacher "
+            "on rows that its own tokenizer splits. Pass the texts and teacher_model instead of the cache."
+        )
+    return kept
 
 
 def plans_of(model: Any, given: PruningPlan | Sequence[PruningPlan] | None) -> Sequence[PruningPlan]:

@@ -54,7 +54,7 @@ from .checks import (
     refuse_wrapped_head,
 )
 from .config import DistillationConfig
-from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of
+from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of, without_caches
 from .fake_quantization import fake_quantize
 from .inputs import TeacherSource, TrainingData
 from .intermediate import needed_states
@@ -184,7 +184,7 @@ class DistillationTrainer(
         data = TrainingData.of(train_dataset, eval_dataset)
         teacher = TeacherSource.of(teacher_model, args, data.train_caches)
         plans = plans_of(model, pruning_plan)
-        kept = None if teacher.model is None else kept_tokens(model, plans, student_config, teacher.config)
+        kept = without_caches(kept_tokens(model, plans, student_config, teacher.config), data)
         refuse_pair(model, teacher.model, student_config, teacher.config, peft_config, maps_tokens=kept is not None)
         refuse_top_k(args.top_k, teacher.config.get_text_config().vocab_size, cuts_vocabulary=kept is not None)
         limit_to_context(args, student=student_config, teacher=teacher.config)
