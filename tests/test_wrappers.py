@@ -262,6 +262,21 @@ def test_every_wrapper_of_transformers_has_a_row_or_a_reason():
     assert families().keys().isdisjoint(WITHOUT_TABLE.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_type)
+def test_rows_cover_the_stock_defaults(row):
+    """At full size, on the meta device. Some stock defaults do not fit together, or cannot be built."""
+    config = AutoConfig.for_model(row.model_type)
+    for path in row.width_fields:
+        *parents, name = path.split(".")
+        setattr(getattr(config, parents[0]) if parents else config, name, config.text_config.hidden_size)
+    if row.model_type in ("aya_vision", "cohere_compass"):
+        with pytest.raises(UnsupportedModelError, match="cannot build"):
+            models.empty_model(config)
+    else:
+        spec_for(config).check(models.empty_model(config))
+
+
 def test_a_wrapper_is_registered_from_outside(monkeypatch):
     monkeypatch.setattr(rooms, "_REGISTERED_ROWS", {})
     row = replace(ROWS[0], model_type="outside", text_types=("doge",))
