@@ -72,7 +72,7 @@ def test_old_name_of_the_number_of_rows(tmp_path):
         old = minitron_hf.prune_model(model, request, calibration_data=rows, num_samples=2, max_length=8)
     new = minitron_hf.prune_model(model, request, calibration_data=rows, num_rows=2, max_length=8)
     assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
-    with pytest.warns(DeprecationWarning, match=r"repaired_weights\(num_samples"):
+    with pytest.warns(DeprecationWarning, match=r"prune_with_plan\(num_samples"):
         minitron_hf.prune_with_plan(model, new.pruning_plan, rows, num_samples=2, max_length=8)
     (tmp_path / "a.txt").write_text("text")
     data = {"train": str(tmp_path / "a.txt"), "eval": str(tmp_path / "a.txt")}

@@ -390,6 +390,7 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
     return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 
 
+@accept_old_names(num_samples="num_rows")
 @checks_kinds
 def prune_with_plan(
     model: PreTrainedModel,
