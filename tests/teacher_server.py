@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.state.requests.append(self.path)
         if key is None or self.headers.get("Authorization") == f"Bearer {key}":
             return True
-        self.refuse(401, "Unauthorized")
+        self.answer({"error": "Unauthorized"}, 401)
         return False
 
     def do_GET(self) -> None:

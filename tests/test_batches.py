@@ -36,7 +36,7 @@ def test_every_row_counts_in_one_process_alone(flat):
     state = SimpleNamespace(end_of_dataloader=True, remainder=3)
     seen = []
     for index, rows in enumerate([[1, 2], [3, 0]]):
-        process = SimpleNamespace(num_processes=2, process_index=index, gradient_state=state)
+        process = SimpleNamespace(num_processes=2, process_index=index, gradient_state=state, parallelism_config=None)
         batch = without_repeated_rows(batch_of(rows, flat, shifted=True), process)
         _, targets = next_token_positions(batch[LABELS])
         assert batch["shift_labels"][batch["shift_labels"] != -100].tolist() == targets.tolist()
@@ -48,12 +48,18 @@ def test_every_row_counts_in_one_process_alone(flat):
 
     whole = batch_of([3, 0], flat)
     for other in (
-        SimpleNamespace(num_processes=1, process_index=0, gradient_state=state),
-        SimpleNamespace(num_processes=2, process_index=1, gradient_state=SimpleNamespace(end_of_dataloader=False)),
+        SimpleNamespace(num_processes=1, process_index=0, gradient_state=state, parallelism_config=None),
+        SimpleNamespace(
+            num_processes=2,
+            process_index=1,
+            gradient_state=SimpleNamespace(end_of_dataloader=False),
+            parallelism_config=None,
+        ),
         SimpleNamespace(
             num_processes=2,
             process_index=1,
             gradient_state=SimpleNamespace(end_of_dataloader=True, remainder=0),
+            parallelism_config=None,
         ),
     ):
         assert without_repeated_rows(whole, other) is whole

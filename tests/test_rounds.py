@@ -254,7 +254,7 @@ def test_rounds_in_two_processes_equal_rounds_in_one(values):
         (
             {"rounds": [{"prune": {"intermediate_size": 20}}, {"prune": {"intermediate_size": 20}}]},
             PlanError,
-            "nothing is",
+            "nothing would be cut",
         ),
         ({"rounds": [{"scores": {}}]}, DataError, "rounds.1 lacks 'prune'"),
         ({"rounds": [{"prune": {}, "teacher": "mine"}]}, DataError, "rounds.1.teacher='mine'"),

@@ -387,6 +387,12 @@ def test_a_recipe_cuts_the_vocabulary(tmp_path, recipe_of, tokenizer_of_recipe, 
     """All stages: the student that is distilled and measured has its own tokenizer."""
     recipe = {**recipe_of, **changes}
     recipe["prune"] = {"vocab_size": SIZE, "intermediate_size": 0.5, **changes.get("prune", {})}
+    if "verify" in changes:  # prompts in a column of another name
+        (tmp_path / "prompts.jsonl").write_text('{"question": "ab", "text": 1}\n')
+        prompts = {"source": str(tmp_path / "prompts.jsonl"), "text_field": "question"}
+        recipe["evaluate"] = {"num_rows": 6, "speed": False, "chat": {"prompts": prompts, "max_new_tokens": 4}}
+        template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        (Path(recipe["teacher"]) / "chat_template.jinja").write_text(template)
     tokenizer = tokenizer_of_recipe
     checked = check_recipe(Recipe.from_dict(recipe))
     assert checked["sizes"]["vocab"] == {"teacher": VOCAB, "student": SIZE}
@@ -399,6 +405,7 @@ def test_a_recipe_cuts_the_vocabulary(tmp_path, recipe_of, tokenizer_of_recipe, 
     models = json.loads((run / "evaluation.json").read_text())["models"]
     assert all(models[name]["metrics"]["kl_divergence"]["value"] > 0 for name in ("pruned", "student"))
     assert "tokens per byte instead of" in (run / "README.md").read_text()
+    assert ("chat" in models["student"]) == ("verify" in changes)
     for name in changes.get("controls", ()):
         assert len(AutoTokenizer.from_pretrained(run / "controls" / name)) == SIZE
         assert models[name]["metrics"]["kl_divergence"]["value"] > 0

@@ -67,7 +67,7 @@ class DistillationConfig(SFTConfig):
             "help": "Number of the teacher's most likely tokens that training compares, with all others together as "
             "one more outcome, as from a teacher cache with this top_k. If not set, the whole distributions. "
             "Evaluation compares the whole distributions in any case. k of 100 or less made students worse in "
-            "Muralidharan et al. 2024."
+            "Muralidharan et al. 2024, §3."
         },
     )
     kd_weight: float = field(
@@ -188,7 +188,8 @@ class DistillationConfig(SFTConfig):
         metadata={
             "help": "Quantisation-aware distillation: 'int8' or 'int4' rounds the weights of the student's "
             "projections in every forward pass as `minitron-hf quantize` will, and trains the weights behind them "
-            "(needs the extra `quantize`). The saved student is not quantised."
+            "(needs the extra `quantize`). The saved student is not quantised. It did not pay where it was measured "
+            "(benchmarks/results/ts-llama-0.9m-quantization-aware.json)."
         },
     )
 

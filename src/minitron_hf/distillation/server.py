@@ -292,7 +292,8 @@ def _said(error: urllib.error.HTTPError) -> str:
     text = error.read(4096).decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(text)
-        text = str(answer.get("message") or answer.get("detail") or answer["error"]["message"])
+        said = answer.get("message") or answer.get("detail") or answer.get("error") or text
+        text = str(said.get("message") or said) if isinstance(said, dict) else str(said)
     return " ".join(text.split())[:300].rstrip(".")
 
 

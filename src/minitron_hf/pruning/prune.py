@@ -386,6 +386,8 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
     )
     if not others or others[0].kl_above_best is None:
         return f"{note}."
+    if best.scores:
+        return f"{note}; next {others[0].name}, {best.scores[-1] - others[0].scores[-1]:.4g} behind."
     gap = others[0].kl_above_best
     return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
 

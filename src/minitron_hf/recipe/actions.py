@@ -297,7 +297,7 @@ def _evaluate(run: Run) -> None:
     run.release("distillation_teacher")
     evaluate_models(
         models,
-        **_held_out_text(run),
+        **_held_out_texts(run),
         processing_class=run.tokenizer,
         max_length=section.max_length,
         num_rows=section.num_rows,
@@ -311,7 +311,6 @@ def _evaluate(run: Run) -> None:
         speed_prompt_tokens=section.speed_prompt_tokens,
         draft_prompts=section.draft_prompts,
         draft_tokens=section.draft_tokens,
-        **_chat_arguments(run),
         **_task_arguments(section),
         output_path=run.folder,
         show_progress=run.show_progress,
@@ -320,6 +319,17 @@ def _evaluate(run: Run) -> None:
         compared = {"teacher": run.load(source.model, revision=source.revision), "student": run.load(run.folder)}
         samples = generate_samples(compared, run.tokenizer, section.prompts)
         write_artefact(run.folder / "samples.json", {"samples": samples})
+
+
+def _held_out_texts(run: Run) -> dict[str, Any]:
+    """Arguments of `evaluate_models` for the text and the chat prompts, whose columns may have different names."""
+    text, chat = _held_out_text(run), _chat_arguments(run)
+    if "text_field" in text and chat:
+        field, prompts = chat.pop("text_field"), chat["chat_prompts"]
+        if field != text["text_field"] and field in prompts.column_names:
+            others = [text["text_field"]] if text["text_field"] in prompts.column_names else []
+            chat["chat_prompts"] = prompts.remove_columns(others).rename_column(field, text["text_field"])
+    return {**text, **chat}
 
 
 def _held_out_text(run: Run) -> dict[str, Any]:
