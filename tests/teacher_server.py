@@ -92,7 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.is_allowed():
             return
         options = self.state.options
-        if self.path == "/v1/models" and options["program"] != "web":
+        if options["program"] == "page":
+            self.answer(b"<html>caf\xe9</html>")
+        elif self.path == "/v1/models" and options["program"] != "web":
             owner = "vllm" if options["program"] != "tgi" else "me/model"
             card = {"object": "model", "owned_by": owner, "max_model_len": options["max_model_len"]}
             cards = [{**card, "id": name} for name in (self.state.name, *options.get("others", ()))]

@@ -138,7 +138,9 @@ def test_text_and_a_key_and_a_named_model(tmp_path, teacher, monkeypatch):
 REFUSALS = {
     "away": ({}, {"url": "http://127.0.0.1:9"}, ServerError, "does not answer"),
     "no address": ({}, {"url": "localhost:8000"}, DataError, "expected an address such as"),
+    "no end of an address": ({}, {"url": "http://[::1"}, DataError, "expected an address such as"),
     "no server of models": ({"program": "web"}, {}, ServerError, "not an OpenAI-compatible server"),
+    "a page": ({"program": "page"}, {}, ServerError, "something else than JSON. A cache needs"),
     "TGI": ({"program": "tgi"}, {}, ServerError, "Text Generation Inference. Of a prompt"),
     "no prompts": ({"program": "openai"}, {}, ServerError, "gave no log-probabilities of the prompt"),
     "logits": ({"program": "raw logits"}, {}, ServerError, "not log-probabilities"),

@@ -248,8 +248,10 @@ class TeacherServer:
             if error.code in TEMPORARY:
                 raise _TemporaryError(str(refused)) from error
             raise refused from error
-        except json.JSONDecodeError as error:
-            raise ServerError(f"The server {self.url} answered {path} with something else than JSON.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ServerError(
+                f"The server {self.url} answered {path} with something else than JSON. {_ONLY_VLLM}"
+            ) from error
         except TimeoutError as error:
             raise _TemporaryError(f"no answer within {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:
@@ -281,8 +283,12 @@ def plain_url(url: str) -> str:
     >>> plain_url("http://localhost:8000/v1/")
     'http://localhost:8000'
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # brackets without an end
+        is_address = False
+    if not is_address:
         raise DataError(f"server={url!r}: expected an address such as http://localhost:8000.")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
