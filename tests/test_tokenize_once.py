@@ -123,11 +123,17 @@ def test_a_run_tokenises_each_corpus_once(counted: Counter[str], tmp_path: Path)
     pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")
     pocket_tokenizer().save_pretrained(tmp_path / "teacher")
     for name in ("train", "eval", "calibration"):
-        lines = "\n".join(json.dumps({"text": f"{name} {text}"}) for text in TEXTS[:: 1 if name != "eval" else 2])
+        texts = [f"{name} {text}" for text in TEXTS[:: 1 if name != "eval" else 2]]
+        rows = [{"body": text, "text": "other"} if name == "eval" else {"text": text} for text in texts]
+        lines = "\n".join(map(json.dumps, rows))
         (tmp_path / f"{name}.jsonl").write_text(lines)
     values = {
         "teacher": str(tmp_path / "teacher"),
-        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval", "calibration")},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": {"source": str(tmp_path / "eval.jsonl"), "text_field": "body"},
+            "calibration": str(tmp_path / "calibration.jsonl"),
+        },
         "output_dir": str(tmp_path / "run"),
         "prune": {"repair": "least_squares"},
         "scores": {"num_rows": 8, "max_length": 16},
@@ -145,7 +151,8 @@ def test_a_run_tokenises_each_corpus_once(counted: Counter[str], tmp_path: Path)
     }
     runner.run_recipe(Recipe.from_dict(values), until="evaluate", show_progress=False)
     for name in ("train", "eval", "calibration"):
-        rows = [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line)["body" if name == "eval" else "text"] for line in lines]
         checked, others = rows[:64], rows[64:]
         own = 0 if name == "train" else 1  # TRL's texts of the training corpus end with the end-of-text token
         assert {counted[text] for text in checked} == {own + 1}, name

@@ -20,6 +20,7 @@ from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..vocabulary.counts import TokenCounts, count_tokens
+from .corpora import with_text_in
 from .run import (
     CACHE_DIR,
     CONTROLS_DIR,
@@ -32,7 +33,7 @@ from .run import (
     repair_arguments,
 )
 from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
-from .training import _save_student, _train, _training_settings
+from .training import _save_student, _train, _training_settings, training_rows
 
 
 def _generate(run: Run) -> None:
@@ -189,7 +190,7 @@ def correct(run: Run) -> None:
         num_tokens=section.num_tokens,
         method=section.method,
         processing_class=run.tokenizer,
-        eval_dataset=run.dataset("eval"),
+        eval_dataset=training_rows(run, "eval"),
         **{
             "dataset_text_field": run.text_field("train"),
             "disable_tqdm": not run.show_progress,
@@ -209,7 +210,7 @@ def _cache(run: Run) -> None:
         args = DistillationConfig(str(run.folder), **_training_settings(run))
         if which == "eval" and args.eval_packing is not None:
             args.packing = args.eval_packing
-        corpus, folder = run.dataset(which), run.folder / CACHE_DIR / which
+        corpus, folder = training_rows(run, which), run.folder / CACHE_DIR / which
         shared: dict[str, Any] = {
             "top_k": section.top_k,
             "dtype": section.dtype,
@@ -325,10 +326,7 @@ def _held_out_texts(run: Run) -> dict[str, Any]:
     """Arguments of `evaluate_models` for the text and the chat prompts, whose columns may have different names."""
     text, chat = _held_out_text(run), _chat_arguments(run)
     if "text_field" in text and chat:
-        field, prompts = chat.pop("text_field"), chat["chat_prompts"]
-        if field != text["text_field"] and field in prompts.column_names:
-            others = [text["text_field"]] if text["text_field"] in prompts.column_names else []
-            chat["chat_prompts"] = prompts.remove_columns(others).rename_column(field, text["text_field"])
+        chat["chat_prompts"] = with_text_in(chat["chat_prompts"], chat.pop("text_field"), text["text_field"])
     return {**text, **chat}
 
 

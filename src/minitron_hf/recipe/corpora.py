@@ -224,6 +224,20 @@ def _cast_to_one(datasets: Sequence[Any], parts: Sequence[Part]) -> list[Any]:
     return [one if one.features == kinds else one.cast(kinds) for one, kinds in zip(datasets, wanted, strict=True)]
 
 
+def with_text_in(data: Any, field: str, wanted: str) -> Any:
+    """A corpus whose text is in a column of another name.
+
+    Args:
+        data: rows of any format; those without texts stay as they are.
+        field: column with the text.
+        wanted: its new name.
+    """
+    columns = column_names(data)
+    if field == wanted or field not in columns:
+        return data
+    return data.remove_columns([wanted] if wanted in columns else []).rename_column(field, wanted)
+
+
 def _aligned(data: Any, part: Part) -> Any:
     """A corpus with the columns of its format alone, by their common names."""
     if part.format == "texts":

@@ -18,6 +18,7 @@ from ..locks import with_locked_folder
 from ..models import load_for_compute, stored_dtype
 from ..pruning.plan import PruningPlan
 from ..saving import in_stored_dtype, save_model
+from .corpora import with_text_in
 from .lineage import described_parts
 from .rules import hints_of, require_settings
 from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run
@@ -110,12 +111,17 @@ def _train(run: Run, student: Path, folder: Path, **changes: Any) -> None:
         train(run, student, folder, changes)
 
 
+def training_rows(run: Run, which: str) -> Any:
+    """One of the corpora, with its text in the column that the training corpus has it in."""
+    return with_text_in(run.dataset(which), run.text_field(which), run.text_field("train"))
+
+
 def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> None:
     """Distil the student in one folder into another, in all the processes that call this."""
     settings = {**_training_settings(run), **changes}
     teacher: PreTrainedModel | str | None
     if run.recipe.teacher_cache is None:
-        corpora = [run.dataset("train"), run.dataset("eval")]
+        corpora = [run.dataset("train"), training_rows(run, "eval")]
         if settings.get("teacher_offload") or settings.get("teacher_model_init_kwargs"):
             teacher = run.distillation_teacher_path(settings)
         else:
