@@ -53,7 +53,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.teacher:
         measured = measure(arguments.teacher, arguments.text, arguments.layers, arguments.rounds)
-        shown = argparse.Namespace(**{**vars(arguments), "page": None, "teacher": public_name(arguments.teacher)})
+        public = {name: public_name(getattr(arguments, name)) for name in ("teacher", "text")}
+        shown = argparse.Namespace(**{**vars(arguments), **public, "page": None})
         write_json(arguments.output, {"command": command(shown), "versions": versions(), **measured})
     lines = table(read_json(arguments.output))
     print("\n".join(lines))
