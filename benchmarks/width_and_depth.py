@@ -30,11 +30,11 @@ from minitron_hf import (
     token_rows,
 )
 from minitron_hf.evaluation.speed import Workload, device_description, measure_speed
-from minitron_hf.files import public_name, read_json, versions, write_json, write_text
+from minitron_hf.files import public_name, read_json, versions, write_json
 from minitron_hf.models import load_for_compute
+from real.report import write_page
 from reporting import command
 
-BEGIN, END = "<!-- results of benchmarks/width_and_depth.py: begin -->", "<!-- end -->"
 #: Prompts and decoding of the one stream, and further workloads.
 PREFILL, DECODE, GRID = 512, 64, (Workload(1, 2048), Workload(8, 512))
 
@@ -59,9 +59,7 @@ def main() -> None:
     lines = table(read_json(arguments.output))
     print("\n".join(lines))
     if arguments.page:
-        before, _, rest = arguments.page.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        write_text(arguments.page, before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+        write_page(arguments.page, "\n".join([*lines, ""]), "benchmarks/width_and_depth.py")
 
 
 def measure(name: str, text: str, layers: float, rounds: int) -> dict[str, Any]:

@@ -494,7 +494,8 @@ def test_tasks_of_the_harness_on_local_files():
 def test_students_are_measured_before_retraining_once(bench_files, tmp_path, monkeypatch, capsys):
     folder, found = bench_files
     page = tmp_path / "page.md"
-    page.write_text(f"# Results\n\n{before.BEGIN}\n{before.END}\n\nEnd.\n")
+    marks = [f"<!-- results of benchmarks.real.before: {where} -->" for where in ("begin", "end")]
+    page.write_text(f"# Results\n\n{marks[0]}\n{marks[1]}\n\nEnd.\n")
     monkeypatch.setattr(before, "LENGTH", 16)
     command = [
         *("--teacher", folder / "teacher", "--work", tmp_path / "work", "--results", tmp_path / "results"),

@@ -33,6 +33,9 @@ SMOLLM2 = LlamaConfig(
     tie_word_embeddings=True,
 )
 
+#: Marks of the generated part of a page.
+BEGIN, END = "<!-- results of benchmarks.real.peers: begin -->", "<!-- results of benchmarks.real.peers: end -->"
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -95,7 +98,7 @@ def test_starts_are_measured_once_and_distilled_like_all_others(files, tmp_path,
         bench.run(sliced)
 
     page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{peers.BEGIN}\n{peers.END}\n\nEnd.\n")
+    page.write_text(f"# Page\n\n{BEGIN}\n{END}\n\nEnd.\n")
     command(files, tmp_path, monkeypatch, "--page", page)
     lines = page.read_text().splitlines()
     assert lines[-1] == "End."
@@ -205,6 +208,6 @@ def test_every_arm_of_the_tables_is_possible(name):
 
 def test_the_page_has_the_table_of_the_committed_results():
     page = (Path(__file__).parents[1] / "docs" / "explanation" / "real-teachers.md").read_text()
-    region = page.partition(peers.BEGIN)[2].partition(peers.END)[0]
+    region = page.partition(BEGIN)[2].partition(END)[0]
     expected = "\n".join(peers.table(peers.RESULTS, load_experiments(peers.TABLE)))
     assert region.strip() == expected.strip()

@@ -31,18 +31,18 @@ from minitron_hf import (
     token_rows,
 )
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, read_json, replacing_folder, versions, write_json, write_text
+from minitron_hf.files import public_name, read_json, replacing_folder, versions, write_json
 from minitron_hf.models import load_for_compute
 from minitron_hf.weights import model_digest
 
 from .arms import key
 from .corpora import read_texts
 from .measure import Domain, Reference, row_sums, summary
+from .report import write_page
 from .run import OTHER_ROWS, ROW_LENGTH
 from .stopping import Stop, Stopped, log
 
 RESULTS = Path(__file__).parents[1] / "results/real/before"
-BEGIN, END = "<!-- results of benchmarks.real.before: begin -->", "<!-- results of benchmarks.real.before: end -->"
 #: Tokens of a calibration row.
 LENGTH = 256
 PRUNER_FIELDS = {field.name for field in dataclasses.fields(PrunerConfig)}
@@ -143,18 +143,11 @@ def _order(result: dict[str, Any]) -> tuple[Any, ...]:
     return str(sizes), calibration["text"], calibration["num_tokens"], -result["result"]["kl_divergence"]["value"]
 
 
-def write_page(page: Path, folder: Path) -> None:
-    """Put the table between two marks of a page."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(table(folder)) + f"\n\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     """Measure every request with every text and number of rows, or write the table."""
     arguments = parse_arguments()
     if arguments.page:
-        write_page(arguments.page, arguments.results)
+        write_page(arguments.page, "\n".join([*table(arguments.results), ""]), "benchmarks.real.before")
         return
     measurement = Measurement(arguments)
     measurement.stop.listen()

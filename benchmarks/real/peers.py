@@ -21,7 +21,7 @@ from typing import Any
 
 from minitron_hf import count_parameters, load_tokenizer
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, read_json, versions, write_json, write_text
+from minitron_hf.files import public_name, read_json, versions, write_json
 from minitron_hf.models import load_for_compute
 from minitron_hf.weights import model_digest
 
@@ -29,7 +29,7 @@ from .arms import OPTIONAL_FIELDS, Arm, Experiment, key, load_experiments
 from .corpora import given_file
 from .measure import Domain, Reference, packed, row_sums, summary
 from .peer_starts import METHODS
-from .report import Results, _cell, _thousands
+from .report import Results, _cell, _thousands, write_page
 from .run import ROW_LENGTH, ROWS
 from .starts import DESCRIPTION_NAME, Starts
 from .stopping import Stop, Stopped, log
@@ -38,7 +38,6 @@ TABLE = Path(__file__).with_name("peers.yaml")
 RESULTS = Path(__file__).parents[1] / "results/real/peers"
 #: Students after distillation, and the comparison of our criteria with the authors' code, in that folder.
 DISTILLED, AGREEMENT_NAME = "distilled", "agreement.json"
-BEGIN, END = "<!-- results of benchmarks.real.peers: begin -->", "<!-- results of benchmarks.real.peers: end -->"
 
 
 class Comparison:
@@ -179,21 +178,12 @@ def _settings(settings: Any) -> str:
     return str(sorted((name, str(value)) for name, value in settings.items() if name not in ("tokens", "seed")))
 
 
-def write_page(page: Path, folder: Path, experiments: dict[str, Experiment]) -> None:
-    """Put the tables between two marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r}, between which the tables go. Add them.")
-    before, rest = text.split(BEGIN)
-    write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(table(folder, experiments)) + f"\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     """Measure all arms before retraining, or write the tables."""
     arguments = parse_arguments()
     experiments = load_experiments(arguments.experiments)
     if arguments.page:
-        write_page(arguments.page, arguments.results, experiments)
+        write_page(arguments.page, "\n".join(table(arguments.results, experiments)), "benchmarks.real.peers")
         return
     comparison = Comparison(arguments)
     comparison.stop.listen()

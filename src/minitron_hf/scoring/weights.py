@@ -112,7 +112,7 @@ def unit_ranges(spec: ArchSpec, model: PreTrainedModel, axis: str, layer: int) -
         if where != layer or len(spec.dimensions[pattern]) < 2:
             continue
         for part, dimensions in _apart(tensor_values(model, name), spec.dimensions[pattern], sizes):
-            largest = _by_unit(part, dimensions, axis, spec, sizes, torch.clone, "amax")
+            largest = _by_unit(part, dimensions, axis, spec, sizes, torch.positive, "amax")
             smallest = _by_unit(part, dimensions, axis, spec, sizes, torch.neg, "amax")
             if largest is not None and smallest is not None:
                 range_U = (largest + smallest).nan_to_num(nan=0.0, neginf=0.0)
