@@ -268,6 +268,7 @@ CASES = [
         ("range", "--lora-rank 0", "at least 1"),
         ("range", "--max-length 1", "at least 2"),
         ("key", "--sharding zero4", "Did you mean 'zero"),
+        ("key", "--fake-quantization nf4", "'int8', 'int4'"),
         ("key", "= fit {teacher} --device h1000", "h100"),
         ("extra", "--student {other}", "exclude each other"),
         ("range", "--vocab-size 4000", "larger than the teacher's"),

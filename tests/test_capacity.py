@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from minitron_hf.cli.app import main
 from minitron_hf.distillation.capacity import estimate_capacity, step_flops
 from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.fake_quantization import fake_quantize
 from minitron_hf.distillation.fake_runs import SHARDINGS, Setup, run_on_fakes
 from minitron_hf.distillation.gpu_data_sheets import DEVICES, Device
 from minitron_hf.distillation.trainer import DistillationTrainer
@@ -26,6 +28,7 @@ from minitron_hf.losses.heads import base_model_of, output_head
 from minitron_hf.losses.signals import DenseSignal, top_k_signal
 from minitron_hf.models import count_parameters
 from pocket import pocket_tokenizer
+from test_quantization import needs_torchao
 
 CPU = Device(1e12, type="cpu")
 #: What the issue allows between the estimate and the measured peak.
@@ -58,6 +61,8 @@ def comes_and_goes(capacity) -> int:
 def student_of(config, setup):
     """A student that is ready to train, after an earlier pass if it accumulates gradients."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if setup.fake_quantization:
+        fake_quantize(model, setup.fake_quantization, is_split=False)
     if setup.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -123,6 +128,10 @@ def allocated(run) -> int:
         ("dense", {"cached_top_k": 16, "activation_checkpointing": False}),
         ("experts", {"activation_checkpointing": False}),
         ("experts", {}),
+        *(
+            pytest.param("dense", {"fake_quantization": method, **checkpointing}, marks=needs_torchao)
+            for method, checkpointing in (("int8", {}), ("int4", {"activation_checkpointing": False}))
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{key}={value[key]}" for key in value) or "plain",
 )
@@ -138,6 +147,22 @@ def test_a_pass_allocates_what_is_estimated(pair, changes):
     cached = said_by(teacher, tokens, setup.cached_top_k) if setup.cached_top_k else None
     measured = allocated(lambda: one_pass(teacher, student, tokens, cached))
     assert estimated == pytest.approx(measured, rel=TOLERANCE)
+
+
+@needs_torchao
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rounded_weights_wait_for_the_backward_pass(rows):
+    """Two numbers per weight, its rounded value and its level before clipping, and scales; whatever the rows."""
+    teacher, student = PAIRS["dense"]
+    setup = Setup(device=CPU, batch_size=rows, max_length=64, activation_checkpointing=False)
+    plain, rounded = (
+        run_on_fakes(teacher, student, replace(setup, fake_quantization=method)).peaks(rows)["waiting"]
+        for method in (None, "int4")
+    )
+    model = AutoModelForCausalLM.from_config(student)
+    weights = [module.weight for path, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    numbers = sum(weight.numel() for weight in weights)
+    assert rounded - plain == pytest.approx(2 * 4 * numbers + 3 * 4 * numbers // 64, rel=0.01)  # groups of 64
 
 
 def test_training_allocates_what_is_estimated(tmp_path):
@@ -332,6 +357,9 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         ({"device": Device(0)}, "holds nothing"),
         ({"device": CPU, "devices": 2}, "On a CPU"),
         ({"sharding": "zero3", "lora_rank": 4}, "not with DeepSpeed"),
+        ({"fake_quantization": "nf4"}, "fake_quantization='nf4': expected one of None, int8, int4"),
+        ({"fake_quantization": "int8", "lora_rank": 4}, "no lora_rank"),
+        ({"fake_quantization": "int8", "sharding": "fsdp2"}, "no sharding"),
     ],
 )
 def test_refusals(changes, words):

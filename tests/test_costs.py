@@ -24,15 +24,16 @@ from minitron_hf.distillation.stage_memory import (
     stage_memory,
 )
 from minitron_hf.distillation.stage_repair import expected_cut_inputs
-from minitron_hf.errors import PlanError
+from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.models import count_parameters, load_config
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.repair_inputs import cut_inputs
 from minitron_hf.recipe import costs
+from minitron_hf.recipe.checking import check_recipe
 from minitron_hf.recipe.estimates import estimate_recipe
 from minitron_hf.recipe.machine import Machine, constant_layers, measure_machine, scored_pass
-from minitron_hf.recipe.schema import DISTILL_DEFAULTS, CacheSection, CorrectionSection, Recipe
+from minitron_hf.recipe.schema import DISTILL_DEFAULTS, CacheSection, CorrectionSection, DistributedSection, Recipe
 from minitron_hf.recipe.stages import STAGES
 from minitron_hf.recipe.usage import measured_usage
 from minitron_hf.scoring.activations import head_groups
@@ -40,6 +41,7 @@ from minitron_hf.scoring.gradients import GradientPass
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
 from pocket import POCKETS, pocket_config, pocket_model, pocket_tokenizer, pocket_tokens
+from test_quantization import needs_torchao
 
 #: Families whose operations the formula does not know: scans and linear attention, double attention, and experts that
 #: all compute every token.
@@ -271,6 +273,20 @@ def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
     for name in ("score", "prune", "correct", "cache", "evaluate"):
         assert math.isnan(found[name].memory)
         assert found[name].to_dict()["memory"] is None
+
+
+@needs_torchao
+def test_rounded_weights_count_in_the_memory_of_training_and_exclude_an_adapter(recipe):
+    rounded = replace(recipe, distill={**recipe.distill, "fake_quantization": "int8"})
+    plain, found = (
+        {one.stage: one.memory for one in estimate_recipe(one, machine=MACHINE).stages} for one in (recipe, rounded)
+    )
+    assert found["distill"] > plain["distill"]
+    assert found["score"] == plain["score"]
+    with pytest.raises(UnsupportedModelError, match="fake_quantization='int8' with an adapter"):
+        check_recipe(replace(rounded, lora={"r": 2}, controls=[]))
+    with pytest.raises(UnsupportedModelError, match="with FSDP or DeepSpeed"):
+        check_recipe(replace(rounded, distributed=DistributedSection("fsdp2", 2)))
 
 
 def test_faster_machines_and_fewer_tokens_take_less(recipe):

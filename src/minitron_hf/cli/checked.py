@@ -18,6 +18,7 @@ from .output import Output, printing
 
 #: Words that an argument takes, by its name.
 CHOICES: Mapping[str, tuple[str, ...]] = {
+    "fake_quantization": ("int8", "int4"),
     "goal": ("quality", "latency"),
     "optimizer": ("adamw", "adamw_8bit"),
     "sharding": ("ddp", "fsdp2", "zero2", "zero3"),

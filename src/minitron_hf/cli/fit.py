@@ -41,6 +41,10 @@ def fit(
         Optional[int],  # noqa: UP045
         typer.Option(help="Train an adapter of that rank (default: all weights)."),
     ] = None,
+    fake_quantization: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Train with rounded weights: int8 or int4."),
+    ] = None,
 ) -> None:
     """Print the memory that distillation needs on each device, and an estimate of its speed.
 
@@ -55,25 +59,18 @@ def fit(
 
     widths = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads)
     given = _sizes(*widths, num_hidden_layers, vocab_size)
+    training = {"optimizer": optimizer, "lora_rank": lora_rank, "fake_quantization": fake_quantization}
+    rows = {"batch_size": batch_size, "max_length": max_length}
     if student is not None and (given or set_):
         raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")
-    checked = _setup(
-        device,
-        {
-            "devices": devices,
-            "sharding": sharding,
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "optimizer": optimizer,
-            "lora_rank": lora_rank,
-        },
-    )
+    checked = _setup(device, {"devices": devices, "sharding": sharding, **rows, **training})
     config = load_config(teacher)
-    request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
     if student is None:
+        request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
         check_sizes(config, request)
-    made = student_config(config, request) if student is None else load_config(student)
-    cuts = request.vocab_size is not None or (student is not None and stored_cut(student) is not None)
+        made, cuts = student_config(config, request), request.vocab_size is not None
+    else:
+        made, cuts = load_config(student), stored_cut(student) is not None
     _print_capacity(estimate_capacity(config, made, checked, cuts_vocabulary=cuts), device, checked)
 
 

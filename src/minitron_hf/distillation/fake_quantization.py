@@ -7,13 +7,16 @@ all tensors stay.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
 
 from ..errors import UnsupportedModelError
 from ..quantization import quantised_projections, require_method
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 #: Methods of `quantize_checkpoint` that round every weight by itself.
 ROUNDINGS = ("int8", "int4")
@@ -33,6 +36,36 @@ def require_fake_quantization(method: str | None) -> None:
     require_method(method)
 
 
+def require_fake_quantizable(
+    config: PretrainedConfig, method: str, *, has_adapter: bool, is_split: bool
+) -> tuple[int, frozenset[str]]:
+    """Refuse a student that cannot be trained with rounded weights, from its config alone.
+
+    Args:
+        config: the student's.
+        method: one of `ROUNDINGS`.
+        has_adapter: whether an adapter is trained.
+        is_split: whether FSDP or DeepSpeed splits the weights.
+
+    Returns:
+        Inputs that share a scale (0: all of a row), and the paths of the projections to round.
+
+    Raises:
+        UnsupportedModelError: see `fake_quantize`.
+    """
+    if has_adapter:
+        raise UnsupportedModelError(
+            f"fake_quantization={method!r} with an adapter: the sum of weight and adapter would have to be rounded, "
+            "not the weight. Train all weights, or leave fake_quantization out."
+        )
+    if is_split:
+        raise UnsupportedModelError(
+            f"fake_quantization={method!r} is not supported with FSDP or DeepSpeed, which split the weights that "
+            "share a scale. Use one device or DDP."
+        )
+    return quantised_projections(config, method)
+
+
 def fake_quantize(student: Any, method: str, *, is_split: bool) -> None:
     """Have a student's projections round their weights in every forward pass, as `quantize_checkpoint` would.
 
@@ -44,20 +77,12 @@ def fake_quantize(student: Any, method: str, *, is_split: bool) -> None:
     Raises:
         UnsupportedModelError: if an adapter or a plugin wraps or splits the projections, or none can be quantised.
     """
-    if is_peft_model(student):
-        raise UnsupportedModelError(
-            f"fake_quantization={method!r} with an adapter: the sum of weight and adapter would have to be rounded, "
-            "not the weight. Train all weights, or leave fake_quantization out."
-        )
-    if is_split:
-        raise UnsupportedModelError(
-            f"fake_quantization={method!r} is not supported with FSDP or DeepSpeed, which split the weights that "
-            "share a scale. Use one device or DDP."
-        )
+    group_size, paths = require_fake_quantizable(
+        student.config, method, has_adapter=is_peft_model(student), is_split=is_split
+    )
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    group_size, paths = quantised_projections(student.config, method)
     if method == "int4":
         rounding = IntxFakeQuantizeConfig(torch.int4, group_size=group_size, is_symmetric=True)  # type: ignore[attr-defined]
     else:

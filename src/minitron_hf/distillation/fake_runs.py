@@ -19,6 +19,7 @@ from ..compat import (
 from ..errors import MinitronError, PlanError
 from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
+from .fake_quantization import ROUNDINGS, fake_quantize
 from .gpu_data_sheets import DEVICES, Device
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Setup:
         cached_top_k: tokens per position of a teacher cache; None trains with the teacher itself.
         accumulates: whether a step has several passes, so that gradients exist before a pass; else each pass makes
             them anew, while its activations go (one device).
+        fake_quantization: as in `DistillationConfig`; a pass keeps a rounded copy of every projection.
     """
 
     devices: int = 1
@@ -63,15 +65,17 @@ class Setup:
     lora_rank: int | None = None
     cached_top_k: int | None = None
     accumulates: bool = True
+    fake_quantization: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("devices", "batch_size", "max_length", "lora_rank", "cached_top_k"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             if value is not None and value < least:
                 raise PlanError(f"{name}={value!r}: expected at least {least}.")
-        for name, known in (("sharding", SHARDINGS), ("optimizer", OPTIMIZERS)):
+        words = {"sharding": SHARDINGS, "optimizer": OPTIMIZERS, "fake_quantization": (None, *ROUNDINGS)}
+        for name, known in words.items():
             if getattr(self, name) not in known:
-                raise PlanError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
+                raise PlanError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, known))}.")
         if not self.accumulates and self.devices > 1:
             raise PlanError("accumulates=False is estimated on one device.")
         if self.device.memory <= 0:
@@ -80,6 +84,10 @@ class Setup:
             raise PlanError("On a CPU, one process with sharding='ddp' is estimated.")
         if self.sharding.startswith("zero") and self.lora_rank is not None:
             raise PlanError("lora_rank: an adapter is estimated with ddp and fsdp2, not with DeepSpeed.")
+        if self.fake_quantization and (self.lora_rank is not None or self.sharding != "ddp"):
+            raise PlanError(
+                "fake_quantization trains all weights, on one device or with ddp: no lora_rank, no sharding."
+            )
 
     @property
     def compute_bytes(self) -> int:
@@ -148,6 +156,8 @@ def run_on_fakes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Se
 def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup) -> Passes:
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
     model = build_fake_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
+    if setup.fake_quantization:
+        fake_quantize(model, setup.fake_quantization, is_split=False)
     if setup.activation_checkpointing:
         checkpoint_activations(model, with_frozen_weights=bool(setup.lora_rank))
     frozen = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.context import context_length, short_rows_note
 from ..distillation.checks import refuse_own_folder, refuse_top_k
+from ..distillation.fake_quantization import require_fake_quantizable
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
@@ -149,6 +150,10 @@ def _check_against_model(
     adapter = lora_config(recipe)
     if adapter is not None:
         _check_adapter(adapter, empty_model(students[-1]))
+    is_split = recipe.distributed is not None and recipe.distributed.config in ("fsdp2", "zero2", "zero3")
+    for student, args in zip(students, arguments):
+        if method := args.fake_quantization:
+            require_fake_quantizable(student, method, has_adapter=adapter is not None, is_split=is_split)
 
 
 def _short_rows(run: Run, arguments: Sequence[DistillationConfig]) -> list[str]:

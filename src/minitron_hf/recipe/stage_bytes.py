@@ -159,16 +159,17 @@ def training_memory(
     """Peak bytes of a step, from `estimate_capacity`."""
     recipe = facts.recipe
     device = Device(facts.machine.memory, type=training_device().type)
-    setup = Setup(
-        device=device,
-        batch_size=args.per_device_train_batch_size,
-        max_length=length,
-        activation_checkpointing=bool(getattr(args, checkpointing_field())),
-        lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
-        cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.most_tokens,
-        accumulates=args.gradient_accumulation_steps > 1,
-    )
     try:
+        setup = Setup(
+            device=device,
+            batch_size=args.per_device_train_batch_size,
+            max_length=length,
+            activation_checkpointing=bool(getattr(args, checkpointing_field())),
+            lora_rank=None if recipe.lora is None else int(recipe.lora.get("r", 8)),
+            cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.most_tokens,
+            accumulates=args.gradient_accumulation_steps > 1,
+            fake_quantization=args.fake_quantization,
+        )
         return estimate_capacity(teacher, student, setup).peak
     except MinitronError:
         return UNKNOWN
