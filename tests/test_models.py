@@ -197,7 +197,7 @@ def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [
         (401, "GatedRepo", "Accept its terms at"),
         (401, "RepoNotFound", "no such model or it is private"),
-        (404, "RevisionNotFound", "revision does not exist"),
+        (404, "RevisionNotFound", "no such branch, tag or commit"),
         (403, None, "refused the token"),
         (418, None, "cannot be reached or does not answer"),  # 5xx would be retried, for 20 seconds
     ],
@@ -232,6 +232,7 @@ def test_refusals_of_the_hub(monkeypatch, tmp_path: Path, status: int, error_cod
             models.load_config("someone/something", cache_dir=tmp_path, revision="v1", token=False)
     finally:
         server.shutdown()
+        server.server_close()  # Transformers asks the first test's server again
     assert "someone/something" in str(caught.value)
 
 

@@ -10,18 +10,19 @@ import torch
 from .errors import DataError, HubError, MinitronError, NotEnoughMemoryError, UnsupportedModelError
 
 
-def loading_error(what: str, name: str, error: Exception) -> MinitronError:
+def loading_error(what: str, name: str, error: Exception, revision: str | None = None) -> MinitronError:
     """The error to raise instead, with one message: what went wrong, and what to do next.
 
     Args:
         what: `"model"`, `"config"`, `"tokenizer"` or `"processor"`.
         name: folder or Hub id.
         error: of Transformers or the Hub.
+        revision: branch, tag or commit that was asked for.
     """
     if isinstance(error, MinitronError):
         return error
     chain = list(_causes(error))
-    start = f"Cannot load the {what} {name!r}"
+    start = f"Cannot load the {what} {name!r}" + ("" if revision is None else f" at revision {revision!r}")
     if any(
         isinstance(link, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(link)
         for link in chain
@@ -79,7 +80,10 @@ def _hub_error(start: str, name: str, chain: Sequence[BaseException]) -> HubErro
             f"Accept its terms at {host}/{name}, then log in with `hf auth login` or set HF_TOKEN."
         )
     if raised(errors.RevisionNotFoundError):
-        return HubError(f"{start}: the revision does not exist. Choose one from {host}/{name}/tree/main.")
+        return HubError(
+            f"{start}: the repository has no such branch, tag or commit. Choose one that {host}/{name}/tree/main "
+            "lists, or leave the revision out for the newest commit."
+        )
     if raised(errors.RepositoryNotFoundError):
         return HubError(
             f"{start}: there is no such folder here, and {host} has no such model or it is private. "

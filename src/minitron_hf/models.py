@@ -113,7 +113,7 @@ def load_model(
             **{"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True},
         )
     except Exception as error:
-        raise loading_error("model", name, error) from error
+        raise loading_error("model", name, error, revision) from error
     model, report = without_gguf_remains(loaded[0]), loaded[1]
     require_complete(model, name, report)
     return model if device is None else model.to(device)
@@ -213,7 +213,7 @@ def load_config(
             name, **_given(revision=revision), **{"trust_remote_code": False, **kwargs}
         )
     except Exception as error:
-        raise loading_error("config", name, error) from error
+        raise loading_error("config", name, error, revision) from error
     if not Path(name).is_dir():
         note_commit(config, name, revision, file, kwargs.get("cache_dir"))
     return config
@@ -244,7 +244,7 @@ def load_tokenizer(
             name, **{"trust_remote_code": False, **_given(revision=revision), **kwargs}
         )
     except Exception as error:
-        raise loading_error("tokenizer", name, error) from error
+        raise loading_error("tokenizer", name, error, revision) from error
     # Documents may be longer than the context: rows are cut from them. TRL and chat templates pass no `verbose=False`.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
@@ -267,7 +267,7 @@ def load_processor(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
     try:
         return AutoProcessor.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except Exception as error:
-        raise loading_error("processor", name, error) from error
+        raise loading_error("processor", name, error, kwargs.get("revision")) from error
 
 
 def _require_own_templates(folder: Path) -> None:

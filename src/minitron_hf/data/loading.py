@@ -87,8 +87,9 @@ def load_text_dataset(
         if path is not None and path.is_file() and READERS.get(path.suffix) == "json":
             _require_json(path)
         reason = _short_reason(error.__cause__ or error)  # of a broken file, the line is in the cause alone
+        at = "" if revision is None else f", revision {revision!r}"
         raise DataError(
-            f"Cannot load the dataset {source!r} (split {split!r}): {reason}. "
+            f"Cannot load the dataset {source!r} (split {split!r}{at}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
 

@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
+from ..compat import commit_hash
 from ..errors import DataError, MismatchError
 from ..families.tensors import is_quantised
 from ..hardware import is_fast, one_dtype, training_device
@@ -116,9 +117,10 @@ def model_name(model: Any) -> str | None:
 
 def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
     """The tokenizer or processor of the teacher, for a student that exists in memory only."""
-    options: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code
-    }  # without it, Transformers would ask on the terminal
+    # Without trust_remote_code, Transformers would ask on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if (commit := commit_hash(teacher_config)) is not None:
+        options["revision"] = commit  # a teacher of a branch or tag has the tokenizer of that commit
     name = teacher_config.name_or_path or None
     if name is None:
         raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")

@@ -88,7 +88,7 @@ def push_student_to_hub(
     run_dir = Path(run_dir)
     require_student(run_dir)
     require_run(run_dir)
-    what = f"Cannot push to {repo_id}"
+    what = _cannot_push(repo_id, revision)
     if create_pr and (tag or collection or quantized):
         raise HubError(f"{what}: a pull request gets no tag, collection or copies. Leave them out, or merge first.")
     api, repo_id = _connect(repo_id, token, what, revision, tag)
@@ -103,6 +103,10 @@ def push_student_to_hub(
     if collection:
         add_to_collection(api, collection, collected_models(run_dir, repo_id, copies), private=private)
     return commit
+
+
+def _cannot_push(repo_id: str, revision: str | None) -> str:
+    return f"Cannot push to {repo_id}" + ("" if revision is None else f" at revision {revision!r}")
 
 
 def _connect(repo_id: str, token: str | None, what: str, revision: str | None, tag: str | None) -> tuple[HfApi, str]:
@@ -167,7 +171,7 @@ def _upload(
     """Have the Hub check the card, and commit the files; also return whether the repository was empty before."""
     from huggingface_hub import ModelCard
 
-    with hub_errors(f"Cannot push to {repo_id}", _REPEAT):
+    with hub_errors(_cannot_push(repo_id, options.get("revision")), _REPEAT):
         with_retries(lambda: ModelCard(card).validate(repo_type="model"), is_retriable=is_transient)
         is_empty = with_retries(
             lambda: _make_repository(api, repo_id, private, must_exist=options.get("create_pr", False)),

@@ -105,7 +105,8 @@ def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[
             return revision, {}
         snapshot = Path(cached).parent
         return snapshot.name, _own_files(snapshot)
-    with hub_errors(f"Cannot read the card of the teacher {repo_id}"):
+    at = "" if revision is None else f" at revision {revision!r}"
+    with hub_errors(f"Cannot read the card of the teacher {repo_id}{at}"):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = [name for name in names if name == "README.md" or ("/" not in name and matches(name, LEGAL_FILES))]
