@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from minitron_hf.cli import doctor, output, printing
 from minitron_hf.cli.app import app
-from minitron_hf.recipe.progress import one_progress_bar
+from minitron_hf.progress import one_progress_bar
 from minitron_hf.recipe.runner import _time_left
 from minitron_hf.recipe.usage import COSTS_NAME
 from pocket import pocket_model, pocket_tokenizer
@@ -119,6 +119,55 @@ def test_one_bar_at_a_time_is_shown_on_a_terminal_and_removed(monkeypatch, show,
     with tqdm(range(2), file=io.StringIO()) as outside:
         assert not outside.disable
         assert outside.leave
+
+
+#: Long commands, and how their bar begins.
+LONG = {
+    "score": ("score {teacher} --data {text} -o {out} --set num_rows=4 --set max_length=16", "Scoring"),
+    "prune": ("prune {teacher} --plan {plan} --data {text} -o {out} --set max_length=16", "Repairing"),
+    "in memory": ("prune {teacher} --plan {plan} --data {text} -o {out} --set max_length=16 --in-memory", "Repairing"),
+    "cache": ("cache {teacher} --data {text} -o {out} --set max_length=16 --top-k 4", "Caching"),
+    "distill": (
+        "distill {student} --teacher {teacher} --train-data {text} -o {out} --set max_length=16 --set max_steps=2 "
+        "--set save_strategy=no",
+        "2/2",
+    ),
+    "generate": ("generate {teacher} --prompts {text} -o {out} --set max_new_tokens=2", "Generating"),
+    "evaluate": ("evaluate teacher={teacher} --data {text} -o {out} --set num_rows=4 --set speed=false", "Evaluating"),
+    "search": (
+        "search {teacher} --scores {scores} --space intermediate_size=[0.5,0.75] --max-parameters 83k --data {text} "
+        "--train-data {text} -o {out} --set num_tokens=64 --set num_rounds=1 --set num_rows=4 --set max_length=16",
+        "Distilling, round 1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def parts(workshop):
+    """Scores, a plan with a repair, and its student."""
+    folder = workshop / "parts"
+    minitron("score", workshop / "teacher", "--data", workshop / "text.jsonl", "-o", folder)
+    shape = ("--scores", folder, "--intermediate-size", "0.5", "--set", "repair=least_squares")
+    minitron("plan", workshop / "teacher", *shape, "-o", folder)
+    prune = ("--plan", folder, "--data", workshop / "text.jsonl", "-o", folder / "student")
+    assert minitron("prune", workshop / "teacher", *prune).returncode == 0
+    return {"scores": folder, "plan": folder, "student": folder / "student"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, "") for name in LONG), ("search", "--quiet"), ("score", "--quiet"), ("score", "--json")],
+)
+def test_long_commands_show_a_bar_with_rate_and_time_left(name, options, workshop, parts, tmp_path, monkeypatch):
+    """On a terminal, and neither with --quiet nor for machines."""
+    line, begins = LONG[name]
+    paths = {"teacher": workshop / "teacher", "text": workshop / "text.jsonl", "out": tmp_path / "out", **parts}
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    get_command(app)(f"{line} {options}".format(**paths).split(), standalone_mode=False)
+    shown = terminal.getvalue()
+    assert (begins in shown) == (not options)
+    assert bool(re.search(r"[\d.?]+ ?\w+/s|[\d.]+s/\w+", shown)) == (not options)
+    assert bool(re.search(r"\d:\d\d", shown)) == (not options)
 
 
 def test_warnings_of_libraries_are_hidden_and_those_of_this_package_shown():

@@ -15,6 +15,7 @@ from minitron_hf.data import token_rows
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
 from minitron_hf.formats import without_new_defaults
 from minitron_hf.models import load_model
+from minitron_hf.progress import progress_bars
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
@@ -23,7 +24,6 @@ from minitron_hf.publishing.hub import uploaded_files
 from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe import runner
 from minitron_hf.recipe.identity import FIELDS_OF
-from minitron_hf.recipe.progress import progress_bars
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
 from minitron_hf.sizes.request import PrunerConfig
@@ -274,7 +274,7 @@ def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(
 import os, json
 from transformers import TrainerCallback
 from minitron_hf.recipe import runner
-from minitron_hf.recipe.progress import progress_bars
+from minitron_hf.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES

@@ -18,7 +18,7 @@ from minitron_hf.pruning import stored_tensors
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_with_plan
-from minitron_hf.pruning.repair import refit
+from minitron_hf.pruning.repair import refit, repaired_weights
 from minitron_hf.pruning.repair_passes import segments_of
 from minitron_hf.pruning.stored_checkpoint import open_checkpoint
 from minitron_hf.pruning.stored_layers import computing, in_dtype, is_stored
@@ -243,6 +243,28 @@ def test_what_cannot_be_repaired_leaves_no_files(tmp_path: Path, monkeypatch):
     with pytest.raises(OutputError, match="bytes, and the disk"):
         streamed(teacher, target, plan)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_refitted_weights_that_wait_need_room_on_the_disk(name, tmp_path: Path, monkeypatch):
+    """As many bytes as their files hold; GPT-2 has biases, too."""
+    teacher = saved(name, tmp_path / "teacher")
+    plan = planned(teacher, intermediate_size=0.5, repair="least_squares")
+    refitted = repaired_weights(load_model(teacher), plan, ROWS, show_progress=False)
+    waiting = sum(tensor.nbytes for tensor in refitted.values())
+    weights = sum(
+        one.nbytes for one in load_file(streamed(teacher, tmp_path / "first", plan) / "model.safetensors").values()
+    )
+    copied = sum(path.stat().st_size for path in teacher.iterdir() if path.name.startswith("tok"))
+    for free, fits in ((weights + copied + waiting + 50_000, True), (weights + copied + waiting - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr("minitron_hf.pruning.streaming.shutil.disk_usage", lambda _, usage=usage: usage)
+        if fits:
+            streamed(teacher, tmp_path / "fits", plan)
+            continue
+        with pytest.raises(OutputError, match=f"its refitted weights {waiting:,} meanwhile"):
+            streamed(teacher, tmp_path / "student", plan)
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_stored_model_computes_what_a_loaded_one_does(tmp_path: Path):

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError
 from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _settings
-from .output import wrote
+from .output import current, wrote
 
 
 def distill(
@@ -49,7 +49,7 @@ def distill(
             "--eval-split": eval_split,
         }
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
-        given += [f"--set={entry}" for entry in set_ or []]
+        given += [*(f"--set={entry}" for entry in set_ or []), *([] if current().shows_progress else ["--quiet"])]
         launch(["distill", *given, "--", student], accelerate, num_processes)
         return
     from ..distillation.checks import refuse_pair

@@ -30,7 +30,7 @@ class Output:
 
     Attributes:
         json: print one JSON document instead of text.
-        quiet: no progress bars, no lines about the progress.
+        quiet: no lines about the progress. Neither with this nor with `json` are there progress bars.
         verbose: messages of all libraries.
         values: name → value.
     """
@@ -39,6 +39,11 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress bars are shown."""
+        return not (self.quiet or self.json)
 
 
 _CURRENT: ContextVar[Output] = ContextVar("output", default=Output())  # noqa: B039 (replaced by every command)
@@ -117,7 +122,7 @@ def printing(command: str, output: Output) -> Iterator[None]:
         command: its name.
         output: how to print.
     """
-    from ..recipe.progress import one_progress_bar
+    from ..progress import one_progress_bar
 
     token = _CURRENT.set(output)
     try:
@@ -125,7 +130,7 @@ def printing(command: str, output: Output) -> Iterator[None]:
             if output.json:  # whatever else is printed must not break the document
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             stack.enter_context(_library_messages(verbose=output.verbose))
-            stack.enter_context(one_progress_bar(show=not output.quiet))
+            stack.enter_context(one_progress_bar(show=output.shows_progress))
             yield
         _print_document(command, output)
     except typer.Exit:  # a command that has printed its result

@@ -48,7 +48,7 @@ def prune(
     from ..recipe.rules import hints_of
     from ..saving import in_stored_dtype, save_model
 
-    own = ("model", "plan", "data", "processing_class")
+    own = ("model", "plan", "data", "processing_class", "show_progress")
     settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
     made = PruningPlan.from_pretrained(plan)
     _require_data(made.repair, plan, data, set_)
@@ -62,7 +62,8 @@ def prune(
         if not in_memory:
             say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
         model, tokenizer = _load(teacher, device=device)
-        student: Any = prune_with_plan(model, made, texts, processing_class=tokenizer, verify=verify, **settings)
+        settings |= {"processing_class": tokenizer, "show_progress": True}
+        student: Any = prune_with_plan(model, made, texts, verify=verify, **settings)
         noted = student.pruning_plan
         with replacing_folder(output) as folder:
             stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))

@@ -47,7 +47,7 @@ def run(
         loaded,
         until=until,
         redo=redo,
-        show_progress=not current().quiet,
+        show_progress=current().shows_progress,
         report=tell,
         report_shapes=_print_shapes,
         report_estimate=_print_estimate,
@@ -77,8 +77,8 @@ def stage(
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
     """Run the stage `correct` or `distill` in several processes; `distill` reads and writes the given folders."""
+    from ..progress import progress_bars
     from ..recipe.actions import correct
-    from ..recipe.progress import progress_bars
     from ..recipe.reading import apply_overrides
     from ..recipe.run import Run
     from ..recipe.schema import Recipe

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError
 from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
-from .output import given, wrote
+from .output import current, given, wrote
 from .printing import _console
 
 Space = Annotated[
@@ -96,7 +96,7 @@ def search(
         processing_class=tokenizer,
         output_dir=output,
         **limits,
-        **settings,
+        **{**settings, "show_progress": current().shows_progress},
     )
     if not given("candidates", found.candidates):
         _console().print(candidate_table(found.candidates))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from trl import SFTTrainer
 
 from ..compat import on_device
@@ -73,6 +74,7 @@ def cache_teacher_logits(
     dtype: str = "float16",
     rows_per_file: int = 1024,
     num_rows: int | None = None,
+    show_progress: bool = True,
 ) -> Path:
     """Write the teacher's distributions over a corpus to disk; an interrupted call resumes.
 
@@ -102,6 +104,7 @@ def cache_teacher_logits(
             memory, their logits are not.
         num_rows: store at most so many of the token rows, at equal distances, as `max_eval_rows` of the trainer takes
             them; None: all.
+        show_progress: show a progress bar.
 
     Returns:
         The folder, for `load_teacher_cache`.
@@ -133,8 +136,8 @@ def cache_teacher_logits(
     stored = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype, "rows_per_file": rows_per_file}
     settings = {"teacher": model_digest(model), **cache_settings(trainer, model.config, stored)}
     settings |= {"vocab_size": output_head(model).vocab_size, "computed_in": _computed_in(model, trainer.args)}
-    with evaluating([model]):
-        columns = partial(_columns, model, trainer, settings)
+    with evaluating([model]), row_bar(trainer, show_progress) as bar:
+        columns = partial(_columns, model, trainer, settings, bar)
         CacheWriter(folder, trainer, settings, model.config, columns).write(dataset)
     return folder
 
@@ -257,6 +260,13 @@ class CacheWriter:
         trainer.accelerator.wait_for_everyone()
 
 
+def row_bar(trainer: Any, show_progress: bool) -> Any:
+    """A progress bar over the rows of a trainer in the main process; a stream does not know how many it has."""
+    rows = trainer.train_dataset
+    total, shows = len(rows) if isinstance(rows, Sized) else None, show_progress and trainer.is_world_process_zero()
+    return tqdm(total=total, desc="Caching", unit="row", disable=not shows)
+
+
 def row_collator(trainer: Any, config: PretrainedConfig) -> Any:
     """The trainer's collator, which also checks lengths and, where rows are joined, tells theirs."""
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
@@ -264,13 +274,15 @@ def row_collator(trainer: Any, config: PretrainedConfig) -> Any:
 
 
 def _columns(
-    model: PreTrainedModel, trainer: Any, settings: Mapping[str, Any], rows: list[Any], first: int
+    model: PreTrainedModel, trainer: Any, settings: Mapping[str, Any], bar: Any, rows: list[Any], first: int
 ) -> Iterator[Iterable[dict[str, Any]]]:
     """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
+    bar.update(first - bar.n)  # rows of earlier files, which exist or are another process's
     collator = row_collator(trainer, model.config)
     for batch in batched(rows, trainer.args.per_device_eval_batch_size):
         numbers = range(first, first := first + len(batch))
         yield _teacher_columns(model, collator(batch), trainer, settings, numbers)
+        bar.update(len(batch))
 
 
 # ---- Writing ----

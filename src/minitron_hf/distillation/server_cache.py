@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, ServerError
@@ -35,6 +34,7 @@ from .cache_writer import (
     cache_settings,
     refuse_images,
     require_possible,
+    row_bar,
     row_collator,
     row_trainer,
 )
@@ -129,8 +129,7 @@ def cache_served_teacher(
     stored = {"top_k": top_k, "num_draws": None, "dtype": dtype, "rows_per_file": rows_per_file}
     settings = {**cache_settings(trainer, config, stored), "vocab_size": vocab_size, "computed_in": "server"}
     settings |= {"server_model": asked.model, "teacher": digest("served", asked.model)}
-    shows = show_progress and trainer.is_world_process_zero()
-    with tqdm(total=len(trainer.train_dataset), desc="Caching", unit="row", disable=not shows) as bar:
+    with row_bar(trainer, show_progress) as bar:
         columns = _ServedColumns(asked, trainer, settings, config, num_parallel, bar)
         CacheWriter(folder, trainer, settings, config, columns).write(dataset)
     return folder

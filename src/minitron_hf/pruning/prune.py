@@ -128,9 +128,8 @@ def prune_model(
     else:
         plan = make_plan(model, config, scores, token_counts=token_counts)
     _log_notes(plan.notes)
-    student: Any = prune_with_plan(
-        model, plan, calibration_data, processing_class=processing_class, verify=verify, **arguments
-    )
+    arguments |= {"processing_class": processing_class, "show_progress": importance_kwargs.get("show_progress", True)}
+    student: Any = prune_with_plan(model, plan, calibration_data, verify=verify, **arguments)
     _log_notes(student.pruning_plan.notes[len(plan.notes) + verify :])
     stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
     return student if stored is None else student.to(stored)
@@ -401,6 +400,7 @@ def prune_with_plan(
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
     verify: bool = False,
+    show_progress: bool = False,
     **row_arguments: Any,
 ) -> PreTrainedModel:
     """Build the student of a plan: `apply_plan`, the plan's repair, and an optional verification.
@@ -411,6 +411,7 @@ def prune_with_plan(
         data: calibration data for a repair (`repaired_weights`).
         processing_class: tokenizer for texts.
         verify: compare the student, before any repair, with the masked teacher (`verify_student`), and note it.
+        show_progress: show a progress bar of the repair.
         **row_arguments: settings of the rows for a repair: `num_rows`, `max_length`, `packing`, `batch_size`.
 
     Returns:
@@ -427,7 +428,7 @@ def prune_with_plan(
         repaired = None
         notes: list[str] = []
         if data is not None:
-            rows = {"processing_class": processing_class, **row_arguments}
+            rows = {"processing_class": processing_class, "show_progress": show_progress, **row_arguments}
             repaired = dict(refit(model, plan, data, notes=notes, **rows))
         student = apply_plan(model, plan, repaired=repaired)
         plan = replace(plan, notes=(*plan.notes, *notes))

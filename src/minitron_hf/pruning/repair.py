@@ -37,7 +37,7 @@ from ..families import spec_for
 from ..hardware import free_memory
 from ..scoring.calibration import load_calibration
 from ..scoring.scores import require_weights
-from ..weights import input_device, narrowed
+from ..weights import input_device, narrowed, tensor_values
 from .basis import rotated_model
 from .repair_inputs import CutInputs, Projection, cut_inputs
 from .repair_passes import Passes
@@ -78,10 +78,11 @@ def repaired_weights(
     batch_size: int = 8,
     ridge: float | None = None,
     memory_limit: float | None = None,
+    show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Refit projections to what is kept, for `apply_plan(repaired=…)`.
 
-    The formula stands at the top of this module.
+    The formula stands at the top of this module. Long because all arguments are explained.
 
     Args:
         model: the teacher; not changed.
@@ -97,6 +98,7 @@ def repaired_weights(
         memory_limit: bytes that the matrices of one pass may take, by default half of the free memory of the model's
             device. A single input may exceed it, and the held-out sums of four inputs of each kind come on top in a
             single pass.
+        show_progress: show a progress bar for each choice of ridges and for the fit.
 
     Returns:
         Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
@@ -119,6 +121,7 @@ def repaired_weights(
         batch_size=batch_size,
         ridge=ridge,
         memory_limit=memory_limit,
+        show_progress=show_progress,
         notes=notes,
     )
     weights = dict(refitted)
@@ -140,12 +143,13 @@ def refit(
     ridge: float | None = None,
     memory_limit: float | None = None,
     device: torch.device | None = None,
+    show_progress: bool = False,
     notes: list[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what `repaired_weights` returns, each tensor as soon as it is complete.
 
     The tensors of the teacher may be on disk. It then runs layer by layer, and the sums of one layer are kept at a
-    time, or of a part of it where they exceed `memory_limit`.
+    time, or of a part of it where they exceed `memory_limit`. Long because all arguments are listed.
 
     Args:
         model: see `repaired_weights`.
@@ -159,6 +163,7 @@ def refit(
         ridge: see there.
         memory_limit: see there.
         device: on which a teacher computes whose tensors are on disk.
+        show_progress: see there.
         notes: gets notes for the plan, on dropped layers that nothing makes up for.
     """
     model, plan = _checked_arguments(model, plan, memory_limit, ridge)
@@ -168,7 +173,8 @@ def refit(
     calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
     device = input_device(model) if device is None else device
     limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
-    passes, probes = Passes(model, inputs, calibration, device), probed_inputs(inputs) if ridge is None else []
+    passes = Passes(model, inputs, calibration, device, show_progress=show_progress)
+    probes = probed_inputs(inputs) if ridge is None else []
     by_layer = passes.segment_of if is_stored(model) else None
     groups = list(input_groups(inputs, limit, by_layer))
     ridges = {} if ridge is None else {cut.kind: ridge for cut in inputs}
@@ -187,6 +193,14 @@ def refit(
         for name in [name for name in repaired if name.rpartition(".")[0] not in later]:
             yield name, repaired.pop(name)
     _report(inputs, num_tokens, ridges)
+
+
+def refitted_bytes(model: PreTrainedModel, plan: PruningPlan) -> int:
+    """Bytes of all that `refit` yields: whole tensors of the teacher, in its dtype."""
+    whole = rotated_model(model, plan)
+    read = {one for cut in cut_inputs(whole, plan.with_whole_vocabulary()) for one in cut.projections}
+    names = {one.name for one in read} | {f"{one.path}.bias" for one in read if _has_bias(whole, one)}
+    return sum(tensor_values(whole, name).nbytes for name in names)
 
 
 def _checked_arguments(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import UnsupportedModelError
 from ..families import spec_for
@@ -70,11 +71,19 @@ class Passes:
         inputs: all inputs that are fitted.
         calibration: rows.
         device: on which a teacher computes whose tensors are on disk.
+        show_progress: show a progress bar.
     """
 
     def __init__(
-        self, model: PreTrainedModel, inputs: Sequence[CutInputs], calibration: Calibration, device: torch.device
+        self,
+        model: PreTrainedModel,
+        inputs: Sequence[CutInputs],
+        calibration: Calibration,
+        device: torch.device,
+        *,
+        show_progress: bool = False,
     ) -> None:
+        self.show_progress = show_progress
         self.model, self.calibration, self.device = model, calibration, device
         self.spec = spec_for(model.config)
         self.blocks: list[Any] = list(model.get_submodule(self.spec.layers_path).children())
@@ -103,11 +112,16 @@ class Passes:
                 last of them returns; or if an observed module is not called.
             DataError: if there are no tokens.
         """
-        if is_stored(self.model):
-            yield from self._by_layer(groups, probes)
-            return
-        for group in groups:
-            yield group, *input_products(self.model, group, self.calibration, probes)
+        stored, batches = is_stored(self.model), self.calibration.num_batches
+        passes = 1 + max((self.segment_of(cut) for group in groups for cut in group), default=-1)
+        passes = passes if stored else len(groups)
+        total = None if batches is None else passes * batches
+        with tqdm(total=total, desc="Repairing", unit="batch", disable=not self.show_progress) as self._bar:
+            if stored:
+                yield from self._by_layer(groups, probes)
+                return
+            for group in groups:
+                yield group, *input_products(self.model, group, self.calibration, probes, self._bar.update)
 
     @torch.no_grad()
     def _by_layer(self, groups: Sequence[list[CutInputs]], probes: Sequence[CutInputs]) -> Iterator[Summed]:
@@ -175,6 +189,7 @@ class Passes:
                 reached = self._end_of(number, stack) if goes_on else []
                 forward(self.model, watch, batch)
             require_observed(self.model, observed)
+            self._bar.update()
             if goes_on:
                 states[index : index + 1] = [state.cpu() for state in reached]
 

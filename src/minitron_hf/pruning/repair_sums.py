@@ -179,7 +179,11 @@ def require_tokens(watch: Batches) -> None:
 
 @torch.no_grad()
 def input_products(
-    model: PreTrainedModel, group: Sequence[CutInputs], calibration: Calibration, probes: Sequence[CutInputs] = ()
+    model: PreTrainedModel,
+    group: Sequence[CutInputs],
+    calibration: Calibration,
+    probes: Sequence[CutInputs] = (),
+    advance: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Products], int]:
     """Sum the products of some inputs over all tokens of the calibration data, in one forward pass per batch.
 
@@ -188,6 +192,7 @@ def input_products(
         group: inputs to observe.
         calibration: rows.
         probes: those of the group whose held-out rows are summed apart.
+        advance: called after every batch.
 
     Returns:
         Path → sums, and the number of tokens.
@@ -198,6 +203,7 @@ def input_products(
             observed.waiting.update(cut.path for cut in group)
             forward(model, watch, batch)
             require_observed(model, observed)
+            advance()
     require_tokens(watch)
     return observed.sums, watch.num_tokens
 

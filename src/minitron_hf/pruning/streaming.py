@@ -35,7 +35,7 @@ from ..privacy import is_outside_folder
 from ..publishing.card_values import LEGAL_FILES
 from ..saving import save_config, save_processing_class
 from ..weights import set_tensor, tensor_values
-from .repair import refit
+from .repair import refit, refitted_bytes
 from .stored_checkpoint import COPIED_FILES, WEIGHTS_INDEX_NAME, open_checkpoint, saved_tensors
 from .stored_layers import for_compute
 from .stored_tensors import DTYPES, Computed, LazyTensor, on_disk
@@ -67,6 +67,8 @@ def prune_checkpoint(
     **repair_arguments: Any,
 ) -> Path:
     """Prune a checkpoint from folder to folder; only a few rows of one tensor are in memory at a time.
+
+    Long because all arguments are explained.
 
     The files equal those of `prune_with_plan` and `save_model`, byte for byte. The folder appears when it is complete.
     A repair needs the tensors of one layer, its sums, and its inputs for all calibration tokens, too.
@@ -102,12 +104,14 @@ def prune_checkpoint(
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
     copied, tokenizer = _companions(folder, plan)
-    _require_room(target, _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values()))
+    size = _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values())
+    _require_room(target, size)
     if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
         processing_class = load_tokenizer(folder)
-    repair_arguments |= {"processing_class": processing_class, "device": as_device(device or default_device())}
+    repair_arguments |= {"processing_class": processing_class, "show_progress": show_progress}
+    repair_arguments["device"] = as_device(device or default_device())
     with replacing_folder(target) as temporary:
-        student, plan = _build_student(teacher, plan, dtype, data, temporary / "refitted", repair_arguments)
+        student, plan = _build_student(teacher, plan, dtype, data, temporary / "refitted", size, repair_arguments)
         _write_student(temporary, student, plan, copied, tokenizer, max_shard_size, show_progress)
         remove(temporary / "refitted", missing_ok=True)
     return target
@@ -125,6 +129,7 @@ def _build_student(
     dtype: str | torch.dtype | None,
     data: DataSource | None,
     folder: Path,
+    size: int,
     repair_arguments: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The student, whose tensors are on disk, and the plan with the notes of its repair.
@@ -134,7 +139,8 @@ def _build_student(
         plan: the plan.
         dtype: see `prune_checkpoint`.
         data: see there.
-        folder: for refitted weights; made where there are any.
+        folder: for refitted weights, which stay until the student is written; made where there are any.
+        size: bytes of the student's files.
         repair_arguments: of `refit`.
     """
     if not plan.repair and plan.basis is None:
@@ -144,6 +150,7 @@ def _build_student(
     notes: list[str] = []
     if plan.repair:
         assert data is not None
+        _require_room(folder.parent, size, refitted_bytes(computed, plan))
         refitted = on_disk(refit(computed, plan, data, notes=notes, **repair_arguments), folder)
     student = apply_plan(computed, plan, repaired=refitted)
     theirs = named_tensors(teacher)
@@ -282,13 +289,14 @@ def _read_ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield block
 
 
-def _require_room(target: Path, size: int) -> None:
-    """Refuse a student that the disk cannot hold."""
+def _require_room(target: Path, size: int, waiting: int = 0) -> None:
+    """Refuse a student that the disk cannot hold, with refitted weights that wait until it is written."""
     parents: Iterable[Path] = (path for path in target.absolute().parents if path.is_dir())
     parent = next(iter(parents))
     free = shutil.disk_usage(parent).free
-    if free < size:
+    if free < size + waiting:
+        what = f", and its refitted weights {waiting:,} meanwhile" if waiting else ""
         raise OutputError(
-            f"The student needs {size:,} bytes, and the disk of {parent} has {free:,} left. "
+            f"The student needs {size:,} bytes{what}, and the disk of {parent} has {free:,} left. "
             "Free space or choose another folder."
         )

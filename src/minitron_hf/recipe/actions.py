@@ -217,11 +217,12 @@ def _cache(run: Run) -> None:
             "num_rows": args.max_eval_rows if which == "eval" else None,
             "args": args,
             "processing_class": run.tokenizer,
+            "show_progress": run.show_progress,
         }
         if section.server is None:
             cache_teacher_logits(run.distillation_teacher, corpus, folder, num_draws=section.num_draws, **shared)
         else:
-            shared |= {"server_model": section.server_model, "show_progress": run.show_progress}
+            shared["server_model"] = section.server_model
             cache_served_teacher(section.server, run.teacher_config, corpus, folder, **shared)
     run.release("teacher")
     run.release("distillation_teacher")

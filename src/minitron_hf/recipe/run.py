@@ -274,7 +274,8 @@ class Run:
 
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """Build the student of a plan; a plan with repair refits it on the calibration data."""
-        return prune_with_plan(self.teacher, plan, verify=verify, **repair_arguments(self, plan))
+        repair = repair_arguments(self, plan)
+        return prune_with_plan(self.teacher, plan, verify=verify, show_progress=self.show_progress, **repair)
 
     @property
     def plan(self) -> PruningPlan:

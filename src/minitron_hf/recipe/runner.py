@@ -14,11 +14,11 @@ from ..files import digest, is_storage_error, is_working_file, remove, require_w
 from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
+from ..progress import progress_bars
 from ..publishing.markdown import duration
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
-from .progress import progress_bars
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import CARD, PUBLISH, Stage, stages_of, stages_until

@@ -184,7 +184,9 @@ def search_architectures(
         if train_dataset is not None:
             assert record.folder is not None
             training = {**(distillation or {}), "max_length": max_length}
-            distil = BriefDistillation(model, record.folder, train_dataset, processing_class, training, repair_rows)
+            distil = BriefDistillation(
+                model, record.folder, train_dataset, processing_class, training, repair_rows, record.advance
+            )
             chosen = search.select(shapes, num_candidates)
             search.distil_rounds(chosen, distil, held_out, [num_tokens << turn for turn in range(num_rounds)])
     record.candidates = _rank(record.candidates, rows, held_out)
@@ -250,7 +252,7 @@ class _Search:
             PlanError: if all shapes hold more parameters than the budget once layers are chosen.
         """
         measure = Divergence(self.model, rows, score=self.score)
-        for shape in shapes:
+        for shape in self.record.counted(shapes, "Comparing shapes", "shape"):
             candidate = self.record.candidate(shape)
             if candidate.pruned_kl is not None:
                 continue
@@ -294,9 +296,10 @@ class _Search:
         """
         measure = Divergence(self.model, rows, score=self.score)
         for turn, num_tokens in enumerate(token_counts):
-            for candidate in alive:
-                if len(candidate.rounds) > turn:
-                    continue
+            waiting = [candidate for candidate in alive if len(candidate.rounds) <= turn]
+            new_tokens = num_tokens - (token_counts[turn - 1] if turn else 0)
+            self.record.begin(f"Distilling, round {turn + 1}", "token", len(waiting) * new_tokens)
+            for candidate in waiting:
                 student = distil(candidate.name, self.plan(candidate).with_whole_vocabulary(), num_tokens)
                 kl = measure(student, candidate)
                 candidate.rounds.append({"num_tokens": num_tokens, "kl": kl["value"], "stderr": kl["stderr"]})

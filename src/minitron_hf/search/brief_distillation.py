@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class BriefDistillation:
         processing_class: tokenizer of texts.
         settings: fields of `DistillationConfig`, with `max_length`.
         repair_rows: rows to repair a student on before its first step, where its plan asks for that.
+        advance: called with the number of tokens after every step.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class BriefDistillation:
         processing_class: Any,
         settings: Mapping[str, Any],
         repair_rows: TokenRows | None = None,
+        advance: Callable[[int], None] = lambda number: None,
     ) -> None:
+        self.advance = advance
         self.repair_rows = repair_rows
         self.teacher, self.processing_class = teacher, processing_class
         self.folder = folder / CANDIDATES_DIR
@@ -74,13 +77,20 @@ class BriefDistillation:
             plan: its plan.
             num_tokens: tokens that the student has seen then.
         """
-        from transformers import PrinterCallback
+        from transformers import PrinterCallback, TrainerCallback
+
+        class Counter(TrainerCallback):
+            """Counts the tokens of every step."""
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                advance(tokens_of_step)
 
         folder = self.folder / digest(name)[:16]
         folder.mkdir(parents=True, exist_ok=True)
         values = self.settings
         rows = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
-        steps = math.ceil(num_tokens / (rows * values["max_length"]))
+        advance, tokens_of_step = self.advance, rows * values["max_length"]
+        steps = math.ceil(num_tokens / tokens_of_step)
         saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
         checkpoint = last_checkpoint(folder)
         if checkpoint:  # it holds the weights, so nothing is repaired again
@@ -96,6 +106,7 @@ class BriefDistillation:
             pruning_plan=plan,
         )
         trainer.remove_callback(PrinterCallback)  # the table shows the results
+        trainer.add_callback(Counter())
         trainer.train(resume_from_checkpoint=checkpoint)
         return plain_model(trainer.model).eval()
 

@@ -5,22 +5,43 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import OutputError
 from ..files import require_writable
 from ..formats import read_artefact, write_artefact
 from ..privacy import public_settings
+from ..progress import one_progress_bar
 from ..pruning.candidates import SEARCH_NAME, Candidate
 from ..sizes.shapes import Shape
 
 CANDIDATES_DIR = "candidates"
+
+T = TypeVar("T")
+
+
+class RateColumn(ProgressColumn):
+    """Units of a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate so far; empty before the first unit."""
+        return Text("" if task.speed is None else f"{task.speed:,.3g} {task.fields['unit']}/s")
 
 
 def stored_settings(folder: str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -36,7 +57,7 @@ class SearchRecord:
         folder: where `search.json` and unfinished students go; None keeps the results in memory.
         inputs: digest of everything that the results depend on.
         settings: recorded beside the results.
-        show_progress: show the table as it fills.
+        show_progress: show the table as it fills, and a progress bar below it.
 
     Raises:
         OutputError: if the folder holds another search.
@@ -51,6 +72,8 @@ class SearchRecord:
         #: Name of a budget → name of a shape → what it costs.
         self.costs: dict[str, dict[str, float]] = {}
         self.display: Live | None = Live(console=Console(stderr=True), auto_refresh=False) if show_progress else None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+        self.bar = Progress(*columns, TimeRemainingColumn())
         if self.path is not None and self.path.is_file():
             values = read_artefact(self.path)
             if values.get("inputs") != inputs:
@@ -68,9 +91,43 @@ class SearchRecord:
         """`search.json`; None without a folder."""
         return None if self.folder is None else self.folder / SEARCH_NAME
 
-    def live(self) -> Any:
-        """The table on the terminal, for the duration of the context."""
-        return self.display or contextlib.nullcontext()
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """The table and its bar on the terminal, and no other bars, for the duration of the context."""
+        if self.display is None:
+            yield
+            return
+        with self.display, one_progress_bar(show=False):
+            yield
+
+    def begin(self, what: str, unit: str, total: int) -> None:
+        """Begin a bar.
+
+        Args:
+            what: what is done, for people.
+            unit: what is counted.
+            total: number of units.
+        """
+        for task in self.bar.task_ids:
+            self.bar.remove_task(task)
+        self.bar.add_task(what, total=total, unit=unit)
+
+    def advance(self, number: int = 1) -> None:
+        """Count units of the bar."""
+        for task in self.bar.task_ids:
+            self.bar.advance(task, number)
+        self._show()
+
+    def counted(self, values: Sequence[T], what: str, unit: str) -> Iterator[T]:
+        """Go through values; the bar counts those that are done."""
+        self.begin(what, unit, len(values))
+        for value in values:
+            yield value
+            self.advance()
+
+    def _show(self) -> None:
+        if self.display is not None:
+            self.display.update(Group(candidate_table(self.candidates), self.bar), refresh=True)
 
     def candidate(self, shape: Shape) -> Candidate:
         """The candidate of a shape, added if there is none."""
@@ -91,8 +148,7 @@ class SearchRecord:
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
             }
             write_artefact(self.path, values)
-        if self.display is not None:
-            self.display.update(candidate_table(self.candidates), refresh=True)
+        self._show()
 
     def clean(self) -> None:
         """Remove the students; only their shapes are results."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..compat import open_bars
+from .compat import open_bars
 
 
 @contextlib.contextmanager
