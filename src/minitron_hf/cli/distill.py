@@ -56,8 +56,8 @@ def distill(
     from ..distillation.cut_vocabulary import kept_tokens
     from ..models import load_config
     from ..recipe.environment import check_reporters
-    from ..recipe.schema import DISTILL_DEFAULTS
     from ..recipe.training import distill as run_distillation
+    from ..recipe.training import with_defaults
 
     check_reporters([checked], "--set ")
     column = checked.dataset_text_field
@@ -67,7 +67,7 @@ def distill(
     if teacher is not None:
         configs = load_config(student), load_config(teacher)
         refuse_pair(student, teacher, *configs, None, maps_tokens=kept_tokens(student, (), *configs) is not None)
-    model, tokenizer = _load(student, dtype="float32")
-    run_distillation(model, teacher, output, tokenizer, {**DISTILL_DEFAULTS, **settings}, *corpora)
+    model, tokenizer = _load(student, *corpora, dtype="float32")
+    run_distillation(model, teacher, output, tokenizer, with_defaults(settings, corpora[0]), *corpora)
     if is_main_process():
         wrote(output)

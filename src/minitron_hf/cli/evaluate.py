@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError, OutputError
-from .options import Output, Overwrite, Settings, Split, _corpus, _require_free, _settings
+from .options import Output, Overwrite, Settings, Split, _corpus, _reader, _require_free, _settings
 from .output import given, say, wrote
 from .printing import _print_measurement
 
@@ -34,7 +34,6 @@ def evaluate(
     from ..evaluation.benchmarks import BENCHMARKS_NAME
     from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
-    from ..models import load_tokenizer
     from ..recipe.rules import hints_of
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
@@ -49,7 +48,7 @@ def evaluate(
     prompts = None
     if chat_prompts is not None:
         prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
-    tokenizer = load_tokenizer(next(iter(named.values())))
+    tokenizer = _reader(next(iter(named.values())), rows)
     with locked_folder(output):
         (output / BENCHMARKS_NAME).unlink(missing_ok=True)  # finished tasks are kept in files of their own
         evaluate_models(

@@ -43,10 +43,23 @@ def _distributed(accelerate: str | None, num_processes: int | None) -> list[str]
     return [f"distributed.{key}={value}" for key, value in entries.items() if value is not None]
 
 
-def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
-    from ..models import load_for_compute, load_tokenizer
+def _load(name: str, *corpora: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A model, and what reads corpora for it."""
+    from ..models import load_for_compute
 
-    return load_for_compute(name, **kwargs), load_tokenizer(name)
+    reader = _reader(name, *corpora)
+    return load_for_compute(name, **kwargs), reader
+
+
+def _reader(name: str, *corpora: Any) -> Any:
+    """The processor of a model, if one of the corpora has images; else its tokenizer."""
+    from ..data.images import holds_images, require_image_model
+    from ..models import load_config, load_processor, load_tokenizer
+
+    if not any(holds_images(one) for one in corpora):
+        return load_tokenizer(name)
+    require_image_model(load_config(name), f"The model {name}")
+    return load_processor(name)
 
 
 def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
@@ -74,25 +87,25 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
     """Load calibration data: an iterator of texts, or rows of another format."""
     from ..data.formats import row_format
+    from ..recipe.corpora import with_text_in
 
     rows = _corpus(data, split, text_field, option, cached=False)
     if row_format(next(iter(rows)), text_field) != "texts":
-        return rows
+        return with_text_in(rows, text_field, "text")
     return (row[text_field] for row in rows)
 
 
 def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bool = True) -> Any:
     """Load a corpus or a teacher cache; refuse a corpus whose first rows hold no text."""
-    from itertools import islice
-
     from ..data import load_text_dataset
     from ..distillation.teacher_cache import MANIFEST_NAME, load_teacher_cache
+    from ..recipe.beginnings import read_rows
     from ..recipe.environment import require_text
 
     if cached and (Path(source) / MANIFEST_NAME).is_file():
         return load_teacher_cache(source)
     rows = load_text_dataset(source, split=split)
-    require_text(list(islice(rows, 64)), source, text_field, option)
+    require_text(read_rows(rows, min(64, len(rows)), option), source, text_field, option)
     return rows
 
 

@@ -206,7 +206,7 @@ def _plan(teacher: str, output: Path | None, scores: Path | None, request: Prune
     else:
         from ..pruning.prune import plan_for_target
 
-        model, tokenizer = _load(teacher)
+        model, tokenizer = _load(teacher, texts)
         given: Any = {"processing_class": tokenizer, "token_counts": counts, "output_dir": output}
         made = plan_for_target(model, request, read, texts, **given)
     _print_shapes(

@@ -61,13 +61,13 @@ def prune(
     else:
         if not in_memory:
             say(f"{teacher} holds no safetensors, so all of it is loaded into memory.")
-        model, tokenizer = _load(teacher, device=device)
+        model, tokenizer = _load(teacher, texts, device=device)
         settings |= {"processing_class": tokenizer, "show_progress": True}
         student: Any = prune_with_plan(model, made, texts, verify=verify, **settings)
         noted = student.pruning_plan
         with replacing_folder(output) as folder:
             stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
-            save_model(stored, folder, prune_tokenizer(tokenizer, made))
+            save_model(stored, folder, prune_tokenizer(tokenizer, made) if made.vocabulary else tokenizer)
             noted.save_pretrained(folder)
     for note in noted.notes[len(made.notes) :]:
         say(note)

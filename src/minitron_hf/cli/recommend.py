@@ -110,16 +110,14 @@ def _measures(teacher: str, train_data: str, measure: bool) -> dict[str, Any]:
     from ..data import load_text_dataset
     from ..data.loading import local_dataset
     from ..errors import MinitronError
-    from ..models import load_tokenizer
     from ..recipe.measuring import measure_corpus, measure_on_text
 
     if not measure:  # the corpus, or the tokenizer, may be on another machine
         try:
             local = local_dataset(train_data) is not None
-            return {"corpus": measure_corpus(train_data, load_tokenizer(teacher))} if local else {}
+            return {"corpus": measure_corpus(train_data, teacher)} if local else {}
         except MinitronError as error:
             say(f"Note: the lengths of the documents are not known here: {error}")
             return {}
-    tokenizer = load_tokenizer(teacher)
-    corpus = measure_corpus(train_data, tokenizer)
-    return {"corpus": corpus, "measure": measure_on_text(teacher, load_text_dataset(train_data), tokenizer)}
+    corpus = measure_corpus(train_data, teacher)
+    return {"corpus": corpus, "measure": measure_on_text(teacher, load_text_dataset(train_data), teacher)}

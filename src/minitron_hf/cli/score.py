@@ -46,7 +46,7 @@ def score(
     _require_free(output, [SCORES_NAME], overwrite)
     with locked_folder(output):
         texts = _texts(data, split, text_field)
-        model, tokenizer = _load(teacher, device=device)
+        model, tokenizer = _load(teacher, texts, device=device)
         scores = estimate_importance(model, texts, processing_class=tokenizer, **settings)
         path = scores.save_pretrained(output)
     wrote(path)
@@ -86,7 +86,7 @@ def cache(
     The same command resumes an interrupted cache.
     """
     from ..distillation.cache_coding import DTYPES, refuse_both
-    from ..distillation.cache_writer import cache_teacher_logits
+    from ..distillation.cache_writer import cache_teacher_logits, refuse_images
     from ..distillation.server_cache import cache_served_teacher
     from ..distillation.teacher_cache import refuse_uncacheable
     from ..models import load_config
@@ -102,11 +102,11 @@ def cache(
         raise DataError("--server-model names a model of --server, which is missing.")
     if server is not None and num_draws is not None:
         raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
-    rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
+    refuse_images(rows := _corpus(data, split, args.dataset_text_field, "--data", cached=False))
     vocab_size = load_config(teacher).get_text_config().vocab_size
     if top_k is not None and top_k > vocab_size:
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
-    stored: dict[str, Any] = {"top_k": top_k, "dtype": dtype, "args": args}
+    stored: Any = {"top_k": top_k, "dtype": dtype, "args": args}
     if server is not None:
         wrote(cache_served_teacher(server, teacher, rows, output, server_model=server_model, **stored))
         return

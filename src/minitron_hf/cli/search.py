@@ -84,7 +84,7 @@ def search(
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
     read = ImportanceScores.from_pretrained(scores)
     read.require_model(load_config(teacher))  # before the weights are loaded
-    model, tokenizer = _load(teacher, device=device)
+    model, tokenizer = _load(teacher, calibration, held_out, corpus, device=device)
     found = search_architectures(
         model,
         read,

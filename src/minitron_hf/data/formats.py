@@ -7,16 +7,24 @@ from typing import Any
 
 from ..errors import DataError
 from .conversations import is_conversation
+from .images import has_images
 
 #: Columns of a conversation or a prompt that go with its messages.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-#: Format of rows, in words → the columns that a blend keeps.
-FORMATS: Mapping[str, tuple[str, ...]] = {
+#: Format of rows without images → their columns.
+_OF_TEXT: Mapping[str, tuple[str, ...]] = {
     "token ids": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"),
     "prompts with completions of messages": ("prompt", "completion", *TEMPLATE_COLUMNS),
     "prompts with completions of text": ("prompt", "completion"),
     "conversations": ("messages", *TEMPLATE_COLUMNS),
     "texts": ("text",),
+}
+#: What the name of a format ends with whose rows have images.
+WITH_IMAGES = " with images"
+#: Format of rows, in words → the columns that a blend keeps.
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    **_OF_TEXT,
+    **{f"{name}{WITH_IMAGES}": (*columns, "images") for name, columns in _OF_TEXT.items() if name != "token ids"},
 }
 
 
@@ -34,9 +42,15 @@ def row_format(row: Mapping[str, Any], text_field: str) -> str:
     'conversations'
     >>> row_format({"prompt": "1 + 1 =", "completion": " 2"}, "text")
     'prompts with completions of text'
+    >>> row_format({"text": "A cat: <image>", "images": []}, "text")
+    'texts with images'
     """
     if "input_ids" in row:
         return "token ids"
+    return _format_of_text(row, text_field) + (WITH_IMAGES if has_images(row) else "")
+
+
+def _format_of_text(row: Mapping[str, Any], text_field: str) -> str:
     if "prompt" in row and "completion" in row:
         return f"prompts with completions of {'messages' if is_conversation(row['prompt']) else 'text'}"
     if any(is_conversation(row.get(name)) for name in ("messages", "conversations")):

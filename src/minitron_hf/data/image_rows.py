@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..files import digest
 from .batches import TokenRows
-from .images import ImageCollator, require_image_processor
+from .images import ImageCollator, read_row, require_image_processor
 from .tokens import missing_start, start_tokens
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ def image_rows(
     require_image_processor(processing_class)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         data = list(islice(data, num_rows))
-    collator = ImageCollator.of(processing_class, data[0], max_length, text_field, assistant_only=assistant_only)
+    with _naming(0):
+        first = read_row(data, 0)
+    collator = ImageCollator.of(processing_class, first, max_length, text_field, assistant_only=assistant_only)
     start = start_tokens(processing_class)
     rows: list[tuple[int, ...]] = []
     context: list[tuple[int, ...]] = []
@@ -116,10 +119,8 @@ def image_rows(
     for number in range(len(data)):
         if num_rows is not None and len(rows) == num_rows:
             break
-        try:
-            batch = collator([data[number]])
-        except DataError as error:
-            raise DataError(f"Row {number} (counted from 0): {error}") from error
+        with _naming(number):
+            batch = collator([read_row(data, number)])
         ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         if all(target == -100 for target in targets[1:]):
             continue
@@ -131,6 +132,15 @@ def image_rows(
         raise DataError("No row with images holds a token to predict. Pass more data, or a larger max_length.")
     own = (data, tuple(numbers), collator, tuple(pixels))
     return ImageRows(tuple(rows), None, 0, tuple(context) if any(context) else (), (False,) * len(rows), *own)
+
+
+@contextlib.contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Refusals name the number of the row."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Row {number} (counted from 0): {error}") from error
 
 
 def _context(ids: list[int], targets: list[int], start: list[int], placeholders: Sequence[int]) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Columns that hold a row's images, or its only one.
 COLUMNS = ("images", "image")
+#: Where a row stands in its dataset, in words, for messages of `ImageCollator`.
+PLACE = "place"
 #: What placeholders stand for.
 KINDS = ("image", "video", "audio")
 #: What the inputs that hold images, videos and sound begin with.
@@ -53,6 +55,9 @@ def holds_images(data: Any) -> bool:
     """Whether the first row of some data has images; False of what can be read only once."""
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping) or iter(data) is data:
         return False
+    if hasattr(data, "with_format") and hasattr(data, "__len__"):  # a dataset, whose images are not decoded for this
+        columns = [name for name in COLUMNS if name in data.column_names and len(data)]
+        return any(data.with_format("arrow")[:1][name].null_count == 0 for name in columns)
     return has_images(next(iter(data), None))
 
 
@@ -100,7 +105,7 @@ def require_image_processor(processing_class: Any) -> None:
         raise DataError(
             f"The data holds images, and processing_class is {given}, which reads text alone. Pass the model's "
             "processor (AutoProcessor.from_pretrained), or data without the columns 'images' and 'image'. The command "
-            "line and recipes read texts alone."
+            "line and recipes read the processor in the model's folder."
         )
 
 
@@ -196,7 +201,19 @@ class ImageCollator:
         return cls(replace(collator, max_length=None), placeholders, collator.max_length)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [dict(example) for example in examples]  # TRL's collator changes them
+        try:
+            return self._batch(examples)
+        except DataError as error:
+            if len(examples) > 1:
+                for example in examples:  # the first bad one says its own place
+                    self([example])
+            elif PLACE in examples[0]:
+                raise DataError(f"{examples[0][PLACE]}: {error}") from error
+            raise
+
+    def _batch(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL's collator changes the rows.
+        rows = [{name: value for name, value in example.items() if name != PLACE} for example in examples]
         for row in rows:
             _normalise(row)
         try:
@@ -231,6 +248,18 @@ class ImageCollator:
         import torch
 
         return torch.isin(ids, torch.tensor(self.placeholders, dtype=ids.dtype))
+
+
+def read_row(data: Any, number: int) -> Any:
+    """A row of a dataset with images, which are decoded now.
+
+    Raises:
+        DataError: if an image cannot be decoded.
+    """
+    try:
+        return data[number]
+    except (OSError, ValueError, SyntaxError) as error:  # of Pillow
+        raise DataError(f"An image cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}.") from error
 
 
 def _normalise(row: dict[str, Any]) -> None:

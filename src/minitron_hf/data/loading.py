@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MinitronError
 from ..files import digest, local_path
+from .images import COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -44,7 +45,8 @@ def load_text_dataset(
 
     Args:
         source: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, a folder written by
-            `Dataset.save_to_disk`, or a Hub dataset id.
+            `Dataset.save_to_disk`, or a Hub dataset id. Texts in the columns `images` and `image` are names of image
+            files, relative to the file that holds them.
         name: configuration name on the Hub (`"wikitext-2-raw-v1"`).
         split: split, slices allowed (`"train[:1%]"`).
         revision: Hub revision.
@@ -65,9 +67,9 @@ def load_text_dataset(
                 raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(READERS)}.")
             if path.suffix != ".parquet":
                 _require_utf8(path)
-            return datasets.load_dataset(
-                READERS[path.suffix], data_files={"train": str(path)}, split=split, streaming=streaming
-            )
+            files = {"train": str(path)}
+            loaded = datasets.load_dataset(READERS[path.suffix], data_files=files, split=split, streaming=streaming)
+            return _with_images_beside(loaded, path.parent)
         if path is not None and (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved.to_iterable_dataset() if streaming else saved
@@ -92,6 +94,30 @@ def load_text_dataset(
             f"Cannot load the dataset {source!r} (split {split!r}{at}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
+
+
+def _with_images_beside(data: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
+    """A dataset whose columns of names of image files hold the images."""
+    from datasets import Image, List, Value
+
+    for column in COLUMNS:
+        kind = (data.features or {}).get(column)
+        kind, is_list = (kind.feature, True) if isinstance(kind, List) else (kind, False)
+        if isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
+            names = {"column": column, "folder": str(folder)}
+            data = data.map(_located, fn_kwargs=names, features=data.features)
+            data = data.cast_column(column, List(Image()) if is_list else Image())
+    return data
+
+
+def _located(row: dict[str, Any], column: str, folder: str) -> dict[str, Any]:
+    """The names of a row's images, as paths from here; addresses and full paths stay."""
+    value = row[column]
+
+    def path(name: str | None) -> str | None:
+        return name if name is None or "://" in name else str(Path(folder) / name)
+
+    return {column: [path(one) for one in value] if isinstance(value, list) else path(value)}
 
 
 def _refuse_folder_of_model(folder: Path) -> None:

@@ -11,7 +11,7 @@ from .batches import TokenRows
 from .documents import DataSource, Piece, TokenizedDocuments, documents
 from .image_rows import image_rows
 from .images import holds_images
-from .tokens import missing_start, start_tokens
+from .tokens import missing_start, start_tokens, text_tokenizer
 
 
 def token_rows(
@@ -126,7 +126,8 @@ def _require_documents(data: DataSource) -> None:
 
 def _same_tokenizer(data: TokenizedDocuments, processing_class: Any) -> Any:
     """The tokenizer of tokenised documents, which is the only one that may be given."""
-    if processing_class is not None and processing_class is not data.processing_class:
+    same = processing_class is data.processing_class
+    if processing_class is not None and not same and text_tokenizer(processing_class) is not data.processing_class:
         raise DataError("These documents were tokenised with another tokenizer. Pass the texts themselves.")
     return data.processing_class
 

@@ -21,6 +21,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..data.images import COLUMNS
 from ..errors import MismatchError, OutputError
 from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
@@ -333,9 +334,11 @@ def fingerprint(model: nn.Module | None) -> str | None:
 
 
 def sampled_data(data: Any) -> dict[str, Any] | None:
-    """Number of rows, and a digest of some of them; None for streams."""
+    """Number of rows, and a digest of some of them without their images; None for streams."""
     if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, Mapping):
         return None
+    if images := [name for name in COLUMNS if name in getattr(data, "column_names", ())]:
+        data = data.remove_columns(images)
     rows = []
     for index in range(0, len(data), max(1, len(data) // SAMPLED_ROWS)):
         row = data[index]

@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ..compat import without_checkpointing_warning
+from ..compat import trains_on_images, without_checkpointing_warning
 from ..data.context import context_length
+from ..data.images import ImageCollator, holds_images
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..families import spec_for
@@ -41,6 +42,7 @@ from .batches import RepeatedRowsMixin
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import refuse_own_folder, refuse_uncorrectable
 from .config import checkpointing_field
+from .inputs import IMAGE_DEFAULTS, refuse_image_settings
 from .packing import require_documents_apart
 from .parallel import gathered_model
 from .record import describe_data
@@ -113,7 +115,10 @@ def correct_teacher(
     refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
     rate = LEARNING_RATE_FACTOR * original_learning_rate
-    arguments = {"learning_rate": rate, "max_length": max_length, **arguments}
+    images = IMAGE_DEFAULTS if holds_images(train_dataset) else {}
+    arguments = {"learning_rate": rate, "max_length": max_length, **images, **arguments}
+    if images:
+        refuse_image_settings(arguments)
     args = _training_arguments(folder, model, num_tokens, arguments)
     correction = _Correction(model, args, method, original_learning_rate)
     correction.train(train_dataset, eval_dataset, processing_class, peft_config)
@@ -216,6 +221,8 @@ class _Correction:
                 peft_config=peft_config if self.method == "lora" else None,
             )
         require_documents_apart(trainer, teacher=trainer.model)
+        if trains_on_images(trainer):
+            trainer.data_collator = ImageCollator.around(trainer.data_collator, processing_class, self.model.config)
         trainer.data_collator = WithinContext(trainer.data_collator, context_length(self.model.config))
         weights = fingerprint(trainer.model)
         trainer._record_inputs(teacher=weights, data=sampled_data(train_dataset), method=self.method)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..compat import commit_hash
-from ..data.images import holds_images, require_image_model, require_image_processor
-from ..errors import MismatchError
+from ..data.images import holds_images, read_row, require_image_model, require_image_processor
+from ..errors import DataError, MismatchError
 from .arguments import config_of, eval_packing, kwargs_dict, model_name
 from .config import DistillationConfig
 from .record import describe_data
@@ -19,6 +19,30 @@ from .teacher_cache import TeacherCache, rows_and_caches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+#: Defaults where rows have images.
+IMAGE_DEFAULTS: Mapping[str, Any] = {"packing": False}
+
+
+def refuse_image_settings(settings: Mapping[str, Any], where: str = "") -> None:
+    """Refuse settings under which rows with images cannot be read.
+
+    Args:
+        settings: fields of `DistillationConfig`.
+        where: what stands before a name in a message.
+
+    Raises:
+        DataError: naming the setting.
+    """
+    for name in ("packing", "padding_free", "eval_packing"):
+        if settings.get(name):
+            raise DataError(f"{where}{name}: rows with images are not packed. Set it to false.")
+    if settings.get("truncation_mode") == "keep_end":
+        raise DataError(
+            f"{where}truncation_mode='keep_end': images stand at the beginning of a row, and would be cut off. Leave "
+            "it out."
+        )
 
 
 @dataclass(frozen=True)
@@ -72,14 +96,22 @@ class TrainingData:
             MismatchError: naming the argument.
             DataError: naming what reads text alone.
         """
-        self._require_readable_images(processing_class, **configs)
+        self._require_readable_images(args, processing_class, **configs)
         for caches, packing in ((self.train_caches, args.packing), (self.eval_caches, eval_packing(args))):
             for cache in caches:
                 cache.require_arguments(args, packing=packing)
 
-    def _require_readable_images(self, processing_class: Any, **configs: PretrainedConfig) -> None:
+    def _require_readable_images(
+        self, args: DistillationConfig, processing_class: Any, **configs: PretrainedConfig
+    ) -> None:
         if not holds_images(self.train):
             return
+        refuse_image_settings(vars(args))
+        if hasattr(self.train, "__getitem__"):
+            try:
+                read_row(self.train, 0)
+            except DataError as error:
+                raise DataError(f"Row 0 (counted from 0) of the train dataset: {error}") from error
         for role, config in configs.items():
             require_image_model(config, f"The {role}")
         if processing_class is not None:

@@ -17,8 +17,10 @@ from ..data import TokenRows
 from ..data.context import context_length
 from ..data.conversations import is_conversation
 from ..data.images import (
+    PLACE,
     ImageCollator,
     has_images,
+    read_row,
     refuse_image_parts,
 )
 from ..data.tokens import missing_start, separator_tokens, start_tokens, text_tokenizer
@@ -82,6 +84,49 @@ class WithinContext:
         return batch
 
 
+class PlacedRows(Sequence[Any]):
+    """Rows with images that say in a column of their own which ones they are: training reads them shuffled.
+
+    Args:
+        rows: a dataset.
+        name: what messages call it.
+        numbers: which of its rows; None: all.
+    """
+
+    def __init__(self, rows: Any, name: str, numbers: Sequence[int] | None = None) -> None:
+        self.rows, self.name = rows, name
+        self.numbers = range(len(rows)) if numbers is None else numbers
+
+    @classmethod
+    def of(cls, data: Any, name: str) -> Any:
+        """The rows of a dataset with images, or of several by name; streams and other data as they are."""
+        if isinstance(data, Mapping):
+            return {part: cls.of(rows, part) for part, rows in data.items()}
+        return cls(data, name) if isinstance(data, Dataset) else data
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = f"Row {self.numbers[index]} (counted from 0) of the {self.name} dataset"
+        try:
+            return {**read_row(self.rows, self.numbers[index]), PLACE: place}
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+
+    def select(self, indices: Sequence[int]) -> PlacedRows:
+        """Some of the rows, with the numbers that they have among all."""
+        return PlacedRows(self.rows, self.name, [self.numbers[index] for index in indices])
+
+
+def choose_rows(trainer: Any) -> None:
+    """Let rows with images say which ones they are, and evaluate on at most `max_eval_rows` rows."""
+    if trains_on_images(trainer):
+        trainer.train_dataset = PlacedRows.of(trainer.train_dataset, "train")
+        trainer.eval_dataset = PlacedRows.of(trainer.eval_dataset, "eval")
+    trainer.eval_dataset = some_rows(trainer.eval_dataset, trainer.args.max_eval_rows)
+
+
 def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any:
     """The trainer's collator, which also adds row lengths and cached teacher logits and checks lengths and tokens."""
     collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
@@ -103,10 +148,8 @@ def try_first_images(trainer: Any) -> None:
     evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
     for name, dataset in {"train": trainer.train_dataset, **evaluated}.items():
         if dataset is not None:
-            try:
-                trainer.data_collator([next(iter(dataset))])
-            except DataError as error:
-                raise DataError(f"The first row of the {name} dataset: {error}") from error
+            first = next(iter(dataset))
+            trainer.data_collator([{PLACE: f"The first row of the {name} dataset", **first}])
 
 
 def holds_conversation(row: Mapping[str, Any]) -> bool:
@@ -259,7 +302,9 @@ def refuse_empty(dataset: Any, name: str) -> None:
     Raises:
         DataError: if it has none.
     """
-    if dataset is not None and next(iter(dataset), None) is None:
+    if dataset is None or (hasattr(dataset, "__len__") and len(dataset)):  # images are not decoded for this
+        return
+    if next(iter(dataset), None) is None:
         raise DataError(f"The {name} dataset holds no rows. Pass more data.")
 
 

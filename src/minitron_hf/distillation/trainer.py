@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from ..compat import without_checkpointing_warning
 from ..data.context import shortest_context
+from ..data.images import PLACE
 from ..errors import DataError, MismatchError
 from ..evaluation.callback import MeasurementCallback
 from ..files import require_writable
@@ -67,8 +68,8 @@ from .parallel import (
 )
 from .rows import (
     StartTokensMixin,
+    choose_rows,
     limit_to_context,
-    some_rows,
     training_collator,
     try_first_images,
     warn_of_missing_start,
@@ -210,7 +211,7 @@ class DistillationTrainer(
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        self.eval_dataset = some_rows(self.eval_dataset, args.max_eval_rows)
+        choose_rows(self)
         self._prepare_student(student_config, teacher.config)
         self._prepare_teacher_side(teacher)
         self._prepare_losses(teacher.config)
@@ -317,7 +318,7 @@ class DistillationTrainer(
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         states = [f"{STATES}{index}" for index in needed_states(self._intermediate.pairs, "teacher")]
-        kept = (*SIGNAL_COLUMNS, *states)
+        kept = (*SIGNAL_COLUMNS, *states, PLACE)
         self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:

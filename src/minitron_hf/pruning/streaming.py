@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..compat import storage_id
 from ..data import DataSource, TokenRows
 from ..errors import OutputError, PlanError, UnsupportedModelError, checks_kinds
+from ..evaluation.loading import load_processing_class
 from ..families import named_tensors, spec_for
 from ..files import remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
@@ -78,7 +79,7 @@ def prune_checkpoint(
         target: folder for the student: weights, configs, plan, and the teacher's tokenizer and legal texts.
         plan: plan for this teacher.
         data: calibration data for a repair, as for `repaired_weights`.
-        processing_class: tokenizer for texts; default: the teacher's.
+        processing_class: tokenizer for texts, processor for images; default: the teacher's.
         revision: branch, tag or commit on the Hub.
         device: where a repair computes; default: an accelerator if there is one.
         dtype: in which a repair or a change of basis computes; default: as `load_for_compute` chooses.
@@ -107,7 +108,7 @@ def prune_checkpoint(
     size = _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values())
     _require_room(target, size)
     if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
-        processing_class = load_tokenizer(folder)
+        processing_class = load_processing_class(folder, data)
     repair_arguments |= {"processing_class": processing_class, "show_progress": show_progress}
     repair_arguments["device"] = as_device(device or default_device())
     with replacing_folder(target) as temporary:

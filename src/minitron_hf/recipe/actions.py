@@ -6,7 +6,7 @@ from typing import Any
 
 from ..files import replacing_folder
 from ..formats import write_artefact
-from ..models import load_model
+from ..models import auto_class, load_model
 from ..pruning.candidates import best_shape
 from ..pruning.iterations import iterate_importance
 from ..pruning.plan import PruningPlan
@@ -30,6 +30,9 @@ from .run import (
     PRUNED_DIR,
     QUANTIZED_DIR,
     Run,
+    has_images,
+    processor_of,
+    reader_of,
     repair_arguments,
 )
 from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
@@ -60,7 +63,7 @@ def _score(run: Run) -> None:
         run.teacher,
         run.recipe.pruner_config,
         run.texts("calibration"),
-        processing_class=run.tokenizer,
+        processing_class=reader_of(run, "calibration"),
         show_progress=run.show_progress,
         **run.recipe.scores,
     )
@@ -78,7 +81,7 @@ def _search(run: Run) -> None:
         calibration_data=run.texts("calibration"),
         train_dataset=run.dataset("train"),
         eval_data=run.texts("eval"),
-        processing_class=run.tokenizer,
+        processing_class=reader_of(run, "train", "eval", "calibration"),
         output_dir=run.folder,
         base=run.recipe.pruner_config,
         token_counts=_token_counts(run, run.recipe.pruner_config),
@@ -129,7 +132,7 @@ def _plan(run: Run) -> None:
             request,
             scores,
             run.texts("calibration"),
-            processing_class=run.tokenizer,
+            processing_class=reader_of(run, "calibration"),
             token_counts=counts,
             max_length=run.recipe.scores.get("max_length"),
             output_dir=run.folder,
@@ -161,11 +164,18 @@ def _prune(run: Run) -> None:
     else:
         student = run.prune_with_plan(plan, verify=run.recipe.verify)
         noted = student.pruning_plan
-        _save_student(student, prune_tokenizer(run.tokenizer, plan), run.folder / PRUNED_DIR, run.teacher_config)
+        _save_student(student, _students_reader(run, plan), run.folder / PRUNED_DIR, run.teacher_config)
     if noted.notes != plan.notes:  # of a verification, or a repair
         noted.save_pretrained(run.folder)
     if run.number > 1:
         run.release("teacher")  # whoever needs it still loads it again
+
+
+def _students_reader(run: Run, plan: PruningPlan) -> Any:
+    """What is saved beside a student: the processor of a run with images, else its tokenizer."""
+    if has_images(run, "train", "eval", "calibration"):
+        return processor_of(run)
+    return prune_tokenizer(run.tokenizer, plan)
 
 
 def _correct(run: Run) -> None:
@@ -189,7 +199,7 @@ def correct(run: Run) -> None:
         original_learning_rate=section.original_learning_rate,
         num_tokens=section.num_tokens,
         method=section.method,
-        processing_class=run.tokenizer,
+        processing_class=reader_of(run, "train"),
         eval_dataset=training_rows(run, "eval"),
         **{
             "dataset_text_field": run.text_field("train"),
@@ -242,7 +252,7 @@ def _distill(run: Run) -> None:
 
 def _controls(run: Run) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     if run.recipe.rounds:
         run = run.in_round(len(run.recipe.rounds))
@@ -260,13 +270,12 @@ def _controls(run: Run) -> None:
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()
-            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            student = auto_class(config).from_config(config, dtype=torch.float32)
             student.pruning_plan = run.plan  # its tokens
         else:
             _train(run, run.folder / PRUNED_DIR, folder, kd_weight=0.0, ce_weight=1.0)
             continue
-        tokenizer = prune_tokenizer(run.tokenizer, run.plan)
-        _save_student(student, tokenizer, folder / PRUNED_DIR, run.teacher_config)
+        _save_student(student, _students_reader(run, run.plan), folder / PRUNED_DIR, run.teacher_config)
         _train(run, folder / PRUNED_DIR, folder)
 
 
@@ -300,7 +309,7 @@ def _evaluate(run: Run) -> None:
     evaluate_models(
         models,
         **_held_out_texts(run),
-        processing_class=run.tokenizer,
+        processing_class=reader_of(run, "eval"),
         max_length=section.max_length,
         num_rows=section.num_rows,
         batch_size=section.batch_size,

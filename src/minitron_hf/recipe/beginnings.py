@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from ..data.images import holds_images, read_row
 from ..data.loading import local_dataset
 from ..errors import DataError
 from ..models import first_line
@@ -50,7 +51,26 @@ def beginning(section: DatasetSection, where: str, load: Callable[[], Any]) -> B
     if is_remote(section):
         return _beginning_on_hub(section, where)
     rows = load()
-    return Beginning(list(islice(rows, FIRST_ROWS)), len(rows) if isinstance(rows, Sized) else None)
+    if not isinstance(rows, Sized):
+        return Beginning(list(islice(rows, FIRST_ROWS)), None)
+    return Beginning(read_rows(rows, min(FIRST_ROWS, len(rows)), where), len(rows))
+
+
+def read_rows(rows: Any, count: int, where: str) -> list[Any]:
+    """The first rows of a corpus.
+
+    Raises:
+        DataError: naming the row whose image cannot be decoded.
+    """
+    if not holds_images(rows):
+        return list(islice(rows, count))
+    found: list[Any] = []
+    try:
+        for number in range(count):
+            found.append(read_row(rows, number))
+    except DataError as error:
+        raise DataError(f"{where}: Row {len(found)} (counted from 0): {error}") from error
+    return found
 
 
 def _beginning_on_hub(section: DatasetSection, where: str) -> Beginning:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..compat import column_names
 from ..data import load_text_dataset
 from ..data.conversations import conversation_of, is_conversation
-from ..data.formats import FORMATS, TEMPLATE_COLUMNS, row_format
+from ..data.formats import FORMATS, WITH_IMAGES, row_format
 from ..errors import DataError, did_you_mean
 from .corpus_sections import DatasetSection
 
@@ -54,7 +54,8 @@ def require_one_format(parts: Sequence[Part]) -> None:
         if part.format != parts[0].format:
             raise DataError(
                 f"{parts[0].where} holds {parts[0].format}, and {part.where} holds {part.format}. The corpora of a "
-                "blend need one format: write all of them as texts, or all as conversations (messages)."
+                "blend need one format: write all of them as texts, or all as conversations (messages); among rows "
+                "with images, rows without need an empty list as `images`."
             )
         labelled = [set(one.first) & {*FORMATS["token ids"]} for one in (parts[0], part)]
         if part.format == "token ids" and labelled[0] != labelled[1]:
@@ -82,7 +83,7 @@ def _first_kinds(part: Part) -> Any:
     from datasets import Features
 
     row = dict(part.first)
-    if part.format == "conversations" and not is_conversation(row.get("messages")):
+    if part.format.startswith("conversations") and not is_conversation(row.get("messages")):
         row["messages"] = conversation_of(row["conversations"])
     found: dict[str, Any] = {}
     for name in (name for name in FORMATS[part.format] if name in row):
@@ -240,16 +241,20 @@ def with_text_in(data: Any, field: str, wanted: str) -> Any:
 
 def _aligned(data: Any, part: Part) -> Any:
     """A corpus with the columns of its format alone, by their common names."""
-    if part.format == "texts":
-        data = data.select_columns([part.text_field])
-        return data if part.text_field == "text" else data.rename_column(part.text_field, "text")
+    if part.format.startswith("texts"):
+        data = with_text_in(data, part.text_field, "text")
     columns = column_names(data)
-    if part.format == "conversations" and not is_conversation(part.first.get("messages")):
+    if part.format.endswith(WITH_IMAGES) and "images" not in columns:
+        data = data.map(_with_images, remove_columns=["image"])
+    if part.format.startswith("conversations") and not is_conversation(part.first.get("messages")):
         removed = [name for name in ("messages", "conversations") if name in columns]
-        return data.map(_with_messages, remove_columns=removed).select_columns(
-            ["messages", *(name for name in TEMPLATE_COLUMNS if name in columns)]
-        )
+        data = data.map(_with_messages, remove_columns=removed)
+    columns = column_names(data)
     return data.select_columns([name for name in FORMATS[part.format] if name in columns])
+
+
+def _with_images(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"images": [] if row["image"] is None else [row["image"]]}
 
 
 def _with_messages(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import token_rows
 from ..data.context import context_length
 from ..data.documents import is_conversation
+from ..data.images import has_images
 from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_own_folder
@@ -25,6 +26,7 @@ from ..quantization import require_quantizable
 from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
 from .generating import expected_text
+from .image_checks import check_images, require_images_in_training
 from .launching import require_launchable
 from .run import CACHE_DIR, place_of, read_chat_template
 from .schema import DatasetSection, Recipe
@@ -118,6 +120,7 @@ def check_corpora(
             continue
         _check_rows(run, rows, source, part.text_field, where, tokenizer, arguments)
         known.append(Part(where, rows[0], part.text_field))
+        run.loaded["images.train"] = has_images(rows[0])
     require_one_format(known)
     require_one_kind(known)
     for which in ("eval", "calibration"):
@@ -129,6 +132,9 @@ def check_corpora(
             skipped.append(f"data.{which}: {rows}")
         else:
             used = arguments if which == "eval" else ()
+            run.loaded[f"images.{which}"] = has_images(rows[0])
+            if which == "eval":
+                require_images_in_training(run)
             _check_rows(run, rows, section.source, section.text_field, place_of(which), tokenizer, used)
     return skipped
 
@@ -153,6 +159,11 @@ def _check_rows(
         tokenizer: the teacher's.
         arguments: of the distillation that reads it; none for calibration data.
     """
+    if has_images(rows[0]):
+        require_text(rows, source, text_field, where)
+        _require_columns(rows[0], arguments, f"{where}: {source}")
+        check_images(run, rows, source, text_field, where, arguments)
+        return
     require_text(rows, source, text_field, where, tokenizer)
     vocab_size = text_config(run.teacher_config).vocab_size
     largest = max((token for row in rows for token in row.get("input_ids", ())), default=-1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..data.images import holds_images
 from ..errors import MinitronError
 from ..files import public_name
 from .beginnings import beginning, is_remote
 from .corpus_sections import DatasetSection
 from .generating import expected_text, is_written
 from .measuring import measure_documents
-from .run import GENERATED_DIR, place_of
+from .run import GENERATED_DIR, place_of, processor_of
 from .schedules import Corpus
 
 if TYPE_CHECKING:
@@ -58,23 +60,31 @@ def measured_dataset(run: Run, which: str) -> Corpus | None:
 def _measured(run: Run, section: DatasetSection, where: str, load: Callable[[], Any], *, is_loaded: bool) -> Corpus:
     """Lengths of documents spread over a corpus; of its first ones if it is a stream, or still on the Hub."""
     if (is_loaded or not is_remote(section)) and isinstance(rows := load(), Sized):
-        return measure_documents(rows, run.tokenizer, section.text_field)
+        return measure_documents(rows, _reader(run, rows), section.text_field)
     found = beginning(section, where, load)
-    lengths = measure_documents(found.rows, run.tokenizer, section.text_field).document_lengths
-    return Corpus(lengths, found.num_rows, is_beginning=True)
+    measured = measure_documents(found.rows, _reader(run, found.rows), section.text_field)
+    return replace(measured, num_documents=found.num_rows, is_beginning=True)
+
+
+def _reader(run: Run, rows: Any) -> Any:
+    return processor_of(run) if holds_images(rows) else run.tokenizer
 
 
 def beginning_notes(corpora: Mapping[str, Corpus | None]) -> list[str]:
-    """Which corpora only the first documents of were measured.
+    """Which corpora only the first documents of were measured, and which have images.
 
     Args:
         corpora: where a corpus stands in the recipe → its length.
     """
-    return [
+    known = {where: one for where, one in corpora.items() if one is not None}
+    notes = [
         f"{where}: the lengths of documents are those of its first {len(one.document_lengths):,}."
-        for where, one in corpora.items()
-        if one is not None and one.is_beginning
+        for where, one in known.items()
+        if one.is_beginning
     ]
+    if with_images := [where for where, one in known.items() if one.holds_images]:
+        notes.append(f"{', '.join(with_images)}: what reading the images takes is not part of the estimate.")
+    return notes
 
 
 def measured_training_corpus(run: Run) -> Corpus | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..data import load_text_dataset, token_rows
 from ..data.documents import documents
+from ..data.images import holds_images
 from ..errors import PlanError
+from ..evaluation.loading import load_processing_class
 from ..families import spec_for
 from ..models import count_parameters, load_for_compute
 from ..pruning.candidates import Candidate, Divergence
@@ -21,34 +24,39 @@ from ..sizes.shapes import Shape
 from .schedules import Corpus
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 #: Rows on which shapes are scored and repaired, rows on which they are compared, and tokens of each.
 CALIBRATION_ROWS, MEASURED_ROWS, MEASURED_LENGTH = 64, 32, 512
-#: Documents that are tokenised to learn the lengths of a corpus.
-SAMPLED_DOCUMENTS = 500
+#: Documents that are tokenised to learn the lengths of a corpus; and rows whose images are read for this.
+SAMPLED_DOCUMENTS, SAMPLED_IMAGES = 500, 64
 
 
-def measure_corpus(source: str, processing_class: PreTrainedTokenizerBase, text_field: str = "text") -> Corpus:
+def measure_corpus(source: str, processing_class: Any, text_field: str = "text") -> Corpus:
     """Tokenise some documents of a corpus, spread over the whole of it.
 
     Args:
         source: local file, saved dataset folder or Hub id.
-        processing_class: tokenizer.
+        processing_class: tokenizer, for images processor; or the path or Hub id of one.
         text_field: column with the text.
 
     Raises:
         DataError: if it cannot be read.
     """
-    return measure_documents(load_text_dataset(source), processing_class, text_field)
+    rows = load_text_dataset(source)
+    return measure_documents(rows, load_processing_class(processing_class, rows), text_field)
 
 
-def measure_documents(rows: Any, processing_class: PreTrainedTokenizerBase, text_field: str = "text") -> Corpus:
+def measure_documents(rows: Any, processing_class: Any, text_field: str = "text") -> Corpus:
     """Tokenise some documents of a dataset, spread over the whole of it, or all of a list; see `measure_corpus`."""
-    number = len(rows)
+    number, with_images = len(rows), holds_images(rows)
+    wanted = SAMPLED_IMAGES if with_images else SAMPLED_DOCUMENTS
     sample = rows
     if not isinstance(rows, list):
-        sample = rows.select(range(0, number, max(1, number // SAMPLED_DOCUMENTS)))
+        sample = rows.select(range(0, number, max(1, number // wanted)))
+    if with_images:
+        read = token_rows(sample, processing_class, max_length=sys.maxsize, text_field=text_field)
+        return Corpus([len(row) for row in read.rows], number, holds_images=True)
     lengths = [0]
     for piece in documents(sample, processing_class, text_field):
         lengths[-1] += len(piece.ids)
@@ -58,7 +66,7 @@ def measure_documents(rows: Any, processing_class: PreTrainedTokenizerBase, text
 
 
 def measure_on_text(
-    teacher: str | os.PathLike[str], data: Any, processing_class: PreTrainedTokenizerBase
+    teacher: str | os.PathLike[str], data: Any, processing_class: Any
 ) -> Callable[[list[Shape]], list[Candidate]]:
     """Return a function that compares shapes by their divergence from a teacher before retraining, repaired.
 
@@ -67,16 +75,16 @@ def measure_on_text(
     Args:
         teacher: Hub id or folder.
         data: texts, token rows or a dataset.
-        processing_class: tokenizer of texts.
+        processing_class: tokenizer of texts, for images processor; or the path or Hub id of one.
 
     Returns:
         Function: shapes → measured candidates, best first.
     """
 
     def measure(shapes: list[Shape]) -> list[Candidate]:
-        model = load_for_compute(teacher)
+        model, reader = load_for_compute(teacher), load_processing_class(processing_class, data)
         length = min(MEASURED_LENGTH, default_max_length(model.config))
-        rows = token_rows(data, processing_class, max_length=length, num_rows=CALIBRATION_ROWS + MEASURED_ROWS)
+        rows = token_rows(data, reader, max_length=length, num_rows=CALIBRATION_ROWS + MEASURED_ROWS)
         share = MEASURED_ROWS / (CALIBRATION_ROWS + MEASURED_ROWS)
         count = max(1, round(share * len(rows)))
         measured, calibration = rows.select(list(range(count))), rows.select(list(range(count, len(rows))))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import tokenize_once
+from ..data.images import holds_images, require_image_processor
 from ..errors import DataError
 from ..files import local_path
 from ..hardware import as_dtype, is_launched
-from ..models import load_config, load_for_compute, load_tokenizer, stored_dtype
+from ..models import load_config, load_for_compute, load_processor, load_tokenizer, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune_with_plan
@@ -99,7 +100,8 @@ class Run:
         """The run folder."""
         return Path(self.recipe.output_dir)
 
-    def _cached(self, key: str, make: Callable[[], Any]) -> Any:
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What is loaded under a name, which is made at the first call."""
         if key not in self.loaded:
             self.loaded[key] = make()
         return self.loaded[key]
@@ -118,7 +120,7 @@ class Run:
     def teacher_config(self) -> PretrainedConfig:
         """The teacher's config, as in its checkpoint."""
         section = self.recipe.teacher
-        return self._cached("config", lambda: load_config(section.model, revision=section.revision))
+        return self.once("config", lambda: load_config(section.model, revision=section.revision))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,7 +135,7 @@ class Run:
                 tokenizer.chat_template = read_chat_template(path)
             return tokenizer
 
-        return self._cached("tokenizer", load)
+        return self.once("tokenizer", load)
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -142,7 +144,7 @@ class Run:
         if self is not self.whole and self.number == 1:
             return self.whole.teacher
         dtype = None if self.narrows_weights else section.dtype
-        return self._cached("teacher", lambda: load_for_compute(section.model, dtype=dtype, revision=section.revision))
+        return self.once("teacher", lambda: load_for_compute(section.model, dtype=dtype, revision=section.revision))
 
     @property
     def distillation_teacher(self) -> PreTrainedModel:
@@ -154,8 +156,8 @@ class Run:
             return self.teacher
         section = self.recipe.teacher
         if corrected:
-            return self._cached("distillation_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
-        return self._cached("distillation_teacher", lambda: self.load(section.model, revision=section.revision))
+            return self.once("distillation_teacher", lambda: self.load(self.folder / CORRECTED_DIR))
+        return self.once("distillation_teacher", lambda: self.load(section.model, revision=section.revision))
 
     @property
     def learns_from_previous(self) -> bool:
@@ -215,15 +217,15 @@ class Run:
         if which == "calibration" and self.recipe.data.calibration is None:
             which = "train"
         if which == "train":
-            return self._cached("data.train", self._training_corpus)
+            return self.once("data.train", self._training_corpus)
         section = self.dataset_section(which)
-        return self._cached(f"data.{which}", lambda: load_corpus(section, place_of(which)))
+        return self.once(f"data.{which}", lambda: load_corpus(section, place_of(which)))
 
     def part(self, number: int) -> Any:
         """One of the corpora of `data.train`, counted from 0."""
         data = self.recipe.data
         section, where = data.parts[number].dataset(str(self.folder / GENERATED_DIR)), data.place(number)
-        return self._cached(f"data.train.{number}", lambda: load_corpus(section, where, streaming=data.streaming))
+        return self.once(f"data.train.{number}", lambda: load_corpus(section, where, streaming=data.streaming))
 
     def _training_corpus(self) -> Any:
         data = self.recipe.data
@@ -270,7 +272,7 @@ class Run:
             turns = which == "eval" and self.recipe.measures_turns
             return tokenize_once(rows, self.tokenizer, self.text_field(which), turns)
 
-        return self._cached(f"texts.{which}", wrap)
+        return self.once(f"texts.{which}", wrap)
 
     def prune_with_plan(self, plan: PruningPlan, *, verify: bool = False) -> Any:
         """Build the student of a plan; a plan with repair refits it on the calibration data."""
@@ -292,9 +294,38 @@ class Run:
         return [PruningPlan.from_pretrained(folder) for folder in folders]
 
 
+def processor_of(run: Run) -> Any:
+    """The processor of images and text in the teacher's folder, with the tokenizer's chat template."""
+    whole = run.whole
+    section, path = whole.recipe.teacher, whole.recipe.distill.get("chat_template_path")
+
+    def load() -> Any:
+        processor = load_processor(section.model, revision=section.revision)
+        require_image_processor(processor)
+        if path is not None:
+            processor.chat_template = read_chat_template(path)
+        if processor.tokenizer.get_vocab() == whole.tokenizer.get_vocab():
+            processor.tokenizer = whole.tokenizer  # one object, which all corpora are read with
+        return processor
+
+    return whole.once("processor", load)
+
+
+def has_images(run: Run, *which: str) -> bool:
+    """Whether some of the corpora have images, by their first rows."""
+    whole = run.whole
+    return any(whole.once(f"images.{one}", lambda one=one: holds_images(whole.dataset(one))) for one in which)
+
+
+def reader_of(run: Run, *which: str) -> Any:
+    """What reads some of the corpora: the processor, if one of them has images; else the tokenizer."""
+    return processor_of(run) if has_images(run, *which) else run.tokenizer
+
+
 def repair_arguments(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """The calibration data of a plan's repair, and how to cut it into rows; nothing for a plan without."""
     if not plan.repair:
         return {}
     rows = {name: value for name, value in run.recipe.scores.items() if name in CALIBRATION_ARGUMENTS}
-    return {"data": run.texts("calibration"), "processing_class": run.tokenizer, **rows}
+    read = {"data": run.texts("calibration"), "processing_class": reader_of(run, "calibration")}
+    return {**read, **rows}

@@ -35,11 +35,13 @@ class Corpus:
         document_lengths: tokens of some documents.
         num_documents: number of all documents; None where it is not known.
         is_beginning: whether these are the first documents, as of streams, instead of some of the whole corpus.
+        holds_images: whether they have images, whose tokens are counted.
     """
 
     document_lengths: Sequence[int]
     num_documents: int | None
     is_beginning: bool = False
+    holds_images: bool = False
 
     @property
     def num_tokens(self) -> float:

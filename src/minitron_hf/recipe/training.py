@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.images import holds_images
 from ..errors import DataError
 from ..files import (
     move_into,
@@ -21,12 +22,12 @@ from ..saving import in_stored_dtype, save_model
 from .corpora import with_text_in
 from .lineage import described_parts
 from .rules import hints_of, require_settings
-from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run
+from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run, reader_of
 from .schema import DISTILL_DEFAULTS, Recipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @with_locked_folder("folder")
@@ -34,7 +35,7 @@ def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel | str | None,
     folder: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     settings: Mapping[str, Any],
     train_dataset: Any,
     eval_dataset: Any = None,
@@ -50,7 +51,7 @@ def distill(
         student: the pruned model; trained in float32 weights.
         teacher: the teacher; None if both corpora are teacher caches.
         folder: folder for checkpoints and the final student.
-        tokenizer: tokenizer of both models.
+        tokenizer: tokenizer of both models, for images their processor.
         settings: fields of `DistillationConfig`.
         train_dataset: corpus.
         eval_dataset: held-out corpus.
@@ -92,12 +93,18 @@ def distill(
         trainer.save_student(folder)  # takes part in gathering shards; writes nothing
 
 
+def with_defaults(settings: Mapping[str, Any], train_dataset: Any) -> dict[str, Any]:
+    """Fields of `DistillationConfig`, completed by the defaults of recipes for a corpus."""
+    from ..distillation.inputs import IMAGE_DEFAULTS
+
+    return {**DISTILL_DEFAULTS, **(IMAGE_DEFAULTS if holds_images(train_dataset) else {}), **settings}
+
+
 def _training_settings(run: Run) -> dict[str, Any]:
     """Fields of `DistillationConfig`."""
     return {
         "dataset_text_field": run.text_field("train"),
-        **DISTILL_DEFAULTS,
-        **run.recipe.distill,
+        **with_defaults(run.recipe.distill, run.dataset("train")),
         "disable_tqdm": not run.show_progress,
     }
 
@@ -135,7 +142,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
         load_for_compute(student),
         teacher,
         folder,
-        run.tokenizer,
+        reader_of(run, "train"),
         settings,
         *corpora,
         plans=run.plans if folder == run.folder else (),
@@ -145,7 +152,7 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
     )
 
 
-def _save_student(student: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, teacher: PretrainedConfig) -> None:
+def _save_student(student: Any, tokenizer: Any, folder: Path, teacher: PretrainedConfig) -> None:
     with replacing_folder(folder) as temporary:
         save_model(in_stored_dtype(student, stored_dtype(teacher)), temporary, tokenizer)
         plan = getattr(student, "pruning_plan", None)

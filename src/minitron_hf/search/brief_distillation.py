@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import TokenRows
+from ..data.images import holds_images
 from ..distillation.checkpoints import last_checkpoint
 from ..distillation.config import DistillationConfig
+from ..distillation.inputs import IMAGE_DEFAULTS
 from ..distillation.trainer import DistillationTrainer
 from ..files import digest
 from ..models import plain_model
@@ -67,7 +69,7 @@ class BriefDistillation:
         self.teacher, self.processing_class = teacher, processing_class
         self.folder = folder / CANDIDATES_DIR
         self.train_dataset = on_disk(train_dataset, self.folder)
-        self.settings = {**DEFAULTS, **settings}
+        self.settings = {**DEFAULTS, **(IMAGE_DEFAULTS if holds_images(train_dataset) else {}), **settings}
 
     def __call__(self, name: str, plan: PruningPlan, num_tokens: int) -> PreTrainedModel:
         """The student of a plan after some tokens in all, resumed from its last checkpoint.
