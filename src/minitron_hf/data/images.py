@@ -56,8 +56,9 @@ def holds_images(data: Any) -> bool:
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping) or iter(data) is data:
         return False
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # a dataset, whose images are not decoded for this
-        columns = [name for name in COLUMNS if name in data.column_names and len(data)]
-        return any(data.with_format("arrow")[:1][name].null_count == 0 for name in columns)
+        rows: Any = data
+        columns = [name for name in COLUMNS if name in rows.column_names and len(rows)]
+        return any(rows.with_format("arrow")[:1][name].null_count == 0 for name in columns)
     return has_images(next(iter(data), None))
 
 

@@ -65,8 +65,8 @@ def _check(
     if arguments:
         if recipe.teacher_cache is not None:
             refuse_images(rows)
-        for one in (recipe, *recipe.rounds):
-            refuse_image_settings(one.distill, "distill.")
+        for settings in (recipe.distill, *(one.distill for one in recipe.rounds)):
+            refuse_image_settings(settings, "distill.")
         if where.startswith("data.train") and recipe.teacher_correction is not None:
             refuse_image_settings(recipe.teacher_correction.arguments, "teacher_correction.arguments.")
     if where == "data.eval":

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,7 +315,11 @@ def processor_of(run: Run) -> Any:
 def has_images(run: Run, *which: str) -> bool:
     """Whether some of the corpora have images, by their first rows."""
     whole = run.whole
-    return any(whole.once(f"images.{one}", lambda one=one: holds_images(whole.dataset(one))) for one in which)
+    return any(whole.once(f"images.{one}", partial(_holds_images, whole, one)) for one in which)
+
+
+def _holds_images(run: Run, which: str) -> bool:
+    return holds_images(run.dataset(which))
 
 
 def reader_of(run: Run, *which: str) -> Any:
