@@ -385,7 +385,11 @@ CASES = [
         ("range", "prune.vocab_size=4000", "larger than the teacher's"),
         ("key", "prune.vocabsize=40", "Did you mean 'vocab_size'?"),
         ("model", "prune.vocab_size=40", "with a WordLevel model"),
-        ("extra", "prune.vocab_size=40;teacher_cache={{top_k: 4}}", "prune.vocab_size with teacher_cache"),
+        (
+            "extra",
+            "prune.vocab_size=40;teacher_cache={{top_k: 4, server: http://x:1}}",
+            "prune.vocab_size with teacher_cache",
+        ),
         (
             "extra",
             "rounds=[{{prune: {{vocab_size: 40}}}},{{prune: {{hidden_size: 0.9}}}}]",

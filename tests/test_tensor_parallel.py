@@ -47,7 +47,7 @@ def loss_of_a_head(split) -> list[torch.Tensor]:
     return [one.full_tensor() if hasattr(one, "full_tensor") else one for one in found]
 
 
-def train(folder: Path, case: str, models: Path) -> None:
+def trainer_of(folder: Path, case: str, models: Path):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -65,7 +65,7 @@ def train(folder: Path, case: str, models: Path) -> None:
     rows = Dataset.from_dict(
         {"input_ids": [pocket_tokens(n, seed=i).tolist() for i, n in enumerate((5, 17, 9, 30, 3, 12, 21))]}
     )
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=student,
         teacher_model=teacher,
         args=DistillationConfig(
@@ -75,7 +75,8 @@ def train(folder: Path, case: str, models: Path) -> None:
             max_steps=4,
             learning_rate=1e-2,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=2,
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
@@ -88,6 +89,10 @@ def train(folder: Path, case: str, models: Path) -> None:
         eval_dataset=rows,
         processing_class=pocket_tokenizer(),
     )
+
+
+def train(folder: Path, case: str, models: Path) -> None:
+    trainer = trainer_of(folder, case, models)
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -132,6 +137,24 @@ def test_two_processes_equal_one(tmp_path):
         assert records[0]["num_input_tokens_seen"] == records[1]["num_input_tokens_seen"]
     assert "distributed_config" not in (two / "config.json").read_text()
     AutoModelForCausalLM.from_pretrained(two)
+    # The checkpoint in the middle is a stock student, and going on from it comes to the same end.
+    middle = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / which / "whole" / "checkpoint-2").state_dict()
+        for which in ("one", "two")
+    ]
+    ends = [load_file(tmp_path / "two" / name / "model.safetensors") for name in ("whole", "resumed")]
+    for first, second in (middle, ends):
+        assert first.keys() == second.keys()
+        for name, weight in first.items():
+            torch.testing.assert_close(second[name], weight, rtol=1e-7, atol=1e-9)
+    start, end = middle[0]["lm_head.weight"], ends[0]["lm_head.weight"]
+    assert not torch.allclose(start, end)
+    # One process goes on from the checkpoint of two.
+    alone = trainer_of(tmp_path / "alone", "whole", tmp_path / "models")
+    alone.train(resume_from_checkpoint=str(tmp_path / "two" / "whole" / "checkpoint-2"))
+    alone.save_model()
+    for name, weight in load_file(tmp_path / "alone" / "model.safetensors").items():
+        torch.testing.assert_close(weight, ends[0][name], rtol=1e-7, atol=1e-9)
 
 
 def parallelism(**sizes):
@@ -155,10 +178,14 @@ def test_other_kinds_of_parallelism_are_refused_by_name(sizes, message):
 
 def test_what_tensor_parallelism_does_not_go_with_is_refused_by_name():
     args = SimpleNamespace(
-        teacher_correction=None, teacher_offload=False, hidden_loss="mse", embedding_loss=None, save_strategy="steps"
+        teacher_correction=None,
+        teacher_offload=False,
+        hidden_loss="mse",
+        embedding_loss=None,
+        load_best_model_at_end=True,
     )
     trainer = SimpleNamespace(args=args, model=torch.nn.Linear(1, 1), get_tp_size=lambda: 2)
-    with pytest.raises(UnsupportedModelError, match=r"with hidden_loss, save_strategy .* is not supported"):
+    with pytest.raises(UnsupportedModelError, match=r"with hidden_loss, load_best_model_at_end is not"):
         refuse_tensor_parallel(trainer)
     trainer.get_tp_size = lambda: 1
     refuse_tensor_parallel(trainer)
@@ -175,6 +202,9 @@ def do_all(folder: Path) -> None:
     )  # Accelerate splits over accelerators only; torch does not
     for case in CASES:
         train(folder / "two" / case, case, folder / "models")
+    resumed = trainer_of(folder / "two" / "resumed", "whole", folder / "models")
+    resumed.train(resume_from_checkpoint=str(folder / "two" / "whole" / "checkpoint-2"))
+    resumed.save_model()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     found = loss_of_a_head(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]).detach().requires_grad_())
     if torch.distributed.get_rank() == 0:

@@ -10,7 +10,6 @@ from trl.experimental.gkd import GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from minitron_hf.distillation.config import DistillationConfig
-from minitron_hf.distillation.cut_vocabulary import KeptTokens
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError
 from minitron_hf.losses.fused import distillation_loss
@@ -83,7 +82,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, arguments, message):
         DistillationConfig(str(tmp_path), **arguments)
 
 
-def test_a_cache_a_cut_vocabulary_and_too_many_tokens_are_refused(tmp_path, monkeypatch):
+def test_a_cache_and_too_many_tokens_are_refused(tmp_path):
     student, teacher = models(dtype=torch.float32)
     data = token_dataset()
     with pytest.raises(MismatchError, match=f"top_k={VOCAB + 1}: the vocabulary has {VOCAB} tokens"):
@@ -91,10 +90,6 @@ def test_a_cache_a_cut_vocabulary_and_too_many_tokens_are_refused(tmp_path, monk
     cache = load_teacher_cache(write_cache(tmp_path / "cache", teacher, data, top_k=2))
     with pytest.raises(MismatchError, match="cache has a top_k of its own"):
         make_trainer(tmp_path / "run", student, None, cache, top_k=2)
-    kept = KeptTokens(torch.arange(VOCAB), plan=None)
-    monkeypatch.setattr("minitron_hf.distillation.trainer.kept_tokens", lambda *_: kept)
-    with pytest.raises(MismatchError, match="vocabulary was cut"):
-        make_trainer(tmp_path / "run", student, teacher, data, top_k=2)
 
 
 # ---- TRL ----

@@ -31,7 +31,7 @@ from minitron_hf.distillation.fake_runs import Setup
 from minitron_hf.errors import DataError, MismatchError, PlanError
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
-from minitron_hf.losses.signals import DenseSignal
+from minitron_hf.losses.signals import DenseSignal, SampledSignal, sampled_signal, top_k_signal
 from pocket import pocket_tokenizer
 from test_vocabulary_pruning import SIZE, teacher_of, texts
 
@@ -120,6 +120,54 @@ def test_values_and_gradients_equal_the_naive_reference(case, divergence, temper
         p = p_all[:, KEPT]
         outcomes = (p * (p.log() - q.log())).sum(1) - m * m.log()
         torch.testing.assert_close(found.kl, outcomes, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tv"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_all_kept_tokens_of_a_cache_are_the_whole_distribution(divergence, temperature):
+    """The k most likely of the kept tokens, with the share of them all: at k = V the naive reference."""
+    hidden, head, teacher, labels = problem(bias=True)
+    options = {"divergence": divergence, "temperature": temperature, "kd_weight": 0.7, "ce_weight": 0.4}
+    total, value, kl, _, agreement, *_, m = naive(hidden, head, teacher, labels, **options)
+    signal = top_k_signal(teacher, len(KEPT), temperature=temperature, chunk_size=5)
+    torch.testing.assert_close(signal.kept_share.abs(), m, rtol=1e-12, atol=1e-13)
+    found = distillation_loss(hidden, head, signal, labels, chunk_size=5, **options)
+    for one, other in ((found.total, total), (found.divergence, value), (found.kl, kl)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    assert torch.equal(found.agreement, agreement)
+    inputs = (hidden, head.weight, head.bias)
+    for one, other in zip(torch.autograd.grad(found.total, inputs), torch.autograd.grad(total, inputs)):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_fewer_kept_tokens_are_k_plus_one_outcomes():
+    """K of the kept tokens and "another kept token", weighted by the share of all kept ones."""
+    hidden, head, teacher, labels = problem()
+    p_all = logits(teacher.hidden, teacher.head).softmax(1)
+    p, q = p_all[:, KEPT], logits(hidden, head).softmax(1)
+    m = p.sum(1, keepdim=True)
+    best = (p / m).topk(4).indices
+    outcomes = [torch.cat([x.gather(1, best), 1 - x.gather(1, best).sum(1, keepdim=True)], 1) for x in (p / m, q)]
+    expected = m[:, 0] * (outcomes[0] * (outcomes[0] / outcomes[1]).log()).sum(1)
+    found = distillation_loss(hidden, head, top_k_signal(teacher, 4), labels)
+    torch.testing.assert_close(found.kl, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_drawn_kept_tokens_are_right_on_average():
+    """Over all offsets of the draws, the mean of value and gradient is that of the whole distribution."""
+    hidden, head, teacher, labels = problem()
+    exact = distillation_loss(hidden, head, teacher, labels)
+    signals = [sampled_signal(teacher, 4, torch.full((N,), (j + 0.5) / 400, dtype=torch.float64)) for j in range(400)]
+    drawn = torch.stack([torch.zeros(N, len(KEPT)).double().scatter_add_(1, s.tokens, s.weights) for s in signals])
+    p = logits(teacher.hidden, teacher.head).softmax(1)[:, KEPT]
+    torch.testing.assert_close(drawn.mean(0), p / p.sum(1, keepdim=True), rtol=0, atol=2e-3)
+    assert isinstance(signals[0], SampledSignal)
+    losses = [distillation_loss(hidden, head, signal, labels) for signal in signals]
+    mean = torch.stack([loss.kl for loss in losses]).mean(0)
+    torch.testing.assert_close(mean, exact.kl.detach(), rtol=0.02, atol=5e-3)
+    found = torch.autograd.grad(torch.stack([loss.total for loss in losses]).mean(), hidden)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(exact.total, hidden)[0], rtol=0.02, atol=2e-2)
+    assert torch.equal(losses[0].agreement, exact.agreement)
 
 
 def test_a_student_that_lacks_no_token_learns_as_before():
@@ -250,6 +298,67 @@ def test_pairs_that_do_not_fit_are_refused(pair, tmp_path):
     for given in (teacher, None):
         with pytest.raises(MismatchError, match="teacher cache holds distributions over all tokens of the teacher"):
             DistillationTrainer(student, given, train_dataset=load_teacher_cache(cache), processing_class=tokenizer)
+
+
+def cached(pair, folder, **options):
+    """The rows of the trainer in a cache of the student's tokens."""
+    teacher, student, tokenizer, _ = pair
+    args = DistillationConfig(str(folder), max_length=16, bf16=False, use_cpu=True, report_to="none")
+    rows = Dataset.from_dict({"text": texts()})
+    given = {"args": args, "processing_class": tokenizer, "pruning_plan": student.pruning_plan}
+    return load_teacher_cache(cache_teacher_logits(teacher, rows, folder / "cache", **given, **options))
+
+
+def cached_trainer(student, cache, folder, tokenizer, **changes):
+    values = {
+        "max_length": 16, "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 3e-3, "bf16": False,
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_eval_rows": None,
+    }  # fmt: skip
+    args = DistillationConfig(str(folder), **{**values, **changes})
+    return DistillationTrainer(
+        copy.deepcopy(student), None, args, train_dataset=cache, eval_dataset=cache, processing_class=tokenizer
+    )
+
+
+def test_a_cache_of_all_kept_tokens_trains_as_the_teacher(pair, tmp_path):
+    """Evaluation and the weights after three steps equal those of online distillation."""
+    teacher, student, tokenizer, _ = pair
+    cache = cached(pair, tmp_path, top_k=SIZE, dtype="float32")
+    assert cache.vocab_size == SIZE
+    online = trainer_of(copy.deepcopy(student), teacher, tmp_path / "online", tokenizer, max_steps=3)
+    online.eval_dataset = online.train_dataset
+    offline = cached_trainer(student, cache, tmp_path / "offline", tokenizer)
+    one, other = offline.evaluate(), online.evaluate()
+    for name in ("eval_kl", "eval_ce", "eval_agreement"):
+        assert one[name] == pytest.approx(other[name], rel=1e-5)
+    assert one["eval_agreement"] < 1
+    online.train()
+    offline.train()
+    for one, other in zip(offline.model.parameters(), online.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 6}, {"top_k": 6, "dtype": "fixed12"}, {"num_draws": 40}], ids=str)
+def test_smaller_caches_of_kept_tokens_are_near(pair, tmp_path, options):
+    _, student, tokenizer, _ = pair
+    caches = cached(pair, tmp_path / "whole", top_k=SIZE), cached(pair, tmp_path, **options)
+    exact, found = (cached_trainer(student, one, tmp_path / "run", tokenizer).evaluate()["eval_kl"] for one in caches)
+    assert found <= exact * 1.05
+    assert found > 0.5 * exact
+
+
+def test_a_cache_of_other_kept_tokens_is_refused(pair, tmp_path):
+    teacher, _, tokenizer, _ = pair
+    cache = cached(pair, tmp_path, top_k=4)
+    counts, scores = count_tokens(texts(), tokenizer), estimate_importance(teacher, metric="random")
+    other = make_plan(teacher, PrunerConfig(vocab_size=SIZE - 1), scores, token_counts=counts)
+    with pytest.raises(MismatchError, match="written for a student with other tokens"):
+        cached_trainer(apply_plan(teacher, other), cache, tmp_path / "a", tokenizer)
+    whole = make_plan(teacher, PrunerConfig(intermediate_size=0.5), scores)
+    with pytest.raises(MismatchError, match="written for a student with other tokens"):
+        cached_trainer(apply_plan(teacher, whole), cache, tmp_path / "b", tokenizer)
+    with pytest.raises(DataError, match=f"to the {SIZE} tokens"):
+        cached(pair, tmp_path / "c", top_k=SIZE + 1)
 
 
 # Evaluation

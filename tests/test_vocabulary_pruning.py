@@ -338,7 +338,10 @@ def test_what_cannot_read_other_tokens_refuses_a_cut_vocabulary(tmp_path):
     recipe = {"teacher": "x", "data": {"train": "x", "eval": "x"}, "output_dir": str(tmp_path)}
     cut, width = {"vocab_size": 9}, {"hidden_size": 8}
     for words, section in (
-        ("prune.vocab_size with teacher_cache: the cache holds", {"prune": cut, "teacher_cache": {"top_k": 4}}),
+        (
+            "prune.vocab_size with teacher_cache.server: a server gives",
+            {"prune": cut, "teacher_cache": {"top_k": 4, "server": "http://localhost:1"}},
+        ),
         ("rounds.1.prune.vocab_size: the rounds after", {"rounds": [{"prune": cut}, {"prune": width}]}),
         (
             r"rounds.1.prune.vocab_size: the rounds after",
@@ -379,6 +382,7 @@ def recipe_of(tmp_path, tokenizer_of_recipe):
         {"verify": True, "prune": {"vocab_size": SIZE, "repair": "least_squares"}},
         {
             "controls": ["random_pruning", "random_init", "cross_entropy"],
+            "teacher_cache": {"top_k": 6},
             "evaluate": {"num_rows": 6, "speed": False, "prompts": ["ab"], "draft_prompts": 2},
         },
     ],

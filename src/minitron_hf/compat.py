@@ -75,7 +75,8 @@ INHERITED: tuple[ForeignName, ...] = tuple(
                 "_loss_shifts_labels": "keeps the first label of a row, which is never a target, out of that count",
                 "_prepare_inputs": "moves a batch to the device",
                 "_get_output_dir": "parent folder of the checkpoints",
-                "_load_from_checkpoint": "also loads our own state",
+                "_load_from_checkpoint": "also loads our own state, and splits tensors over processes",
+                "_save_optimizer_and_scheduler": "gathers tensors that are split over processes",
                 "_load_optimizer_and_scheduler": "loads our own state after DeepSpeed has loaded the model",
                 "_push_from_checkpoint": "pushes the student instead of the whole output folder",
                 "_tr_loss": "loss since the last log, to resume exactly",
@@ -219,6 +220,15 @@ def has_image_text_class(config: PretrainedConfig) -> bool:
     from transformers import AutoModelForImageTextToText
 
     return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+@uses("transformers 5.23", "transformers.AutoModelForMultimodalLM._model_mapping")
+def sound_text_class(config: PretrainedConfig) -> Any:
+    """`AutoModelForMultimodalLM`, where it has a class for this config; else None."""
+    import transformers
+
+    found = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in Transformers 4.57
+    return found if found is not None and type(config) in found._model_mapping else None
 
 
 @uses("transformers 5.23", "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")

@@ -30,6 +30,7 @@ from .compat import (
     forward_before_autocast,
     has_image_text_class,
     note_commit,
+    sound_text_class,
     without_deepspeed_config,
 )
 from .errors import DataError, UnsupportedModelError
@@ -180,9 +181,11 @@ def plain_model(model: Any) -> Any:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class that builds a whole model; for one with a language model inside, not the language model alone."""
-    inside = text_config(config) is not config
-    whole = inside and has_image_text_class(config)
-    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    if text_config(config) is config:
+        return AutoModelForCausalLM
+    if has_image_text_class(config):
+        return AutoModelForImageTextToText
+    return sound_text_class(config) or AutoModelForCausalLM
 
 
 def load_config(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..losses.fused import next_token_positions
-from .cache_coding import TOKENS, decode
+from .cache_coding import KEPT_SHARE, TOKENS, decode
 
 #: Prefix of the columns of cached hidden states, before their index among the teacher's hidden states.
 STATES = "teacher_states_"
@@ -34,6 +34,7 @@ class CachedTeacher:
         log_tail: float32 [N]; of drawn tokens the teacher's entropy.
         states: index into the teacher's hidden states → float32 [N, H_t].
         drawn: whether the tokens were drawn (`SampledSignal`), not the most likely ones (`TopKSignal`).
+        kept_share: [N], of a student that lacks some of the teacher's tokens (`signals.kept_logits`).
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class CachedTeacher:
     log_tail: Tensor
     states: Mapping[int, Tensor]
     drawn: bool = False
+    kept_share: Tensor | None = None
 
 
 @dataclass
@@ -73,7 +75,8 @@ class WithCachedTeacher:
             for name in examples[0]
             if name.startswith(STATES)
         }
-        batch[CACHED] = CachedTeacher(tokens, log_probs, log_tail, states, drawn)
+        share = _concatenated(examples, KEPT_SHARE, len(log_tail))[:, 0] if KEPT_SHARE in examples[0] else None
+        batch[CACHED] = CachedTeacher(tokens, log_probs, log_tail, states, drawn, share)
         return batch
 
 
@@ -141,7 +144,8 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
         cached, count = batch[CACHED], len(next_token_positions(masked[LABELS])[0])
         states = {index: values[:count] for index, values in cached.states.items()}
         first = (cached.tokens[:count], cached.log_probs[:count], cached.log_tail[:count])
-        masked[CACHED] = CachedTeacher(*first, states, cached.drawn)
+        share = None if cached.kept_share is None else cached.kept_share[:count]
+        masked[CACHED] = CachedTeacher(*first, states, cached.drawn, share)
     return {**batch, **masked}
 
 

@@ -32,7 +32,9 @@ TOKENS, LOG_PROBS, LOG_TAIL = "teacher_tokens", "teacher_log_probs", "teacher_lo
 COUNTS, LENGTHS, ENTROPY = "teacher_counts", "teacher_lengths", "teacher_entropy"
 #: Of packed rows: V and k, or V and D, which the reader of a row needs.
 CODING = "teacher_coding"
-SIGNAL_COLUMNS = (TOKENS, LOG_PROBS, LOG_TAIL, COUNTS, LENGTHS, ENTROPY, CODING)
+#: Of students that lack some of the teacher's tokens: its probability of all others (`signals.kept_logits`).
+KEPT_SHARE = "teacher_kept_share"
+SIGNAL_COLUMNS = (TOKENS, LOG_PROBS, LOG_TAIL, COUNTS, LENGTHS, ENTROPY, CODING, KEPT_SHARE)
 
 #: How log-probabilities are stored. `FIXED` is a fixed-point number of 12 bits.
 FIXED = "fixed12"
@@ -144,21 +146,28 @@ class Coding:
         top_k: k; None of drawn tokens.
         num_draws: D; None of the most likely tokens.
         dtype: a name in `DTYPES`.
+        cuts: whether the student lacks some of the teacher's tokens.
     """
 
     vocab_size: int
     top_k: int | None
     num_draws: int | None
     dtype: str
+    cuts: bool = False
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Coding:
         """The coding that the settings of a cache ask for."""
-        return cls(settings["vocab_size"], settings["top_k"], settings["num_draws"], settings["dtype"])
+        how = (settings["top_k"], settings["num_draws"], settings["dtype"])
+        return cls(settings["vocab_size"], *how, settings.get("kept_tokens") is not None)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Column → type of its numbers."""
+        return {**self._types, **({KEPT_SHARE: DTYPES[self.floats]} if self.cuts else {})}
+
+    @property
+    def _types(self) -> dict[str, pa.DataType]:
         byte, short, number = pa.uint8(), pa.uint16(), pa.int32()
         if self.num_draws is not None:
             return {TOKENS: byte, COUNTS: byte, LENGTHS: byte, ENTROPY: short, CODING: number}
@@ -190,7 +199,14 @@ class Coding:
             type(signal)(**{name: part[i] for name, part in parts.items()}, vocab_size=self.vocab_size)
             for i in range(len(counts))
         )
-        return [self._drawn(row) if isinstance(row, SampledSignal) else self._most_likely(row) for row in rows]
+        return [
+            {**(self._drawn(row) if isinstance(row, SampledSignal) else self._most_likely(row)), **self._share(row)}
+            for row in rows
+        ]
+
+    def _share(self, row: SampledSignal | TopKSignal) -> dict[str, NDArray[Any]]:
+        dtype = torch.float16 if self.floats == "float16" else torch.float32
+        return {} if row.kept_share is None else {KEPT_SHARE: row.kept_share.to(dtype).numpy()}
 
     def _drawn(self, row: SampledSignal) -> dict[str, NDArray[Any]]:
         assert self.num_draws is not None

@@ -24,6 +24,7 @@ from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..families import VOCABULARY
 from ..files import require_writable
 from ..hardware import as_dtype
 from ..locks import with_locked_folder
@@ -45,6 +46,7 @@ from .cache_coding import DTYPES, Coding, refuse_both
 from .cache_files import digest_of, require_same, write_manifest, write_rows
 from .checks import refuse_own_folder
 from .config import DistillationConfig
+from .cut_vocabulary import KeptTokens
 from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
 from .parallel import forward_of_backbone, is_split
@@ -53,6 +55,8 @@ from .teacher_cache import ROW_ARGUMENTS, refuse_uncacheable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..pruning.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ def cache_teacher_logits(
     rows_per_file: int = 1024,
     num_rows: int | None = None,
     show_progress: bool = True,
+    pruning_plan: PruningPlan | None = None,
 ) -> Path:
     """Write the teacher's distributions over a corpus to disk; an interrupted call resumes.
 
@@ -102,6 +107,9 @@ def cache_teacher_logits(
             probability changes by 0.4 % at most) and token ids in ⌈log₂V⌉ bits, with hidden states in float16.
         rows_per_file: rows per file; an interruption loses at most so many. The token rows of a file are held in
             memory, their logits are not.
+        pruning_plan: of a student whose vocabulary it cuts. The rows are then those of the student's tokenizer, and
+            the distributions those over its tokens, with the probability of all others beside. Other plans change
+            nothing.
         num_rows: store at most so many of the token rows, at equal distances, as `max_eval_rows` of the trainer takes
             them; None: all.
         show_progress: show a progress bar.
@@ -124,10 +132,14 @@ def cache_teacher_logits(
     refuse_images(dataset)
     folder = require_writable(output_dir)
     processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
-    refuse_other_tokenizers(processing_class, teacher=teacher)
+    kept = None if pruning_plan is None or VOCABULARY not in pruning_plan.kept else KeptTokens.of(pruning_plan)
+    if kept is not None:
+        processing_class = kept.tokenizer(processing_class)
+    else:
+        refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
     if top_k is not None:
-        _require_top_k(top_k, model)
+        _require_top_k(top_k, output_head(model).vocab_size if kept is None else len(kept.ids))
     trainer = row_trainer(model, args, dataset, processing_class, folder)
     make_fast(model, trainer.accelerator.device)
     check_output_head(model, role="teacher")
@@ -136,8 +148,9 @@ def cache_teacher_logits(
     stored = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype, "rows_per_file": rows_per_file}
     settings = {"teacher": model_digest(model), **cache_settings(trainer, model.config, stored)}
     settings |= {"vocab_size": output_head(model).vocab_size, "computed_in": _computed_in(model, trainer.args)}
+    settings |= {} if kept is None else {"vocab_size": len(kept.ids), "kept_tokens": kept.digest}
     with evaluating([model]), row_bar(trainer, show_progress) as bar:
-        columns = partial(_columns, model, trainer, settings, bar)
+        columns = partial(_columns, model, kept, trainer, settings, bar)
         CacheWriter(folder, trainer, settings, model.config, columns).write(dataset)
     return folder
 
@@ -152,8 +165,7 @@ def require_possible(dtype: str, top_k: int | None, **counts: int | None) -> Non
             raise DataError(f"{name}={number}: expected at least 1.")
 
 
-def _require_top_k(top_k: int, model: PreTrainedModel) -> None:
-    vocab_size = output_head(model).vocab_size
+def _require_top_k(top_k: int, vocab_size: int) -> None:
     if not 1 <= top_k <= vocab_size:
         raise DataError(f"top_k={top_k}: expected a number from 1 to the {vocab_size} tokens of the vocabulary.")
 
@@ -274,14 +286,20 @@ def row_collator(trainer: Any, config: PretrainedConfig) -> Any:
 
 
 def _columns(
-    model: PreTrainedModel, trainer: Any, settings: Mapping[str, Any], bar: Any, rows: list[Any], first: int
+    model: PreTrainedModel,
+    kept: KeptTokens | None,
+    trainer: Any,
+    settings: Mapping[str, Any],
+    bar: Any,
+    rows: list[Any],
+    first: int,
 ) -> Iterator[Iterable[dict[str, Any]]]:
     """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
     bar.update(first - bar.n)  # rows of earlier files, which exist or are another process's
     collator = row_collator(trainer, model.config)
     for batch in batched(rows, trainer.args.per_device_eval_batch_size):
         numbers = range(first, first := first + len(batch))
-        yield _teacher_columns(model, collator(batch), trainer, settings, numbers)
+        yield _teacher_columns(model, kept, collator(batch), trainer, settings, numbers)
         bar.update(len(batch))
 
 
@@ -323,12 +341,18 @@ def _require_token_rows(rows: Any) -> None:
 
 @torch.no_grad()
 def _teacher_columns(
-    model: Any, batch: Mapping[str, Any], trainer: Any, settings: Mapping[str, Any], numbers: Sequence[int]
+    model: Any,
+    kept: KeptTokens | None,
+    batch: Mapping[str, Any],
+    trainer: Any,
+    settings: Mapping[str, Any],
+    numbers: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """The teacher's columns of every row of a batch, on the CPU.
 
     Args:
         model: the teacher.
+        kept: its tokens that the student has; None: all.
         batch: of the collator.
         trainer: knows the device and the precision.
         settings: of the cache.
@@ -343,10 +367,11 @@ def _teacher_columns(
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
     with trainer.accelerator.autocast():
         with forward_of_backbone(model):
-            output = model(**model_inputs(batch), **extra, use_cache=False)
+            given = model_inputs(batch) if kept is None else kept.inputs_of_teacher(model_inputs(batch))
+            output = model(**given, **extra, use_cache=False)
         head = output_head(model)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(head.weight.device)
-        dense, temperature = DenseSignal(hidden, head), settings["temperature"]
+        dense, temperature = DenseSignal(hidden, head, None if kept is None else kept.ids), settings["temperature"]
         counts = torch.bincount(row[positions], minlength=num_rows).tolist()
         signal: TeacherSignal
         if settings["num_draws"] is None:

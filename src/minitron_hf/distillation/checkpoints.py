@@ -111,7 +111,7 @@ class CheckpointMixin(Trainer):
                 {
                     **what,
                     **{name: arguments.get(name) for name in names},
-                    "rows_in_a_step": rows * self.accelerator.num_processes,
+                    "rows_in_a_step": rows * self.accelerator.num_processes // self.get_tp_size(),
                 },
                 default=str,
             )

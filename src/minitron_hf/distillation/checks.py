@@ -52,13 +52,12 @@ def refuse_pair(
         _refuse_prompt_learning(peft_config)
 
 
-def refuse_top_k(top_k: int | None, vocab_size: int, *, cuts_vocabulary: bool, where: str = "") -> None:
+def refuse_top_k(top_k: int | None, vocab_size: int, *, where: str = "") -> None:
     """Refuse a `top_k` of `DistillationConfig` that does not fit the models.
 
     Args:
         top_k: as given; None compares whole distributions.
-        vocab_size: number of the teacher's tokens.
-        cuts_vocabulary: whether the student lacks some of them.
+        vocab_size: number of the teacher's tokens that the student has.
         where: what stands before the argument's name.
 
     Raises:
@@ -66,11 +65,6 @@ def refuse_top_k(top_k: int | None, vocab_size: int, *, cuts_vocabulary: bool, w
     """
     if top_k is None:
         return
-    if cuts_vocabulary:
-        raise MismatchError(
-            f"{where}top_k={top_k}: the student's vocabulary was cut, and it may lack some of the teacher's most "
-            "likely tokens. Leave out top_k: the distributions over the kept tokens are compared."
-        )
     if top_k > vocab_size:
         raise MismatchError(
             f"{where}top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it, or leave it out."
@@ -289,12 +283,12 @@ def refuse_tensor_parallel(trainer: Any) -> None:
         "teacher_offload": args.teacher_offload,
         "hidden_loss": args.hidden_loss,
         "embedding_loss": args.embedding_loss,
-        "save_strategy (a checkpoint would hold one process's part of the optimizer)": args.save_strategy != "no",
+        "load_best_model_at_end": args.load_best_model_at_end,
     }
     if names := [name for name, value in wanted.items() if value]:
         raise UnsupportedModelError(
-            f"Tensor parallelism with {', '.join(names)} is not supported in distillation. Leave it out "
-            "(save_strategy='no'), or use DDP, FSDP2 or DeepSpeed."
+            f"Tensor parallelism with {', '.join(names)} is not supported in distillation. Leave it out, "
+            "or use DDP, FSDP2 or DeepSpeed."
         )
 
 

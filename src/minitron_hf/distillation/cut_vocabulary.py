@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.vocabulary import refuse_other_tokenizers, stored_tokenizer
 from ..errors import MismatchError
 from ..families import VOCABULARY
+from ..files import digest
 from ..losses.heads import base_model_of
 from ..pruning.plan import PLAN_NAME, PruningPlan
 from ..pruning.tokenizers import prune_tokenizer
@@ -36,6 +37,16 @@ class KeptTokens:
 
     ids: Tensor
     plan: PruningPlan
+
+    @classmethod
+    def of(cls, plan: PruningPlan) -> KeptTokens:
+        """Those of a plan that cuts the vocabulary."""
+        return cls(torch.from_numpy(plan.kept[VOCABULARY]), plan)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the ids."""
+        return digest(self.ids.tolist())
 
     def tokenizer(self, processing_class: Any) -> Any:
         """The student's tokenizer, from either model's.
@@ -81,20 +92,29 @@ def kept_tokens(
     cuts = [plan for plan in plans if VOCABULARY in plan.kept]
     if len(cuts) != 1 or sizes != (cuts[0].sizes[VOCABULARY]["teacher"], cuts[0].sizes[VOCABULARY]["student"]):
         return None
-    return KeptTokens(torch.from_numpy(cuts[0].kept[VOCABULARY]), cuts[0])
+    return KeptTokens.of(cuts[0])
 
 
-def without_caches(kept: KeptTokens | None, data: TrainingData) -> KeptTokens | None:
-    """The kept tokens; refuses teacher caches for a student that lacks some of the teacher's tokens.
+def require_own_caches(kept: KeptTokens | None, data: TrainingData) -> KeptTokens | None:
+    """The kept tokens; refuses teacher caches that were written for a student with other tokens.
 
     Raises:
         MismatchError: if there is one.
     """
-    if kept is not None and data.caches:
-        raise MismatchError(
-            "The student's vocabulary was cut, and a teacher cache holds distributions over all tokens of the teacher "
-            "on rows that its own tokenizer splits. Pass the texts and teacher_model instead of the cache."
-        )
+    for cache in data.caches:
+        written_for = cache.manifest["settings"].get("kept_tokens")
+        if kept is not None and written_for is None:
+            raise MismatchError(
+                "The student's vocabulary was cut, and this teacher cache holds distributions over all tokens of the "
+                "teacher on rows that its own tokenizer splits. Write the cache with pruning_plan=plan, or pass the "
+                "texts and teacher_model instead of the cache."
+            )
+        if written_for != (None if kept is None else kept.digest):
+            raise MismatchError(
+                "The teacher cache was written for a student with other tokens (pruning_plan of "
+                "cache_teacher_logits). Write it with the plan of this student, or without a plan for one that has "
+                "all tokens of the teacher."
+            )
     return kept
 
 

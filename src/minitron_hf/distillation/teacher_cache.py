@@ -117,7 +117,7 @@ class TeacherCache:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the teacher's vocabulary."""
+        """Size of the vocabulary that its distributions are over."""
         size: int = self.manifest["settings"]["vocab_size"]
         return size
 
@@ -254,5 +254,6 @@ def cached_signal(batch: Mapping[str, Any], positions: Tensor, vocab_size: int, 
             "or labels were changed. Pass the cached rows as they are, without a data_collator that changes labels."
         )
     tokens, log_probs, log_tail = (x.to(positions.device) for x in (cached.tokens, cached.log_probs, cached.log_tail))
-    signal = (SampledSignal if cached.drawn else TopKSignal)(tokens, log_probs, log_tail, vocab_size)
+    share = None if cached.kept_share is None else cached.kept_share.to(positions.device)
+    signal = (SampledSignal if cached.drawn else TopKSignal)(tokens, log_probs, log_tail, vocab_size, share)
     return signal, tuple(cached.states[index].to(positions.device) for index in states)

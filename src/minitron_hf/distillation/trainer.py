@@ -55,7 +55,7 @@ from .checks import (
     refuse_wrapped_head,
 )
 from .config import DistillationConfig
-from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of, without_caches
+from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of, require_own_caches
 from .fake_quantization import fake_quantize
 from .inputs import TeacherSource, TrainingData
 from .intermediate import needed_states
@@ -75,6 +75,7 @@ from .rows import (
     warn_of_missing_start,
 )
 from .saving import TRAINING_FIELDS, SavingMixin, output_dir_of
+from .split_checkpoints import SplitCheckpointMixin
 from .teacher import TeacherMixin
 from .teacher_cache import TeacherCache, cached_signal, rows_and_caches
 from .token_means import COLUMNS, TokenMeansMixin
@@ -92,6 +93,7 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(
     TeacherMixin,
     CheckpointMixin,
+    SplitCheckpointMixin,
     SavingMixin,
     IntermediateLossMixin,
     TokenMeansMixin,
@@ -185,9 +187,9 @@ class DistillationTrainer(
         data = TrainingData.of(train_dataset, eval_dataset)
         teacher = TeacherSource.of(teacher_model, args, data.train_caches)
         plans = plans_of(model, pruning_plan)
-        kept = without_caches(kept_tokens(model, plans, student_config, teacher.config), data)
+        kept = require_own_caches(kept_tokens(model, plans, student_config, teacher.config), data)
         refuse_pair(model, teacher.model, student_config, teacher.config, peft_config, maps_tokens=kept is not None)
-        refuse_top_k(args.top_k, teacher.config.get_text_config().vocab_size, cuts_vocabulary=kept is not None)
+        refuse_top_k(args.top_k, teacher.config.get_text_config().vocab_size if kept is None else len(kept.ids))
         limit_to_context(args, student=student_config, teacher=teacher.config)
         model, args = in_training_dtype(model, args, student_config, peft_config, quantization_config)
         data.require_arguments(args, processing_class, student=student_config, teacher=teacher.config)

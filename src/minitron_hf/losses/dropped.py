@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .chunks import even_slices
 from .products import scaled_logits
-from .signals import DenseSignal
+from .signals import DenseSignal, TeacherSignal
 
 
 class DroppedTokens:
@@ -58,3 +58,35 @@ class DroppedTokens:
     def share_kept(self, where: slice, log_sum: Tensor) -> Tensor:
         """The teacher's probability of all kept tokens [n, 1], from the log-sum of their logits over T [n, 1]."""
         return torch.sigmoid(log_sum - self.log_sum[where, None])
+
+    def is_best_kept(self, where: slice, largest: Tensor) -> Tensor:
+        """Whether the teacher's most likely token is kept [n], from the largest logit over T of those [n, 1]."""
+        return largest[:, 0] >= self.largest[where]
+
+
+class StoredShare:
+    """The same of a teacher cache, which holds the share of the kept tokens instead of logits of the others.
+
+    Args:
+        kept_share: [N], see `signals.kept_logits`.
+    """
+
+    def __init__(self, kept_share: Tensor) -> None:
+        self.stored = kept_share
+
+    def share_kept(self, where: slice, log_sum: Tensor) -> Tensor:
+        """The teacher's probability of all kept tokens [n, 1], in the dtype of `log_sum`."""
+        return self.stored[where, None].abs().to(log_sum.dtype)
+
+    def is_best_kept(self, where: slice, largest: Tensor) -> Tensor:
+        """Whether the teacher's most likely token is kept [n]."""
+        return ~torch.signbit(self.stored[where])
+
+
+def dropped_of(
+    signal: TeacherSignal, temperature: float, like: Tensor, block: int
+) -> DroppedTokens | StoredShare | None:
+    """What a signal tells of the tokens that the student lacks; None: it has all. See `DroppedTokens`."""
+    if isinstance(signal, DenseSignal):
+        return None if signal.kept is None else DroppedTokens(signal, temperature, like, block)
+    return None if signal.kept_share is None else StoredShare(signal.kept_share)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import MismatchError
 from .chunks import default_chunk_size, even_slices
 from .divergences import DIVERGENCES, OF_LOGITS, Rows
-from .dropped import DroppedTokens
+from .dropped import DroppedTokens, dropped_of
 from .heads import OutputHead, finite_bias
 from .products import compute_dtype, project, scaled_logits
 from .signals import DenseSignal, SampledSignal, TeacherSignal, TopKSignal
@@ -278,16 +278,14 @@ class _Rows:
             self.teacher_weight = signal.head.weight.detach().to(teacher_dtype)
             self.teacher_bias = finite_bias(signal.head.bias, teacher_dtype)
             self.product = self.z_t = torch.empty(0, dtype=teacher_dtype, device=kl.device)
-        self.dropped = None
-        if isinstance(signal, DenseSignal) and signal.kept is not None:
-            self.dropped = DroppedTokens(signal, settings.temperature, found.kl, self.block)
+        self.dropped = dropped_of(signal, settings.temperature, found.kl, self.block)
 
     def evaluate(self, chunk: slice, z_s: Tensor) -> None:
         """Fill the losses of one chunk, and turn its raw student logits [chunk, V] into their gradient in place."""
         if isinstance(self.signal, DenseSignal):
             hidden, weight = self.teacher_hidden[chunk], self.teacher_weight
             self.product = self.z_t = project(hidden, weight, self.teacher_bias, self.product)
-            if self.dropped is not None:
+            if isinstance(self.dropped, DroppedTokens):
                 self.z_t = self.dropped.split(chunk, self.product)
         for block in even_slices(z_s.shape[0], self.block):
             self._evaluate_block(block, slice(chunk.start + block.start, chunk.start + block.stop), z_s[block])
@@ -321,7 +319,7 @@ class _Rows:
         teacher = self._teacher_logits(block, where, student, scratch_a)
         max_t, max_s = self._compare_best_tokens(where, teacher, student, z_s.dtype, work)
         if self.dropped is not None:  # the teacher's most likely token may be one that the student lacks
-            found.agreement[where] &= max_t[:, 0] >= self.dropped.largest[where]
+            found.agreement[where] &= self.dropped.is_best_kept(where, max_t)
         label = student.gather(-1, self.labels[where, None])
 
         # KL = Σ p (log p - log q) = Σ p (teacher - student) - lse(teacher) + lse(student).
@@ -335,7 +333,7 @@ class _Rows:
         share = 1.0 if self.dropped is None else self.dropped.share_kept(where, lse_t)
         found.kl[where] = ((kl - lse_t + lse_s) * share)[:, 0]
         if isinstance(self.signal, SampledSignal):
-            found.kl[where] += self.signal.surplus_entropy(where).to(found.kl.dtype)
+            found.kl[where] += (self.signal.surplus_entropy(where).to(found.kl.dtype)[:, None] * share)[:, 0]
         if s.temperature == 1:
             found.ce[where] = (lse_s - label)[:, 0]
             found.entropy[where] = lse_s[:, 0] - _expected(probabilities_s, student)

@@ -45,13 +45,15 @@ class TopKSignal:
         tokens: int64 [N, k], distinct in every row, the most likely one first.
         log_probs: [N, k], their log-probabilities at the temperature of the loss.
         log_tail: [N], log of the total probability of all other tokens.
-        vocab_size: V, size of the teacher's vocabulary.
+        vocab_size: V, size of the vocabulary.
+        kept_share: of a student that lacks some of the teacher's tokens, see `kept_logits`; None: it has all.
     """
 
     tokens: Tensor
     log_probs: Tensor
     log_tail: Tensor
     vocab_size: int
+    kept_share: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -70,13 +72,15 @@ class SampledSignal:
             Rows with fewer tokens are filled up with any token of weight 0.
         weights: [N, m], draws of the token divided by all draws of its row; they sum to 1.
         entropy: [N], of the teacher's whole distribution in nats, with which the value of the KL is right on average.
-        vocab_size: V, size of the teacher's vocabulary.
+        vocab_size: V, size of the vocabulary.
+        kept_share: of a student that lacks some of the teacher's tokens, see `kept_logits`; None: it has all.
     """
 
     tokens: Tensor
     weights: Tensor
     entropy: Tensor
     vocab_size: int
+    kept_share: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -93,6 +97,24 @@ class SampledSignal:
 
 #: What the student learns from. Only the functions below and `fused._Rows` depend on the kind of signal.
 TeacherSignal = DenseSignal | TopKSignal | SampledSignal
+
+
+def kept_logits(logits: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The teacher's logits at the tokens that a student has, and what the others take away.
+
+    Args:
+        logits: [n, V_t], over T.
+        kept: int64 [V], the teacher's id of every token of the student; None: it has all.
+
+    Returns:
+        [n, V]; and [n], the teacher's probability of all kept tokens, which weights a position (`losses.dropped`),
+        negative where its most likely token is not among them. None where all are kept.
+    """
+    if kept is None:
+        return logits, None
+    found = logits.index_select(-1, kept.to(logits.device))
+    share = (found.logsumexp(-1) - logits.logsumexp(-1)).exp().clamp(max=1)
+    return found, torch.where(found.amax(-1) < logits.amax(-1), -share, share)
 
 
 @torch.no_grad()
@@ -116,14 +138,17 @@ def top_k_signal(
     tokens = torch.empty((len(signal), top_k), dtype=torch.long, device=hidden.device)
     log_probs = torch.empty((len(signal), top_k), dtype=dtype, device=hidden.device)
     log_tail = torch.empty(len(signal), dtype=dtype, device=hidden.device)
+    kept_share = None if signal.kept is None else torch.empty_like(log_tail)
     for chunk in even_slices(len(signal), size):
-        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
+        logits, share = kept_logits(head_logits(hidden[chunk], head).to(dtype) / temperature, signal.kept)
+        if kept_share is not None and share is not None:
+            kept_share[chunk] = share
         normaliser = logits.logsumexp(-1, keepdim=True)
         values, tokens[chunk] = logits.topk(top_k)
         log_probs[chunk] = values - normaliser
         # Summed over the other tokens: one minus the sum of the k is only rounding error where that sum is nearly 1.
         log_tail[chunk] = logits.scatter_(-1, tokens[chunk], -torch.inf).logsumexp(-1) - normaliser[:, 0]
-    return TopKSignal(tokens, log_probs, log_tail, head.vocab_size)
+    return TopKSignal(tokens, log_probs, log_tail, signal.vocab_size, kept_share)
 
 
 @torch.no_grad()
@@ -158,20 +183,23 @@ def sampled_signal(
     tokens = torch.zeros((len(signal), num_draws + 1), dtype=torch.long, device=hidden.device)
     weights = torch.zeros((len(signal), num_draws + 1), dtype=dtype, device=hidden.device)
     entropy = torch.empty(len(signal), dtype=dtype, device=hidden.device)
+    kept_share = None if signal.kept is None else torch.empty_like(entropy)
     # In float64, which MPS lacks: in float32 the sum over a large vocabulary loses the tokens of small probability.
     exact = torch.float32 if hidden.device.type == "mps" else torch.float64
     offsets, steps = offsets.to(hidden.device, exact), torch.arange(num_draws, device=hidden.device)
     for chunk in even_slices(len(signal), size):
-        logits = head_logits(hidden[chunk], head).to(dtype) / temperature
+        logits, share = kept_logits(head_logits(hidden[chunk], head).to(dtype) / temperature, signal.kept)
+        if kept_share is not None and share is not None:
+            kept_share[chunk] = share
         best = logits.argmax(-1)
         cumulative = torch.softmax(logits, -1, dtype=exact)
         entropy[chunk] = torch.special.entr(cumulative).sum(-1).to(dtype)
         cumulative = cumulative.cumsum_(-1)
         points = (offsets[chunk, None] + steps) / num_draws * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=head.vocab_size - 1)
+        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=signal.vocab_size - 1)
         tokens[chunk], counts = _counted(drawn, best)
         weights[chunk] = counts.to(dtype) / num_draws
-    return SampledSignal(tokens, weights, entropy, head.vocab_size)
+    return SampledSignal(tokens, weights, entropy, signal.vocab_size, kept_share)
 
 
 def _counted(drawn: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

@@ -230,7 +230,9 @@ def _cache(run: Run) -> None:
             "show_progress": run.show_progress,
         }
         if section.server is None:
-            cache_teacher_logits(run.distillation_teacher, corpus, folder, num_draws=section.num_draws, **shared)
+            shared |= {"num_draws": section.num_draws}
+            shared |= {} if run.recipe.pruner_config.vocab_size is None else {"pruning_plan": run.plan}
+            cache_teacher_logits(run.distillation_teacher, corpus, folder, **shared)
         else:
             shared["server_model"] = section.server_model
             cache_served_teacher(section.server, run.teacher_config, corpus, folder, **shared)

@@ -127,12 +127,11 @@ def _check_against_model(
     for name, length in lengths.items():
         if context is not None and length is not None and length > context:
             raise DataError(f"{name}={length}: the teacher's context has {context} tokens. Lower it.")
-    vocab_size = text_config(teacher).vocab_size
+    vocab_size = min(text_config(one).vocab_size for one in (teacher, *students))
     if recipe.teacher_cache is not None and (top_k := recipe.teacher_cache.top_k or 0) > vocab_size:
         raise DataError(f"teacher_cache.top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     for args in arguments:
-        cuts = recipe.pruner_config.vocab_size is not None
-        refuse_top_k(args.top_k, vocab_size, cuts_vocabulary=cuts, where="distill.")
+        refuse_top_k(args.top_k, vocab_size, where="distill.")
     config, prunes = teacher, [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     for one, student, args in zip(prunes, students, arguments):
         depths = [text_config(each).num_hidden_layers for each in (student, teacher)]

@@ -182,10 +182,15 @@ def _require_comparable_tokens(recipe: Recipe) -> None:
             f"rounds.{early[0]}.prune.vocab_size: the rounds after it would read other tokens than the corpus and the "
             "teacher. Cut the vocabulary in the last round alone."
         )
-    if cut and recipe.teacher_cache is not None:
+    if cut and recipe.teacher_cache is not None and recipe.rounds:
         raise DataError(
-            "prune.vocab_size with teacher_cache: the cache holds the teacher's distributions over all of its tokens, "
-            "on rows that its own tokenizer splits. Leave it out: the teacher then runs during distillation."
+            "prune.vocab_size with teacher_cache and rounds: the rounds before the last read other tokens than the "
+            "student, and all rounds share one cache. Leave it out: the teacher then runs during distillation."
+        )
+    if cut and recipe.teacher_cache is not None and recipe.teacher_cache.server is not None:
+        raise DataError(
+            "prune.vocab_size with teacher_cache.server: a server gives the teacher's likeliest tokens, and the "
+            "probability of all tokens of the student is needed. Leave out the server."
         )
 
 

@@ -111,7 +111,9 @@ def _cache_settings(recipe: Recipe) -> Any:
     if recipe.teacher_cache is None:
         return None
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
+    cuts = recipe.pruner_config.vocab_size is not None  # the plan says which tokens the cache is over
     return {
+        **({"plan": {"prune": recipe.pruner_config.to_dict(), **_scoring_settings(recipe)}} if cuts else {}),
         "teacher": model_identity(recipe.teacher),
         "teacher_cache": recipe.teacher_cache.deciding(),
         "distill": {name: settings[name] for name in cached_arguments() if name in settings},
