@@ -67,9 +67,8 @@ def load_text_dataset(
                 raise DataError(f"{source}: cannot read a '{path.suffix}' file. Expected one of {', '.join(READERS)}.")
             if path.suffix != ".parquet":
                 _require_utf8(path)
-            files = {"train": str(path)}
-            loaded = datasets.load_dataset(READERS[path.suffix], data_files=files, split=split, streaming=streaming)
-            return _with_images_beside(loaded, path.parent)
+            how = {"data_files": {"train": str(path)}, "split": split, "streaming": streaming}
+            return _with_images_beside(datasets.load_dataset(READERS[path.suffix], **how), path.parent)
         if path is not None and (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved.to_iterable_dataset() if streaming else saved

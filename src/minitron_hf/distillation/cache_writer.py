@@ -107,12 +107,12 @@ def cache_teacher_logits(
             probability changes by 0.4 % at most) and token ids in ⌈log₂V⌉ bits, with hidden states in float16.
         rows_per_file: rows per file; an interruption loses at most so many. The token rows of a file are held in
             memory, their logits are not.
-        pruning_plan: of a student whose vocabulary it cuts. The rows are then those of the student's tokenizer, and
-            the distributions those over its tokens, with the probability of all others beside. Other plans change
-            nothing.
         num_rows: store at most so many of the token rows, at equal distances, as `max_eval_rows` of the trainer takes
             them; None: all.
         show_progress: show a progress bar.
+        pruning_plan: of a student whose vocabulary it cuts. The rows are then those of the student's tokenizer, and
+            the distributions those over its tokens, with the probability of all others beside. Other plans change
+            nothing.
 
     Returns:
         The folder, for `load_teacher_cache`.
