@@ -27,7 +27,8 @@ def model():
 
 
 def test_benchmarks_need_their_extra(monkeypatch: pytest.MonkeyPatch, model):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.models"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'minitron-hf\[eval\]'"):
         evaluate_tasks(model, "piqa")
 

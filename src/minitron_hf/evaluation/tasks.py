@@ -23,6 +23,7 @@ from ..errors import DataError, MinitronError, MissingDependencyError, did_you_m
 from ..files import digest
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
+from .local_tasks import local_entries
 from .presets import PRESETS, with_presets
 from .task_results import TaskScores
 
@@ -135,14 +136,12 @@ class LoadedTask:
 
     Attributes:
         name: as it was asked for.
-        spec: what the harness loads it by: its name or a file.
         manager: the harness's index of tasks.
         tasks: name → the harness's task.
         weighted: group → metric → whether its tasks count by their documents.
     """
 
     name: str
-    spec: str
     manager: Any
     tasks: Mapping[str, Any]
     weighted: Mapping[str, Mapping[str, bool]]
@@ -158,17 +157,16 @@ class TaskSource:
 
     A file `TASK.jsonl` in the folder of documents replaces the documents of that task; prompt and metrics stay the
     stock task's. `TASK_fewshot.jsonl` holds its worked examples. Without that file they are drawn from `TASK.jsonl`,
-    never the document itself.
+    never the document itself. Tasks of a group (MMLU) have a file each, or one file `GROUP.jsonl` with a column that
+    names the task (`subject`).
 
     Attributes:
         manager: the harness's index of tasks.
-        specs: name → what the harness loads it by, where that is a file.
         runs_code: whether tasks that execute code may be loaded.
         show_progress: show progress bars of datasets.
     """
 
     manager: Any
-    specs: Mapping[str, str]
     runs_code: bool = False
     show_progress: bool = True
 
@@ -191,8 +189,9 @@ class TaskSource:
         """
         manager = require_tasks(names, include_path, runs_code=runs_code)
         with tempfile.TemporaryDirectory(prefix="minitron-tasks-") as folder, _code_allowed(runs_code):
-            specs = {} if task_data is None else _local_tasks(manager, names, Path(task_data), Path(folder))
-            yield cls(manager, specs, runs_code, show_progress)
+            local = {} if task_data is None else local_entries(manager, names, Path(task_data), Path(folder))
+            with mock.patch.dict(manager.task_index, local):
+                yield cls(manager, runs_code, show_progress)
 
     def load(self, name: str) -> LoadedTask:
         """Load a task, or a group, with its documents.
@@ -200,10 +199,9 @@ class TaskSource:
         Raises:
             DataError: if its documents or its code cannot be loaded, or it executes code unasked.
         """
-        spec = self.specs.get(name, name)
         try:
             with _quiet(self.show_progress), contextlib.redirect_stdout(io.StringIO()):  # some tasks print
-                loaded = self.manager.load([spec])
+                loaded = self.manager.load([name])
         except MinitronError:
             raise
         except Exception as error:  # from the network, the dataset's files or the task's own code
@@ -218,7 +216,7 @@ class TaskSource:
             group: {one.metric: bool(one.weight_by_size) for one in found.aggregate_metric_list or ()}
             for group, found in loaded.get("groups", {}).items()
         }
-        return LoadedTask(name, spec, self.manager, loaded["tasks"], weighted)
+        return LoadedTask(name, self.manager, loaded["tasks"], weighted)
 
 
 def run_task(
@@ -254,7 +252,7 @@ def run_task(
                 batch_size=settings.batch_size,
                 add_bos_token=settings.add_bos_token,
             ),
-            tasks=[task.spec],
+            tasks=[task.name],
             task_manager=task.manager,
             limit=settings.limit,
             num_fewshot=shots,
@@ -373,48 +371,6 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
             del os.environ[CODE_VARIABLE]
         elif before is not None:
             os.environ[CODE_VARIABLE] = before
-
-
-def _local_tasks(manager: Any, names: Sequence[str], data: Path, folder: Path) -> dict[str, str]:
-    """Write task files that read local documents: name → file.
-
-    Raises:
-        DataError: if the folder does not exist or has documents of none of the tasks.
-    """
-    if not data.is_dir():
-        raise DataError(f"task_data: the folder {str(data)!r} does not exist.")
-    specs = {}
-    for name in names:
-        documents = (data / f"{name}.jsonl").resolve()
-        entry = manager.task_index.get(name)
-        if not documents.is_file() or entry is None or not entry.yaml_path:
-            continue
-        shots = documents.with_name(f"{name}_fewshot.jsonl")
-        train = "train" if shots.is_file() else None
-        files = {"test": str(documents), **({} if train is None else {train: str(shots)})}
-        values: dict[str, Any] = {
-            "include": str(entry.yaml_path),
-            "task": name,
-            "tag": None,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
-            "test_split": "test",
-            "validation_split": None,
-            "training_split": train,
-        }
-        if not ((entry.cfg or {}).get("fewshot_config") or {}).get("samples"):
-            # From the tested documents the harness draws no worked example that is the document itself.
-            values["fewshot_split"] = train or "test"
-        path = folder / f"{name}.yaml"
-        path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
-        specs[name] = str(path)
-    if not specs:
-        raise DataError(
-            f"task_data: the folder {str(data)!r} has no documents of {', '.join(names)}. Expected TASK.jsonl, one "
-            "JSON document a line with the stock task's fields."
-        )
-    return specs
 
 
 def _task_identity(task: Any, shots: int | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .run import (
     reader_of,
     repair_arguments,
 )
-from .schema import CONTROLS, ROUNDS_DIR, EvaluateSection, Recipe
+from .schema import CONTROLS, ROUNDS_DIR, Recipe
 from .training import _save_student, _train, _training_settings, training_rows
 
 
@@ -291,6 +291,11 @@ def _quantize(run: Run) -> None:
             quantize_checkpoint(run.folder, folder / name, name)
 
 
+def quantised_copies(recipe: Recipe) -> dict[str, str]:
+    """Name of each quantised copy of the student in the evaluation → its method."""
+    return {f"student_{method}": method for method in recipe.quantize}
+
+
 def _evaluate(run: Run) -> None:
     from ..evaluation.evaluate import evaluate_models
     from ..evaluation.samples import generate_samples
@@ -303,7 +308,7 @@ def _evaluate(run: Run) -> None:
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
         **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
         "student": run.folder,
-        **{f"student_{name}": run.folder / QUANTIZED_DIR / name for name in run.recipe.quantize},
+        **{name: run.folder / QUANTIZED_DIR / method for name, method in quantised_copies(run.recipe).items()},
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
     run.release("teacher")
@@ -324,7 +329,7 @@ def _evaluate(run: Run) -> None:
         speed_prompt_tokens=section.speed_prompt_tokens,
         draft_prompts=section.draft_prompts,
         draft_tokens=section.draft_tokens,
-        **_task_arguments(section),
+        **_task_arguments(run.recipe),
         output_path=run.folder,
         show_progress=run.show_progress,
     )
@@ -350,13 +355,14 @@ def _held_out_text(run: Run) -> dict[str, Any]:
     return {"dataset": run.dataset("eval"), "text_field": run.text_field("eval")}
 
 
-def _task_arguments(section: EvaluateSection) -> dict[str, Any]:
+def _task_arguments(recipe: Recipe) -> dict[str, Any]:
     """Arguments of `evaluate_models` for the tasks of the recipe."""
+    section = recipe.evaluate
     if not section.tasks:
         return {}
     names = ("tasks", "task_limit", "num_fewshot", "include_path", "task_data")
     given = {name: getattr(section, name) for name in (*names, "apply_chat_template", "confirm_run_unsafe_code")}
-    return {**given, "task_models": section.task_models or ["teacher", "student"]}
+    return {**given, "task_models": section.task_models or ["teacher", "student", *quantised_copies(recipe)]}
 
 
 def _descriptions(recipe: Recipe) -> dict[str, str]:
@@ -367,7 +373,10 @@ def _descriptions(recipe: Recipe) -> dict[str, str]:
         "pruned": f"the student before distillation{last_round}",
         "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
         **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
-        **{f"student_{name}": f"the student, quantised: {METHODS[name].help}" for name in recipe.quantize},
+        **{
+            name: f"the student, quantised: {METHODS[method].help}"
+            for name, method in quantised_copies(recipe).items()
+        },
         **{name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}" for name in recipe.controls},
     }
 

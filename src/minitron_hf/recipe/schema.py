@@ -127,8 +127,8 @@ class EvaluateSection:
         speed_prompt_tokens: lengths of prompts to time, beside one of up to 512 tokens.
         tasks: lm-evaluation-harness tasks, or the presets `minitron`, `minitron_code` and `small` (needs the extra
             `eval`).
-        task_models: models that do the tasks; None: the teacher and the student. Others are `pruned`,
-            `corrected_teacher`, `round_1`, … and the controls by name.
+        task_models: models that do the tasks; None: the teacher, the student and its quantised copies (`student_int8`,
+            …). Others are `pruned`, `corrected_teacher`, `round_1`, … and the controls by name.
         task_limit: number of examples per task, or a fraction below 1.
         num_fewshot: number of few-shot examples in the prompts of tasks; None: the preset's, or each task's default.
         include_path: folder with further task files.
