@@ -7,6 +7,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.glm4v.modeling_glm4v import Glm4vPreTrainedModel, Glm4vTextModel
+from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoePreTrainedModel, Glm4vMoeTextModel
+from transformers.models.glm_ocr.modeling_glm_ocr import GlmOcrPreTrainedModel, GlmOcrTextModel
+from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel, PaddleOCRVLPreTrainedModel
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniPreTrainedModel,
+    Qwen2_5OmniThinkerTextModel,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel, Qwen2VLTextModel
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
@@ -16,7 +24,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel, Qwen3VLTextModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoePreTrainedModel, Qwen3VLMoeTextModel
 
-from .base import EXPERTS, GROUPED_COUPLED, SLIDING, Pocket, coupled, grouped
+from .base import EXPERTS, GROUPED_COUPLED, GROUPED_EXPERTS, SLIDING, Pocket, coupled, grouped
 
 
 def with_head(parent: type, decoder: type) -> None:
@@ -54,13 +62,22 @@ with_head(Qwen2_5_VLPreTrainedModel, Qwen2_5_VLTextModel)
 with_head(Qwen3VLPreTrainedModel, Qwen3VLTextModel)
 with_head(Qwen3VLMoePreTrainedModel, Qwen3VLMoeTextModel)
 with_head(Qwen3OmniMoeThinkerTextPreTrainedModel, Qwen3OmniMoeThinkerTextModel)
+with_head(Qwen2_5OmniPreTrainedModel, Qwen2_5OmniThinkerTextModel)
+with_head(Glm4vPreTrainedModel, Glm4vTextModel)
+with_head(Glm4vMoePreTrainedModel, Glm4vMoeTextModel)
+with_head(GlmOcrPreTrainedModel, GlmOcrTextModel)
+with_head(PaddleOCRVLPreTrainedModel, PaddleOCRTextModel)
 
 #: Positions of time, height and width share the frequencies of a head: four of them in heads of eight, or five of ten.
 SECTIONS_OF_8 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 SECTIONS_OF_10 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 1]}
+#: Three frequencies, where half of a head of ten is rotated.
+HALF_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1]}
 #: The larger model says whether embeddings are tied; some of these configs do not.
 UNTIED = {"tie_word_embeddings": False}
-SQUARE = {key: value for key, value in GROUPED_COUPLED.items() if key != "head_dim"} | SLIDING
+PLAIN_SQUARE = {key: value for key, value in GROUPED_COUPLED.items() if key != "head_dim"}
+FOUR_NORMS = {"num_norms": 4, "output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}
+SQUARE = PLAIN_SQUARE | SLIDING
 SPARSE = {"experts": "mlp.experts", "mlp_only_layers": [1], "decoder_sparse_step": 1, **EXPERTS}
 
 POCKETS: dict[str, Pocket] = {
@@ -68,6 +85,15 @@ POCKETS: dict[str, Pocket] = {
     "qwen2_5_vl_text": coupled(
         "qwen2_5_vl_text", SQUARE, kv=True, norm="rms", rope_parameters=SECTIONS_OF_8, **UNTIED
     ),
+    "qwen2_5_omni_text": coupled(
+        "qwen2_5_omni_text", SQUARE, kv=True, norm="rms", rope_parameters=SECTIONS_OF_8, **UNTIED
+    ),
+    "glm4v_text": coupled(
+        "glm4v_text", PLAIN_SQUARE, kv=True, norm="rms", rope_parameters=SECTIONS_OF_8, **FOUR_NORMS, **UNTIED
+    ),
+    "glm_ocr_text": grouped("glm_ocr_text", rope_parameters=HALF_SECTIONS, **FOUR_NORMS, **UNTIED),
+    "glm4v_moe_text": grouped("glm4v_moe_text", rope_parameters=HALF_SECTIONS, **GROUPED_EXPERTS, **UNTIED),
+    "paddleocr_vl_text": grouped("paddleocr_vl_text", rope_parameters=SECTIONS_OF_10, **UNTIED),
     "qwen3_vl_text": grouped("qwen3_vl_text", rope_parameters=SECTIONS_OF_10, **UNTIED),
     "qwen3_vl_moe_text": grouped("qwen3_vl_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),
     "qwen3_omni_moe_text": grouped("qwen3_omni_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),

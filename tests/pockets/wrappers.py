@@ -13,6 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .base import VOCAB
 
+#: Makes inputs from a random generator.
+Make = Callable[[torch.Generator], Mapping[str, Tensor]]
 #: The token in whose place the images stand.
 IMAGE_TOKEN = 95
 #: Rows of a batch, with one image each.
@@ -42,6 +44,14 @@ EXPERTS = (
     {"hidden_size": 24},
     {"hidden_size": 24, "num_experts": 4, "num_attention_heads": 6, "num_hidden_layers": 3},
 )
+#: The same where experts are chosen in groups, and shared ones are as wide as so many of them.
+ROUTED = (
+    {"num_attention_heads": 6},
+    {"intermediate_size": 31},
+    {"num_experts": 4},
+    {"layers_to_drop": [1, 3]},
+    {"num_experts": 4, "num_attention_heads": 6, "num_hidden_layers": 4},
+)
 #: What fits latent attention, which has no groups of heads.
 LATENT = tuple(request for request in WIDTHS if "num_key_value_heads" not in request)
 #: What fits heads that are as wide together as the residual stream.
@@ -51,6 +61,12 @@ LIKE_HEADS = (
     {"layers_to_drop": [1, 3]},
     {"hidden_size": 24},
     {"hidden_size": 24, "intermediate_size": 17, "num_hidden_layers": 3},
+)
+#: What fits where neither heads nor the residual stream are cut.
+NEURONS = (
+    {"intermediate_size": 31},
+    {"layers_to_drop": [1, 3]},
+    {"intermediate_size": 17, "num_hidden_layers": 3},
 )
 #: What fits five heads of eight dimensions.
 SQUARE = (
@@ -79,14 +95,14 @@ class WrapperPocket:
 
     config: PretrainedConfig
     num_tokens: int
-    image: Callable[[torch.Generator], Mapping[str, Tensor]]
+    image: Make
     is_exact: bool = True
     reads_neurons: tuple[str, ...] = ()
     token_kinds: Mapping[str, int] = field(default_factory=dict)
     widths: tuple[Mapping[str, Any], ...] = WIDTHS
 
 
-def pixels(*shape: int, **others: Any) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+def pixels(*shape: int, **others: Any) -> Make:
     """Pixels of some shape for `ROWS` images, and further inputs."""
 
     def make(generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -96,16 +112,12 @@ def pixels(*shape: int, **others: Any) -> Callable[[torch.Generator], Mapping[st
     return make
 
 
-def renamed(
-    make: Callable[[torch.Generator], Mapping[str, Tensor]], **names: str
-) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+def renamed(make: Make, **names: str) -> Make:
     """The same inputs under other names."""
     return lambda generator: {names.get(name, name): value for name, value in make(generator).items()}
 
 
-def doubled(
-    make: Callable[[torch.Generator], Mapping[str, Tensor]], **names: str
-) -> Callable[[torch.Generator], Mapping[str, Tensor]]:
+def doubled(make: Make, **names: str) -> Make:
     """The same inputs, some of them under a second name, too."""
 
     def both(generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -144,6 +156,81 @@ def wrapper_config(text: PretrainedConfig, model_type: str, tower: str, vision: 
     )
 
 
+def sound_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperPocket]:
+    """Those that read sound alone; the arguments are those of `wrapper_pockets`."""
+    pockets: dict[str, WrapperPocket] = {}
+    known = {one.name for one in fields(WrapperPocket)}
+
+    def add(
+        model_type: str,
+        text: str,
+        num_tokens: int,
+        given: Make,
+        **own: Any,
+    ) -> None:
+        pocket = {name: own.pop(name) for name in known & own.keys()}
+        config = AutoConfig.for_model(model_type, text_config=copy.deepcopy(texts[text].to_dict()), **own)
+        pockets[model_type] = WrapperPocket(config, num_tokens, given, **pocket)
+
+    def spectra(*shape: int, **others: Any) -> Make:
+        return renamed(pixels(*shape, **others), pixel_values="input_features")
+
+    whisper = {
+        "d_model": 20,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 40,
+        "num_mel_bins": 8,
+        "max_source_positions": 16,
+    }
+    tower = {**VISION, "intermediate_size": 80, "num_mel_bins": 8, "max_source_positions": 16}
+    tower = {name: value for name, value in tower.items() if name not in ("image_size", "patch_size")}
+    token = {"audio_token_id": IMAGE_TOKEN}
+    all_valid = torch.ones(ROWS, 32, dtype=torch.long)
+    second = "model.multi_modal_projector.linear_2.weight"
+    add("voxtral", "llama", 4, spectra(ROWS, 8, 32), audio_config=tower, reads_neurons=(second,), **token)
+    heard = spectra(ROWS, 8, 32, feature_attention_mask=all_valid)
+    add("qwen2_audio", "qwen2", 8, heard, audio_config=whisper, audio_token_index=IMAGE_TOKEN)
+    conformer = {
+        "input_dim": 8,
+        "num_layers": 2,
+        "hidden_dim": 20,
+        "num_heads": 2,
+        "output_dim": 6,
+        "context_size": 6,
+        "max_pos_emb": 8,
+        "conv_kernel_size": 3,
+    }
+    former = {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 22,
+    }
+    windows = {"window_size": 6, "downsample_rate": 3, "has_lora_adapter": False, "audio_token_index": IMAGE_TOKEN}
+    for name, layers in (("granite_speech", None), ("granite_speech_plus", [0])):
+        encoder = conformer if layers is None else {**conformer, "cat_hidden_layers": layers}
+        width = 20 if layers is None else 40
+        projector = {**former, "encoder_hidden_size": width}
+        add(name, "granite", 4, spectra(ROWS, 12, 8), encoder_config=encoder, projector_config=projector, **windows)
+    masked = spectra(ROWS, 8, 32, input_features_mask=all_valid)
+    add("glmasr", "llama", 4, masked, audio_config=tower, **token)
+    add("moss_transcribe_diarize", "qwen3", 4, masked, audio_config={**tower, "intermediate_size": 40}, **token)
+    windowed = {**{key: value for key, value in whisper.items() if key != "max_source_positions"}, "n_window": 50}
+    windowed |= {"n_window_infer": 100, "output_dim": 36, "downsample_hidden_size": 6}
+    window = spectra(ROWS, 8, 100, input_features_mask=torch.ones(ROWS, 100, dtype=torch.long))
+    add("qwen3_asr", "qwen3", 13, window, audio_config=windowed, **token)
+    stacked = {**tower, "intermediate_size": 22, "num_mel_bins": 4, "num_stacked_frames": 2}
+    stacked |= {"num_timestamp_prediction_layers": 1, "fsmn_kernel_size": 3, "max_position_embeddings": 33}
+    stacked = {key: value for key, value in stacked.items() if key != "max_source_positions"}
+    adaptor = {"hidden_size": 36, "num_attention_heads": 2, "intermediate_size": 9, "num_hidden_layers": 1}
+    frames = spectra(ROWS, 5, 8, input_features_mask=torch.ones(ROWS, 5, dtype=torch.long))
+    adaptor |= {"projector_hidden_size": 26}
+    add("fun_asr_nano", "qwen3", 5, frames, audio_config=stacked, adaptor_config=adaptor, **token)
+    return pockets
+
+
 def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperPocket]:
     """All of them.
 
@@ -158,7 +245,7 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         text: str,
         tower: str,
         num_tokens: int = 16,
-        image: Callable[[torch.Generator], Mapping[str, Tensor]] = IMAGES,
+        image: Make = IMAGES,
         *,
         vision: Mapping[str, Any] | None = None,
         **changes: Any,
@@ -335,6 +422,35 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         vision=deep,
         **thinker,
     )
+    omni = {"audio_config": {**sound, "output_dim": 48}, "audio_token_index": 92, **frames}
+    add(
+        "qwen2_5_omni_thinker",
+        "qwen2_5_omni_text",
+        "qwen2_5_omni_vision_encoder",
+        4,
+        PATCHES,
+        vision=wide,
+        **omni,
+        widths=LIKE_HEADS,
+    )
+    merger = {key: value for key, value in MERGED.items() if key != "num_position_embeddings"}
+    glm = {**merger, "image_size": 16, "patch_size": 4, "intermediate_size": 26}
+    square = {**glm, "out_hidden_size": 48}
+    for name in ("glm4v", "glm46v", "glmga"):
+        add(name, "glm4v_text", "glm4v_vision", 4, PATCHES, vision=square, widths=NEURONS, **frames)
+    add("glm_ocr", "glm_ocr_text", "glm_ocr_vision", 4, PATCHES, vision=glm, **frames)
+    add("glm4v_moe", "glm4v_moe_text", "glm4v_moe_vision", 4, PATCHES, vision=glm, **frames, widths=ROUTED)
+    square = pixels(ROWS * 16, 3, 4, 4, image_grid_thw=[[1, 4, 4]] * ROWS)
+    add(
+        "paddleocr_vl",
+        "paddleocr_vl_text",
+        "paddleocr_vl_vision",
+        4,
+        square,
+        vision={"hidden_size": 24, "spatial_merge_size": 2},
+        **frames,
+    )
+    pockets |= sound_pockets(texts)
     patches = pixels(ROWS, 16, 3 * 4 * 4)
     add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)
     return pockets

@@ -64,6 +64,8 @@ class Wrapper:
 
         refused = {**spec.refused, **self.refused}
         tensors = {} if "hidden" in refused else self.tensors
+        # What is as wide as a hidden size that stays is refused as well.
+        equal = tuple(pair for pair in spec.equal if "hidden" not in refused or "hidden" not in pair)
         writers = self.stream_writers or tuple(name for name, text in tensors.items() if "hidden" in text.split())
         has_projector = any("projector" in text for text in tensors.values())
         stream = replace(
@@ -79,7 +81,7 @@ class Wrapper:
             spec,
             model_type=self.model_type,
             axes=(*spec.axes, PROJECTOR) if has_projector else spec.axes,
-            equal=(*spec.equal, ("projector", "hidden")) if has_projector else spec.equal,
+            equal=(*equal, ("projector", "hidden")) if has_projector else equal,
             layers_path=renamed(spec.layers_path),
             final_norm=renamed(spec.final_norm),
             outer={**{renamed(name): text for name, text in spec.outer.items()}, **tensors},

@@ -19,6 +19,7 @@ DECODERS = (
 )  # fmt: skip
 #: What most wrappers call the parts beside the language model.
 TOWER, VISION, PROJECTOR = "model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."
+SOUND = "model.audio_tower."
 #: A projector of two projections, with as many neurons between them as the hidden size.
 TWO_LINEAR = layer_tables(
     linear(f"{PROJECTOR}linear_1", "projector", "any"), linear(f"{PROJECTOR}linear_2", "hidden", "projector")
@@ -32,6 +33,8 @@ MERGER = linear("model.visual.merger.linear_fc2", "hidden", "any")
 DEEP_MERGERS = layer_tables(MERGER, linear("model.visual.deepstack_merger_list.*.linear_fc2", "hidden", "any"))
 MERGER_WIDTH = ("vision_config.out_hidden_size",)
 TWO_PARTS = (TOWER, PROJECTOR)
+_GLM_MERGER = "its merger computes in the hidden size of the language model"
+_WITH_HEADS = "all heads together are as wide as the residual stream, and "
 
 ROWS = (
     *(
@@ -238,6 +241,77 @@ ROWS = (
         deep_inputs="vision_config.deepstack_visual_indexes",
     ),
     Wrapper(
+        "qwen2_5_omni_thinker",
+        ("qwen2_5_omni_text",),
+        unpruned_prefixes=("model.visual.", "model.audio_tower."),
+        tensors=layer_tables(
+            linear("model.visual.merger.mlp.2", "hidden", "any"),
+            linear("model.audio_tower.proj", "hidden", "any"),
+            {"model.audio_tower.audio_bos_eos_token.weight": "any hidden"},
+        ),
+        width_fields=(*MERGER_WIDTH, "audio_config.output_dim"),
+    ),
+    *(
+        Wrapper(
+            name,
+            ("glm4v_text",),
+            unpruned_prefixes=("model.visual.",),
+            refused={"hidden": _GLM_MERGER, **dict.fromkeys(("heads", "kv"), f"{_WITH_HEADS}{_GLM_MERGER}")},
+        )
+        for name in ("glm46v", "glm4v", "glmga")
+    ),
+    *(
+        Wrapper(name, (text,), unpruned_prefixes=("model.visual.",), refused={"hidden": _GLM_MERGER})
+        for name, text in {"glm4v_moe": "glm4v_moe_text", "glm_ocr": "glm_ocr_text"}.items()
+    ),
+    Wrapper(
+        "paddleocr_vl",
+        ("paddleocr_vl_text",),
+        unpruned_prefixes=("model.visual.", "model.projector."),
+        tensors=linear("model.projector.linear_2", "hidden", "any"),
+    ),
+    Wrapper(
+        "voxtral",
+        DECODERS,
+        unpruned_prefixes=(SOUND, PROJECTOR),
+        tensors=TWO_LINEAR,
+        width_fields=("hidden_size",),
+    ),
+    Wrapper(
+        "qwen2_audio",
+        DECODERS,
+        unpruned_prefixes=(SOUND, PROJECTOR),
+        tensors=linear(f"{PROJECTOR}linear", "hidden", "any"),
+    ),
+    *(
+        Wrapper(
+            name,
+            ("granite", "llama", "qwen2", "qwen3"),
+            unpruned_prefixes=("model.encoder.", "model.projector."),
+            tensors=linear("model.projector.linear", "hidden", "any"),
+        )
+        for name in ("granite_speech", "granite_speech_plus")
+    ),
+    Wrapper(
+        "qwen3_asr",
+        ("qwen3", "qwen2"),
+        unpruned_prefixes=(SOUND, PROJECTOR),
+        tensors=OWN_WIDTH,
+        width_fields=("audio_config.output_dim",),
+    ),
+    *(
+        Wrapper(name, texts, unpruned_prefixes=(SOUND, PROJECTOR), refused={"hidden": reason})
+        for name, texts, reason in (
+            ("glmasr", ("llama", "qwen2", "qwen3"), "its projector has twice as many neurons as the hidden size"),
+            ("fun_asr_nano", ("qwen3", "qwen2"), "its projector has layers in the hidden size of the language model"),
+            (
+                "moss_transcribe_diarize",
+                ("qwen3", "qwen2"),
+                "its projector ends with a norm over the hidden size",
+            ),
+        )
+    ),
+    Wrapper(
         "cohere_compass",
         ("cohere_compass_text",),
         unpruned_prefixes=("model.visual.",),
@@ -293,12 +367,7 @@ WITHOUT_TABLE = {
     "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4_unified": "gemma4_unified_text",
     "git": "git",
-    "glm46v": "glm4v_text",
-    "glm4v": "glm4v_text",
-    "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
-    "glm_ocr": "glm_ocr_text",
-    "glmga": "glm4v_text",
     "granite4_vision": "granite4_vision_text",
     "granite_docling": "granite_docling_text",
     "hunyuan_vl": "hunyuan_vl_text",
@@ -312,17 +381,14 @@ WITHOUT_TABLE = {
     "molmo2": "molmo2_text",
     "muse_glimmer": "muse_glimmer_text",
     "muse_spark": "muse_spark_text",
-    "paddleocr_vl": "paddleocr_vl_text",
     "phi4_multimodal": "phi4_multimodal",
-    "qwen2_5_omni_thinker": "qwen2_5_omni_text",
     "qwen4_exp": "qwen4_exp_text",
     "step3p7": "step3p5",
     "unlimited_ocr": "unlimited_ocr_text",
     "voxtral_realtime": "voxtral_realtime_text",
 }
 _ENCODER = "its decoder reads an encoder by cross-attention"
-_TIMM = "its vision tower is one of timm, with which it is not tested"
-_SOUND = "it reads sound, with which it is not tested"
+_TIMM = "its vision tower is built by the package timm, with which it is not tested"
 #: Wrapper → why it cannot be pruned.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(WITHOUT_TABLE, "no table describes its language model"),
@@ -339,12 +405,7 @@ REFUSED: Mapping[str, str] = {
     "shieldgemma2": "it is a classifier, and Transformers does not load what it saves of its language model",
     "pi0": "it predicts actions, not tokens",
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
-    **dict.fromkeys(
-        (
-            "fun_asr_nano", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
-            "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
-        ),
-        _SOUND,
-    ),
+    "nemo_speechlm": "it reads sound, with which it is not tested",
+    "vibevoice_asr": "it adds random noise to the sound in every forward pass, so that students cannot be compared",
     **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "it holds several models; its thinker is a model of its own"),
 }  # fmt: skip
