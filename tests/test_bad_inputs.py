@@ -115,6 +115,9 @@ CASES = [
         ("range", "--set multiple_of=0", "multiple_of=0"),
         ("key", "--set hiden_size=0.5", "Did you mean 'hidden_size'?"),
         ("extra", "--target 0.5", "--scores belong together"),
+        ("extra", "--set intermediate_size=0.25", "--intermediate-size exclude each other"),
+        ("range", "= plan {teacher} --scores {scores} --target 1.0 --data {text}", "a fraction below 1"),
+        ("missing", "= plan {teacher} --scores {scores} --vocab-size 40", "Pass --data with text"),
         ("extra", "--data {text}", "--scores belong together; --target is missing"),
         ("missing", "= plan {teacher} --set target_active_parameters=0.5 --scores {scores}", "--data is missing"),
         ("missing", "= plan {teacher} --target 0.5", "--data, --scores is missing"),
@@ -139,6 +142,9 @@ CASES = [
     ),
     *command(
         "search",
+        ("extra", "--set max_parameters=2", "--max-parameters exclude each other"),
+        ("key", "--space vocab_size=[0.5]", "vocab_size is not searched"),
+        ("type", "--set score_func=kl", "a score is a function"),
         ("missing", "--scores {nowhere}", "No importance scores"),
         ("type", "--space hidden_size=0.5", "expected a list of sizes"),
         ("type", "--max-parameters many", "expected a number"),
@@ -189,6 +195,8 @@ CASES = [
     ),
     *command(
         "cache",
+        ("extra", "--top-k 4 --set top_k=8", "--top-k exclude each other"),
+        ("permission", "= cache {teacher} --data {text} -o {other}", "already holds files"),
         ("missing", "= cache {teacher} --data {nowhere}.txt -o {out}", "does not exist"),
         ("type", "--top-k many", "--top-k"),
         ("range", "--top-k 0", "expected at least 1"),
@@ -215,6 +223,7 @@ CASES = [
     ),
     *command(
         "distill",
+        ("permission", "= distill {teacher} --teacher {other} --train-data {text} -o {other}", "already holds files"),
         ("missing", "= distill {nowhere} --teacher {teacher} --train-data {text} -o {out}", "does not exist"),
         ("missing", "= distill {teacher} --train-data {text} -o {out}", "no teacher"),
         ("type", "--set learning_rate=fast", "expected a number"),
@@ -318,6 +327,7 @@ CASES = [
     ),
     *command(
         "run",
+        ("extra", "--accelerate ddp --set distributed.config=fsdp2", "--accelerate exclude each other"),
         ("missing", "= run {nowhere}.yaml", "Cannot read the recipe"),
         ("encoding", "= run {latin_recipe}", "not UTF-8"),
         ("data", "= run {text}", "not valid YAML"),

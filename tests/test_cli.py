@@ -169,12 +169,8 @@ def test_scores_and_plans_are_written_by_one_command_at_a_time(workshop, tmp_pat
             minitron(
                 "plan",
                 teacher,
-                "--num-hidden-layers",
-                "4",
                 "--set",
                 "layers_to_drop=[2]",
-                "--set",
-                "num_hidden_layers=null",
                 "-o",
                 tmp_path,
             ),
@@ -433,7 +429,7 @@ def test_messages_advise_commands(workshop, tmp_path):
     refused(
         minitron("distill", teacher, "--train-data", text, "-o", tmp_path / "out"), "--teacher MODEL", "--train-data"
     )
-    refused(minitron("plan", teacher), "--hidden-size 0.75", "--target")
+    refused(minitron("plan", teacher), "names no size", "fractions of them such as 0.75, or layers_to_drop")
     refused(minitron("prune", teacher, "--plan", tmp_path, "-o", tmp_path / "out"), "`minitron-hf plan`")
 
 

@@ -170,6 +170,40 @@ def test_long_commands_show_a_bar_with_rate_and_time_left(name, options, worksho
     assert bool(re.search(r"\d:\d\d", shown)) == (not options)
 
 
+def test_columns_name_the_reference_and_none_is_named_without_one(workshop, tmp_path):
+    model, text = (
+        workshop / "teacher",
+        ("--data", workshop / "text.jsonl", "--set", "speed=false", "--set", "num_rows=4"),
+    )
+    alone = minitron("evaluate", f"a={model}", *text, "-o", tmp_path / "alone").stdout
+    assert "bits per byte" in alone
+    assert "KL" not in alone
+    both = minitron("evaluate", f"a={model}", f"b={model}", *text, "-o", tmp_path / "both").stdout
+    assert "KL to a" in both
+    assert "teacher" not in both
+
+
+def test_a_plan_is_also_its_file_and_a_verification_is_in_the_document(workshop, parts, tmp_path):
+    plan = parts["plan"] / "pruning_plan.json"
+    data = ("--data", workshop / "text.jsonl", "--set", "max_length=16")
+    found = document("prune", workshop / "teacher", "--plan", plan, *data, "-o", tmp_path / "student", "--verify")
+    assert found["written"] == [str(tmp_path / "student")]
+    assert any("the logits are within" in note for note in found["notes"])
+
+
+def test_a_cache_of_another_teacher_is_told_apart_and_the_same_command_resumes(workshop, tmp_path):
+    teacher, other = workshop / "teacher", tmp_path / "other"
+    pocket_model("llama", dtype=torch.float32, seed=1).save_pretrained(other)
+    pocket_tokenizer().save_pretrained(other)
+    options = ("--data", workshop / "text.jsonl", "--top-k", "2", "--set", "max_length=16", "-o", tmp_path / "cache")
+    for _ in range(2):
+        assert minitron("cache", teacher, *options).returncode == 0
+    done = minitron("cache", other, *options)
+    assert done.returncode == 2
+    assert "another teacher, or other weights of this one" in done.stderr
+    assert "sha256" not in done.stderr
+
+
 def test_warnings_of_libraries_are_hidden_and_those_of_this_package_shown():
     def warn(module):
         scope = {"__name__": module, "warnings": warnings}

@@ -413,6 +413,9 @@ def test_a_budget_of_time_is_kept_by_what_is_measured_once(find, tmp_path, monke
         ),
         ({"train_dataset": TRAIN}, "output_dir"),
         ({"space": {"num_experts": [2]}}, "has no num_experts"),
+        ({"space": {"vocab_size": [40]}}, "vocab_size is not searched"),
+        ({"score_func": "kl"}, "score_func='kl': expected a function"),
+        ({"score_func": True}, "score_func=True: expected a function"),
         ({"distillation": {"teacher_offload": True}}, "distillation.teacher_offload: every shape is cut from"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -72,6 +73,16 @@ class NotEnoughMemoryError(MinitronError, MemoryError):
 
 class VerificationError(MinitronError, ValueError):
     """A student does not compute what its teacher does with the same units masked."""
+
+
+def cut_short(text: str, limit: int) -> str:
+    """A text on one line that ends with a whole word and an ellipsis where it is too long.
+
+    >>> cut_short("one two three", 9), cut_short("one two", 9), cut_short("characters", 5)
+    ('one two…', 'one two', 'chara…')
+    """
+    short = textwrap.shorten(text, limit, placeholder="…")
+    return short if short != "…" else f"{text[:limit]}…"
 
 
 def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:

@@ -69,11 +69,31 @@ class CheckedCommand(TyperCommand):
         to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
         for name, value in ctx.params.items():
             ctx.params[name] = _checked(name, value, to_file)
+        _refuse_twice(ctx)
         output = Output(**{name: ctx.params.pop(name) for name in ("json", "quiet", "verbose")})
         if output.quiet and output.verbose:
             raise DataError("--quiet and --verbose exclude each other. Leave out one of them.")
         with printing(ctx.command.name, output):
             return super().invoke(ctx)
+
+
+#: Options → the entry of --set that means the same, where their names differ.
+ENTRIES: Mapping[str, str] = {
+    "target": "target_parameters",
+    "accelerate": "distributed.config",
+    "num_processes": "distributed.num_processes",
+}
+
+
+def _refuse_twice(ctx: Any) -> None:
+    """Refuse an entry of --set that an option gives as well."""
+    sources = {name: getattr(ctx.get_parameter_source(name), "name", "") for name in ctx.params}
+    named = {ENTRIES.get(name, name): name for name, source in sources.items() if source == "COMMANDLINE"}
+    for entry in ctx.params.get("set_") or ():
+        if (option := named.get(entry.partition("=")[0])) is not None:
+            raise DataError(
+                f"--set {entry} and --{option.replace('_', '-')} exclude each other. Leave out one of them."
+            )
 
 
 def _checked(name: str, value: Any, to_file: bool) -> Any:

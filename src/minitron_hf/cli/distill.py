@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError
-from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _settings
+from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _require_own, _settings
 from .output import current, wrote
 
 
@@ -39,15 +39,10 @@ def distill(
     if eval_data is None:
         settings["eval_strategy"] = "no"
     checked = distillation_config(output, settings, "--set ")
+    _require_own(output, ("checkpoint-*", "distillation.json", "runs"))
     if accelerate is not None:
-        options = {
-            "--train-data": train_data,
-            "--output": str(output),
-            "--teacher": teacher,
-            "--eval-data": eval_data,
-            "--split": split,
-            "--eval-split": eval_split,
-        }
+        options = {"--train-data": train_data, "--output": str(output), "--teacher": teacher}
+        options |= {"--eval-data": eval_data, "--split": split, "--eval-split": eval_split}
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         given += [*(f"--set={entry}" for entry in set_ or []), *([] if current().shows_progress else ["--quiet"])]
         launch(["distill", *given, "--", student], accelerate, num_processes)

@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 
-from ..errors import MinitronError
+from ..errors import MinitronError, cut_short
 
 _SCORE = "`minitron-hf score MODEL --data TEXT --output FOLDER`"
 #: What messages advise to users of Python → the same for the command line.
@@ -25,8 +25,10 @@ IN_COMMANDS: Mapping[str, str] = {
         "teacher cache (`minitron-hf cache`) as --train-data."
     ),
     "Give smaller ones, or fractions of them (hidden_size=0.75), or layers_to_drop, or target_parameters.": (
-        "Give smaller ones, or fractions of them (--hidden-size 0.75), or --set layers_to_drop=[…], or --target."
+        "Give smaller ones, or fractions of them such as 0.75, or layers_to_drop."
     ),
+    "Pass token_counts=count_tokens(corpus, tokenizer), or calibration_data to prune_model; on the command line, "
+    "--data with text.": "Pass --data with text like the student's later input.",
     "Pass speed=False to skip the timing.": "Skip the timing with --set speed=false.",
     "Pass speed=False.": "Skip the timing with --set speed=false.",
 }
@@ -71,7 +73,7 @@ def _in_commands(text: str) -> str:
 
 def _line(error: BaseException, limit: int = 600) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= limit else f"{text[:limit]}…"
+    text = cut_short(text, limit)
     return text if text.endswith((".", "!", "?", "…")) else f"{text}."
 
 

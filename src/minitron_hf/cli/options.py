@@ -84,6 +84,23 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
             )
 
 
+def _require_own(folder: Path, written: Sequence[str]) -> None:
+    """Refuse a folder with files, unless this command wrote some of them and resumes there.
+
+    Args:
+        folder: the --output of a command.
+        written: patterns of files that the command writes there.
+    """
+    from ..files import require_empty
+    from ..hardware import is_launched
+
+    _require_free(folder, (), overwrite=True)
+    if is_launched():  # the process that starts several has checked it; they find each other's files
+        return
+    if not any(any(folder.glob(pattern)) for pattern in written):
+        require_empty(folder)
+
+
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
     """Load calibration data: an iterator of texts, or rows of another format."""
     from ..data.formats import row_format

@@ -245,18 +245,13 @@ def _print_measurement(folder: Path) -> None:
     if given("evaluation", evaluation):
         return
     table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
-    for column in ("model", "parameters", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement"):
+    columns = {"perplexity": ("perplexity", 2), "bits_per_byte": ("bits per byte", 3)}
+    if reference := evaluation["reference"]:
+        columns |= {"kl_divergence": (f"KL to {reference}", 3), "top1_agreement": ("top-1 agreement", 3)}
+    for column in ("model", "parameters", *(title for title, _ in columns.values())):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, values in evaluation["models"].items():
-        cells = [
-            _with_error(values["metrics"].get(metric), digits)
-            for metric, digits in (
-                ("perplexity", 2),
-                ("bits_per_byte", 3),
-                ("kl_divergence", 3),
-                ("top1_agreement", 3),
-            )
-        ]
+        cells = [_with_error(values["metrics"].get(metric), digits) for metric, (_, digits) in columns.items()]
         table.add_row(name, f"{values['num_parameters']:,}", *cells)
     console = _console()
     console.print(table)
@@ -277,7 +272,7 @@ def _chat_table(evaluation: Mapping[str, Any]) -> Table:
 
     columns = {
         "perplexity": ("perplexity", 2),
-        "kl_divergence": ("KL to teacher", 3),
+        "kl_divergence": (f"KL to {evaluation['reference'] or 'itself'}", 3),
         "stopping": ("ended", 2),
         "format": ("kept the format", 2),
         "answer_tokens": ("tokens", 0),
@@ -313,7 +308,7 @@ def _draft_table(evaluation: Mapping[str, Any]) -> Table:
 
     rows = card_tables.draft_table(evaluation) or [[""]]
     draft = evaluation["draft"]
-    return _as_table(rows, f"As a draft of the teacher, {draft['draft_tokens']:,} tokens at a time")
+    return _as_table(rows, f"As a draft of {evaluation['reference']}, {draft['draft_tokens']:,} tokens at a time")
 
 
 def _task_table(benchmarks: Mapping[str, Any]) -> Table:
@@ -346,7 +341,8 @@ def _position_table(evaluation: Mapping[str, Any]) -> Table:
     """Loss, and KL to the reference, by position in the row."""
     from rich.table import Table
 
-    table = Table("positions", title="By position in the row: loss, and KL to the teacher", title_justify="left")
+    to = f", and KL to {evaluation['reference']}" if evaluation["reference"] else ""
+    table = Table("positions", title=f"By position in the row: loss{to}", title_justify="left")
     models = {name: values["positions"] for name, values in evaluation["models"].items() if "positions" in values}
     for name in models:
         table.add_column(name, justify="right")

@@ -9,12 +9,12 @@ import typer
 
 from ..errors import DataError
 from .options import Device, Output, Settings, Split, TextField, _load, _settings, _texts
-from .output import say, wrote
+from .output import given, say, wrote
 
 
 def prune(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
-    plan: Annotated[Path, typer.Option(help="Folder with the plan.")],
+    plan: Annotated[Path, typer.Option(help="Folder with the plan, or its pruning_plan.json.")],
     output: Output,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the student with the masked teacher; loads both into memory.")
@@ -69,8 +69,8 @@ def prune(
             stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
             save_model(stored, folder, prune_tokenizer(tokenizer, made) if made.vocabulary else tokenizer)
             noted.save_pretrained(folder)
-    for note in noted.notes[len(made.notes) :]:
-        say(note)
+    if (notes := noted.notes[len(made.notes) :]) and not given("notes", notes):
+        say("\n".join(notes))
     wrote(output)
 
 

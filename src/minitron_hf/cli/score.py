@@ -18,6 +18,7 @@ from .options import (
     _corpus,
     _load,
     _require_free,
+    _require_own,
     _settings,
     _texts,
 )
@@ -88,7 +89,7 @@ def cache(
     from ..distillation.cache_coding import DTYPES, refuse_both
     from ..distillation.cache_writer import cache_teacher_logits, refuse_images
     from ..distillation.server_cache import cache_served_teacher
-    from ..distillation.teacher_cache import refuse_uncacheable
+    from ..distillation.teacher_cache import MANIFEST_NAME, refuse_uncacheable
     from ..models import load_config
     from ..recipe.rules import require_choice
     from ..recipe.settings import distillation_config, distillation_hints
@@ -102,9 +103,9 @@ def cache(
         raise DataError("--server-model names a model of --server, which is missing.")
     if server is not None and num_draws is not None:
         raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
+    _require_own(output, ("data-*.arrow", MANIFEST_NAME))
     refuse_images(rows := _corpus(data, split, args.dataset_text_field, "--data", cached=False))
-    vocab_size = load_config(teacher).get_text_config().vocab_size
-    if top_k is not None and top_k > vocab_size:
+    if top_k is not None and top_k > (vocab_size := load_config(teacher).get_text_config().vocab_size):
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     stored: Any = {"top_k": top_k, "dtype": dtype, "args": args}
     if server is not None:

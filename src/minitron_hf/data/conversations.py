@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, cut_short
 from .images import refuse_image_parts
 from .tokens import require_tokenizer
 
@@ -96,6 +96,6 @@ def _render(
         )
     except Exception as error:  # templates raise errors of Jinja, of their own, and of Python
         raise DataError(
-            f"The chat template cannot render the conversation {str(messages)[:120]}: {error}. Check its roles and "
-            "their order, or pass texts."
+            f"The chat template cannot render the conversation {cut_short(str(messages), 120)}: {error}. Check its "
+            "roles and their order, or pass texts."
         ) from error

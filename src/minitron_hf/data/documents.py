@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, cut_short
 from .conversations import conversation_of as conversation_of
 from .conversations import is_conversation as is_conversation
 from .conversations import render_conversation as render_conversation
@@ -241,7 +241,7 @@ def _content(document: Any, text_field: str, processing_class: Any, start: list[
             return _piece_of_ids(render_conversation(ids, {}, processing_class), start, add=False)
     raise DataError(
         f"Expected a text, a conversation or a sequence of token ids, got {type(document).__name__}: "
-        f"{str(document)[:60]!r}."
+        f"{cut_short(str(document), 60)!r}."
     )
 
 
@@ -294,8 +294,8 @@ def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int])
         ids = tokenizer(prompt + completion, verbose=False)["input_ids"]
     else:
         raise DataError(
-            f"A row has the prompt {str(prompt)[:60]!r} and the completion {str(completion)[:60]!r}; expected two "
-            "texts or two lists of messages."
+            f"A row has the prompt {cut_short(str(prompt), 60)!r} and the completion "
+            f"{cut_short(str(completion), 60)!r}; expected two texts or two lists of messages."
         )
     shared = next((i for i, (one, other) in enumerate(zip(before, ids)) if one != other), min(len(before), len(ids)))
     return _piece_of_ids(ids, start, add=False, num_context=shared)

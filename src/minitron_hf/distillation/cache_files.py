@@ -75,6 +75,14 @@ def _list_array(values: Sequence[Any], of: pa.ListType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat)
 
 
+#: Settings that are digests → what it means that another one is stored.
+_OTHER: Mapping[str, str] = {
+    "teacher": "another teacher, or other weights of this one",
+    "tokenizer": "another tokenizer",
+    "rows": "other rows of the corpus",
+}
+
+
 def require_same(path: Path, described: Mapping[str, Any]) -> None:
     """Refuse to resume with a file of other rows or settings."""
     try:
@@ -87,10 +95,8 @@ def require_same(path: Path, described: Mapping[str, Any]) -> None:
     found = migrate(found, path, ROWS_KIND)
     for name, value in described.items():
         if found.get(name) != value:
-            raise MismatchError(
-                f"{path} was written with {name}={found.get(name)!r}, this run has {value!r}. Choose another folder, "
-                "or delete this one."
-            )
+            what = _OTHER.get(name, f"{name}={found.get(name)!r}, this run has {value!r}")
+            raise MismatchError(f"{path} was written with {what}. Choose another folder, or delete this one.")
 
 
 def write_manifest(

@@ -191,10 +191,12 @@ class OwnScore:
         """The score, if there is one.
 
         Raises:
-            PlanError: if there is a floor alone.
+            PlanError: if there is a floor alone, or no function.
         """
         if function is None and floor is not None:
             raise PlanError("score_floor is the least result of score_func. Pass that, too, or leave it out.")
+        if function is not None and not callable(function):
+            raise PlanError(f"score_func={function!r}: expected a function that takes a model and returns a number.")
         return None if function is None else cls(function, floor)
 
     def __call__(self, model: PreTrainedModel) -> float:

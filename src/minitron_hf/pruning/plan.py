@@ -198,13 +198,15 @@ class PruningPlan:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> PruningPlan:
-        """Read a plan that `save_pretrained` wrote.
+        """Read a plan that `save_pretrained` wrote, from its folder or its file `pruning_plan.json`.
 
         Raises:
             OutputError: if there is none.
             MismatchError: if it is damaged or of another format.
         """
         folder = Path(folder)
+        if folder.name == PLAN_NAME and not folder.is_dir():
+            folder = folder.parent
         values = read_artefact(folder / PLAN_NAME)
         if "scales" not in values:
             raise MismatchError(f"{folder / PLAN_NAME} was written by an earlier version. Plan again.")

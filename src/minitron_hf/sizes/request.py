@@ -180,7 +180,7 @@ class PrunerConfig:
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
             raise PlanError(f"multiple_of={multiple!r}: expected a positive integer, or None.")
         for name, target in self.targets.items():
-            if isinstance(target, bool) or not isinstance(target, int | float) or not target > 0:
+            if isinstance(target, bool) or not isinstance(target, int | float) or not target > 0 or target == 1:
                 raise PlanError(f"{name}={target!r}: expected a number of parameters, or a fraction below 1.")
         allowed = self.tolerance
         if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not 0 <= allowed < 1:

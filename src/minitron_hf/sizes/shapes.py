@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import PlanError
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY_FIELD, ArchSpec, spec_for
 from ..families.tensors import own_parameters
 from ..models import empty_model
 from .counts import active_parameters
@@ -326,6 +326,11 @@ def select_diverse(
 
 def _require_space(spec: ArchSpec, space: Space) -> None:
     known = [FIELD_OF_AXIS[axis.name] for axis in spec.axes if axis.name in FIELD_OF_AXIS]
+    if VOCABULARY_FIELD in space:
+        raise PlanError(
+            f"space: {VOCABULARY_FIELD} is not searched: all shapes have the same tokens. Leave it out, and cut the "
+            f"vocabulary with {VOCABULARY_FIELD} of base (of prune, in a recipe with a search)."
+        )
     if unknown := sorted(map(str, set(space) - set(known))):
         raise PlanError(
             f"space: a '{spec.model_type}' model has no {', '.join(unknown)}. Expected some of {', '.join(known)}."
