@@ -31,6 +31,7 @@ def distill(
     Resumes from the last checkpoint in the output folder.
     """
     from ..recipe.launching import is_main_process, launch
+    from ..recipe.run import UNFINISHED_DIR
     from ..recipe.settings import distillation_config, distillation_hints
 
     if accelerate is None and num_processes is not None:
@@ -39,7 +40,7 @@ def distill(
     if eval_data is None:
         settings["eval_strategy"] = "no"
     checked = distillation_config(output, settings, "--set ")
-    _require_own(output, ("checkpoint-*", "distillation.json", "runs"))
+    _require_own(output, ("checkpoint-*", UNFINISHED_DIR, "distillation.json", "runs"))
     if accelerate is not None:
         options = {"--train-data": train_data, "--output": str(output), "--teacher": teacher}
         options |= {"--eval-data": eval_data, "--split": split, "--eval-split": eval_split}
