@@ -25,7 +25,7 @@ from minitron_hf.data import TokenRows
 from minitron_hf.distillation.stage_memory import stage_memory
 from minitron_hf.distillation.stage_workload import Workload
 from minitron_hf.files import read_json, versions, write_json
-from minitron_hf.pruning.repair import RIDGES
+from minitron_hf.pruning.repair_solve import RIDGES
 from minitron_hf.pruning.stored_checkpoint import open_checkpoint
 from minitron_hf.sizes.student import student_config
 from reporting import command, peak_memory, reset_peak_memory, resident_memory

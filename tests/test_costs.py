@@ -23,7 +23,7 @@ from minitron_hf.distillation.stage_memory import (
     evaluation_memory,
     stage_memory,
 )
-from minitron_hf.distillation.stage_repair import expected_cut_inputs
+from minitron_hf.distillation.stage_repair import expected_cut_inputs, expected_writers
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.models import count_parameters, load_config
 from minitron_hf.pruning.planning import make_plan
@@ -131,6 +131,26 @@ def test_operations_of_a_repair(name, sizes, limit):
     estimated = found.passes * layers + found.products + found.solutions
     # The last layer of a pass is counted whole, also where the pass ends at its attention.
     assert estimated == pytest.approx(counted.get_total_flops(), rel=0.05)
+
+
+def test_operations_of_a_sequential_repair():
+    """Passes of both models, products, the choice of ridges, factors and solutions: within a tenth."""
+    teacher, tokens = pocket_model("llama", dtype=torch.float32), pocket_tokens(24, 16)
+    rows = TokenRows(tuple(map(tuple, tokens.tolist())), None)
+    request = PrunerConfig(intermediate_size=0.5, num_hidden_layers=4, repair="sequential", multiple_of=1)
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="random", seed=3))
+    aten = torch.ops.aten
+    known = {aten.linalg_lu_factor_ex: _factor_flops, aten.linalg_lu_solve: _solve_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counted:
+        repaired_weights(teacher, plan, rows)
+    with FlopCounterMode(display=False, custom_mapping=known) as at_once:
+        repaired_weights(teacher, replace(plan, repair="least_squares"), rows)
+    student = plan.build_student_config(teacher.config)
+    found = costs.in_turn_cost(student, expected_writers(student), num_tokens=tokens.numel(), num_batches=3)
+    passes = costs.layer_flops(teacher.config, 16) + found.passes * costs.layer_flops(student, 16)
+    estimated = tokens.numel() * passes + found.products + found.solutions
+    in_turn = counted.get_total_flops() - at_once.get_total_flops()
+    assert estimated == pytest.approx(in_turn, rel=0.1)
 
 
 class Traffic(TorchDispatchMode):

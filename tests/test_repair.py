@@ -14,8 +14,9 @@ from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
-from minitron_hf.pruning.repair import DEFAULT_RIDGE, RIDGES, input_groups, repaired_weights
+from minitron_hf.pruning.repair import input_groups, repaired_weights
 from minitron_hf.pruning.repair_inputs import CutInputs, Projection, cut_inputs
+from minitron_hf.pruning.repair_solve import DEFAULT_RIDGE, RIDGES
 from minitron_hf.pruning.repair_sums import input_products
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.saving import in_stored_dtype

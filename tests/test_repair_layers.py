@@ -10,8 +10,9 @@ from minitron_hf.data import TokenRows
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_with_plan
-from minitron_hf.pruning.repair import RIDGES, repaired_weights
+from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.repair_gaps import find_gaps
+from minitron_hf.pruning.repair_solve import RIDGES
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig

@@ -144,6 +144,20 @@ def test_a_streamed_repair_allocates_what_is_estimated(kind, width, depth, tmp_p
 
 
 @pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
+def test_a_sequential_repair_allocates_what_is_estimated(width, depth):
+    """Beside the teacher, within a tenth, at two widths and two depths."""
+    shape = SHAPE | {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 8 * width}
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32)
+    request = PrunerConfig(intermediate_size=0.5, repair="sequential")
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="random"))
+    tokens = TokenRows(tuple(map(tuple, torch.randint(3, 512, (16, 64)).tolist())), None)
+    most = allocated(lambda: repaired_weights(teacher, plan, tokens, batch_size=4))
+    load = replace(LOAD, batch_size=4, max_length=64, calibration_rows=16, repair=plan.repair)
+    found = stage_memory(teacher.config, plan.build_student_config(teacher.config), load, stages=["repair"])["repair"]
+    assert most == pytest.approx(sum(found.values()) - found["weights"], rel=0.1)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
 @pytest.mark.parametrize("stage", ["correct", "correct by LoRA"])
 def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):
     """Forward pass, TRL's loss and backward pass of real tensors, within a tenth, at two widths and two depths."""

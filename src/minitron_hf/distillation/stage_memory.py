@@ -25,8 +25,9 @@ from ..losses.chunks import default_chunk_size
 from ..models import empty_model
 from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
+from ..sizes.request import SEQUENTIAL
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
-from .stage_repair import expected_cut_inputs, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, num_refitted
 from .stage_repair_memory import repair, repair_streamed
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
@@ -142,8 +143,11 @@ def _prune(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
 
 
 def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
-    """W_t + refitted weights, D·H·b each, + W_s."""
+    """W_t + refitted weights, D·H·b each, those of all layers after a sequential repair, + W_s."""
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
+    if load.repair == SEQUENTIAL:
+        paths = {one.path for cut in cuts for one in cut.projections}
+        cuts += [cut for _, cut in expected_writers(student) if cut.path not in paths]
     fitted = num_refitted(cuts, teacher) * load.itemsize
     return {"weights": weight_bytes(teacher, load), "refitted weights": fitted, "student": weight_bytes(student, load)}
 

@@ -65,6 +65,21 @@ def expected_cut_inputs(
     return [replace(cut, layer=layer) for layer, cut in ordered]
 
 
+def expected_writers(student: PretrainedConfig) -> list[tuple[int, CutInputs]]:
+    """The projections that a sequential repair refits at most, each as inputs of which none is cut; with its layer."""
+    spec, model = spec_for(student), empty_model(student)
+    tensors, width = named_tensors(model), spec.sizes(student)["hidden"]
+    if spec.stream.stacked_states:
+        return []
+    found = []
+    for layer in range(_num_layers(student)):
+        for projection in stream_writers(model, layer):
+            whole = torch.arange(tensors[projection.name].shape[projection.position])
+            gap = Gap(layer, layer, 1.0, width)
+            found.append((layer, CutInputs(projection.path, whole, whole[:0], (projection,), gap=gap, layer=layer)))
+    return found
+
+
 def _cut_experts(
     teacher: PretrainedConfig, student: PretrainedConfig, module: str
 ) -> Iterator[tuple[str, tuple[int, CutInputs]]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..pruning.repair import OUTPUTS_AT_A_TIME, input_groups, probed_inputs
+from ..pruning.repair import input_groups, probed_inputs
 from ..pruning.repair_inputs import CutInputs
 from ..pruning.repair_passes import segments_of
+from ..pruning.repair_solve import OUTPUTS_AT_A_TIME
+from ..sizes.request import SEQUENTIAL
 from .stage_passes import forward_bytes
-from .stage_repair import expected_cut_inputs, layer_bytes, num_outputs, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, layer_bytes, num_outputs, num_refitted
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
 if TYPE_CHECKING:
@@ -25,8 +28,43 @@ def repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     The sums of an input take 8·K·W, W = K + R + G, and twice that of those that choose the ridge, if all fit into one
     pass. A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (4·N·(K + R) in float32), with their
     product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
-    projection, 8,192 at most: `_solution_bytes`.
+    projection, 8,192 at most: `_solution_bytes`. A sequential repair: the larger of this and `_in_turn`.
     """
+    parts = _at_once(teacher, student, load)
+    if load.repair == SEQUENTIAL:
+        parts = max(parts, _in_turn(teacher, student, load), key=lambda one: sum(one.values()))
+    return parts
+
+
+def _in_turn(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """W_t (twice after a change of basis) + refitted weights + W_s + streams + sums + a forward pass or a solution.
+
+    The streams of both models take M·T·(H_t + H_s)·b, and what each projection of a layer is fitted to M·T·H_s·4. The
+    sums of a projection are kept twice where held-out rows choose the ridge, 16·K·(K + H_s).
+    """
+    writers = expected_writers(student)
+    if not writers:
+        return {"weights": weight_bytes(teacher, load)}
+    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
+    largest = max((cut for _, cut in writers), key=lambda cut: cut.num_bytes)
+    kept = load.calibration_rows * load.max_length if load.device == "cpu" else 0
+    most = max(Counter(layer for layer, _ in writers).values())
+    passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
+    solution = _solution_bytes(teacher, largest, load)
+    return {
+        "weights": weight_bytes(teacher, load),
+        "rotated weights": weight_bytes(teacher, load) if load.is_rotated else 0,
+        "refitted weights": num_refitted(cuts, teacher) * load.itemsize,
+        "student": weight_bytes(student, load),
+        "streams": kept * (hidden_size(teacher) + hidden_size(student)) * load.itemsize,
+        "streams to fit to": kept * hidden_size(student) * 4 * most,
+        "sums": 2 * largest.num_bytes,
+        **({"forward pass": passed} if passed > solution else {"solution": solution}),
+    }
+
+
+def _at_once(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+    """The fit to the teacher's activations; see `repair`."""
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     if not cuts:
         return {"weights": weight_bytes(teacher, load)}

@@ -24,25 +24,28 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError, UnsupportedModelError, accept_old_names, checks_kinds
+from ..errors import DataError, PlanError, UnsupportedModelError, accept_old_names, checks_kinds
 from ..families import spec_for
 from ..hardware import free_memory
-from ..scoring.calibration import load_calibration
+from ..scoring.calibration import Calibration, load_calibration
 from ..scoring.scores import require_weights
-from ..weights import input_device, narrowed, tensor_values
+from ..sizes.request import SEQUENTIAL
+from ..weights import input_device, tensor_values
 from .basis import rotated_model
-from .repair_inputs import CutInputs, Projection, cut_inputs
+from .repair_in_turn import refit_in_turn
+from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
-from .repair_sums import Moments, Products
-from .stored_layers import is_stored, read_tensor
+from .repair_solve import best_ridges, has_bias, medians, refit_weights
+from .repair_sums import Products
+from .stored_layers import is_stored
+from .surgery import apply_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,12 +56,8 @@ logger = logging.getLogger(__name__)
 
 #: Fraction of the free memory that the matrices of a pass may take by default.
 SHARE_OF_FREE_MEMORY = 0.5
-#: Ridges among which held-out rows choose, and the one that is taken without held-out rows.
-RIDGES, DEFAULT_RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-3
 #: Inputs of a kind, at equal distances, whose held-out rows choose its ridge.
 NUM_PROBES = 4
-#: Outputs of a projection that are solved at a time: an untied head has as many as the vocabulary.
-OUTPUTS_AT_A_TIME = 8192
 #: Calibration tokens per kept input below which a warning is logged: the fit follows the text more than the model then
 #: (SmolLM2-135M: with 8k tokens for 1,080 neurons the student got worse, with 41k it got better).
 TOKENS_PER_INPUT = 16
@@ -166,13 +165,48 @@ def refit(
         show_progress: see there.
         notes: gets notes for the plan, on dropped layers that nothing makes up for.
     """
+    given, planned = model, plan
     model, plan = _checked_arguments(model, plan, memory_limit, ridge)
-    if not (inputs := cut_inputs(model, plan, notes)):
+    is_in_turn = plan.repair == SEQUENTIAL
+    inputs = cut_inputs(model, plan, notes)
+    if not inputs and not is_in_turn:
         return
     rows = (num_rows, max_length, packing, batch_size)
     calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
     device = input_device(model) if device is None else device
     limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
+    at_once = _refit_at_once(model, inputs, calibration, limit, ridge, device, show_progress)
+    if not is_in_turn:
+        yield from at_once
+        return
+    refitted = dict(at_once)
+    student = apply_plan(given, planned.with_whole_vocabulary(), repaired=refitted)
+    found = refit_in_turn(model, student, plan, calibration, ridge, notes, show_progress=show_progress)
+    yield from (refitted | found).items()
+
+
+def _refit_at_once(
+    model: PreTrainedModel,
+    inputs: Sequence[CutInputs],
+    calibration: Calibration,
+    limit: float,
+    ridge: float | None,
+    device: torch.device,
+    show_progress: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Refit projections to the teacher's activations; see `refit`.
+
+    Args:
+        model: the teacher.
+        inputs: that are fitted.
+        calibration: rows.
+        limit: bytes that the sums of a pass may take.
+        ridge: see `repaired_weights`.
+        device: see `refit`.
+        show_progress: see `repaired_weights`.
+    """
+    if not inputs:
+        return
     passes = Passes(model, inputs, calibration, device, show_progress=show_progress)
     probes = probed_inputs(inputs) if ridge is None else []
     by_layer = passes.segment_of if is_stored(model) else None
@@ -185,9 +219,9 @@ def refit(
     for group, sums, count in passes.in_turn(groups, [] if ridges else probes):
         num_tokens = count
         _require_finite(model, sums)
-        ridges = ridges or _medians(_best_ridges(model, probes, sums))
+        ridges = ridges or medians(best_ridges(model, probes, sums))
         for cut in group:
-            _refit_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind], repaired)
+            refit_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind], repaired)
         del remaining[: len(group)]
         later = {projection.path for cut in remaining for projection in cut.projections}
         for name in [name for name in repaired if name.rpartition(".")[0] not in later]:
@@ -199,7 +233,7 @@ def refitted_bytes(model: PreTrainedModel, plan: PruningPlan) -> int:
     """Bytes of all that `refit` yields: whole tensors of the teacher, in its dtype."""
     whole = rotated_model(model, plan)
     read = {one for cut in cut_inputs(whole, plan.with_whole_vocabulary()) for one in cut.projections}
-    names = {one.name for one in read} | {f"{one.path}.bias" for one in read if _has_bias(whole, one)}
+    names = {one.name for one in read} | {f"{one.path}.bias" for one in read if has_bias(whole, one)}
     return sum(tensor_values(whole, name).nbytes for name in names)
 
 
@@ -209,6 +243,12 @@ def _checked_arguments(
     """The teacher on the plan's axes, with all tokens; refuses another teacher, and numbers without a meaning."""
     if memory_limit is not None and not memory_limit > 0:
         raise DataError(f"memory_limit={memory_limit!r}: expected a number of bytes above 0.")
+    if plan.repair == SEQUENTIAL and is_stored(model):
+        raise PlanError(
+            f"repair={SEQUENTIAL!r} runs teacher and student side by side, so both have to be in memory. Prune in "
+            "memory: prune_with_plan(model, plan, data), minitron-hf prune --in-memory, or a recipe without "
+            "stream_weights. Or plan with repair='least_squares'."
+        )
     if ridge is not None and not 0 <= ridge < math.inf:
         raise DataError(f"ridge={ridge!r}: expected a number of 0 or more, or None to choose it on held-out rows.")
     spec_for(model.config).check(model)
@@ -271,133 +311,6 @@ def _ridges_in_passes(model: PreTrainedModel, passes: Passes, groups: Sequence[l
     """The ridges that held-out rows choose, from passes over groups of probes alone; their sums are kept twice."""
     best: list[tuple[str, float | None]] = []
     for probes, sums, _ in passes.in_turn(groups, [cut for group in groups for cut in group]):
-        best += _best_ridges(model, probes, sums)
+        best += best_ridges(model, probes, sums)
         sums.clear()  # before the next pass
-    return _medians(best)
-
-
-def _best_ridges(
-    model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict[str, Products]
-) -> Iterator[tuple[str, float | None]]:
-    """Kind of each of some inputs, and the ridge with the smallest error on held-out rows after a fit to the others.
-
-    None where no rows were held out.
-    """
-    for cut in probes:
-        products, projection = sums[cut.path], cut.projections[0]
-        held_out, products.held_out = products.held_out, None  # frees their memory in the end
-        if held_out is None or not held_out.count:  # too few rows to hold one out
-            yield cut.kind, None
-            continue
-        weight_DH = _inputs_first(projection.own(read_tensor(model, projection.name)), projection)
-        weight_RH = weight_DH[cut.rest_R.to(weight_DH.device)].to(products.all.products)
-        fitted = products.all.without(held_out)
-        if _has_bias(model, projection):  # the bias makes up for the means of the fitted rows
-            held_out.centre_(fitted.mean)
-            fitted.centre_()
-        errors = {ridge: _held_out_error(fitted, held_out, weight_RH, ridge) for ridge in RIDGES}
-        yield cut.kind, min(errors, key=errors.__getitem__)
-
-
-def _medians(best: Iterable[tuple[str, float | None]]) -> dict[str, float]:
-    """Kind → the lower median of its ridges, or the default of none."""
-    found: dict[str, list[float]] = {}
-    for kind, ridge in best:
-        found.setdefault(kind, []).extend([] if ridge is None else [ridge])
-    return {kind: statistics.median_low(ridges) if ridges else DEFAULT_RIDGE for kind, ridges in found.items()}
-
-
-def _held_out_error(fitted: Moments, held_out: Moments, weight_RH: Tensor, ridge: float) -> float:
-    """‖T − X Δ‖² − ‖T‖², T = Y W_R + G, over the held-out rows, with Δ fitted to others; both centred or neither."""
-    num_kept = len(fitted.products)
-    factors = _factors(fitted.products[:, :num_kept], ridge)
-    change_KH = torch.linalg.lu_solve(*factors, _wanted(fitted.products[:, num_kept:], weight_RH))
-    held_KK, wanted_KH = held_out.products[:, :num_kept], _wanted(held_out.products[:, num_kept:], weight_RH)
-    return float(((held_KK @ change_KH - 2 * wanted_KH) * change_KH).sum())
-
-
-def _wanted(missing: Tensor, weight_RH: Tensor, part: slice = slice(None)) -> Tensor:
-    """Y W_R + G, or its product with something, at some outputs.
-
-    Args:
-        missing: [..., R + G], products of Y and G side by side, or their means.
-        weight_RH: rows of the weight, at these outputs.
-        part: these outputs.
-    """
-    num_rest = len(weight_RH)
-    wanted = missing[..., :num_rest] @ weight_RH
-    return wanted + missing[..., num_rest:][..., part] if missing.shape[-1] > num_rest else wanted
-
-
-def _refit_weights(
-    model: PreTrainedModel, cut: CutInputs, moments: Moments, ridge: float, repaired: dict[str, Tensor]
-) -> None:
-    """Refit weights and biases of some projections to the kept inputs, in their dtype and layout.
-
-    Args:
-        model: the teacher.
-        cut: the inputs.
-        moments: sums over the calibration data; overwritten.
-        ridge: λ as a fraction of the mean of the diagonal of XᵀX.
-        repaired: name → refitted tensor; added to.
-    """
-    for has_bias in (False, True):
-        projections = [one for one in cut.projections if _has_bias(model, one) == has_bias]
-        if not projections:
-            continue
-        if has_bias:
-            moments.centre_()
-        products_KK = moments.products[:, : len(moments.products)]
-        factors = _factors(products_KK, ridge)
-        for projection in projections:
-            _refit(model, cut, projection, moments, factors, repaired)
-
-
-def _refit(
-    model: PreTrainedModel,
-    cut: CutInputs,
-    projection: Projection,
-    moments: Moments,
-    factors: tuple[Tensor, Tensor],
-    repaired: dict[str, Tensor],
-) -> None:
-    """Refit the weight of one projection, and its bias if it has one."""
-    num_kept = len(moments.products)
-    products, mean = moments.products[:, num_kept:], moments.mean
-    names = [projection.name, *([f"{projection.path}.bias"] if _has_bias(model, projection) else [])]
-    tensors = [read_tensor(model, name) for name in names]
-    for name, tensor in zip(names, tensors):
-        if name not in repaired:
-            repaired[name] = tensor.clone(memory_format=torch.contiguous_format)
-    weight, bias = projection.own(tensors[0]), tensors[1:]
-    weight_DH = _inputs_first(weight, projection)
-    refitted_DH = _inputs_first(projection.own(repaired[names[0]]), projection)
-    kept_K, rest_R = cut.kept_K.to(weight.device), cut.rest_R.to(weight.device)
-    for start in range(0, weight_DH.shape[1], OUTPUTS_AT_A_TIME):
-        part = slice(start, start + OUTPUTS_AT_A_TIME)
-        weight_RH = weight_DH[rest_R, part].to(moments.products)
-        change_KH = torch.linalg.lu_solve(*factors, _wanted(products, weight_RH, part))
-        found_KH = weight_DH[kept_K, part].to(change_KH) + change_KH
-        refitted_DH[kept_K, part] = narrowed(found_KH.to(weight.device), weight.dtype, names[0])
-        for before in bias:
-            missing_H = _wanted(mean[num_kept:], weight_RH, part) - mean[:num_kept] @ change_KH
-            found_H = before[part].to(missing_H) + missing_H
-            repaired[names[1]][part] = narrowed(found_H.to(before.device), before.dtype, names[1])
-
-
-def _has_bias(model: PreTrainedModel, projection: Projection) -> bool:
-    return getattr(model.get_submodule(projection.path), "bias", None) is not None
-
-
-def _inputs_first(weight: Tensor, projection: Projection) -> Tensor:
-    """A view [D, H] of a weight."""
-    return weight.T if projection.position == 1 else weight
-
-
-def _factors(products_KK: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """LU factors of XᵀX + λI; λ is `ridge` times the mean of the diagonal. The argument holds λ only meanwhile."""
-    diagonal_K = products_KK.diagonal().clone()
-    products_KK.diagonal().add_(ridge * diagonal_K.mean().clamp(min=1e-12))
-    factors, pivots = torch.linalg.lu_factor(products_KK)
-    products_KK.diagonal().copy_(diagonal_K)
-    return factors, pivots
+    return medians(best)

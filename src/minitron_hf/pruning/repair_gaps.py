@@ -171,18 +171,14 @@ def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -
             if before.shape != shape:  # several residual streams
                 called.clear()
                 return
-            signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)).sub(0.5).sign()
-            noise = (before.abs() + before.abs().mean()).cpu() * signs.to(before.dtype)
-            change[last.path] = noise.to(before.device)
+            change[last.path] = noise = stream_noise(before)
             try:
                 after = stream_output(module(*args, **kwargs))
             finally:
                 change.clear()
                 called.clear()
-            difference, noise = (after.double() - before.double()).cpu(), noise.double()
-            factor = float((difference * noise).sum() / noise.square().sum())
-            error = (difference - factor * noise).norm() / noise.norm()
-            if factor and bool(error <= LINEAR * abs(factor)):
+            factor = linear_factor(before, after, noise)
+            if factor is not None:
                 found[layer] = last, factor
 
         return hook
@@ -199,6 +195,26 @@ def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -
         ids = torch.arange(NUM_TRACED, device=input_device(model))[None]
         model.base_model(input_ids=ids, use_cache=False)
     return found
+
+
+def stream_noise(state: Tensor) -> Tensor:
+    """A change of the residual stream about as large as it is itself, the same for the same state."""
+    signs = torch.rand(state.shape, generator=torch.Generator().manual_seed(0)).sub(0.5).sign()
+    return (state.abs() + state.abs().mean()) * signs.to(state)
+
+
+def linear_factor(before: Tensor, after: Tensor, noise: Tensor) -> float | None:
+    """What a layer multiplied a change by that it handed on; None where it did something else with it.
+
+    Args:
+        before: the layer's output without the change.
+        after: with it.
+        noise: the change.
+    """
+    difference, noise = after.cpu().double() - before.cpu().double(), noise.cpu().double()
+    factor = float((difference * noise).sum() / noise.square().sum())
+    error = (difference - factor * noise).norm() / noise.norm()
+    return factor if factor and bool(error <= LINEAR * abs(factor)) else None
 
 
 def stream_output(output: Any) -> Tensor:

@@ -1,30 +1,26 @@
 """Passes over the calibration data that observe the inputs of a repair: through the whole model, or layer by layer.
 
-A teacher whose tensors are on disk runs layer by layer. The inputs of a layer are kept for all batches; for each batch
-the model is called with the layers before it left out, and it ends before the next one. So the tensors of a layer are
-read once per sweep, and what is beside the layers (embeddings, masks, positions) is computed by the model itself.
+A teacher whose tensors are on disk runs layer by layer (`layer_runs`). The inputs of a layer are kept for all batches,
+so that its tensors are read once per sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import UnsupportedModelError
 from ..families import spec_for
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
-from ..scoring.hooks import first_input
-from .repair_gaps import stream_output
+from .layer_runs import NUM_TESTED, LayerRuns
 from .repair_inputs import CutInputs
 from .repair_sums import (
-    AllObserved,
     Observed,
     Products,
     forward,
@@ -37,10 +33,6 @@ from .stored_layers import computing, is_stored, tensors_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Tokens of the pass that tests whether a model can be run layer by layer, and the relative error that is allowed:
-#: parallel sums of a device may differ from run to run.
-NUM_TESTED, TOLERANCE = 8, 1e-2
 
 #: A group of inputs, their sums by path, and the number of tokens.
 Summed = tuple[list[CutInputs], dict[str, Products], int]
@@ -86,12 +78,11 @@ class Passes:
         self.show_progress = show_progress
         self.model, self.calibration, self.device = model, calibration, device
         self.spec = spec_for(model.config)
-        self.blocks: list[Any] = list(model.get_submodule(self.spec.layers_path).children())
-        self.segments = segments_of(inputs, len(self.blocks))
+        self.runs = LayerRuns(model)
+        num_layers = len(self.runs.blocks)
+        self.segments = segments_of(inputs, num_layers)
         self._number_of = {layer: number for number, segment in enumerate(self.segments) for layer in segment}
-        self._number_of[len(self.blocks)] = len(self.segments) - 1  # what comes after the layers
-        #: Layer → the number of its outputs; None where it returns a tensor.
-        self._num_outputs: dict[int, int | None] = {}
+        self._number_of[num_layers] = len(self.segments) - 1  # what comes after the layers
         self._batches: list[Mapping[str, Tensor]] = []
         #: What the test of every segment has to find, until it is tested.
         self._expected: dict[int, Tensor] | None = None
@@ -153,10 +144,8 @@ class Passes:
         """Hold the tensors of a segment, and leave the layers before it out."""
         segment = self.segments[number]
         with ExitStack() as stack:
-            stack.enter_context(tensors_in_memory([self.blocks[layer] for layer in segment], self.device))
-            for layer in range(segment.start):
-                stack.callback(delattr, self.blocks[layer], "forward")
-                self.blocks[layer].forward = _left_out(self._num_outputs[layer])
+            stack.enter_context(tensors_in_memory([self.runs.blocks[layer] for layer in segment], self.device))
+            stack.enter_context(self.runs.leaving_out(segment.start))
             yield
 
     def _observe(
@@ -184,9 +173,10 @@ class Passes:
         for index, batch in enumerate(self._batches):
             observed.waiting.update(own)
             with ExitStack() as stack:
+                segment = self.segments[number]
                 if number:
-                    self._start_from(states[index].to(self.device), number, stack)
-                reached = self._end_of(number, stack) if goes_on else []
+                    self.runs.start_from(segment.start, states[index].to(self.device), stack)
+                reached = self.runs.end_before(segment.stop, stack) if goes_on else []
                 forward(self.model, watch, batch)
             require_observed(self.model, observed)
             self._bar.update()
@@ -199,9 +189,8 @@ class Passes:
         with ExitStack() as stack:
             stack.enter_context(evaluating([self.model]))
             stack.enter_context(computing(self.model, self.device))
-            for layer, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_hook(self._note_outputs(layer)).remove)
-            ends = [self._end_of(number, stack, is_last=False) for number in range(len(self.segments))]
+            self.runs.note_outputs(stack)
+            ends = [self.runs.end_before(segment.stop, stack, is_last=False) for segment in self.segments]
             forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
         return [state for end in ends for state in end]
 
@@ -214,80 +203,13 @@ class Passes:
         with ExitStack() as stack:
             stack.callback(setattr, observed.pause, "is_on", observed.pause.is_on)
             observed.pause.is_on = True
+            first, stop = self.segments[number].start, self.segments[number].stop
             if number:
-                self._start_from(tested[0], number, stack)
-            reached = self._end_of(number, stack)
+                self.runs.start_from(first, tested[0], stack)
+            reached = self.runs.end_before(stop, stack)
             try:
                 forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
             except Exception as error:
-                raise self._refusal(number) from error
-        difference = (reached[0] - expected).double().norm()
-        if not bool(difference <= TOLERANCE * expected.double().norm()):
-            raise self._refusal(number)
+                raise self.runs.refusal(first) from error
+        self.runs.require_same(first, reached[0], expected)
         tested[:] = reached
-
-    def _refusal(self, number: int) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"Layer {self.segments[number].start} of this {type(self.model).__name__} reads more of the layers before "
-            "it than what they return, so that they cannot run one by one. Repair the teacher in memory: "
-            "prune_with_plan(model, plan, data), minitron-hf prune --in-memory, or a recipe without stream_weights."
-        )
-
-    def _start_from(self, state: Tensor, number: int, stack: ExitStack) -> None:
-        """Replace the input of a segment."""
-
-        def hook(_: Any, args: Any, kwargs: Any) -> Any:
-            if args:
-                return (state, *args[1:]), kwargs
-            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            return args, {**kwargs, name: state}
-
-        block = self.blocks[self.segments[number].start]
-        stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-    def _end_of(self, number: int, stack: ExitStack, *, is_last: bool = True) -> list[Tensor]:
-        """Keep what a segment hands on: the input of the next one, or the output of the last layer.
-
-        Args:
-            number: of the segment.
-            stack: removes the hooks.
-            is_last: whether the pass ends there.
-
-        Returns:
-            A list that receives it.
-        """
-        found: list[Tensor] = []
-
-        def keep(state: Tensor) -> None:
-            found.append(state)
-            if is_last:
-                raise AllObserved
-
-        stop = self.segments[number].stop
-        if stop < len(self.blocks):
-
-            def before(_: Any, args: Any, kwargs: Any) -> None:
-                keep(first_input(args, kwargs))
-
-            # Ahead of the hook that would read the tensors of the layer.
-            handle = self.blocks[stop].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        else:
-            handle = self.blocks[-1].register_forward_hook(lambda _, __, output: keep(stream_output(output)))
-        stack.callback(handle.remove)
-        return found
-
-    def _note_outputs(self, layer: int) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            self._num_outputs[layer] = len(output) if isinstance(output, tuple) else None
-
-        return hook
-
-
-def _left_out(num_outputs: int | None) -> Callable[..., Any]:
-    """A forward method that returns its input, as one of so many outputs."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = first_input(args, kwargs)
-        return given if num_outputs is None else (given, *[None] * (num_outputs - 1))
-
-    return forward

@@ -131,7 +131,7 @@ def observing(
     apart = {probe.path for probe in probes}
 
     def add(cut: CutInputs, *batch: Tensor, tokens: Tensor | None = None) -> None:
-        _add(observed.sums, cut, batch, watch, cut.path in apart, tokens)
+        add_products(observed.sums, cut, batch, watch, cut.path in apart, tokens)
         observed.waiting.discard(cut.path)
         if observed.ends and not observed.waiting:
             raise AllObserved
@@ -264,7 +264,7 @@ def _observe(
         stack.callback(layers[cut.gap.last].register_forward_hook(after_gap).remove)
 
 
-def _add(
+def add_products(
     sums: dict[str, Products],
     cut: CutInputs,
     batch: tuple[Tensor, ...],

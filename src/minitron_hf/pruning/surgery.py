@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -157,6 +158,24 @@ def student_tensor(
     offset = spec.norm_offset if pattern in spec.residual_norms else 0.0
     exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return narrowed((exact + offset) * factor - offset, tensor.dtype, name)
+
+
+def kept_positions(
+    shape: tuple[int, ...], name: str, spec: ArchSpec, config: PretrainedConfig, plan: PruningPlan
+) -> torch.Tensor:
+    """Where the values of a student's tensor are in the teacher's: flat indices, int64, in the student's shape.
+
+    Args:
+        shape: of the teacher's tensor.
+        name: its name.
+        spec: the family's table.
+        config: the teacher's.
+        plan: the plan.
+    """
+    pattern, layer = spec.locate(name) or (name, None)
+    positions = torch.arange(math.prod(shape)).view(shape)
+    dimensions = spec.dimensions.get(pattern, ())
+    return cut_tensor(positions, dimensions, spec.axis, spec.sizes(config, layer), plan.kept_in(layer))
 
 
 def cut_tensor(

@@ -15,12 +15,13 @@ from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
 from ..distillation.gpu_data_sheets import Device
 from ..distillation.stage_memory import evaluation_memory, stage_memory
-from ..distillation.stage_repair import expected_cut_inputs
+from ..distillation.stage_repair import expected_cut_inputs, expected_writers
 from ..distillation.stage_workload import Workload
 from ..errors import MinitronError
 from ..hardware import as_dtype, training_device
 from ..models import count_parameters
 from ..pruning.repair import SHARE_OF_FREE_MEMORY
+from ..sizes.request import SEQUENTIAL
 from . import costs
 from .generating import ExpectedText
 from .machine import Machine
@@ -126,22 +127,26 @@ def repair_seconds(
     A streamed one takes two passes, one of which chooses the ridge, and reads the weights for both and for a test.
     """
     cuts = expected_cut_inputs(model, student, repair, gaps)
-    if not cuts:
-        return 0.0
     num_rows, length, batch = rows
-    tokens, speed = num_rows * length, facts.machine
-    found = costs.repair_cost(
-        model,
-        cuts,
-        num_tokens=tokens,
-        num_batches=math.ceil(num_rows / batch),
-        memory_limit=0 if streamed else repair_limit(facts),
-    )
-    passes = 2 if streamed else found.passes
-    seconds = 3 * count_parameters(model) * facts.stored_bytes / speed.disk_traffic if streamed else 0.0
-    seconds += passes * tokens * costs.layer_flops(model, length) / speed.forward_flops
-    seconds += found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
-    return seconds + found.solutions / (speed.float32_flops / 2)  # float64
+    tokens, num_batches, speed = num_rows * length, math.ceil(num_rows / batch), facts.machine
+
+    def seconds_of(found: costs.RepairCost) -> float:
+        seconds = found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
+        return seconds + found.solutions / (speed.float32_flops / 2)  # float64
+
+    flops, seconds = 0.0, 0.0
+    if cuts:
+        limit = 0 if streamed else repair_limit(facts)
+        found = costs.repair_cost(model, cuts, num_tokens=tokens, num_batches=num_batches, memory_limit=limit)
+        passes = 2 if streamed else found.passes
+        seconds += 3 * count_parameters(model) * facts.stored_bytes / speed.disk_traffic if streamed else 0.0
+        flops += passes * costs.layer_flops(model, length)
+        seconds += seconds_of(found)
+    if repair == SEQUENTIAL:
+        in_turn = costs.in_turn_cost(student, expected_writers(student), num_tokens=tokens, num_batches=num_batches)
+        flops += costs.layer_flops(model, length) + in_turn.passes * costs.layer_flops(student, length)
+        seconds += seconds_of(in_turn)
+    return seconds + tokens * flops / speed.forward_flops
 
 
 def pruning_memory(facts: Facts, recipe: Recipe, model: PretrainedConfig, student: PretrainedConfig) -> float:

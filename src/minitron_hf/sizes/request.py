@@ -19,7 +19,8 @@ PRUNER_CONFIG_NAME = "pruner_config.json"
 OLD_NAMES = {"uneven": "nonuniform_sizes"}
 
 #: Values of `PrunerConfig.repair`.
-REPAIRS = ("least_squares", "least_squares_all")
+SEQUENTIAL = "sequential"
+REPAIRS = ("least_squares", "least_squares_all", SEQUENTIAL)
 #: Values of `PrunerConfig.hidden_basis`.
 HIDDEN_BASES = ("principal",)
 
@@ -83,7 +84,9 @@ class PrunerConfig:
             plain pruning in every case of neurons and heads (`benchmarks/results/*-repair.json`) and where several
             layers are dropped, before retraining (`benchmarks/results/real/layers`). It is off because it needs
             calibration data beside the scores; `recommend` switches it on. `"least_squares_all"`: also refit the
-            projections that read norms of pruned channels. Not measured after distillation yet.
+            projections that read norms of pruned channels. `"sequential"`: after that of `"least_squares"`, refit the
+            projections that write to the residual stream in turn, on the student's own activations, so that errors do
+            not add up. It needs teacher and student in memory. Not measured after distillation yet.
         nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
             are spread over more units get more units. This needs a stock config with a list of sizes per layer. None
             by default: not measured yet on a real teacher.

@@ -27,7 +27,7 @@ from .legality import (
     require_cuttable,
     rounding_step,
 )
-from .request import PrunerConfig
+from .request import SEQUENTIAL, PrunerConfig
 from .serving import HEADS_FILL_HIDDEN, portable_spec, serving_notes
 from .vocabulary import require_own_vocabulary, vocabulary_after
 
@@ -272,7 +272,7 @@ def repaired_axes(
                 f"repair={repair!r} refits plain projections, but {FIELD_OF_AXIS[axis]} of '{spec.model_type}' "
                 f"models is cut here, which {module} reads in another way. Leave out repair."
             )
-    is_all = repair == "least_squares_all" and after["hidden"] < before["hidden"]
+    is_all = repair in ("least_squares_all", SEQUENTIAL) and after["hidden"] < before["hidden"]
     return (*axes, *layers, *(("hidden",) if is_all else ()))
 
 

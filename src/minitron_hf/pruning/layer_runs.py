@@ -1,0 +1,128 @@
+"""Runs some layers of a model alone, from states that were kept of the layers before them.
+
+For each batch the model is called with the layers before left out, and it ends before the next layer. So what is
+beside the layers (embeddings, masks, positions) is computed by the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from ..families import spec_for
+from ..scoring.hooks import first_input
+from .repair_gaps import stream_output
+from .repair_sums import AllObserved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Tokens of the pass that tests whether a model can be run layer by layer, and the relative error that is allowed:
+#: parallel sums of a device may differ from run to run.
+NUM_TESTED, TOLERANCE = 8, 1e-2
+
+
+class LayerRuns:
+    """Runs consecutive layers of a model.
+
+    Args:
+        model: any model of a supported family.
+
+    Attributes:
+        blocks: its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.blocks: list[Any] = list(model.get_submodule(spec_for(model.config).layers_path).children())
+        #: Layer → the number of its outputs; None where it returns a tensor.
+        self._num_outputs: dict[int, int | None] = {}
+
+    def note_outputs(self, stack: ExitStack) -> None:
+        """Note in a forward pass how many outputs every layer has, which `leaving_out` needs."""
+
+        def hook_of(layer: int) -> Callable[..., None]:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                self._num_outputs[layer] = len(output) if isinstance(output, tuple) else None
+
+            return hook
+
+        for layer, block in enumerate(self.blocks):
+            stack.callback(block.register_forward_hook(hook_of(layer)).remove)
+
+    @contextmanager
+    def leaving_out(self, stop: int) -> Iterator[None]:
+        """Let the layers before `stop` return their input."""
+        with ExitStack() as stack:
+            for layer in range(stop):
+                stack.callback(delattr, self.blocks[layer], "forward")
+                self.blocks[layer].forward = _left_out(self._num_outputs[layer])
+            yield
+
+    def start_from(self, layer: int, state: Tensor, stack: ExitStack) -> None:
+        """Replace the input of a layer."""
+
+        def hook(_: Any, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (state, *args[1:]), kwargs
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            return args, {**kwargs, name: state}
+
+        stack.callback(self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def end_before(self, stop: int, stack: ExitStack, *, is_last: bool = True) -> list[Tensor]:
+        """Keep the input of a layer, or the output of the last one.
+
+        Args:
+            stop: index of the layer; the number of layers for the output of the last one.
+            stack: removes the hooks.
+            is_last: whether the pass ends there.
+
+        Returns:
+            A list that receives it.
+        """
+        found: list[Tensor] = []
+
+        def keep(state: Tensor) -> None:
+            found.append(state)
+            if is_last:
+                raise AllObserved
+
+        if stop < len(self.blocks):
+
+            def before(_: Any, args: Any, kwargs: Any) -> None:
+                keep(first_input(args, kwargs))
+
+            # Ahead of the hook that would read the tensors of the layer.
+            handle = self.blocks[stop].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        else:
+            handle = self.blocks[-1].register_forward_hook(lambda _, __, output: keep(stream_output(output)))
+        stack.callback(handle.remove)
+        return found
+
+    def require_same(self, layer: int, found: Tensor, expected: Tensor) -> None:
+        """Refuse a model whose layer computes something else when the layers before it are left out."""
+        if not bool((found - expected).double().norm() <= TOLERANCE * expected.double().norm()):
+            raise self.refusal(layer)
+
+    def refusal(self, layer: int) -> UnsupportedModelError:
+        """The error for a layer that cannot run alone."""
+        return UnsupportedModelError(
+            f"Layer {layer} of this {type(self.model).__name__} reads more of the layers before it than what they "
+            "return, so that they cannot run one by one. Repair the teacher in memory: prune_with_plan(model, plan, "
+            "data), minitron-hf prune --in-memory, or a recipe without stream_weights."
+        )
+
+
+def _left_out(num_outputs: int | None) -> Callable[..., Any]:
+    """A forward method that returns its input, as one of so many outputs."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = first_input(args, kwargs)
+        return given if num_outputs is None else (given, *[None] * (num_outputs - 1))
+
+    return forward

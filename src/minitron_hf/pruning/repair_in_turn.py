@@ -1,0 +1,313 @@
+"""Refits the projections that write to the residual stream one after the other, on the student's own activations.
+
+The fits in `repair` take the teacher's activations for the student's, so the errors of the layers add up. Here layer l
+is fitted after the layers before it. A projection that reads x [K] and whose output the layer adds to the stream,
+times f, gains Δ: min ‖X Δ − (T − S) / f‖² + λ‖Δ‖², where T [N, H] is the teacher's stream after the same projection,
+and S the student's. The last projection of a layer is fitted to what the teacher hands to the next layer that stays,
+so that it makes up for dropped layers, too. Neither model runs as a whole: the streams of all tokens are kept, and
+both go on layer by layer (`layer_runs`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..families import named_tensors, spec_for
+from ..models import evaluating
+from ..scoring.batches import Batches
+from ..scoring.calibration import Calibration
+from ..scoring.hooks import first_input
+from ..scoring.reductions import accumulation_dtype
+from ..weights import input_device, set_tensor, tensor_values
+from .layer_runs import NUM_TESTED, LayerRuns
+from .layer_writers import Writer, layer_writers
+from .repair_gaps import Gap, Projection
+from .repair_inputs import CutInputs
+from .repair_solve import best_ridges, medians, refit_weights
+from .repair_sums import Products, add_products, forward, require_tokens
+from .surgery import kept_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .plan import PruningPlan
+
+#: Layers whose held-out rows choose the ridges, each for those up to the next one of them.
+NUM_PROBES = 4
+
+
+def refit_in_turn(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    plan: PruningPlan,
+    calibration: Calibration,
+    ridge: float | None = None,
+    notes: list[str] | None = None,
+    *,
+    show_progress: bool = False,
+) -> dict[str, Tensor]:
+    """Refit the projections of a student that write to the residual stream, layer by layer.
+
+    Args:
+        teacher: on the plan's axes, with its tensors in memory.
+        student: of the plan, with the teacher's vocabulary; its projections are replaced.
+        plan: the plan.
+        calibration: rows.
+        ridge: λ as a fraction of the mean of the diagonal of XᵀX; None: held-out rows choose it.
+        notes: gets a note for the plan on layers without such a projection.
+        show_progress: show a progress bar.
+
+    Returns:
+        Name of a teacher's tensor → the tensor with the refitted values of the student's projection. Nothing for
+        families with several residual streams.
+
+    Raises:
+        UnsupportedModelError: if a layer cannot run without the layers before it.
+        DataError: if there are no tokens.
+    """
+    spec = spec_for(teacher.config)
+    notes = [] if notes is None else notes
+    if spec.stream.stacked_states:
+        notes.append("Repair: nothing is refitted in turn: this family has several residual streams.")
+        return {}
+    writers = layer_writers(teacher, list(plan.layers_kept))
+    if without := [layer for layer, own in writers.items() if not own]:
+        notes.append(
+            f"Repair: nothing is refitted in turn in {len(without)} layers (the first is {without[0]}): they change "
+            "what their projections write."
+        )
+    fitted = _fitted(teacher, student, plan, writers, calibration, ridge, show_progress)
+    return _in_teacher(teacher, student, plan, fitted)
+
+
+def _fitted(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    plan: PruningPlan,
+    writers: Mapping[int, Sequence[Writer]],
+    calibration: Calibration,
+    ridge: float | None,
+    show_progress: bool,
+) -> dict[str, Tensor]:
+    """Name of a student's tensor → what it was replaced by; see `refit_in_turn`."""
+    spec, channels = spec_for(teacher.config), plan.kept.get("hidden")
+    streams = _Stream(teacher, calibration), _Stream(student, calibration)
+    fit = _Fit(*streams, None if channels is None else torch.from_numpy(channels), ridge)
+    following = [*plan.layers_kept[1:], len(streams[0].runs.blocks)]
+    probed_every, found = math.ceil(len(plan.layers_kept) / NUM_PROBES), dict[str, Tensor]()
+    kept = tqdm(plan.layers_kept, desc="Repairing in turn", unit="layer", disable=not show_progress)
+    for layer, (source, stop) in enumerate(zip(kept, following)):
+        streams[0].skip_to(source)
+        theirs, paths = writers[source], (spec.layer_parameter(source, ""), spec.layer_parameter(layer, ""))
+        own = [replace(one, projection=_moved(one.projection, *paths)) for one in theirs]
+        found |= fit.layer(own, theirs, stop, layer % probed_every == 0)
+    return found
+
+
+def _moved(projection: Projection, before: str, after: str) -> Projection:
+    """The same projection of another layer, whose names begin otherwise."""
+    return replace(projection, path=after + projection.path.removeprefix(before))
+
+
+def _in_teacher(
+    teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan, refitted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The teacher's tensors, with the student's values at the places that the plan keeps."""
+    spec, theirs = spec_for(teacher.config), named_tensors(teacher)
+    sources = {name: source for name, source, _ in spec.student_tensors(theirs, student.config, plan.layers_kept)}
+    found = {}
+    for name, tensor in refitted.items():
+        source = sources[name]
+        whole = tensor_values(teacher, source).detach().clone(memory_format=torch.contiguous_format)
+        positions = kept_positions(tuple(whole.shape), source, spec, teacher.config, plan)
+        whole.view(-1)[positions.flatten().to(whole.device)] = tensor.to(whole).flatten()
+        found[source] = whole
+    return found
+
+
+@dataclass
+class _Seen:
+    """What a batch shows of some consecutive layers.
+
+    Attributes:
+        entry: the input of the first one, [B, T, H].
+        end: the output of the last one.
+        calls: path of a projection of the first one → its input and output.
+        watch: knows which tokens count.
+    """
+
+    entry: Tensor
+    end: Tensor
+    calls: dict[str, tuple[Tensor, Tensor]]
+    watch: Batches
+
+    def after(self, writers: Sequence[Writer]) -> Iterator[Tensor]:
+        """The stream after each projection, [B, T, H]."""
+        state = self.entry.to(accumulation_dtype(self.entry))
+        for writer in writers:
+            output = self.calls[writer.projection.path][1]
+            state = state + writer.factor * output.reshape(state.shape).to(state)
+            yield self.end.to(state) if writer.is_last else state
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """[B, T, …] or [B·T, …] → [N, …], the tokens that count."""
+        mask_N = self.watch.mask_BT.flatten().to(values.device)
+        return values.reshape(len(mask_N), -1)[mask_N]
+
+
+class _Stream:
+    """The residual stream of a model before one of its layers, for all batches.
+
+    Args:
+        model: with its tensors in memory.
+        calibration: rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        self.model, self.calibration, self.runs = model, calibration, LayerRuns(model)
+        self.spec, self.device = spec_for(model.config), input_device(model)
+        self.layer, self.states = 0, list[Tensor]()
+        self._test()
+
+    def run(self, stop: int, writers: Sequence[Writer] = (), *, goes_on: bool = False) -> Iterator[_Seen]:
+        """Run the layers up to before `stop` on all batches, and observe projections of the first one.
+
+        Args:
+            stop: index of a layer, or the number of layers.
+            writers: projections to observe.
+            goes_on: keep what the layers return; the next run begins there.
+        """
+        watch, first = Batches(self.spec, self.model), self.layer
+        for index, batch in enumerate(self.calibration.batches()):
+            with ExitStack() as stack:
+                stack.enter_context(evaluating([self.model]))
+                stack.enter_context(self.runs.leaving_out(first))
+                if first:
+                    self.runs.start_from(first, self.states[index].to(self.device), stack)
+                entry, calls = list[Tensor](), dict[str, tuple[Tensor, Tensor]]()
+                self._observe(writers, entry, calls, stack)
+                end = self.runs.end_before(stop, stack)
+                forward(self.model, watch, batch)
+            if goes_on:
+                self.states[index : index + 1] = [end[0].cpu()]
+            yield _Seen(entry[0], end[0], calls, watch)
+        require_tokens(watch)
+        self.layer = stop if goes_on else first
+
+    def skip_to(self, layer: int) -> None:
+        """Go on to a layer without observing anything."""
+        if layer > self.layer:
+            for _ in self.run(layer, goes_on=True):
+                pass
+
+    def _observe(
+        self,
+        writers: Sequence[Writer],
+        entry: list[Tensor],
+        calls: dict[str, tuple[Tensor, Tensor]],
+        stack: ExitStack,
+    ) -> None:
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            entry.append(first_input(args, kwargs))
+
+        block = self.runs.blocks[self.layer]
+        stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for path in (writer.projection.path for writer in writers):
+
+            def on_call(_: Any, args: Any, kwargs: Any, output: Tensor, path: str = path) -> None:
+                calls[path] = first_input(args, kwargs), output
+
+            stack.callback(self.model.get_submodule(path).register_forward_hook(on_call, with_kwargs=True).remove)
+
+    def _test(self) -> None:
+        """Refuse a model whose layers compute something else one by one."""
+        batch = {"input_ids": torch.arange(NUM_TESTED)[None]}
+        num_layers = len(self.runs.blocks)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating([self.model]))
+            self.runs.note_outputs(stack)
+            ends = [self.runs.end_before(layer + 1, stack, is_last=False) for layer in range(num_layers)]
+            forward(self.model, Batches(self.spec, self.model), batch)
+        for layer in range(1, num_layers):
+            with ExitStack() as stack:
+                stack.enter_context(evaluating([self.model]))
+                stack.enter_context(self.runs.leaving_out(layer))
+                self.runs.start_from(layer, ends[layer - 1][0], stack)
+                found = self.runs.end_before(layer + 1, stack)
+                try:
+                    forward(self.model, Batches(self.spec, self.model), batch)
+                except Exception as error:
+                    raise self.runs.refusal(layer) from error
+            self.runs.require_same(layer, found[0], ends[layer][0])
+
+
+class _Fit:
+    """Fits the projections of the student's layers in turn.
+
+    Args:
+        teacher: its stream.
+        student: its stream.
+        channels: those of the teacher that the student keeps; None for all.
+        ridge: see `refit_in_turn`.
+    """
+
+    def __init__(self, teacher: _Stream, student: _Stream, channels: Tensor | None, ridge: float | None) -> None:
+        self.teacher, self.student, self.channels, self.ridge = teacher, student, channels, ridge
+        #: Number of a projection in its layer → its ridge.
+        self.ridges: dict[int, float] = {}
+
+    @torch.no_grad()
+    def layer(self, own: Sequence[Writer], theirs: Sequence[Writer], stop: int, is_probed: bool) -> dict[str, Tensor]:
+        """Fit the projections of the student's next layer, and take both models past it.
+
+        Args:
+            own: projections of the student, in the order of the calls.
+            theirs: the same of the teacher.
+            stop: layer of the teacher that the student's next one comes from.
+            is_probed: whether held-out rows choose the ridges here.
+
+        Returns:
+            Name of a student's tensor → what it was replaced by.
+        """
+        wanted = [list(map(self._kept, seen.after(theirs))) for seen in self.teacher.run(stop, theirs, goes_on=True)]
+        found: dict[str, Tensor] = {}
+        following = self.student.layer + 1
+        for number, writer in enumerate(own):
+            called = own[: number + 1]
+            projection = writer.projection
+            whole = torch.arange(self._num_inputs(writer))
+            gap = Gap(0, 0, writer.factor, wanted[0][number].shape[-1])
+            cut = CutInputs(projection.path, whole, whole[:0], (projection,), gap=gap, layer=self.student.layer)
+            is_probe = self.ridge is None and (is_probed or number not in self.ridges)
+            sums: dict[str, Products] = {}
+            for index, seen in enumerate(self.student.run(following, called)):
+                *_, state = seen.after(called)
+                missing_NH = seen.tokens(wanted[index][number].to(state) - state).div_(writer.factor)
+                inputs_NK = cut.observed(seen.tokens(seen.calls[projection.path][0]))
+                add_products(sums, cut, (inputs_NK, missing_NH), seen.watch, is_probe, None)
+            if is_probe:
+                self.ridges[number] = medians(best_ridges(self.student.model, [cut], sums))[cut.kind]
+            ridge = self.ridges[number] if self.ridge is None else self.ridge
+            refitted: dict[str, Tensor] = {}
+            refit_weights(self.student.model, cut, sums[cut.path].all, ridge, refitted)
+            for name, tensor in refitted.items():
+                set_tensor(self.student.model, name, tensor)
+            found |= refitted
+        self.student.skip_to(following)
+        return found
+
+    def _kept(self, state: Tensor) -> Tensor:
+        state = state.cpu()
+        return state if self.channels is None else state[..., self.channels]
+
+    def _num_inputs(self, writer: Writer) -> int:
+        weight: Any = self.student.model.get_submodule(writer.projection.path).weight
+        return int(weight.shape[writer.projection.position])

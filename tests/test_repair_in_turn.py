@@ -1,0 +1,196 @@
+"""`repair="sequential"`: projections are refitted in turn, on the student's own activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_hf import prune_checkpoint
+from minitron_hf.data import TokenRows
+from minitron_hf.errors import PlanError
+from minitron_hf.families import spec_for
+from minitron_hf.pruning.layer_writers import layer_writers
+from minitron_hf.pruning.planning import make_plan
+from minitron_hf.pruning.prune import prune_with_plan
+from minitron_hf.pruning.repair_gaps import stream_output
+from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.sizes.request import PrunerConfig
+from pocket import POCKETS, cuttable, pocket_model, pocket_tokens
+from test_repair_layers import bias, matrix
+
+ROWS = TokenRows(tuple(tuple(row.tolist()) for row in pocket_tokens(24, 19)), None)
+
+
+def planned(model, **request):
+    scores = estimate_importance(model, metric="random", seed=3)
+    return make_plan(model, PrunerConfig(**{"repair": "sequential", **request}, multiple_of=1), scores)
+
+
+@torch.no_grad()
+def streams(model, rows: TokenRows = ROWS) -> np.ndarray:
+    """Residual streams after every layer, [layers, tokens, hidden]; the last one before the final norm."""
+    found = []
+    layers = model.get_submodule(spec_for(model.config).layers_path)
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: found.append(stream_output(output))) for layer in layers
+    ]
+    model(torch.tensor(rows.rows))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).flatten(1, -2).double().numpy()
+
+
+@torch.no_grad()
+def inputs_of(model, path: str, rows: TokenRows = ROWS) -> np.ndarray:
+    """What a projection reads, [tokens, K]."""
+    found = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model(torch.tensor(rows.rows))
+    hook.remove()
+    return found[0].flatten(0, -2).double().numpy()
+
+
+#: Pocket → the projections that write to the stream, in the order of their calls, and what the layer multiplies by.
+WRITERS = {
+    "llama": (("self_attn.o_proj", "mlp.down_proj"), lambda config: 1.0),
+    "gpt2": (("attn.c_proj", "mlp.c_proj"), lambda config: 1.0),
+    "phi": (("self_attn.dense", "mlp.fc2"), lambda config: 1.0),  # attention and MLP side by side
+    "granite": (("self_attn.o_proj", "mlp.down_proj"), lambda config: config.residual_multiplier),
+    "mamba2": (("mixer.out_proj",), lambda config: 1.0),
+    "mixtral": (("self_attn.o_proj",), lambda config: 1.0),  # experts are no plain projections
+    "gemma2": ((), lambda config: 1.0),  # their outputs are normalised
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writers_are_found_with_their_factors(name):
+    model = pocket_model(name)
+    names, factor = WRITERS[name]
+    path = f"{spec_for(model.config).layers_path}.0."
+    (own,) = layer_writers(model, [0]).values()
+    assert [one.projection.path.removeprefix(path) for one in own] == list(names)
+    assert [one.factor for one in own] == pytest.approx([factor(model.config)] * len(names))
+    assert [one.is_last for one in own] == [False] * (len(names) - 1) + [name != "mixtral"] * bool(names)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "granite", "mamba2"])
+def test_the_last_projection_is_numpys_least_squares_on_the_students_activations(name):
+    """Both sides read the finished student, so that every projection before it has to be the fitted one."""
+    teacher = pocket_model(name)
+    cut = {"layers_to_drop": [1]} if name == "mamba2" else {"layers_to_drop": [1], "intermediate_size": 0.5}
+    student = prune_with_plan(teacher, planned(teacher, **cut), ROWS, ridge=1e-13)
+    names, factor = WRITERS[name]
+    path = f"{spec_for(student.config).layers_path}.{student.config.num_hidden_layers - 1}.{names[-1]}"
+    inputs, reached = inputs_of(student, path), streams(student)[-1]
+    output = inputs @ matrix(student, path) + bias(student, path)
+    wanted = (streams(teacher)[-1] - reached) / factor(student.config) + output
+    has_bias = int(student.get_submodule(path).bias is not None)
+    columns = np.concatenate([inputs, np.ones((len(inputs), has_bias))], axis=1)
+    best = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+    np.testing.assert_allclose(columns @ best, output, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_changes_where_a_dropped_layer_added_nothing():
+    teacher = pocket_model("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            teacher.get_submodule(f"model.layers.2.{name}").weight.zero_()
+    plan = planned(teacher, layers_to_drop=[2])
+    same = prune_with_plan(teacher, plan, ROWS)
+    plain = prune_with_plan(teacher, replace(plan, repair=None))
+    for name, weight in same.state_dict().items():
+        torch.testing.assert_close(weight, plain.state_dict()[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"intermediate_size": 0.5},
+        {"num_hidden_layers": 2},
+        {"num_attention_heads": 0.5, "num_key_value_heads": 0.5},
+        {"hidden_size": 0.5},
+        {"hidden_size": 0.5, "hidden_basis": "principal"},
+    ],
+    ids=str,
+)
+def test_the_stream_ends_closer_to_the_teachers_than_after_a_fit_at_once(request_):
+    teacher = pocket_model("llama", tie_word_embeddings=False)
+    scores = estimate_importance(teacher, ROWS, hidden_covariance="hidden_basis" in request_, show_progress=False)
+
+    def student(repair):
+        plan = make_plan(teacher, PrunerConfig(**request_, repair=repair, multiple_of=1), scores)
+        return prune_with_plan(teacher, plan, ROWS if repair else None)
+
+    with torch.no_grad():
+        wanted = teacher(torch.tensor(ROWS.rows)).logits
+        at_once = None if set(request_) <= {"hidden_size", "hidden_basis"} else "least_squares"
+        errors = [
+            (student(repair)(torch.tensor(ROWS.rows)).logits - wanted).square().mean()
+            for repair in (at_once, "sequential")
+        ]
+    assert errors[1] < errors[0]
+
+
+def test_context_and_padding_are_left_out():
+    """Tokens that are context alone, at the end of a row, may be any others; so may the padding of shorter rows."""
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5)
+    short = [row[:-1] if index % 2 else row for index, row in enumerate(ROWS.rows)]
+    last = tuple((len(row) - 1,) for row in short)
+    given = TokenRows(tuple(short), None, context=last)
+    other = TokenRows(tuple((*row[:-1], 5) for row in short), None, context=last)
+    one, two = (prune_with_plan(teacher, plan, rows).state_dict() for rows in (given, other))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-9)
+
+
+def test_a_cut_vocabulary_changes_no_projection():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5)
+    whole = prune_with_plan(teacher, plan, ROWS).state_dict()
+    kept = {**plan.kept, "vocab": np.arange(teacher.config.vocab_size - 10)}
+    assert "vocab" in spec_for(teacher.config).axis
+    sizes = {**plan.sizes, "vocab": {"teacher": teacher.config.vocab_size, "student": teacher.config.vocab_size - 10}}
+    config = {**plan.student["config"], "vocab_size": teacher.config.vocab_size - 10}
+    small = replace(plan, kept=kept, sizes=sizes, student={**plan.student, "config": config})
+    found = prune_with_plan(teacher, small, ROWS).state_dict()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, whole[name][: len(weight)], rtol=0, atol=0)
+
+
+def test_a_teacher_on_disk_is_refused(tmp_path):
+    teacher = pocket_model("llama", dtype=torch.float32)
+    teacher.save_pretrained(tmp_path / "teacher")
+    plan = planned(teacher, intermediate_size=0.5)
+    with pytest.raises(PlanError, match=r"both have to be in memory.*--in-memory"):
+        prune_checkpoint(tmp_path / "teacher", tmp_path / "student", plan, data=ROWS)
+    assert not (tmp_path / "student").exists()
+
+
+#: Pockets whose layers read more of the layers before them than the stream, so that they cannot run one by one.
+NOT_ALONE = {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POCKETS)
+def test_every_family_is_repaired_in_turn_or_left_out_by_name(name):
+    """Logits on the calibration tokens, after the fit at once and after the one in turn."""
+    teacher = pocket_model(name)
+    fields = [
+        one for one in ("intermediate_size", "moe_intermediate_size", "num_hidden_layers") if one in cuttable(name)
+    ]
+    if not fields:
+        pytest.skip("nothing to cut that a repair makes up for")
+    cut = {"layers_to_drop": [1]} if fields[0] == "num_hidden_layers" else {fields[0]: 0.5}
+    scores = estimate_importance(teacher, metric="random", seed=3)
+    errors = []
+    with torch.no_grad():
+        wanted = teacher(torch.tensor(ROWS.rows)).logits
+        for repair in ("least_squares", "sequential"):
+            plan = make_plan(teacher, PrunerConfig(**cut, repair=repair, multiple_of=1), scores)
+            student = prune_with_plan(teacher, plan, ROWS)
+            errors.append(float((student(torch.tensor(ROWS.rows)).logits - wanted).square().mean()))
+    assert errors[1] <= 1.02 * errors[0]
