@@ -92,11 +92,11 @@ def refit_weights(
         ridge: λ as a fraction of the mean of the diagonal of XᵀX.
         repaired: name → refitted tensor; added to.
     """
-    for has_bias in (False, True):
-        projections = [one for one in cut.projections if has_bias(model, one) == has_bias]
+    for adds_bias in (False, True):
+        projections = [one for one in cut.projections if has_bias(model, one) == adds_bias]
         if not projections:
             continue
-        if has_bias:
+        if adds_bias:
             moments.centre_()
         products_KK = moments.products[:, : len(moments.products)]
         factors = _factors(products_KK, ridge)
