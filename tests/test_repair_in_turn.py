@@ -10,7 +10,7 @@ import torch
 
 from minitron_hf import prune_checkpoint
 from minitron_hf.data import TokenRows
-from minitron_hf.errors import PlanError
+from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
 from minitron_hf.pruning.layer_writers import layer_writers
 from minitron_hf.pruning.planning import make_plan
@@ -171,14 +171,14 @@ def test_a_teacher_on_disk_is_refused(tmp_path):
 
 
 #: Pockets whose layers read more of the layers before them than the stream, so that they cannot run one by one.
-NOT_ALONE = {}
+NOT_ALONE = ("glm_moe_dsa",)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POCKETS)
 def test_every_family_is_repaired_in_turn_or_left_out_by_name(name):
     """Logits on the calibration tokens, after the fit at once and after the one in turn."""
-    teacher = pocket_model(name)
+    teacher = pocket_model(name, dtype=torch.float32 if name == "xglm" else torch.float64)  # its masks know no float64
     fields = [
         one for one in ("intermediate_size", "moe_intermediate_size", "num_hidden_layers") if one in cuttable(name)
     ]
@@ -190,6 +190,10 @@ def test_every_family_is_repaired_in_turn_or_left_out_by_name(name):
     with torch.no_grad():
         wanted = teacher(torch.tensor(ROWS.rows)).logits
         for repair in ("least_squares", "sequential"):
+            if repair == "sequential" and name in NOT_ALONE:
+                with pytest.raises(UnsupportedModelError, match=r"one by one. Plan with repair='least_squares'"):
+                    prune_with_plan(teacher, make_plan(teacher, PrunerConfig(**cut, repair=repair), scores), ROWS)
+                return
             plan = make_plan(teacher, PrunerConfig(**cut, repair=repair, multiple_of=1), scores)
             student = prune_with_plan(teacher, plan, ROWS)
             errors.append(float((student(torch.tensor(ROWS.rows)).logits - wanted).square().mean()))

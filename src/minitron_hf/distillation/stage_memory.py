@@ -27,7 +27,7 @@ from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
 from ..sizes.request import SEQUENTIAL
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
-from .stage_repair import expected_cut_inputs, expected_writers, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, not_in_turn, num_refitted
 from .stage_repair_memory import repair, repair_streamed
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
@@ -146,8 +146,8 @@ def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: 
     """W_t + refitted weights, D·H·b each, those of all layers after a sequential repair, + W_s."""
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     if load.repair == SEQUENTIAL:
-        paths = {one.path for cut in cuts for one in cut.projections}
-        cuts += [cut for _, cut in expected_writers(student) if cut.path not in paths]
+        writers = expected_writers(student)
+        cuts = [*not_in_turn(cuts, writers), *writers]
     fitted = num_refitted(cuts, teacher) * load.itemsize
     return {"weights": weight_bytes(teacher, load), "refitted weights": fitted, "student": weight_bytes(student, load)}
 

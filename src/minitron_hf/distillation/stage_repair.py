@@ -65,8 +65,8 @@ def expected_cut_inputs(
     return [replace(cut, layer=layer) for layer, cut in ordered]
 
 
-def expected_writers(student: PretrainedConfig) -> list[tuple[int, CutInputs]]:
-    """The projections that a sequential repair refits at most, each as inputs of which none is cut; with its layer."""
+def expected_writers(student: PretrainedConfig) -> list[CutInputs]:
+    """The projections that a sequential repair refits at most, each as inputs of which none is cut."""
     spec, model = spec_for(student), empty_model(student)
     tensors, width = named_tensors(model), spec.sizes(student)["hidden"]
     if spec.stream.stacked_states:
@@ -76,8 +76,14 @@ def expected_writers(student: PretrainedConfig) -> list[tuple[int, CutInputs]]:
         for projection in stream_writers(model, layer):
             whole = torch.arange(tensors[projection.name].shape[projection.position])
             gap = Gap(layer, layer, 1.0, width)
-            found.append((layer, CutInputs(projection.path, whole, whole[:0], (projection,), gap=gap, layer=layer)))
+            found.append(CutInputs(projection.path, whole, whole[:0], (projection,), gap=gap, layer=layer))
     return found
+
+
+def not_in_turn(cuts: Sequence[CutInputs], writers: Sequence[CutInputs]) -> list[CutInputs]:
+    """The inputs that a sequential repair fits at once: those of other projections than its writers."""
+    paths = {cut.path for cut in writers}
+    return [cut for cut in cuts if cut.path not in paths]
 
 
 def _cut_experts(

@@ -14,7 +14,7 @@ from ..pruning.repair_passes import segments_of
 from ..pruning.repair_solve import OUTPUTS_AT_A_TIME
 from ..sizes.request import SEQUENTIAL
 from .stage_passes import forward_bytes
-from .stage_repair import expected_cut_inputs, expected_writers, layer_bytes, num_outputs, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, layer_bytes, not_in_turn, num_outputs, num_refitted
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
 if TYPE_CHECKING:
@@ -30,25 +30,31 @@ def repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
     projection, 8,192 at most: `_solution_bytes`. A sequential repair: the larger of this and `_in_turn`.
     """
-    parts = _at_once(teacher, student, load)
-    if load.repair == SEQUENTIAL:
-        parts = max(parts, _in_turn(teacher, student, load), key=lambda one: sum(one.values()))
+    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
+    writers = expected_writers(student) if load.repair == SEQUENTIAL else []
+    cuts = not_in_turn(cuts, writers)
+    parts = _at_once(teacher, cuts, load)
+    if writers:
+        parts = max(parts, _in_turn(teacher, student, cuts, writers, load), key=lambda one: sum(one.values()))
     return parts
 
 
-def _in_turn(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+def _in_turn(
+    teacher: PretrainedConfig,
+    student: PretrainedConfig,
+    cuts: Sequence[CutInputs],
+    writers: Sequence[CutInputs],
+    load: Workload,
+) -> Parts:
     """W_t (twice after a change of basis) + refitted weights + W_s + streams + sums + a forward pass or a solution.
 
-    The streams of both models take M·T·(H_t + H_s)·b, and what each projection of a layer is fitted to M·T·H_s·4. The
-    sums of a projection are kept twice where held-out rows choose the ridge, 16·K·(K + H_s).
+    The refitted weights are those that are fitted at once. The streams of both models take M·T·(H_t + H_s)·b, and what
+    each projection of a layer is fitted to M·T·H_s·4. The sums of a projection are kept twice where held-out rows
+    choose the ridge, 16·K·(K + H_s).
     """
-    writers = expected_writers(student)
-    if not writers:
-        return {"weights": weight_bytes(teacher, load)}
-    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
-    largest = max((cut for _, cut in writers), key=lambda cut: cut.num_bytes)
+    largest = max(writers, key=lambda cut: cut.num_bytes)
     kept = load.calibration_rows * load.max_length if load.device == "cpu" else 0
-    most = max(Counter(layer for layer, _ in writers).values())
+    most = max(Counter(cut.layer for cut in writers).values())
     passed = forward_bytes(teacher, load.dtype, load.batch_size, load.max_length)
     solution = _solution_bytes(teacher, largest, load)
     return {
@@ -63,9 +69,8 @@ def _in_turn(teacher: PretrainedConfig, student: PretrainedConfig, load: Workloa
     }
 
 
-def _at_once(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload) -> Parts:
+def _at_once(teacher: PretrainedConfig, cuts: Sequence[CutInputs], load: Workload) -> Parts:
     """The fit to the teacher's activations; see `repair`."""
-    cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     if not cuts:
         return {"weights": weight_bytes(teacher, load)}
     groups = list(input_groups(cuts, load.memory_limit or math.inf))

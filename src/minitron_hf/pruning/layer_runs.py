@@ -31,13 +31,14 @@ class LayerRuns:
 
     Args:
         model: any model of a supported family.
+        advice: what to do if its layers cannot run alone, for the error.
 
     Attributes:
         blocks: its layers.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, advice: str) -> None:
+        self.model, self.advice = model, advice
         self.blocks: list[Any] = list(model.get_submodule(spec_for(model.config).layers_path).children())
         #: Layer → the number of its outputs; None where it returns a tensor.
         self._num_outputs: dict[int, int | None] = {}
@@ -113,8 +114,7 @@ class LayerRuns:
         """The error for a layer that cannot run alone."""
         return UnsupportedModelError(
             f"Layer {layer} of this {type(self.model).__name__} reads more of the layers before it than what they "
-            "return, so that they cannot run one by one. Repair the teacher in memory: prune_with_plan(model, plan, "
-            "data), minitron-hf prune --in-memory, or a recipe without stream_weights."
+            f"return, so that they cannot run one by one. {self.advice}"
         )
 
 

@@ -39,7 +39,7 @@ from ..scoring.scores import require_weights
 from ..sizes.request import SEQUENTIAL
 from ..weights import input_device, tensor_values
 from .basis import rotated_model
-from .repair_in_turn import refit_in_turn
+from .repair_in_turn import refit_in_turn, writers_in_turn
 from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
 from .repair_solve import best_ridges, has_bias, medians, refit_weights
@@ -167,21 +167,24 @@ def refit(
     """
     given, planned = model, plan
     model, plan = _checked_arguments(model, plan, memory_limit, ridge)
-    is_in_turn = plan.repair == SEQUENTIAL
+    notes = [] if notes is None else notes
     inputs = cut_inputs(model, plan, notes)
-    if not inputs and not is_in_turn:
+    writers = writers_in_turn(model, plan, notes) if plan.repair == SEQUENTIAL else {}
+    in_turn = {writer.projection.path for own in writers.values() for writer in own}
+    inputs = [cut for cut in inputs if not {one.path for one in cut.projections} <= in_turn]
+    if not inputs and not in_turn:
         return
     rows = (num_rows, max_length, packing, batch_size)
     calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
     device = input_device(model) if device is None else device
     limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
     at_once = _refit_at_once(model, inputs, calibration, limit, ridge, device, show_progress)
-    if not is_in_turn:
+    if not in_turn:
         yield from at_once
         return
     refitted = dict(at_once)
     student = apply_plan(given, planned.with_whole_vocabulary(), repaired=refitted)
-    found = refit_in_turn(model, student, plan, calibration, ridge, notes, show_progress=show_progress)
+    found = refit_in_turn(model, student, plan, writers, calibration, ridge, show_progress=show_progress)
     yield from (refitted | found).items()
 
 

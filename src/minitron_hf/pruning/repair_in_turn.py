@@ -10,7 +10,6 @@ both go on layer by layer (`layer_runs`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,17 +39,34 @@ if TYPE_CHECKING:
 
     from .plan import PruningPlan
 
-#: Layers whose held-out rows choose the ridges, each for those up to the next one of them.
-NUM_PROBES = 4
+
+def writers_in_turn(model: PreTrainedModel, plan: PruningPlan, notes: list[str]) -> dict[int, list[Writer]]:
+    """The projections of every layer that stays, which `refit_in_turn` refits.
+
+    Args:
+        model: the teacher.
+        plan: made for it.
+        notes: gets a note for the plan on layers without such a projection.
+    """
+    if spec_for(model.config).stream.stacked_states:
+        notes.append("Repair: nothing is refitted in turn: this family has several residual streams.")
+        return {layer: [] for layer in plan.layers_kept}
+    writers = layer_writers(model, list(plan.layers_kept))
+    if without := [layer for layer, own in writers.items() if not own]:
+        notes.append(
+            f"Repair: nothing is refitted in turn in {len(without)} layers (the first is {without[0]}): they change "
+            "what their projections write."
+        )
+    return writers
 
 
 def refit_in_turn(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     plan: PruningPlan,
+    writers: Mapping[int, Sequence[Writer]],
     calibration: Calibration,
     ridge: float | None = None,
-    notes: list[str] | None = None,
     *,
     show_progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -60,31 +76,21 @@ def refit_in_turn(
         teacher: on the plan's axes, with its tensors in memory.
         student: of the plan, with the teacher's vocabulary; its projections are replaced.
         plan: the plan.
+        writers: the teacher's projections (`writers_in_turn`).
         calibration: rows.
-        ridge: λ as a fraction of the mean of the diagonal of XᵀX; None: held-out rows choose it.
-        notes: gets a note for the plan on layers without such a projection.
+        ridge: λ as a fraction of the mean of the diagonal of XᵀX; None: held-out rows choose it for each projection.
         show_progress: show a progress bar.
 
     Returns:
-        Name of a teacher's tensor → the tensor with the refitted values of the student's projection. Nothing for
-        families with several residual streams.
+        Name of a teacher's tensor → the tensor with the refitted values of the student's projection.
 
     Raises:
         UnsupportedModelError: if a layer cannot run without the layers before it.
         DataError: if there are no tokens.
     """
-    spec = spec_for(teacher.config)
-    notes = [] if notes is None else notes
-    if spec.stream.stacked_states:
-        notes.append("Repair: nothing is refitted in turn: this family has several residual streams.")
-        return {}
-    writers = layer_writers(teacher, list(plan.layers_kept))
-    if without := [layer for layer, own in writers.items() if not own]:
-        notes.append(
-            f"Repair: nothing is refitted in turn in {len(without)} layers (the first is {without[0]}): they change "
-            "what their projections write."
-        )
-    fitted = _fitted(teacher, student, plan, writers, calibration, ridge, show_progress)
+    fitted = (
+        _fitted(teacher, student, plan, writers, calibration, ridge, show_progress) if any(writers.values()) else {}
+    )
     return _in_teacher(teacher, student, plan, fitted)
 
 
@@ -102,13 +108,13 @@ def _fitted(
     streams = _Stream(teacher, calibration), _Stream(student, calibration)
     fit = _Fit(*streams, None if channels is None else torch.from_numpy(channels), ridge)
     following = [*plan.layers_kept[1:], len(streams[0].runs.blocks)]
-    probed_every, found = math.ceil(len(plan.layers_kept) / NUM_PROBES), dict[str, Tensor]()
+    found: dict[str, Tensor] = {}
     kept = tqdm(plan.layers_kept, desc="Repairing in turn", unit="layer", disable=not show_progress)
     for layer, (source, stop) in enumerate(zip(kept, following)):
         streams[0].skip_to(source)
         theirs, paths = writers[source], (spec.layer_parameter(source, ""), spec.layer_parameter(layer, ""))
         own = [replace(one, projection=_moved(one.projection, *paths)) for one in theirs]
-        found |= fit.layer(own, theirs, stop, layer % probed_every == 0)
+        found |= fit.layer(own, theirs, stop)
     return found
 
 
@@ -172,7 +178,8 @@ class _Stream:
     """
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
-        self.model, self.calibration, self.runs = model, calibration, LayerRuns(model)
+        self.model, self.calibration = model, calibration
+        self.runs = LayerRuns(model, "Plan with repair='least_squares'.")
         self.spec, self.device = spec_for(model.config), input_device(model)
         self.layer, self.states = 0, list[Tensor]()
         self._test()
@@ -261,48 +268,52 @@ class _Fit:
 
     def __init__(self, teacher: _Stream, student: _Stream, channels: Tensor | None, ridge: float | None) -> None:
         self.teacher, self.student, self.channels, self.ridge = teacher, student, channels, ridge
-        #: Number of a projection in its layer → its ridge.
-        self.ridges: dict[int, float] = {}
 
     @torch.no_grad()
-    def layer(self, own: Sequence[Writer], theirs: Sequence[Writer], stop: int, is_probed: bool) -> dict[str, Tensor]:
+    def layer(self, own: Sequence[Writer], theirs: Sequence[Writer], stop: int) -> dict[str, Tensor]:
         """Fit the projections of the student's next layer, and take both models past it.
 
         Args:
             own: projections of the student, in the order of the calls.
             theirs: the same of the teacher.
             stop: layer of the teacher that the student's next one comes from.
-            is_probed: whether held-out rows choose the ridges here.
 
         Returns:
             Name of a student's tensor → what it was replaced by.
         """
         wanted = [list(map(self._kept, seen.after(theirs))) for seen in self.teacher.run(stop, theirs, goes_on=True)]
         found: dict[str, Tensor] = {}
-        following = self.student.layer + 1
         for number, writer in enumerate(own):
-            called = own[: number + 1]
-            projection = writer.projection
             whole = torch.arange(self._num_inputs(writer))
             gap = Gap(0, 0, writer.factor, wanted[0][number].shape[-1])
-            cut = CutInputs(projection.path, whole, whole[:0], (projection,), gap=gap, layer=self.student.layer)
-            is_probe = self.ridge is None and (is_probed or number not in self.ridges)
-            sums: dict[str, Products] = {}
-            for index, seen in enumerate(self.student.run(following, called)):
-                *_, state = seen.after(called)
-                missing_NH = seen.tokens(wanted[index][number].to(state) - state).div_(writer.factor)
-                inputs_NK = cut.observed(seen.tokens(seen.calls[projection.path][0]))
-                add_products(sums, cut, (inputs_NK, missing_NH), seen.watch, is_probe, None)
-            if is_probe:
-                self.ridges[number] = medians(best_ridges(self.student.model, [cut], sums))[cut.kind]
-            ridge = self.ridges[number] if self.ridge is None else self.ridge
+            cut = CutInputs(writer.projection.path, whole, whole[:0], (writer.projection,), gap=gap)
+            sums = self._sums(cut, own[: number + 1], [batch[number] for batch in wanted])
+            ridge = self.ridge
+            if ridge is None:
+                ridge = medians(best_ridges(self.student.model, [cut], sums))[cut.kind]
             refitted: dict[str, Tensor] = {}
             refit_weights(self.student.model, cut, sums[cut.path].all, ridge, refitted)
             for name, tensor in refitted.items():
                 set_tensor(self.student.model, name, tensor)
             found |= refitted
-        self.student.skip_to(following)
+        self.student.skip_to(self.student.layer + 1)
         return found
+
+    def _sums(self, cut: CutInputs, called: Sequence[Writer], wanted: Sequence[Tensor]) -> dict[str, Products]:
+        """Sums over all tokens of what the last of some projections reads, and of what the stream after it lacks.
+
+        Args:
+            cut: its inputs.
+            called: projections of the student's next layer up to this one.
+            wanted: the stream that the teacher has after it, for every batch.
+        """
+        sums: dict[str, Products] = {}
+        for wanted_BTH, seen in zip(wanted, self.student.run(self.student.layer + 1, called), strict=True):
+            *_, state = seen.after(called)
+            missing_NH = seen.tokens(wanted_BTH.to(state) - state).div_(called[-1].factor)
+            inputs_NK = cut.observed(seen.tokens(seen.calls[cut.path][0]))
+            add_products(sums, cut, (inputs_NK, missing_NH), seen.watch, self.ridge is None, None)
+        return sums
 
     def _kept(self, state: Tensor) -> Tensor:
         state = state.cpu()

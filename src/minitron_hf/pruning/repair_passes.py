@@ -78,7 +78,11 @@ class Passes:
         self.show_progress = show_progress
         self.model, self.calibration, self.device = model, calibration, device
         self.spec = spec_for(model.config)
-        self.runs = LayerRuns(model)
+        self.runs = LayerRuns(
+            model,
+            "Repair the teacher in memory: prune_with_plan(model, plan, data), minitron-hf prune --in-memory, or a "
+            "recipe without stream_weights.",
+        )
         num_layers = len(self.runs.blocks)
         self.segments = segments_of(inputs, num_layers)
         self._number_of = {layer: number for number, segment in enumerate(self.segments) for layer in segment}

@@ -8,7 +8,6 @@ Legend: T tokens of a row, V vocabulary, H hidden size, P parameters of a model,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ from ..families import named_tensors, spec_for, text_config
 from ..families.axes import dimension_size
 from ..models import count_parameters, empty_model
 from ..pruning.repair import input_groups, probed_inputs
-from ..pruning.repair_in_turn import NUM_PROBES
 from ..pruning.repair_solve import RIDGES
 from ..pruning.repair_sums import HELD_OUT_EVERY
 from ..scoring.activations import head_groups
@@ -195,17 +193,17 @@ def repair_cost(
 
 
 def in_turn_cost(
-    student: PretrainedConfig, writers: Sequence[tuple[int, CutInputs]], *, num_tokens: int, num_batches: int
+    student: PretrainedConfig, writers: Sequence[CutInputs], *, num_tokens: int, num_batches: int
 ) -> RepairCost:
-    """What a sequential repair computes after the fit at once (`expected_writers`).
+    """What a sequential repair computes, from the list of its projections (`expected_writers`).
 
     Each of the student's layers runs once for each of its projections that is fitted, and once more. A projection
-    takes 2·N·K·(K + H) operations for its products, and 2·K³/3 + 2·K²·H to solve; in `NUM_PROBES` layers every fourth
-    row is multiplied once more, and each of the ridges takes 2·K³/3 + 4·K²·H.
+    takes 2·N·K·(K + H) operations for its products, every fourth row of which are held out and multiplied once more,
+    2·K³/3 + 2·K²·H to solve, and 2·K³/3 + 4·K²·H for each of the ridges.
 
     Args:
         student: its config.
-        writers: the projections, with their layers.
+        writers: the projections.
         num_tokens: N of the calibration data.
         num_batches: its batches.
 
@@ -213,19 +211,15 @@ def in_turn_cost(
         The cost; `passes` are those of the student. The teacher's layers run once beside them.
     """
     depth = spec_for(student).sizes(student)["layers"]
-    probed = range(0, depth, math.ceil(depth / NUM_PROBES))
     work = RepairCost(1 + len(writers) / depth, 0.0, 0.0, 0.0)
-    for layer, cut in writers:
+    for cut in writers:
         kept, outputs = len(cut.kept_K), cut.width - len(cut.kept_K)
-        is_probe = layer in probed
-        solved = 2 * kept**3 / 3 + 2 * kept**2 * outputs
-        if is_probe:
-            solved += len(RIDGES) * (2 * kept**3 / 3 + 4 * kept**2 * outputs)
+        ridges = len(RIDGES) * (2 * kept**3 / 3 + 4 * kept**2 * outputs)
         work = RepairCost(
             work.passes,
-            work.products + 2 * kept * cut.width * num_tokens * (1 + is_probe / HELD_OUT_EVERY),
-            work.solutions + solved,
-            work.sum_bytes + SUM_TRAFFIC * kept * cut.width * num_batches * (1 + is_probe),
+            work.products + 2 * kept * cut.width * num_tokens * (1 + 1 / HELD_OUT_EVERY),
+            work.solutions + 2 * kept**3 / 3 + 2 * kept**2 * outputs + ridges,
+            work.sum_bytes + SUM_TRAFFIC * kept * cut.width * num_batches * 2,
         )
     return work
 

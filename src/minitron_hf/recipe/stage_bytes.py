@@ -15,7 +15,7 @@ from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
 from ..distillation.gpu_data_sheets import Device
 from ..distillation.stage_memory import evaluation_memory, stage_memory
-from ..distillation.stage_repair import expected_cut_inputs, expected_writers
+from ..distillation.stage_repair import expected_cut_inputs, expected_writers, not_in_turn
 from ..distillation.stage_workload import Workload
 from ..errors import MinitronError
 from ..hardware import as_dtype, training_device
@@ -126,7 +126,8 @@ def repair_seconds(
 
     A streamed one takes two passes, one of which chooses the ridge, and reads the weights for both and for a test.
     """
-    cuts = expected_cut_inputs(model, student, repair, gaps)
+    writers = expected_writers(student) if repair == SEQUENTIAL else []
+    cuts = not_in_turn(expected_cut_inputs(model, student, repair, gaps), writers)
     num_rows, length, batch = rows
     tokens, num_batches, speed = num_rows * length, math.ceil(num_rows / batch), facts.machine
 
@@ -142,8 +143,8 @@ def repair_seconds(
         seconds += 3 * count_parameters(model) * facts.stored_bytes / speed.disk_traffic if streamed else 0.0
         flops += passes * costs.layer_flops(model, length)
         seconds += seconds_of(found)
-    if repair == SEQUENTIAL:
-        in_turn = costs.in_turn_cost(student, expected_writers(student), num_tokens=tokens, num_batches=num_batches)
+    if writers:
+        in_turn = costs.in_turn_cost(student, writers, num_tokens=tokens, num_batches=num_batches)
         flops += costs.layer_flops(model, length) + in_turn.passes * costs.layer_flops(student, length)
         seconds += seconds_of(in_turn)
     return seconds + tokens * flops / speed.forward_flops
