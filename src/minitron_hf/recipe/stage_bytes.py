@@ -176,7 +176,8 @@ def training_memory(
             accumulates=args.gradient_accumulation_steps > 1,
             fake_quantization=args.fake_quantization,
         )
-        return estimate_capacity(teacher, student, setup).peak
+        # A recipe's student is cut from this teacher, so a smaller vocabulary is one that was cut.
+        return estimate_capacity(teacher, student, setup, cuts_vocabulary=True).peak
     except MinitronError:
         return UNKNOWN
 
