@@ -248,7 +248,7 @@ CASES = [
         ("range", "--set num_rows=0", "expected at least 1"),
         ("range", "--set max_length=100000", "exceeds the context"),
         ("key", "--set refrence=x", "Did you mean 'reference'?"),
-        ("extra", "--set models=x", "models is unknown"),
+        ("extra", "--set models=x", "exclude each other"),
         ("encoding", "= evaluate teacher={teacher} --data {latin} -o {out}", "UTF-8"),
         ("permission", "= evaluate teacher={teacher} --data {text} -o /proc/x", "/proc"),
         ("data", "= evaluate teacher={teacher} --data {text} -o {ran}", "the folder of a run"),

@@ -310,7 +310,7 @@ def test_committed_results_belong_to_the_arms_of_the_table():
         run.name: run
         for experiment in load_experiments().values()
         for tokens in (None, [SCREEN_TOKENS])
-        for run in experiment.runs(tokens)
+        for run in experiment.runs(tokens, range(3))
     }
     results = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     assert results

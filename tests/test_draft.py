@@ -103,4 +103,4 @@ def test_drafts_are_in_the_evaluation_and_in_its_tables(teacher, tmp_path, capsy
     assert table[""] == ["Student"]
     assert table["Proposed tokens that the teacher keeps"] == ["100 %"]
     _print_measurement(tmp_path)
-    assert "As a draft of the teacher, 3 tokens at a time" in capsys.readouterr().out
+    assert "As a draft of teacher, 3 tokens at a time" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from ..data.context import context_length
 from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
 from ..families import VOCABULARY
 from ..files import require_writable
 from ..hardware import as_dtype
@@ -65,6 +65,7 @@ class RowMaker(StartTokensMixin, AssistantTurnsMixin, SFTTrainer):
     """TRL's supervised trainer, for the rows and batches that it makes."""
 
 
+@checks_kinds
 @with_locked_folder("output_dir")
 def cache_teacher_logits(
     teacher: PreTrainedModel | str | os.PathLike[str],
