@@ -292,6 +292,13 @@ def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
         assert found[name].to_dict()["memory"] is None
 
 
+def test_training_with_a_cut_vocabulary_has_a_memory(recipe):
+    cut = replace(recipe, prune={**recipe.prune, "vocab_size": 64}, controls=[])
+    found = {one.stage: one.memory for one in estimate_recipe(cut, machine=MACHINE).stages}
+    whole = {one.stage: one.memory for one in estimate_recipe(recipe, machine=MACHINE).stages}
+    assert 0 < found["distill"] < whole["distill"]
+
+
 @needs_torchao
 def test_rounded_weights_count_in_the_memory_of_training_and_exclude_an_adapter(recipe):
     rounded = replace(recipe, distill={**recipe.distill, "fake_quantization": "int8"})
