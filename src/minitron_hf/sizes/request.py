@@ -84,10 +84,10 @@ class PrunerConfig:
             plain pruning in every case of neurons and heads (`benchmarks/results/*-repair.json`) and where several
             layers are dropped, before retraining (`benchmarks/results/real/layers`). It is off because it needs
             calibration data beside the scores; `recommend` switches it on. `"least_squares_all"`: also refit the
-            projections that read norms of pruned channels. `"sequential"`: after that of `"least_squares"`, refit the
-            projections that write to the residual stream in turn, on the student's own activations, so that errors do
-            not add up. It needs teacher and student in memory. On SmolLM2-135M it was 4 % closer to the teacher after
-            131k tokens (`benchmarks/results/real/starts`, one seed).
+            projections that read norms of pruned channels. `"sequential"`: refit all projections that write to the
+            residual stream layer by layer, on the student's own activations, so that errors do not add up; what else
+            reads pruned units as with `"least_squares"`. It needs teacher and student in memory. After 131k tokens of
+            distillation the student was 4 % closer to SmolLM2-135M (`benchmarks/results/real/starts`, one seed).
         nonuniform_sizes: names of sizes that may differ from layer to layer at the same total. Layers whose scores
             are spread over more units get more units. This needs a stock config with a list of sizes per layer. None
             by default: not measured yet on a real teacher.
