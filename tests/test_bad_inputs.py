@@ -459,6 +459,7 @@ CASES = [
         ("type", "stream_weights=null", "expected true or false"),
         ("key", "stream_weight=true", "Did you mean 'stream_weights'?"),
         ("extra", "stream_weights=true;verify=true", "Leave one of them out"),
+        ("extra", "stream_weights=true;prune.repair=sequential", "both have to be in memory"),
     ),
     *section(
         "teacher_correction",

@@ -161,6 +161,17 @@ def test_a_cut_vocabulary_changes_no_projection():
         torch.testing.assert_close(weight, whole[name][: len(weight)], rtol=0, atol=0)
 
 
+def test_few_tokens_are_warned_of_as_in_a_fit_at_once(caplog):
+    teacher = pocket_model("llama")
+    few = TokenRows(ROWS.rows[:4], None)
+    prune_with_plan(teacher, planned(teacher, num_hidden_layers=4), few)
+    assert "inputs to 76 calibration tokens" in caplog.text
+    caplog.clear()
+    many = TokenRows(ROWS.rows * 6, None)
+    prune_with_plan(teacher, planned(teacher, num_hidden_layers=4), many)
+    assert "calibration tokens" not in caplog.text
+
+
 def test_a_teacher_on_disk_is_refused(tmp_path):
     teacher = pocket_model("llama", dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -33,9 +33,9 @@ def prune(
 ) -> None:
     """Build the student from the teacher's checkpoint and a plan (prune_checkpoint), a few rows at a time.
 
-    A repair runs the teacher layer by layer. With --verify or --in-memory, or without safetensors, the teacher is
-    loaded as a whole (prune_with_plan). --set takes num_rows, max_length, packing, batch_size and memory_limit of a
-    repair.
+    A repair runs the teacher layer by layer; a sequential one needs --in-memory. With --verify or --in-memory, or
+    without safetensors, the teacher is loaded as a whole (prune_with_plan). --set takes num_rows, max_length, packing,
+    batch_size and memory_limit of a repair.
     """
     from ..files import replacing_folder, require_empty
     from ..models import load_config, stored_dtype

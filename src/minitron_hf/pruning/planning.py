@@ -18,7 +18,7 @@ from ..models import empty_model
 from ..scoring.scores import ImportanceScores
 from ..sizes.counts import parameter_counts
 from ..sizes.legality import require_units, rounding_step
-from ..sizes.request import PrunerConfig
+from ..sizes.request import SEQUENTIAL, PrunerConfig
 from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
 from ..vocabulary.ids import ids_in, renumbered_generation_config
@@ -258,7 +258,12 @@ def _notes_on_weights(
     if partners:
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
-    if repair:
+    if repair == SEQUENTIAL:
+        notes.append(
+            "Repair: projections that write to the residual stream are refitted by least squares, layer by layer, on "
+            "the student's own activations; others that read cut units, to the units that stay."
+        )
+    elif repair:
         notes.append(
             "Repair: projections that read cut units, or precede dropped layers, are refitted by least squares to the "
             "units that stay."

@@ -42,7 +42,7 @@ from .basis import rotated_model
 from .repair_in_turn import refit_in_turn, writers_in_turn
 from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
-from .repair_solve import best_ridges, has_bias, medians, refit_weights
+from .repair_solve import best_ridges, has_bias, medians, refit_weights, warn_of_few_tokens
 from .repair_sums import Products
 from .stored_layers import is_stored
 from .surgery import apply_plan
@@ -58,9 +58,6 @@ logger = logging.getLogger(__name__)
 SHARE_OF_FREE_MEMORY = 0.5
 #: Inputs of a kind, at equal distances, whose held-out rows choose its ridge.
 NUM_PROBES = 4
-#: Calibration tokens per kept input below which a warning is logged: the fit follows the text more than the model then
-#: (SmolLM2-135M: with 8k tokens for 1,080 neurons the student got worse, with 41k it got better).
-TOKENS_PER_INPUT = 16
 
 
 @accept_old_names(num_samples="num_rows")
@@ -290,14 +287,9 @@ def probed_inputs(inputs: Sequence[CutInputs]) -> list[CutInputs]:
 
 
 def _report(inputs: Sequence[CutInputs], num_tokens: int, ridges: Mapping[str, float]) -> None:
-    """Log what was fitted, and a warning if the widest inputs had few tokens for each of them."""
+    """Log what was fitted."""
     logger.info("Repair: %s inputs fitted to %s tokens, ridges %s.", len(inputs), f"{num_tokens:,}", ridges)
-    widest = max(len(cut.kept_K) for cut in inputs)
-    if num_tokens < TOKENS_PER_INPUT * widest:
-        logger.warning(
-            "The repair fits %s inputs to %s calibration tokens. Below %s per input the student may become worse on "
-            "other text: raise num_rows, or pass more text.", f"{widest:,}", f"{num_tokens:,}", TOKENS_PER_INPUT,
-        )  # fmt: skip
+    warn_of_few_tokens(max(len(cut.kept_K) for cut in inputs), num_tokens)
 
 
 def _require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> None:

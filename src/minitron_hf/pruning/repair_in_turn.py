@@ -30,7 +30,7 @@ from .layer_runs import NUM_TESTED, LayerRuns
 from .layer_writers import Writer, layer_writers
 from .repair_gaps import Gap, Projection
 from .repair_inputs import CutInputs
-from .repair_solve import best_ridges, medians, refit_weights
+from .repair_solve import best_ridges, medians, refit_weights, warn_of_few_tokens
 from .repair_sums import Products, add_products, forward, require_tokens
 from .surgery import kept_positions
 
@@ -115,6 +115,7 @@ def _fitted(
         theirs, paths = writers[source], (spec.layer_parameter(source, ""), spec.layer_parameter(layer, ""))
         own = [replace(one, projection=_moved(one.projection, *paths)) for one in theirs]
         found |= fit.layer(own, theirs, stop)
+    warn_of_few_tokens(fit.widest, streams[1].num_tokens)
     return found
 
 
@@ -181,7 +182,7 @@ class _Stream:
         self.model, self.calibration = model, calibration
         self.runs = LayerRuns(model, "Plan with repair='least_squares'.")
         self.spec, self.device = spec_for(model.config), input_device(model)
-        self.layer, self.states = 0, list[Tensor]()
+        self.layer, self.states, self.num_tokens = 0, list[Tensor](), 0
         self._test()
 
     def run(self, stop: int, writers: Sequence[Writer] = (), *, goes_on: bool = False) -> Iterator[_Seen]:
@@ -207,7 +208,7 @@ class _Stream:
                 self.states[index : index + 1] = [end[0].cpu()]
             yield _Seen(entry[0], end[0], calls, watch)
         require_tokens(watch)
-        self.layer = stop if goes_on else first
+        self.layer, self.num_tokens = stop if goes_on else first, watch.num_tokens
 
     def skip_to(self, layer: int) -> None:
         """Go on to a layer without observing anything."""
@@ -264,10 +265,14 @@ class _Fit:
         student: its stream.
         channels: those of the teacher that the student keeps; None for all.
         ridge: see `refit_in_turn`.
+
+    Attributes:
+        widest: the most inputs of a projection so far.
     """
 
     def __init__(self, teacher: _Stream, student: _Stream, channels: Tensor | None, ridge: float | None) -> None:
         self.teacher, self.student, self.channels, self.ridge = teacher, student, channels, ridge
+        self.widest = 0
 
     @torch.no_grad()
     def layer(self, own: Sequence[Writer], theirs: Sequence[Writer], stop: int) -> dict[str, Tensor]:
@@ -285,6 +290,7 @@ class _Fit:
         found: dict[str, Tensor] = {}
         for number, writer in enumerate(own):
             whole = torch.arange(self._num_inputs(writer))
+            self.widest = max(self.widest, len(whole))
             gap = Gap(0, 0, writer.factor, wanted[0][number].shape[-1])
             cut = CutInputs(writer.projection.path, whole, whole[:0], (writer.projection,), gap=gap)
             sums = self._sums(cut, own[: number + 1], [batch[number] for batch in wanted])

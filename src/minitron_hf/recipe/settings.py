@@ -13,6 +13,7 @@ from ..hardware import training_device
 from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
 from ..scoring.metrics import metric_names
+from ..sizes.request import SEQUENTIAL
 from .actions import cached_arguments, search_arguments
 from .environment import check_reporters
 from .rules import hints_of, require_choice, require_settings
@@ -210,6 +211,12 @@ def _require_streamable(recipe: Recipe) -> None:
         raise DataError(
             "stream_weights: verify loads the teacher into memory, to compare the student with it. "
             "Leave one of them out."
+        )
+    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    if any(one.pruner_config.repair == SEQUENTIAL for one in rounds):
+        raise DataError(
+            f"stream_weights: prune.repair={SEQUENTIAL!r} runs teacher and student side by side, so both have to be "
+            "in memory. Leave one of them out, or write repair: least_squares."
         )
     folder = Path(recipe.teacher.model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
