@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..families import spec_for
-from ..scoring.hooks import first_input
+from ..scoring.hooks import first_input, with_first_input
 from .repair_gaps import stream_output
 from .repair_sums import AllObserved
 
@@ -68,10 +68,7 @@ class LayerRuns:
         """Replace the input of a layer."""
 
         def hook(_: Any, args: Any, kwargs: Any) -> Any:
-            if args:
-                return (state, *args[1:]), kwargs
-            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            return args, {**kwargs, name: state}
+            return with_first_input(args, kwargs, state)
 
         stack.callback(self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..families import spec_for
 from ..models import evaluating
-from ..scoring.hooks import first_input
+from ..scoring.hooks import first_input, with_first_input
 from ..weights import input_device
 from .repair_gaps import NUM_TRACED, Projection, linear_factor, stream_noise, stream_output, stream_writers
 
@@ -41,7 +41,10 @@ class _Trace:
 
     Attributes:
         layer: the module.
-        calls: what the run as it is called: name of a child, or of a projection in it, and its output.
+        projections: name in the layer → projection.
+        calls: names of the projections in the order of the first run's calls, and shapes of their outputs.
+        outputs: name of a child → what it returned in the first run, call by call.
+        is_done: whether the first run is over.
         changed: path of the projection whose output is changed now.
         noise: what is added to it.
         is_frozen: whether children that are called after the change return what they returned at first.
@@ -51,7 +54,7 @@ class _Trace:
 
     layer: nn.Module
     projections: dict[str, Projection]
-    calls: list[tuple[str, Any]] = field(default_factory=list)
+    calls: list[tuple[str, torch.Size]] = field(default_factory=list)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     is_done: bool = False
     changed: str | None = None
@@ -142,7 +145,7 @@ def _writers(trace: _Trace, args: Any, kwargs: Any, before: Tensor) -> list[Writ
     state = first_input(args, kwargs)
     if state.shape != before.shape or not trace.calls:  # several residual streams, or nothing to fit
         return []
-    moved_args, moved_kwargs = _with_input(args, kwargs, state + noise)
+    moved_args, moved_kwargs = with_first_input(args, kwargs, state + noise)
     moved = trace.run(moved_args, moved_kwargs, changed=None, noise=None, is_frozen=True)
     factor = linear_factor(before, moved, noise)
     if factor is None or abs(factor - 1) > 0.01:
@@ -162,10 +165,3 @@ def _writers(trace: _Trace, args: Any, kwargs: Any, before: Tensor) -> list[Writ
             is_last = linear_factor(before, free, noise) is not None
         found.append(Writer(trace.projections[name], factor, is_last))
     return found
-
-
-def _with_input(args: Any, kwargs: Any, state: Tensor) -> tuple[Any, Any]:
-    if args:
-        return (state, *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return args, {**kwargs, name: state}

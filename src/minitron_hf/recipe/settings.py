@@ -150,11 +150,11 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
         The arguments of distillation, of every round.
     """
     folder = Path(recipe.output_dir)
-    _require_comparable_tokens(recipe)
+    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    _require_comparable_tokens(recipe, rounds)
     if recipe.search is not None:
         require_search(recipe.search, "search.")
         search_arguments(recipe)
-    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     found = []
     for number, one in enumerate(rounds, 1):
         where = f"rounds.{number}." if recipe.rounds else ""
@@ -167,16 +167,15 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     if recipe.data.streaming:
         _require_stream(recipe, found)
     if recipe.stream_weights:
-        _require_streamable(recipe)
+        _require_streamable(recipe, rounds)
     lora_config(recipe)
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
     return found
 
 
-def _require_comparable_tokens(recipe: Recipe) -> None:
+def _require_comparable_tokens(recipe: Recipe, rounds: Sequence[Recipe]) -> None:
     """Refuse a cut of the vocabulary where other tokens than the teacher's cannot be read."""
-    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     cut = [number for number, one in enumerate(rounds, 1) if one.pruner_config.vocab_size is not None]
     if early := [number for number in cut if number < len(rounds)]:
         raise DataError(
@@ -205,14 +204,13 @@ def _require_shared(recipe: Recipe, number: int) -> None:
         )
 
 
-def _require_streamable(recipe: Recipe) -> None:
+def _require_streamable(recipe: Recipe, rounds: Sequence[Recipe]) -> None:
     """Refuse a teacher that cannot be pruned from its files, and what needs it in memory."""
     if recipe.verify:
         raise DataError(
             "stream_weights: verify loads the teacher into memory, to compare the student with it. "
             "Leave one of them out."
         )
-    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
     if any(one.pruner_config.repair == SEQUENTIAL for one in rounds):
         raise DataError(
             f"stream_weights: prune.repair={SEQUENTIAL!r} runs teacher and student side by side, so both have to be "

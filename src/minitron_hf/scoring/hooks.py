@@ -40,3 +40,13 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     if args:
         return args[0]
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def with_first_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with another tensor to call it on."""
+    if args:
+        return (state, *args[1:]), dict(kwargs)
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: state}
