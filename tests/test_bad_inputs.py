@@ -238,6 +238,11 @@ CASES = [
         ("space", "", "No space left"),
         ("model", "= distill {teacher} --teacher {wide} --train-data {text} -o {out}", "vocabulary"),
         ("data", "--eval-data {other_columns}", "--eval-data"),
+        ("extra", "--train-images {text}", "--train-images holds the images of a teacher cache"),
+        ("extra", "--eval-data {text} --eval-images {text}", "a corpus has its own images"),
+        ("missing", "--eval-images {text}", "images of --eval-data, which is missing"),
+        ("missing", "= distill {teacher} --train-images {text} -o {out}", "--train-data"),
+        ("key", "--train-image {text}", "no such option"),
         ("data", "--set dataset_text_field=txt", "Did you mean 'text'?"),
     ),
     *command(

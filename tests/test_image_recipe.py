@@ -158,6 +158,36 @@ def test_the_command_line_reads_images(folder, tmp_path):
     assert (tmp_path / "student" / "processor_config.json").is_file()
 
 
+def test_a_cache_is_the_teacher_in_recipes_and_at_the_command_line(folder, tmp_path):
+    """With k = vocabulary size, all ways to train end with the same weights."""
+    training = {"max_steps": 2, "max_length": 64, "per_device_train_batch_size": 2, "bf16": False}
+    settings = values(folder, tmp_path / "run", distill=training, teacher_cache={"top_k": 97, "dtype": "float32"})
+    check_recipe(Recipe.from_dict(settings))
+    made = run(settings)
+    rows, options = folder / "rows.jsonl", [f"--set={name}={json.dumps(value)}" for name, value in training.items()]
+    cache, start = tmp_path / "cache", ("distill", made / "pruned", *options)
+    from_cache = ("--train-data", cache, "--train-images", rows, "-o", tmp_path / "cached")
+    steps = [
+        (*start, "--teacher", folder / "teacher", "--train-data", rows, "-o", tmp_path / "online"),
+        ("cache", folder / "teacher", "--data", rows, "-o", cache, "--top-k", 97, "--dtype", "float32", *options),
+        (*start, *from_cache),
+    ]
+    for step in steps:
+        done = minitron(*step)
+        assert done.returncode == 0, done.stderr
+    weights = [load_file(path / "model.safetensors") for path in (tmp_path / "online", tmp_path / "cached", made)]
+    for name, value in weights[0].items():
+        for others in weights[1:]:
+            torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-5)
+    for options, words in (
+        (from_cache[:2], "Pass the corpus too"),
+        ((*from_cache[:3], folder / "teacher"), "is the folder of a model"),
+    ):
+        done = minitron(*start, *options, "-o", tmp_path / "refused")
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
+
+
 def test_the_costs_name_what_they_leave_out(folder, tmp_path):
     estimate = estimate_recipe(Recipe.from_dict(values(folder, tmp_path / "run")))
     assert any("what reading the images takes" in note for note in estimate.notes)
@@ -218,7 +248,7 @@ def test_a_first_image_that_cannot_be_read_is_named(folder, tmp_path):
         ({"distill": {"max_steps": 1, "padding_free": True}}, r"padding_free: rows with images are not packed"),
         ({"distill": {"max_steps": 1, "max_length": 7}}, r"The images of a row end at token 9, .* at most 7"),
         ({"scores": {"max_length": 8}}, r"The images of a row end at token 9, .* at most 8"),
-        ({"teacher_cache": {}}, "The data holds images. .* a cache cannot hold"),
+        ({"teacher_cache": {"server": "http://127.0.0.1:9"}}, "The data holds images, and a server is sent tokens"),
         ({"distill": {"max_steps": 1, "assistant_only_loss": True}}, "can be found only by"),
     ],
 )

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from minitron_hf.data import padded_batches, token_rows, tokenize_once
 from minitron_hf.data.images import has_images, placeholder_ids
-from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
-from minitron_hf.errors import DataError, MismatchError
+from minitron_hf.errors import DataError
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.scoring.importance import estimate_importance
@@ -276,7 +275,7 @@ def test_both_models_see_the_images_in_training(tmp_path, teacher, processor):
     assert (tmp_path / "student" / "processor_config.json").is_file()
 
 
-def test_the_block_of_the_guide_runs(tmp_path, monkeypatch, teacher, processor):
+def test_the_blocks_of_the_guide_run(tmp_path, monkeypatch, teacher, processor):
     monkeypatch.chdir(tmp_path)
     teacher.config.text_config.max_position_embeddings = 2048
     names = {
@@ -285,9 +284,10 @@ def test_the_block_of_the_guide_runs(tmp_path, monkeypatch, teacher, processor):
         "train": image_dataset(),
         "held_out": image_dataset(3, seed=1),
     }
-    [block] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(block, names)
     assert names["measured"]["models"]["student"]["metrics"]["kl_divergence"]["value"] > 0
+    assert names["cache"].manifest["num_rows"] == len(names["train"])
 
 
 # Refusals
@@ -365,9 +365,3 @@ def test_images_without_their_column_are_refused(tmp_path, teacher, processor):
 def test_turns_that_nothing_marks_are_refused_in_training(tmp_path, teacher, processor):
     with pytest.raises(DataError, match="can be found only by"):
         make_trainer(tmp_path, other(teacher), teacher, image_dataset(), processor, assistant_only_loss=True)
-
-
-def test_a_cache_of_images_is_refused_before_anything_is_written(tmp_path, teacher, processor):
-    with pytest.raises(MismatchError, match="The data holds images"):
-        cache_teacher_logits(teacher, image_dataset(), tmp_path / "cache", processing_class=processor)
-    assert not list((tmp_path / "cache").glob("*.arrow"))

@@ -10,16 +10,28 @@ from ..errors import DataError
 from .options import Accelerate, Output, Processes, Settings, _corpus, _load, _require_own, _settings
 from .output import current, wrote
 
+EvalData = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Held-out corpus: file, saved dataset, Hub id or teacher cache."),
+]
+TrainImages = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Corpus with the images of a teacher cache that is --train-data."),
+]
+EvalImages = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Corpus with the images of a teacher cache that is --eval-data."),
+]
+
 
 def distill(
     student: Annotated[str, typer.Argument(help="Folder or Hub id of the pruned student.")],
     train_data: Annotated[str, typer.Option(help="Corpus: file, saved dataset, Hub id or teacher cache.")],
     output: Output,
     teacher: Annotated[Optional[str], typer.Option(help="Hub id or folder; not needed with a teacher cache.")] = None,  # noqa: UP045
-    eval_data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Held-out corpus: file, saved dataset, Hub id or teacher cache."),
-    ] = None,
+    eval_data: EvalData = None,
+    train_images: TrainImages = None,
+    eval_images: EvalImages = None,
     split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
     eval_split: Annotated[str, typer.Option(help="Split of the held-out corpus.")] = "train",
     accelerate: Accelerate = None,
@@ -39,11 +51,14 @@ def distill(
     settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
     if eval_data is None:
         settings["eval_strategy"] = "no"
+        if eval_images is not None:
+            raise DataError("--eval-images names the images of --eval-data, which is missing.")
     checked = distillation_config(output, settings, "--set ")
     _require_own(output, ("checkpoint-*", UNFINISHED_DIR, "distillation.json", "runs"))
     if accelerate is not None:
         options = {"--train-data": train_data, "--output": str(output), "--teacher": teacher}
         options |= {"--eval-data": eval_data, "--split": split, "--eval-split": eval_split}
+        options |= {"--train-images": train_images, "--eval-images": eval_images}
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         given += [*(f"--set={entry}" for entry in set_ or []), *([] if current().shows_progress else ["--quiet"])]
         launch(["distill", *given, "--", student], accelerate, num_processes)
@@ -57,13 +72,14 @@ def distill(
 
     check_reporters([checked], "--set ")
     column = checked.dataset_text_field
-    corpora = [_corpus(train_data, split, column, "--train-data"), None]
+    corpora = [_corpus(train_data, split, column, "--train-data", images=train_images), None]
     if eval_data is not None:
-        corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data")
+        corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data", images=eval_images)
+    rows = [getattr(corpus, "dataset", corpus) for corpus in corpora]  # of teacher caches
     if teacher is not None:
         configs = load_config(student), load_config(teacher)
         refuse_pair(student, teacher, *configs, None, maps_tokens=kept_tokens(student, (), *configs) is not None)
-    model, tokenizer = _load(student, *corpora, dtype="float32")
-    run_distillation(model, teacher, output, tokenizer, with_defaults(settings, corpora[0]), *corpora)
+    model, reader = _load(student, *rows, dtype="float32")
+    run_distillation(model, teacher, output, reader, with_defaults(settings, rows[0]), *corpora)
     if is_main_process():
         wrote(output)

@@ -112,15 +112,32 @@ def _texts(data: str, split: str, text_field: str, option: str = "--data") -> An
     return (row[text_field] for row in rows)
 
 
-def _corpus(source: str, split: str, text_field: str, option: str, *, cached: bool = True) -> Any:
-    """Load a corpus or a teacher cache; refuse a corpus whose first rows hold no text."""
+def _corpus(
+    source: str, split: str, text_field: str, option: str, *, cached: bool = True, images: str | None = None
+) -> Any:
+    """Load a corpus or a teacher cache; refuse a corpus whose first rows hold no text.
+
+    Args:
+        source: file, saved dataset, Hub id, or folder of a teacher cache.
+        split: of the corpus.
+        text_field: column that holds a text.
+        option: that names the corpus, for messages.
+        cached: whether a teacher cache may be given.
+        images: corpus with the images of a teacher cache.
+    """
     from ..data import load_text_dataset
     from ..distillation.teacher_cache import MANIFEST_NAME, load_teacher_cache
     from ..recipe.beginnings import read_rows
     from ..recipe.environment import require_text
 
     if cached and (Path(source) / MANIFEST_NAME).is_file():
-        return load_teacher_cache(source)
+        rows = None if images is None else load_text_dataset(images, split=split)
+        return load_teacher_cache(source, rows)
+    if images is not None:
+        raise DataError(
+            f"{option.replace('-data', '-images')} holds the images of a teacher cache, and {option} {source} is "
+            "none. Leave it out: a corpus has its own images."
+        )
     rows = load_text_dataset(source, split=split)
     require_text(read_rows(rows, min(64, len(rows)), option), source, text_field, option)
     return rows

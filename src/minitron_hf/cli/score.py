@@ -53,6 +53,19 @@ def score(
     wrote(path)
 
 
+Server = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="URL",
+        help="vLLM server that offers the teacher, such as http://localhost:8000; no weights are loaded then.",
+    ),
+]
+ServerModel = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME", help="The server's name of the teacher, if it offers several models."),
+]
+
+
 def cache(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
     data: Annotated[str, typer.Option(help="Corpus: file, saved dataset or Hub id.")],
@@ -69,17 +82,8 @@ def cache(
     dtype: Annotated[
         str, typer.Option(help="How log-probabilities are stored: float16, float32, or packed: fixed12.")
     ] = "float16",
-    server: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="URL",
-            help="vLLM server that offers the teacher, such as http://localhost:8000; no weights are loaded then.",
-        ),
-    ] = None,
-    server_model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="The server's name of the teacher, if it offers several models."),
-    ] = None,
+    server: Server = None,
+    server_model: ServerModel = None,
     set_: Settings = None,
 ) -> None:
     """Store the teacher's distributions over a corpus (cache_teacher_logits); --set takes the arguments of distill.
@@ -87,12 +91,13 @@ def cache(
     The same command resumes an interrupted cache.
     """
     from ..distillation.cache_coding import DTYPES, refuse_both
-    from ..distillation.cache_writer import cache_teacher_logits, refuse_images
-    from ..distillation.server_cache import cache_served_teacher
+    from ..distillation.cache_writer import cache_teacher_logits
+    from ..distillation.server_cache import cache_served_teacher, refuse_images
     from ..distillation.teacher_cache import MANIFEST_NAME, refuse_uncacheable
     from ..models import load_config
     from ..recipe.rules import require_choice
     from ..recipe.settings import distillation_config, distillation_hints
+    from ..recipe.training import with_defaults
 
     settings = _settings(set_, distillation_hints(), "fields of DistillationConfig")
     args = distillation_config(output, {**settings, "eval_strategy": "no"}, "--set ")
@@ -104,12 +109,14 @@ def cache(
     if server is not None and num_draws is not None:
         raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
     _require_own(output, ("data-*.arrow", MANIFEST_NAME))
-    refuse_images(rows := _corpus(data, split, args.dataset_text_field, "--data", cached=False))
+    rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
+    args = distillation_config(output, {**with_defaults(settings, rows), "eval_strategy": "no"}, "--set ")
     if top_k is not None and top_k > (vocab_size := load_config(teacher).get_text_config().vocab_size):
         raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     stored: Any = {"top_k": top_k, "dtype": dtype, "args": args}
     if server is not None:
+        refuse_images(rows)
         wrote(cache_served_teacher(server, teacher, rows, output, server_model=server_model, **stored))
         return
-    model, tokenizer = _load(teacher)
-    wrote(cache_teacher_logits(model, rows, output, num_draws=num_draws, **stored, processing_class=tokenizer))
+    model, reader = _load(teacher, rows)
+    wrote(cache_teacher_logits(model, rows, output, num_draws=num_draws, **stored, processing_class=reader))

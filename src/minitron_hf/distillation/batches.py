@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..data.images import PLACE
+from ..errors import DataError, MismatchError
 from ..losses.fused import next_token_positions
 from .cache_coding import KEPT_SHARE, TOKENS, decode
 
@@ -22,6 +23,8 @@ STATES = "teacher_states_"
 #: Entries of a batch that are not arguments of the model. Some collators also add shifted labels.
 LABELS, ROW_LENGTHS, CACHED = "labels", "row_lengths", "cached_teacher"
 SHIFTED_LABELS = "shift_labels"
+#: Column of cached rows with images: SHA-256 of the row that each was made from, as 8 numbers of 32 bits.
+SOURCE = "source_digest"
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,7 @@ class WithCachedTeacher:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if TOKENS not in examples[0]:
             return self.collator(examples)
-        # The cached columns are arrays, for speed; the collator expects lists.
-        others = [name for name in examples[0] if not name.startswith("teacher_")]
-        batch = self.collator([{name: np.asarray(row[name]).tolist() for name in others} for row in examples])
+        batch = self._batch_of(examples)
         tokens, log_probs, log_tail, drawn = decode(examples, tuple(examples[0]))
         states = {
             int(name.removeprefix(STATES)): _concatenated(examples, name, len(log_tail))
@@ -78,6 +79,34 @@ class WithCachedTeacher:
         share = _concatenated(examples, KEPT_SHARE, len(log_tail))[:, 0] if KEPT_SHARE in examples[0] else None
         batch[CACHED] = CachedTeacher(tokens, log_probs, log_tail, states, drawn, share)
         return batch
+
+    def _batch_of(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of the rows alone. The cached columns are arrays, for speed; the collator expects lists."""
+        others = [name for name in examples[0] if not name.startswith("teacher_")]
+        return self.collator([{name: np.asarray(row[name]).tolist() for name in others} for row in examples])
+
+
+@dataclass
+class WithCachedImages(WithCachedTeacher):
+    """The same for rows with images, which are rendered again: their tokens must be those of the cached rows."""
+
+    def _batch_of(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        cached = ("input_ids", LABELS, SOURCE)
+        others = [name for name in examples[0] if name not in cached and not name.startswith("teacher_")]
+        batch = self.collator([{name: row[name] for name in others} for row in examples])
+        for row, found in zip(examples, rows_of(batch), strict=True):
+            if any(not np.array_equal(row[name], values) for name, values in found.items()):
+                raise MismatchError(
+                    f"{row.get(PLACE, 'A row')}: the processor makes other tokens of it than when the teacher cache "
+                    "was written. Use the processor and the chat template of that time, or write the cache again."
+                )
+        return batch
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Token ids and labels of every row of a padded batch, without padding."""
+    real = batch["attention_mask"].bool()
+    return [{name: batch[name][i][real[i]].numpy() for name in ("input_ids", LABELS)} for i in range(len(real))]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..compat import commit_hash, dataset_state
 from ..errors import MismatchError
 from ..files import cached_file_digest, digest, replacing_file, versions, write_json
 from ..formats import FORMATS, migrate, write_artefact
-from .batches import LABELS, STATES
+from .batches import LABELS, SOURCE, STATES
 from .cache_coding import DTYPES, Coding
 from .record import describe_data
 from .teacher_cache import MANIFEST_NAME, METADATA_KEY, ROWS_KIND
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Digest of token rows."""
-    columns = ("input_ids", LABELS, "seq_lengths")
+    """Digest of token rows; of rows with images, of what they are made from."""
+    columns = (SOURCE,) if SOURCE in rows[0] else ("input_ids", LABELS, "seq_lengths")
     return digest(*(np.asarray(row.get(name, ()), dtype="<i4").tobytes() for row in rows for name in columns))
 
 
@@ -50,12 +50,13 @@ def write_rows(
 
     Args:
         path: of the file.
-        rows: token rows.
-        batches: of the teacher's columns of every row.
+        rows: token rows, or rows with images (`image_cache.ImageSources`).
+        batches: of the teacher's columns of every row; of rows with images, their tokens too.
         described: settings of the cache and digest of the rows, which the file holds, too.
     """
-    names = [name for name in ("input_ids", LABELS, "seq_lengths") if name in rows[0]]
-    schema = _schema(names, described, described)
+    names = [name for name in ("input_ids", LABELS, "seq_lengths", SOURCE) if name in rows[0]]
+    rendered = ["input_ids", LABELS] if SOURCE in names else []
+    schema = _schema([*rendered, *names], described, described)
     remaining = iter(rows)
     with replacing_file(path) as temporary, pa.ipc.new_stream(os.fspath(temporary), schema) as writer:
         for batch in batches:
@@ -79,6 +80,7 @@ def _list_array(values: Sequence[Any], of: pa.ListType) -> pa.Array:
 _OTHER: Mapping[str, str] = {
     "teacher": "another teacher, or other weights of this one",
     "tokenizer": "another tokenizer",
+    "processor": "other settings of the processor, or another chat template",
     "rows": "other rows of the corpus",
 }
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from trl import SFTTrainer
 
-from ..compat import on_device
+from ..compat import on_device, trains_on_images
 from ..data.context import context_length
-from ..data.images import holds_images
+from ..data.images import ImageCollator, holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
@@ -31,7 +31,7 @@ from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
 from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal, sampled_signal, top_k_signal
-from ..models import evaluating, load_model, load_tokenizer, make_fast
+from ..models import evaluating, load_model, load_processor, load_tokenizer, make_fast
 from ..weights import model_digest
 from .arguments import model_name
 from .assistant_turns import AssistantTurnsMixin
@@ -41,12 +41,15 @@ from .batches import (
     WithRowLengths,
     model_inputs,
     row_of_positions,
+    rows_of,
 )
 from .cache_coding import DTYPES, Coding, refuse_both
 from .cache_files import digest_of, require_same, write_manifest, write_rows
 from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .cut_vocabulary import KeptTokens
+from .image_cache import ImageSources, image_settings, require_cacheable_images
+from .inputs import refuse_image_settings
 from .intermediate import needed_states, state_pairs
 from .packing import require_documents_apart
 from .parallel import forward_of_backbone, is_split
@@ -93,7 +96,7 @@ def cache_teacher_logits(
 
     Args:
         teacher: a model, or a path or Hub id; moved to the training device.
-        dataset: corpus, as for `DistillationTrainer`.
+        dataset: corpus, as for `DistillationTrainer`. Images are not stored.
         output_dir: folder of the cache.
         top_k: number of most likely tokens to store per position; the whole vocabulary stores the exact distribution.
             None: 64, or with `num_draws` none.
@@ -102,7 +105,7 @@ def cache_teacher_logits(
         args: arguments of the run that will train from the cache. They set the packing into rows, the `temperature`,
             the precision and the batch size (`per_device_eval_batch_size`). With `hidden_loss` or `embedding_loss` the
             cache also holds the teacher's hidden states: 2 bytes per channel and token, which needs much space.
-        processing_class: tokenizer; by default the one in the teacher's folder.
+        processing_class: tokenizer, for images the processor; by default the one in the teacher's folder.
         dtype: dtype of log-probabilities and hidden states: `"float16"` (at a log-probability of -8, rounding changes
             the probability by 0.4 %) or `"float32"`; or `"fixed12"`, log-probabilities from -32 to 0 in 12 bits (the
             probability changes by 0.4 % at most) and token ids in ⌈log₂V⌉ bits, with hidden states in float16.
@@ -130,15 +133,19 @@ def cache_teacher_logits(
     args = copy.copy(args or DistillationConfig(os.fspath(output_dir)))
     refuse_uncacheable(args, num_draws=num_draws)
     refuse_own_folder(output_dir, teacher=teacher)
-    refuse_images(dataset)
+    with_images = holds_images(dataset)
     folder = require_writable(output_dir)
-    processing_class = processing_class or load_tokenizer(model_name(teacher) or "")
+    load = load_processor if with_images else load_tokenizer
+    processing_class = processing_class or load(model_name(teacher) or "")
     kept = None if pruning_plan is None or VOCABULARY not in pruning_plan.kept else KeptTokens.of(pruning_plan)
     if kept is not None:
         processing_class = kept.tokenizer(processing_class)
     else:
         refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
+    if with_images:
+        refuse_image_settings(vars(args))
+        require_cacheable_images(dataset, processing_class, model.config)
     if top_k is not None:
         _require_top_k(top_k, output_head(model).vocab_size if kept is None else len(kept.ids))
     trainer = row_trainer(model, args, dataset, processing_class, folder)
@@ -146,6 +153,8 @@ def cache_teacher_logits(
     check_output_head(model, role="teacher")
     require_documents_apart(trainer, teacher=model)
     trainer.train_dataset = some_rows(trainer.train_dataset, num_rows)
+    if with_images:
+        trainer.train_dataset = ImageSources(trainer.train_dataset, trainer.args.dataset_text_field)
     stored = {"top_k": top_k, "num_draws": num_draws, "dtype": dtype, "rows_per_file": rows_per_file}
     settings = {"teacher": model_digest(model), **cache_settings(trainer, model.config, stored)}
     settings |= {"vocab_size": output_head(model).vocab_size, "computed_in": _computed_in(model, trainer.args)}
@@ -202,7 +211,8 @@ def row_trainer(
             "A teacher that is split by FSDP, DeepSpeed or tensor parallelism cannot be cached. Launch without, one "
             "whole teacher on every device, or load it with device_map='auto' in one process."
         )
-    _require_token_rows(trainer.train_dataset)
+    if not trains_on_images(trainer):
+        _require_token_rows(trainer.train_dataset)
     return trainer
 
 
@@ -229,6 +239,7 @@ def cache_settings(trainer: Any, config: PretrainedConfig, stored: Mapping[str, 
         **({} if stored["num_draws"] is None else {"seed": args.seed}),
         "states": needed_states(pairs, "teacher"),
         **{name: getattr(args, name) for name in ROW_ARGUMENTS},
+        **image_settings(trainer),
     }
 
 
@@ -282,8 +293,11 @@ def row_bar(trainer: Any, show_progress: bool) -> Any:
 
 def row_collator(trainer: Any, config: PretrainedConfig) -> Any:
     """The trainer's collator, which also checks lengths and, where rows are joined, tells theirs."""
-    collator = WithRowLengths(trainer.data_collator) if trainer.padding_free else trainer.data_collator
-    return WithinContext(collator, context_length(config))
+    collator, rows = trainer.data_collator, trainer.train_dataset
+    if isinstance(rows, ImageSources):
+        images = ImageCollator.around(collator, trainer.processing_class, config)
+        return rows.collator(WithinContext(images, context_length(config)))
+    return WithinContext(WithRowLengths(collator) if trainer.padding_free else collator, context_length(config))
 
 
 def _columns(
@@ -313,21 +327,8 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def refuse_images(dataset: Any) -> None:
-    """Refuse data with images, whose pixels a cache would have to hold too.
-
-    Raises:
-        MismatchError: saying what to do instead.
-    """
-    if holds_images(dataset):
-        raise MismatchError(
-            "The data holds images. Their tokens and pixels are made when batches are made, so a cache cannot hold "
-            "them. Train with the teacher itself (teacher_model=…), or cache data without images."
-        )
-
-
 def _require_token_rows(rows: Any) -> None:
-    """Refuse rows that are tokenised only when batches are made (images and texts).
+    """Refuse rows that are tokenised only when batches are made.
 
     Raises:
         MismatchError: naming the columns.
@@ -360,9 +361,10 @@ def _teacher_columns(
         numbers: of the rows in the corpus.
 
     Returns:
-        For every row: column → numbers of its N tokens that count, one after the other.
+        For every row: column → numbers of its N tokens that count, one after the other; with images, its tokens too.
     """
     row, num_rows = row_of_positions(batch)
+    rendered = rows_of(batch) if trains_on_images(trainer) else [{}] * num_rows
     batch = on_device(trainer, batch)
     positions, _ = next_token_positions(batch[LABELS])
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
@@ -381,7 +383,7 @@ def _teacher_columns(
             offsets = torch.cat([_offsets(settings["seed"], *which) for which in zip(numbers, counts, strict=True)])
             signal = sampled_signal(dense, settings["num_draws"], offsets, temperature=temperature)
     coding = Coding.of(settings)
-    found = coding.columns(signal, counts)
+    found = [{**tokens, **columns} for tokens, columns in zip(rendered, coding.columns(signal, counts), strict=True)]
     for index in settings["states"]:
         states = output.hidden_states[index].flatten(0, 1)[positions].to(as_dtype(coding.floats))
         for columns, part in zip(found, states.cpu().split(counts), strict=True):

@@ -27,7 +27,7 @@ from ..data.tokens import missing_start, separator_tokens, start_tokens, text_to
 from ..errors import DataError
 from ..losses.heads import base_model_of
 from ..scoring.row_starts import NUM_ROWS, NUM_TOKENS, warn_of_broken_starts
-from .batches import WithCachedTeacher, WithKnownTokens, WithRowLengths
+from .batches import WithCachedImages, WithCachedTeacher, WithKnownTokens, WithRowLengths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -133,7 +133,7 @@ def training_collator(trainer: Any, context: int | None, vocab_size: int) -> Any
     if trains_on_images(trainer):  # some models have the embeddings of image tokens elsewhere
         if collates_images(collator):
             collator = ImageCollator.around(collator, trainer.processing_class, base_model_of(trainer.model).config)
-        return WithinContext(collator, context)
+        return WithinContext(WithCachedImages(collator), context)
     return WithKnownTokens(WithinContext(WithCachedTeacher(collator), context), vocab_size)
 
 

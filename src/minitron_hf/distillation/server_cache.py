@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.images import holds_images
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, ServerError
 from ..files import digest, require_writable
@@ -32,7 +33,6 @@ from .cache_writer import (
     CacheWriter,
     batched,
     cache_settings,
-    refuse_images,
     require_possible,
     row_bar,
     row_collator,
@@ -51,6 +51,19 @@ if TYPE_CHECKING:
 LARGEST_SUM = 1.001
 #: The probability of all other tokens is 1 minus a sum in float32, of which less than this is rounding.
 ROUNDING = 2.0**-24
+
+
+def refuse_images(dataset: Any) -> None:
+    """Refuse rows with images, of which a server would get the tokens alone.
+
+    Raises:
+        MismatchError: saying what to do instead.
+    """
+    if holds_images(dataset):
+        raise MismatchError(
+            "The data holds images, and a server is sent tokens alone. Cache a teacher that is loaded here (leave out "
+            "the server), or data without images."
+        )
 
 
 @with_locked_folder("output_dir")

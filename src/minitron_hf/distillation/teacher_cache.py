@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from ..compat import set_commit_hash
 from ..data.tokens import tokenizer_digest
-from ..errors import MismatchError, OutputError
+from ..errors import DataError, MismatchError, OutputError
 from ..files import cached_file_digest
 from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
@@ -27,6 +27,7 @@ from .batches import (
     is_cached,
 )
 from .config import DistillationConfig
+from .image_cache import processor_digest, with_images
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -158,15 +159,21 @@ class TeacherCache:
             )
 
     def require_tokenizer(self, processing_class: PreTrainedTokenizerBase | Any) -> None:
-        """Refuse another tokenizer.
+        """Refuse another tokenizer; of rows with images, also other settings of the processor.
 
         Raises:
-            MismatchError: if its vocabulary differs.
+            MismatchError: if its vocabulary differs, or what it makes of images.
         """
         if tokenizer_digest(processing_class) != self.manifest["settings"]["tokenizer"]:
             raise MismatchError(
                 "The teacher cache was written with another tokenizer: the vocabularies differ, so its token ids "
                 "would mean something else. Pass the tokenizer of the teacher as processing_class, or cache it again."
+            )
+        written_with = self.manifest["settings"].get("processor")
+        if written_with is not None and processor_digest(processing_class) != written_with:
+            raise MismatchError(
+                "The teacher cache was written with other settings of the processor (such as the size of images), or "
+                "with another chat template. Pass the processor of the teacher as processing_class, or cache it again."
             )
 
     def require_teacher(self, teacher: PreTrainedModel) -> None:
@@ -187,12 +194,17 @@ class TeacherCache:
             )
 
 
-def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
+def load_teacher_cache(folder: str | os.PathLike[str], dataset: Dataset | None = None) -> TeacherCache:
     """Open a cache that `cache_teacher_logits` wrote; the rows stay on disk.
+
+    Args:
+        folder: of the cache.
+        dataset: of rows with images, the corpus that the cache was written from; it holds the images.
 
     Raises:
         OutputError: if there is no cache, or an unfinished one.
-        MismatchError: if a file is missing or incomplete.
+        DataError: if a cache of rows with images comes without its corpus, or one of text with a corpus.
+        MismatchError: if a file is missing or incomplete, or a row of the corpus is not the one that was cached.
     """
     folder = Path(folder)
     if not (folder / MANIFEST_NAME).is_file():
@@ -202,6 +214,14 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
             "Run cache_teacher_logits, which resumes where it was interrupted."
         )
     manifest = read_artefact(folder / MANIFEST_NAME)
+    if ("processor" in manifest["settings"]) != (dataset is not None):
+        raise DataError(
+            f"{folder} is a teacher cache of text, which holds its rows. Leave out the dataset."
+            if dataset is not None
+            else f"{folder} is a teacher cache of rows with images, and the images are in the corpus alone. Pass the "
+            "corpus too: load_teacher_cache(folder, dataset); with `minitron-hf distill`, --train-images or "
+            "--eval-images."
+        )
     for file in manifest["files"]:
         path = folder / file["file"]
         size = path.stat().st_size if path.is_file() else 0
@@ -217,7 +237,8 @@ def load_teacher_cache(folder: str | os.PathLike[str]) -> TeacherCache:
                 f"{path} has changed since it was written: its SHA-256 is not that of the manifest. Copy the file "
                 "again, or delete it and the manifest and run cache_teacher_logits."
             )
-    return TeacherCache(load_from_disk(os.fspath(folder)), manifest)
+    rows: Any = load_from_disk(os.fspath(folder))
+    return TeacherCache(rows if dataset is None else with_images(rows, dataset, manifest["settings"]), manifest)
 
 
 def rows_and_caches(data: Any, role: str) -> tuple[Any, list[TeacherCache]]:

@@ -35,6 +35,7 @@ from .arguments import (
 from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     CACHED,
+    LABELS,
     STATES,
     RepeatedRowsMixin,
     model_inputs,
@@ -320,7 +321,7 @@ class DistillationTrainer(
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         states = [f"{STATES}{index}" for index in needed_states(self._intermediate.pairs, "teacher")]
-        kept = (*SIGNAL_COLUMNS, *states, PLACE)
+        kept = ("input_ids", LABELS, *SIGNAL_COLUMNS, *states, PLACE)
         self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or ()), *kept]))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:

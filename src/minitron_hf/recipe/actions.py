@@ -226,7 +226,7 @@ def _cache(run: Run) -> None:
             "dtype": section.dtype,
             "num_rows": args.max_eval_rows if which == "eval" else None,
             "args": args,
-            "processing_class": run.tokenizer,
+            "processing_class": reader_of(run, "train"),
             "show_progress": run.show_progress,
         }
         if section.server is None:

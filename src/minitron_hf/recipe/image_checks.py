@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..data import token_rows
 from ..data.context import context_length
 from ..data.images import require_image_model
-from ..distillation.cache_writer import refuse_images
 from ..distillation.inputs import refuse_image_settings
+from ..distillation.server_cache import refuse_images
 from ..errors import DataError, MinitronError
 from ..scoring.calibration import default_max_length
 from .run import processor_of
@@ -63,7 +63,7 @@ def _check(
     require_image_model(run.teacher_config, "The teacher")
     lengths = [context_length(run.teacher_config), *(args.max_length for args in arguments)]
     if arguments:
-        if recipe.teacher_cache is not None:
+        if recipe.teacher_cache is not None and recipe.teacher_cache.server is not None:
             refuse_images(rows)
         for settings in (recipe.distill, *(one.distill for one in recipe.rounds)):
             refuse_image_settings(settings, "distill.")

@@ -22,7 +22,7 @@ from ..saving import in_stored_dtype, save_model
 from .corpora import with_text_in
 from .lineage import described_parts
 from .rules import hints_of, require_settings
-from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run, reader_of
+from .run import CACHE_DIR, PRIVATE_RECIPE_NAME, UNFINISHED_DIR, Run, has_images, reader_of
 from .schema import DISTILL_DEFAULTS, Recipe
 
 if TYPE_CHECKING:
@@ -136,8 +136,10 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
     else:
         from ..distillation.teacher_cache import load_teacher_cache
 
-        caches = run.whole.folder / CACHE_DIR
-        teacher, corpora = None, [load_teacher_cache(caches / which) for which in ("train", "eval")]
+        teacher, corpora = None, []
+        for which in ("train", "eval"):
+            images = training_rows(run, which) if has_images(run, which) else None
+            corpora.append(load_teacher_cache(run.whole.folder / CACHE_DIR / which, images))
     distill(
         load_for_compute(student),
         teacher,
