@@ -19,8 +19,10 @@ import pytest
 import torch
 import yaml
 
+from minitron_hf import PrunerConfig, count_tokens, make_plan, save_model
 from pocket import pocket_model, pocket_tokenizer
 from test_cli import TEXTS, minitron
+from test_vocabulary_pruning import SIZE, teacher_of, texts
 
 KINDS = ("type", "range", "missing", "encoding", "key", "extra", "permission", "space", "model", "data")
 #: What every command is given that shall fail for another reason.
@@ -218,6 +220,13 @@ CASES = [
         ("missing", "--server http://127.0.0.1:9", "does not answer"),
         ("extra", "--server-model llama", "--server, which is missing"),
         ("extra", "--server http://127.0.0.1:9 --num-draws 9", "draws none"),
+        ("extra", "= cache {spelt} --data {text} -o {out} --plan {cut} --server http://x:1", "Leave out --server"),
+        ("missing", "--plan {nowhere}", "does not exist. Write it with `minitron-hf plan`"),
+        ("type", "--plan {text}", "is not a pruning plan. Expected a folder with pruning_plan.json"),
+        ("range", "= cache {spelt} --data {text} -o {out} --plan {cut} --top-k 18", "17 tokens"),
+        ("model", "--plan {cut}", "chosen with another tokenizer"),
+        ("model", "= cache {wide} --plan {cut} --data {text} -o {out}", "the plan cuts a vocabulary of 97 tokens"),
+        ("encoding", "--plan {badplan}", "badplan"),
         ("model", "--server http://127.0.0.1:9 --set temperature=2", "probabilities of prompts at temperature 1"),
         ("model", "--server http://127.0.0.1:9 --set hidden_loss=mse", "hidden states, which no server gives"),
     ),
@@ -407,8 +416,8 @@ CASES = [
         ),
         (
             "extra",
-            "rounds=[{{prune: {{vocab_size: 40}}}},{{prune: {{hidden_size: 0.9}}}}]",
-            "rounds.1.prune.vocab_size",
+            "prune.vocab_size=40;rounds=[{{prune: {{hidden_size: 0.9}}}},{{prune: {{hidden_size: 0.9}}}}]",
+            "prune.vocab_size in the rounds 1 and 2",
         ),
         ("key", "prune.hiden_size=8", "Did you mean 'hidden_size'?"),
         ("missing", "prune={{}}", "lacks prune"),
@@ -691,9 +700,14 @@ def yard(tmp_path_factory) -> dict[str, Path]:
     at["recipe"].write_text(yaml.safe_dump(values))
     at["latin_recipe"].write_bytes(b"teacher: caf\xe9")
     at["twice"].write_text(f"{at['recipe'].read_text()}verify: true\nverify: false\n")
-    at["scores"], at["plan"] = folder / "scores", folder / "plan"
+    at["scores"], at["plan"], at["cut"] = folder / "scores", folder / "plan", folder / "cut"
     score = f"score {at['teacher']} --data {at['text']} -o {at['scores']} --set max_length=16 --set num_rows=4"
     plan = f"plan {at['teacher']} --scores {at['scores']} --intermediate-size 0.5 -o {at['plan']}"
+    at["spelt"] = folder / "spelt"
+    model, tokenizer = teacher_of(dtype=torch.float32)
+    save_model(model, at["spelt"], tokenizer)
+    counts = count_tokens(texts(), tokenizer)
+    make_plan(model, PrunerConfig(vocab_size=SIZE), token_counts=counts).save_pretrained(at["cut"])
     for line in (score, plan):
         made = minitron(*line.split())
         assert made.returncode == 0, made.stderr
@@ -735,6 +749,20 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
 
 
+#: An argument as Python writes it; behind --set and --space it is the command line's.
+PYTHON = re.compile(r"(?<![\w.'\"=\-/\[])[a-z][a-z0-9_]*=(?![=\s])\S*|\b\w+\([a-z_]+=[^()]*\)")
+WRITTEN = re.compile(r"(--set[ =]'?|--space )\S+|\bkey=value|`[^`]*`")
+
+
+def python_arguments(message: str, area: str) -> list[str]:
+    """What a message names as Python does, though the user typed options, or the entries of a recipe."""
+    from minitron_hf.recipe.schema import Recipe
+
+    found = PYTHON.findall(WRITTEN.sub("", message))
+    entries = Recipe.__dataclass_fields__ if area.endswith(":") or area == "run" else ()
+    return [one for one in found if one.partition("=")[0] not in entries]
+
+
 def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -760,6 +788,7 @@ def test_bad_inputs_are_one_message(area, kind, line, words, yard, barred, monke
     assert len(starts) == 1, message
     said = message[starts[0] :]
     assert words.lower() in " ".join(said.lower().split()), said
+    assert python_arguments(said, area) == []
     assert len(said.strip().splitlines()) <= 3, said
     assert tree(yard["teacher"].parent) == before, "something was written"
 

@@ -19,7 +19,7 @@ from minitron_hf.cli import doctor, output, printing
 from minitron_hf.cli.app import app
 from minitron_hf.progress import one_progress_bar
 from minitron_hf.recipe.runner import _time_left
-from minitron_hf.recipe.usage import COSTS_NAME
+from minitron_hf.recipe.usage import COSTS_NAME, read_costs
 from pocket import pocket_model, pocket_tokenizer
 from test_cli import TEXTS, minitron
 
@@ -92,7 +92,10 @@ def test_an_error_is_a_json_document_too(workshop):
 
 def test_quiet_prints_results_alone(workshop):
     arguments = ("run", workshop / "recipe.yaml", "--set", f"output_dir={workshop / 'quiet'}", "--until", "prune")
-    assert "[score]" not in minitron(*arguments, "-q").stdout
+    quiet = minitron(*arguments, "-q")
+    assert "[score]" not in quiet.stdout
+    assert "Estimate on this machine" not in quiet.stdout + quiet.stderr
+    assert read_costs(workshop / "quiet")["estimate"] is not None
     assert "[score]" in minitron(*arguments).stdout
     done = minitron("families", "-q", "-v")
     assert done.returncode == 2
@@ -168,6 +171,15 @@ def test_long_commands_show_a_bar_with_rate_and_time_left(name, options, worksho
     assert (begins in shown) == (not options)
     assert bool(re.search(r"[\d.?]+ ?\w+/s|[\d.]+s/\w+", shown)) == (not options)
     assert bool(re.search(r"\d:\d\d", shown)) == (not options)
+
+
+@pytest.mark.parametrize("option", ["--verbose", "--quiet", "--json"])
+def test_a_dry_run_says_what_it_does(option, workshop, monkeypatch):
+    """On a terminal, and neither with --quiet nor for machines."""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    get_command(app)(["run", str(workshop / "recipe.yaml"), "--dry-run", option], standalone_mode=False)
+    for words in ("Checking the recipe", "Timing this machine"):
+        assert (words in terminal.getvalue()) == (option == "--verbose")
 
 
 def test_columns_name_the_reference_and_none_is_named_without_one(workshop, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal, SampledSignal, sampled_signal, top_k_signal
 from pocket import pocket_tokenizer
+from test_cli import minitron
 from test_vocabulary_pruning import SIZE, teacher_of, texts
 
 N, V_T, H, H_T = 13, 31, 7, 11
@@ -345,6 +347,33 @@ def test_smaller_caches_of_kept_tokens_are_near(pair, tmp_path, options):
     exact, found = (cached_trainer(student, one, tmp_path / "run", tokenizer).evaluate()["eval_kl"] for one in caches)
     assert found <= exact * 1.05
     assert found > 0.5 * exact
+
+
+def test_the_command_line_caches_for_a_cut_vocabulary(pair, tmp_path):
+    """`cache --plan` writes what the function does, and `distill` trains the student from it."""
+    teacher, student, tokenizer, cut = pair
+    save_model(teacher, tmp_path / "teacher", tokenizer)
+    student.pruning_plan.save_pretrained(tmp_path / "plan")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    settings = ("max_length=16", "packing=false", "bf16=false", "use_cpu=true", "report_to=none")
+    common = [f"--set={one}" for one in settings]
+    rows = (
+        "--data",
+        tmp_path / "text.jsonl",
+        "--plan",
+        tmp_path / "plan" / "pruning_plan.safetensors",
+        "--top-k",
+        "6",
+    )
+    done = minitron("cache", tmp_path / "teacher", *rows, "-o", tmp_path / "cache", *common)
+    assert done.returncode == 0, done.stderr
+    expected = cached(pair, tmp_path / "called", top_k=6)
+    found = load_teacher_cache(tmp_path / "cache")
+    assert found.dataset.with_format(None)[:] == expected.dataset.with_format(None)[:]
+    save_model(student, tmp_path / "student", cut)
+    given = ("--train-data", tmp_path / "cache", "-o", tmp_path / "out", *common, "--set", "max_steps=2")
+    done = minitron("distill", tmp_path / "student", *given, "--set", "save_strategy=no")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cache_of_other_kept_tokens_is_refused(pair, tmp_path):

@@ -342,11 +342,7 @@ def test_what_cannot_read_other_tokens_refuses_a_cut_vocabulary(tmp_path):
             "prune.vocab_size with teacher_cache.server: a server gives",
             {"prune": cut, "teacher_cache": {"top_k": 4, "server": "http://localhost:1"}},
         ),
-        ("rounds.1.prune.vocab_size: the rounds after", {"rounds": [{"prune": cut}, {"prune": width}]}),
-        (
-            r"rounds.1.prune.vocab_size: the rounds after",
-            {"prune": cut, "rounds": [{"prune": width}] * 2},
-        ),
+        ("prune.vocab_size in the rounds 1 and 2", {"prune": cut, "rounds": [{"prune": width}] * 2}),
     ):
         with pytest.raises(DataError, match=words):
             check_settings(Recipe.from_dict({**recipe, **section}))
@@ -426,6 +422,47 @@ def test_the_last_of_several_rounds_cuts_the_vocabulary(recipe_of, tokenizer_of_
     assert AutoTokenizer.from_pretrained(run).get_vocab() == prune_tokenizer(tokenizer_of_recipe, plan).get_vocab()
     models = json.loads((run / "evaluation.json").read_text())["models"]
     assert all(models[name]["metrics"]["kl_divergence"]["value"] > 0 for name in ("round_1", "pruned", "student"))
+
+
+def dead_in_half(teacher):
+    """The model with half of its neurons dead, so that cutting them changes nothing."""
+    with torch.no_grad():
+        for name, weight in teacher.named_parameters():
+            if name.endswith("down_proj.weight"):
+                weight[:, weight.shape[1] // 2 :] = 0
+            if name.endswith("gate_proj.weight"):
+                weight[weight.shape[0] // 2 :] = 0
+    return teacher
+
+
+@pytest.mark.parametrize("learns_from", ["original", pytest.param("previous", marks=pytest.mark.slow)])
+def test_an_earlier_round_cuts_the_vocabulary(recipe_of, tokenizer_of_recipe, learns_from):
+    """The round after it cuts dead neurons alone, and training changes nothing: no student differs from the teacher.
+
+    The models are compared on the student's tokens, with the recipe's teacher as the reference.
+    """
+    teacher = dead_in_half(teacher_of(dtype=torch.float32)[0])
+    save_model(teacher, recipe_of["teacher"], tokenizer_of_recipe)
+    recipe = {**recipe_of, "prune": {"multiple_of": 1}, "evaluate": {"num_rows": 6, "speed": False}}
+    recipe["distill"] = {**recipe_of["distill"], "learning_rate": 1e-30, "max_steps": 2}
+    last = {"prune": {"intermediate_size": 0.5}, "teacher": learns_from}
+    run = run_recipe(Recipe.from_dict({**recipe, "rounds": [{"prune": {"vocab_size": SIZE}}, last]}))
+    first, plan = PruningPlan.from_pretrained(run / "rounds" / "1"), PruningPlan.from_pretrained(run)
+    assert "vocab" not in plan.kept
+    assert plan.teacher_tokens.tolist() == first.kept["vocab"].tolist()
+    tokenizers = (prune_tokenizer(tokenizer_of_recipe, one) for one in (first, plan))
+    for one in (*tokenizers, AutoTokenizer.from_pretrained(run / "rounds" / "1")):
+        assert one.get_vocab() == AutoTokenizer.from_pretrained(run).get_vocab()
+    student = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float64)
+    assert student.config.intermediate_size == teacher.config.intermediate_size // 2
+    kept = torch.from_numpy(first.kept["vocab"])
+    ids = torch.randint(0, SIZE, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = teacher.double()(kept[ids]).logits[..., kept]
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    models = json.loads((run / "evaluation.json").read_text())["models"]
+    for name in ("round_1", "pruned", "student"):
+        assert models[name]["metrics"]["kl_divergence"]["value"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_search_counts_the_vocabulary_that_stays_and_compares_with_all_of_it():

@@ -45,6 +45,20 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def step(title: str, show: bool = True) -> Iterator[None]:
+    """Show what takes a while on the standard error, if that is a terminal, and remove it in the end.
+
+    Args:
+        title: what is done.
+        show: whether to show it.
+    """
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=title, bar_format="{desc} …", leave=False, disable=None if show else True):
+        yield
+
+
+@contextlib.contextmanager
 def one_progress_bar(show: bool) -> Iterator[None]:
     """Show at most one progress bar at a time, whichever library draws it, and remove it when it is done.
 

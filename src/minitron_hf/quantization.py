@@ -152,16 +152,19 @@ def require_quantizable(config: PretrainedConfig, method: str) -> None:
     Raises:
         MinitronError: see `quantize_checkpoint`.
     """
+    require_method(method)
     quantised_projections(config, method)
 
 
 def quantised_projections(config: PretrainedConfig, method: str) -> tuple[int, frozenset[str]]:
     """Inputs that share a scale (0 without groups), and the paths of the projections that a method quantises.
 
+    The package of the method is not needed.
+
     Raises:
-        MinitronError: see `quantize_checkpoint`.
+        UnsupportedModelError: see `quantize_checkpoint`.
     """
-    size, skipped = (_groups if require_method(method).has_groups else _no_groups)(config, None)
+    size, skipped = (_groups if METHODS[method].has_groups else _no_groups)(config, None)
     return size, frozenset(_projections(config)) - set(skipped)
 
 

@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..files import require_creatable
 from ..recipe.rules import require_choice, require_value
 from .output import Output, printing
+from .wording import begin
 
 #: Words that an argument takes, by its name.
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -66,6 +67,7 @@ class CheckedCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Check, then run."""
+        begin({one.name: max(one.opts, key=len) for one in self.params if one.name and one.opts[0].startswith("-")})
         to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
         for name, value in ctx.params.items():
             ctx.params[name] = _checked(name, value, to_file)

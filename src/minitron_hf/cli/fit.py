@@ -9,6 +9,7 @@ import typer
 from ..errors import DataError
 from .options import Settings, SizeOption, _sizes
 from .printing import _print_capacity
+from .wording import takes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +66,7 @@ def fit(
         raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")
     checked = _setup(device, {"devices": devices, "sharding": sharding, **rows, **training})
     config = load_config(teacher)
+    takes(PrunerConfig.__dataclass_fields__)
     if student is None:
         request = PrunerConfig.from_dict(apply_overrides(given, set_ or []))
         check_sizes(config, request)

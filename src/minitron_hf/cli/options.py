@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError, OutputError
+from . import wording
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 Settings = Annotated[
@@ -29,6 +30,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files 
 Data = Annotated[str, typer.Option(help="Calibration text: file, saved dataset or Hub id.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 TextField = Annotated[str, typer.Option(help="Column that holds the text.")]
+PLAN_HELP = "Folder with the plan (of `plan`, or of a student), or its pruning_plan.json."
 Scores = Annotated[Path, typer.Option(help="Folder or file with scores.")]
 Target = Annotated[
     Optional[str],  # noqa: UP045
@@ -204,6 +206,7 @@ def _settings(
     from ..recipe.reading import apply_overrides
     from ..recipe.rules import require_settings, with_new_names
 
+    wording.takes(hints)
     found = with_new_names(apply_overrides(defaults or {}, list(entries or ())), "scores", "--set ")
     require_settings(found, hints, "--set ", takes)
     return found

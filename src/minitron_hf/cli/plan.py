@@ -25,6 +25,7 @@ from .options import (
 from .output import wrote
 from .printing import _print_shapes
 from .recommend import recommend as recommendation
+from .wording import takes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,6 +123,7 @@ def _request(given: Mapping[str, Any], target: str | None, overrides: list[str])
     from ..recipe.reading import apply_overrides
     from ..sizes.request import PrunerConfig
 
+    takes(PrunerConfig.__dataclass_fields__)
     if target is not None:
         number = _number("target", target)
         given = {**given, "target_parameters": number if number < 1 else round(number)}

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
-from .options import Device, Output, Settings, Split, TextField, _load, _settings, _texts
+from .options import PLAN_HELP, Device, Output, Settings, Split, TextField, _load, _settings, _texts
 from .output import given, say, wrote
 
 
 def prune(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
-    plan: Annotated[Path, typer.Option(help="Folder with the plan, or its pruning_plan.json.")],
+    plan: Annotated[Path, typer.Option(help=PLAN_HELP)],
     output: Output,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the student with the masked teacher; loads both into memory.")
@@ -77,8 +77,9 @@ def prune(
 def _require_data(repair: str | None, plan: Path, data: str | None, settings: list[str] | None) -> None:
     """Refuse a repair without calibration text, and the reverse."""
     if repair and data is None:
-        raise DataError(f"The plan in {plan} has repair={repair!r}, which needs calibration text. Give --data.")
+        raise DataError(f"The plan in {plan} has the repair {repair!r}, which needs calibration text. Give --data.")
     if (data or settings) and not repair:
         raise DataError(
-            f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with --set repair=…"
+            f"The plan in {plan} has no repair, so --data and --set have no effect. Plan with "
+            "`minitron-hf plan --set repair=…`."
         )

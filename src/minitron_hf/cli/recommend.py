@@ -11,6 +11,7 @@ from ..errors import DataError
 from .options import Overwrite, Settings, _number, _require_free
 from .output import say, wrote
 from .printing import _print_estimate, _print_recommendation
+from .wording import takes_sections
 
 TrainData = Annotated[
     Optional[str],  # noqa: UP045
@@ -56,7 +57,9 @@ def recommend(
     from ..files import write_text
     from ..models import load_config
     from ..recipe.recommendations import recommend as decide
+    from ..recipe.settings import section_names
 
+    takes_sections(section_names)
     _require_corpora(output, train_data, eval_data, set_, measure)
     if output is not None:
         _require_free(output.parent, [output.name], overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -11,6 +11,10 @@ from ..errors import DataError
 from .options import Accelerate, Processes, Settings, _distributed
 from .output import current, given, tell
 from .printing import _print_estimate, _print_results, _print_shapes
+from .wording import takes_sections
+
+if TYPE_CHECKING:
+    from ..recipe.estimates import Estimate
 
 
 def run(
@@ -32,16 +36,23 @@ def run(
     so in several processes (`distributed` in the recipe).
     """
     from ..hardware import is_launched
+    from ..progress import step
     from ..recipe.estimates import estimate_recipe
     from ..recipe.runner import run_recipe, try_recipe
     from ..recipe.schema import Recipe
+    from ..recipe.settings import section_names
 
+    takes_sections(section_names)
     if is_launched():
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
     loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
     if dry_run:
-        _print_shapes(try_recipe(loaded, until=until, redo=redo))
-        _print_estimate(estimate_recipe(loaded, until=until))
+        with step("Checking the recipe"):
+            shapes = try_recipe(loaded, until=until, redo=redo)
+        _print_shapes(shapes)
+        with step("Timing this machine, and counting the tokens of the corpora"):
+            estimate = estimate_recipe(loaded, until=until)
+        _print_estimate(estimate)
         return
     folder = run_recipe(
         loaded,
@@ -50,9 +61,15 @@ def run(
         show_progress=current().shows_progress,
         report=tell,
         report_shapes=_print_shapes,
-        report_estimate=_print_estimate,
+        report_estimate=_tell_estimate,
     )
     _print_results(folder)
+
+
+def _tell_estimate(estimate: Estimate) -> None:
+    """Print what a run will cost, unless it is quiet: its results are later ones."""
+    if not current().quiet or current().json:
+        _print_estimate(estimate)
 
 
 def accelerate_config(

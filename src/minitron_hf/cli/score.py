@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ..errors import DataError
 from .options import (
+    PLAN_HELP,
     Data,
     Device,
     Output,
@@ -23,6 +25,9 @@ from .options import (
     _texts,
 )
 from .output import wrote
+
+if TYPE_CHECKING:
+    from ..pruning.plan import PruningPlan
 
 
 def score(
@@ -84,6 +89,10 @@ def cache(
     ] = "float16",
     server: Server = None,
     server_model: ServerModel = None,
+    plan: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help=f"For a student whose vocabulary was cut. {PLAN_HELP}"),
+    ] = None,
     set_: Settings = None,
 ) -> None:
     """Store the teacher's distributions over a corpus (cache_teacher_logits); --set takes the arguments of distill.
@@ -94,7 +103,6 @@ def cache(
     from ..distillation.cache_writer import cache_teacher_logits
     from ..distillation.server_cache import cache_served_teacher, refuse_images
     from ..distillation.teacher_cache import MANIFEST_NAME, refuse_uncacheable
-    from ..models import load_config
     from ..recipe.rules import require_choice
     from ..recipe.settings import distillation_config, distillation_hints
     from ..recipe.training import with_defaults
@@ -104,19 +112,45 @@ def cache(
     require_choice(dtype, DTYPES, "--dtype")
     refuse_both(top_k, num_draws, dtype)
     refuse_uncacheable(args, num_draws=num_draws)
-    if server is None and server_model is not None:
-        raise DataError("--server-model names a model of --server, which is missing.")
-    if server is not None and num_draws is not None:
-        raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
+    _refuse_unserved(server, server_model, num_draws)
     _require_own(output, ("data-*.arrow", MANIFEST_NAME))
     rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
     args = distillation_config(output, {**with_defaults(settings, rows), "eval_strategy": "no"}, "--set ")
-    if top_k is not None and top_k > (vocab_size := load_config(teacher).get_text_config().vocab_size):
-        raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
+    made = _plan_of_tokens(plan, teacher, served=server is not None, top_k=top_k)
     stored: Any = {"top_k": top_k, "dtype": dtype, "args": args}
     if server is not None:
         refuse_images(rows)
         wrote(cache_served_teacher(server, teacher, rows, output, server_model=server_model, **stored))
         return
     model, reader = _load(teacher, rows)
-    wrote(cache_teacher_logits(model, rows, output, num_draws=num_draws, **stored, processing_class=reader))
+    stored |= {"num_draws": num_draws, "processing_class": reader, "pruning_plan": made}
+    wrote(cache_teacher_logits(model, rows, output, **stored))
+
+
+def _refuse_unserved(server: str | None, server_model: str | None, num_draws: int | None) -> None:
+    if server is None and server_model is not None:
+        raise DataError("--server-model names a model of --server, which is missing.")
+    if server is not None and num_draws is not None:
+        raise DataError("--num-draws with --server: a server gives the likeliest tokens, and draws none. Use --top-k.")
+
+
+def _plan_of_tokens(folder: Path | None, teacher: str, *, served: bool, top_k: int | None) -> PruningPlan | None:
+    """The plan that says which tokens a student has; refuses what does not fit before the teacher is loaded."""
+    from ..distillation.cut_vocabulary import tokens_of_plan
+    from ..models import load_config, load_tokenizer
+    from ..pruning.plan import PruningPlan
+
+    config = load_config(teacher)
+    plan = None if folder is None else PruningPlan.from_pretrained(folder)
+    kept = tokens_of_plan(plan, config)
+    if kept is not None and served:
+        raise DataError(
+            f"--server with --plan {folder}, which cuts the vocabulary: a server gives the teacher's most likely "
+            "tokens, and the probability of all tokens of the student is needed. Leave out --server."
+        )
+    if kept is not None:
+        kept.tokenizer(load_tokenizer(teacher))
+    vocab_size = config.get_text_config().vocab_size if kept is None else len(kept.ids)
+    if top_k is not None and top_k > vocab_size:
+        raise DataError(f"--top-k {top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
+    return plan

@@ -10,6 +10,7 @@ from ..errors import DataError
 from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
 from .output import current, given, wrote
 from .printing import _console
+from .wording import takes, takes_sections
 
 Space = Annotated[
     list[str],
@@ -69,11 +70,13 @@ def search(
     from ..publishing.plots import write_plots
     from ..recipe.reading import apply_overrides
     from ..recipe.rules import with_new_names
-    from ..recipe.settings import require_search
+    from ..recipe.settings import distillation_hints, require_search, search_hints
     from ..scoring.scores import ImportanceScores
     from ..search.architectures import search_architectures
     from ..search.record import candidate_table
 
+    takes(search_hints())
+    takes_sections(lambda: {"distillation": distillation_hints()})
     sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     require_search(settings := with_new_names(entries, "search", "--set "), "--set ")

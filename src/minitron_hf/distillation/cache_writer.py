@@ -24,7 +24,6 @@ from ..data.images import ImageCollator, holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
-from ..families import VOCABULARY
 from ..files import require_writable
 from ..hardware import as_dtype
 from ..locks import with_locked_folder
@@ -33,7 +32,7 @@ from ..losses.heads import check_output_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal, sampled_signal, top_k_signal
 from ..models import evaluating, load_model, load_processor, load_tokenizer, make_fast
 from ..weights import model_digest
-from .arguments import model_name
+from .arguments import config_of, model_name
 from .assistant_turns import AssistantTurnsMixin
 from .batches import (
     LABELS,
@@ -47,7 +46,7 @@ from .cache_coding import DTYPES, Coding, refuse_both
 from .cache_files import digest_of, require_same, write_manifest, write_rows
 from .checks import refuse_own_folder
 from .config import DistillationConfig
-from .cut_vocabulary import KeptTokens
+from .cut_vocabulary import KeptTokens, tokens_of_plan
 from .image_cache import ImageSources, image_settings, require_cacheable_images
 from .inputs import refuse_image_settings
 from .intermediate import needed_states, state_pairs
@@ -137,7 +136,7 @@ def cache_teacher_logits(
     folder = require_writable(output_dir)
     load = load_processor if with_images else load_tokenizer
     processing_class = processing_class or load(model_name(teacher) or "")
-    kept = None if pruning_plan is None or VOCABULARY not in pruning_plan.kept else KeptTokens.of(pruning_plan)
+    kept = tokens_of_plan(pruning_plan, config_of(teacher, {}))
     if kept is not None:
         processing_class = kept.tokenizer(processing_class)
     else:

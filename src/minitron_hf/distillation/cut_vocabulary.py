@@ -40,8 +40,9 @@ class KeptTokens:
 
     @classmethod
     def of(cls, plan: PruningPlan) -> KeptTokens:
-        """Those of a plan that cuts the vocabulary."""
-        return cls(torch.from_numpy(plan.kept[VOCABULARY]), plan)
+        """Those of a plan that cuts the vocabulary, or whose earlier round has cut it."""
+        assert plan.teacher_tokens is not None
+        return cls(torch.from_numpy(plan.teacher_tokens), plan)
 
     @property
     def digest(self) -> str:
@@ -89,10 +90,37 @@ def kept_tokens(
     folder = source_name(student)
     if not plans and folder is not None and (Path(folder) / PLAN_NAME).is_file():
         plans = [PruningPlan.from_pretrained(folder)]
-    cuts = [plan for plan in plans if VOCABULARY in plan.kept]
-    if len(cuts) != 1 or sizes != (cuts[0].sizes[VOCABULARY]["teacher"], cuts[0].sizes[VOCABULARY]["student"]):
+    cut = next((plan for plan in reversed(plans) if plan.teacher_tokens is not None), None)
+    if cut is None or not _fits(cut, sizes[0]) or len(KeptTokens.of(cut).ids) != sizes[1]:
         return None
-    return KeptTokens.of(cuts[0])
+    return KeptTokens.of(cut)
+
+
+def _fits(plan: PruningPlan, vocab_size: int) -> bool:
+    """Whether a plan may be of a teacher with so many tokens."""
+    if VOCABULARY in plan.kept:
+        return bool(plan.sizes[VOCABULARY]["teacher"] == vocab_size)
+    return int(KeptTokens.of(plan).ids.max()) < vocab_size  # the plan of a later round does not say
+
+
+def tokens_of_plan(plan: PruningPlan | None, teacher_config: PretrainedConfig) -> KeptTokens | None:
+    """The teacher's tokens that the student of a plan has; None where the plan does not cut the vocabulary.
+
+    Args:
+        plan: None: no plan.
+        teacher_config: the teacher's.
+
+    Raises:
+        MismatchError: if the plan cuts a vocabulary of another size.
+    """
+    if plan is None or plan.teacher_tokens is None:
+        return None
+    if not _fits(plan, found := teacher_config.get_text_config().vocab_size):
+        raise MismatchError(
+            f"The plan cuts a vocabulary of {plan.sizes[VOCABULARY]['teacher']:,} tokens, and this teacher has "
+            f"{found:,}. Use the teacher that the plan was made for, or plan again."
+        )
+    return KeptTokens.of(plan)
 
 
 def require_own_caches(kept: KeptTokens | None, data: TrainingData) -> KeptTokens | None:

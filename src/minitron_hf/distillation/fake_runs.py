@@ -19,7 +19,8 @@ from ..compat import (
 from ..errors import MinitronError, PlanError
 from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
-from .fake_quantization import ROUNDINGS, fake_quantize
+from .fake_quantization import ROUNDINGS
+from .fake_rounding import seem_rounded
 from .gpu_data_sheets import DEVICES, Device
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     dtype_of = {2: torch.bfloat16, 4: torch.float32}
     model = build_fake_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.fake_quantization:
-        fake_quantize(model, setup.fake_quantization, is_split=False)
+        seem_rounded(model, setup.fake_quantization)
     if setup.activation_checkpointing:
         checkpoint_activations(model, with_frozen_weights=bool(setup.lora_rank))
     frozen = None

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
 from ..compat import CONFIG_NAME_KEY
-from ..errors import MismatchError
+from ..errors import MismatchError, OutputError
 from ..families import VOCABULARY, families
 from ..files import digest, json_values, replacing_file, versions
 from ..formats import FORMATS, read_artefact, write_artefact
@@ -25,8 +25,8 @@ from ..vocabulary.ids import names_ids
 
 #: What the names of arrays of partners begin with, beside the kept units, which go by their axis.
 PARTNERS = "partners."
-#: Name of the basis of the residual stream in the same file.
-BASIS = "hidden_basis"
+#: Names of the basis of the residual stream, and of the ids of an earlier cut of the vocabulary, in the same file.
+BASIS, EARLIER_TOKENS = "hidden_basis", "earlier_tokens"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class PruningPlan:
         scores: digest, settings and data digest of the scores used, or None.
         vocabulary: where the vocabulary is cut: digests of both tokenizers, the share of the corpus that the kept
             tokens make up, and the tokens per byte of both (`VocabularyCut.facts`).
+        earlier_tokens: int64 [V], where an earlier round has cut the vocabulary, whose `vocabulary` this plan has: the
+            id that the teacher of that round has of every token; None: no earlier round has.
         candidates: shapes that were compared for a target, best first: `name`, `request`, `num_parameters`,
             `proxy` (KL before retraining) and `behind` (difference to the best shape), with standard errors.
         notes: decisions that the user should know.
@@ -77,6 +79,7 @@ class PruningPlan:
     selection: str | None = None
     scores: Mapping[str, Any] | None = None
     vocabulary: Mapping[str, Any] | None = None
+    earlier_tokens: np.ndarray | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -114,6 +117,15 @@ class PruningPlan:
         if VOCABULARY not in self.kept:
             return None
         return {int(old): new for new, old in enumerate(self.kept[VOCABULARY])}
+
+    @property
+    def teacher_tokens(self) -> np.ndarray | None:
+        """The (first) teacher's id of every token of the student, int64 [V]; None where all tokens stay."""
+        return self.kept.get(VOCABULARY, self.earlier_tokens)
+
+    def after_cut(self, earlier: PruningPlan) -> PruningPlan:
+        """This plan of a later round, with the cut of the vocabulary in an earlier one."""
+        return replace(self, vocabulary=earlier.vocabulary, earlier_tokens=earlier.teacher_tokens)
 
     def with_whole_vocabulary(self) -> PruningPlan:
         """The same plan without its cut of the vocabulary: for comparisons on the teacher's tokens."""
@@ -177,17 +189,19 @@ class PruningPlan:
             *([{axis: units.tolist() for axis, units in self.partners.items()}] if self.partners else []),
             *([{"repair": self.repair}] if self.repair else []),
             *([{"basis": digest(self.basis.tobytes())}] if self.basis is not None else []),
+            *([{EARLIER_TOKENS: self.earlier_tokens.tolist()}] if self.earlier_tokens is not None else []),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `pruning_plan.json`, and the kept indices, partners and basis in `pruning_plan.safetensors`."""
         folder = Path(save_directory)
+        whole = {BASIS: self.basis, EARLIER_TOKENS: self.earlier_tokens}
         with replacing_file(folder / INDICES_NAME) as temporary:
             save_file(
                 {
                     **{axis: np.ascontiguousarray(units) for axis, units in self.kept.items()},
                     **{PARTNERS + axis: np.ascontiguousarray(units) for axis, units in self.partners.items()},
-                    **({} if self.basis is None else {BASIS: np.ascontiguousarray(self.basis)}),
+                    **{name: np.ascontiguousarray(array) for name, array in whole.items() if array is not None},
                 },
                 temporary,
                 # One entry: safetensors writes several in any order.
@@ -198,22 +212,27 @@ class PruningPlan:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> PruningPlan:
-        """Read a plan that `save_pretrained` wrote, from its folder or its file `pruning_plan.json`.
+        """Read a plan that `save_pretrained` wrote, from its folder or one of its two files there.
 
         Raises:
             OutputError: if there is none.
             MismatchError: if it is damaged or of another format.
         """
         folder = Path(folder)
-        if folder.name == PLAN_NAME and not folder.is_dir():
+        if folder.name in (PLAN_NAME, INDICES_NAME) and not folder.is_dir():
             folder = folder.parent
+        elif folder.is_file():
+            raise OutputError(
+                f"{folder} is not a pruning plan. Expected a folder with {PLAN_NAME} and {INDICES_NAME}, as "
+                "`minitron-hf plan` and `prune` write it, or one of these two files."
+            )
         values = read_artefact(folder / PLAN_NAME)
         if "scales" not in values:
             raise MismatchError(f"{folder / PLAN_NAME} was written by an earlier version. Plan again.")
         try:
             with safe_open(folder / INDICES_NAME, "np") as stored:
                 indices = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-                basis = indices.pop(BASIS, None)
+                basis, earlier_tokens = indices.pop(BASIS, None), indices.pop(EARLIER_TOKENS, None)
                 written_with = (stored.metadata() or {})["minitron_hf"]
             plan = cls(
                 model_type=values["model_type"],
@@ -232,6 +251,7 @@ class PruningPlan:
                 selection=values["selection"],
                 scores=values["scores"],
                 vocabulary=values.get("vocabulary"),
+                earlier_tokens=earlier_tokens,
                 candidates=tuple(values.get("candidates", ())),
                 notes=tuple(values["notes"]),
                 versions=values["versions"],

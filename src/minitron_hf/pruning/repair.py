@@ -245,7 +245,7 @@ def _checked_arguments(
         raise DataError(f"memory_limit={memory_limit!r}: expected a number of bytes above 0.")
     if plan.repair == SEQUENTIAL and is_stored(model):
         raise PlanError(
-            f"repair={SEQUENTIAL!r} runs teacher and student side by side, so both have to be in memory. Prune in "
+            f"The repair {SEQUENTIAL!r} runs teacher and student side by side, so both have to be in memory. Prune in "
             "memory: prune_with_plan(model, plan, data), minitron-hf prune --in-memory, or a recipe without "
             "stream_weights. Or plan with repair='least_squares'."
         )

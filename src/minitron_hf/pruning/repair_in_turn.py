@@ -4,7 +4,9 @@ The fits in `repair` take the teacher's activations for the student's, so the er
 is fitted after the layers before it. A projection that reads x [K] and whose output the layer adds to the stream,
 times f, gains Δ: min ‖X Δ − (T − S) / f‖² + λ‖Δ‖², where T [N, H] is the teacher's stream after the same projection,
 and S the student's. The last projection of a layer is fitted to what the teacher hands to the next layer that stays,
-so that it makes up for dropped layers, too. Neither model runs as a whole: the streams of all tokens are kept, and
+so that it makes up for dropped layers, too. Stacked experts are no plain projections, and are not refitted in turn. A
+layer that normalises what its projections write (Gemma 2, OLMo 2) has none that could be; if channels are cut, nothing
+makes up for them there. Neither model runs as a whole: the streams of all tokens are kept, and
 both go on layer by layer (`layer_runs`).
 """
 
@@ -23,6 +25,7 @@ from ..families import named_tensors, spec_for
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
+from ..scoring.hook_points import stacked_axes
 from ..scoring.hooks import first_input
 from ..scoring.reductions import accumulation_dtype
 from ..weights import input_device, set_tensor, tensor_values
@@ -40,13 +43,17 @@ if TYPE_CHECKING:
     from .plan import PruningPlan
 
 
+#: What a note adds where channels are cut.
+_NOT_CHANNELS = " Nothing makes up for the cut channels there; the repair least_squares_all refits what reads them."
+
+
 def writers_in_turn(model: PreTrainedModel, plan: PruningPlan, notes: list[str]) -> dict[int, list[Writer]]:
     """The projections of every layer that stays, which `refit_in_turn` refits.
 
     Args:
         model: the teacher.
         plan: made for it.
-        notes: gets a note for the plan on layers without such a projection.
+        notes: gets notes for the plan on layers without such a projection, and on stacked experts.
     """
     if spec_for(model.config).stream.stacked_states:
         notes.append("Repair: nothing is refitted in turn: this family has several residual streams.")
@@ -55,9 +62,21 @@ def writers_in_turn(model: PreTrainedModel, plan: PruningPlan, notes: list[str])
     if without := [layer for layer, own in writers.items() if not own]:
         notes.append(
             f"Repair: nothing is refitted in turn in {len(without)} layers (the first is {without[0]}): they change "
-            "what their projections write."
+            "what their projections write, by a norm or a weight." + (_NOT_CHANNELS if "hidden" in plan.kept else "")
+        )
+    if stacked := [layer for layer in _layers_with_experts(model) if layer in writers]:
+        notes.append(
+            f"Repair: the stacked experts of {len(stacked)} layers (the first is {stacked[0]}) are not refitted in "
+            "turn. Those that lost neurons, or whose layer lost experts, are fitted at once."
         )
     return writers
+
+
+def _layers_with_experts(model: PreTrainedModel) -> list[int]:
+    """Layers with stacked experts, which are no plain projections."""
+    spec, names = spec_for(model.config), list(named_tensors(model))
+    axes = {axis for own in stacked_axes(spec).values() for axis in own}
+    return sorted({layer for axis in axes for layer in spec.layers_with(axis, names)})
 
 
 def refit_in_turn(

@@ -165,7 +165,7 @@ def _require_data(plan: PruningPlan, data: DataSource | None, repair_arguments: 
     """Refuse a repair without data, and the reverse."""
     if plan.repair and data is None:
         raise PlanError(
-            f"This plan has repair={plan.repair!r}, which needs calibration data. Call "
+            f"This plan has the repair {plan.repair!r}, which needs calibration data. Call "
             "prune_checkpoint(source, target, plan, data=texts), or plan without repair."
         )
     if not plan.repair and (data is not None or repair_arguments):

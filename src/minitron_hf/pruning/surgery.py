@@ -97,8 +97,8 @@ def _require_repair(plan: PruningPlan, repaired: Mapping[str, torch.Tensor] | No
     """Refuse a plan with a repair without repaired tensors, and the reverse."""
     if plan.repair and repaired is None:
         raise PlanError(
-            f"This plan has repair={plan.repair!r}, which needs data. Call prune_with_plan(model, plan, data), give "
-            "--data to minitron-hf prune, or plan without repair."
+            f"This plan has the repair {plan.repair!r}, which needs data. Call prune_with_plan(model, plan, data), "
+            "give --data to minitron-hf prune, or plan without repair."
         )
     if repaired and not plan.repair:
         raise PlanError(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tokens import text_tokenizer
 from ..errors import checks_kinds
-from ..families import VOCABULARY
 from ..vocabulary.stored import StoredCut
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedToken
 
     Args:
         processing_class: the teacher's tokenizer; not changed. The student's is returned as it is.
-        plan: plan with `vocab_size`. Without a cut of the vocabulary, a tokenizer is returned as it is.
+        plan: plan with `vocab_size`, or of a later round than the one with it. Without a cut of the vocabulary, a
+            tokenizer is returned as it is.
 
     Raises:
         MismatchError: if the tokenizer is not the one that the plan was made with.
@@ -34,7 +34,7 @@ def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedToken
         >>> tokenizer = prune_tokenizer(tokenizer, student.pruning_plan)  # doctest: +SKIP
         >>> save_model(student, "student", tokenizer)  # doctest: +SKIP
     """
-    if VOCABULARY not in plan.kept or plan.vocabulary is None:
+    if plan.teacher_tokens is None or plan.vocabulary is None:
         return text_tokenizer(processing_class)
-    cut: PreTrainedTokenizerBase = StoredCut(plan.kept[VOCABULARY], plan.vocabulary).tokenizer(processing_class)
+    cut: PreTrainedTokenizerBase = StoredCut(plan.teacher_tokens, plan.vocabulary).tokenizer(processing_class)
     return cut

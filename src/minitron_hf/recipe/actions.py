@@ -30,6 +30,7 @@ from .run import (
     PRUNED_DIR,
     QUANTIZED_DIR,
     Run,
+    earlier_cut,
     has_images,
     processor_of,
     reader_of,
@@ -139,7 +140,13 @@ def _plan(run: Run) -> None:
             show_progress=run.show_progress,
         )
     PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
-    plan.save_pretrained(run.folder)
+    _with_earlier_cut(run, plan).save_pretrained(run.folder)
+
+
+def _with_earlier_cut(run: Run, plan: PruningPlan) -> PruningPlan:
+    """A plan that says which of the recipe's teacher's tokens its student has."""
+    cut = earlier_cut(run)
+    return plan if cut is None else plan.after_cut(cut)
 
 
 def _prune(run: Run) -> None:
@@ -268,7 +275,7 @@ def _controls(run: Run) -> None:
             request = PrunerConfig.from_dict(run.plan.pruner_config)
             counts = _token_counts(run, request)
             plan = make_plan(_planned(run, request), request, scores, token_counts=counts)
-            student = run.prune_with_plan(plan)
+            student = run.prune_with_plan(_with_earlier_cut(run, plan))
         elif name == "random_init":
             set_seed(seed)
             config = run.plan.build_student_config()
@@ -349,8 +356,7 @@ def _held_out_texts(run: Run) -> dict[str, Any]:
 
 def _held_out_text(run: Run) -> dict[str, Any]:
     """Arguments of `evaluate_models` for the text: its tokens, or the text, where the student splits it anew."""
-    last = run.recipe.in_round(len(run.recipe.rounds)) if run.recipe.rounds else run.recipe
-    if last.pruner_config.vocab_size is None:
+    if all(one.pruner_config.vocab_size is None for one in run.recipe.each_round()):
         return {"dataset": run.texts("eval")}
     return {"dataset": run.dataset("eval"), "text_field": run.text_field("eval")}
 

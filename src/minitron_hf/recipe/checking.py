@@ -132,7 +132,7 @@ def _check_against_model(
         raise DataError(f"teacher_cache.top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
     for args in arguments:
         refuse_top_k(args.top_k, vocab_size, where="distill.")
-    config, prunes = teacher, [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    config, prunes = teacher, recipe.each_round()
     for one, student, args in zip(prunes, students, arguments):
         depths = [text_config(each).num_hidden_layers for each in (student, teacher)]
         layers: Any = args.hidden_layers  # a string was parsed by the arguments

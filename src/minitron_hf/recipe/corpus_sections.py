@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..errors import DataError
 
@@ -21,6 +21,7 @@ class DatasetSection:
         num_rows: use the first rows only.
     """
 
+    shorthand: ClassVar[str] = "source"
     source: str
     name: str | None = None
     split: str = "train"
@@ -45,6 +46,7 @@ class TrainingSection:
         num_rows: use the first rows only.
     """
 
+    shorthand: ClassVar[str] = "source"
     source: str | None = None
     generated: bool = False
     weight: float = 1.0

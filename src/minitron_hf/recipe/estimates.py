@@ -150,7 +150,7 @@ def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig
     if recipe.pruner_config.targets:
         return [student_config(config, shapes_near_target(config, recipe.pruner_config)[0].request)]
     students = []
-    for one in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
+    for one in recipe.each_round():
         config = student_config(config, one.pruner_config)
         students.append(config)
     return students

@@ -34,6 +34,8 @@ SECONDS, COPIED_BYTES, WRITTEN_BYTES = 0.2, 1 << 26, 1 << 25
 LONGEST = 3.0
 #: Rows and inner width of the plain matrix product.
 PRODUCT_ROWS, PRODUCT_WIDTH = 512, 1024
+#: Equations that are solved to measure how fast that is.
+SOLVED_WIDTH = 768
 #: Bytes per parameter of a timed layer, its gradients and its copies; the share of the free memory that it may take;
 #: the fewest tokens that are timed.
 LAYER_BYTES, LARGEST_SHARE, LEAST_LENGTH = 12, 0.2, 256
@@ -59,6 +61,8 @@ class Machine:
         memory: bytes that are free on the device.
         disk: bytes that are free in the run folder.
         notes: what could not be measured.
+        solve_flops: operations per second of solving linear equations in float64, which a repair does; NaN: half of
+            `float32_flops`.
     """
 
     device: str
@@ -73,6 +77,7 @@ class Machine:
     memory: float
     disk: float
     notes: tuple[str, ...] = ()
+    solve_flops: float = math.nan
 
 
 def measure_machine(config: PretrainedConfig, folder: str | os.PathLike[str], *, length: int, rows: int) -> Machine:
@@ -101,7 +106,7 @@ def measure_machine(config: PretrainedConfig, folder: str | os.PathLike[str], *,
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Machine(
         name, str(dtype).removeprefix("torch."), forward, scoring, training, product, float32, traffic, written,
-        free_memory(device), free, notes,
+        free_memory(device), free, notes, _solution_rate(device),
     )  # fmt: skip
 
 
@@ -127,6 +132,17 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     left = torch.full((PRODUCT_ROWS, PRODUCT_WIDTH), 0.01, dtype=dtype, device=device)
     right = torch.full((PRODUCT_WIDTH, 4 * PRODUCT_WIDTH), 0.01, dtype=dtype, device=device)
     return 8 * PRODUCT_ROWS * PRODUCT_WIDTH**2 / _timed(lambda: left @ right, device)
+
+
+def _solution_rate(device: torch.device) -> float:
+    """Operations per second of factors and solutions in float64, far fewer than those of products."""
+    where = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    matrix = torch.eye(SOLVED_WIDTH, dtype=torch.float64, device=where)
+
+    def solve() -> Any:
+        return torch.linalg.lu_solve(*torch.linalg.lu_factor(matrix), matrix)
+
+    return (2 / 3 + 2) * SOLVED_WIDTH**3 / _timed(solve, where)
 
 
 def _copy_rate(device: torch.device) -> float:

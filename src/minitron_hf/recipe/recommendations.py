@@ -90,7 +90,7 @@ class Recommendation:
                 section[leaf] = value
         values = apply_overrides(values, list(overrides))
         recipe = Recipe.from_dict(values)
-        for each in [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]:
+        for each in recipe.each_round():
             each.pruner_config  # noqa: B018 (refuses what is wrong)
         return values
 

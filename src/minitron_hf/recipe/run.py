@@ -19,6 +19,7 @@ from ..models import load_config, load_for_compute, load_processor, load_tokeniz
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune_with_plan
+from ..pruning.tokenizers import prune_tokenizer
 from ..publishing.card_metadata import is_repo_id
 from .corpora import Part, blend, load_corpus
 from .launching import launch
@@ -125,9 +126,14 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, one object for all rounds, with the chat template that the recipe names."""
+        """The tokenizer of the model to prune, with the chat template that the recipe names.
+
+        It is one object for all rounds until one of them has cut the vocabulary.
+        """
         if self is not self.whole:
-            return self.whole.tokenizer
+            cut = earlier_cut(self)
+            own = None if cut is None else self.once("tokenizer", lambda: prune_tokenizer(self.whole.tokenizer, cut))
+            return own or self.whole.tokenizer
         section, path = self.recipe.teacher, self.recipe.distill.get("chat_template_path")
 
         def load() -> PreTrainedTokenizerBase:
@@ -261,11 +267,11 @@ class Run:
         return self.dataset_section(which).text_field
 
     def texts(self, which: str) -> Any:
-        """The documents of one of the corpora. All stages share their tokens, computed once on demand.
+        """The documents of one of the corpora. All stages with the same tokenizer share their tokens, computed once.
 
         Of the held-out text, the tokens that the distillation counts are measured. Importance scores use all tokens.
         """
-        if self is not self.whole:
+        if self is not self.whole and earlier_cut(self) is None:
             return self.whole.texts(which)
 
         def wrap() -> Any:
@@ -293,6 +299,13 @@ class Run:
         first = self.number if self.learns_from_previous else 1
         folders = [Path(self.whole.recipe.in_round(number).output_dir) for number in range(first, self.number + 1)]
         return [PruningPlan.from_pretrained(folder) for folder in folders]
+
+
+def earlier_cut(run: Run) -> PruningPlan | None:
+    """The plan of the round before this one that has cut the vocabulary; None if none has."""
+    before = run.whole.recipe.each_round()[: run.number - 1]
+    cut = next((one for one in before if one.pruner_config.vocab_size is not None), None)
+    return None if cut is None else PruningPlan.from_pretrained(cut.output_dir)
 
 
 def processor_of(run: Run) -> Any:

@@ -14,7 +14,7 @@ from ..files import digest, is_storage_error, is_working_file, remove, require_w
 from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
 from ..locks import locked_folder
 from ..privacy import recorded_settings
-from ..progress import progress_bars
+from ..progress import progress_bars, step
 from ..publishing.markdown import duration
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
@@ -86,14 +86,16 @@ def run_recipe(
         MinitronError: errors of the stages.
     """
     with progress_bars(show_progress):
-        shapes = check_recipe(recipe, until=until)
+        with step("Checking the recipe", show_progress):
+            shapes = check_recipe(recipe, until=until)
 
         def announce() -> None:
             if report_shapes is not None:
                 report_shapes(shapes)
             folder = Path(recipe.output_dir)
             if report_estimate is not None and (redo or read_costs(folder)["estimate"] is None):
-                estimate = estimate_recipe(recipe, until=until)
+                with step("Timing this machine, and counting the tokens of the corpora", show_progress):
+                    estimate = estimate_recipe(recipe, until=until)
                 report_estimate(estimate)
                 write_estimate(folder, estimate)
 

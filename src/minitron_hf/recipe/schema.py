@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError
 from ..privacy import public_settings
 from ..quantization import METHODS
 from ..sizes.request import TARGETS, PrunerConfig
@@ -18,7 +18,8 @@ from .corpus_sections import DatasetSection as DatasetSection
 from .corpus_sections import GenerateSection as GenerateSection
 from .corpus_sections import TrainingSection as TrainingSection
 from .reading import apply_overrides, read_yaml, write_yaml
-from .rules import OLD_NAMES, require_choice, require_value, with_new_names
+from .rules import require_choice
+from .sections import built_section
 
 #: Controls that a run can train with the student's distillation settings, for comparison.
 CONTROLS: Mapping[str, str] = {
@@ -39,6 +40,7 @@ class TeacherSection:
             in it. Only distillation and evaluation use a narrower dtype; the weights are scored and pruned as stored.
     """
 
+    shorthand: ClassVar[str] = "model"
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -272,7 +274,7 @@ class Recipe:
         Raises:
             DataError: naming every unknown, missing or mistyped entry.
         """
-        recipe = _section(cls, values, "")
+        recipe = built_section(cls, values, "")
         _require_one_choice(recipe)
         recipe.data.require_possible(has_generated=recipe.generate is not None)
         for name in recipe.controls:
@@ -346,6 +348,10 @@ class Recipe:
             rounds=[],
         )
 
+    def each_round(self) -> list[Recipe]:
+        """The recipes of all rounds; without rounds, the recipe itself."""
+        return [self.in_round(number) for number in range(1, len(self.rounds) + 1)] or [self]
+
     @property
     def measures_turns(self) -> bool:
         """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
@@ -400,50 +406,3 @@ DISTILL_DEFAULTS: Mapping[str, Any] = {
     "save_total_limit": 1,
     "report_to": "none",
 }
-
-
-#: Entries that may be paths of this machine, where `~` is the user's home.
-_PATHS = ("model", "source", "output_dir", "config", "include_path", "task_data")
-
-
-def _section(cls: Any, values: Any, where: str) -> Any:
-    """Build a (nested) dataclass from mappings, refusing unknown and missing names."""
-    if cls in (DatasetSection, TrainingSection) and isinstance(values, str):
-        values = {"source": values}
-    if cls is TeacherSection and isinstance(values, str):
-        values = {"model": values}
-    if not isinstance(values, Mapping):
-        raise DataError(f"{where or 'The recipe'}: expected a section with entries, got {values!r}.")
-    hints = get_type_hints(cls)
-    names = {field.name: field for field in fields(cls)}
-    if unknown := sorted(map(str, set(values) - set(names))):
-        raise DataError(
-            f"{where or 'The recipe'} has no entry {', '.join(unknown)}.{did_you_mean(unknown, names)} "
-            f"Expected: {', '.join(names)}."
-        )
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        options = getattr(hints[name], "__args__", (hints[name],))
-        nested = next((option for option in (hints[name], *options) if is_dataclass(option)), None)
-        at = f"{where}.{name}" if where else name
-        lists = [option for option in (hints[name], *options) if getattr(option, "__origin__", None) is list]
-        if nested is not None and isinstance(value, list) and lists:
-            built[name] = [_section(nested, one, f"{at}.{number}") for number, one in enumerate(value, 1)]
-        elif nested is not None and value is not None and hints[name] not in lists:
-            built[name] = _section(nested, value, at)
-        else:
-            require_value(value, hints[name], at)
-            value = with_new_names(value, name, f"{at}.") if name in OLD_NAMES and value is not None else value
-            built[name] = _text(value, name, at) if isinstance(value, str) else value
-    try:
-        return cls(**built)
-    except TypeError as error:
-        missing = str(error).split("argument")[-1].lstrip("s: ")
-        raise DataError(f"{where or 'The recipe'} lacks {missing}. Expected: {', '.join(names)}.") from error
-
-
-def _text(value: str, name: str, where: str) -> str:
-    """Refuse empty text; expand `~` in paths."""
-    if not value.strip():
-        raise DataError(f"{where}={value!r}: expected text. Leave the entry out for its default.")
-    return os.path.expanduser(value) if name in _PATHS else value

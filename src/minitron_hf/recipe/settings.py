@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +13,11 @@ from ..hardware import training_device
 from ..pruning.iterations import require_iterations
 from ..scoring.importance import estimate_importance
 from ..scoring.metrics import metric_names
-from ..sizes.request import SEQUENTIAL
+from ..sizes.request import SEQUENTIAL, PrunerConfig
 from .actions import cached_arguments, search_arguments
 from .environment import check_reporters
 from .rules import hints_of, require_choice, require_settings
-from .schema import DISTILL_DEFAULTS, Recipe
+from .schema import DISTILL_DEFAULTS, CacheSection, EvaluateSection, GenerateSection, Recipe, TeacherSection
 from .training import lora_config
 
 if TYPE_CHECKING:
@@ -44,6 +44,19 @@ def search_hints() -> dict[str, Any]:
 
     own = ("model", "scores", "base", "output_dir", "processing_class", "show_progress", "token_counts")
     return hints_of(search_architectures, without=(*own, "calibration_data", "train_dataset", "eval_data"))
+
+
+def section_names() -> dict[str, Iterable[str]]:
+    """Section of a recipe → names of its entries."""
+    own = {
+        "teacher": TeacherSection,
+        "prune": PrunerConfig,
+        "generate": GenerateSection,
+        "teacher_cache": CacheSection,
+        "evaluate": EvaluateSection,
+    }
+    arguments = {"scores": scoring_hints(), "distill": distillation_hints(), "search": search_hints()}
+    return {**{name: [one.name for one in fields(section)] for name, section in own.items()}, **arguments}
 
 
 def require_search(values: Mapping[str, Any], prefix: str) -> None:
@@ -150,7 +163,7 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
         The arguments of distillation, of every round.
     """
     folder = Path(recipe.output_dir)
-    rounds = [recipe.in_round(number) for number in range(1, len(recipe.rounds) + 1)] or [recipe]
+    rounds = recipe.each_round()
     _require_comparable_tokens(recipe, rounds)
     if recipe.search is not None:
         require_search(recipe.search, "search.")
@@ -177,10 +190,10 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
 def _require_comparable_tokens(recipe: Recipe, rounds: Sequence[Recipe]) -> None:
     """Refuse a cut of the vocabulary where other tokens than the teacher's cannot be read."""
     cut = [number for number, one in enumerate(rounds, 1) if one.pruner_config.vocab_size is not None]
-    if early := [number for number in cut if number < len(rounds)]:
+    if len(cut) > 1:
         raise DataError(
-            f"rounds.{early[0]}.prune.vocab_size: the rounds after it would read other tokens than the corpus and the "
-            "teacher. Cut the vocabulary in the last round alone."
+            f"prune.vocab_size in the rounds {' and '.join(map(str, cut))}: a student knows the teacher's ids of its "
+            "tokens after one cut of the vocabulary. Write vocab_size in the prune of one round."
         )
     if cut and recipe.teacher_cache is not None and recipe.rounds:
         raise DataError(

@@ -84,7 +84,7 @@ class Facts:
 
     def in_round(self, number: int) -> tuple[Recipe, PretrainedConfig, PretrainedConfig, DistillationConfig]:
         """Recipe, model to prune, student and arguments of a round, counted from 0."""
-        recipe = self.recipe.in_round(number + 1) if self.recipe.rounds else self.recipe
+        recipe = self.recipe.each_round()[number]
         before = self.teacher if number == 0 else self.students[number - 1]
         return recipe, before, self.students[number], self.arguments[number]
 
@@ -132,8 +132,9 @@ def repair_seconds(
     tokens, num_batches, speed = num_rows * length, math.ceil(num_rows / batch), facts.machine
 
     def seconds_of(found: costs.RepairCost) -> float:
+        solving = speed.float32_flops / 2 if math.isnan(speed.solve_flops) else speed.solve_flops
         seconds = found.products / speed.float32_flops + found.sum_bytes / speed.memory_traffic
-        return seconds + found.solutions / (speed.float32_flops / 2)  # float64
+        return seconds + found.solutions / solving
 
     flops, seconds = 0.0, 0.0
     if cuts:

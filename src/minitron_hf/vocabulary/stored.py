@@ -85,7 +85,7 @@ def stored_cut(model: Any) -> StoredCut | None:
         model: a model, or its folder.
     """
     if (plan := getattr(model, "pruning_plan", None)) is not None:
-        return None if plan.vocabulary is None else StoredCut(plan.kept["vocab"], plan.vocabulary)
+        return None if plan.vocabulary is None else StoredCut(plan.teacher_tokens, plan.vocabulary)
     name = model if isinstance(model, str | os.PathLike) else getattr(model.config, "name_or_path", None)
     if not name or not (Path(name) / PLAN_NAME).is_file() or not (Path(name) / INDICES_NAME).is_file():
         return None
@@ -93,4 +93,5 @@ def stored_cut(model: Any) -> StoredCut | None:
     if facts is None:
         return None
     with safe_open(Path(name) / INDICES_NAME, "np") as stored:
-        return StoredCut(stored.get_tensor("vocab"), facts)
+        name = "vocab" if "vocab" in stored.keys() else "earlier_tokens"  # noqa: SIM118 (not a mapping)
+        return StoredCut(stored.get_tensor(name), facts)
