@@ -788,7 +788,7 @@ def test_bad_inputs_are_one_message(area, kind, line, words, yard, barred, monke
     assert len(starts) == 1, message
     said = message[starts[0] :]
     assert words.lower() in " ".join(said.lower().split()), said
-    assert python_arguments(said, area) == []
+    assert [one for one in python_arguments(said, area) if one.strip(".") not in line] == []
     assert len(said.strip().splitlines()) <= 3, said
     assert tree(yard["teacher"].parent) == before, "something was written"
 

@@ -10,7 +10,7 @@ from ..errors import DataError
 from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
 from .output import current, given, wrote
 from .printing import _console
-from .wording import takes, takes_sections
+from .wording import takes_sections
 
 Space = Annotated[
     list[str],
@@ -75,8 +75,7 @@ def search(
     from ..search.architectures import search_architectures
     from ..search.record import candidate_table
 
-    takes(search_hints())
-    takes_sections(lambda: {"distillation": distillation_hints()})
+    takes_sections(lambda: {"": search_hints(), "distillation": distillation_hints()})
     sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     require_search(settings := with_new_names(entries, "search", "--set "), "--set ")
@@ -85,8 +84,7 @@ def search(
     calibration = _texts(data, split, text_field)
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)
-    read = ImportanceScores.from_pretrained(scores)
-    read.require_model(load_config(teacher))  # before the weights are loaded
+    (read := ImportanceScores.from_pretrained(scores)).require_model(load_config(teacher))  # before weights are loaded
     model, tokenizer = _load(teacher, calibration, held_out, corpus, device=device)
     found = search_architectures(
         model,
@@ -118,7 +116,7 @@ def _space(options: list[str]) -> dict[str, list[Any]]:
 
     sizes = {name: read_yaml(listed) for name, _, listed in (one.partition("=") for one in options)}
     if wrong := [name for name, listed in sizes.items() if not isinstance(listed, list)]:
-        raise DataError(f"--space {wrong[0]}: expected a list of sizes, as hidden_size=[0.5,0.75,1.0].")
+        raise DataError(f"--space {wrong[0]}: expected a list of sizes, as --space hidden_size=[0.5,0.75,1.0].")
     return sizes
 
 

@@ -79,11 +79,25 @@ class _Settings:
 
     Attributes:
         options: name of a parameter → the option.
-        entries: each gives names → the entry of --set; called when a message is worded.
+        sections: each gives section (none: "") → names of the entries of --set; called when a message is worded.
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
-    entries: list[Callable[[], Mapping[str, str]]] = field(default_factory=list)
+    sections: list[Callable[[], Mapping[str, Iterable[str]]]] = field(default_factory=list)
+
+    def entry(self, name: str, text: str) -> str | None:
+        """The entry of --set with a name; None if there is none, or several sections have one.
+
+        Args:
+            name: as in Python.
+            text: the message. Where it begins with a section, the entry of this section is meant.
+        """
+        begins, found = re.match(r"\w+", text), []
+        for sections in self.sections:
+            with contextlib.suppress(ImportError):
+                found += [section for section, names in sections().items() if name in names]
+        meant = [section for section in found if begins and section == begins[0]] or found
+        return None if len(meant) != 1 else f"{meant[0]}.{name}" if meant[0] else name
 
 
 _CURRENT: ContextVar[_Settings] = ContextVar("settings", default=_Settings())  # noqa: B039 (replaced by every command)
@@ -104,25 +118,17 @@ def takes(names: Iterable[str]) -> None:
     Args:
         names: of the entries.
     """
-    entries = {name: name for name in names}
-    _CURRENT.get().entries.append(lambda: entries)
+    known = {"": list(names)}
+    _CURRENT.get().sections.append(lambda: known)
 
 
 def takes_sections(sections: Callable[[], Mapping[str, Iterable[str]]]) -> None:
     """Say what the sections of a recipe take.
 
     Args:
-        sections: gives section → names of its entries. A name in several sections is left as it is.
+        sections: gives section → names of its entries.
     """
-
-    def entries() -> dict[str, str]:
-        found: dict[str, list[str]] = {}
-        for section, names in sections().items():
-            for name in names:
-                found.setdefault(name, []).append(f"{section}.{name}")
-        return {name: places[0] for name, places in found.items() if len(places) == 1}
-
-    _CURRENT.get().entries.append(entries)
+    _CURRENT.get().sections.append(sections)
 
 
 def worded(text: str) -> str:
@@ -132,11 +138,6 @@ def worded(text: str) -> str:
     text = _CALL.sub(lambda found: CALLS[found[1]], text)
     text = _CONFIG.sub(lambda found: found[1], text)
     settings = _CURRENT.get()
-    entries: dict[str, str] = {}
-    if _SETTING.search(text):
-        for given in settings.entries:
-            with contextlib.suppress(ImportError):
-                entries |= given()
 
     def in_options(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]
@@ -145,6 +146,7 @@ def worded(text: str) -> str:
         value = _LITERALS.get(value, value.strip("'\""))
         if name in settings.options:
             return f"{settings.options[name]} {value}"
-        return f"--set {entries[name]}={value}" if name in entries else found[0]
+        entry = settings.entry(name, text)
+        return found[0] if entry is None else f"--set {entry}={value}"
 
     return _SETTING.sub(in_options, text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +50,7 @@ def search_hints() -> dict[str, Any]:
 
 def section_names() -> dict[str, Iterable[str]]:
     """Section of a recipe → names of its entries."""
-    own = {
+    own: dict[str, Any] = {
         "teacher": TeacherSection,
         "prune": PrunerConfig,
         "generate": GenerateSection,
@@ -56,6 +58,10 @@ def section_names() -> dict[str, Iterable[str]]:
         "evaluate": EvaluateSection,
     }
     arguments = {"scores": scoring_hints(), "distill": distillation_hints(), "search": search_hints()}
+    if importlib.util.find_spec("peft") is not None:
+        from peft import LoraConfig
+
+        own["lora"] = LoraConfig
     return {**{name: [one.name for one in fields(section)] for name, section in own.items()}, **arguments}
 
 
@@ -247,6 +253,15 @@ def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> 
         raise DataError("data.streaming: a stream has no slices of a split. Use num_rows.")
 
 
+@contextlib.contextmanager
+def _of_section(name: str) -> Iterator[None]:
+    """Begin errors with the section whose settings they name."""
+    try:
+        yield
+    except MinitronError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, where: str) -> None:
     from ..distillation.cache_coding import refuse_both
     from ..distillation.teacher_cache import refuse_uncacheable
@@ -257,7 +272,8 @@ def _require_one_cache(recipe: Recipe, one: Recipe, args: DistillationConfig, wh
         refuse_both(section.top_k, section.num_draws, section.dtype)
     except DataError as error:
         raise DataError(f"teacher_cache.{error}") from error
-    refuse_uncacheable(args, num_draws=section.num_draws)
+    with _of_section("distill"):
+        refuse_uncacheable(args, num_draws=section.num_draws)
     if section.server is not None:
         _require_served(recipe, args)
     elif section.server_model is not None:
@@ -278,7 +294,8 @@ def _require_served(recipe: Recipe, args: DistillationConfig) -> None:
     section = recipe.teacher_cache
     assert section is not None
     plain_url(str(section.server))
-    refuse_unserved(args)
+    with _of_section("distill"):
+        refuse_unserved(args)
     if section.num_draws is not None:
         raise DataError(
             "teacher_cache.num_draws with a server: it gives the most likely tokens, and draws none. Use top_k."
