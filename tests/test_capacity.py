@@ -149,7 +149,6 @@ def test_a_pass_allocates_what_is_estimated(pair, changes):
     assert estimated == pytest.approx(measured, rel=TOLERANCE)
 
 
-@needs_torchao
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rounded_weights_wait_for_the_backward_pass(rows):
     """Two numbers per weight, its rounded value and its level before clipping, and scales; whatever the rows."""

@@ -16,6 +16,7 @@ from minitron_hf.pruning.layer_writers import layer_writers
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_with_plan
 from minitron_hf.pruning.repair_gaps import stream_output
+from minitron_hf.pruning.repair_in_turn import writers_in_turn
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import POCKETS, cuttable, pocket_model, pocket_tokens
@@ -170,6 +171,23 @@ def test_few_tokens_are_warned_of_as_in_a_fit_at_once(caplog):
     many = TokenRows(ROWS.rows * 6, None)
     prune_with_plan(teacher, planned(teacher, num_hidden_layers=4), many)
     assert "calibration tokens" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "words"),
+    [
+        ("mixtral", {"layers_to_drop": [1]}, ["stacked experts of", "are not refitted in turn"]),
+        ("gemma2", {"hidden_size": 0.5}, ["nothing is refitted in turn", "Nothing makes up for the cut channels"]),
+        ("gemma2", {"layers_to_drop": [1]}, ["nothing is refitted in turn"]),
+        ("llama", {"hidden_size": 0.5}, []),
+    ],
+)
+def test_what_is_not_refitted_in_turn_is_noted(name, cut, words):
+    model, notes = pocket_model(name), []
+    writers_in_turn(model, planned(model, **cut), notes)
+    assert len(notes) == bool(words), notes
+    assert all(word in notes[0] for word in words)
+    assert ("channels" in "".join(notes)) == (len(words) > 1 and name == "gemma2")
 
 
 def test_a_teacher_on_disk_is_refused(tmp_path):

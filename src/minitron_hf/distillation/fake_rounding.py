@@ -21,14 +21,21 @@ class RoundedLinear(nn.Linear):
     Attributes:
         group_size: inputs that share a scale; 0: all of a row.
         largest: the largest integer.
+        scales: scales and offsets of the last pass, which stay.
     """
 
     group_size: int
     largest: int
+    scales: tuple[Tensor, Tensor]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The product with the rounded weight."""
-        return functional.linear(inputs, _rounded(self.weight, self.group_size, self.largest), self.bias)
+        groups = self.weight.view(len(self.weight), -1, self.group_size or self.weight.shape[1])
+        with torch.no_grad():
+            ends = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = (torch.maximum(-ends[0], ends[1]) / (self.largest + 0.5)).float()
+            self.scales = scale, torch.zeros_like(scale, dtype=torch.int32)
+        return functional.linear(inputs, _rounded(self.weight, groups, *self.scales, self.largest), self.bias)
 
 
 def seem_rounded(model: Any, method: str) -> None:
@@ -48,12 +55,7 @@ def seem_rounded(model: Any, method: str) -> None:
         module.group_size, module.largest = group_size, 7 if method == "int4" else 127
 
 
-def _rounded(weight: Tensor, group_size: int, largest: int) -> Tensor:
-    groups = weight.view(len(weight), -1, group_size or weight.shape[1])
-    with torch.no_grad():
-        ends = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = (torch.maximum(-ends[0], ends[1]) / (largest + 0.5)).float()
-        zero = torch.zeros_like(scale, dtype=torch.int32)
+def _rounded(weight: Tensor, groups: Tensor, scale: Tensor, zero: Tensor, largest: int) -> Tensor:
     levels = torch.clamp(_Round.apply(groups * (1 / scale)) + zero, -largest - 1, largest)
     values = levels.view(weight.shape).view(groups.shape).to(weight.dtype, copy=True)
     return ((values - zero.to(weight.dtype)) * scale).view(weight.shape).to(weight.dtype)

@@ -145,7 +145,7 @@ def own_tokenizers(models: Mapping[str, Any], processing_class: Any) -> dict[str
         config = load_config(model) if isinstance(model, str | os.PathLike) else model.config
         cut = cuts[name] or (known if config.get_text_config().vocab_size == len(known.kept) else None)
         if cut is not None:
-            found[name] = cut.tokenizer(processing_class)
+            found[name] = text_tokenizer(cut.tokenizer(processing_class))
             continue
         folder = model if isinstance(model, str | os.PathLike) else config.name_or_path
         beside = stored_tokenizer(os.fspath(folder)) if folder else None

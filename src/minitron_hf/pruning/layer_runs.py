@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..families import spec_for
 from ..scoring.hooks import first_input, with_first_input
 from .repair_gaps import stream_output
-from .repair_sums import AllObserved
+from .repair_sums import AllObserved, forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..scoring.batches import Batches
 
 #: Tokens of the pass that tests whether a model can be run layer by layer, and the relative error that is allowed:
 #: parallel sums of a device may differ from run to run.
@@ -102,17 +105,42 @@ class LayerRuns:
         stack.callback(handle.remove)
         return found
 
-    def require_same(self, layer: int, found: Tensor, expected: Tensor) -> None:
-        """Refuse a model whose layer computes something else when the layers before it are left out."""
-        if not bool((found - expected).double().norm() <= TOLERANCE * expected.double().norm()):
-            raise self.refusal(layer)
+    def require_alone(self, layer: int, stop: int, entry: Tensor | None, expected: Tensor, watch: Batches) -> Tensor:
+        """Refuse a model whose layers compute something else when the layers before them are left out (`leaving_out`).
 
-    def refusal(self, layer: int) -> UnsupportedModelError:
+        Args:
+            layer: the first of them.
+            stop: index of the layer after them.
+            entry: input of the first one, of the few tokens of `tested_batch`; None: the embeddings.
+            expected: what the last one returns in a whole pass.
+            watch: sees the batch.
+
+        Returns:
+            What the last one returned.
+        """
+        with ExitStack() as stack:
+            if entry is not None:
+                self.start_from(layer, entry, stack)
+            reached = self.end_before(stop, stack)
+            try:
+                forward(self.model, watch, tested_batch())
+            except Exception as error:
+                raise self._refusal(layer) from error
+        if not bool((reached[0] - expected).double().norm() <= TOLERANCE * expected.double().norm()):
+            raise self._refusal(layer)
+        return reached[0]
+
+    def _refusal(self, layer: int) -> UnsupportedModelError:
         """The error for a layer that cannot run alone."""
         return UnsupportedModelError(
             f"Layer {layer} of this {type(self.model).__name__} reads more of the layers before it than what they "
             f"return, so that they cannot run one by one. {self.advice}"
         )
+
+
+def tested_batch() -> dict[str, Tensor]:
+    """The few tokens of the test."""
+    return {"input_ids": torch.arange(NUM_TESTED)[None]}
 
 
 def _left_out(num_outputs: int | None) -> Callable[..., Any]:

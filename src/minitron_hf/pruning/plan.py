@@ -131,14 +131,18 @@ class PruningPlan:
         """The same plan without its cut of the vocabulary: for comparisons on the teacher's tokens."""
         if VOCABULARY not in self.kept:
             return self
-        sizes, config = self.sizes[VOCABULARY], self.student["config"]
-        fields = families()[self.model_type].axis[VOCABULARY].fields
-        own = {name: self.teacher["config"][name] for name in config if names_ids(name) or name in fields}
+        sizes, fields = self.sizes[VOCABULARY], families()[self.model_type].axis[VOCABULARY].fields
+
+        def restored(config: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+            own = {name: teacher[name] for name in config if names_ids(name) or name in fields}
+            text = config.get("text_config")
+            return {**config, **own, **({"text_config": restored(text, teacher["text_config"])} if text else {})}
+
         return replace(
             self,
             kept={axis: units for axis, units in self.kept.items() if axis != VOCABULARY},
             sizes={**self.sizes, VOCABULARY: {**sizes, "student": sizes["teacher"]}},
-            student={**self.student, "config": {**config, **own}},
+            student={**self.student, "config": restored(self.student["config"], self.teacher["config"])},
             vocabulary=None,
         )
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from ..compat import commit_hash
 from ..errors import MismatchError, PlanError, checks_kinds
-from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for
+from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for, text_config
 from ..families.axes import CHANNELS
 from ..files import public_name
 from ..models import empty_model
@@ -141,7 +141,8 @@ def _choose_vocabulary(
     generation = teacher.generation_config
     if generation is not None:
         renumbered_generation_config(generation, {}, before[VOCABULARY])  # refuses what cannot be renumbered
-    named = [teacher.config.to_dict(), {} if generation is None else generation.to_dict()]
+    configs = (teacher.config, text_config(teacher.config))
+    named = [*(one.to_dict() for one in configs), {} if generation is None else generation.to_dict()]
     needed = {index for fields in named for index in ids_in(fields, before[VOCABULARY])}
     return counts.cut(after[VOCABULARY], before[VOCABULARY], sorted(needed))
 

@@ -29,7 +29,7 @@ from ..scoring.hook_points import stacked_axes
 from ..scoring.hooks import first_input
 from ..scoring.reductions import accumulation_dtype
 from ..weights import input_device, set_tensor, tensor_values
-from .layer_runs import NUM_TESTED, LayerRuns
+from .layer_runs import LayerRuns, tested_batch
 from .layer_writers import Writer, layer_writers
 from .repair_gaps import Gap, Projection
 from .repair_inputs import CutInputs
@@ -256,24 +256,15 @@ class _Stream:
 
     def _test(self) -> None:
         """Refuse a model whose layers compute something else one by one."""
-        batch = {"input_ids": torch.arange(NUM_TESTED)[None]}
-        num_layers = len(self.runs.blocks)
+        num_layers, watch = len(self.runs.blocks), Batches(self.spec, self.model)
         with ExitStack() as stack:
             stack.enter_context(evaluating([self.model]))
             self.runs.note_outputs(stack)
             ends = [self.runs.end_before(layer + 1, stack, is_last=False) for layer in range(num_layers)]
-            forward(self.model, Batches(self.spec, self.model), batch)
+            forward(self.model, watch, tested_batch())
         for layer in range(1, num_layers):
-            with ExitStack() as stack:
-                stack.enter_context(evaluating([self.model]))
-                stack.enter_context(self.runs.leaving_out(layer))
-                self.runs.start_from(layer, ends[layer - 1][0], stack)
-                found = self.runs.end_before(layer + 1, stack)
-                try:
-                    forward(self.model, Batches(self.spec, self.model), batch)
-                except Exception as error:
-                    raise self.runs.refusal(layer) from error
-            self.runs.require_same(layer, found[0], ends[layer][0])
+            with evaluating([self.model]), self.runs.leaving_out(layer):
+                self.runs.require_alone(layer, layer + 1, ends[layer - 1][0], ends[layer][0], watch)
 
 
 class _Fit:

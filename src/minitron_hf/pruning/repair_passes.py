@@ -18,7 +18,7 @@ from ..families import spec_for
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
-from .layer_runs import NUM_TESTED, LayerRuns
+from .layer_runs import LayerRuns, tested_batch
 from .repair_inputs import CutInputs
 from .repair_sums import (
     Observed,
@@ -195,7 +195,7 @@ class Passes:
             stack.enter_context(computing(self.model, self.device))
             self.runs.note_outputs(stack)
             ends = [self.runs.end_before(segment.stop, stack, is_last=False) for segment in self.segments]
-            forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
+            forward(self.model, watch, tested_batch())
         return [state for end in ends for state in end]
 
     def _test(self, number: int, watch: Batches, observed: Observed, tested: list[Tensor]) -> None:
@@ -207,13 +207,5 @@ class Passes:
         with ExitStack() as stack:
             stack.callback(setattr, observed.pause, "is_on", observed.pause.is_on)
             observed.pause.is_on = True
-            first, stop = self.segments[number].start, self.segments[number].stop
-            if number:
-                self.runs.start_from(first, tested[0], stack)
-            reached = self.runs.end_before(stop, stack)
-            try:
-                forward(self.model, watch, {"input_ids": torch.arange(NUM_TESTED)[None]})
-            except Exception as error:
-                raise self.runs.refusal(first) from error
-        self.runs.require_same(first, reached[0], expected)
-        tested[:] = reached
+            segment, entry = self.segments[number], tested[0] if number else None
+            tested[:] = [self.runs.require_alone(segment.start, segment.stop, entry, expected, watch)]

@@ -31,7 +31,7 @@ from ..evaluation.loading import load_processing_class
 from ..families import named_tensors, spec_for
 from ..files import remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
-from ..models import load_tokenizer
+from ..models import load_processor, load_tokenizer
 from ..privacy import is_outside_folder
 from ..publishing.card_values import LEGAL_FILES
 from ..saving import save_config, save_processing_class
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from .plan import PruningPlan
 
 logger = logging.getLogger(__name__)
+
+#: Files of a processor of images or sound, of which a folder may have either.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @checks_kinds
@@ -231,11 +234,12 @@ def _write_weights(
         write_text(folder / WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _companions(folder: Path, plan: PruningPlan) -> tuple[dict[str, Path], PreTrainedTokenizerBase | None]:
-    """The teacher's files to copy, and the student's tokenizer where it is another one."""
+def _companions(folder: Path, plan: PruningPlan) -> tuple[dict[str, Path], Any]:
+    """The teacher's files to copy, and the student's tokenizer or processor where it is another one; else None."""
     if plan.vocabulary is None:
         return _copied_files(folder, COPIED_FILES), None
-    return _copied_files(folder, LEGAL_FILES), prune_tokenizer(load_tokenizer(folder), plan)
+    load = load_processor if any((folder / name).is_file() for name in PROCESSOR_FILES) else load_tokenizer
+    return _copied_files(folder, LEGAL_FILES), prune_tokenizer(load(folder), plan)
 
 
 def _copied_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:

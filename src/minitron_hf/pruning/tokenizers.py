@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data.tokens import text_tokenizer
 from ..errors import checks_kinds
 from ..vocabulary.stored import StoredCut
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .plan import PruningPlan
 
 
 @checks_kinds
-def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedTokenizerBase:
-    """The tokenizer of a plan's student.
+def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> Any:
+    """The tokenizer of a plan's student, or its processor.
 
     It emits kept tokens alone, under the student's ids, and every text decodes to what it did. A text has the pieces
     that it had, where all of these stay.
 
     Args:
-        processing_class: the teacher's tokenizer; not changed. The student's is returned as it is.
+        processing_class: the teacher's tokenizer, or its processor of images or sound, which gets the tokenizer and
+            the new ids of its tokens; not changed. The student's is returned as it is.
         plan: plan with `vocab_size`, or of a later round than the one with it. Without a cut of the vocabulary, a
             tokenizer is returned as it is.
 
@@ -35,6 +33,5 @@ def prune_tokenizer(processing_class: Any, plan: PruningPlan) -> PreTrainedToken
         >>> save_model(student, "student", tokenizer)  # doctest: +SKIP
     """
     if plan.teacher_tokens is None or plan.vocabulary is None:
-        return text_tokenizer(processing_class)
-    cut: PreTrainedTokenizerBase = StoredCut(plan.teacher_tokens, plan.vocabulary).tokenizer(processing_class)
-    return cut
+        return processing_class
+    return StoredCut(plan.teacher_tokens, plan.vocabulary).tokenizer(processing_class)

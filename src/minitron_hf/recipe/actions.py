@@ -181,7 +181,7 @@ def _prune(run: Run) -> None:
 def _students_reader(run: Run, plan: PruningPlan) -> Any:
     """What is saved beside a student: the processor of a run with images, else its tokenizer."""
     if has_images(run, "train", "eval", "calibration"):
-        return processor_of(run)
+        return prune_tokenizer(processor_of(run), plan)
     return prune_tokenizer(run.tokenizer, plan)
 
 

@@ -29,7 +29,7 @@ from .legality import (
 )
 from .request import SEQUENTIAL, PrunerConfig
 from .serving import HEADS_FILL_HIDDEN, portable_spec, serving_notes
-from .vocabulary import require_own_vocabulary, vocabulary_after
+from .vocabulary import require_known_ids, vocabulary_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,7 +101,7 @@ def resolve_sizes(
             "calibration data. Call plan_for_target(model, request, scores, data), or prune_model with "
             "calibration_data, or give sizes instead."
         )
-    require_own_vocabulary(teacher_config, request)
+    require_known_ids(teacher_config, request)
     teacher_config = text_config(teacher_config)
     teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
     before = spec.sizes(teacher_config)

@@ -196,10 +196,10 @@ def build_student_config(
         PlanError: if the stock class does not hold these sizes or layers; the message names those that it does.
     """
     if (inner := text_config(teacher)) is not teacher:
-        text = build_student_config(
-            spec, inner, sizes, layers_kept, norm_compensation=norm_compensation, nonuniform_sizes=nonuniform_sizes
-        )
-        return _config_around(spec, teacher, text)
+        options: dict[str, Any] = {"norm_compensation": norm_compensation, "nonuniform_sizes": nonuniform_sizes}
+        text = build_student_config(spec, inner, sizes, layers_kept, **options, new_ids=new_ids)
+        renumbered = _renumbered_fields(teacher.to_dict(), spec.sizes(inner), sizes, new_ids)
+        return _config_around(spec, teacher, text, renumbered)
     before = spec.sizes(teacher)
     values = copy.deepcopy(teacher.to_dict())
     values.update(_resized_fields(spec, teacher, values, sizes, layers_kept, nonuniform_sizes or {}))
@@ -236,9 +236,11 @@ def _validated(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _config_around(spec: ArchSpec, teacher: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
-    """The config of a wrapper around the config of the student's language model."""
-    whole = {**copy.deepcopy(teacher.to_dict()), "text_config": text.to_dict()}
+def _config_around(
+    spec: ArchSpec, teacher: PretrainedConfig, text: PretrainedConfig, renumbered: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The config of a wrapper around the config of the student's language model, with new token ids."""
+    whole = {**copy.deepcopy(teacher.to_dict()), **renumbered, "text_config": text.to_dict()}
     for path in spec.width_fields:
         *parents, name = path.split(".")
         holder = whole

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
 from ..families import text_config
+from ..vocabulary.ids import names_ids
 from .legality import _round_fraction, rounding_step
 from .request import PrunerConfig
 
@@ -13,17 +15,34 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def require_own_vocabulary(config: PretrainedConfig, request: PrunerConfig) -> None:
-    """Refuse a cut of the vocabulary inside a model whose processor writes token ids for images or sound.
+#: Fields of every config that name tokens of text.
+TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+#: Numbers in the configs of models around a language model that may be ids under other names.
+_OTHER_IDS = re.compile(r"_(id|ids|idx|index|indices)$")
+
+
+def require_known_ids(config: PretrainedConfig, request: PrunerConfig) -> None:
+    """Refuse a cut of the vocabulary inside a model whose tokens of images or sound the config does not name.
 
     Raises:
-        PlanError: if there is one.
+        PlanError: if there is one; says why.
     """
-    if request.vocab_size is not None and text_config(config) is not config:
-        raise PlanError(
-            f"vocab_size of this '{config.model_type}' model cannot be cut: its processor writes token ids for images "
-            "or sound. Leave it out."
-        )
+    if request.vocab_size is None or (text := text_config(config)) is config:
+        return
+    own = {name: value for name, value in config.to_dict().items() if isinstance(value, int | list) and value}
+    rows = text.vocab_size
+    others = [name for name in own if _OTHER_IDS.search(name) and not names_ids(name) and "ignore" not in name]
+    media = {name: value for name, value in own.items() if names_ids(name) and name not in TEXT_IDS}
+    outside = [name for name, value in media.items() if isinstance(value, int) and value >= rows]
+    reason = ""
+    if others:
+        reason = f"{', '.join(others)} of its config may be ids of tokens, and nothing tells whether they are"
+    elif not media:
+        reason = "its config does not name the tokens that stand for images or sound"
+    elif outside:
+        reason = f"{', '.join(outside)} of its config lie outside the {rows} rows of the embeddings"
+    if reason:
+        raise PlanError(f"vocab_size of this '{config.model_type}' model cannot be cut: {reason}. Leave it out.")
 
 
 def vocabulary_after(before: int, request: PrunerConfig) -> int:

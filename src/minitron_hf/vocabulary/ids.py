@@ -20,12 +20,14 @@ REFUSED = ("force_words_ids", "sequence_bias", "forced_decoder_ids")
 
 
 def names_ids(name: str) -> bool:
-    """Whether a config field holds a token id, or a list of them.
+    """Whether a field of a config or a processor holds a token id, or a list of them.
 
-    >>> names_ids("eos_token_id"), names_ids("special_token_ids"), names_ids("hidden_size")
-    (True, True, False)
+    >>> names_ids("eos_token_id"), names_ids("special_token_ids"), names_ids("image_token_index")
+    (True, True, True)
+    >>> names_ids("hidden_size")
+    False
     """
-    return name.endswith(("_token_id", "_token_ids"))
+    return name.endswith(("_token_id", "_token_ids", "_token_index"))
 
 
 def ids_in(fields: Mapping[str, Any], num_rows: int) -> set[int]:

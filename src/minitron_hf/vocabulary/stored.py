@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tokenizers.models import WordPiece
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..errors import MismatchError
 from ..formats import INDICES_NAME, PLAN_NAME, read_artefact
+from .ids import renumbered_fields
 from .rewriting import cut_tokenizer
 
 
@@ -31,20 +33,30 @@ class StoredCut:
     facts: Mapping[str, Any]
 
     def tokenizer(self, processing_class: Any) -> Any:
-        """The student's tokenizer, from either model's.
+        """The student's tokenizer, or processor, from either model's.
 
         Raises:
             MismatchError: if it is neither.
         """
         found = tokenizer_digest(processing_class)
         if found == self.facts["student_tokenizer"]:
-            return text_tokenizer(processing_class)
+            return processing_class
         if found != self.facts["teacher_tokenizer"]:
             raise MismatchError(
                 "The vocabulary of this plan was chosen with another tokenizer than the one that is given. Pass the "
                 "teacher's tokenizer, or plan again."
             )
-        return cut_tokenizer(text_tokenizer(processing_class), self.kept)
+        whole = text_tokenizer(processing_class)
+        cut = cut_tokenizer(whole, self.kept)
+        return cut if whole is processing_class else self._with(processing_class, cut)
+
+    def _with(self, processor: Any, cut: Any) -> Any:
+        """A copy of a processor with the student's tokenizer, and the student's ids in its attributes."""
+        new_ids = {int(old): new for new, old in enumerate(self.kept)}
+        copied = copy.copy(processor)
+        copied.tokenizer = cut
+        vars(copied).update(renumbered_fields(vars(processor), new_ids, int(self.kept.max()) + 1))
+        return copied
 
     def respelled(self, tokens: Iterable[int], teacher: Any, student: Any) -> list[int]:
         """The student's ids of the teacher's tokens; a dropped token becomes the pieces that spell it.
