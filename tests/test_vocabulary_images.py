@@ -75,13 +75,14 @@ def test_a_model_that_reads_images_is_cut_with_its_processor(tmp_path):
         assert torch.equal(kept[inputs["input_ids"]], theirs["input_ids"])
         with torch.no_grad():
             expected = teacher(**theirs).logits[..., kept]
-            torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
+            # Loaded models compute rotations in float32.
+            torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     without = teacher(input_ids=theirs["input_ids"]).logits[..., kept]
     assert not torch.allclose(without, expected, atol=1e-3)  # the image matters
     scored = evaluate_models(
         {"teacher": teacher, "student": student}, image_dataset(4), processing_class=processor, speed=False
     )
-    assert scored["models"]["student"]["metrics"]["kl_divergence"]["value"] == pytest.approx(0, abs=1e-9)
+    assert scored["models"]["student"]["metrics"]["kl_divergence"]["value"] == pytest.approx(0, abs=1e-7)
 
 
 def test_ids_that_the_config_does_not_name_are_a_reason(tmp_path):

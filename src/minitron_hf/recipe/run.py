@@ -309,7 +309,10 @@ def earlier_cut(run: Run) -> PruningPlan | None:
 
 
 def processor_of(run: Run) -> Any:
-    """The processor of images and text in the teacher's folder, with the tokenizer's chat template."""
+    """The processor of images and text in the teacher's folder, with the tokenizer's chat template.
+
+    After a round that has cut the vocabulary, it is the student's.
+    """
     whole = run.whole
     section, path = whole.recipe.teacher, whole.recipe.distill.get("chat_template_path")
 
@@ -322,7 +325,8 @@ def processor_of(run: Run) -> Any:
             processor.tokenizer = whole.tokenizer  # one object, which all corpora are read with
         return processor
 
-    return whole.once("processor", load)
+    processor, cut = whole.once("processor", load), earlier_cut(run)
+    return processor if cut is None else run.once("processor", lambda: prune_tokenizer(processor, cut))
 
 
 def has_images(run: Run, *which: str) -> bool:
