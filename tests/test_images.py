@@ -178,6 +178,8 @@ def test_scores_see_the_images_of_every_row(teacher, processor):
 
     blind = estimate_importance(teacher, image_dataset(seed=1), processing_class=processor, **settings)
     assert not torch.allclose(scores.axes["ffn"], blind.axes["ffn"])
+    same = estimate_importance(teacher, image_rows(), processing_class=processor, **{**settings, "batch_size": 2})
+    assert scores.digests["data"] == same.digests["data"] != blind.digests["data"]
 
 
 def test_a_loader_with_a_collator_gives_the_same_scores(teacher, processor):

@@ -26,6 +26,7 @@ from transformers import (
 
 from .compat import (
     CONFIG_NAME_KEY,
+    decoder_types,
     forget_autocast,
     forward_before_autocast,
     has_image_text_class,
@@ -181,7 +182,7 @@ def plain_model(model: Any) -> Any:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class that builds a whole model; for one with a language model inside, not the language model alone."""
-    if text_config(config) is config:
+    if text_config(config) is config and (config.model_type in decoder_types() or not has_image_text_class(config)):
         return AutoModelForCausalLM
     if has_image_text_class(config):
         return AutoModelForImageTextToText

@@ -33,6 +33,13 @@ POCKETS: dict[str, Pocket] = {
         num_kv_shared_layers=0,
         attention_bias=True,
     ),
+    "gemma4_unified_text": grouped(
+        "gemma4_unified_text",
+        num_norms=4,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        final_logit_softcapping=3.0,
+        **{name: value for name, value in GEMMA4.items() if "per_layer" not in name},
+    ),
     "gemma4_text": grouped(
         "gemma4_text",
         num_norms=5,

@@ -7,9 +7,23 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
+    DeepseekOcr2TextModel,
+    DeepseekOcr2TextPreTrainedModel,
+)
 from transformers.models.glm4v.modeling_glm4v import Glm4vPreTrainedModel, Glm4vTextModel
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoePreTrainedModel, Glm4vMoeTextModel
 from transformers.models.glm_ocr.modeling_glm_ocr import GlmOcrPreTrainedModel, GlmOcrTextModel
+from transformers.models.granite4_vision.modeling_granite4_vision import (
+    Granite4VisionPreTrainedModel,
+    Granite4VisionTextModel,
+)
+from transformers.models.granite_docling.modeling_granite_docling import (
+    GraniteDoclingTextModel,
+    GraniteDoclingTextPreTrainedModel,
+)
+from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLPreTrainedModel, HunYuanVLTextModel
+from transformers.models.molmo2.modeling_molmo2 import Molmo2PreTrainedModel, Molmo2TextModel
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel, PaddleOCRVLPreTrainedModel
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniPreTrainedModel,
@@ -43,7 +57,7 @@ def with_head(parent: type, decoder: type) -> None:
         def forward(self, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
             outputs = self.model(input_ids=input_ids, **kwargs)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = self.lm_head(outputs.last_hidden_state[:, kept]) / getattr(self.config, "logits_scaling", 1.0)
             loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
             return CausalLMOutputWithPast(
                 loss=loss,
@@ -67,6 +81,11 @@ with_head(Glm4vPreTrainedModel, Glm4vTextModel)
 with_head(Glm4vMoePreTrainedModel, Glm4vMoeTextModel)
 with_head(GlmOcrPreTrainedModel, GlmOcrTextModel)
 with_head(PaddleOCRVLPreTrainedModel, PaddleOCRTextModel)
+with_head(Granite4VisionPreTrainedModel, Granite4VisionTextModel)
+with_head(GraniteDoclingTextPreTrainedModel, GraniteDoclingTextModel)
+with_head(HunYuanVLPreTrainedModel, HunYuanVLTextModel)
+with_head(DeepseekOcr2TextPreTrainedModel, DeepseekOcr2TextModel)
+with_head(Molmo2PreTrainedModel, Molmo2TextModel)
 
 #: Positions of time, height and width share the frequencies of a head: four of them in heads of eight, or five of ten.
 SECTIONS_OF_8 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -78,6 +97,16 @@ UNTIED = {"tie_word_embeddings": False}
 PLAIN_SQUARE = {key: value for key, value in GROUPED_COUPLED.items() if key != "head_dim"}
 FOUR_NORMS = {"num_norms": 4, "output_norms": ("post_self_attn_layernorm", "post_mlp_layernorm")}
 SQUARE = PLAIN_SQUARE | SLIDING
+MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.4}
+MULTIPLIERS |= {"attention_multiplier": 0.2}
+#: Layers of Molmo 2 whose positions are stretched.
+STRETCHED = {
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "rope_scaling_layers": [0, 2, 3],
+    "additional_vocab_size": 7,
+}
+LISTED_EXPERTS = {name: value for name, value in GROUPED_EXPERTS.items() if name != "first_k_dense_replace"}
+LISTED_EXPERTS |= {"topk_method": "group_limited_greedy", "router_bias": None, "n_routed_experts": 10}
 SPARSE = {"experts": "mlp.experts", "mlp_only_layers": [1], "decoder_sparse_step": 1, **EXPERTS}
 
 POCKETS: dict[str, Pocket] = {
@@ -96,5 +125,29 @@ POCKETS: dict[str, Pocket] = {
     "paddleocr_vl_text": grouped("paddleocr_vl_text", rope_parameters=SECTIONS_OF_10, **UNTIED),
     "qwen3_vl_text": grouped("qwen3_vl_text", rope_parameters=SECTIONS_OF_10, **UNTIED),
     "qwen3_vl_moe_text": grouped("qwen3_vl_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),
+    "granite4_vision_text": grouped("granite4_vision_text", **MULTIPLIERS, **UNTIED),
+    "granite_docling_text": grouped("granite_docling_text", **MULTIPLIERS, **UNTIED),
+    "hunyuan_vl_text": grouped(
+        "hunyuan_vl_text", rope_parameters=SECTIONS_OF_10, published={"head_dim": 128}, **UNTIED
+    ),
+    "deepseek_ocr2_text": coupled(
+        "deepseek_ocr2_text",
+        PLAIN_SQUARE,
+        kv=True,
+        norm="rms",
+        mlp_layer_types=["dense", "sparse", "dense", "sparse", "sparse"],
+        published={"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
+        **LISTED_EXPERTS,
+        **UNTIED,
+    ),
+    "molmo2_text": grouped("molmo2_text", **STRETCHED, **UNTIED),
+    "molmo2_text-olmo": grouped(
+        "molmo2_text",
+        qk_norm_type="olmo",
+        norm_after=True,
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        **STRETCHED,
+        **UNTIED,
+    ),
     "qwen3_omni_moe_text": grouped("qwen3_omni_moe_text", rope_parameters=SECTIONS_OF_10, **UNTIED, **SPARSE),
 }

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from .base import GROUPED, GROUPED_EXPERTS, Pocket, grouped, kinds, stock_config
+from transformers import AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
+
+from .base import GROUPED, GROUPED_EXPERTS, YARN, Pocket, grouped, kinds, stock_config
+
+# Transformers lists it among the models of images and text.
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 #: heads*head_dim=120, heads*qk_dim=288, heads*kv_dim=312, kv_rank+rope_dim=30.
 LATENT = {
@@ -48,6 +53,9 @@ POCKETS: dict[str, Pocket] = {
         mlp_bias=True,
     ),
     "deepseek_v3": latent("deepseek_v3", **GROUPED_EXPERTS, attention_bias=True, num_mtp_layers=0),
+    "mistral4": latent(
+        "mistral4", **{**GROUPED_EXPERTS, "router_bias": None}, head_dim=24, rope_parameters=dict(YARN)
+    ),
     "glm4_moe_lite": latent("glm4_moe_lite", **LISTED, num_mtp_layers=0),
     "axk1": latent("axk1", **LISTED, **COMPRESSED, extra_norms=3, output_norms=("mlp.post_mlp_layernorm",)),
     "deepseek_v32": latent("deepseek_v32", **INDEXED),

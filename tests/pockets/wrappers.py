@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import is_timm_available
 
 from .base import VOCAB
 
@@ -27,6 +28,8 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+#: Those whose vision tower is built by timm, which need it.
+WITH_TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 #: What fits most language models.
 WIDTHS = (
     {"num_attention_heads": 6},
@@ -450,6 +453,66 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         vision={"hidden_size": 24, "spatial_merge_size": 2},
         **frames,
     )
+    # Layers of vision and of language, and four shifted views; the pocket's language model has few layers.
+    shown = {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0] * 4, "image_grid_pinpoints": [[16, 16]]}
+    shown |= {"qformer_config": {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 22}}
+    wide = {"hidden_size": 64}
+    add(
+        "granite4_vision",
+        "granite4_vision_text",
+        "clip_vision_model",
+        10,
+        tiles,
+        vision=wide,
+        **shown,
+        downsample_rate="1/2",
+        **INDEX,
+    )
+    shuffled = {"out_hidden_size": 36, "scale_factor": 2, "deepstack_visual_indexes": [0]}
+    page = pixels(ROWS, 1, 3, 16, 16, pixel_attention_mask=torch.ones(ROWS, 1, dtype=torch.bool))
+    add("granite_docling", "granite_docling_text", "granite_docling_vision", 4, page, vision=shuffled, **ID)
+    conv = {"max_image_size": 16, "spatial_merge_size": 2, "text_hidden_size": 36}
+    rows = pixels(ROWS * 16, 3 * 4 * 4, image_grid_thw=[[1, 4, 4]] * ROWS)
+    marks = {"im_start_id": 91, "im_end_id": 92, "im_newline_id": 93, "tie_word_embeddings": False}
+    add("hunyuan_vl", "hunyuan_vl_text", "hunyuan_vl_vision", 8, rows, vision=conv, token_kinds=kinds, **marks, **ID)
+    encoder = {"hidden_size": 24, "intermediate_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ocr = {"sam_config": {**sam, "image_size": 64, "downsample_channels": [8, 24]}}
+    ocr |= {"encoder_config": {**encoder, "num_key_value_heads": 1}}
+    add("deepseek_ocr2", "deepseek_ocr2_text", "deepseek_ocr2_vision", 145, large, vision=ocr, widths=LIKE_HEADS, **ID)
+    adapter = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 10}
+    crops = {"image_token_pooling": torch.arange(ROWS * 16).view(-1, 4), "image_grids": [[2, 2, 0, 0]] * ROWS}
+    crops = pixels(ROWS, 16, 3 * 4 * 4, image_num_crops=[1] * ROWS, **crops)
+    molmo = {**{name: adapter[name] for name in adapter if name != "hidden_size"}, "image_size": [16, 16]}
+    adapter |= {"intermediate_size": 26, "text_hidden_size": 36, "vision_feature_layer": [1, 0]}
+    add(
+        "molmo2",
+        "molmo2_text",
+        "molmo2_vision",
+        4,
+        crops,
+        vision=molmo,
+        adapter_config=adapter,
+        token_kinds=kinds,
+        image_patch_id=IMAGE_TOKEN,
+    )
+    plain = {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 20, "output_proj_dims": 20}
+    places = [[[0, 0], [1, 0], [0, 1], [1, 1]]] * ROWS
+    squares = pixels(ROWS, 4, 3 * 4 * 4, image_position_ids=places)
+    others = {"audio_config": {"audio_embed_dim": 12}, "video_token_id": 96, "audio_token_id": 94}
+    vision = {"vision": {**plain, "mm_posemb_size": 8}, "token_kinds": kinds}
+    add("gemma4_unified", "gemma4_unified_text", "gemma4_unified_vision", 4, squares, **vision, **others, **ID)
+    if is_timm_available():
+        grown = {"architecture": "test_convnext", "hidden_size": 64}
+        add("fast_vlm", "qwen2", "timm_wrapper", 4, large, vision=grown, reads_neurons=(second,), **INDEX)
+        patched = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": [32, 32], "global_pool": ""}
+        patched = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": patched}
+        one = pixels(ROWS, 1, 3, 32, 32)
+        add("perception_lm", "llama", "timm_wrapper", 4, one, vision=patched, reads_neurons=(second,), **ID)
+        heard = {"hidden_size": 16, "input_feat_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1}
+        heard |= {"sscp_conv_channel_size": [4, 4], "vocab_size": 1, "vocab_offset": 96}
+        seen = {**grown, "vocab_size": 1, "vocab_offset": 95}
+        several = {"audio_config": heard, "audio_token_id": 96, "vision_soft_tokens_per_image": 4}
+        add("gemma3n", "gemma3n_text", "gemma3n_vision", 4, large, vision=seen, **several, **ID)
     pockets |= sound_pockets(texts)
     patches = pixels(ROWS, 16, 3 * 4 * 4)
     add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError, accept_old_names
@@ -88,6 +88,7 @@ class ArchSpec:
         width_fields: config fields outside the language model's config that hold its hidden size; `a.b` is the field
             `b` of the config `a`.
         deep_inputs: such a field with a list, as long as the number of first layers that images are added to.
+        image_layers: such fields with the numbers of layers that images are added to; the last entry of a list counts.
         logits: scales and caps of the logits after the output projection.
         least: (axis, expression of config fields): the smallest number of units to keep (routing picks that many).
         refused: axis → why it cannot be cut in this family.
@@ -123,6 +124,7 @@ class ArchSpec:
     input_writers: tuple[str, ...] = ()
     width_fields: tuple[str, ...] = ()
     deep_inputs: str = ""
+    image_layers: tuple[str, ...] = ()
     logits: LogitRules = PLAIN_LOGITS
     least: tuple[tuple[str, str], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -138,17 +140,20 @@ class ArchSpec:
         return self
 
     def with_fixed_layers(self, config: PretrainedConfig) -> ArchSpec:
-        """This layout, in which the layers that images are added to stay.
+        """This layout, in which the layers that images are added to stay, and all before them.
 
         Args:
             config: the whole model's.
         """
-        if not self.deep_inputs:
+        if not self.deep_inputs and not self.image_layers:
             return self
-        value: Any = config
-        for name in self.deep_inputs.split("."):
-            value = getattr(value, name)
-        fixed = (*range(len(value or ())), *self.layer_rules.fixed_ends)
+
+        def entries(path: str) -> Sequence[Any]:
+            return reduce(getattr, path.split("."), config) or ()  # type: ignore[arg-type, return-value]
+
+        numbers = [one if isinstance(one, int) else one[-1] for path in self.image_layers for one in entries(path)]
+        first = max([len(entries(self.deep_inputs)) if self.deep_inputs else 0, *(number + 1 for number in numbers)])
+        fixed = (*range(first), *self.layer_rules.fixed_ends)
         return replace(self, layer_rules=replace(self.layer_rules, fixed_ends=fixed))
 
     def layouts(self) -> Iterator[ArchSpec]:

@@ -35,6 +35,8 @@ class Wrapper:
             `b` of the config `a`.
         deep_inputs: config field with a list, as long as the number of first layers that images of their own are added
             to; these layers stay.
+        image_layers: config fields with the numbers of layers that images of their own are added to, or lists that end
+            with such a number; these layers and all before them stay.
         refused: axis → why it cannot be cut inside this wrapper.
         logits: scales and caps of the logits, in the forward pass of the wrapper; with `has_whole_model` they are
             the language model's own.
@@ -51,6 +53,7 @@ class Wrapper:
     logits: LogitRules = PLAIN_LOGITS
     width_fields: tuple[str, ...] = ()
     deep_inputs: str = ""
+    image_layers: tuple[str, ...] = ()
     has_whole_model: bool = False
 
     def around(self, spec: ArchSpec) -> ArchSpec:
@@ -88,6 +91,7 @@ class Wrapper:
             input_writers=writers,
             width_fields=self.width_fields,
             deep_inputs=self.deep_inputs,
+            image_layers=self.image_layers,
             stream=stream,
             logits=spec.logits if self.has_whole_model else self.logits,
             refused=refused,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .base import layer_tables, linear
-from .rules import CAPPED_LOGITS, COHERE_LOGITS, LogitRules
+from .rules import CAPPED_LOGITS, COHERE_LOGITS, GRANITE_LOGITS, LogitRules
 from .wrapper import Wrapper
 
 #: Language models that are tested in wrappers that take any.
@@ -39,7 +39,12 @@ _WITH_HEADS = "all heads together are as wide as the residual stream, and "
 ROWS = (
     *(
         Wrapper(name, DECODERS, unpruned_prefixes=TWO_PARTS, tensors=TWO_LINEAR)
-        for name in ("internvl", "llava", "mistral3", "qianfan_ocr", "vipllava")
+        for name in ("internvl", "llava", "qianfan_ocr", "vipllava")
+    ),
+    Wrapper("mistral3", (*DECODERS, "mistral4"), unpruned_prefixes=TWO_PARTS, tensors=TWO_LINEAR),
+    *(  # their towers are built by the package timm
+        Wrapper(name, texts, unpruned_prefixes=TWO_PARTS, tensors=TWO_LINEAR)
+        for name, texts in {"fast_vlm": ("qwen2",), "perception_lm": ("llama",)}.items()
     ),
     Wrapper(
         "video_llava",
@@ -271,6 +276,48 @@ ROWS = (
         tensors=linear("model.projector.linear_2", "hidden", "any"),
     ),
     Wrapper(
+        "granite4_vision",
+        ("granite4_vision_text",),
+        unpruned_prefixes=(TOWER, "model.layerwise_projectors.", "model.spatial_projectors.", *NEWLINE),
+        tensors=layer_tables(
+            linear("model.layerwise_projectors.*.out_linear", "hidden", "any"),
+            linear("model.spatial_projectors.*.out_linear", "hidden", "any"),
+            NEWLINE,
+        ),
+        logits=GRANITE_LOGITS,
+        image_layers=("deepstack_layer_map", "spatial_target_layers"),
+    ),
+    Wrapper(
+        "granite_docling",
+        ("granite_docling_text",),
+        prefix="model.text_model.",
+        unpruned_prefixes=(VISION, "model.density_router."),
+        refused={"hidden": "its connector has norms over the hidden size"},
+        logits=GRANITE_LOGITS,
+        deep_inputs="vision_config.deepstack_visual_indexes",
+    ),
+    Wrapper(
+        "hunyuan_vl",
+        ("hunyuan_vl_text",),
+        unpruned_prefixes=(TOWER,),
+        refused={"hidden": "its patch merger ends with a norm over the hidden size"},
+    ),
+    Wrapper(
+        "deepseek_ocr2",
+        ("deepseek_ocr2_text",),
+        unpruned_prefixes=(*TWO_PARTS, "model.view_separator"),
+        tensors=layer_tables(
+            linear("model.multi_modal_projector", "hidden", "any"), {"model.view_separator": "hidden"}
+        ),
+    ),
+    Wrapper(
+        "molmo2",
+        ("molmo2_text",),
+        unpruned_prefixes=TWO_PARTS,
+        tensors=linear(f"{PROJECTOR}image_projector.down_proj", "hidden", "any"),
+        width_fields=("adapter_config.text_hidden_size",),
+    ),
+    Wrapper(
         "voxtral",
         DECODERS,
         unpruned_prefixes=(SOUND, PROJECTOR),
@@ -335,11 +382,27 @@ ROWS = (
         tensors={f"{PROJECTOR}mm_input_projection_weight": "any hidden"},
     ),
     Wrapper(
+        "gemma3n",
+        ("gemma3n_text",),
+        unpruned_prefixes=(TOWER, SOUND, "model.embed_vision.", "model.embed_audio."),
+        logits=CAPPED_LOGITS,
+    ),
+    Wrapper(
         "gemma4",
         ("gemma4_text",),
-        unpruned_prefixes=(TOWER, "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+        unpruned_prefixes=(TOWER, SOUND, "model.embed_vision.", "model.embed_audio."),
         tensors={
             "model.embed_vision.embedding_projection.weight": "hidden any",
+            "model.embed_audio.embedding_projection.weight": "hidden any",
+        },
+        logits=CAPPED_LOGITS,
+    ),
+    Wrapper(
+        "gemma4_unified",
+        ("gemma4_unified_text",),
+        unpruned_prefixes=("model.embed_vision.", "model.embed_audio."),
+        tensors={
+            "model.embed_vision.multimodal_embedder.embedding_projection.weight": "hidden any",
             "model.embed_audio.embedding_projection.weight": "hidden any",
         },
         logits=CAPPED_LOGITS,
@@ -356,42 +419,35 @@ ROWS = (
     ),
 )
 
-#: Wrapper → its language model, which no table describes.
-WITHOUT_TABLE = {
-    "chameleon": "chameleon",
-    "cosmos3_edge": "cosmos3_edge_text",
-    "deepseek_ocr2": "deepseek_ocr2_text",
-    "diffusion_gemma": "diffusion_gemma_text",
-    "dots3_note": "dots3_note_text",
-    "emu3": "emu3_text_model",
-    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
-    "gemma4_unified": "gemma4_unified_text",
-    "git": "git",
-    "glm5_next": "glm5_next_text",
-    "granite4_vision": "granite4_vision_text",
-    "granite_docling": "granite_docling_text",
-    "hunyuan_vl": "hunyuan_vl_text",
-    "inkling2": "inkling2_text",
-    "inkling_mm_model": "inkling_text",
-    "kosmos-2": "kosmos_2_text_model",
-    "kosmos-2.5": "kosmos_2_5_text_model",
-    "kyutai_speech_to_text": "kyutai_speech_to_text",
-    "mistral4": "mistral4",
-    "mistral_large4": "mistral_large4_text",
-    "molmo2": "molmo2_text",
-    "muse_glimmer": "muse_glimmer_text",
-    "muse_spark": "muse_spark_text",
-    "phi4_multimodal": "phi4_multimodal",
-    "qwen4_exp": "qwen4_exp_text",
-    "step3p7": "step3p5",
-    "unlimited_ocr": "unlimited_ocr_text",
-    "voxtral_realtime": "voxtral_realtime_text",
+#: Wrapper → its language model, which no table describes, and what is unlike the layouts that the tables know.
+_UNLIKE: Mapping[str, tuple[str, str]] = {
+    "chameleon": ("chameleon", "the norm of queries and keys has weights of its own for every head"),
+    "cosmos3_edge": ("cosmos3_edge_text", "Llama's attention beside an MLP without a gate"),
+    "diffusion_gemma": ("diffusion_gemma_text", "it fills in blocks of tokens, and predicts no next token"),
+    "dots3_note": ("dots3_note_text", "sizes of latent attention differ from layer to layer, with a gate per head"),
+    "emu3": ("emu3_text_model", "Llama's layout, in which images are tokens of the vocabulary"),
+    "ernie4_5_vl_moe": ("ernie4_5_vl_moe_text", "every layer has two sets of experts, for text and for images"),
+    "git": ("git", "BERT's layout, in which an image stands in front of the text"),
+    "glm5_next": ("glm5_next_text", "its layers mix several residual streams, beside linear attention"),
+    "inkling2": ("inkling2_text", "convolutions over keys, values and the residual stream"),
+    "inkling_mm_model": ("inkling_text", "convolutions over keys, values and the residual stream"),
+    "kosmos-2": ("kosmos_2_text_model", "sinusoidal positions, and norms inside attention and MLP"),
+    "kosmos-2.5": ("kosmos_2_5_text_model", "sinusoidal positions, and images in front of the text"),
+    "kyutai_speech_to_text": ("kyutai_speech_to_text", "every position holds a token of text and several of sound"),
+    "mistral_large4": ("mistral_large4_text", "sparse latent attention with an indexer of its own"),
+    "muse_glimmer": ("muse_glimmer_text", "norms without weights over the embeddings, and gated attention"),
+    "muse_spark": ("muse_spark_text", "norms without weights over the embeddings, and gated attention with experts"),
+    "phi4_multimodal": ("phi4_multimodal", "its config has no part for the language model alone"),
+    "qwen4_exp": ("qwen4_exp_text", "embeddings of n-grams, and gates on the residual stream"),
+    "step3p7": ("step3p5", "numbers of heads and limits of activations differ from layer to layer"),
+    "unlimited_ocr": ("unlimited_ocr_text", "its attention depends on where a prompt ends"),
 }
+#: Wrapper → its language model, which no table describes.
+WITHOUT_TABLE = {name: text for name, (text, _) in _UNLIKE.items()}
 _ENCODER = "its decoder reads an encoder by cross-attention"
-_TIMM = "its vision tower is built by the package timm, with which it is not tested"
 #: Wrapper → why it cannot be pruned.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(WITHOUT_TABLE, "no table describes its language model"),
+    **{name: f"no table describes its language model: {why}" for name, (_, why) in _UNLIKE.items()},
     **dict.fromkeys(
         (
             "blip", "evolla", "florence2", "idefics", "mllama", "pix2struct", "pp_formulanet", "t5gemma2", "udop",
@@ -404,8 +460,8 @@ REFUSED: Mapping[str, str] = {
     ),
     "shieldgemma2": "it is a classifier, and Transformers does not load what it saves of its language model",
     "pi0": "it predicts actions, not tokens",
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
-    "nemo_speechlm": "it reads sound, with which it is not tested",
+    "nemo_speechlm": "its encoders of speech, speakers and word times are not tested",
+    "voxtral_realtime": "its forward pass takes no text without sound",
     "vibevoice_asr": "it adds random noise to the sound in every forward pass, so that students cannot be compared",
     **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "it holds several models; its thinker is a model of its own"),
 }  # fmt: skip

@@ -259,6 +259,8 @@ def _notes_on_weights(
     if partners:
         pairs, heads = (int((units >= 0).sum()) for units in (partners["heads"], kept["heads"]))
         notes.append(f"Head add-back: {pairs} of {heads} kept heads gained their difference to a dropped one.")
+    if "projector" in kept:
+        notes.append("The neurons of the projector are ranked by their weights, not by calibration data.")
     if repair == SEQUENTIAL:
         notes.append(
             "Repair: projections that write to the residual stream are refitted by least squares, layer by layer, on "

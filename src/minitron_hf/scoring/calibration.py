@@ -37,11 +37,13 @@ class Calibration(NamedTuple):
         batches: starts a new pass over the batches.
         num_batches: number of batches; None where it is unknown.
         packing: whether texts were packed; None for data that came as rows.
+        digest: of rows with images; None for what the tokens alone tell.
     """
 
     batches: Callable[[], Iterable[Mapping[str, Tensor]]]
     num_batches: int | None
     packing: bool | None
+    digest: str | None = None
 
 
 def _processes() -> tuple[int, int]:
@@ -112,7 +114,7 @@ def load_calibration(
         require_image_model(model.config)
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows, packing=packing)
     if isinstance(rows, ImageRows):
-        return Calibration(lambda: padded_batches(rows, batch_size), -(-len(rows) // batch_size), False)
+        return Calibration(lambda: padded_batches(rows, batch_size), -(-len(rows) // batch_size), False, rows.digest)
     if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
         raise DataError(
             f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "

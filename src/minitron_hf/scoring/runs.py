@@ -105,7 +105,7 @@ class ScoringRun:
                 "The calibration batches hold no tokens. Pass a list of texts, or a DataLoader that is not empty."
             )
         rows = tuple(row for batch_rows in observer.rows for row in batch_rows)
-        self.digests["data"] = TokenRows(rows, None).digest
+        self.digests["data"] = self.calibration.digest or TokenRows(rows, None).digest
         return {
             "num_rows": observer.num_rows,
             "num_tokens": observer.num_tokens,

@@ -187,7 +187,7 @@ def _wrapper_rows() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
     for outer, inside in sorted(held.items()):
         spec, own = wrapped_families()[outer, inside[0]], families()[inside[0]].refused
         refused = [f"not `{FIELD_OF_AXIS[axis]}`: {why}" for axis, why in spec.refused.items() if axis not in own]
-        refused += ["not the first layers, which images are added to"] if spec.deep_inputs else []
+        refused += ["not the first layers, which images are added to"] if spec.deep_inputs or spec.image_layers else []
         said = "; ".join(["✓", *refused])
         grouped.setdefault((tuple(inside), said), []).append(outer)
     for outer, reason in sorted(REFUSED.items(), key=lambda row: (row[0] in WITHOUT_TABLE, row[0])):
