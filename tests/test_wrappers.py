@@ -29,7 +29,8 @@ from minitron_hf.families import (
     spec_for,
     wrapped_families,
 )
-from minitron_hf.families.wrappers import ROWS, WITHOUT_TABLE
+from minitron_hf.families.refused_wrappers import WITHOUT_TABLE
+from minitron_hf.families.wrappers import ROWS
 from minitron_hf.losses.heads import backbone_output, check_output_head, head_logits, output_head
 from minitron_hf.pruning.masking import masked_units
 from minitron_hf.pruning.plan import PruningPlan

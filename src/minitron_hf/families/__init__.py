@@ -9,10 +9,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError, did_you_mean
+from .refused_wrappers import REFUSED, WITHOUT_TABLE
 from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, VOCABULARY_FIELD, ArchSpec
 from .tensors import named_tensors, text_config
 from .wrapper import Wrapper
-from .wrappers import REFUSED, ROWS, WITHOUT_TABLE
+from .wrappers import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +41,19 @@ __all__ = [
 
 #: Modules of this folder that hold no table.
 NOT_TABLES = frozenset(
-    {"axes", "base", "releases", "rules", "runtimes", "spec", "state_space", "tensors", "wrapper", "wrappers"}
+    {
+        "axes",
+        "base",
+        "refused_wrappers",
+        "releases",
+        "rules",
+        "runtimes",
+        "spec",
+        "state_space",
+        "tensors",
+        "wrapper",
+        "wrappers",
+    }
 )
 
 #: Other packages offer tables under this group of entry points; each names an `ArchSpec`.

@@ -149,7 +149,7 @@ class ArchSpec:
             return self
 
         def entries(path: str) -> Sequence[Any]:
-            return reduce(getattr, path.split("."), config) or ()  # type: ignore[arg-type, return-value]
+            return reduce(getattr, path.split("."), config) or ()  # type: ignore[arg-type]
 
         numbers = [one if isinstance(one, int) else one[-1] for path in self.image_layers for one in entries(path)]
         first = max([len(entries(self.deep_inputs)) if self.deep_inputs else 0, *(number + 1 for number in numbers)])

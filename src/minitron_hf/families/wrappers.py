@@ -1,12 +1,10 @@
 """Models that hold a language model beside others: a row each. The language model is described by its family's table.
 
 Images and sound become inputs of the language model through projectors, whose tensors are named here with their axes
-like all others. Types without a row are refused, with their reason.
+like all others. Types without a row are refused, with their reason (`refused_wrappers`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from .base import layer_tables, linear
 from .rules import CAPPED_LOGITS, COHERE_LOGITS, GRANITE_LOGITS, LogitRules
@@ -418,50 +416,3 @@ ROWS = (
         width_fields=MERGER_WIDTH,
     ),
 )
-
-#: Wrapper → its language model, which no table describes, and what is unlike the layouts that the tables know.
-_UNLIKE: Mapping[str, tuple[str, str]] = {
-    "chameleon": ("chameleon", "the norm of queries and keys has weights of its own for every head"),
-    "cosmos3_edge": ("cosmos3_edge_text", "Llama's attention beside an MLP without a gate"),
-    "diffusion_gemma": ("diffusion_gemma_text", "it fills in blocks of tokens, and predicts no next token"),
-    "dots3_note": ("dots3_note_text", "sizes of latent attention differ from layer to layer, with a gate per head"),
-    "emu3": ("emu3_text_model", "Llama's layout, in which images are tokens of the vocabulary"),
-    "ernie4_5_vl_moe": ("ernie4_5_vl_moe_text", "every layer has two sets of experts, for text and for images"),
-    "git": ("git", "BERT's layout, in which an image stands in front of the text"),
-    "glm5_next": ("glm5_next_text", "its layers mix several residual streams, beside linear attention"),
-    "inkling2": ("inkling2_text", "convolutions over keys, values and the residual stream"),
-    "inkling_mm_model": ("inkling_text", "convolutions over keys, values and the residual stream"),
-    "kosmos-2": ("kosmos_2_text_model", "sinusoidal positions, and norms inside attention and MLP"),
-    "kosmos-2.5": ("kosmos_2_5_text_model", "sinusoidal positions, and images in front of the text"),
-    "kyutai_speech_to_text": ("kyutai_speech_to_text", "every position holds a token of text and several of sound"),
-    "mistral_large4": ("mistral_large4_text", "sparse latent attention with an indexer of its own"),
-    "muse_glimmer": ("muse_glimmer_text", "norms without weights over the embeddings, and gated attention"),
-    "muse_spark": ("muse_spark_text", "norms without weights over the embeddings, and gated attention with experts"),
-    "phi4_multimodal": ("phi4_multimodal", "its config has no part for the language model alone"),
-    "qwen4_exp": ("qwen4_exp_text", "embeddings of n-grams, and gates on the residual stream"),
-    "step3p7": ("step3p5", "numbers of heads and limits of activations differ from layer to layer"),
-    "unlimited_ocr": ("unlimited_ocr_text", "its attention depends on where a prompt ends"),
-}
-#: Wrapper → its language model, which no table describes.
-WITHOUT_TABLE = {name: text for name, (text, _) in _UNLIKE.items()}
-_ENCODER = "its decoder reads an encoder by cross-attention"
-#: Wrapper → why it cannot be pruned.
-REFUSED: Mapping[str, str] = {
-    **{name: f"no table describes its language model: {why}" for name, (_, why) in _UNLIKE.items()},
-    **dict.fromkeys(
-        (
-            "blip", "evolla", "florence2", "idefics", "mllama", "pix2struct", "pp_formulanet", "t5gemma2", "udop",
-            "vision-encoder-decoder",
-        ),
-        _ENCODER,
-    ),
-    **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"), "its forward pass takes no text without an image"
-    ),
-    "shieldgemma2": "it is a classifier, and Transformers does not load what it saves of its language model",
-    "pi0": "it predicts actions, not tokens",
-    "nemo_speechlm": "its encoders of speech, speakers and word times are not tested",
-    "voxtral_realtime": "its forward pass takes no text without sound",
-    "vibevoice_asr": "it adds random noise to the sound in every forward pass, so that students cannot be compared",
-    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "it holds several models; its thinker is a model of its own"),
-}  # fmt: skip
