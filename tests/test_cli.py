@@ -230,7 +230,7 @@ def test_a_plan_with_repair_is_carried_out_on_data(workshop, tmp_path):
     request = ["--scores", tmp_path / "scores", "--intermediate-size", "0.5"]
     assert minitron("plan", teacher, *request, "-o", plan, "--set", "repair=least_squares").returncode == 0
     prune = ["prune", teacher, "--plan", plan, "-o", tmp_path / "pruned"]
-    refused(minitron(*prune), "repair='least_squares'", "--data")
+    refused(minitron(*prune), "the repair 'least_squares'", "--data")
     refused(minitron(*prune, *rows, "--set", "rows=3"), "repaired_weights", "rows")
     result = minitron(*prune, *rows)
     assert result.returncode == 0, result.stderr
@@ -252,7 +252,7 @@ def test_a_plan_in_another_basis_is_carried_out_by_commands_and_by_a_recipe(work
     score = ["score", teacher, "--data", workshop / "text.jsonl", "--set", "max_length=16", "--set", "num_rows=8"]
     request = ["--hidden-size", "24", "--set", "hidden_basis=principal"]
     assert minitron(*score, "-o", tmp_path / "bare").returncode == 0
-    refused(minitron("plan", teacher, "--scores", tmp_path / "bare", *request, "-o", plan), "hidden_covariance=True")
+    refused(minitron("plan", teacher, "--scores", tmp_path / "bare", *request, "-o", plan), "hidden_covariance=true")
     assert minitron(*score, "--set", "hidden_covariance=true", "-o", tmp_path / "scores").returncode == 0
     assert minitron("plan", teacher, "--scores", tmp_path / "scores", *request, "-o", plan).returncode == 0
     result = minitron("prune", teacher, "--plan", plan, "-o", tmp_path / "pruned", "--verify")

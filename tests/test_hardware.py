@@ -299,4 +299,4 @@ def test_every_way_in_follows_the_policy(saved, stages, monkeypatch, tmp_path, c
     refused(result, "the policy was asked")
     if command in ("score", "search", "prune"):
         result = minitron(command, name, *options, "--output", tmp_path / "out", "--device", "cuda:99")
-        refused(result, "device='cuda:99': there is no such device here")
+        refused(result, "--device cuda:99: there is no such device here")
