@@ -9,7 +9,14 @@ from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, M
 
 from minitron_hf.models import count_parameters
 from minitron_hf.recipe.recommendations import recommend
-from minitron_hf.recipe.schedules import LEAST_ROUND_STEPS, Corpus, most_rounds, plan_schedule, tokens_per_step
+from minitron_hf.recipe.schedules import (
+    LEAST_ROUND_STEPS,
+    Corpus,
+    most_rounds,
+    peak_rate,
+    plan_schedule,
+    tokens_per_step,
+)
 
 BUDGETS = [10 ** (exponent / 4) for exponent in range(24, 45)]  # 1M to 100B
 #: Fewest steps in all at some budgets, as the issue of real teachers asks for them.
@@ -102,3 +109,9 @@ def test_whole_recommendations_agree(name, tokens):
     assert counts == sorted(counts, reverse=True)
     layers = found.rounds[-1].sizes["layers"] / config.num_hidden_layers
     assert layers >= 0.75 if tokens == 1e6 else layers == 1
+
+
+@pytest.mark.parametrize("parameters", [1e8, 5e8, 1.5e9, 8e9, 70e9])
+def test_the_rate_is_the_measured_one_only_near_what_was_measured(parameters: float):
+    rates = [peak_rate(10**power, round(parameters)) for power in range(5, 12)]
+    assert rates == [3e-4 if parameters < 1e9 and power < 9 else 1e-4 for power in range(5, 12)]

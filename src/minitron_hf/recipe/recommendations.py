@@ -34,7 +34,7 @@ from .decisions import (
     teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
-from .schedules import LEAST_ROUND_STEPS, PAPER_TOKENS, Corpus, most_rounds, plan_schedule
+from .schedules import LEAST_ROUND_STEPS, PAPER_TOKENS, Corpus, most_rounds, peak_rate, plan_schedule
 from .schema import Recipe
 from .shape_choice import Choice, choose_shape, cut_of, shape_decision, shapes_of_rounds, shapes_to_measure
 
@@ -148,7 +148,7 @@ def recommend(
     depths = [spec.sizes(config)["layers"], *(shape.sizes["layers"] for shape in students)]
     dropped = max(1 - after / before for before, after in itertools.pairwise(depths))
     plan = plan_schedule(config, tokens, num_rounds=len(students), corpus=corpus)
-    schedule = _schedule(plan, tokens, len(students), corpus)
+    schedule = _schedule(plan, peak_rate(tokens, total), tokens, len(students), corpus)
     return Recommendation(
         (
             teacher_decision(total, parameters),

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 PAPER_TOKENS, PAPER_ROWS, PAPER_LENGTH, PAPER_WARMUP = 94e9, 1152, 8192, 40
 #: Tokens in all and tokens of a step of the short runs (`benchmarks/real/experiments.yaml`: 8 rows of 512).
 SHORT_TOKENS, SHORT_STEP = 1e6, 4096
+#: Peak learning rate of Sreenivas et al. 2024, §3, for teachers of 8B and 12B parameters.
+PAPER_RATE = 1e-4
+#: Peak learning rate that was best for a teacher of 135M parameters and 0.26M tokens (`benchmarks/real`).
+SHORT_RATE = 3e-4
+#: Up to so many parameters and tokens the short runs decide the rate: the geometric middles of 135M and 8B parameters
+#: and of 0.26M and 94B tokens.
+SMALL_TEACHER, SHORT_RUN = 1e9, 150e6
 #: Fewest tokens and rows of a step.
 LEAST_STEP, LEAST_ROWS = 2048, 8
 #: Tokens of one pass on a device where rows are short; more rows are accumulated.
@@ -90,11 +97,20 @@ def tokens_per_step(tokens: float) -> float:
     so that both the steps and their size grow with the budget.
 
     >>> [round(tokens / tokens_per_step(tokens)) for tokens in (1e6, 10e6, 1e9, 94e9)]
-    [244, 515, 2298, 9961]
+    [244, 515, 2287, 9961]
     """
     paper_step = PAPER_ROWS * PAPER_LENGTH
     exponent = math.log(paper_step / SHORT_STEP) / math.log(PAPER_TOKENS / SHORT_TOKENS)
     return min(paper_step, max(LEAST_STEP, SHORT_STEP * (tokens / SHORT_TOKENS) ** exponent))
+
+
+def peak_rate(tokens: float, parameters: int) -> float:
+    """Peak learning rate for a number of tokens in all rounds and a teacher of so many parameters.
+
+    >>> peak_rate(2e6, 134_515_008), peak_rate(2e6, 8_030_261_248), peak_rate(94e9, 134_515_008)
+    (0.0003, 0.0001, 0.0001)
+    """
+    return SHORT_RATE if tokens < SHORT_RUN and parameters < SMALL_TEACHER else PAPER_RATE
 
 
 def most_rounds(tokens: float) -> int:
