@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfig
 
 from minitron_hf.errors import PlanError
-from minitron_hf.families import families
+from minitron_hf.families import FIELD_OF_AXIS, families, spec_for
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
@@ -93,9 +93,10 @@ def test_sizes_that_other_runtimes_ignore_are_noted(name: str, warned: bool):
 
 
 RECOMPUTED = {
-    "qwen2": "vLLM 0.33.0 computes",
+    "qwen2": "vLLM 0.33.0 and llama.cpp of llama-cpp-python 0.3.36 compute",
     "qwen2_moe": "vLLM 0.33.0 and SGLang 0.5.23 compute",
     "mixtral": "SGLang 0.5.23 computes",
+    "olmo2": "SGLang 0.5.23 and llama.cpp of llama-cpp-python 0.3.36 compute",
     "phi3": "llama.cpp of llama-cpp-python 0.3.36 computes",
 }
 
@@ -135,6 +136,26 @@ def test_portable_sizes_load_in_every_runtime(name: str):
     config.hidden_size = full + 1
     with pytest.raises(PlanError, match="It does not load there either"):
         resolve_sizes(spec, config, PrunerConfig(hidden_size=full, portable=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "falcon-40b"])
+def test_portable_neurons_are_four_times_the_hidden_size_where_a_runtime_computes_them(name: str):
+    config = pocket_config(name)
+    spec = spec_for(config)
+    neurons = FIELD_OF_AXIS["ffn"]
+    before = spec.sizes(config)
+    with pytest.raises(PlanError, match="is not so in this teacher"):
+        resolve_sizes(spec, config, PrunerConfig(**{neurons: before["ffn"] - 1}, portable=True))
+    setattr(config, spec.axis["ffn"].fields[0], 4 * before["hidden"])
+    half = before["hidden"] // before["heads"] * (before["heads"] // 2)
+    for request in ({"hidden_size": 0.5}, {neurons: 0.5}, {"num_attention_heads": 0.5}, {neurons: 4 * half}):
+        sizes, notes = resolve_sizes(spec, config, PrunerConfig(**request, portable=True))
+        assert sizes["ffn"] == 4 * sizes["hidden"] < 4 * before["hidden"], request
+        assert sizes["heads"] * sizes["head_dim"] == sizes["hidden"]
+        assert not [note for note in notes if "llama.cpp" in note]
+    [note] = [one for one in resolve_sizes(spec, config, PrunerConfig(**{neurons: half}))[1] if "llama.cpp" in one]
+    assert f"= {4 * before['hidden']} instead" in note
+    assert "portable=True" in note
 
 
 def test_portable_asks_nothing_of_types_whose_head_dim_every_runtime_reads():

@@ -5,7 +5,8 @@
 LLAMA_CPP_SOURCES is a checkout of llama.cpp, whose converter is used. llama.cpp itself comes from the package
 `xllamacpp`; the converter needs `gguf` and `sentencepiece`. A family counts as tried if its whole teacher, whose
 hidden size is num_attention_heads × head_dim, gives the same log-probabilities there as in Transformers. One student
-has a smaller hidden size, so that its `head_dim` is not hidden_size / num_attention_heads; another has fewer neurons.
+has a smaller hidden size, so that its `head_dim` is not hidden_size / num_attention_heads; another has fewer neurons;
+a third is cut with `portable=True`.
 
 The vocabulary has 97 tokens. Its entry in the converter's list of known tokenizers is assumed.
 """
@@ -75,6 +76,7 @@ def try_family(name: str, sources: Path) -> dict[str, Any]:
     """What happened to the teacher and to its student: the largest difference of log-probabilities, or the failure."""
     from minitron_hf import PrunerConfig, prune_model
     from minitron_hf.families import spec_for
+    from minitron_hf.families.runtimes import HEADS_FILL_HIDDEN
     from pocket import POCKETS, cuttable, pocket_model
 
     if POCKETS[name].config is None:
@@ -91,16 +93,19 @@ def try_family(name: str, sources: Path) -> dict[str, Any]:
     outcome = {"teacher": _difference(teacher, sources)}
     if isinstance(outcome["teacher"], str) or outcome["teacher"] > TOLERANCE:
         return outcome
-    for field in sorted({"hidden_size", "intermediate_size"} & cuttable(name)):
-        unequal = field == "hidden_size" and "hidden_size" in whole
-        size = whole["hidden_size"] - 2 * sizes["heads"] if unequal else 0.75
+    cut = {field: 0.75 for field in ("hidden_size", "intermediate_size") if field in cuttable(name)}
+    requests = {field: {field: 0.75} for field in cut}
+    if "hidden_size" in cut and "hidden_size" in whole and HEADS_FILL_HIDDEN not in spec.equal:
+        requests["hidden_size"] = {"hidden_size": whole["hidden_size"] - 2 * sizes["heads"]}
+    if cut:
+        requests["portable"] = {next(iter(cut)): 0.75, "portable": True}
+    for kind, request in requests.items():
         try:
-            request = PrunerConfig(**{field: size})
-            student = prune_model(teacher, request, calibration_data=[list(range(90))], max_length=90)
+            student = prune_model(teacher, PrunerConfig(**request), calibration_data=[list(range(90))], max_length=90)
         except Exception as error:
-            outcome[field] = f"not pruned: {_short(error)}"
+            outcome[kind] = f"not pruned: {_short(error)}"
         else:
-            outcome[field] = _difference(student, sources)
+            outcome[kind] = _difference(student, sources)
     return outcome
 
 
@@ -115,7 +120,7 @@ def _difference(model: Any, sources: Path) -> float | str:
         except (Exception, SystemExit) as error:  # the converter exits, too
             return f"not converted: {_short(error)}"
         command = [sys.executable, __file__, str(sources), "--run", path]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if "rror" in line or "ASSERT" in line]
         return f"llama.cpp fails: {lines[0].split(' E ')[-1] if lines else ran.returncode}"

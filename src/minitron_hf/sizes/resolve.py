@@ -28,7 +28,7 @@ from .legality import (
     rounding_step,
 )
 from .request import SEQUENTIAL, PrunerConfig
-from .serving import HEADS_FILL_HIDDEN, portable_spec, serving_notes
+from .serving import PORTABLE_RELATIONS, portable_spec, serving_notes
 from .vocabulary import require_known_ids, vocabulary_after
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ def _follow_equal(
     """
     notes = []
     fixed = set(given)
-    for left_text, right_text in spec.equal:
+    for left_text, right_text in spec.equal * len(spec.equal):  # a size that follows may move another
         left, each_left = _cuttable_axis(spec, left_text, after)
         right, each_right = _cuttable_axis(spec, right_text, after)
         if each_left * after[left] == each_right * after[right]:
@@ -377,7 +377,7 @@ def _follow_equal(
         times = f"{each_right} × " if each_right > 1 else ""
         legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
         holders = f"the stock '{spec.model_type}' classes only hold"
-        if portable and (left_text, right_text) == HEADS_FILL_HIDDEN:
+        if portable and (left_text, right_text) in PORTABLE_RELATIONS:
             holders = f"with portable=True, {spec.model_type} students only have"
         moves, follows, each, each_following = left, right, each_left, each_right
         if right in fixed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PlanError
 from ..families import ArchSpec
-from ..families.runtimes import recomputing_runtimes
+from ..families.runtimes import HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN, recomputing_runtimes
 from .legality import _nearest_sizes, field_name
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 #: Stacked experts are multiplied by kernels that want rows of 16 bytes, that is this number of 16-bit values.
 EXPERT_ALIGNMENT = 8
-#: hidden_size = num_attention_heads × head_dim, as a pair of `ArchSpec.equal`.
-HEADS_FILL_HIDDEN = ("heads*head_dim", "hidden")
+#: Relations of two sizes that `portable` asks for.
+PORTABLE_RELATIONS = (HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN)
 
 
 def portable_spec(spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int]) -> ArchSpec:
-    """The family with sizes that every program loads: where some compute `head_dim`, heads fill the hidden size.
+    """The family with sizes that every program loads: those that some compute are tied to the hidden size.
 
     Args:
         spec: the student's family.
@@ -30,17 +30,23 @@ def portable_spec(spec: ArchSpec, config_type: type[PretrainedConfig], before: M
         before: the teacher's sizes.
 
     Raises:
-        PlanError: if the teacher's own heads do not fill its hidden size.
+        PlanError: if the teacher's own sizes are not the computed ones.
     """
-    runtimes = _recomputing(spec, config_type)
-    if not runtimes or HEADS_FILL_HIDDEN in spec.equal:
-        return spec
-    if before["heads"] * before["head_dim"] != before["hidden"]:
-        raise PlanError(
-            f"portable: {runtimes} computes head_dim as hidden_size / num_attention_heads, which is not so in this "
-            "teacher. It does not load there either. Leave out portable."
-        )
-    return replace(spec, equal=(*spec.equal, HEADS_FILL_HIDDEN))
+    if (runtimes := _recomputing(spec, config_type)) and HEADS_FILL_HIDDEN not in spec.equal:
+        if before["heads"] * before["head_dim"] != before["hidden"]:
+            raise PlanError(
+                f"portable: {runtimes} computes head_dim as hidden_size / num_attention_heads, which is not so in "
+                "this teacher. It does not load there either. Leave out portable."
+            )
+        spec = replace(spec, equal=(*spec.equal, HEADS_FILL_HIDDEN))
+    if runtimes := _recomputing_neurons(spec):
+        if before["ffn"] != 4 * before["hidden"]:
+            raise PlanError(
+                f"portable: {runtimes} computes {field_name(spec, 'ffn')} as 4 × {field_name(spec, 'hidden')}, which "
+                "is not so in this teacher. It does not load there either. Leave out portable."
+            )
+        spec = replace(spec, equal=(*spec.equal, MLP_FOUR_TIMES_HIDDEN))
+    return spec
 
 
 def serving_notes(
@@ -56,7 +62,11 @@ def serving_notes(
     """
     if after == before:
         return []
-    return [*_head_notes(spec, config_type, before, after), *_expert_notes(spec, before, after)]
+    return [
+        *_head_notes(spec, config_type, before, after),
+        *_neuron_notes(spec, before, after),
+        *_expert_notes(spec, before, after),
+    ]
 
 
 def _recomputing(spec: ArchSpec, config_type: type[PretrainedConfig]) -> str | None:
@@ -80,6 +90,24 @@ def _head_notes(
         f"head_dim={after['head_dim']} is honoured by Transformers, but {runtimes} "
         f"{'compute' if ' and ' in runtimes else 'computes'} hidden_size // num_attention_heads = "
         f"{after['hidden'] // after['heads']} instead, and cannot run this student.{_safe_sizes(spec, before, after)}"
+    ]
+
+
+def _recomputing_neurons(spec: ArchSpec) -> str:
+    """The programs that compute the number of neurons for a family, in words; empty if none is known."""
+    return " and ".join(recomputing_runtimes(spec.model_type, MLP_FOUR_TIMES_HIDDEN))
+
+
+def _neuron_notes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    runtimes = _recomputing_neurons(spec)
+    if not runtimes or after["ffn"] == 4 * after["hidden"]:
+        return []
+    safe = ""
+    if before["ffn"] == 4 * before["hidden"]:
+        safe = f" It takes {4 * after['hidden']}; portable=True allows only such sizes."
+    return [
+        f"{field_name(spec, 'ffn')}={after['ffn']} is honoured by Transformers, but {runtimes} computes 4 × "
+        f"{field_name(spec, 'hidden')} = {4 * after['hidden']} instead, and cannot run this student.{safe}"
     ]
 
 
