@@ -93,12 +93,12 @@ def try_family(name: str, sources: Path) -> dict[str, Any]:
     outcome = {"teacher": _difference(teacher, sources)}
     if isinstance(outcome["teacher"], str) or outcome["teacher"] > TOLERANCE:
         return outcome
-    cut = {field: 0.75 for field in ("hidden_size", "intermediate_size") if field in cuttable(name)}
-    requests = {field: {field: 0.75} for field in cut}
+    cut = {field: 0.5 for field in ("hidden_size", "intermediate_size") if field in cuttable(name)}
+    requests = {field: {field: 0.5} for field in cut}
     if "hidden_size" in cut and "hidden_size" in whole and HEADS_FILL_HIDDEN not in spec.equal:
         requests["hidden_size"] = {"hidden_size": whole["hidden_size"] - 2 * sizes["heads"]}
     if cut:
-        requests["portable"] = {next(iter(cut)): 0.75, "portable": True}
+        requests["portable"] = {next(iter(cut)): 0.5, "portable": True}
     for kind, request in requests.items():
         try:
             student = prune_model(teacher, PrunerConfig(**request), calibration_data=[list(range(90))], max_length=90)
