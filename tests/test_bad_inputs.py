@@ -281,6 +281,8 @@ CASES = [
         ("key", "--goal sped", "expected one of 'quality', 'latency'"),
         ("extra", "--set seed=1", "--output"),
         ("permission", "--train-data {text} --eval-data {text} -o {teacher}", "a folder"),
+        ("extra", "--train-data {text} --eval-data {text} -o new.yaml --set distill.max_stepz=5", "max_steps"),
+        ("extra", "--train-data {text} --eval-data {text} -o new.yaml --set scores.rows=5", "num_rows"),
         ("model", "= recommend {bert} --target 0.5", "bert"),
     ),
     *command(

@@ -34,6 +34,7 @@ from .decisions import (
     teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
+from .rules import require_settings
 from .schedules import LEAST_ROUND_STEPS, PAPER_TOKENS, Corpus, most_rounds, peak_rate, plan_schedule
 from .schema import Recipe
 from .shape_choice import Choice, choose_shape, cut_of, shape_decision, shapes_of_rounds, shapes_to_measure
@@ -76,6 +77,8 @@ class Recommendation:
         Raises:
             DataError: if it is no recipe with these changes.
         """
+        from .settings import distillation_hints, scoring_hints
+
         values: dict[str, Any] = {
             "teacher": teacher,
             "output_dir": output_dir,
@@ -92,6 +95,8 @@ class Recommendation:
         recipe = Recipe.from_dict(values)
         for each in recipe.each_round():
             each.pruner_config  # noqa: B018 (refuses what is wrong)
+            require_settings(each.scores, scoring_hints(), "scores.", "arguments of estimate_importance")
+            require_settings(each.distill, distillation_hints(), "distill.", "fields of DistillationConfig")
         return values
 
     def to_yaml(self, recipe: Mapping[str, Any]) -> str:
