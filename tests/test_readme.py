@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from minitron_hf.cli.app import app
 from minitron_hf.distillation import trainer as trainer_module
+from minitron_hf.families import families, wrapped_families
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
@@ -159,6 +160,18 @@ def test_the_reference_pages_are_current(tmp_path):
 def test_the_index_leads_to_every_page():
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")} - {"index.md"}
     assert set(re.findall(r"\]\((.+?\.md)\)", PAGES["docs/index.md"])) == pages
+
+
+def test_the_readme_counts_the_models():
+    wrappers = {outer for outer, _ in wrapped_families()}
+    said = re.search(
+        r"\*\*Models\*\*: (\d+) model types.*?In (\d+)\s+types of models with images or sound",
+        PAGES["README.md"],
+        re.S,
+    )
+    assert said, "the line on models changed"
+    assert [int(number) for number in said.groups()] == [len(families()), len(wrappers)]
+    assert f"on a corpus | {len(families())} |" in PAGES["README.md"]
 
 
 def test_the_readme_is_short():
