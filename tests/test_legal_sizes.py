@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfi
 
 from minitron_hf.errors import PlanError
 from minitron_hf.families import FIELD_OF_AXIS, families, spec_for
+from minitron_hf.families.runtimes import HEADS_FILL_HIDDEN, recomputing_runtimes
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
@@ -19,6 +22,8 @@ from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.resolve import resolve_sizes
 from minitron_hf.sizes.student import build_student_config
 from pocket import POCKETS, logits, pocket_config, pocket_model, pocket_tokens
+
+ROOT = Path(__file__).resolve().parents[1]
 
 #: Pockets whose family has equivalent classes, with their biases switched off.
 SISTERS = [
@@ -156,6 +161,19 @@ def test_portable_neurons_are_four_times_the_hidden_size_where_a_runtime_compute
     [note] = [one for one in resolve_sizes(spec, config, PrunerConfig(**{neurons: half}))[1] if "llama.cpp" in one]
     assert f"= {4 * before['hidden']} instead" in note
     assert "portable=True" in note
+
+
+def test_the_types_whose_heads_llama_cpp_computes_are_those_whose_students_failed_there():
+    """The list against the runs of `tools/llama_cpp.py`, for pockets whose teacher ran there."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "llama_cpp.json").read_text())
+    tried = {name: one["hidden_size"] for name, one in found.items() if "hidden_size" in one and name in POCKETS}
+    assert len(tried) > 25
+    for name, outcome in tried.items():
+        spec = spec_for(POCKETS[name].config)
+        if HEADS_FILL_HIDDEN in spec.equal or "head_dim" not in spec.axis:
+            continue  # no other size is possible
+        listed = any("llama.cpp" in program for program in recomputing_runtimes(spec.model_type))
+        assert listed == (not isinstance(outcome, float)), (name, outcome)
 
 
 def test_portable_asks_nothing_of_types_whose_head_dim_every_runtime_reads():

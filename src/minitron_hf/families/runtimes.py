@@ -26,7 +26,9 @@ _RECOMPUTED: Mapping[tuple[str, str], Mapping[str, str]] = {
             cohere cohere2 granitemoe granitemoe_swa granitemoeshared lfm2_moe mixtral olmo olmo2 phi qwen2_moe
             starcoder2
         """,
-        _LLAMA_CPP: "cohere cohere2 glm granite nemotron olmo olmo2 olmo3 phi phi3 qwen2 starcoder2",
+        _LLAMA_CPP: """
+            cohere cohere2 glm granite granitemoe granitemoeshared nemotron olmo olmo2 olmo3 phi phi3 qwen2 starcoder2
+        """,
     },
     MLP_FOUR_TIMES_HIDDEN: {_LLAMA_CPP: "falcon gpt2 gpt_bigcode"},
 }
