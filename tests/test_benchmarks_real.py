@@ -123,6 +123,7 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_same_result(bench_files
     assert json.loads(path.read_text()) == result
 
 
+@pytest.mark.slow
 def test_cached_states_of_the_teacher_change_nothing(bench_files, tmp_path, monkeypatch):
     """Another arm with the same batches reads them all; its result is that of a run without them, to the last bit."""
     kept = bench(bench_files, tmp_path, keep_states=True)
@@ -165,6 +166,7 @@ def test_values_are_those_of_evaluate_models(bench_files, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_controls_start_from_students_of_the_same_shape(bench_files, tmp_path):
     run = bench(bench_files, tmp_path)
     base = run.run(arm_of(bench_files))

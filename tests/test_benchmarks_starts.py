@@ -113,6 +113,7 @@ def test_starts_are_measured_once_and_distilled_like_all_others(files, tmp_path,
     assert page.read_bytes() == again
 
 
+@pytest.mark.slow
 def test_a_second_round_cuts_the_student_of_the_first(files, tmp_path, monkeypatch):
     table = yaml.safe_load((files / "table.yaml").read_text())
     table["shapes"]["half-way"] = {"num_hidden_layers": 5, "intermediate_size": 36}

@@ -212,6 +212,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_sees_the_rows_of_an_uninterrupted_one(workshop, tmp_path, rows_seen, monkeypatch, streaming):
     from minitron_hf import DistillationTrainer
@@ -423,6 +424,7 @@ def test_saved_datasets_are_read_as_streams(workshop, tmp_path):
     assert [row["text"] for row in run.dataset("train")] == saved["text"][:]
 
 
+@pytest.mark.slow
 def test_short_documents_are_named_as_short_rows(workshop, tmp_path):
     """`max_length` reaches far enough, but no document does."""
     data = {"train": str(workshop / "code.jsonl")}

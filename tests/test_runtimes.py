@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_hf import PrunerConfig, apply_plan, estimate_importance, make_plan, save_model
 from minitron_hf.families import families
-from minitron_hf.families.runtimes import _RECOMPUTED
+from minitron_hf.families.runtimes import _RECOMPUTED, HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN
 from pocket import pocket_model, pocket_tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "runtimes.md").read_text(encoding="utf-8")
@@ -91,6 +91,9 @@ def test_a_student_trains_with_trl_and_peft(tmp_path, monkeypatch):
 def test_the_guide_lists_the_model_types_of_the_table():
     shown = dict(re.findall(r"^\| (\S[^|]*\d\.\d+\.\d+) \| ([a-z][\w, ]+) \|", PAGE, flags=re.MULTILINE))
     assert {name: sorted(types.split(", ")) for name, types in shown.items()} == {
-        name: sorted(types.split()) for name, types in _RECOMPUTED.items()
+        name: sorted(types.split()) for name, types in _RECOMPUTED[HEADS_FILL_HIDDEN].items()
     }
-    assert {one for types in _RECOMPUTED.values() for one in types.split()} <= set(families())
+    [neurons] = _RECOMPUTED[MLP_FOUR_TIMES_HIDDEN].values()
+    assert f"for {', '.join(neurons.split()[:-1])} and {neurons.split()[-1]}." in PAGE
+    every = [types for programs in _RECOMPUTED.values() for types in programs.values()]
+    assert {one for types in every for one in types.split()} <= set(families())

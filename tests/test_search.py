@@ -234,6 +234,7 @@ def test_the_better_half_goes_on_from_where_it_was(distil, teacher, scores, tmp_
     assert best.rounds[1]["stderr"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, monkeypatch):
     """Four proxies, four students after the first round, two after the second: ten measurements."""
     measure, measured, breaks = search.Divergence.__call__, [], [6]

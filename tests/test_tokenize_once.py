@@ -118,6 +118,7 @@ def test_a_search_tokenises_its_corpora_once(counted: Counter[str], tmp_path: Pa
     assert {count for text, count in counted.items() if " train" in text} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_tokenises_each_corpus_once(counted: Counter[str], tmp_path: Path):
     """Score, search, repair, controls and evaluation share documents; a check before them reads the first 64 rows."""
     pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "teacher")

@@ -39,7 +39,6 @@ SENTENCES: Mapping[str, str] = {
     "(pruning_plan of cache_teacher_logits). Write it with the plan of this student": (
         "(--plan of `minitron-hf cache`). Write it with the plan of this student"
     ),
-    "Train with the teacher itself (teacher_model=…)": "Train with the teacher itself (--teacher)",
     "Name the text column with text_field=…": "Name the text column with --text-field.",
     "Name the column with text_field=…": "Name the column with --set text_field=NAME.",
     "Set tokenizer.chat_template.": "Save one beside the tokenizer (chat_template.jinja).",
