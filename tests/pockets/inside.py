@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from torch import nn
@@ -17,10 +18,6 @@ from transformers.models.glm_ocr.modeling_glm_ocr import GlmOcrPreTrainedModel, 
 from transformers.models.granite4_vision.modeling_granite4_vision import (
     Granite4VisionPreTrainedModel,
     Granite4VisionTextModel,
-)
-from transformers.models.granite_docling.modeling_granite_docling import (
-    GraniteDoclingTextModel,
-    GraniteDoclingTextPreTrainedModel,
 )
 from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLPreTrainedModel, HunYuanVLTextModel
 from transformers.models.molmo2.modeling_molmo2 import Molmo2PreTrainedModel, Molmo2TextModel
@@ -82,7 +79,13 @@ with_head(Glm4vMoePreTrainedModel, Glm4vMoeTextModel)
 with_head(GlmOcrPreTrainedModel, GlmOcrTextModel)
 with_head(PaddleOCRVLPreTrainedModel, PaddleOCRTextModel)
 with_head(Granite4VisionPreTrainedModel, Granite4VisionTextModel)
-with_head(GraniteDoclingTextPreTrainedModel, GraniteDoclingTextModel)
+if importlib.util.find_spec("transformers.models.granite_docling") is not None:  # new in Transformers 5.23
+    from transformers.models.granite_docling.modeling_granite_docling import (
+        GraniteDoclingTextModel,
+        GraniteDoclingTextPreTrainedModel,
+    )
+
+    with_head(GraniteDoclingTextPreTrainedModel, GraniteDoclingTextModel)
 with_head(HunYuanVLPreTrainedModel, HunYuanVLTextModel)
 with_head(DeepseekOcr2TextPreTrainedModel, DeepseekOcr2TextModel)
 with_head(Molmo2PreTrainedModel, Molmo2TextModel)

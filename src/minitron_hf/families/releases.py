@@ -53,7 +53,7 @@ _FIRST_RELEASE = {
         beam cohere_compass_text flint gemma3n_text
     """,
     "5.23": """
-        internlm3 iquestcoder lfm3 mamba2
+        granite_docling_text internlm3 iquestcoder lfm3 mamba2
     """,
 }
 
