@@ -97,9 +97,9 @@ class PrunerConfig:
         multiple_of: fractions of `hidden_size` and of numbers of neurons are rounded to the nearest multiple. None: 8,
             and more for large sizes of the teacher, because kernels and quantisers need it: 64 from 2,048, 128 from
             4,096, 256 from 8,192. Numbers of units are never rounded.
-        portable: take only sizes that every runtime loads. Some compute `head_dim` as hidden_size /
-            num_attention_heads for some model types (`families/runtimes.py`); for these, the two sizes are cut
-            together.
+        portable: take only sizes that every runtime loads. For some model types, some compute `head_dim` as
+            hidden_size / num_attention_heads, or the neurons of an MLP as 4 × hidden_size (`families/runtimes.py`);
+            for these, the sizes are cut together.
         target_parameters: maximum number of parameters of the student, or a fraction (< 1) of the teacher's.
             `prune_model` and `plan_for_target` then choose the sizes that are not given, by measuring shapes. All
             parts of a vision-language model count, also those that are not cut.
