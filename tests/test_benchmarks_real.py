@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import before, corpora, report, tasks, tasks_report
+from benchmarks.real import before, corpora, report, stages_report, tasks, tasks_report
 from benchmarks.real.arms import SCREEN_TOKENS, load_experiments
 from benchmarks.real.intervals import Difference, paired_difference, t_quantile, verdict
 from benchmarks.real.measure import unpacked
@@ -516,3 +516,29 @@ def test_students_are_measured_before_retraining_once(bench_files, tmp_path, mon
     before.main()
     assert page.read_text().count("| mixed | 128 |") == 3
     assert page.read_text().endswith("End.\n")
+
+
+def test_the_table_of_stages_has_a_column_per_dtype(tmp_path, monkeypatch):
+    budget = {"rows": 16, "max_length": 256, "batch_size": 8, "steps": 4, "eval_rows": 8, "threads": 1}
+    scored = {"seconds": 4.26, "bytes_peak": 1_234_567_890}
+    files = [
+        {"settings": {**budget, "dtype": "float32"}, "machine": "a CPU", "stages": {"score": scored, "plan": scored}},
+        {"settings": {**budget, "dtype": "bfloat16"}, "machine": "a CPU", "stages": {"score": {"error": ["no"]}}},
+    ]
+    assert stages_report.table(files)[2:] == [
+        "| score | 16 × 256 | 4.3 | 1,235 | failed |  |",
+        "| plan |  | 4.3 | 1,235 | not measured |  |",
+    ]
+    page = tmp_path / "page.md"
+    begin, end = (f"<!-- results of benchmarks/real/stages: {where} -->" for where in ("begin", "end"))
+    page.write_text(f"A\n{begin}\nold\n{end}\nB\n")
+    for number, one in enumerate(files):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    given = [str(tmp_path / "0.json"), str(tmp_path / "1.json"), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", ["stages_report", *given])
+    stages_report.main()
+    assert "a CPU; one thread; one run." in page.read_text()
+    assert "old" not in page.read_text()
+    files[1]["settings"]["steps"] = 2
+    with pytest.raises(ValueError, match="different budgets"):
+        stages_report.table(files)

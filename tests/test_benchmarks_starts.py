@@ -188,7 +188,7 @@ def test_optional_fields_of_the_scores_change_the_start(files, tmp_path):
         load_experiments(tmp_path / "table.yaml")
 
 
-@pytest.mark.parametrize("name", ["peers.yaml", "starts.yaml"])
+@pytest.mark.parametrize("name", ["caches.yaml", "peers.yaml", "starts.yaml"])
 def test_every_arm_of_the_tables_is_possible(name):
     """Steps use all tokens; optional fields stand in the names; methods and targets are known."""
     counted = {}

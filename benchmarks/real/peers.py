@@ -4,10 +4,10 @@
 existing files are read, so the same command goes on. `benchmarks.real.run` distils the same starts, and found results
 stand beside them in the table. For example:
 
-    python -m benchmarks.real.peers --teacher work/teacher --work work/runs --corpus written=written.jsonl \
-        --held-out wikitext2=wikitext2_valid.jsonl
+    python -m benchmarks.real.peers --teacher work/teacher --work work/runs \
+        --corpus written=benchmarks/real/written.jsonl --held-out wikitext2=wikitext2_valid.jsonl
     python -m benchmarks.real.run --teacher work/teacher --work work/runs --data work/data \
-        --corpus written=written.jsonl --experiments benchmarks/real/peers.yaml \
+        --corpus written=benchmarks/real/written.jsonl --experiments benchmarks/real/peers.yaml \
         --results benchmarks/results/real/peers/distilled
     python -m benchmarks.real.peers --page docs/explanation/real-teachers.md
 """
