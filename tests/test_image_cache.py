@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from minitron_hf import formats
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.server_cache import cache_served_teacher
@@ -113,6 +115,23 @@ def test_the_cache_holds_no_images_and_resumes(tmp_path, teacher):
     trainer.train()
     part = dataclasses.replace(cache, dataset=cache.dataset.select([5, 0]))
     assert np.isfinite(trainer_of(tmp_path / "part", other(teacher), None, part).evaluate()["eval_kl"])
+
+
+def test_versions_that_know_no_images_refuse_the_files(tmp_path, teacher, monkeypatch):
+    """Those before had the same format as caches of text, and are read on."""
+    folder = write(tmp_path / "cache", teacher, image_dataset(2), top_k=4)
+    files = [folder / "teacher_cache.json", folder / "data-00000.arrow"]
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "FORMATS", {**formats.FORMATS, **formats.PLAIN_FORMATS})
+        for file in files:
+            with pytest.raises(MismatchError, match=rf"{file.name} has format 3, .*Install a newer minitron-hf"):
+                formats.require_readable(file)
+    for file in files:
+        formats.require_readable(file)
+    manifest = json.loads(files[0].read_text())
+    assert manifest.pop("format") == 3
+    files[0].write_text(json.dumps({"format": 2, **manifest}))
+    assert len(load_teacher_cache(folder, image_dataset(2)).dataset) == 2
 
 
 def test_another_image_of_the_same_text_is_refused(tmp_path, teacher):

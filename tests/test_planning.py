@@ -847,7 +847,7 @@ def test_damaged_plans_are_refused(tmp_path: Path):
     plan_of(config, hidden_size=24, intermediate_size=20).save_pretrained(tmp_path)
     file, indices = tmp_path / "pruning_plan.json", tmp_path / "pruning_plan.safetensors"
     written, whole = json.loads(file.read_text()), indices.read_bytes()
-    for damaged in ("{", json.dumps({**written, "format": 2}), json.dumps({"format": 1}), "[]"):
+    for damaged in ("{", json.dumps({**written, "format": 3}), json.dumps({"format": 1}), "[]"):
         file.write_text(damaged)
         with pytest.raises(MismatchError):
             PruningPlan.from_pretrained(tmp_path)

@@ -23,6 +23,7 @@ from minitron_hf import (
     count_tokens,
     estimate_importance,
     evaluate_models,
+    formats,
     make_plan,
     plan_for_target,
     prune_checkpoint,
@@ -119,6 +120,23 @@ def test_logits_are_the_teachers_at_the_kept_tokens(name):
         assert getattr(student.config, role) == getattr(cut, role)
     new = plan.new_ids
     assert student.generation_config.eos_token_id == [new[i] for i in (tokenizer.eos_token_id, 14)]
+
+
+def test_older_versions_refuse_plans_after_the_cut(tmp_path, monkeypatch):
+    """They would take the tokens of the earlier round for units; the plan of the cut itself they know."""
+    *_, plan, student = cut_alone("llama")
+    later = make_plan(student, PrunerConfig(layers_to_drop=[1])).after_cut(plan)
+    for one, number in ((plan, 1), (later, 2)):
+        path = one.save_pretrained(tmp_path / str(number))
+        assert json.loads(path.read_text())["format"] == number
+        assert PruningPlan.from_pretrained(path.parent).digest == one.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "FORMATS", {**formats.FORMATS, **formats.PLAIN_FORMATS})
+        formats.require_readable(tmp_path / "1")
+        with pytest.raises(MismatchError, match=r"pruning_plan.json has format 2, .*Install a newer minitron-hf"):
+            PruningPlan.from_pretrained(tmp_path / "2")
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))  # as it was written before
+    assert PruningPlan.from_pretrained(tmp_path / "2").digest == later.digest
 
 
 def names_its_images(config) -> bool:

@@ -15,16 +15,16 @@ from .files import parse_json, versions, write_json
 
 #: Files of a plan.
 PLAN_NAME, INDICES_NAME = "pruning_plan.json", "pruning_plan.safetensors"
-#: Format number that this version writes into each artefact, by file name. Raise it when an older reader would
-#: misunderstand the file, and add a migration.
+#: Newest format number of each artefact, by file name. Raise it when an older reader would misunderstand the file, and
+#: add a migration.
 FORMATS: Mapping[str, int] = {
     "scores.safetensors": 1,
     "search.json": 1,
     "pruner_config.json": 1,
-    PLAN_NAME: 1,
+    PLAN_NAME: 2,
     "teacher_correction.json": 1,
-    "data-*.arrow": 2,
-    "teacher_cache.json": 2,
+    "data-*.arrow": 3,
+    "teacher_cache.json": 3,
     "generation.json": 1,
     "checkpoint.json": 1,
     "distillation.json": 1,
@@ -37,6 +37,9 @@ FORMATS: Mapping[str, int] = {
     "hub.json": 1,
     "stages/*.json": 1,
 }
+
+#: Format of files with nothing that older readers would misunderstand, where it is not the newest.
+PLAIN_FORMATS: Mapping[str, int] = {PLAN_NAME: 1, "data-*.arrow": 2, "teacher_cache.json": 2}
 
 #: What writes each kind of file again, for messages.
 WRITERS: Mapping[str, str] = {
@@ -77,8 +80,11 @@ def _add_num_draws(settings: dict[str, Any]) -> dict[str, Any]:
 MIGRATIONS: Mapping[tuple[str, int], Callable[[Any], dict[str, Any]]] = {
     ("pruner_config.json", 0): dict,
     ("data-*.arrow", 0): dict,
+    (PLAN_NAME, 1): dict,
     ("data-*.arrow", 1): _add_num_draws,
+    ("data-*.arrow", 2): dict,
     ("teacher_cache.json", 1): lambda content: {**content, "settings": _add_num_draws(content.get("settings"))},
+    ("teacher_cache.json", 2): dict,
     ("samples.json", 0): lambda content: {"samples": content},
     ("benchmarks.json", 0): _name_models_of_benchmarks,
     ("teacher.json", 0): dict,
@@ -137,9 +143,21 @@ def read_artefact(path: str | os.PathLike[str], kind: str | None = None) -> dict
     return migrate(parse_json(path), path, kind)
 
 
-def write_artefact(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str | None = None) -> None:
-    """Write a JSON artefact with its format number (see `FORMATS`)."""
-    write_json(path, {"format": FORMATS[kind or Path(path).name], **content})
+def write_artefact(
+    path: str | os.PathLike[str], content: Mapping[str, Any], kind: str | None = None, *, is_plain: bool = False
+) -> None:
+    """Write a JSON artefact with its format number (see `number_of`)."""
+    write_json(path, {"format": number_of(kind or Path(path).name, is_plain=is_plain), **content})
+
+
+def number_of(kind: str, *, is_plain: bool) -> int:
+    """The format number that a file gets: the newest, or that of files which older readers understand.
+
+    Args:
+        kind: its name in `FORMATS`.
+        is_plain: whether it has nothing that the newest format brought.
+    """
+    return PLAIN_FORMATS.get(kind, FORMATS[kind]) if is_plain else FORMATS[kind]
 
 
 def require_readable(path: str | os.PathLike[str]) -> None:

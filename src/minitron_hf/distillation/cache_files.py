@@ -16,7 +16,7 @@ from datasets import DatasetInfo, Features
 from ..compat import commit_hash, dataset_state
 from ..errors import MismatchError
 from ..files import cached_file_digest, digest, replacing_file, versions, write_json
-from ..formats import FORMATS, migrate, write_artefact
+from ..formats import migrate, number_of, write_artefact
 from .batches import LABELS, SOURCE, STATES
 from .cache_coding import DTYPES, Coding
 from .record import describe_data
@@ -36,8 +36,13 @@ def _schema(names: Iterable[str], settings: Mapping[str, Any], metadata: Mapping
     coding = Coding.of(settings)
     types = {**coding.types, **{f"{STATES}{i}": DTYPES[coding.floats] for i in settings["states"]}}
     fields = [pa.field(name, pa.list_(types.get(name, pa.int32()))) for name in (*names, *types)]
-    numbered = {"format": FORMATS[ROWS_KIND], **metadata}
+    numbered = {"format": number_of(ROWS_KIND, is_plain=_is_plain(settings)), **metadata}
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(numbered, sort_keys=True)})
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether the rows have no images, which an older version would leave out."""
+    return "processor" not in settings
 
 
 def write_rows(
@@ -141,4 +146,4 @@ def write_manifest(
         "num_bytes": sum(file["num_bytes"] for file in files),
         "files": files,
     }
-    write_artefact(folder / MANIFEST_NAME, manifest)
+    write_artefact(folder / MANIFEST_NAME, manifest, is_plain=_is_plain(settings))

@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 
 from ..compat import CONFIG_NAME_KEY
 from ..errors import MismatchError, OutputError
-from ..families import VOCABULARY, families
+from ..families import VOCABULARY, families, wrapped_families
 from ..files import digest, json_values, replacing_file, versions
-from ..formats import FORMATS, read_artefact, write_artefact
+from ..formats import FORMATS, PLAIN_FORMATS, number_of, read_artefact, write_artefact
 from ..formats import INDICES_NAME as INDICES_NAME
 from ..formats import PLAN_NAME as PLAN_NAME
 from ..vocabulary.ids import names_ids
@@ -131,7 +131,9 @@ class PruningPlan:
         """The same plan without its cut of the vocabulary: for comparisons on the teacher's tokens."""
         if VOCABULARY not in self.kept:
             return self
-        sizes, fields = self.sizes[VOCABULARY], families()[self.model_type].axis[VOCABULARY].fields
+        inner = self.teacher["config"].get("text_config")
+        spec = wrapped_families()[self.model_type, inner["model_type"]] if inner else families()[self.model_type]
+        sizes, fields = self.sizes[VOCABULARY], spec.axis[VOCABULARY].fields
 
         def restored(config: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
             own = {name: teacher[name] for name in config if names_ids(name) or name in fields}
@@ -163,7 +165,8 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """All fields except the indices of units, JSON-ready."""
         return {
-            "format": FORMATS[PLAN_NAME],
+            # An older version would take the tokens of an earlier round for kept units.
+            "format": number_of(PLAN_NAME, is_plain=self.earlier_tokens is None),
             "versions": dict(self.versions),
             "model_type": self.model_type,
             "teacher": dict(self.teacher),
@@ -261,7 +264,8 @@ class PruningPlan:
                 versions=values["versions"],
             )
             # Sizes and notes say what the indices do. Plans of earlier versions vouch for the indices alone.
-            if written_with not in (digest(plan.digest, values), plan.digest):
+            known = [{**values, "format": number} for number in (FORMATS[PLAN_NAME], PLAIN_FORMATS[PLAN_NAME])]
+            if written_with not in (plan.digest, *(digest(plan.digest, one) for one in known)):
                 raise ValueError(f"{INDICES_NAME} was written with another {PLAN_NAME}")
             return plan
         except Exception as error:
