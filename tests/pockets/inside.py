@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.cosmos3_edge.modeling_cosmos3_edge import Cosmos3EdgePreTrainedModel, Cosmos3EdgeTextModel
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
     DeepseekOcr2TextModel,
     DeepseekOcr2TextPreTrainedModel,
 )
+from transformers.models.emu3.modeling_emu3 import Emu3PreTrainedModel, Emu3TextModel
 from transformers.models.glm4v.modeling_glm4v import Glm4vPreTrainedModel, Glm4vTextModel
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoePreTrainedModel, Glm4vMoeTextModel
 from transformers.models.glm_ocr.modeling_glm_ocr import GlmOcrPreTrainedModel, GlmOcrTextModel
@@ -20,6 +22,8 @@ from transformers.models.granite4_vision.modeling_granite4_vision import (
     Granite4VisionTextModel,
 )
 from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLPreTrainedModel, HunYuanVLTextModel
+from transformers.models.kosmos2_5.configuration_kosmos2_5 import Kosmos2_5TextConfig
+from transformers.models.kosmos2_5.modeling_kosmos2_5 import Kosmos2_5TextForCausalLM
 from transformers.models.molmo2.modeling_molmo2 import Molmo2PreTrainedModel, Molmo2TextModel
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel, PaddleOCRVLPreTrainedModel
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -35,7 +39,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel, Qwen3VLTextModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoePreTrainedModel, Qwen3VLMoeTextModel
 
-from .base import EXPERTS, GROUPED_COUPLED, GROUPED_EXPERTS, SLIDING, Pocket, coupled, grouped
+from .base import COUPLED, EXPERTS, GROUPED_COUPLED, GROUPED_EXPERTS, SLIDING, Pocket, coupled, grouped
 
 
 def with_head(parent: type, decoder: type) -> None:
@@ -89,6 +93,9 @@ if importlib.util.find_spec("transformers.models.granite_docling") is not None: 
 with_head(HunYuanVLPreTrainedModel, HunYuanVLTextModel)
 with_head(DeepseekOcr2TextPreTrainedModel, DeepseekOcr2TextModel)
 with_head(Molmo2PreTrainedModel, Molmo2TextModel)
+with_head(Cosmos3EdgePreTrainedModel, Cosmos3EdgeTextModel)
+with_head(Emu3PreTrainedModel, Emu3TextModel)
+AutoModelForCausalLM.register(Kosmos2_5TextConfig, Kosmos2_5TextForCausalLM, exist_ok=True)
 
 #: Positions of time, height and width share the frequencies of a head: four of them in heads of eight, or five of ten.
 SECTIONS_OF_8 = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -142,6 +149,19 @@ POCKETS: dict[str, Pocket] = {
         published={"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
         **LISTED_EXPERTS,
         **UNTIED,
+    ),
+    "cosmos3_edge_text": grouped(
+        "cosmos3_edge_text", mlp_out="mlp.fc2", hidden_step=12, rope_parameters=SECTIONS_OF_10, **UNTIED
+    ),
+    "emu3_text_model": grouped("emu3_text_model"),
+    "kosmos_2_5_text_model": coupled(
+        "kosmos_2_5_text_model",
+        {**COUPLED, "embed_dim": 40, "attention_heads": 5, "layers": 4, "ffn_dim": 52, "max_position_embeddings": 64},
+        "model.layers",
+        "self_attn.out_proj",
+        "ffn.fc2",
+        mlp_norm="ffn.ffn_layernorm",
+        tie_word_embeddings=False,
     ),
     "molmo2_text": grouped("molmo2_text", **STRETCHED, **UNTIED),
     "molmo2_text-olmo": grouped(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import is_timm_available
 
-from .base import VOCAB
+from .base import GROUPED, VOCAB
 
 #: Makes inputs from a random generator.
 Make = Callable[[torch.Generator], Mapping[str, Tensor]]
@@ -151,6 +151,32 @@ QWEN_TOKENS = {
 INDEX, ID = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
 
 
+#: The towers of Phi-4-multimodal; what they give is less wide than the language model.
+PHI4 = {
+    "vision_config": {
+        "hidden_size": 20,
+        "intermediate_size": 22,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "crop_size": 16,
+        "patch_size": 4,
+        "image_token_id": 95,
+    },
+    "audio_config": {
+        "hidden_size": 20,
+        "intermediate_size": 22,
+        "num_blocks": 2,
+        "num_attention_heads": 2,
+        "input_size": 16,
+        "ext_pw_out_channel": 20,
+        "depthwise_separable_out_channel": 20,
+        "nemo_conv_channels": 6,
+        "audio_token_id": 94,
+    },
+}
+
+
 def wrapper_config(text: PretrainedConfig, model_type: str, tower: str, vision: Mapping[str, Any], fields: Any) -> Any:
     """A wrapper's config around a language model's."""
     own = {"model_type": tower, **VISION, **vision}
@@ -231,6 +257,18 @@ def sound_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperPoc
     frames = spectra(ROWS, 5, 8, input_features_mask=torch.ones(ROWS, 5, dtype=torch.long))
     adaptor |= {"projector_hidden_size": 26}
     add("fun_asr_nano", "qwen3", 5, frames, audio_config=stacked, adaptor_config=adaptor, **token)
+    listener = {"hidden_size": 20, "intermediate_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2}
+    speakers = {"num_speakers": 2, "speaker_cache_length": 4}
+    diarization = {
+        "model_type": "nemotron3_diarization",
+        "audio_config": {**listener, "num_mel_bins": 8},
+        "head_config": {"hidden_size": 6, "audio_hidden_size": 20, "num_speakers": 2},
+        "streaming_config": speakers,
+    }
+    heard = spectra(ROWS, 32, 8, input_features_mask=all_valid)
+    tower = {"asr_config": {**listener, "num_mel_bins": 8}, "diarization_config": diarization}
+    timing = {**listener, "vocab_size": 9, "blank_token_id": 8}
+    add("nemo_speechlm", "nemotron_h", 4, heard, audio_config=tower, word_timestamp_config=timing, **token)
     return pockets
 
 
@@ -436,6 +474,16 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         **omni,
         widths=LIKE_HEADS,
     )
+    edge = {"hidden_size": 24, "num_patches": 16}
+    flat = pixels(ROWS * 16, 3 * 4 * 4, image_grid_thw=[[1, 4, 4]] * ROWS)
+    add("cosmos3_edge", "cosmos3_edge_text", "cosmos3_edge_vision", 4, flat, vision=edge, **narrow, **frames)
+    # Every second row and column of the image is one of ten codes, which are tokens; an end of line follows each row.
+    codes = {"codebook_size": 10, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
+    codes |= {"attn_resolutions": [1], "hidden_size": 64}
+    words = {f"<|visual token {code:06d}|>": 40 + code for code in range(10)}
+    words |= {"<image>": IMAGE_TOKEN, "<|extra_200|>": 50}
+    small = pixels(ROWS, 3, 8, 8, image_sizes=[[8, 8]] * ROWS)
+    add("emu3", "emu3_text_model", "", 20, small, vq_config=codes, vocabulary_map=words)
     merger = {key: value for key, value in MERGED.items() if key != "num_position_embeddings"}
     glm = {**merger, "image_size": 16, "patch_size": 4, "intermediate_size": 26}
     square = {**glm, "out_hidden_size": 48}
@@ -514,6 +562,24 @@ def wrapper_pockets(texts: Mapping[str, PretrainedConfig]) -> dict[str, WrapperP
         several = {"audio_config": heard, "audio_token_id": 96, "vision_soft_tokens_per_image": 4}
         add("gemma3n", "gemma3n_text", "gemma3n_vision", 4, large, vision=seen, **several, **ID)
     pockets |= sound_pockets(texts)
+
+    def placed(generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Patches of rows and columns, which stand in front of their pixels."""
+        places = torch.tensor([[row, column] for row in range(4) for column in range(4)]).expand(ROWS, -1, -1)
+        values = torch.randn(ROWS, 16, 3 * 4 * 4, generator=generator, dtype=torch.float64)
+        return {"flattened_patches": torch.cat([places.to(values), values], dim=-1)}
+
+    where = {"token_kinds": {"image_embeds_position_mask": 1}, "latent_query_num": 3, "tie_word_embeddings": False}
+    kosmos = {"patch_embed_hidden_size": 48, "head_dim": 10, "max_num_patches": 16}
+    text = "kosmos_2_5_text_model"
+    add("kosmos-2.5", text, "kosmos_2_5_vision_model", 3, placed, vision=kosmos, widths=NEURONS, **where)
+    # A whole image and one crop, whose rows end with a separator, and a separator between them.
+    crops = {"image_sizes": SIZES, "image_attention_mask": torch.ones(ROWS, 2, 4, 4, dtype=torch.bool)}
+    crops = renamed(pixels(ROWS, 2, 3, 16, 16, **crops), pixel_values="image_pixel_values")
+    down = ("model.embed_tokens_extend.image_embed.img_projection_down.weight",)
+    pockets["phi4_multimodal"] = WrapperPocket(
+        AutoConfig.for_model("phi4_multimodal", **GROUPED, **PHI4), 13, crops, reads_neurons=down
+    )
     patches = pixels(ROWS, 16, 3 * 4 * 4)
     add("fuyu", "persimmon", "", 16, patches, vision=None, patch_size=4, widths=SQUARE, hidden_size=40, **ID)
     return pockets

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from ..families.tensors import text_config
+from ..families import is_multimodal, text_config
 from .tokens import text_tokenizer
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ COLUMNS = ("images", "image")
 PLACE = "place"
 #: What placeholders stand for.
 KINDS = ("image", "video", "audio")
-#: What the inputs that hold images, videos and sound begin with.
-PIXELS = ("pixel_values", "input_features")
+#: What is in the names of the inputs that hold images, videos and sound.
+PIXELS = ("pixel_values", "flattened_patches", "input_features")
 #: Inputs of every language model, and what only training and generation pass.
 TEXT_INPUTS = frozenset(
     [
@@ -92,6 +92,9 @@ def placeholder_ids(source: Any) -> tuple[int, ...]:
     for kind in KINDS:
         of_processor = getattr(source, f"{kind}_token_ids", None)
         found += of_processor or [getattr(source, f"{kind}_token_{name}", None) for name in ("id", "index")]
+        if text_config(source) is source:  # of a flat config, those of the towers name them
+            tower = getattr(source, "vision_config" if kind == "image" else f"{kind}_config", None)
+            found.append(getattr(tower, f"{kind}_token_id", None))
     return tuple(sorted({int(one) for one in found if one is not None}))
 
 
@@ -116,7 +119,7 @@ def require_image_model(config: PretrainedConfig, role: str = "The model") -> No
     Raises:
         DataError: naming the model.
     """
-    if text_config(config) is config:
+    if not is_multimodal(config):
         raise DataError(
             f"The data holds images, and {role[:1].lower()}{role[1:]} ({config.model_type}) reads text alone. Pass a "
             "vision-language model, or data without the columns 'images' and 'image'."
@@ -125,7 +128,12 @@ def require_image_model(config: PretrainedConfig, role: str = "The model") -> No
 
 def holds_pixels(inputs: Iterable[str]) -> bool:
     """Whether images or sound are among the inputs of these names."""
-    return any(name.startswith(PIXELS) for name in inputs)
+    return any(_holds_pixels(name) for name in inputs)
+
+
+def _holds_pixels(name: str) -> bool:
+    """Whether an input of this name holds images or sound."""
+    return any(one in name for one in PIXELS)
 
 
 def image_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
@@ -141,14 +149,14 @@ def image_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     Raises:
         DataError: if the batch has images that the model does not read.
     """
-    if text_config(model.config) is model.config:
+    if not is_multimodal(model.config):
         if holds_pixels(batch):
             require_image_model(model.config)
         return {}
     # The larger of the two forward passes may know older names of what the other takes.
     known = {name for one in (model, model.base_model) for name in inspect.signature(one.forward).parameters}
     known -= TEXT_INPUTS
-    if unread := [name for name in batch if name.startswith(PIXELS) and name not in known]:
+    if unread := [name for name in batch if _holds_pixels(name) and name not in known]:
         raise DataError(
             f"A batch holds {', '.join(unread)}, which {type(model).__name__} does not take. Use the processor that "
             "belongs to this model."

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..compat import commit_hash
 from ..errors import DataError, MismatchError
+from ..families import is_multimodal
 from ..families.tensors import is_quantised
 from ..hardware import is_fast, one_dtype, training_device
 from ..losses.heads import base_model_of
@@ -124,7 +125,7 @@ def processing_class_of(teacher_config: Any, trust_remote_code: bool) -> Any:
     name = teacher_config.name_or_path or None
     if name is None:
         raise DataError("processing_class is None, and neither model was loaded from a folder or the Hub. Pass it.")
-    if teacher_config.get_text_config() is teacher_config:
+    if not is_multimodal(teacher_config):
         return load_tokenizer(name, **options)
     return load_processor(name, **options)
 

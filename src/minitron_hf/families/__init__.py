@@ -9,11 +9,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError, did_you_mean
+from . import sound_wrappers, wrappers
 from .refused_wrappers import REFUSED, WITHOUT_TABLE
 from .spec import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, VOCABULARY_FIELD, ArchSpec
 from .tensors import named_tensors, text_config
 from .wrapper import Wrapper
-from .wrappers import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,16 +28,23 @@ __all__ = [
     "WITHOUT_TABLE",
     "ArchSpec",
     "REFUSED",
+    "ROWS",
     "Wrapper",
     "families",
+    "flat_families",
+    "is_multimodal",
     "named_tensors",
     "register_family",
     "register_wrapper",
     "spec_for",
+    "table_of",
     "text_config",
     "wrapped_families",
 ]
 
+
+#: A row for every model around a language model.
+ROWS = (*wrappers.ROWS, *sound_wrappers.ROWS)
 
 #: Modules of this folder that hold no table.
 NOT_TABLES = frozenset(
@@ -48,6 +55,7 @@ NOT_TABLES = frozenset(
         "releases",
         "rules",
         "runtimes",
+        "sound_wrappers",
         "spec",
         "state_space",
         "tensors",
@@ -82,6 +90,7 @@ def register_wrapper(wrapper: Wrapper) -> None:
         )
     _REGISTERED_ROWS[wrapper.model_type] = wrapper
     wrapped_families.cache_clear()
+    flat_families.cache_clear()
 
 
 def register_family(spec: ArchSpec) -> None:
@@ -103,6 +112,7 @@ def register_family(spec: ArchSpec) -> None:
     _REGISTERED[spec.model_type] = spec
     families.cache_clear()
     wrapped_families.cache_clear()
+    flat_families.cache_clear()
 
 
 @cache
@@ -129,6 +139,29 @@ def wrapped_families() -> Mapping[tuple[str, str], ArchSpec]:
     }
 
 
+@cache
+def flat_families() -> Mapping[str, ArchSpec]:
+    """Tables of models around a language model whose config has no part for it, by `model_type`."""
+    return {
+        wrapper.model_type: wrapped_families()[wrapper.model_type, wrapper.text_types[0]]
+        for wrapper in (*ROWS, *_REGISTERED_ROWS.values())
+        if wrapper.is_flat
+    }
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    """Whether a model holds a language model beside others, so that it reads images or sound, too."""
+    return text_config(config) is not config or config.model_type in flat_families()
+
+
+def table_of(config: PretrainedConfig) -> ArchSpec | None:
+    """The table of a config, without its variants; None if there is none."""
+    model_type, inner = config.model_type, text_config(config)
+    if inner is not config:
+        return wrapped_families().get((model_type, inner.model_type))
+    return flat_families().get(model_type) or families().get(model_type)
+
+
 def spec_for(config: PretrainedConfig) -> ArchSpec:
     """The family table of a config.
 
@@ -136,10 +169,9 @@ def spec_for(config: PretrainedConfig) -> ArchSpec:
         UnsupportedModelError: if the `model_type` has no table; the message lists those that have one.
     """
     model_type, inner = config.model_type, text_config(config)
-    if inner is config and model_type in families():
-        return families()[model_type].variant(config)
-    if inner is not config and (model_type, inner.model_type) in wrapped_families():
-        return wrapped_families()[model_type, inner.model_type].variant(inner).with_fixed_layers(config)
+    if (spec := table_of(config)) is not None:
+        spec = spec.variant(inner)
+        return spec.with_fixed_layers(config) if inner is not config else spec
     if model_type in REFUSED:
         raise UnsupportedModelError(
             f"'{model_type}' models cannot be pruned: {REFUSED[model_type]}. docs/families.md lists those that can."

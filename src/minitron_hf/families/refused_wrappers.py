@@ -6,24 +6,22 @@ from collections.abc import Mapping
 
 #: Wrapper → its language model, which no table describes, and what is unlike the layouts that the tables know.
 _UNLIKE: Mapping[str, tuple[str, str]] = {
-    "chameleon": ("chameleon", "the norm of queries and keys has weights of its own for every head"),
-    "cosmos3_edge": ("cosmos3_edge_text", "Llama's attention beside an MLP without a gate"),
+    "chameleon": ("chameleon", "its forward pass overwrites the logits of image tokens, which the loss does not know"),
     "diffusion_gemma": ("diffusion_gemma_text", "it fills in blocks of tokens, and predicts no next token"),
     "dots3_note": ("dots3_note_text", "sizes of latent attention differ from layer to layer, with a gate per head"),
-    "emu3": ("emu3_text_model", "Llama's layout, in which images are tokens of the vocabulary"),
     "ernie4_5_vl_moe": ("ernie4_5_vl_moe_text", "every layer has two sets of experts, for text and for images"),
-    "git": ("git", "BERT's layout, in which an image stands in front of the text"),
-    "glm5_next": ("glm5_next_text", "its layers mix several residual streams, beside linear attention"),
+    "git": ("git", "BERT's layout, with norms after the sums; an image in front of the text has logits of its own"),
+    "glm5_next": (
+        "glm5_next_text",
+        "it mixes several residual streams, beside linear attention and attention to pooled keys",
+    ),
     "inkling2": ("inkling2_text", "convolutions over keys, values and the residual stream"),
     "inkling_mm_model": ("inkling_text", "convolutions over keys, values and the residual stream"),
-    "kosmos-2": ("kosmos_2_text_model", "sinusoidal positions, and norms inside attention and MLP"),
-    "kosmos-2.5": ("kosmos_2_5_text_model", "sinusoidal positions, and images in front of the text"),
     "kyutai_speech_to_text": ("kyutai_speech_to_text", "every position holds a token of text and several of sound"),
-    "mistral_large4": ("mistral_large4_text", "sparse latent attention with an indexer of its own"),
+    "mistral_large4": ("mistral_large4_text", "layers may share latent keys, and only some rotate a part of them"),
     "muse_glimmer": ("muse_glimmer_text", "norms without weights over the embeddings, and gated attention"),
     "muse_spark": ("muse_spark_text", "norms without weights over the embeddings, and gated attention with experts"),
-    "phi4_multimodal": ("phi4_multimodal", "its config has no part for the language model alone"),
-    "qwen4_exp": ("qwen4_exp_text", "embeddings of n-grams, and gates on the residual stream"),
+    "qwen4_exp": ("qwen4_exp_text", "embeddings of hashed n-grams, and several gated residual streams"),
     "step3p7": ("step3p5", "numbers of heads and limits of activations differ from layer to layer"),
     "unlimited_ocr": ("unlimited_ocr_text", "its attention depends on where a prompt ends"),
 }
@@ -41,11 +39,10 @@ REFUSED: Mapping[str, str] = {
         _ENCODER,
     ),
     **dict.fromkeys(
-        ("blip-2", "instructblip", "instructblipvideo"), "its forward pass takes no text without an image"
+        ("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), "its forward pass takes no text without an image"
     ),
     "shieldgemma2": "it is a classifier, and Transformers does not load what it saves of its language model",
     "pi0": "it predicts actions, not tokens",
-    "nemo_speechlm": "its encoders of speech, speakers and word times are not tested",
     "voxtral_realtime": "its forward pass takes no text without sound",
     "vibevoice_asr": "it adds random noise to the sound in every forward pass, so that students cannot be compared",
     **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), "it holds several models; its thinker is a model of its own"),

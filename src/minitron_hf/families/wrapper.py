@@ -25,6 +25,7 @@ class Wrapper:
         model_type: the wrapper's.
         text_types: model types of the language models that it may hold.
         prefix: what names of the language model begin with.
+        is_flat: whether the config has no part for the language model alone, whose sizes stand beside the others'.
         has_whole_model: whether the language model has its output head inside the wrapper, too; else the wrapper holds
             its backbone, and the head is the wrapper's own `lm_head`.
         tensors: tensor name → dimensions, for tensors outside the language model that know its sizes (projectors).
@@ -55,6 +56,7 @@ class Wrapper:
     deep_inputs: str = ""
     image_layers: tuple[str, ...] = ()
     has_whole_model: bool = False
+    is_flat: bool = False
 
     def around(self, spec: ArchSpec) -> ArchSpec:
         """The table of a language model as it is named inside the wrapper, with the wrapper's own tensors."""

@@ -1,7 +1,8 @@
 """Models that hold a language model beside others: a row each. The language model is described by its family's table.
 
 Images and sound become inputs of the language model through projectors, whose tensors are named here with their axes
-like all others. Types without a row are refused, with their reason (`refused_wrappers`).
+like all others. Models that read sound alone have a file of their own (`sound_wrappers`). Types without a row are
+refused, with their reason (`refused_wrappers`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MERGER = linear("model.visual.merger.linear_fc2", "hidden", "any")
 DEEP_MERGERS = layer_tables(MERGER, linear("model.visual.deepstack_merger_list.*.linear_fc2", "hidden", "any"))
 MERGER_WIDTH = ("vision_config.out_hidden_size",)
 TWO_PARTS = (TOWER, PROJECTOR)
+PHI4_IMAGE = "model.embed_tokens_extend.image_embed.img_projection"
+PHI4_SOUND = "model.embed_tokens_extend.audio_embed"
 _GLM_MERGER = "its merger computes in the hidden size of the language model"
 _WITH_HEADS = "all heads together are as wide as the residual stream, and "
 
@@ -268,6 +271,21 @@ ROWS = (
         for name, text in {"glm4v_moe": "glm4v_moe_text", "glm_ocr": "glm_ocr_text"}.items()
     ),
     Wrapper(
+        "cosmos3_edge",
+        ("cosmos3_edge_text",),
+        unpruned_prefixes=("model.visual.", "model.projector."),
+        tensors=linear("model.projector.linear_fc2", "hidden", "any"),
+    ),
+    # Its images are tokens of the vocabulary, so that nothing else knows the hidden size.
+    Wrapper("emu3", ("emu3_text_model",), prefix="model.text_model.", unpruned_prefixes=("model.vqmodel.",)),
+    Wrapper(
+        "kosmos-2.5",
+        ("kosmos_2_5_text_model",),
+        prefix="text_model.",
+        has_whole_model=True,
+        unpruned_prefixes=("vision_model.", "image_to_text_projection."),
+    ),
+    Wrapper(
         "paddleocr_vl",
         ("paddleocr_vl_text",),
         unpruned_prefixes=("model.visual.", "model.projector."),
@@ -316,45 +334,20 @@ ROWS = (
         width_fields=("adapter_config.text_hidden_size",),
     ),
     Wrapper(
-        "voxtral",
-        DECODERS,
-        unpruned_prefixes=(SOUND, PROJECTOR),
-        tensors=TWO_LINEAR,
-        width_fields=("hidden_size",),
-    ),
-    Wrapper(
-        "qwen2_audio",
-        DECODERS,
-        unpruned_prefixes=(SOUND, PROJECTOR),
-        tensors=linear(f"{PROJECTOR}linear", "hidden", "any"),
-    ),
-    *(
-        Wrapper(
-            name,
-            ("granite", "llama", "qwen2", "qwen3"),
-            unpruned_prefixes=("model.encoder.", "model.projector."),
-            tensors=linear("model.projector.linear", "hidden", "any"),
-        )
-        for name in ("granite_speech", "granite_speech_plus")
-    ),
-    Wrapper(
-        "qwen3_asr",
-        ("qwen3", "qwen2"),
-        unpruned_prefixes=(SOUND, PROJECTOR),
-        tensors=OWN_WIDTH,
-        width_fields=("audio_config.output_dim",),
-    ),
-    *(
-        Wrapper(name, texts, unpruned_prefixes=(SOUND, PROJECTOR), refused={"hidden": reason})
-        for name, texts, reason in (
-            ("glmasr", ("llama", "qwen2", "qwen3"), "its projector has twice as many neurons as the hidden size"),
-            ("fun_asr_nano", ("qwen3", "qwen2"), "its projector has layers in the hidden size of the language model"),
-            (
-                "moss_transcribe_diarize",
-                ("qwen3", "qwen2"),
-                "its projector ends with a norm over the hidden size",
+        "phi4_multimodal",
+        ("phi3",),
+        prefix="model.",
+        is_flat=True,
+        unpruned_prefixes=("model.embed_tokens_extend.",),
+        tensors=layer_tables(  # three projectors, which lose the same neurons
+            linear(f"{PHI4_IMAGE}_up", "projector", "any"),
+            linear(f"{PHI4_IMAGE}_down", "hidden", "projector"),
+            *(linear(f"{PHI4_SOUND}.up_proj_for_{kind}", "projector", "any") for kind in ("speech", "vision_speech")),
+            *(
+                linear(f"{PHI4_SOUND}.down_proj_for_{kind}", "hidden", "projector")
+                for kind in ("speech", "vision_speech")
             ),
-        )
+        ),
     ),
     Wrapper(
         "cohere_compass",

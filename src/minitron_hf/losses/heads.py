@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.images import holds_pixels
 from ..errors import UnsupportedModelError
-from ..families import ArchSpec, families, wrapped_families
+from ..families import ArchSpec, families, table_of
 from ..families.rules import PLAIN_LOGITS, LogitRules
 from ..scoring.logits import run_backbone
 
@@ -54,9 +54,7 @@ def base_model_of(model: Any) -> Any:
 def _family(config: Any) -> ArchSpec | None:
     """The family table of a model's config, if there is one."""
     inner = config.get_text_config()
-    family = families().get(inner.model_type)
-    if inner is not config:
-        family = wrapped_families().get((config.model_type, inner.model_type), family)
+    family = table_of(config) or families().get(inner.model_type)
     return None if family is None else family.variant(inner)
 
 

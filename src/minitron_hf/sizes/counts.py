@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..families import ArchSpec, spec_for, text_config
+from ..families import ArchSpec, is_multimodal, spec_for, text_config
 from ..families.tensors import is_quantised, own_parameters
 from ..models import count_parameters, empty_model
 
@@ -69,7 +69,7 @@ def parameter_counts(config_or_model: PretrainedConfig | PreTrainedModel) -> dic
     counts = {"num_parameters": count_parameters(config_or_model)}
     with contextlib.suppress(UnsupportedModelError):
         counts["num_active_parameters"] = count_active_parameters(config_or_model)
-        if text_config(config) is not config:
+        if is_multimodal(config):
             counts["num_language_model_parameters"] = count_language_model_parameters(config_or_model)
     counts["num_parameters_without_embeddings"] = count_parameters(config_or_model, embeddings=False)
     return counts
