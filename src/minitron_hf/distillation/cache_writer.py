@@ -310,7 +310,8 @@ def _columns(
 ) -> Iterator[Iterable[dict[str, Any]]]:
     """The teacher's columns of each row, batch by batch; `first` is the number of the first row."""
     bar.update(first - bar.n)  # rows of earlier files, which exist or are another process's
-    collator = row_collator(trainer, model.config)
+    # The rows are the student's: its config has other ids of images than the teacher's.
+    collator = row_collator(trainer, model.config if kept is None else kept.plan.build_student_config(model.config))
     for batch in batched(rows, trainer.args.per_device_eval_batch_size):
         numbers = range(first, first := first + len(batch))
         yield _teacher_columns(model, kept, collator(batch), trainer, settings, numbers)

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..families import text_config
+from ..families import is_multimodal, text_config
 from ..vocabulary.ids import names_ids
 from .legality import _round_fraction, rounding_step
 from .request import PrunerConfig
@@ -27,15 +27,22 @@ def require_known_ids(config: PretrainedConfig, request: PrunerConfig) -> None:
     Raises:
         PlanError: if there is one; says why.
     """
-    if request.vocab_size is None or (text := text_config(config)) is config:
+    if request.vocab_size is None or not is_multimodal(config):
         return
+    text = text_config(config)
     own = {name: value for name, value in config.to_dict().items() if isinstance(value, int | list) and value}
     rows = text.vocab_size
     others = [name for name in own if _OTHER_IDS.search(name) and not names_ids(name) and "ignore" not in name]
-    media = {name: value for name, value in own.items() if names_ids(name) and name not in TEXT_IDS}
+    # Idefics 3 stores its token of padding under a private name.
+    media = {name: value for name, value in own.items() if names_ids(name) and name.lstrip("_") not in TEXT_IDS}
     outside = [name for name, value in media.items() if isinstance(value, int) and value >= rows]
+    maps = [name for name, value in config.to_dict().items() if isinstance(value, dict) and _is_id_map(name, value)]
     reason = ""
-    if others:
+    if text is config:
+        reason = "the configs of its towers name the tokens that stand for images or sound, and are kept as they are"
+    elif maps:
+        reason = f"{', '.join(maps)} of its config holds the ids of tokens that images become"
+    elif others:
         reason = f"{', '.join(others)} of its config may be ids of tokens, and nothing tells whether they are"
     elif not media:
         reason = "its config does not name the tokens that stand for images or sound"
@@ -43,6 +50,11 @@ def require_known_ids(config: PretrainedConfig, request: PrunerConfig) -> None:
         reason = f"{', '.join(outside)} of its config lie outside the {rows} rows of the embeddings"
     if reason:
         raise PlanError(f"vocab_size of this '{config.model_type}' model cannot be cut: {reason}. Leave it out.")
+
+
+def _is_id_map(name: str, value: dict[str, object]) -> bool:
+    """Whether a dict of a config gives tokens their ids."""
+    return "vocab" in name and any(isinstance(one, int) for one in value.values())
 
 
 def vocabulary_after(before: int, request: PrunerConfig) -> int:

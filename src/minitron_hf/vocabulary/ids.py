@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
@@ -30,6 +30,15 @@ def names_ids(name: str) -> bool:
     return name.endswith(("_token_id", "_token_ids", "_token_index"))
 
 
+def names_processor_ids(name: str) -> bool:
+    """The same for an attribute of a processor, which holds no other numbers under such names.
+
+    >>> names_processor_ids("video_start_id"), names_processor_ids("row_col_ids"), names_processor_ids("image_seq_len")
+    (True, True, False)
+    """
+    return names_ids(name) or name.endswith(("_id", "_ids"))
+
+
 def ids_in(fields: Mapping[str, Any], num_rows: int) -> set[int]:
     """The ids that the fields of a config name, of those that the model has.
 
@@ -46,7 +55,12 @@ def _numbers(value: Any) -> Iterator[int]:
             yield one
 
 
-def renumbered_fields(fields: Mapping[str, Any], new_ids: Mapping[int, int], num_rows: int) -> dict[str, Any]:
+def renumbered_fields(
+    fields: Mapping[str, Any],
+    new_ids: Mapping[int, int],
+    num_rows: int,
+    names: Callable[[str], bool] = names_ids,
+) -> dict[str, Any]:
     """The fields of a config that name token ids, with their new ids; None where the token does not stay.
 
     Numbers that are no ids of the teacher, such as -1, stay what they are.
@@ -61,7 +75,7 @@ def renumbered_fields(fields: Mapping[str, Any], new_ids: Mapping[int, int], num
         is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_rows
         return new_ids.get(value) if is_id else value
 
-    return {name: new(value) for name, value in fields.items() if names_ids(name)}
+    return {name: new(value) for name, value in fields.items() if names(name)}
 
 
 def renumbered_generation_config(

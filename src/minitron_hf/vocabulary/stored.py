@@ -16,7 +16,7 @@ from tokenizers.models import WordPiece
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..errors import MismatchError
 from ..formats import INDICES_NAME, PLAN_NAME, read_artefact
-from .ids import renumbered_fields
+from .ids import names_processor_ids, renumbered_fields
 from .rewriting import cut_tokenizer
 
 
@@ -55,7 +55,8 @@ class StoredCut:
         new_ids = {int(old): new for new, old in enumerate(self.kept)}
         copied = copy.copy(processor)
         copied.tokenizer = cut
-        vars(copied).update(renumbered_fields(vars(processor), new_ids, int(self.kept.max()) + 1))
+        num_rows = max(len(processor.tokenizer), int(self.kept.max()) + 1)
+        vars(copied).update(renumbered_fields(vars(processor), new_ids, num_rows, names_processor_ids))
         return copied
 
     def respelled(self, tokens: Iterable[int], teacher: Any, student: Any) -> list[int]:
