@@ -332,6 +332,24 @@ def test_sound_reaches_the_language_model_through_the_kept_channels():
         assert not torch.allclose(silent, expected)
 
 
+@pytest.mark.parametrize("beside", ["text", "image"])
+def test_both_projectors_of_sound_lose_their_neurons(beside: str):
+    """Phi-4-multimodal has one for sound beside text, and one for sound beside images."""
+    name = "phi4_multimodal"
+    model, given = wrapped(name), inputs(name, image=beside == "image")
+    given["input_ids"][:, -4:-1] = model.config.audio_config.audio_token_id
+    sound = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given |= {"audio_input_features": sound, "audio_embed_sizes": torch.tensor([3, 3]), "use_cache": False}
+    plan = planned(model, hidden_size=24, intermediate_size=31)
+    student = apply_plan(model, plan)
+    with float64_throughout(), torch.no_grad():
+        with masked_units(model, plan):
+            expected = model(**given).logits
+        torch.testing.assert_close(student(**given).logits, expected, rtol=1e-10, atol=1e-10)
+        other = student(**{**given, "audio_input_features": sound.flip(0)}).logits
+        assert not torch.allclose(other, expected)
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"])
 def test_layers_that_images_are_added_to_stay(name: str):
     config = copy.deepcopy(CONFIGS[name])
