@@ -283,6 +283,11 @@ CASES = [
         ("permission", "--train-data {text} --eval-data {text} -o {teacher}", "a folder"),
         ("extra", "--train-data {text} --eval-data {text} -o new.yaml --set distill.max_stepz=5", "max_steps"),
         ("extra", "--train-data {text} --eval-data {text} -o new.yaml --set scores.rows=5", "num_rows"),
+        (
+            "range",
+            "--train-data {text} --eval-data {text} -o new.yaml --set distill.max_length=100000",
+            "distill.max_length=100000: the teacher's context has 64 tokens",
+        ),
         ("model", "= recommend {bert} --target 0.5", "bert"),
     ),
     *command(
@@ -549,6 +554,11 @@ CASES = [
         ("key", "distill.packing_strategy=bdf", "mean 'bfd'?"),
         ("key", "distill.log_level=loud", "'warning'"),
         ("range", "distill.max_length=100000", "context"),
+        (
+            "range",
+            "rounds=[{{prune: {{hidden_size: 24}}, scores: {{max_length: 100000}}}}]",
+            "rounds.1.scores.max_length",
+        ),
         ("extra", "distill.resume_from_checkpoint=x", "is unknown"),
         ("data", "distill.completion_only_loss=true", "expected completion"),
         ("data", "distill.assistant_only_loss=true", "expected messages"),

@@ -366,6 +366,20 @@ def test_refusals(changes, words):
         Setup(**changes)
 
 
+def test_rows_are_no_longer_than_the_context():
+    """Training lowers `max_length` to the shorter context: so does the estimate, and it says so."""
+    models = [replace_config(config, max_position_embeddings=length) for config, length in zip(SMALL, (96, 48))]
+    long, exact = (estimate_capacity(*models, Setup(max_length=length, device=CPU)) for length in (1024, 48))
+    assert (long.parts, long.max_length, long.largest_batch) == (exact.parts, 48, exact.largest_batch)
+    assert {*long.assumptions} - {*exact.assumptions} == {
+        "max_length=1024 exceeds the context of the student, 48 tokens. Rows have at most 48 tokens"
+    }
+
+
+def replace_config(config: LlamaConfig, **changes) -> LlamaConfig:
+    return LlamaConfig(**{**config.to_dict(), **changes})
+
+
 def test_other_vocabularies_are_refused():
     with pytest.raises(PlanError, match="8192 tokens and the student 100"):
         estimate_capacity(PAIRS["dense"][0], LlamaConfig(**{**DENSE, "vocab_size": 100}))

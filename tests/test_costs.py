@@ -24,7 +24,7 @@ from minitron_hf.distillation.stage_memory import (
     stage_memory,
 )
 from minitron_hf.distillation.stage_repair import expected_cut_inputs, expected_writers
-from minitron_hf.errors import PlanError, UnsupportedModelError
+from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
 from minitron_hf.models import count_parameters, load_config
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.repair import repaired_weights
@@ -258,6 +258,28 @@ def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
     assert found["distill"].formula == "100 steps of 4 × 32 tokens"
     assert found["distill"].memory > 16 * count_parameters(student)
     assert not math.isnan(found["evaluate"].seconds)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"max_length": None}, {"max_length": 4096}], ids=["default", "none", "too long"]
+)
+def test_rows_are_estimated_no_longer_than_training_makes_them(recipe, given):
+    """The context of the pocket is 64 tokens. Training lowers longer rows to it; a recipe that asks is refused."""
+    context = load_config(recipe.teacher.model).max_position_embeddings
+    rest = {name: value for name, value in recipe.distill.items() if name != "max_length"}
+    correction = CorrectionSection(1e-3, 1000)
+    cached = replace(recipe, teacher_cache=CacheSection(top_k=8), teacher_correction=correction)
+    exact = replace(cached, distill=rest | {"max_length": context})
+    exact = replace(exact, teacher_correction=replace(correction, arguments={"max_length": context}))
+    found, expected = (estimate_recipe(one, machine=MACHINE) for one in (replace(cached, distill=rest | given), exact))
+    assert found.stages == expected.stages
+    assert next(one for one in found.stages if one.stage == "distill").formula == "100 steps of 4 × 64 tokens"
+    assert expected.notes == found.notes[1:]
+    assert found.notes[0].startswith(f"distill.max_length={given.get('max_length', 1024)}")
+    assert "64 tokens" in found.notes[0]
+    if given.get("max_length"):
+        with pytest.raises(DataError, match=r"distill\.max_length=4096: the teacher's context has 64 tokens"):
+            check_recipe(replace(cached, distill=rest | given))
 
 
 def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):

@@ -82,7 +82,7 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
     from rich.table import Table
 
     number = "" if setup.devices == 1 else f"each of {setup.devices} × "
-    what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {setup.max_length:,} tokens"
+    what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {found.max_length:,} tokens"
     table = Table("distilling takes", title_justify="left")
     table.add_column("memory", justify="right")
     for name, size in found.parts.items():

@@ -35,6 +35,24 @@ def shortest_context(*configs: PretrainedConfig) -> int | None:
     return min((length for config in configs if (length := context_length(config)) is not None), default=None)
 
 
+def row_limit(max_length: int | None, **configs: PretrainedConfig) -> tuple[int | None, str | None]:
+    """The longest row that models can be trained on, and a message where this is not `max_length`.
+
+    Args:
+        max_length: as it was asked for; None asks for no limit.
+        **configs: role → config of each model.
+    """
+    contexts = {role: length for role, config in configs.items() if (length := context_length(config)) is not None}
+    role = min(contexts, key=contexts.__getitem__, default=None)
+    if role is None or (max_length is not None and max_length <= contexts[role]):
+        return max_length, None
+    context = contexts[role]
+    if max_length is None:
+        return context, f"max_length=None: rows have at most {context} tokens, the context of the {role}."
+    said = f"max_length={max_length} exceeds the context of the {role}, {context} tokens."
+    return context, f"{said} Rows have at most {context} tokens."
+
+
 def short_rows_note(max_length: int | None, context: int | None) -> str | None:
     """A warning that training does not reach most of the context; None if it does.
 

@@ -11,11 +11,12 @@ Legend: B rows, T tokens of a row, N tokens, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.context import row_limit
 from ..errors import PlanError
 from ..families import spec_for
 from ..losses.chunks import default_chunk_size
@@ -38,6 +39,7 @@ class Capacity:
     Attributes:
         parts: kind of memory → bytes at the moment of peak memory.
         worst_moment: the phase with the peak memory.
+        max_length: tokens of a row, at most the context of both models.
         memory: usable bytes: the device's memory without `RESERVE`.
         largest_batch: the largest B that fits; 0 if none does.
         tokens_per_second: estimate for all devices together; communication overlaps with computation, and the slower
@@ -48,6 +50,7 @@ class Capacity:
 
     parts: Mapping[str, int]
     worst_moment: str
+    max_length: int
     memory: float
     largest_batch: int
     tokens_per_second: float | None
@@ -88,6 +91,8 @@ def estimate_capacity(
     sizes = [config.get_text_config().vocab_size for config in (teacher_config, student_config)]
     if sizes[0] < sizes[1] or (sizes[0] != sizes[1] and not cuts_vocabulary):
         raise PlanError(f"The teacher has {sizes[0]} tokens and the student {sizes[1]}: expected the same vocabulary.")
+    length, lowered = row_limit(setup.max_length, teacher=teacher_config, student=student_config)
+    setup = replace(setup, max_length=length or setup.max_length)
     passes = run_on_fakes(teacher_config, student_config, setup)
     resident = resident_bytes(teacher_config, student_config, setup, passes)
     memory = setup.device.memory * (1 - RESERVE)
@@ -114,13 +119,14 @@ def estimate_capacity(
         if setup.accumulates
         else "a step has one pass, so the gradients of all weights come while activations go",
         "rows are full, and attention does not store its weights",
+        *([] if lowered is None else [lowered.rstrip(".")]),
     ]
     if speed is not None:
         assumptions += [
             f"{UTILISATION:.0%} of the device's peak FLOP/s is reached: an estimate, no measurement",
             "all devices are in one machine; every pass communicates while it computes",
         ]
-    return Capacity(parts, worst, memory, _largest(fits), speed, limit, tuple(assumptions))
+    return Capacity(parts, worst, setup.max_length, memory, _largest(fits), speed, limit, tuple(assumptions))
 
 
 def _largest(fits: Any) -> int:

@@ -14,7 +14,7 @@ from trl import is_conversational, is_conversational_from_value
 
 from ..compat import collates_images, column_names, trains_on_images
 from ..data import TokenRows
-from ..data.context import context_length
+from ..data.context import row_limit
 from ..data.conversations import is_conversation
 from ..data.images import (
     PLACE,
@@ -45,21 +45,21 @@ def limit_to_context(args: Any, **configs: PretrainedConfig) -> None:
         args: of the trainer; changed.
         **configs: role → config of the model.
     """
-    contexts = {role: length for role, config in configs.items() if (length := context_length(config)) is not None}
-    if not contexts:
-        return
-    role = min(contexts, key=contexts.__getitem__)
+    if note := lower_to_context(args, **configs):
+        logger.warning(note)
+
+
+def lower_to_context(args: Any, **configs: PretrainedConfig) -> str | None:
+    """As `limit_to_context`, but returns the message.
+
+    Args:
+        args: of the trainer; changed.
+        **configs: role → config of the model.
+    """
     if args.max_length is None and args.padding_free and not args.packing:
-        return  # TRL requires this; the collator checks each row
-    if args.max_length is None or args.max_length > contexts[role]:
-        logger.warning(
-            "max_length=%s exceeds the context of the %s, %d tokens. Rows have at most %d tokens.",
-            args.max_length,
-            role,
-            contexts[role],
-            contexts[role],
-        )
-        args.max_length = contexts[role]
+        return None  # TRL requires this; the collator checks each row
+    args.max_length, note = row_limit(args.max_length, **configs)
+    return note
 
 
 @dataclass

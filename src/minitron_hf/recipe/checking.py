@@ -28,7 +28,7 @@ from .identity import dataset_identity, training_identity
 from .lineage import corpus_notes, longest_document
 from .run import Run
 from .schema import Recipe
-from .settings import check_settings
+from .settings import check_settings, require_lengths
 from .stages import stages_until
 from .training import lora_config
 
@@ -121,12 +121,7 @@ def _check_against_model(
     arguments: Sequence[DistillationConfig],
 ) -> None:
     """Refuse settings that do not fit the models: lengths, layers, adapters, numbers of tokens."""
-    context = context_length(teacher)
-    lengths = {"scores.max_length": recipe.scores.get("max_length"), "evaluate.max_length": recipe.evaluate.max_length}
-    lengths |= {f"{where}.max_length": one.get("max_length") for where, one in _trained(recipe).items()}
-    for name, length in lengths.items():
-        if context is not None and length is not None and length > context:
-            raise DataError(f"{name}={length}: the teacher's context has {context} tokens. Lower it.")
+    require_lengths(recipe, context_length(teacher))
     vocab_size = min(text_config(one).vocab_size for one in (teacher, *students))
     if recipe.teacher_cache is not None and (top_k := recipe.teacher_cache.top_k or 0) > vocab_size:
         raise DataError(f"teacher_cache.top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it.")
@@ -166,14 +161,6 @@ def _short_rows(run: Run, arguments: Sequence[DistillationConfig]) -> list[str]:
     note = short_rows_note(longest, context_length(run.teacher_config))
     advice = f"{remedy}, or measure them: evaluate.max_length, with documents of that length."
     return [] if note is None else [f"{note} {advice}"]
-
-
-def _trained(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
-    """The sections that say how rows are trained on, by where they stand."""
-    correction = recipe.teacher_correction
-    sections: dict[str, Mapping[str, Any]] = {"distill": recipe.distill}
-    sections |= {f"rounds.{number}.distill": one.distill for number, one in enumerate(recipe.rounds, 1)}
-    return sections | ({} if correction is None else {"teacher_correction.arguments": correction.arguments})
 
 
 def _check_adapter(adapter: Any, model: Any) -> None:

@@ -9,11 +9,12 @@ Legend: N tokens, T tokens of a row, P parameters, S optimiser steps; D inputs o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..distillation.config import checkpointing_field
+from ..distillation.rows import lower_to_context
 from ..families import spec_for
 from ..models import count_parameters
 from ..scoring.calibration import default_max_length
@@ -36,6 +37,7 @@ from .stage_bytes import (
     pruning_memory,
     repair_limit,
     repair_seconds,
+    row_length,
     training_memory,
 )
 from .stages import stages_until
@@ -124,23 +126,31 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
         machine: speeds; by default they are measured, which takes a few seconds.
     """
     arguments = check_settings(recipe)
-    run = Run(recipe)
-    last = arguments[-1]
-    length = last.max_length or 1024
+    run, last = Run(recipe), arguments[-1]
+    lowered = _lower_to_context(recipe, run.teacher_config, arguments)
     if machine is None:
-        rows = last.per_device_train_batch_size
+        rows, length = last.per_device_train_batch_size, row_length(last.max_length, run.teacher_config)
         machine = measure_machine(run.teacher_config, recipe.output_dir, length=length, rows=rows)
     corpora = {"train": measured_training_corpus(run), "eval": measured_dataset(run, "eval")}
     written = None if recipe.generate is None else expected_text(run)
     students = _students(recipe, run.teacher_config)
     facts = Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
     stages = tuple(_stage_cost(facts, stage.name) for stage in stages_until(recipe, until))
-    notes = [*machine.notes]
+    notes = [*machine.notes, *lowered]
     unknown = [which for which, one in corpora.items() if one is None or one.num_documents is None]
     notes += [f"data.{which}: its number of tokens is not known here." for which in unknown]
     parts = {recipe.data.place(number): measured_part(run, number) for number in range(len(recipe.data.parts))}
     notes += beginning_notes({**parts, "data.eval": corpora["eval"]})
     return Estimate(machine, stages, tuple(notes))
+
+
+def _lower_to_context(recipe: Recipe, teacher: PretrainedConfig, arguments: Sequence[DistillationConfig]) -> list[str]:
+    """Lower `max_length` of every round to the context, as training does; returns a message of each that was."""
+    notes = []
+    for number, args in enumerate(arguments, 1):
+        if note := lower_to_context(args, teacher=teacher):  # a student has its teacher's context
+            notes.append(f"{f'rounds.{number}.' if recipe.rounds else ''}distill.{note}")
+    return notes
 
 
 def _students(recipe: Recipe, config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -275,7 +285,7 @@ def _correct(facts: Facts, number: int) -> StageCost:
     """N × (three forward passes of the teacher and its head) / training speed."""
     section = facts.recipe.teacher_correction
     assert section is not None
-    length = section.arguments.get("max_length", 1024)
+    length = row_length(section.arguments.get("max_length", 1024), facts.teacher)
     lora = section.method != "full"
     flops = costs.training_flops(facts.teacher, length, lora=lora)
     per_token = flops / facts.machine.training_flops
@@ -295,7 +305,7 @@ def _cache(facts: Facts, number: int) -> StageCost:
 
     section = facts.recipe.teacher_cache
     assert section is not None
-    length = facts.arguments[-1].max_length or 1024
+    length = facts.length(-1)
     tokens = facts.tokens("train") + _evaluated_tokens(facts, facts.arguments[-1], length)
     vocab_size = facts.teacher.get_text_config().vocab_size
     disk = tokens * bytes_per_position(
@@ -324,7 +334,7 @@ def _distill(facts: Facts, number: int) -> StageCost:
 
 def _training_cost(facts: Facts, number: int) -> StageCost:
     recipe, _, student, args = facts.in_round(number)
-    length, size = args.max_length or 1024, count_parameters(student)
+    length, size = facts.length(number), count_parameters(student)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = float(args.max_steps)
     if steps <= 0:

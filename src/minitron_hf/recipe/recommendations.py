@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..data.context import context_length
 from ..errors import PlanError
 from ..families import PRUNER_FIELDS, spec_for
 from ..models import count_parameters
@@ -34,7 +35,6 @@ from .decisions import (
     teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
-from .rules import require_settings
 from .schedules import LEAST_ROUND_STEPS, PAPER_TOKENS, Corpus, most_rounds, peak_rate, plan_schedule
 from .schema import Recipe
 from .shape_choice import Choice, choose_shape, cut_of, shape_decision, shapes_of_rounds, shapes_to_measure
@@ -54,10 +54,12 @@ class Recommendation:
     Attributes:
         decisions: in the order in which they are taken.
         rounds: the student of every round, the last one at the target.
+        context: tokens of the teacher's context; None if it has no limit.
     """
 
     decisions: tuple[Decision, ...]
     rounds: tuple[Shape, ...]
+    context: int | None
 
     def __getitem__(self, name: str) -> Decision:
         return {decision.name: decision for decision in self.decisions}[name]
@@ -77,7 +79,7 @@ class Recommendation:
         Raises:
             DataError: if it is no recipe with these changes.
         """
-        from .settings import distillation_hints, scoring_hints
+        from .settings import require_lengths, require_sections
 
         values: dict[str, Any] = {
             "teacher": teacher,
@@ -95,8 +97,8 @@ class Recommendation:
         recipe = Recipe.from_dict(values)
         for each in recipe.each_round():
             each.pruner_config  # noqa: B018 (refuses what is wrong)
-            require_settings(each.scores, scoring_hints(), "scores.", "arguments of estimate_importance")
-            require_settings(each.distill, distillation_hints(), "distill.", "fields of DistillationConfig")
+            require_sections(each)
+        require_lengths(recipe, self.context)
         return values
 
     def to_yaml(self, recipe: Mapping[str, Any]) -> str:
@@ -169,6 +171,7 @@ def recommend(
             schedule,
         ),
         students,
+        context_length(config),
     )
 
 

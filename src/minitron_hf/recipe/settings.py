@@ -177,7 +177,7 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     found = []
     for number, one in enumerate(rounds, 1):
         where = f"rounds.{number}." if recipe.rounds else ""
-        require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
+        require_sections(one, where)
         require_iterations(one.pruner_config, one.scores.get("iterations", 1))
         found.append(distillation_config(folder, one.distill, f"{where}distill."))
         _require_shared(recipe, number)
@@ -191,6 +191,36 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     if recipe.teacher_correction is not None:
         _check_correction(recipe)
     return found
+
+
+def require_sections(one: Recipe, where: str = "") -> None:
+    """Refuse unknown and impossible entries of `scores` and `distill`.
+
+    Args:
+        one: the recipe, or one round of it.
+        where: what stands before the names of the sections in a message.
+    """
+    require_settings(one.scores, scoring_hints(), f"{where}scores.", "arguments of estimate_importance")
+    require_settings(one.distill, distillation_hints(), f"{where}distill.", "fields of DistillationConfig")
+
+
+def require_lengths(recipe: Recipe, context: int | None) -> None:
+    """Refuse rows that are longer than the teacher's context.
+
+    Args:
+        recipe: the recipe.
+        context: in tokens; None if it has no limit.
+    """
+    sections: dict[str, Mapping[str, Any]] = {"distill": recipe.distill, "search": recipe.search or {}}
+    sections["scores"] = recipe.scores
+    for number, one in enumerate(recipe.rounds, 1):
+        sections |= {f"rounds.{number}.distill": one.distill, f"rounds.{number}.scores": one.scores}
+    if recipe.teacher_correction is not None:
+        sections["teacher_correction.arguments"] = recipe.teacher_correction.arguments
+    lengths = {where: values.get("max_length") for where, values in sections.items()}
+    for where, length in {**lengths, "evaluate": recipe.evaluate.max_length}.items():
+        if context is not None and isinstance(length, int) and length > context:
+            raise DataError(f"{where}.max_length={length}: the teacher's context has {context} tokens. Lower it.")
 
 
 def _require_comparable_tokens(recipe: Recipe, rounds: Sequence[Recipe]) -> None:

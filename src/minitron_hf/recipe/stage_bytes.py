@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.context import row_limit
 from ..distillation.capacity import estimate_capacity
 from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Costs that cannot be known.
 UNKNOWN = math.nan
+#: Tokens of a row that stand for documents of any length, each of them a row.
+UNLIMITED = 1024
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Facts:
         recipe: the recipe.
         teacher: config of the teacher.
         students: config of the student of every round.
-        arguments: of every round's training.
+        arguments: of every round's training, with the lengths of rows that it has (`lower_to_context`).
         machine: its speeds.
         corpora: `train` and `eval`; None where a corpus is not known here.
         written: text that the teacher writes for the corpus.
@@ -82,11 +85,20 @@ class Facts:
         corpus = self.corpora[which]
         return UNKNOWN if corpus is None else corpus.num_tokens
 
+    def length(self, number: int) -> int:
+        """T of the training rows of a round, counted from 0."""
+        return row_length(self.arguments[number].max_length, self.teacher)
+
     def in_round(self, number: int) -> tuple[Recipe, PretrainedConfig, PretrainedConfig, DistillationConfig]:
         """Recipe, model to prune, student and arguments of a round, counted from 0."""
         recipe = self.recipe.each_round()[number]
         before = self.teacher if number == 0 else self.students[number - 1]
         return recipe, before, self.students[number], self.arguments[number]
+
+
+def row_length(max_length: int | None, model: PretrainedConfig) -> int:
+    """T of full rows, at most the context of the model."""
+    return row_limit(max_length or UNLIMITED, model=model)[0] or UNLIMITED
 
 
 def memory_of(

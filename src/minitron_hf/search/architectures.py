@@ -11,6 +11,7 @@ after some 200 steps. So the first selection keeps diverse shapes, and distillat
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
+from ..data.context import row_limit
 from ..errors import PlanError, accept_old_names, checks_kinds
 from ..evaluation.speed import measure_speed
 from ..files import digest
@@ -39,6 +41,8 @@ from .record import SearchRecord, stored_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,10 @@ def search_architectures(
     score = OwnScore.of(score_func, score_floor)
     _require_distillable(train_dataset, output_dir, distillation or {})
     max_length = max_length or default_max_length(model.config)
+    limit, lowered = row_limit(max_length, teacher=model.config)
+    if limit is not None and lowered:
+        logger.warning(lowered)
+        max_length = limit
     rows, repair_rows = comparison_rows(
         calibration_data, processing_class, base, max_length=max_length, num_rows=num_rows
     )
