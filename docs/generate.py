@@ -15,6 +15,7 @@ from typer.main import get_command
 from minitron_hf import DistillationConfig, PrunerConfig
 from minitron_hf.cli.app import app
 from minitron_hf.recipe import schema
+from minitron_hf.recipe.reading import BUDGETS
 
 
 def write_generated(folder: Path) -> None:
@@ -38,7 +39,11 @@ def recipe_reference() -> str:
         name = section.__name__
         about = _first_paragraph(section)
         parts.append(f"({name.lower()})=\n## {name}\n\n{about}\n\n" + "\n".join(rows) + "\n")
-    about = "This page lists every key of a recipe for users of `minitron-hf run`. A recipe is a YAML file."
+    budgets = ", ".join(f"`{name}`" for name in BUDGETS)
+    about = (
+        "This page lists every key of a recipe for users of `minitron-hf run`. A recipe is a YAML file. Budgets may "
+        f"end in `k`, `M`, `B` or `T`, in lower or upper case: {budgets}."
+    )
     return f"# The keys of a recipe\n\n{about}\n\n" + "\n".join(parts)
 
 

@@ -274,6 +274,7 @@ CASES = [
         "recommend",
         ("missing", "= recommend {teacher}", "--target"),
         ("type", "--tokens some", "expected a number"),
+        ("range", "--tokens 0.1k --target 0.0001k", "--target 0.0001k: expected a number above 0"),
         ("range", "= recommend {teacher} --target nan", "expected a number"),
         ("range", "= recommend {teacher} --target -3", "above 0"),
         ("range", "--rounds 0", "at least 1"),
@@ -360,6 +361,7 @@ CASES = [
         ("type", "--set prune.hidden_size=[1,", "not valid YAML"),
         ("permission", "= run {teacher}", "Cannot read the recipe"),
         ("range", "--accelerate ddp --num-processes 0", "at least 1"),
+        ("missing", "--num-processes 2", "--num-processes needs --accelerate"),
     ),
     *section(
         "teacher",
@@ -485,7 +487,12 @@ CASES = [
     *section(
         "teacher_correction",
         ("missing", "teacher_correction={{num_tokens: 9}}", "lacks"),
-        ("type", "teacher_correction={{num_tokens: 1e3, original_learning_rate: 1e-3}}", "Write 1000"),
+        ("type", "teacher_correction={{num_tokens: 9.5, original_learning_rate: 1e-3}}", "expected an integer"),
+        (
+            "type",
+            "teacher_correction={{num_tokens: 9Q, original_learning_rate: 1e-3}}",
+            "teacher_correction.num_tokens=9Q: expected a number above 0, such as",
+        ),
         ("range", "teacher_correction={{num_tokens: 9, original_learning_rate: -1}}", "more than 0"),
         (
             "key",

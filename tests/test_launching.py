@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from minitron_hf.cli import wording
 from minitron_hf.cli.app import main
 from minitron_hf.errors import DataError, DistributedError, MinitronError, MissingDependencyError
 from minitron_hf.recipe import launching
@@ -48,8 +49,11 @@ def test_what_cannot_be_launched_is_refused_by_name(tmp_path, monkeypatch):
     assert launching.require_launchable(tmp_path / "mine.yaml", 2) == 2
     with pytest.raises(DataError, match="at least 1"):
         launching.require_launchable("ddp", 0)
-    with pytest.raises(DataError, match="how many"):
+    with pytest.raises(DataError, match="how many") as refusal:
         launching.require_launchable("ddp", None)
+    wording.begin({"num_processes": "--num-processes"})
+    assert wording.worded(str(refusal.value)).endswith("to start: --num-processes N.")
+    wording.begin({})
     with pytest.raises(DistributedError, match="Use ddp"):
         launching.require_launchable("fsdp2", 2)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

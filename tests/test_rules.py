@@ -15,11 +15,13 @@ import yaml
 from transformers.trainer_utils import IntervalStrategy
 
 import minitron_hf
+from minitron_hf.cli.options import _number
 from minitron_hf.errors import DataError, PlanError, did_you_mean
-from minitron_hf.recipe.reading import apply_overrides, read_yaml, write_yaml
+from minitron_hf.pruning.repair import repaired_weights
+from minitron_hf.recipe.reading import BUDGETS, apply_overrides, read_yaml, write_yaml
 from minitron_hf.recipe.rules import RANGES, Range, hints_of, require_settings, require_value
-from minitron_hf.recipe.schema import Recipe
-from minitron_hf.recipe.settings import check_settings, distillation_config
+from minitron_hf.recipe.schema import CorrectionSection, Recipe
+from minitron_hf.recipe.settings import check_settings, distillation_config, section_names
 from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.shapes import enumerate_shapes
 from pocket import pocket_config
@@ -140,6 +142,58 @@ def test_yaml_is_read_as_version_1_2(text, value):
     found = read_yaml(text)
     assert found == value
     assert type(found) is type(value)
+
+
+#: By hand: what budgets of tokens and of parameters mean.
+NUMBERS = {
+    "500K": 500_000, "500k": 500_000, "0.4m": 400_000, "2M": 2_000_000, "50b": 50_000_000_000, "10B": 10_000_000_000,
+    "4.35B": 4_350_000_000, "1t": 1_000_000_000_000, "15T": 15_000_000_000_000, "4.5e9": 4_500_000_000, "7": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_budgets_are_read_alike_everywhere(text, tmp_path):
+    """As an option, as an entry of --set and in a recipe; also in a section that a command reads by itself."""
+    correction = f"{{original_learning_rate: 1e-3, num_tokens: {text}}}"
+    (tmp_path / "recipe.yaml").write_text(
+        f"{{teacher: t, output_dir: o, data: {{train: a, eval: b}}, prune: {{target_parameters: {text}}}, "
+        f"teacher_correction: {correction}}}"
+    )
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    changed = Recipe.from_yaml(
+        tmp_path / "recipe.yaml", [f"prune.target_active_parameters={text}", f"teacher_correction={correction}"]
+    )
+    search = apply_overrides({}, [f"max_memory_bytes={text}", f"search.num_tokens={text}"])
+    found = [
+        _number("tokens", text),
+        recipe.pruner_config.target_parameters,
+        recipe.teacher_correction.num_tokens,
+        changed.pruner_config.target_active_parameters,
+        changed.teacher_correction.num_tokens,
+        search["max_memory_bytes"],
+        search["search"]["num_tokens"],
+    ]
+    assert found == [NUMBERS[text]] * len(found)
+    assert {type(one) for one in found} == {int}
+
+
+@pytest.mark.parametrize("text", ["0.5", "5e-1"])
+def test_fractions_stay_fractions(text):
+    assert _number("target", text) == apply_overrides({}, [f"target_parameters={text}"])["target_parameters"] == 0.5
+
+
+@pytest.mark.parametrize("text", ["4.5Q", "k", "-2M", "nan", "infB", "1.2.3M", "0.0001k", "2MB"])
+def test_other_numbers_are_refused_by_name(text):
+    with pytest.raises(DataError, match=f"^--tokens {text}: expected a number above 0"):
+        _number("tokens", text)
+    with pytest.raises(DataError, match=f"^prune.target_parameters={text}: expected a number above 0"):
+        apply_overrides({}, [f"prune.target_parameters='{text}'"])
+
+
+def test_every_budget_is_an_entry_of_something():
+    known = {name for names in section_names().values() for name in names}
+    known |= {*CorrectionSection.__dataclass_fields__, *inspect.signature(repaired_weights).parameters}
+    assert known >= {*BUDGETS}
 
 
 def test_what_is_written_is_read_back():

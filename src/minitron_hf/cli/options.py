@@ -39,12 +39,6 @@ Target = Annotated[
 SizeOption = Annotated[Optional[str], typer.Option(metavar="INT|FRACTION", help="Units or fraction to keep.")]  # noqa: UP045
 
 
-def _distributed(accelerate: str | None, num_processes: int | None) -> list[str]:
-    """The options for several processes as entries of a recipe."""
-    entries = {"config": accelerate, "num_processes": num_processes}
-    return [f"distributed.{key}={value}" for key, value in entries.items() if value is not None]
-
-
 def _load(name: str, *corpora: Any, **kwargs: Any) -> tuple[Any, Any]:
     """A model, and what reads corpora for it."""
     from ..models import load_for_compute
@@ -172,17 +166,11 @@ def _sizes(
     return {name: _size(name, text) for name, text in texts.items() if text is not None}
 
 
-def _number(name: str, text: str) -> float:
+def _number(name: str, text: str) -> int | float:
     """A number that may end in k, M, B or T."""
-    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1)
-    try:
-        number = _finite(text[:-1] if scale > 1 else text) * scale
-    except ValueError:
-        number = -1
-    if not number > 0:
-        option = name.replace("_", "-")
-        raise DataError(f"--{option} {text}: expected a number above 0, such as 0.5, 4.5e9 or 4.5B.")
-    return number
+    from ..recipe.reading import read_number
+
+    return read_number(text, f"--{name.replace('_', '-')} ")
 
 
 def _finite(text: str) -> float:

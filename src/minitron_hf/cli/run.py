@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ..errors import DataError
-from .options import Accelerate, Processes, Settings, _distributed
+from .options import Accelerate, Processes, Settings
 from .output import current, given, tell
 from .printing import _print_estimate, _print_results, _print_shapes
 from .wording import takes_sections
 
 if TYPE_CHECKING:
     from ..recipe.estimates import Estimate
+    from ..recipe.schema import Recipe
 
 
 def run(
@@ -39,13 +41,12 @@ def run(
     from ..progress import step
     from ..recipe.estimates import estimate_recipe
     from ..recipe.runner import run_recipe, try_recipe
-    from ..recipe.schema import Recipe
     from ..recipe.settings import section_names
 
     takes_sections(section_names)
     if is_launched():
         raise DataError("run starts its processes itself: minitron-hf run RECIPE --accelerate ddp --num-processes 8")
-    loaded = Recipe.from_yaml(recipe, [*(set_ or []), *_distributed(accelerate, num_processes)])
+    loaded = _read(recipe, set_ or [], accelerate, num_processes)
     if dry_run:
         with step("Checking the recipe"):
             shapes = try_recipe(loaded, until=until, redo=redo)
@@ -64,6 +65,23 @@ def run(
         report_estimate=_tell_estimate,
     )
     _print_results(folder)
+
+
+def _read(recipe: Path, entries: list[str], accelerate: str | None, num_processes: int | None) -> Recipe:
+    """The recipe with the entries of --set, then with the options for several processes."""
+    from ..recipe.schema import Recipe
+
+    loaded = Recipe.from_yaml(
+        recipe, [*entries, *([] if accelerate is None else [f"distributed.config={accelerate}"])]
+    )
+    if num_processes is None:
+        return loaded
+    if loaded.distributed is None:
+        raise DataError(
+            "--num-processes needs --accelerate NAME, such as ddp, because the recipe does not say how to train in "
+            "several processes (distributed)."
+        )
+    return replace(loaded, distributed=replace(loaded.distributed, num_processes=num_processes))
 
 
 def _tell_estimate(estimate: Estimate) -> None:

@@ -72,7 +72,7 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
     if num_processes is not None and num_processes < 1:
         raise DataError(f"num_processes={num_processes}: expected at least 1.")
     if num_processes is None and not devices:
-        raise DataError("num_processes: this machine has no accelerators to count. Say how many processes to start.")
+        raise DataError("This machine has no accelerators to count. Say how many processes to start: num_processes=N.")
     if devices and num_processes is not None and num_processes > devices:
         raise DistributedError(f"num_processes={num_processes}: this machine has {devices} accelerators.")
     if not devices and kind in ("FSDP", "DEEPSPEED"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -93,8 +94,59 @@ def _yaml_message(error: Exception) -> str:
     return f"{f'Line {mark.line + 1}: ' if mark else ''}not valid YAML: {what}."
 
 
+#: What large numbers may end in.
+_SCALES: Mapping[str, float] = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+#: Entries whose numbers may: budgets of parameters, tokens and bytes.
+BUDGETS = (
+    "max_active_parameters", "max_memory_bytes", "max_parameters", "memory_limit", "num_tokens",
+    "target_active_parameters", "target_parameters",
+)  # fmt: skip
+
+
+def read_number(text: str, where: str) -> int | float:
+    """A number above 0 that may end in k, M, B or T, in lower or upper case.
+
+    Args:
+        text: the number.
+        where: what a message calls it, and what stands between that and the number: `"--tokens "`.
+
+    Raises:
+        DataError: if it is no such number.
+
+    >>> [read_number(text, "--tokens ") for text in ("500K", "0.4m", "50b", "4.5e9", "0.5")]
+    [500000, 400000, 50000000000, 4500000000, 0.5]
+    """
+    digits, scale = text.strip(), _SCALES.get(text.strip()[-1:].lower())
+    try:
+        number = float(digits if scale is None else digits[:-1]) * (scale or 1)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or (scale is not None and number < 1):
+        raise DataError(f"{where}{text}: expected a number above 0, such as 0.5, 400k, 4.5e9 or 4.5B.")
+    return round(number) if scale is not None or number.is_integer() else number
+
+
+def _with_numbers(values: Any, where: str = "") -> Any:
+    """The same entries with numbers for the texts that budgets are given by; whole ones are integers (`4.5e9`)."""
+    if isinstance(values, list):
+        return [_with_numbers(one, f"{where}{number}.") for number, one in enumerate(values, 1)]
+    if not isinstance(values, dict):
+        return values
+    result = {}
+    for name, value in values.items():
+        if name not in BUDGETS:
+            result[name] = _with_numbers(value, f"{where}{name}.")
+        elif isinstance(value, str):
+            result[name] = read_number(value, f"{where}{name}=")
+        else:
+            result[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+    return result
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Set `"a.b=value"` entries in nested mappings (the value is YAML); the input is not changed.
+
+    Budgets may end in k, M, B or T (`read_number`).
 
     >>> apply_overrides({"prune": {"hidden_size": 64}}, ["prune.hidden_size=0.5", "controls=[random_init]"])
     {'prune': {'hidden_size': 0.5}, 'controls': ['random_init']}
@@ -125,7 +177,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
             section[_key(section, leaf, override)] = read_yaml(text)
         except DataError as error:
             raise DataError(f"--set {override!r}: {error}") from error
-    return result
+    numbers: dict[str, Any] = _with_numbers(result)
+    return numbers
 
 
 def _key(section: Any, name: str, override: str) -> Any:
