@@ -154,6 +154,29 @@ def test_no_command_replaces_files_unasked(workshop, tmp_path):
         assert not (tmp_path / "run" / path.name).exists()
 
 
+def test_no_command_writes_beside_files_of_others(workshop, tmp_path):
+    """Neither with --overwrite, which replaces files of the command; beside its own files it writes."""
+    teacher, text, out = workshop / "teacher", workshop / "text.jsonl", tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    settings = ("--set", "max_length=16", "--set", "num_rows=4")
+    search = ("--space", "intermediate_size=[0.5]", "--max-parameters", "1M", "--data", text)
+    score = ("score", teacher, "--data", text, *settings)
+    commands = (
+        (*score, "-o", out), (*score, "-o", out, "--overwrite"),
+        ("plan", teacher, "--set", "layers_to_drop=[2]", "-o", out),
+        ("search", teacher, "--scores", tmp_path, *search, "-o", out),
+        ("evaluate", f"a={teacher}", "--data", text, "-o", out),
+        ("distill", teacher, "--teacher", teacher, "--train-data", text, "-o", out),
+        ("cache", teacher, "--data", text, "-o", out),
+    )  # fmt: skip
+    for command in commands:
+        refused(minitron(*command), f"{out} already holds files")
+        assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    (out / "pruning_plan.json").touch()
+    assert minitron(*score, "-o", out).returncode == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_scores_and_plans_are_written_by_one_command_at_a_time(workshop, tmp_path):
     import fcntl

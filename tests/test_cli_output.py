@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -13,9 +14,10 @@ import warnings
 import pytest
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 from typer.main import get_command
 
-from minitron_hf.cli import doctor, output, printing
+from minitron_hf.cli import doctor, output, printing, wording
 from minitron_hf.cli.app import app
 from minitron_hf.progress import one_progress_bar
 from minitron_hf.recipe.runner import _time_left
@@ -233,6 +235,39 @@ def test_warnings_of_libraries_are_hidden_and_those_of_this_package_shown():
         assert [str(one.message) for one in seen] == expected
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_warnings_of_this_package_are_in_the_words_of_the_command(verbose, capsys):
+    wording.begin({"top_k": "--top-k"})
+    wording.takes(["max_length"])
+    with output._library_messages(verbose=verbose):
+        logging.getLogger("minitron_hf.scoring.calibration").warning("max_length=%d exceeds, top_k=3", 4096)
+        logging.getLogger("minitron_hf.models").info("told with --verbose")
+    logging.getLogger("minitron_hf.models").setLevel(logging.NOTSET)
+    wording.begin({})
+    said = capsys.readouterr().err
+    assert "--set max_length=4096 exceeds, --top-k 3" in said
+    assert ("told with --verbose" in said) == verbose
+
+
+def test_notes_are_in_the_words_of_the_command(workshop, tmp_path):
+    """Of a plan, with and without --json, of an estimate and of `fit`; the plan's file keeps those of Python."""
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=128, vocab_size=97
+    )
+    config.save_pretrained(tmp_path / "qwen2")
+    given = ["plan", tmp_path / "qwen2", "--num-attention-heads", "0.7"]
+    [note, other] = document(*given)["shapes"]["notes"]
+    assert note.startswith("--num-attention-heads 0.7 of 8 becomes 4, that is 0.5: ")
+    assert "It takes --hidden-size 32 with --num-attention-heads 4; --portable allows only such sizes" in other
+    text = " ".join(minitron(*given).stdout.split())
+    assert note in text
+    dry = document("run", workshop / "recipe.yaml", "--dry-run", "--set", "distill.max_length=null")["estimate"]
+    assert any(one.startswith("distill.max_length=null: rows have at most 64") for one in dry["notes"])
+    sizes = ("--intermediate-size", "0.5", "--device", "80GB", "--max-length", "4096")
+    found = document("fit", workshop / "teacher", *sizes)["capacity"]["assumptions"]
+    assert any(one.startswith("--max-length 4096 exceeds") for one in found)
+
+
 @pytest.mark.parametrize(("command", "words"), [("run", "resumes"), ("plan", "Run it again")])
 def test_an_interrupt_ends_every_command_with_130(monkeypatch, workshop, command, words):
     monkeypatch.setattr("minitron_hf.models.load_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -243,6 +278,25 @@ def test_an_interrupt_ends_every_command_with_130(monkeypatch, workshop, command
     done = minitron(command, *given)
     assert done.returncode == 130
     assert words in done.stdout
+    done = minitron(command, *given, "--json")
+    assert done.returncode == 130
+    assert words in (found := json.loads(done.stdout))["error"]
+    assert found["exit_code"] == 130
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_an_interrupt_while_modules_are_imported_is_no_traceback(module, swallows, tmp_path, workshop):
+    """The signal comes in the middle of an import, which may turn it into an error of its own."""
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    caught = f"try:\n    {kill}\nexcept KeyboardInterrupt:\n    raise ImportError('half of it') from None\n"
+    (tmp_path / f"{module}.py").write_text(caught if swallows else kill)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = [sys.executable, "-m", "minitron_hf", "plan", str(workshop / "teacher"), "--hidden-size", "24", "--json"]
+    done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.strip() == "Interrupted. Run it again."
+    assert json.loads(done.stdout) == {"error": "Interrupted. Run it again.", "exit_code": 130}
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, MistralForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 from minitron_hf.errors import PlanError
 from minitron_hf.families import FIELD_OF_AXIS, families, spec_for
@@ -121,6 +122,79 @@ def test_runtimes_that_compute_head_dim_are_named_with_sizes_that_they_take(name
         sizes, notes = resolve_sizes(spec, config, request)
         assert sizes["hidden"] == sizes["heads"] * sizes["head_dim"]
         assert not [note for note in notes if "head_dim" in note]
+
+
+def accepted(spec, config, **sizes) -> bool:
+    try:
+        resolve_sizes(spec, config, PrunerConfig(**sizes))
+    except PlanError:
+        return False
+    return True
+
+
+#: Two groups of seven heads (as in Qwen2-0.5B), three of four, and as many groups as heads.
+GROUPED = [(14, 2, None), (14, 2, 1), (12, 3, None), (12, 3, 2), (6, 6, None)]
+
+
+@pytest.mark.parametrize(("heads", "groups", "kept"), GROUPED)
+def test_advice_names_the_nearest_sizes_that_a_plan_takes(heads: int, groups: int, kept: int | None):
+    """Against trying every size, for refusals of `portable` and for the note on other runtimes."""
+    config = Qwen2Config(hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=groups)
+    spec = families()["qwen2"]
+    rest = {} if kept is None else {"num_key_value_heads": kept}
+    taken = [
+        size for size in range(1, 8 * heads + 1) if accepted(spec, config, hidden_size=size, portable=True, **rest)
+    ]
+    assert taken
+    for size in range(1, 8 * heads):
+        nearest = {*[one for one in taken if one < size][-1:], *[one for one in taken if one > size][:1]}
+        if size not in taken:
+            with pytest.raises(PlanError, match="portable=True") as refusal:
+                resolve_sizes(spec, config, PrunerConfig(hidden_size=size, portable=True, **rest))
+            assert {*map(int, re.findall(r"\d+", str(refusal.value).partition("Nearest: ")[2]))} == nearest
+        given = PrunerConfig(hidden_size=size, num_attention_heads=kept or groups, **rest)
+        [note] = [one for one in resolve_sizes(spec, config, given)[1] if "head_dim" in one] or [""]
+        for hidden, number in re.findall(r"hidden_size=(\d+) with num_attention_heads=(\d+)", note):
+            assert int(number) < heads  # the teacher's own sizes are no advice
+            assert accepted(
+                spec, config, hidden_size=int(hidden), num_attention_heads=int(number), portable=True, **rest
+            )
+        assert note or size == 8 * (kept or groups)
+
+
+def test_sizes_given_together_come_with_a_pair_that_a_plan_takes():
+    config = Qwen2Config(hidden_size=112, num_attention_heads=14, num_key_value_heads=2)
+    spec = families()["qwen2"]
+    for hidden, heads in itertools.product(range(1, 113), range(1, 15)):
+        if not accepted(spec, config, hidden_size=hidden, num_attention_heads=heads, portable=True):
+            with pytest.raises(PlanError) as refusal:
+                resolve_sizes(spec, config, PrunerConfig(hidden_size=hidden, num_attention_heads=heads, portable=True))
+            pairs = re.findall(r"hidden_size=(\d+) with num_attention_heads=(\d+)", str(refusal.value))
+            assert pairs or hidden == 8 * heads  # which says which heads its groups take
+            for one, other in pairs:
+                assert accepted(spec, config, hidden_size=int(one), num_attention_heads=int(other), portable=True)
+
+
+MULTIPLE, GROUPS = "with the other sizes it has to be a multiple of", "the groups that are kept have no more"
+
+
+@pytest.mark.parametrize(
+    ("request_", "note"),
+    [
+        ({"num_attention_heads": 0.7}, f"num_attention_heads=0.7 of 8 becomes 4, that is 0.5: {MULTIPLE} 4."),
+        ({"hidden_size": 0.7, "portable": True}, f"hidden_size=0.7 of 64 becomes 32, that is 0.5: {MULTIPLE} 32."),
+        (
+            {"num_attention_heads": 0.9, "num_key_value_heads": 2},
+            f"num_attention_heads=0.9 of 8 becomes 4, that is 0.5: {GROUPS}.",
+        ),
+        ({"num_attention_heads": 0.5}, None),
+        ({"hidden_size": 0.7}, None),  # 44.8, rounded to a multiple of 8 as ever
+    ],
+)
+def test_a_fraction_that_other_sizes_move_says_what_became_of_it(request_, note):
+    config = Qwen2Config(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=128)
+    notes = resolve_sizes(families()["qwen2"], config, PrunerConfig(**request_))[1]
+    assert [one for one in notes if " becomes " in one] == ([] if note is None else [note])
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)

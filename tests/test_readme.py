@@ -125,6 +125,21 @@ def test_the_recipe_blocks_are_recipes():
             assert [twice.in_round(number).pruner_config.hidden_size for number in (1, 2)] == [3584, 3072], page
 
 
+def test_the_recipe_of_the_readme_is_a_part_of_the_file_that_it_names():
+    """Every entry stands in the file with the same value, `publish` as a comment; the text names what is left out."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [named] = set(re.findall(r"minitron-hf run (\S+\.yaml)", readme))
+    text, shown = (ROOT / named).read_text(encoding="utf-8"), yaml.safe_load(blocks("README.md", "yaml")[0])
+    commented = re.sub(r"(?m)^# ", "", text[text.index("# publish:") :])
+    file = yaml.safe_load(text) | yaml.safe_load(commented)
+    for name, value in shown.items():
+        assert (file[name] | value if isinstance(value, dict) else value) == file[name] or name == "teacher", name
+    assert file["teacher"] == shown["teacher"]
+    left_out = (file.keys() - shown.keys()) | (file["distill"].keys() - shown["distill"].keys())
+    assert left_out >= {"scores", "per_device_train_batch_size", "warmup_steps", "evaluate"}
+    assert "it also sets calibration, batches, warm-up and evaluation, and has `publish` as a comment" in readme
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_options_exist(page):
     known = get_command(app).commands

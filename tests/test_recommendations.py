@@ -8,6 +8,7 @@ import json
 import random
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.sizes.student import student_config
 from minitron_hf.sizes.targets import shapes_near_target
 from pocket import pocket_config, pocket_model, pocket_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LLAMA = LlamaConfig(
     num_hidden_layers=32,
@@ -298,6 +301,28 @@ def test_every_line_says_what_it_rests_on():
                 ), one
 
 
+def test_the_line_of_axes_cites_the_results_of_all_seeds():
+    """Against the result files: as many seeds as there are files, and their KL."""
+    line, results = recommend(WIDE, 0.7, tokens=1e6, rounds=1)["axes"], ROOT / "benchmarks" / "results" / "real"
+    [in_turn] = results.glob("starts/shape=26-layers-ffn-960,repair=sequential,tokens=245760,seed=*.json")
+    [alone] = results.glob("recipes/ffn-764.json")
+    kls = [
+        json.loads(in_turn.read_text())["summary"]["after"]["wikitext2"]["kl_divergence"]["value"],
+        json.loads(alone.read_text())["models"]["student"]["metrics"]["kl_divergence"]["value"],
+    ]
+    ended = (
+        f"26 layers and 960 neurons ended at KL {kls[0]:.3f} with `repair: sequential`; neurons alone, repaired, at"
+    )
+    assert f"{ended} {kls[1]:.3f}" in line.reason
+    assert "246k tokens, one seed each" in line.reason
+    for page in re.findall(r"docs/\S+\.md", line.source):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert any(f"{kl:.3f}" in text for kl in kls), page
+    page = (ROOT / "docs" / "explanation" / "measurements.md").read_text(encoding="utf-8")
+    for number in re.findall(r"0\.\d{3}", line.reason.partition("compared once")[2]):
+        assert f"{number} ± " in page
+
+
 @pytest.mark.parametrize(
     ("name", "goal", "by_depth"),
     [
@@ -352,6 +377,35 @@ def test_the_recipe_is_the_decisions_and_overrides(tmp_path):
     }
     with pytest.raises(DataError, match="colour"):
         found.recipe("some/teacher", train="a", eval="b", output_dir="c", overrides=["colour=blue"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told", "marked"),
+    [
+        ([], [], set()),
+        (["data.train.split=test"], [], set()),
+        (["distill.max_steps=7"], ["distill.max_steps=7 instead of 122"], {"schedule"}),
+        (["prune.repair=null"], ['prune.repair=null instead of "least_squares"'], {"repair"}),
+        (
+            ["prune.num_hidden_layers=14", "scores={}"],
+            ["prune.num_hidden_layers=14 instead of 12", 'scores.metric=null instead of "activation"'],
+            {"rounds", "teacher", "axes", "shape", "importance", "layers"},
+        ),
+        (["verify=true", "evaluate.tasks=[small]"], ["verify=true", 'evaluate.tasks=["small"]'], set()),
+    ],
+)
+def test_comments_mark_what_was_changed(overrides, told, marked):
+    """A line that no longer holds is marked, and no other."""
+    found = recommend(DEEP, 0.8, goal="latency", tokens=1e6, rounds=1)
+    values = found.recipe("some/teacher", train="a.jsonl", eval="b.jsonl", output_dir="c", overrides=overrides)
+    text = found.to_yaml(values)
+    assert yaml.safe_load(text) == values
+    comments = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#   "))
+    assert all(one in " ".join(text.replace("\n#  ", "").split()) for one in told)
+    assert ("Changed afterwards" in text) == bool(told), comments
+    names = [one.name for one in found.decisions]
+    assert {name for name in names if f"\n# * {name}: " in text} == marked
+    assert {name for name in names if f"\n# {name}: " in text} == {*names} - marked
 
 
 @pytest.mark.parametrize("goal", ["quality", "latency"])

@@ -49,6 +49,12 @@ def test_settings_are_options_or_entries(python, expected):
     assert wording.worded(python) == expected
 
 
+def test_options_without_a_value_are_named_alone():
+    wording.begin({"portable": "--portable", "top_k": "--top-k"}, {"portable"})
+    wording.takes(["portable"])
+    assert wording.worded("portable=True allows, portable=False: no") == "--portable allows, --set portable=false: no"
+
+
 def test_sections_of_a_recipe_are_named_where_one_alone_has_the_entry():
     wording.begin({"recipe": "--recipe"})
     wording.takes_sections(lambda: {"prune": ["vocab_size", "both"], "scores": ["both"]})

@@ -1,6 +1,6 @@
 """Runs the command line as `python -m minitron_hf`."""
 
-from .cli.app import main
+from .cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -3,4 +3,4 @@
 May import: everything.
 """
 
-from .app import main as main
+from .entry import main as main

@@ -1,6 +1,6 @@
 """Runs the command line as `python -m minitron_hf.cli`."""
 
-from .app import main
+from .entry import main
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ from .._version import __version__
 from .checked import CheckedCommand
 from .distill import distill
 from .doctor import doctor
+from .entry import exit_interrupted, was_interrupted
 from .evaluate import card, evaluate, publish
 from .failures import error_message
 from .families import families
@@ -39,6 +40,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        if was_interrupted():  # as in an import that an interrupt has broken off
+            exit_interrupted()
         from ..recipe.launching import write_error_message
 
         text, code = error_message(error)

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from ..errors import DataError
 from ..files import require_creatable
 from ..recipe.rules import require_choice, require_value
+from .entry import exit_interrupted
 from .output import Output, printing
 from .wording import begin
 
@@ -66,8 +67,16 @@ class CheckedCommand(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Check, then run."""
-        begin({one.name: max(one.opts, key=len) for one in self.params if one.name and one.opts[0].startswith("-")})
+        """Check, then run; Ctrl-C exits with 130."""
+        try:
+            return self._invoke(ctx)
+        except KeyboardInterrupt:
+            exit_interrupted()
+
+    def _invoke(self, ctx: Any) -> Any:
+        options = {one.name: one for one in self.params if one.name and one.opts[0].startswith("-")}
+        flags = {name for name, one in options.items() if getattr(one, "is_flag", False)}
+        begin({name: max(one.opts, key=len) for name, one in options.items()}, flags)
         to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
         for name, value in ctx.params.items():
             ctx.params[name] = _checked(name, value, to_file)

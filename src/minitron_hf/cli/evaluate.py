@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import DataError, OutputError
-from .options import Output, Overwrite, Settings, Split, _corpus, _reader, _require_free, _settings
+from .options import Output, Overwrite, Settings, Split, _corpus, _reader, _require_free, _require_own, _settings
 from .output import given, say, wrote
 from .printing import _print_measurement
 
@@ -31,13 +31,14 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure models on the same text, and on benchmark tasks (evaluate_models)."""
-    from ..evaluation.benchmarks import BENCHMARKS_NAME
+    from ..evaluation.benchmarks import BENCHMARKS_NAME, DOCUMENTS_DIR
     from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
     from ..recipe.rules import hints_of
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
     _require_free(output, [EVALUATION_NAME, BENCHMARKS_NAME], overwrite)
+    _require_own(output, (EVALUATION_NAME, BENCHMARKS_NAME, DOCUMENTS_DIR, "config.json"))  # or beside a model
     given = ("models", "dataset", "processing_class", "output_path", "chat_prompts", "tasks")
     own = (*given, "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")

@@ -80,6 +80,22 @@ def _require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
             )
 
 
+def _require_prepared(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """As `_require_free`; also refuses folders with other files than those of the commands that prepare a cut.
+
+    Scores, plans and searches may share a folder.
+    """
+    from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
+    from ..pruning.plan import INDICES_NAME, PLAN_NAME
+    from ..scoring.scores import SCORES_NAME
+    from ..search.record import CANDIDATES_DIR
+    from ..sizes.request import PRUNER_CONFIG_NAME
+
+    _require_free(folder, names, overwrite)
+    prepared = (SCORES_NAME, PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME, UNFINISHED_NAME, SEARCH_NAME, CANDIDATES_DIR)
+    _require_own(folder, prepared)
+
+
 def _require_own(folder: Path, written: Sequence[str]) -> None:
     """Refuse a folder with files, unless this command wrote some of them and resumes there.
 

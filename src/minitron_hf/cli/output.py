@@ -17,11 +17,11 @@ from typing import Any
 
 import typer
 
+from .wording import worded
+
 #: Libraries whose warnings are hidden without --verbose, as beginnings of module names, and their verbosity variables.
 NOISY = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)\b"
 VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")
-#: Commands that go on where they were interrupted.
-RESUMING = ("run", "search", "generate", "cache", "distill")
 
 
 @dataclass
@@ -116,7 +116,7 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def printing(command: str, output: Output) -> Iterator[None]:
-    """Run the body of a command: one progress bar, no noise, the JSON document at its end; Ctrl-C exits with 130.
+    """Run the body of a command: one progress bar, no noise, the JSON document at its end.
 
     Args:
         command: its name.
@@ -136,10 +136,6 @@ def printing(command: str, output: Output) -> Iterator[None]:
     except typer.Exit:  # a command that has printed its result
         _print_document(command, output)
         raise
-    except KeyboardInterrupt:
-        resumes = "The same command resumes where this one stopped." if command in RESUMING else "Run it again."
-        say(f"Interrupted. {resumes}")
-        raise typer.Exit(130) from None
     finally:
         _CURRENT.reset(token)
 
@@ -151,21 +147,35 @@ def _print_document(command: str, output: Output) -> None:
 
 @contextlib.contextmanager
 def _library_messages(*, verbose: bool) -> Iterator[None]:
-    """Hide the warnings of other libraries; or show all messages, those of this package with their details."""
+    """Hide the warnings of other libraries; or show all messages, those of this package with their details.
+
+    Messages of this package are in the words of the command.
+    """
+    logger, handler = logging.getLogger("minitron_hf"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Worded("%(asctime)s %(name)s: %(message)s" if verbose else None, "%H:%M:%S"))
+    handler.setLevel(logging.INFO if verbose else logging.WARNING)
+    before, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
     if verbose:
-        logger, handler = logging.getLogger("minitron_hf"), logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-        before, propagates = logger.level, logger.propagate
-        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        try:
+    try:
+        with contextlib.nullcontext() if verbose else _without_others():
             yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(before)
-            logger.propagate = propagates
-        return
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        logger.propagate = propagates
+
+
+class _Worded(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return worded(super().format(record))
+
+
+@contextlib.contextmanager
+def _without_others() -> Iterator[None]:
+    """Hide the warnings of other libraries."""
     own = {name: "error" for name in VERBOSITY if name not in os.environ}
     os.environ.update(own)  # read when the libraries are imported
     try:

@@ -18,7 +18,7 @@ from .options import (
     TextField,
     _load,
     _number,
-    _require_free,
+    _require_prepared,
     _sizes,
     _texts,
 )
@@ -144,7 +144,7 @@ def _require_no_plan(output: Path | None, overwrite: bool) -> None:
     from ..sizes.request import PRUNER_CONFIG_NAME
 
     if output is not None:
-        _require_free(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
+        _require_prepared(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
 
 
 def _say_moved(option: str, command: str) -> None:

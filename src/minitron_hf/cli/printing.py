@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .output import added, given
+from .wording import worded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def _print_shapes(shapes: Mapping[str, Any]) -> None:
+    shapes = {**shapes, "notes": [worded(note) for note in shapes["notes"]]}
     if given("shapes", shapes):
         return
     from rich.table import Table
@@ -54,7 +57,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     console = _console()
     console.print(table)
     for note in shapes["notes"]:
-        console.print(f"Note: {note}")
+        console.print(f"Note: {note}", markup=False)
 
 
 def _print_recommendation(teacher: str, made: Recommendation) -> None:
@@ -77,6 +80,7 @@ def _print_recommendation(teacher: str, made: Recommendation) -> None:
 
 
 def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
+    found = replace(found, assumptions=tuple(map(worded, found.assumptions)))
     if given("capacity", {"peak": found.peak, "fits": found.fits, **vars(found)}):
         return
     from rich.table import Table
@@ -118,6 +122,7 @@ def _bytes(size: float) -> str:
 
 def _print_estimate(estimate: Estimate) -> None:
     """Print what a run will cost, in 80 columns."""
+    estimate = replace(estimate, notes=tuple(map(worded, estimate.notes)))
     if given("estimate", estimate):
         return
     from rich.console import Console

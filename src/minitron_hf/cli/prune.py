@@ -10,6 +10,7 @@ import typer
 from ..errors import DataError
 from .options import PLAN_HELP, Device, Output, Settings, Split, TextField, _load, _settings, _texts
 from .output import given, say, wrote
+from .wording import worded
 
 
 def prune(
@@ -44,6 +45,7 @@ def prune(
     from ..pruning.repair import repaired_weights
     from ..pruning.stored_checkpoint import is_streamable
     from ..pruning.streaming import prune_checkpoint
+    from ..pruning.surgery import require_architecture
     from ..pruning.tokenizers import prune_tokenizer
     from ..recipe.rules import hints_of
     from ..saving import in_stored_dtype, save_model
@@ -53,6 +55,7 @@ def prune(
     made = PruningPlan.from_pretrained(plan)
     _require_data(made.repair, plan, data, set_)
     require_empty(output)
+    require_architecture(load_config(teacher), made)  # before its tokenizer and the text
     in_memory = verify or in_memory
     texts = None if data is None else _texts(data, split, text_field)
     if is_streamable(teacher) and not in_memory:
@@ -69,7 +72,7 @@ def prune(
             stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
             save_model(stored, folder, prune_tokenizer(tokenizer, made) if made.vocabulary else tokenizer)
             noted.save_pretrained(folder)
-    if (notes := noted.notes[len(made.notes) :]) and not given("notes", notes):
+    if (notes := [worded(note) for note in noted.notes[len(made.notes) :]]) and not given("notes", notes):
         say("\n".join(notes))
     wrote(output)
 

@@ -19,8 +19,8 @@ from .options import (
     TextField,
     _corpus,
     _load,
-    _require_free,
     _require_own,
+    _require_prepared,
     _settings,
     _texts,
 )
@@ -49,7 +49,7 @@ def score(
     hints = scoring_hints()
     del hints["iterations"]  # needs the sizes to prune, which only a recipe has
     settings = _settings(set_, hints, "arguments of estimate_importance")
-    _require_free(output, [SCORES_NAME], overwrite)
+    _require_prepared(output, [SCORES_NAME], overwrite)
     with locked_folder(output):
         texts = _texts(data, split, text_field)
         model, tokenizer = _load(teacher, texts, device=device)

@@ -7,7 +7,20 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
-from .options import Data, Device, Output, Scores, Settings, Split, TextField, _corpus, _load, _number, _texts
+from .options import (
+    Data,
+    Device,
+    Output,
+    Scores,
+    Settings,
+    Split,
+    TextField,
+    _corpus,
+    _load,
+    _number,
+    _require_prepared,
+    _texts,
+)
 from .output import current, given, wrote
 from .printing import _console
 from .wording import takes_sections
@@ -81,6 +94,7 @@ def search(
     require_search(settings := with_new_names(entries, "search", "--set "), "--set ")
     counted = {"max_parameters": max_parameters, "max_active_parameters": max_active_parameters}
     limits = _limits(**counted, max_memory_bytes=max_memory_bytes)
+    _require_prepared(output, (), overwrite=True)
     calibration = _texts(data, split, text_field)
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
     corpus = None if train_data is None else _corpus(train_data, split, text_field, "--train-data", cached=False)

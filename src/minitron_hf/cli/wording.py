@@ -1,5 +1,7 @@
 """Messages for users of Python, in the words of the command that runs: its options, its --set, other commands.
 
+Errors, notes of plans and of estimates, and warnings of this package are worded so where they are printed.
+
 Messages of the library name settings as Python does (`tolerance=0.07`). Which of them are options, and which are
 entries of --set, the command knows: `CheckedCommand` says it with `begin`, and what reads --set with `takes`.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -78,10 +80,12 @@ class _Settings:
 
     Attributes:
         options: name of a parameter → the option.
+        flags: names of options without a value.
         sections: each gives section (none: "") → names of the entries of --set; called when a message is worded.
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
+    flags: Collection[str] = ()
     sections: list[Callable[[], Mapping[str, Iterable[str]]]] = field(default_factory=list)
 
     def entry(self, name: str, text: str) -> str | None:
@@ -102,13 +106,14 @@ class _Settings:
 _CURRENT: ContextVar[_Settings] = ContextVar("settings", default=_Settings())  # noqa: B039 (replaced by every command)
 
 
-def begin(options: Mapping[str, str]) -> None:
+def begin(options: Mapping[str, str], flags: Collection[str] = ()) -> None:
     """Begin a command.
 
     Args:
         options: name of each parameter → its option.
+        flags: names of those without a value.
     """
-    _CURRENT.set(_Settings(options))
+    _CURRENT.set(_Settings(options, flags))
 
 
 def takes(names: Iterable[str]) -> None:
@@ -143,7 +148,9 @@ def worded(text: str) -> str:
         if name is None:
             return found[0]
         value = _LITERALS.get(value, value.strip("'\""))
-        if name in settings.options:
+        if name in settings.flags and value == "true":
+            return settings.options[name]
+        if name in settings.options and name not in settings.flags:
             return f"{settings.options[name]} {value}"
         entry = settings.entry(name, text)
         return found[0] if entry is None else f"--set {entry}={value}"

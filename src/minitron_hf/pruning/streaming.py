@@ -107,8 +107,9 @@ def prune_checkpoint(
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
+    weights = _student_bytes(teacher, plan)  # refuses the plan of another teacher, before that one's tokenizer
     copied, tokenizer = _companions(folder, plan)
-    size = _student_bytes(teacher, plan) + sum(path.stat().st_size for path in copied.values())
+    size = weights + sum(path.stat().st_size for path in copied.values())
     _require_room(target, size)
     if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
         processing_class = load_processing_class(folder, data)

@@ -65,7 +65,7 @@ def apply_plan(
             f"Weights of this {type(model).__name__} have no values (they are on the meta device). "
             "Load them onto a device."
         )
-    _require_architecture(model, plan)
+    require_architecture(model.config, plan)
     require_weights(model, plan.teacher.get("digest"), "The plan and its scores")
 
     config = plan.build_student_config(model.config)
@@ -113,18 +113,26 @@ def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[Pre
     return type(empty_model(config))
 
 
-def _require_architecture(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Refuse a plan for another family or other sizes."""
-    fits = model.config.model_type == plan.model_type
+def require_architecture(config: PretrainedConfig, plan: PruningPlan) -> None:
+    """Refuse a plan for another family or other sizes.
+
+    Args:
+        config: of the model that is to be pruned.
+        plan: the plan.
+
+    Raises:
+        MismatchError: naming both.
+    """
+    fits = config.model_type == plan.model_type
     if fits:
         values = config_values(plan.teacher["config"])
         del values["model_type"]
-        planned = type(model.config)(**values)
-        fits = architecture_digest(planned) == architecture_digest(model.config)
+        fits = architecture_digest(type(config)(**values)) == architecture_digest(config)
     if not fits:
+        made_for = plan.teacher["name_or_path"] or "in memory"
         raise MismatchError(
-            f"The plan was made for a {plan.model_type} model of other sizes "
-            f"({plan.teacher['name_or_path'] or 'in memory'}) than this {type(model).__name__}. Plan again."
+            f"The plan was made for another teacher, a {plan.model_type} model of other sizes ({made_for}), than "
+            f"{config.name_or_path or 'this model'} ({config.model_type}). Give that teacher, or plan again."
         )
 
 

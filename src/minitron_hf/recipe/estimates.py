@@ -149,7 +149,7 @@ def _lower_to_context(recipe: Recipe, teacher: PretrainedConfig, arguments: Sequ
     notes = []
     for number, args in enumerate(arguments, 1):
         if note := lower_to_context(args, teacher=teacher):  # a student has its teacher's context
-            notes.append(f"{f'rounds.{number}.' if recipe.rounds else ''}distill.{note}")
+            notes.append(f"{f'rounds.{number}.' if recipe.rounds else ''}distill.{note.replace('=None', '=null')}")
     return notes
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Goal = Literal["quality", "latency"]
+#: Sections of a recipe that no decision makes.
+OWN_SECTIONS = ("teacher", "output_dir", "data")
+#: Decisions that tell sizes, beside `rounds`, which sets them.
+BY_SIZES = ("teacher", "axes", "shape")
 #: Share of the parameters that a round keeps at least (Model Optimizer: "up to 1/3rd parameter reduction").
 LEAST_KEPT = 2 / 3
 
@@ -102,14 +107,54 @@ class Recommendation:
         return values
 
     def to_yaml(self, recipe: Mapping[str, Any]) -> str:
-        """A recipe of `recipe()` as YAML, with the decisions as comments."""
+        """A recipe of `recipe()` as YAML, with the decisions as comments; those that were changed are marked."""
+        changes = _changes(self.decisions, recipe)
         lines = ["Written by minitron-hf recommend."]
-        lines += [f"{one.name}: {one.value}. {one.reason} [{one.source}]" for one in self.decisions]
+        if changes:
+            told = "; ".join(change for found in changes.values() for change in found)
+            lines.append(
+                f"Changed afterwards: {told}. The lines marked with a star tell what was recommended instead."
+            )
+        for one in self.decisions:
+            star = "* " if one.name in changes or (one.name in BY_SIZES and changes.get("rounds")) else ""
+            lines.append(f"{star}{one.name}: {one.value}. {one.reason} [{one.source}]")
         comment = "\n".join(
             textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
             for line in lines
         )
         return f"{comment}\n{write_yaml(dict(recipe))}"
+
+
+def _changes(decisions: Sequence[Decision], recipe: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name of a decision → what a recipe has instead of its settings; "" → entries that no decision made.
+
+    Args:
+        decisions: of a recommendation.
+        recipe: made of them, with changes.
+    """
+    found = _leaves({name: value for name, value in recipe.items() if name not in OWN_SECTIONS})
+    changes: dict[str, list[str]] = {}
+    for decision in decisions:
+        for name, value in _leaves(decision.settings).items():
+            now = found.pop(name, None)
+            if now != value:
+                text = (
+                    f"{name}={json.dumps(now, ensure_ascii=False)} instead of {json.dumps(value, ensure_ascii=False)}"
+                )
+                changes.setdefault(decision.name, []).append(text)
+    if found:
+        changes[""] = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in found.items()]
+    return changes
+
+
+def _leaves(values: Any, where: str = "") -> dict[str, Any]:
+    """Dotted name → value, of nested entries; those of lists of sections count from 1."""
+    if isinstance(values, list) and any(isinstance(one, Mapping) for one in values):
+        values = {str(number): one for number, one in enumerate(values, 1)}
+    if not isinstance(values, Mapping):
+        return {where: values}
+    inner = (_leaves(value, f"{where}.{name}" if where else str(name)) for name, value in values.items())
+    return {name: value for leaves in inner for name, value in leaves.items()}
 
 
 def recommend(

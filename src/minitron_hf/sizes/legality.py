@@ -150,6 +150,17 @@ def _require_groups(
             )
 
 
+def unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
+    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
+    outer = [axis for _, axis in spec.groups]
+    sizes = spec.sizes(config)
+    kinds: list[dict[str, int]] = [{}]
+    for layer in spec.layer_sizes(config):
+        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
+        kinds += [] if own in kinds else [own]
+    return kinds
+
+
 def _require_multiples(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], after: Mapping[str, int]
 ) -> None:
@@ -307,6 +318,11 @@ def require_units(spec: ArchSpec, names: Iterable[str], request: PrunerConfig, c
 
 
 def _nearest_sizes(size: int, legal: Sequence[int]) -> str:
-    """The legal sizes around a size, of an ascending sequence of them."""
+    """The legal sizes around a size, in words."""
+    return " or ".join(map(str, nearest_of(size, legal)))
+
+
+def nearest_of(size: int, legal: Sequence[int]) -> list[int]:
+    """The legal sizes around a size, of an ascending sequence of them: one, two, or none if there are none."""
     below, above = [one for one in legal if one <= size], [one for one in legal if one >= size]
-    return " or ".join(str(one) for one in dict.fromkeys((*below[-1:], *above[:1])))
+    return list(dict.fromkeys((*below[-1:], *above[:1])))

@@ -13,10 +13,8 @@ from .classes import _spec_of_student, config_class
 from .layers import fixed_layers, protected_layers
 from .legality import (
     SMALL_STEP,
-    _cuttable_axis,
     _groups_cut_together,
     _largest_size,
-    _nearest_sizes,
     _require_change,
     _require_groups,
     _require_least,
@@ -26,9 +24,11 @@ from .legality import (
     field_name,
     require_cuttable,
     rounding_step,
+    unequal_sizes,
 )
+from .relations import follow_equal
 from .request import SEQUENTIAL, PrunerConfig
-from .serving import PORTABLE_RELATIONS, portable_spec, serving_notes
+from .serving import portable_spec, serving_notes
 from .vocabulary import require_known_ids, vocabulary_after
 
 if TYPE_CHECKING:
@@ -124,14 +124,15 @@ def resolve_sizes(
         if inner not in given and after[inner] > most:
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
-    notes += _follow_equal(spec, before, after, set(given), portable=spec.equal != coupled)
+    portable = spec.equal != coupled
+    notes += follow_equal(spec, teacher_config, before, after, set(given), following, portable=portable)
     for inner, outer in following:
         if after[inner] < after[outer]:
             after[outer] = after[inner]
             notes.append(
                 f"{FIELD_OF_AXIS[outer]} follows {FIELD_OF_AXIS[inner]} to {after[inner]}: there is one for each."
             )
-    for own in _unequal_sizes(spec, teacher_config):
+    for own in unequal_sizes(spec, teacher_config):
         _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
     _require_multiples(spec, teacher_config, before, after)
     _require_least(spec, teacher_config, before, after)
@@ -139,7 +140,7 @@ def resolve_sizes(
         if after[axis] < before[axis]:
             require_cuttable(spec, teacher_config, axis)
     notes += _check_options(teachers, spec, teacher_config, request, before, after)
-    return after, [*notes, *moved_notes, *serving_notes(spec, student_type, before, after)]
+    return after, [*notes, *moved_notes, *serving_notes(spec, student_type, teacher_config, after, following)]
 
 
 def _given_sizes(spec: ArchSpec, before: Mapping[str, int], request: PrunerConfig) -> dict[str, int | float]:
@@ -188,9 +189,44 @@ def _round_fractions(
                 f"{field_name(spec, axis)}={value} of {before[axis]} is rounded to {after[axis]}, a multiple of "
                 f"{step}, which kernels and quantisers like. Give a number of units, or multiple_of, for another size."
             )
+        else:
+            notes += _far_from(spec, axis, value, before, after, each, most, request.multiple_of)
         if not may_stay:
             _require_change(spec, config, axis, value, before, after, step)
     return notes
+
+
+def _far_from(
+    spec: ArchSpec,
+    axis: str,
+    fraction: float,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    each: int,
+    most: int,
+    multiple_of: int | None,
+) -> list[str]:
+    """A note where the other sizes leave a fraction another size than it would have alone.
+
+    Args:
+        spec: the family.
+        axis: of the size.
+        fraction: what was asked for.
+        before: the teacher's sizes.
+        after: the student's so far.
+        each: what the size has to be a multiple of.
+        most: the largest size that the other sizes leave.
+        multiple_of: what the user wants channels and neurons to be multiples of.
+    """
+    alone = (multiple_of or SMALL_STEP) if axis in ROUNDED_AXES else 1
+    size = after[axis]
+    if size == _round_fraction(fraction, before[axis], alone):
+        return []
+    why = f"with the other sizes it has to be a multiple of {each}"
+    if size == most < before[axis]:
+        why = "the groups that are kept have no more"
+    share = f"{size}, that is {size / before[axis]:.3g}"
+    return [f"{field_name(spec, axis)}={fraction} of {before[axis]} becomes {share}: {why}."]
 
 
 def _require_depth(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig, left: int) -> None:
@@ -318,17 +354,6 @@ def add_back_axes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str,
     return axes
 
 
-def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
-    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
-    outer = [axis for _, axis in spec.groups]
-    sizes = spec.sizes(config)
-    kinds: list[dict[str, int]] = [{}]
-    for layer in spec.layer_sizes(config):
-        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
-        kinds += [] if own in kinds else [own]
-    return kinds
-
-
 def _depth_after(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig) -> int:
     """Number of layers that `layers_to_drop` leaves."""
     depth, drop = spec.sizes(config)["layers"], request.layers_to_drop or []
@@ -351,53 +376,3 @@ def _depth_after(spec: ArchSpec, config: PretrainedConfig, request: PrunerConfig
             "have to stay: later layers read what they store, or the stock classes insist on them."
         )
     return left
-
-
-def _follow_equal(
-    spec: ArchSpec, before: Mapping[str, int], after: dict[str, int], given: set[str], portable: bool
-) -> list[str]:
-    """Where two dimensions are held only at one size, let the one that was not asked for follow.
-
-    Args:
-        spec: the family.
-        before: the teacher's sizes.
-        after: the student's, which are changed.
-        given: axes that were asked for.
-        portable: whether heads fill the hidden size because `portable` asks for it, not the stock class.
-    """
-    notes = []
-    fixed = set(given)
-    for left_text, right_text in spec.equal * len(spec.equal):  # a size that follows may move another
-        left, each_left = _cuttable_axis(spec, left_text, after)
-        right, each_right = _cuttable_axis(spec, right_text, after)
-        if each_left * after[left] == each_right * after[right]:
-            continue
-        names = {axis: field_name(spec, axis) for axis in (left, right)}
-        why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
-        times = f"{each_right} × " if each_right > 1 else ""
-        legal = f"{times}{names[right]} = {each_left} × {names[left]}{why}"
-        holders = f"the stock '{spec.model_type}' classes only hold"
-        if portable and (left_text, right_text) in PORTABLE_RELATIONS:
-            holders = f"with portable=True, {spec.model_type} students only have"
-        moves, follows, each, each_following = left, right, each_left, each_right
-        if right in fixed:
-            moves, follows, each, each_following = right, left, each_right, each_left
-        followed, rest = divmod(each * after[moves], each_following)
-        if left in fixed and right in fixed:
-            step = each_right // math.gcd(each_right, each_left)
-            heads = max(after[left] // step, 1) * step
-            raise PlanError(
-                f"{names[right]}={after[right]} and {names[left]}={after[left]} do not fit together: "
-                f"{holders} {legal}. "
-                f"Nearest: {names[right]}={each_left * heads // each_right} with {names[left]}={heads}."
-            )
-        if rest:
-            step = each_following // math.gcd(each_following, each)
-            raise PlanError(
-                f"{names[moves]}={after[moves]}: {holders} {legal}. "
-                f"Nearest: {_nearest_sizes(after[moves], range(step, before[moves] + 1, step))}."
-            )
-        after[follows] = followed
-        fixed.add(follows)
-        notes.append(f"{names[follows]} follows {names[moves]} to {followed}: {legal}.")
-    return notes

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import PlanError
 from ..families import ArchSpec
+from ..families.axes import dimension_size, parse_dimensions
 from ..families.runtimes import HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN, recomputing_runtimes
-from .legality import _nearest_sizes, field_name
+from .legality import _nearest_sizes, field_name, nearest_of
+from .relations import fitting_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 #: Stacked experts are multiplied by kernels that want rows of 16 bytes, that is this number of 16-bit values.
 EXPERT_ALIGNMENT = 8
-#: Relations of two sizes that `portable` asks for.
-PORTABLE_RELATIONS = (HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN)
+
+
+@dataclass(frozen=True)
+class _ComputedSize:
+    """A size that some programs compute from others, whatever the config says.
+
+    Attributes:
+        relation: two dimensions that are equal where the size is the computed one.
+        runtimes: the programs, in words.
+        axis: the size.
+        name: its field.
+        formula: what they compute, in the names of the config.
+    """
+
+    relation: tuple[str, str]
+    runtimes: str
+    axis: str
+    name: str
+    formula: str
+
+    @property
+    def compute(self) -> str:
+        """The verb that goes with the programs."""
+        return "compute" if " and " in self.runtimes else "computes"
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the size is the computed one."""
+        left, right = (dimension_size(parse_dimensions(one)[0], sizes) for one in self.relation)
+        return left == right
 
 
 def portable_spec(spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int]) -> ArchSpec:
@@ -32,41 +60,63 @@ def portable_spec(spec: ArchSpec, config_type: type[PretrainedConfig], before: M
     Raises:
         PlanError: if the teacher's own sizes are not the computed ones.
     """
-    if (runtimes := _recomputing(spec, config_type)) and HEADS_FILL_HIDDEN not in spec.equal:
-        if before["heads"] * before["head_dim"] != before["hidden"]:
+    for one in _computed_sizes(spec, config_type):
+        if one.relation in spec.equal:
+            continue
+        if not one.holds(before):
             raise PlanError(
-                f"portable: {runtimes} computes head_dim as hidden_size / num_attention_heads, which is not so in "
-                "this teacher. It does not load there either. Leave out portable."
+                f"portable: {one.runtimes} {one.compute} {one.name} as {one.formula}, which is not so in this "
+                "teacher. It does not load there either. Leave out portable."
             )
-        spec = replace(spec, equal=(*spec.equal, HEADS_FILL_HIDDEN))
-    if runtimes := _recomputing_neurons(spec):
-        if before["ffn"] != 4 * before["hidden"]:
-            raise PlanError(
-                f"portable: {runtimes} computes {field_name(spec, 'ffn')} as 4 × {field_name(spec, 'hidden')}, which "
-                "is not so in this teacher. It does not load there either. Leave out portable."
-            )
-        spec = replace(spec, equal=(*spec.equal, MLP_FOUR_TIMES_HIDDEN))
+        spec = replace(spec, equal=(*spec.equal, one.relation))
     return spec
 
 
 def serving_notes(
-    spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int], after: Mapping[str, int]
+    spec: ArchSpec,
+    config_type: type[PretrainedConfig],
+    config: PretrainedConfig,
+    after: Mapping[str, int],
+    following: Collection[tuple[str, str]],
 ) -> list[str]:
     """Sizes that Transformers takes, and other programs or fast kernels may not.
 
     Args:
         spec: the student's family.
         config_type: its stock config.
-        before: the teacher's sizes.
+        config: the teacher's.
         after: the student's sizes.
+        following: groups (inner, outer) whose outer size follows the inner one.
     """
+    before = spec.sizes(config)
     if after == before:
         return []
     return [
-        *_head_notes(spec, config_type, before, after),
-        *_neuron_notes(spec, before, after),
+        *(
+            f"{one.name}={after[one.axis]} is honoured by Transformers, but {one.runtimes} {one.compute} "
+            f"{one.formula} = {_computed_value(one, after)} instead, and cannot run this student."
+            + (_safe_sizes(spec, config, after, following, one.relation) if one.holds(before) else "")
+            for one in _computed_sizes(spec, config_type)
+            if not one.holds(after)
+        ),
         *_expert_notes(spec, before, after),
     ]
+
+
+def _computed_sizes(spec: ArchSpec, config_type: type[PretrainedConfig]) -> list[_ComputedSize]:
+    """The sizes of a family that a program is known to compute, or is likely to."""
+    found = []
+    if runtimes := _recomputing(spec, config_type):
+        formula = "hidden_size // num_attention_heads"
+        found.append(_ComputedSize(HEADS_FILL_HIDDEN, runtimes, "head_dim", "head_dim", formula))
+    if runtimes := " and ".join(recomputing_runtimes(spec.model_type, MLP_FOUR_TIMES_HIDDEN)):
+        formula = f"4 × {field_name(spec, 'hidden')}"
+        found.append(_ComputedSize(MLP_FOUR_TIMES_HIDDEN, runtimes, "ffn", field_name(spec, "ffn"), formula))
+    return found
+
+
+def _computed_value(one: _ComputedSize, sizes: Mapping[str, int]) -> int:
+    return sizes["hidden"] // sizes["heads"] if one.axis == "head_dim" else 4 * sizes["hidden"]
 
 
 def _recomputing(spec: ArchSpec, config_type: type[PretrainedConfig]) -> str | None:
@@ -80,49 +130,25 @@ def _recomputing(spec: ArchSpec, config_type: type[PretrainedConfig]) -> str | N
     return None if "head_dim" in declared else "a program that follows the declared fields of the config"
 
 
-def _head_notes(
-    spec: ArchSpec, config_type: type[PretrainedConfig], before: Mapping[str, int], after: Mapping[str, int]
-) -> list[str]:
-    runtimes = _recomputing(spec, config_type)
-    if runtimes is None or after["heads"] * after["head_dim"] == after["hidden"]:
-        return []
-    return [
-        f"head_dim={after['head_dim']} is honoured by Transformers, but {runtimes} "
-        f"{'compute' if ' and ' in runtimes else 'computes'} hidden_size // num_attention_heads = "
-        f"{after['hidden'] // after['heads']} instead, and cannot run this student.{_safe_sizes(spec, before, after)}"
-    ]
-
-
-def _recomputing_neurons(spec: ArchSpec) -> str:
-    """The programs that compute the number of neurons for a family, in words; empty if none is known."""
-    return " and ".join(recomputing_runtimes(spec.model_type, MLP_FOUR_TIMES_HIDDEN))
-
-
-def _neuron_notes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
-    runtimes = _recomputing_neurons(spec)
-    if not runtimes or after["ffn"] == 4 * after["hidden"]:
-        return []
-    safe = ""
-    if before["ffn"] == 4 * before["hidden"]:
-        safe = f" It takes {4 * after['hidden']}; portable=True allows only such sizes."
-    return [
-        f"{field_name(spec, 'ffn')}={after['ffn']} is honoured by Transformers, but {runtimes} computes 4 × "
-        f"{field_name(spec, 'hidden')} = {4 * after['hidden']} instead, and cannot run this student.{safe}"
-    ]
-
-
-def _safe_sizes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> str:
-    """Sizes around the student's at which heads fill the hidden size, as advice."""
-    if before["heads"] * before["head_dim"] != before["hidden"]:
-        return ""
-    groups = math.lcm(*(after[outer] for inner, outer in spec.groups if inner == "heads"))
-    step = groups * after["head_dim"]
-    legal = range(step, before["hidden"] + 1, step)
+def _safe_sizes(
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    after: Mapping[str, int],
+    following: Collection[tuple[str, str]],
+    relation: tuple[str, str],
+) -> str:
+    """Sizes around the student's that these programs run, as advice."""
+    if relation == MLP_FOUR_TIMES_HIDDEN:
+        return f" It takes {4 * after['hidden']}; portable=True allows only such sizes."
+    before = spec.sizes(config)
+    fitting = fitting_sizes(spec, config, after, following, relation, "hidden")
+    if fitting.get(before["hidden"]) == before["heads"]:
+        del fitting[before["hidden"]]  # as large as the teacher's
     pairs = [
-        f"hidden_size={size} with num_attention_heads={size // after['head_dim']}"
-        for size in map(int, _nearest_sizes(after["hidden"], legal).split(" or "))
+        f"hidden_size={size} with num_attention_heads={fitting[size]}"
+        for size in nearest_of(after["hidden"], list(fitting))
     ]
-    return f" It takes {' or '.join(pairs)}; portable=True allows only such sizes."
+    return f" It takes {' or '.join(pairs)}; portable=True allows only such sizes." if pairs else ""
 
 
 def _expert_notes(spec: ArchSpec, before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
