@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -293,7 +294,10 @@ def test_an_interrupt_while_modules_are_imported_is_no_traceback(module, swallow
     (tmp_path / f"{module}.py").write_text(caught if swallows else kill)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     given = [sys.executable, "-m", "minitron_hf", "plan", str(workshop / "teacher"), "--hidden-size", "24", "--json"]
-    done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run(
+        given, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
+    )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip() == "Interrupted. Run it again."
     assert json.loads(done.stdout) == {"error": "Interrupted. Run it again.", "exit_code": 130}
