@@ -12,12 +12,12 @@ from .._version import __version__
 from .checked import CheckedCommand
 from .distill import distill
 from .doctor import doctor
-from .entry import exit_interrupted, was_interrupted
 from .evaluate import card, evaluate, publish
 from .failures import error_message
 from .families import families
 from .fit import fit
 from .generate import generate
+from .interrupts import exit_interrupted, was_interrupted
 from .plan import plan
 from .prune import prune
 from .quantize import quantize

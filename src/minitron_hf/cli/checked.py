@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from ..errors import DataError
 from ..files import require_creatable
 from ..recipe.rules import require_choice, require_value
-from .entry import exit_interrupted
+from .interrupts import exit_interrupted
 from .output import Output, printing
 from .wording import begin
 

@@ -5,20 +5,12 @@ It imports nothing that takes time.
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from typing import NoReturn
-
-#: Commands that go on where they were interrupted.
-RESUMING = ("run", "search", "generate", "cache", "distill")
-_interrupts: list[int] = []
+from .interrupts import exit_interrupted, note_interrupts, was_interrupted
 
 
 def main() -> None:
     """Entry point of `minitron-hf`, `python -m minitron_hf` and `python -m minitron_hf.cli`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _note_interrupt)
+    note_interrupts()
     try:
         from .app import main as run
     except (Exception, KeyboardInterrupt) as error:
@@ -26,24 +18,3 @@ def main() -> None:
             exit_interrupted()
         raise
     run()
-
-
-def _note_interrupt(number: int, frame: object) -> NoReturn:
-    _interrupts.append(number)
-    raise KeyboardInterrupt
-
-
-def was_interrupted() -> bool:
-    """Whether there was an interrupt. An import that it breaks off may fail with another error."""
-    return bool(_interrupts)
-
-
-def exit_interrupted() -> NoReturn:
-    """Say how to go on, with --json in a document as for every error, and exit with 130."""
-    resumes = any(one in RESUMING for one in sys.argv[1:2])
-    text = f"Interrupted. {'The same command resumes where this one stopped.' if resumes else 'Run it again.'}"
-    as_json = "--json" in sys.argv
-    print(text, file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps({"error": text, "exit_code": 130}))
-    sys.exit(130)

@@ -13,6 +13,10 @@ from .output import given, say, wrote
 from .wording import worded
 
 
+#: Arguments of `repaired_weights` that are no settings.
+OWN = ("model", "plan", "data", "processing_class", "show_progress")
+
+
 def prune(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder.")],
     plan: Annotated[Path, typer.Option(help=PLAN_HELP)],
@@ -50,13 +54,11 @@ def prune(
     from ..recipe.rules import hints_of
     from ..saving import in_stored_dtype, save_model
 
-    own = ("model", "plan", "data", "processing_class", "show_progress")
-    settings = _settings(set_, hints_of(repaired_weights, without=own), "arguments of repaired_weights")
-    made = PruningPlan.from_pretrained(plan)
+    settings = _settings(set_, hints_of(repaired_weights, without=OWN), "arguments of repaired_weights")
+    made, in_memory = PruningPlan.from_pretrained(plan), verify or in_memory
     _require_data(made.repair, plan, data, set_)
     require_empty(output)
     require_architecture(load_config(teacher), made)  # before its tokenizer and the text
-    in_memory = verify or in_memory
     texts = None if data is None else _texts(data, split, text_field)
     if is_streamable(teacher) and not in_memory:
         prune_checkpoint(teacher, output, made, data=texts, device=device, **settings)
@@ -68,8 +70,8 @@ def prune(
         settings |= {"processing_class": tokenizer, "show_progress": True}
         student: Any = prune_with_plan(model, made, texts, verify=verify, **settings)
         noted = student.pruning_plan
+        stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
         with replacing_folder(output) as folder:
-            stored = in_stored_dtype(student, stored_dtype(load_config(teacher)))
             save_model(stored, folder, prune_tokenizer(tokenizer, made) if made.vocabulary else tokenizer)
             noted.save_pretrained(folder)
     if (notes := [worded(note) for note in noted.notes[len(made.notes) :]]) and not given("notes", notes):

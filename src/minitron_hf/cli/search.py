@@ -92,8 +92,7 @@ def search(
     sizes = _space(space)
     entries = apply_overrides({"distillation": {"dataset_text_field": text_field}}, set_ or [])
     require_search(settings := with_new_names(entries, "search", "--set "), "--set ")
-    counted = {"max_parameters": max_parameters, "max_active_parameters": max_active_parameters}
-    limits = _limits(**counted, max_memory_bytes=max_memory_bytes)
+    limits = _limits(max_parameters, max_active_parameters, max_memory_bytes)
     _require_prepared(output, (), overwrite=True)
     calibration = _texts(data, split, text_field)
     held_out = None if eval_data is None else _texts(eval_data, split, text_field, "--eval-data")
@@ -134,6 +133,11 @@ def _space(options: list[str]) -> dict[str, list[Any]]:
     return sizes
 
 
-def _limits(**budgets: str | None) -> dict[str, Any]:
+def _limits(max_parameters: str | None, max_active: str | None, max_memory: str | None) -> dict[str, Any]:
     """The budgets that are given, as numbers."""
+    budgets = {
+        "max_parameters": max_parameters,
+        "max_active_parameters": max_active,
+        "max_memory_bytes": max_memory,
+    }
     return {name: _number(name, text) for name, text in budgets.items() if text is not None}

@@ -192,8 +192,7 @@ def recommend(
     parameters, spec = _num_parameters(target, total), spec_for(config)
     _require_arguments(tokens, goal, rounds, teacher_learning_rate)
     choice = choose_shape(config, goal, tokens, total, parameters)
-    if measure is not None:
-        choice = _choose_by_measuring(config, choice, parameters, measure)
+    choice = choice if measure is None else _choose_by_measuring(config, choice, parameters, measure)
     wanted = _rounds_by_target(target if target < 1 else parameters / total)
     number = rounds or min(wanted, most_rounds(tokens))
     students = shapes_of_rounds(config, choice, total, number)
