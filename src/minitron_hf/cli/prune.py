@@ -12,7 +12,6 @@ from .options import PLAN_HELP, Device, Output, Settings, Split, TextField, _loa
 from .output import given, say, wrote
 from .wording import worded
 
-
 #: Arguments of `repaired_weights` that are no settings.
 OWN = ("model", "plan", "data", "processing_class", "show_progress")
 
