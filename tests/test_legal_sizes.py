@@ -139,7 +139,9 @@ GROUPED = [(14, 2, None), (14, 2, 1), (12, 3, None), (12, 3, 2), (6, 6, None)]
 @pytest.mark.parametrize(("heads", "groups", "kept"), GROUPED)
 def test_advice_names_the_nearest_sizes_that_a_plan_takes(heads: int, groups: int, kept: int | None):
     """Against trying every size, for refusals of `portable` and for the note on other runtimes."""
-    config = Qwen2Config(hidden_size=4 * heads, num_attention_heads=heads, num_key_value_heads=groups)
+    config = Qwen2Config(
+        hidden_size=4 * heads, num_attention_heads=heads, num_key_value_heads=groups, num_hidden_layers=2
+    )
     spec = families()["qwen2"]
     rest = {} if kept is None else {"num_key_value_heads": kept}
     taken = [
@@ -163,7 +165,7 @@ def test_advice_names_the_nearest_sizes_that_a_plan_takes(heads: int, groups: in
 
 
 def test_sizes_given_together_come_with_a_pair_that_a_plan_takes():
-    config = Qwen2Config(hidden_size=112, num_attention_heads=14, num_key_value_heads=2)
+    config = Qwen2Config(hidden_size=112, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=2)
     spec = families()["qwen2"]
     for hidden, heads in itertools.product([*range(8, 113, 8), 60, 111], range(1, 15)):
         if not accepted(spec, config, hidden_size=hidden, num_attention_heads=heads, portable=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
@@ -22,6 +23,47 @@ if TYPE_CHECKING:
 LARGE_STEPS = (256, 128, 64)
 SMALL_STEP = 8
 FEWEST_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a request makes of the groups of units.
+
+    Attributes:
+        following: groups (inner, outer) whose outer size follows the inner one.
+        kinds: axis → number of groups, for every kind of layer that has others than the config says; and `{}`.
+    """
+
+    following: Collection[tuple[str, str]]
+    kinds: Sequence[Mapping[str, int]]
+
+    @classmethod
+    def of(cls, spec: ArchSpec, config: PretrainedConfig, given: Collection[str]) -> Groups:
+        """Those of a teacher, of which some axes are given a size."""
+        return cls(_groups_cut_together(spec, spec.sizes(config), given), _unequal_sizes(spec, config))
+
+
+def _groups_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
+    """Groups (inner, outer) with one inner unit each whose outer size is not given: it follows the inner size.
+
+    Multi-head attention, whose heads have keys and values of their own, is the example.
+    """
+    return [
+        (inner, outer)
+        for inner, outer in spec.groups
+        if before[inner] == before[outer] and outer not in given and spec.axis[outer].prunable
+    ]
+
+
+def _unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
+    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
+    outer = [axis for _, axis in spec.groups]
+    sizes = spec.sizes(config)
+    kinds: list[dict[str, int]] = [{}]
+    for layer in spec.layer_sizes(config):
+        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
+        kinds += [] if own in kinds else [own]
+    return kinds
 
 
 def rounding_step(size: int, each: int = 1, multiple_of: int | None = None, fraction: float = 1.0) -> int:
@@ -84,18 +126,6 @@ def _step(
     )
 
 
-def _groups_cut_together(spec: ArchSpec, before: Mapping[str, int], given: Collection[str]) -> list[tuple[str, str]]:
-    """Groups (inner, outer) with one inner unit each whose outer size is not given: it follows the inner size.
-
-    Multi-head attention, whose heads have keys and values of their own, is the example.
-    """
-    return [
-        (inner, outer)
-        for inner, outer in spec.groups
-        if before[inner] == before[outer] and outer not in given and spec.axis[outer].prunable
-    ]
-
-
 def _required_divisors(
     spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, int, str]]:
@@ -148,17 +178,6 @@ def _require_groups(
                 f"Nearest: {_nearest_sizes(after[inner], legal)}."
                 + (f" Or change {names[outer]}." if spec.axis[outer].prunable else "")
             )
-
-
-def unequal_sizes(spec: ArchSpec, config: PretrainedConfig) -> list[dict[str, int]]:
-    """Groups that are more or fewer in some layers than the config says of all: none, and every such kind of layer."""
-    outer = [axis for _, axis in spec.groups]
-    sizes = spec.sizes(config)
-    kinds: list[dict[str, int]] = [{}]
-    for layer in spec.layer_sizes(config):
-        own = {axis: layer[axis] for axis in outer if layer[axis] != sizes[axis]}
-        kinds += [] if own in kinds else [own]
-    return kinds
 
 
 def _require_multiples(

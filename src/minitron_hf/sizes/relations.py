@@ -11,13 +11,13 @@ from ..errors import PlanError
 from ..families import ArchSpec
 from ..families.runtimes import HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN
 from .legality import (
+    Groups,
     _cuttable_axis,
     _require_groups,
     _require_least,
     _required_divisors,
     field_name,
     nearest_of,
-    unequal_sizes,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def fitting_sizes(
     spec: ArchSpec,
     config: PretrainedConfig,
     sizes: Mapping[str, int],
-    following: Collection[tuple[str, str]],
+    groups: Groups,
     relation: tuple[str, str],
     axis: str,
 ) -> dict[int, int]:
@@ -41,7 +41,7 @@ def fitting_sizes(
         spec: the family.
         config: the teacher's.
         sizes: the student's; those of the other axes are kept.
-        following: groups (inner, outer) whose outer size follows the inner one.
+        groups: of the student.
         relation: two dimensions that are equal, such as `("heads*head_dim", "hidden")`.
         axis: the axis, of either dimension.
     """
@@ -51,17 +51,19 @@ def fitting_sizes(
     found = {}
     for size in range(step, before[moving] + 1, step):
         tried = {**sizes, moving: size, follower: each * size // each_follower}
-        tried |= {outer: tried[inner] for inner, outer in following if inner in (moving, follower)}
-        if tried[follower] <= before[follower] and _is_legal(spec, config, before, tried):
+        tried |= {outer: tried[inner] for inner, outer in groups.following if inner in (moving, follower)}
+        if tried[follower] <= before[follower] and _is_legal(spec, config, before, tried, groups):
             found[size] = tried[follower]
     return found
 
 
-def _is_legal(spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+def _is_legal(
+    spec: ArchSpec, config: PretrainedConfig, before: Mapping[str, int], sizes: Mapping[str, int], groups: Groups
+) -> bool:
     if any(sizes[axis] % divisor for axis, divisor, _ in _required_divisors(spec, config, before, sizes)):
         return False
     with contextlib.suppress(PlanError):
-        for own in unequal_sizes(spec, config):
+        for own in groups.kinds:
             _require_groups(spec, config, {**before, **own}, {**sizes, **own})
         _require_least(spec, config, before, sizes)
         return True
@@ -74,7 +76,7 @@ def follow_equal(
     before: Mapping[str, int],
     after: dict[str, int],
     given: Collection[str],
-    following: Collection[tuple[str, str]],
+    groups: Groups,
     *,
     portable: bool,
 ) -> list[str]:
@@ -86,7 +88,7 @@ def follow_equal(
         before: the teacher's sizes.
         after: the student's, which are changed.
         given: axes that were asked for.
-        following: groups (inner, outer) whose outer size follows the inner one.
+        groups: of the student.
         portable: whether heads fill the hidden size because `portable` asks for it, not the stock class.
     """
     notes = []
@@ -106,17 +108,17 @@ def follow_equal(
         name, other = field_name(spec, moves), field_name(spec, follows)
         followed, rest = divmod(each * after[moves], each_following)
         if {left, right} <= fixed:
-            fitting = fitting_sizes(spec, config, after, following, relation, follows)
+            fitting = fitting_sizes(spec, config, after, groups, relation, follows)
             pairs = [f"{name}={fitting[one]} with {other}={one}" for one in nearest_of(after[follows], list(fitting))]
             wrong = f"{name}={after[moves]} and {other}={after[follows]} do not fit together: {holders}."
             raise PlanError(f"{wrong}{_nearest(pairs)}")
         wrong = ""
         if rest:
             wrong = f"{name}={after[moves]}: {holders}."
-        elif why := _reason_against_groups(spec, config, {**after, follows: followed}, follows, following):
+        elif why := _reason_against_groups(spec, config, {**after, follows: followed}, follows, groups):
             wrong = f"{name}={after[moves]}: {holders}, and {other}={followed} does not fit {why}."
         if wrong:
-            fitting = fitting_sizes(spec, config, after, following, relation, moves)
+            fitting = fitting_sizes(spec, config, after, groups, relation, moves)
             raise PlanError(f"{wrong}{_nearest(nearest_of(after[moves], list(fitting)))}")
         after[follows] = followed
         fixed.add(follows)
@@ -137,12 +139,12 @@ def _reason_against_groups(
     config: PretrainedConfig,
     sizes: Mapping[str, int],
     axis: str,
-    following: Collection[tuple[str, str]],
+    groups: Groups,
 ) -> str:
     """The number of groups that a size cannot be shared out to; empty if it can."""
     before = spec.sizes(config)
     for inner, outer in spec.groups:
-        if inner == axis and (inner, outer) not in following:
+        if inner == axis and (inner, outer) not in groups.following:
             each, rest = divmod(sizes[inner], sizes[outer])
             if rest or each > before[inner] // before[outer]:
                 return f"{field_name(spec, outer)}={sizes[outer]}"

@@ -13,7 +13,7 @@ from .classes import _spec_of_student, config_class
 from .layers import fixed_layers, protected_layers
 from .legality import (
     SMALL_STEP,
-    _groups_cut_together,
+    Groups,
     _largest_size,
     _require_change,
     _require_groups,
@@ -24,7 +24,6 @@ from .legality import (
     field_name,
     require_cuttable,
     rounding_step,
-    unequal_sizes,
 )
 from .relations import follow_equal
 from .request import SEQUENTIAL, PrunerConfig
@@ -116,8 +115,8 @@ def resolve_sizes(
         after["layers"] = _depth_after(spec, teacher_config, request)
     if request.vocab_size is not None:
         after[VOCABULARY] = vocabulary_after(before[VOCABULARY], request)
-    following = _groups_cut_together(spec, before, given)
-    notes = _round_fractions(spec, teacher_config, request, given, after, following, may_stay)
+    groups = Groups.of(spec, teacher_config, given)
+    notes = _round_fractions(spec, teacher_config, request, given, after, groups.following, may_stay)
     _require_depth(spec, teacher_config, request, after["layers"])
     for inner, outer in spec.groups:
         most = _largest_size(spec, inner, before, after)
@@ -125,14 +124,14 @@ def resolve_sizes(
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     portable = spec.equal != coupled
-    notes += follow_equal(spec, teacher_config, before, after, set(given), following, portable=portable)
-    for inner, outer in following:
+    notes += follow_equal(spec, teacher_config, before, after, set(given), groups, portable=portable)
+    for inner, outer in groups.following:
         if after[inner] < after[outer]:
             after[outer] = after[inner]
             notes.append(
                 f"{FIELD_OF_AXIS[outer]} follows {FIELD_OF_AXIS[inner]} to {after[inner]}: there is one for each."
             )
-    for own in unequal_sizes(spec, teacher_config):
+    for own in groups.kinds:
         _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
     _require_multiples(spec, teacher_config, before, after)
     _require_least(spec, teacher_config, before, after)
@@ -140,7 +139,7 @@ def resolve_sizes(
         if after[axis] < before[axis]:
             require_cuttable(spec, teacher_config, axis)
     notes += _check_options(teachers, spec, teacher_config, request, before, after)
-    return after, [*notes, *moved_notes, *serving_notes(spec, student_type, teacher_config, after, following)]
+    return after, [*notes, *moved_notes, *serving_notes(spec, student_type, teacher_config, after, groups)]
 
 
 def _given_sizes(spec: ArchSpec, before: Mapping[str, int], request: PrunerConfig) -> dict[str, int | float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,7 @@ from ..errors import PlanError
 from ..families import ArchSpec
 from ..families.axes import dimension_size, parse_dimensions
 from ..families.runtimes import HEADS_FILL_HIDDEN, MLP_FOUR_TIMES_HIDDEN, recomputing_runtimes
-from .legality import _nearest_sizes, field_name, nearest_of
+from .legality import Groups, _nearest_sizes, field_name, nearest_of
 from .relations import fitting_sizes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def serving_notes(
     config_type: type[PretrainedConfig],
     config: PretrainedConfig,
     after: Mapping[str, int],
-    following: Collection[tuple[str, str]],
+    groups: Groups,
 ) -> list[str]:
     """Sizes that Transformers takes, and other programs or fast kernels may not.
 
@@ -86,7 +86,7 @@ def serving_notes(
         config_type: its stock config.
         config: the teacher's.
         after: the student's sizes.
-        following: groups (inner, outer) whose outer size follows the inner one.
+        groups: of the student.
     """
     before = spec.sizes(config)
     if after == before:
@@ -95,7 +95,7 @@ def serving_notes(
         *(
             f"{one.name}={after[one.axis]} is honoured by Transformers, but {one.runtimes} {one.compute} "
             f"{one.formula} = {_computed_value(one, after)} instead, and cannot run this student."
-            + (_safe_sizes(spec, config, after, following, one.relation) if one.holds(before) else "")
+            + (_safe_sizes(spec, config, after, groups, one.relation) if one.holds(before) else "")
             for one in _computed_sizes(spec, config_type)
             if not one.holds(after)
         ),
@@ -134,14 +134,14 @@ def _safe_sizes(
     spec: ArchSpec,
     config: PretrainedConfig,
     after: Mapping[str, int],
-    following: Collection[tuple[str, str]],
+    groups: Groups,
     relation: tuple[str, str],
 ) -> str:
     """Sizes around the student's that these programs run, as advice."""
     if relation == MLP_FOUR_TIMES_HIDDEN:
         return f" It takes {4 * after['hidden']}; portable=True allows only such sizes."
     before = spec.sizes(config)
-    fitting = fitting_sizes(spec, config, after, following, relation, "hidden")
+    fitting = fitting_sizes(spec, config, after, groups, relation, "hidden")
     if fitting.get(before["hidden"]) == before["heads"]:
         del fitting[before["hidden"]]  # as large as the teacher's
     pairs = [
