@@ -384,7 +384,7 @@ def test_the_recipe_is_the_decisions_and_overrides(tmp_path):
     [
         ([], [], set()),
         (["data.train.split=test"], [], set()),
-        (["distill.max_steps=7"], ["distill.max_steps=7 instead of 122"], {"schedule"}),
+        (["distill.max_steps=7"], ["distill.max_steps=7 instead of 244"], {"schedule"}),
         (["prune.repair=null"], ['prune.repair=null instead of "least_squares"'], {"repair"}),
         (
             ["prune.num_hidden_layers=14", "scores={}"],
