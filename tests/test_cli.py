@@ -123,7 +123,7 @@ def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
     plan = ("plan", teacher, "--scores", scores, "-o", tmp_path / "plan")
     done = minitron(*plan, "--target", "0.5", "--data", text)
     assert done.returncode == 0, done.stderr
-    assert "Sizes for target_parameters=0.5" in " ".join(done.stdout.split())
+    assert "Sizes for --target 0.5: " in " ".join(done.stdout.split())
     refused(minitron(*plan, "--target", "0.5"), "--data")
 
 

@@ -76,7 +76,8 @@ class CheckedCommand(TyperCommand):
     def _invoke(self, ctx: Any) -> Any:
         options = {one.name: one for one in self.params if one.name and one.opts[0].startswith("-")}
         flags = {name for name, one in options.items() if getattr(one, "is_flag", False)}
-        begin({name: max(one.opts, key=len) for name, one in options.items()}, flags)
+        named = {name: max(one.opts, key=len) for name, one in options.items()}
+        begin({**{ENTRIES.get(name, name): option for name, option in named.items()}, **named}, flags)
         to_file = ctx.command.name in WRITES_A_FILE or ctx.params.get("recommend", False)
         for name, value in ctx.params.items():
             ctx.params[name] = _checked(name, value, to_file)
