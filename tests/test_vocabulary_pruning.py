@@ -108,6 +108,18 @@ def cut_alone(name: str):
     return teacher, tokenizer, plan, apply_plan(teacher, plan)
 
 
+def test_the_plan_of_another_teacher_is_refused_before_its_tokenizer(tmp_path):
+    """A model of the same sizes with other weights and another tokenizer: the weights tell that it is another."""
+    teacher, tokenizer = teacher_of()
+    counts = count_tokens(texts(), tokenizer)
+    request = PrunerConfig(vocab_size=SIZE, intermediate_size=0.5)
+    plan = make_plan(teacher, request, estimate_importance(teacher, metric="magnitude"), token_counts=counts)
+    teacher_of(seed=1)[0].save_pretrained(tmp_path / "other")
+    pocket_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match="made for other weights"):
+        prune_checkpoint(tmp_path / "other", tmp_path / "student", plan, show_progress=False)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_logits_are_the_teachers_at_the_kept_tokens(name):
     teacher, tokenizer, plan, student = cut_alone(name)
