@@ -262,7 +262,8 @@ def test_notes_are_in_the_words_of_the_command(workshop, tmp_path):
     assert "It takes --hidden-size 32 with --num-attention-heads 4; --portable allows only such sizes" in other
     text = " ".join(minitron(*given).stdout.split())
     assert note in text
-    dry = document("run", workshop / "recipe.yaml", "--dry-run", "--set", "distill.max_length=null")["estimate"]
+    changes = ("--set", "distill.max_length=null", "--set", f"output_dir={tmp_path / 'run'}")
+    dry = document("run", workshop / "recipe.yaml", "--dry-run", *changes)["estimate"]
     assert any(one.startswith("distill.max_length=null: rows have at most 64") for one in dry["notes"])
     sizes = ("--intermediate-size", "0.5", "--device", "80GB", "--max-length", "4096")
     found = document("fit", workshop / "teacher", *sizes)["capacity"]["assumptions"]
