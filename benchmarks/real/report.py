@@ -201,10 +201,10 @@ def claims_section(found: Sequence[Finding], experiments: dict[str, Experiment],
 
 
 def by_strength(found: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
-    """Verdicts; and the tendencies of claims that have none."""
+    """Verdicts; and tendencies, of claims without a verdict or with more tokens than it has."""
     final = [finding for finding in found if finding.is_final]
-    decided = {id(finding.claim) for finding in final}
-    return final, [finding for finding in found if id(finding.claim) not in decided]
+    decided = {id(finding.claim): finding.tokens for finding in final}  # smaller budgets come first
+    return final, [finding for finding in found if finding.tokens > decided.get(id(finding.claim), 0)]
 
 
 def measured_arms(
