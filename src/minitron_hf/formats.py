@@ -201,13 +201,16 @@ def without_new_defaults(settings: Any, recorded: Any, classes: Mapping[str, typ
     """Settings without the fields that a record lacks, where they have their defaults.
 
     The record is of a version that did not have these fields yet, and did what their defaults do. So the digest of
-    these settings is the one that it made.
+    these settings is the one that it made. Budgets that it held as floats (`1e6`) are floats, too.
 
     Args:
         settings: as they are now.
         recorded: those in the record.
         classes: entry of the settings → the dataclass whose fields stand there.
         entry: name of the entry that holds the settings; None of all of them.
+
+    >>> without_new_defaults({"tokens": 1000000, "size": 1}, {"tokens": 1e6, "size": 1.0}, {})  # 1.0 is a fraction
+    {'tokens': 1000000.0, 'size': 1}
     """
     if isinstance(settings, Mapping) and isinstance(recorded, Mapping):
         section = None if entry is None else classes.get(entry)
@@ -219,7 +222,7 @@ def without_new_defaults(settings: Any, recorded: Any, classes: Mapping[str, typ
         }
     if isinstance(settings, list) and isinstance(recorded, list) and len(settings) == len(recorded):
         return [without_new_defaults(*both, classes, entry) for both in zip(settings, recorded, strict=True)]
-    return settings
+    return recorded if isinstance(recorded, float) and recorded > 1 and settings == recorded else settings
 
 
 def _defaults(section: Any) -> dict[str, Any]:
