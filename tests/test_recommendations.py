@@ -145,6 +145,8 @@ def test_the_rounds_of_llama_nest():
         assert count_parameters(student_config(LLAMA, request)) == shape.num_parameters
     changed = found.recipe("x", train="a", eval="b", output_dir="c", overrides=["rounds.2.prune.hidden_size=2560"])
     assert [one["prune"]["hidden_size"] for one in changed["rounds"]] == [first.sizes["hidden"], 2560]
+    with pytest.raises(DataError, match=r"rounds\.2\.distill: lerning_rate"):
+        found.recipe("x", train="a", eval="b", output_dir="c", overrides=["rounds.2.distill.lerning_rate=1"])
 
 
 def test_defaults_are_what_is_recommended(published):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from ..errors import MinitronError
 from .checked import CheckedCommand
 from .distill import distill
 from .doctor import doctor
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if was_interrupted():  # as in an import that an interrupt has broken off
+        if was_interrupted() and not isinstance(error, MinitronError):  # as in an import that it has broken off
             exit_interrupted()
         from ..recipe.launching import write_error_message
 

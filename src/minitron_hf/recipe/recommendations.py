@@ -100,9 +100,9 @@ class Recommendation:
                 section[leaf] = value
         values = apply_overrides(values, list(overrides))
         recipe = Recipe.from_dict(values)
-        for each in recipe.each_round():
+        for number, each in enumerate(recipe.each_round(), 1):
             each.pruner_config  # noqa: B018 (refuses what is wrong)
-            require_sections(each)
+            require_sections(each, f"rounds.{number}." if recipe.rounds else "")
         require_lengths(recipe, self.context)
         return values
 
