@@ -270,6 +270,16 @@ def test_notes_are_in_the_words_of_the_command(workshop, tmp_path):
     assert any(one.startswith("--max-length 4096 exceeds") for one in found)
 
 
+def test_libraries_say_nothing_while_they_are_imported(workshop):
+    """Libraries warn there: torchao of kernels for other processors, torch of names in torchao that it replaces."""
+    code = "import sys; sys.argv[0] = 'minitron-hf'; from minitron_hf.cli.entry import main; main()"
+    given = [sys.executable, "-c", code, "run", str(workshop / "recipe.yaml"), "--dry-run"]
+    done = subprocess.run(given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torchao" not in done.stderr
+    assert "_pytree" not in done.stderr
+
+
 @pytest.mark.parametrize(("command", "words"), [("run", "resumes"), ("plan", "Run it again")])
 def test_an_interrupt_ends_every_command_with_130(monkeypatch, workshop, command, words):
     monkeypatch.setattr("minitron_hf.models.load_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -21,6 +21,8 @@ from .wording import worded
 
 #: Libraries whose warnings are hidden without --verbose, as beginnings of module names, and their verbosity variables.
 NOISY = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)\b"
+#: Loggers that warn while libraries are imported: of kernels for other processors, and of names that torch replaces.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")
 
 
@@ -176,13 +178,18 @@ class _Worded(logging.Formatter):
 @contextlib.contextmanager
 def _without_others() -> Iterator[None]:
     """Hide the warnings of other libraries."""
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     own = {name: "error" for name in VERBOSITY if name not in os.environ}
     os.environ.update(own)  # read when the libraries are imported
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for category in (UserWarning, FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=NOISY)
             yield
     finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         for name in own:
             os.environ.pop(name, None)
