@@ -133,10 +133,11 @@ def test_every_way_to_name_a_metric_takes_a_registered_one(tmp_path: Path):
     model.save_pretrained(teacher)
     pocket_tokenizer().save_pretrained(teacher)
     text.write_text('{"text": "the old a of b is new"}\n' * 32)
-    score = ["score", str(teacher), "--data", str(text), "-o", str(tmp_path), "--set", "max_length=16", "--set"]
+    folder = tmp_path / "scores"
+    score = ["score", str(teacher), "--data", str(text), "-o", str(folder), "--set", "max_length=16", "--set"]
     done = CliRunner().invoke(app, [*score, "metric=as_activation"])
     assert done.exit_code == 0, done.output
-    assert ImportanceScores.from_pretrained(tmp_path).settings["metric"] == "as_activation"
+    assert ImportanceScores.from_pretrained(folder).settings["metric"] == "as_activation"
     assert "as_activation" in str(scoring_hints()["metric"])  # what a recipe's scores are checked against
 
 
