@@ -179,8 +179,8 @@ CASES = [
         ("permission", "= prune {teacher} --plan {plan} -o {teacher}", "already holds files"),
         ("space", "", "No space left"),
         ("model", "= prune {narrow} --plan {plan} -o {out}", "other sizes"),
-        ("model", "= prune {narrow} --plan {cut} -o {out}", "made for another teacher"),
-        ("model", "= prune {narrow} --plan {cut} -o {out} --in-memory", "made for another teacher"),
+        ("model", "= prune {narrow} --plan {cut} -o {out}", "made for a llama model of other sizes"),
+        ("model", "= prune {narrow} --plan {cut} -o {out} --in-memory", "made for a llama model of other sizes"),
         ("model", "= prune {bert} --plan {plan} -o {out}", "bert"),
     ),
     *command(

@@ -131,7 +131,7 @@ def require_architecture(config: PretrainedConfig, plan: PruningPlan) -> None:
     if not fits:
         made_for = plan.teacher["name_or_path"] or "in memory"
         raise MismatchError(
-            f"The plan was made for another teacher, a {plan.model_type} model of other sizes ({made_for}), than "
+            f"The plan was made for a {plan.model_type} model of other sizes ({made_for}) than "
             f"{config.name_or_path or 'this model'} ({config.model_type}). Give that teacher, or plan again."
         )
 
