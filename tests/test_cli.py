@@ -175,6 +175,9 @@ def test_no_command_writes_beside_files_of_others(workshop, tmp_path):
         assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     (out / "pruning_plan.json").touch()
     assert minitron(*score, "-o", out).returncode == 0
+    (out / "adapter_model.safetensors").touch()  # a student that is an adapter alone
+    quick = ("--set", "speed=false", *settings)
+    assert minitron("evaluate", f"a={teacher}", "--data", text, "-o", out, *quick).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")

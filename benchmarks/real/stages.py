@@ -391,7 +391,8 @@ def in_a_process(name: str, folder: Path, arguments: argparse.Namespace) -> dict
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1:]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, "messages": [line for line in done.stderr.splitlines() if "it/s" not in line and line.strip()]}
+    lines = [line.replace(sys.prefix, "…") for line in done.stderr.splitlines() if "it/s" not in line and line.strip()]
+    return {**found, "messages": lines}
 
 
 def row_of(name: str, found: dict[str, Any]) -> str:

@@ -34,11 +34,13 @@ def evaluate(
     from ..evaluation.benchmarks import BENCHMARKS_NAME, DOCUMENTS_DIR
     from ..evaluation.evaluate import EVALUATION_NAME, evaluate_models
     from ..locks import locked_folder
+    from ..publishing.uploads import ADAPTER_NAME
     from ..recipe.rules import hints_of
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
     _require_free(output, [EVALUATION_NAME, BENCHMARKS_NAME], overwrite)
-    _require_own(output, (EVALUATION_NAME, BENCHMARKS_NAME, DOCUMENTS_DIR, "config.json"))  # or beside a model
+    beside_a_model = ("config.json", ADAPTER_NAME)
+    _require_own(output, (EVALUATION_NAME, BENCHMARKS_NAME, DOCUMENTS_DIR, *beside_a_model))
     given = ("models", "dataset", "processing_class", "output_path", "chat_prompts", "tasks")
     own = (*given, "descriptions", "checkpoints", "show_progress")
     settings = _settings(set_, hints_of(evaluate_models, without=own), "arguments of evaluate_models")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 #: Commands that go on where they were interrupted.
@@ -13,8 +14,9 @@ _interrupts: list[int] = []
 
 
 def note_interrupts() -> None:
-    """Have Ctrl-C remembered, unless it is ignored or handled already."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    """Have Ctrl-C remembered, unless it is ignored or handled already. Only the main thread gets it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _note_interrupt)
 
 

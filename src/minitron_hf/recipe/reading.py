@@ -122,7 +122,10 @@ def read_number(text: str, where: str) -> int | float:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf or (scale is not None and number < 1):
-        raise DataError(f"{where}{text}: expected a number above 0, such as 0.5, 400k, 4.5e9 or 4.5B.")
+        raise DataError(
+            f"{where}{text}: expected a number above 0, such as 0.5, 400k, 4.5e9 or 4.5B. With k, M, B "
+            "or T it must come to 1 or more."
+        )
     return round(number) if scale is not None or number.is_integer() else number
 
 

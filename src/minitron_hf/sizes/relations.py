@@ -130,8 +130,11 @@ def _in_words(spec: ArchSpec, relation: tuple[str, str], sizes: Mapping[str, int
     """A relation in the names of the user's sizes."""
     (left, each_left), (right, each_right) = (_cuttable_axis(spec, one, sizes) for one in relation)
     why = f" (heads keep their {each_left} dimensions)" if left == "heads" else ""
-    times = f"{each_right} × " if each_right > 1 else ""
-    return f"{times}{field_name(spec, right)} = {each_left} × {field_name(spec, left)}{why}"
+    sides = [
+        f"{each} × {field_name(spec, axis)}" if each > 1 else field_name(spec, axis)
+        for axis, each in ((right, each_right), (left, each_left))
+    ]
+    return f"{' = '.join(sides)}{why}"
 
 
 def _reason_against_groups(
