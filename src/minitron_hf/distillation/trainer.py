@@ -55,6 +55,7 @@ from .checks import (
     refuse_unknown_tokens,
     refuse_wrapped_head,
 )
+from .compilation import compile_layers, leave_models_whole
 from .config import DistillationConfig
 from .cut_vocabulary import KeptTokens, checked_tokenizer, kept_tokens, plans_of, require_own_caches
 from .fake_quantization import fake_quantize
@@ -218,6 +219,7 @@ class DistillationTrainer(
         self._prepare_student(student_config, teacher.config)
         self._prepare_teacher_side(teacher)
         self._prepare_losses(teacher.config)
+        self._compile()
         known = self._teacher_fingerprint or [cache.manifest["settings"]["teacher"] for cache in data.train_caches]
         self._record_inputs(student=fingerprint(self.model), teacher=known, data=sampled_data(data.train))
 
@@ -315,6 +317,16 @@ class DistillationTrainer(
                 task_data=self.args.eval_task_data,
             )
             self.add_callback(measured)
+
+    def _compile(self) -> None:
+        """With `torch_compile`, compile both models, after the batches of other shapes that the checks tried."""
+        if not self.args.torch_compile:
+            return
+        leave_models_whole(self.accelerator)
+        how: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        compile_layers(base_model_of(self.model), "student", **how)
+        if self.teacher_model is not None:
+            compile_layers(self.accelerator.unwrap_model(self.teacher_model), "teacher", **how)
 
     # ---- Data ----
 
