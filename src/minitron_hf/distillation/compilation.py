@@ -10,8 +10,9 @@ import logging
 from typing import Any
 
 from accelerate.utils import DynamoBackend
+from torch import nn
 
-from ..compat import layer_class_names
+from ..compat import layer_class_names, offload_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def compile_layers(model: Any, role: str, *, backend: str | None, mode: str | No
     """Compile the layers of a model in place. Names of tensors stay, and copies of the model are not compiled.
 
     Args:
-        model: the model; layers that Accelerate moves to a device for each call are left out.
+        model: the model. One whose layers Accelerate fetches for each call is left as it is.
         role: what the warning calls it.
         backend: of `torch.compile`.
         mode: of `torch.compile`.
@@ -36,8 +37,7 @@ def compile_layers(model: Any, role: str, *, backend: str | None, mode: str | No
             role,
             type(model).__name__,
         )
-    placed = [layer for layer in layers if any(hasattr(module, "_hf_hook") for module in layer.modules())]
-    if placed:
+    if any(_is_offloaded(module) for layer in layers for module in layer.modules()):
         logger.warning(
             "torch_compile: the weights of the %s are moved to a device when they are used (teacher_offload, "
             "device_map). It runs uncompiled.",
@@ -47,6 +47,10 @@ def compile_layers(model: Any, role: str, *, backend: str | None, mode: str | No
     for layer in layers:
         layer.compile(backend=backend or "inductor", mode=mode)
     return len(layers)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in offload_hooks(module))
 
 
 def leave_models_whole(accelerator: Any) -> None:

@@ -1,10 +1,10 @@
-"""Measures what settings of the C library's memory allocator gain in a step of distillation on a CPU under Linux.
+"""Measures what the memory allocator and `torch_compile` gain in a step of distillation on a CPU under Linux.
 
 By default glibc returns large blocks to the system when they are freed. Every step then gets its activations and
-gradients anew, page by page. The settings keep freed blocks and ask for huge pages. Every round runs both in processes
-of their own. Run from the repository root while nothing else computes:
+gradients anew, page by page. The settings keep freed blocks and ask for huge pages. Every round runs all settings in
+processes of their own. Run from the repository root while nothing else computes:
 
-    python benchmarks/allocator.py --teacher work/teacher --output benchmarks/results/allocator.json
+    python benchmarks/cpu_steps.py --teacher work/teacher --output benchmarks/results/cpu-steps.json
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from minitron_hf.files import public_name, versions, write_json
 from reporting import command, peak_memory
 
 VARIABLE = "GLIBC_TUNABLES"
+KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
+HUGE = f"glibc.malloc.hugetlb=1:{KEPT}:glibc.malloc.top_pad=268435456"
+#: Name → value of the variable, and whether layers are compiled.
 SETTINGS = {
-    "default": "",
-    "kept": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
-    "kept, huge pages": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000:"
-    "glibc.malloc.top_pad=268435456",
+    "default": ("", False),
+    "blocks kept": (KEPT, False),
+    "blocks kept, huge pages": (HUGE, False),
+    "torch_compile": ("", True),
+    "all three": (HUGE, True),
 }
 #: The steps before which the measurement begins and after which it ends; rows of a step.
 FIRST, LAST, ROWS = 2, 8, 4
@@ -46,15 +50,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file of the results")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.teacher, arguments.length)))
+        print(json.dumps(measure(arguments.teacher, arguments.length, compiled=SETTINGS[arguments.one][1])))
         return
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for index in range(arguments.rounds):
-        for name, value in SETTINGS.items():
-            own = [sys.executable, __file__, "--teacher", arguments.teacher, "--one"]
+        for name, (value, _) in SETTINGS.items():
+            own = [sys.executable, __file__, "--teacher", arguments.teacher, "--one", name]
+            own += ["--length", str(arguments.length)]
             shown = subprocess.run(
                 own, env={**os.environ, VARIABLE: value}, capture_output=True, text=True, check=True
             )
@@ -62,7 +67,7 @@ def main() -> None:
             print(f"round {index + 1}, {name}: {rounds[name][-1]}", flush=True)
     for name, measured in rounds.items():
         ratios = [one["seconds"] / base["seconds"] for one, base in zip(measured, rounds["default"], strict=True)]
-        print(f"{name:<18} {statistics.median(ratios):.2f} of the time of a step")
+        print(f"{name:<24} {statistics.median(ratios):.2f} of the time of a step")
     if arguments.output:
         arguments.teacher = public_name(arguments.teacher)
         head = {
@@ -85,7 +90,7 @@ class Clock(TrainerCallback):
         self.used[state.global_step] = (used.ru_utime, used.ru_stime)
 
 
-def measure(name: str, length: int) -> dict[str, float]:
+def measure(name: str, length: int, *, compiled: bool) -> dict[str, float]:
     """Processor seconds of a step, those in the kernel among them, and peak bytes."""
     torch.manual_seed(0)
     teacher, clock = load_model(name), Clock()
@@ -102,6 +107,7 @@ def measure(name: str, length: int) -> dict[str, float]:
             folder,
             max_steps=LAST,
             max_length=length,
+            torch_compile=compiled,
             per_device_train_batch_size=ROWS,
             report_to="none",
             save_strategy="no",
