@@ -268,6 +268,23 @@ def test_sharded_checkpoints_are_resumed_on_any_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_layers_equal_plain_ones_in_two_processes(tmp_path):
+    """DDP and FSDP2, with activation checkpointing and with an adapter; from a checkpoint of plain layers, too."""
+    cases, folder = ("padding_free", "adapter", "states"), tmp_path / "compiled"
+    one = references(tmp_path / "one", cases)
+    tasks = [
+        {"folder": f"{kind}_{case}", "case": case, "kind": kind, "torch_compile_backend": "aot_eager"}
+        for kind in ("ddp", "fsdp2")
+        for case in cases
+    ]
+    resumed = {"folder": "resumed", "case": "states", "kind": "fsdp2"}
+    tasks += [{**resumed, "stop": True}, {**resumed, "resume": True, "torch_compile_backend": "aot_eager"}]
+    in_processes(2, folder, tasks)
+    for task in tasks:
+        same(folder / task["folder"], one / task["case"])
+
+
+@pytest.mark.slow
 def test_deepspeed_equals_one_process(tmp_path):
     """ZeRO-2 and ZeRO-3 in float32, as DeepSpeed knows no float64; what they save is a stock student."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'minitron-hf[deepspeed]'")
