@@ -421,6 +421,26 @@ def test_load_text_dataset_reads_every_kind_of_file(tmp_path: Path):
     assert list(load_text_dataset(str(tmp_path / "a.jsonl"), split="train[:1]")["text"]) == texts[:1]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_dataset_has_slices_of_its_split(tmp_path: Path, streaming: bool):
+    """As a file has them: the same rows."""
+    texts = [f"text {number}" for number in range(10)]
+    whole = datasets.Dataset.from_dict({"text": texts})
+    whole.save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"text": texts}, split="test").save_to_disk(tmp_path / "named")
+    whole.to_json(tmp_path / "file.jsonl")
+    for split in ("train", "train[:2]", "train[2:4]", "train[-3:]", "train[:25%]", "train[:2]+train[8:]"):
+        expected = load_text_dataset(str(tmp_path / "file.jsonl"), split=split)["text"]
+        found = load_text_dataset(str(tmp_path / "saved"), split=split, streaming=streaming)
+        assert [row["text"] for row in found] == list(expected)
+    for split, expected in (("test", texts), ("train", texts), ("test[:3]", texts[:3])):
+        found = load_text_dataset(str(tmp_path / "named"), split=split, streaming=streaming)
+        assert [row["text"] for row in found] == expected
+    for split in ("test", "test[:3]"):
+        with pytest.raises(DataError, match="holds one dataset without splits"):
+            load_text_dataset(str(tmp_path / "saved"), split=split, streaming=streaming)
+
+
 def test_load_text_dataset_refuses(tmp_path: Path):
     (tmp_path / "a.pdf").write_text("?")
     with pytest.raises(DataError, match=r"cannot read a '\.pdf' file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -268,6 +269,34 @@ def test_a_folder_of_another_search_is_refused(find, tmp_path):
         find(output_dir=tmp_path, tolerance=0.8)
     with pytest.raises(OutputError, match="another search"):
         find(output_dir=tmp_path, calibration_data=HELD_OUT)
+
+
+def test_another_training_corpus_is_another_search(distil):
+    distil()
+    with pytest.raises(OutputError, match="another search"):
+        distil(train_dataset=TRAIN.select(range(len(TRAIN) - 1)))
+
+
+def test_another_score_is_another_search(find, tmp_path):
+    """Functions of one name differ by their code, and parts of one function by their arguments."""
+
+    def scale(model, factor):
+        return factor * neurons(model)
+
+    def score_of(kind):
+        return {
+            "more": lambda model: +neurons(model),
+            "fewer": lambda model: -neurons(model),
+            "twice": functools.partial(scale, factor=2),
+            "half": functools.partial(scale, factor=0.5),
+        }[kind]
+
+    for first, second in (("more", "fewer"), ("twice", "half")):
+        folder = tmp_path / first
+        found = find(output_dir=folder, score_func=score_of(first))
+        assert find(output_dir=folder, score_func=score_of(first)).best == found.best
+        with pytest.raises(OutputError, match="another search"):
+            find(output_dir=folder, score_func=score_of(second))
 
 
 def test_budgets_of_parameters_and_memory_hold(find, teacher):

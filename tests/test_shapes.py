@@ -132,7 +132,7 @@ def test_spaces_that_make_no_sense_are_refused(space, message):
         enumerate_shapes(pocket_config("llama"), space)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe"])
 def test_cache_is_what_the_model_fills(name: str):
     """Also beyond a sliding window."""
     model = pocket_model(name, dtype=torch.float32)

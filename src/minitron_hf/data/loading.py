@@ -70,7 +70,7 @@ def load_text_dataset(
             how = {"data_files": {"train": str(path)}, "split": split, "streaming": streaming}
             return _with_images_beside(datasets.load_dataset(READERS[path.suffix], **how), path.parent)
         if path is not None and (path / "state.json").is_file():
-            saved = datasets.load_from_disk(str(path))
+            saved = _part(datasets.load_from_disk(str(path)), split, source)
             return saved.to_iterable_dataset() if streaming else saved
         return datasets.load_dataset(
             str(path or source),
@@ -93,6 +93,26 @@ def load_text_dataset(
             f"Cannot load the dataset {source!r} (split {split!r}{at}): {reason}. "
             f"Expected a local file ({', '.join(READERS)}), a saved dataset folder or a Hub dataset id."
         ) from error
+
+
+def _part(saved: Dataset, split: str, source: str) -> Dataset:
+    """The rows of a saved dataset that a split names: all of them, or slices.
+
+    Raises:
+        DataError: if the dataset was not saved under this name; without a name it is `"train"`.
+    """
+    import datasets
+
+    names = dict.fromkeys({"train", str(saved.split or "train")}, len(saved))
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(names)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"The folder {source} holds one dataset without splits, and split={split!r} names none of its rows: "
+            f"{error}. Use 'train', or a part of it, such as 'train[:90%]'."
+        ) from error
+    rows = [saved.select(range(part.from_ or 0, len(saved) if part.to is None else part.to)) for part in parts]
+    return saved if split in names else datasets.concatenate_datasets(rows)
 
 
 def _with_images_beside(data: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:

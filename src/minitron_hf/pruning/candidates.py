@@ -6,8 +6,10 @@ All candidates are measured on the same tokens, so that they are compared in pai
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from ..data import TokenRows, padded_batches
 from ..data.images import image_inputs
 from ..errors import DataError, MismatchError, PlanError, accept_old_names
 from ..evaluation.quality import mean_and_error
-from ..files import parse_json, write_json
+from ..files import digest, parse_json, write_json
 from ..formats import read_artefact
 from ..losses.fused import distillation_loss
 from ..losses.heads import OutputHead, backbone_output, output_head
@@ -199,6 +201,11 @@ class OwnScore:
             raise PlanError(f"score_func={function!r}: expected a function that takes a model and returns a number.")
         return None if function is None else cls(function, floor)
 
+    @property
+    def identity(self) -> str:
+        """Digest of what stored scores depend on: name and code of the function, arguments of `functools.partial`."""
+        return digest(_identity(self.function))
+
     def __call__(self, model: PreTrainedModel) -> float:
         """The score of a model.
 
@@ -296,3 +303,18 @@ def paired_gap(candidate: Candidate, best: Candidate, rows: TokenRows) -> dict[s
     differences = [one - other for one, other in zip(candidate.row_sums[turn], best.row_sums[turn], strict=True)]
     value, error = mean_and_error(differences, _counts(rows))
     return {"value": value, "stderr": math.nan if error is None else error}
+
+
+def _identity(value: Any) -> Any:
+    """What tells functions apart in every process: no addresses, and sets in one order."""
+    if isinstance(value, functools.partial):
+        return [_identity(value.func), repr(value.args), repr(value.keywords)]
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), list(value.co_names), [_identity(one) for one in value.co_consts]]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if not callable(value):
+        return repr(value)
+    code = getattr(value, "__code__", None)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return [named.__module__, named.__qualname__, None if code is None else _identity(code)]

@@ -269,7 +269,8 @@ def plan_for_target(
         rows.digest,
         repair_rows and repair_rows.digest,
         request.to_dict(),
-        getattr(score_func, "__qualname__", None),
+        score and score.identity,
+        None if token_counts is None else digest(token_counts.counts.tobytes()),
     )
     inputs = "" if output_dir is None else digest(model_digest(model), scores.digest, *used)
     measured = MeasuredShapes(output_dir, inputs)

@@ -176,12 +176,22 @@ def search_architectures(
         "distils": train_dataset is not None,
         "context_length": context_length,
         "batch_size": batch_size,
-        **({} if score is None else {"score_func": getattr(score_func, "__qualname__", "score_func")}),
+        **(
+            {} if score is None else {"score_func": getattr(score_func, "__qualname__", type(score_func).__qualname__)}
+        ),
     }
     known = without_new_defaults(settings, stored_settings(output_dir), {"base": PrunerConfig})
     inputs = digest(model_digest(model), scores.digest, known, rows.digest, held_out.digest)
     if repair_rows is not None:
         inputs = digest(inputs, repair_rows.digest)
+    if train_dataset is not None:
+        from ..distillation.checkpoints import sampled_data  # the trainers of TRL take seconds to import
+
+        inputs = digest(inputs, sampled_data(train_dataset))
+    if score is not None:
+        inputs = digest(inputs, score.identity)
+    if token_counts is not None:
+        inputs = digest(inputs, token_counts.counts.tobytes())
     record = SearchRecord(output_dir, inputs, settings, show_progress)
     shapes = shapes_within_budget(
         model, found.shapes, budgets, tolerance, context_length=context_length, batch_size=batch_size, record=record

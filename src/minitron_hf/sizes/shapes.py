@@ -5,6 +5,7 @@ Needs a config alone: no weights, no data. After Muralidharan et al. 2024, §2.3
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -266,8 +267,10 @@ def cache_bytes(config: PretrainedConfig, *, context_length: int, batch_size: in
     Raises:
         PlanError: if the model cannot be run without weights.
     """
-    model: Any = empty_model(config).eval()
-    model = model.to(dtype)
+    model: Any = empty_model(config).eval().to(dtype)
+    # The other ways to compute stacked experts need values, or bfloat16 on the meta device.
+    with contextlib.suppress(ValueError):
+        model.set_experts_implementation("batched_mm")
     tokens = torch.zeros(batch_size, context_length, dtype=torch.long, device="meta")
     try:
         output: Any = model.base_model(input_ids=tokens, use_cache=True)
