@@ -229,7 +229,10 @@ def test_short_budgets_cut_layers_and_neurons_long_ones_width():
     assert 12 <= sizes["layers"] < 16
     assert math.log(sizes["layers"] / 16) / math.log(sizes["ffn"] / 768) == pytest.approx(0.3, abs=0.1)
     assert set(prune(short)) >= {"num_hidden_layers", "intermediate_size", "repair", "contiguous"}
-    assert recommend(WIDE, 0.4, tokens=10e6, rounds=1)["axes"].value == "width before depth"
+    beyond = recommend(WIDE, 0.4, tokens=10e6, rounds=1)["axes"]
+    assert beyond.value == "width before depth"
+    assert "no shape with three quarters of the layers and half of the neurons or more meets" in beyond.reason
+    assert "would be cut" not in long["axes"].reason
 
 
 def test_rounds_share_a_short_budget():

@@ -156,7 +156,9 @@ def _require_schedule(args: Any) -> None:
         scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
     )
     if args.torch_compile:
-        require_choice(args.torch_compile_backend, torch.compiler.list_backends(), "torch_compile_backend")
+        require_choice(
+            args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=()), "torch_compile_backend"
+        )
     # Those of whole layers want the model; what they need is found when it is there.
     if not any(word in str(args.optim) for word in ("galore", "apollo", "lomo")):
         Trainer.get_optimizer_cls_and_kwargs(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import PlanError
@@ -84,6 +84,14 @@ def choose_shape(config: PretrainedConfig, goal: str, tokens: float, total: int,
     else:
         shapes, candidates = _candidates(config, parameters, by_depth)
     axes = _axes(spec, config, cut, goal, total)
+    if goal == "quality" and tokens < SHORT_BUDGET and cut == "width":
+        why = (
+            no_depth or "no shape with three quarters of the layers and half of the neurons or more meets the target."
+        )
+        axes = replace(
+            axes,
+            reason=f"{axes.reason} Below {_short(SHORT_BUDGET)} tokens, layers and neurons would be cut, but {why}",
+        )
     return Choice(cut, shapes, candidates, (axes, shape_decision(config, candidates[0], cut)))
 
 
