@@ -71,9 +71,12 @@ def _tokens(stage: str, budget: Mapping[str, Any]) -> str:
 def text(measured: Sequence[Mapping[str, Any]]) -> str:
     """The region: what was measured where, and the table."""
     threads = measured[0]["settings"]["threads"]
-    machine = measured[0]["machine"] or "machine not named"
+    machines = [one["machine"] or "machine not named" for one in measured]
+    where = machines[0]
+    if len(set(machines)) > 1:
+        where = "; ".join(f"{one['settings']['dtype']} on {name}" for one, name in zip(measured, machines, strict=True))
     lines = [
-        f"{machine}; {'one thread' if threads == 1 else f'{threads} threads'}; one run.",
+        f"{where}; {'one thread' if threads == 1 else f'{threads} threads'}; one run.",
         "",
         *table(measured),
         "",

@@ -30,7 +30,7 @@ Cut = Literal["width", "layers and neurons", "depth"]
 #: Below this number of tokens, layers and neurons are cut rather than the residual stream. The geometric middle of the
 #: two budgets at which the two were compared, 246k (here) and 94B tokens (Sreenivas et al. 2024).
 SHORT_BUDGET = 150e6
-#: What layers lose as a part of what neurons lose, in logarithms of the shares that are kept. Of four shapes of
+#: What layers lose as a part of what neurons lose, in logarithms of the shares that are kept. Of five shapes of
 #: SmolLM2-135M with 94.5M parameters, the best after 131k tokens had 26 of 30 layers and 960 of 1,536 neurons:
 #: log(0.87) is 0.3 of log(0.63).
 LAYERS_PART = 0.3
@@ -233,9 +233,9 @@ def shape_decision(config: PretrainedConfig, shape: Shape, cut: Cut, measured: S
         "depth": "As many layers as the target holds; width stays.",
         "width": "The residual stream and the MLP become narrower, in proportions as equal as the target allows. The "
         "layers stay, and so do the attention heads, unless together they must be as wide as the residual stream.",
-        "layers and neurons": "More neurons than layers go: of four shapes of SmolLM2-135M, fitted in turn, 26 of 30 "
-        "layers and 960 of 1,536 neurons ended best after 131k tokens (KL 0.693; 24 layers and 1,083 neurons 0.734, "
-        "neurons alone 0.748, 22 layers and 1,228 neurons 0.893; one seed each). At least three quarters of the "
+        "layers and neurons": "More neurons than layers go: of five shapes of SmolLM2-135M, fitted in turn, 26 of 30 "
+        "layers and 960 of 1,536 neurons ended best after 131k tokens (KL 0.689; 28 layers and 855 neurons 0.701, 24 "
+        "and 1,083 0.734, neurons alone 0.748, 22 and 1,228 0.893; one seed each). At least three quarters of the "
         "layers and half of the neurons stay. Residual stream and heads stay.",
     }
     sources = {
