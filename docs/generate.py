@@ -15,7 +15,7 @@ from typer.main import get_command
 from minitron_hf import DistillationConfig, PrunerConfig
 from minitron_hf.cli.app import app
 from minitron_hf.recipe import schema
-from minitron_hf.recipe.reading import BUDGETS
+from minitron_hf.recipe.reading import BUDGETS, BYTE_BUDGETS
 
 
 def write_generated(folder: Path) -> None:
@@ -42,7 +42,8 @@ def recipe_reference() -> str:
     budgets = ", ".join(f"`{name}`" for name in BUDGETS)
     about = (
         "This page lists every key of a recipe for users of `minitron-hf run`. A recipe is a YAML file. Budgets may "
-        f"end in `k`, `M`, `B` or `T`, in lower or upper case: {budgets}."
+        f"end in `k`, `M`, `B` or `T`, in lower or upper case: {budgets}. "
+        f"Those of bytes may also end in `KB`, `MB`, `GB` or `TB`: {', '.join(f'`{name}`' for name in BYTE_BUDGETS)}."
     )
     return f"# The keys of a recipe\n\n{about}\n\n" + "\n".join(parts)
 

@@ -13,13 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from hub_server import card_metadata, check_card
 from minitron_hf.errors import MismatchError, OutputError
 from minitron_hf.publishing.card import END_OF_CARD, render_model_card, write_model_card
+from minitron_hf.publishing.quantized_card import render_quantized_card
+from minitron_hf.quantization import quantize_checkpoint
+from minitron_hf.saving import save_model
+from pocket import pocket_model, pocket_tokenizer
+from pocket_images import images, pocket_image_model, pocket_processor
 from run_folder import KEPT, RECIPE, SAMPLES, TEACHER, evaluation, plan, training_record, write_json, write_run
+from test_wrappers import CONFIGS
 
 
 @pytest.fixture
@@ -548,3 +555,85 @@ def test_a_cut_vocabulary_is_said_beside_the_measurements(run_dir):
     write_json(run_dir / "pruning_plan.json", {**plan, "vocabulary": {"coverage": 0.9}})
     assert sentence in render_model_card(run_dir)
     assert difference not in render_model_card(run_dir)
+
+
+# ---- "How to use", run as it stands ----
+
+
+def snippet_of(content, repository):
+    """The code of a card, for the folder in which it is run."""
+    (code,) = re.findall(r"```python\n(.*?)\n```", sections(content)["How to use"], flags=re.S)
+    assert f'name = "{repository}"' in code
+    return code.replace(f'name = "{repository}"', 'name = "."')
+
+
+@pytest.fixture
+def image_student(tmp_path):
+    """A folder as a student of images is published, with a picture."""
+    folder = tmp_path / "student"
+    save_model(pocket_image_model(torch.float32), folder, pocket_processor())
+    write_json(folder / "distillation.json", training_record())
+    images(1)[0].save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("has_processor", [True, False])
+def test_the_code_of_a_student_of_images_runs(image_student, monkeypatch, capsys, has_processor):
+    if not has_processor:
+        (image_student / "processor_config.json").unlink()
+    content = render_model_card(image_student)
+    assert check_card(content) == ([], [])
+    assert card_metadata(content)["pipeline_tag"] == "image-text-to-text"
+    assert "\n\n\n" not in content
+    monkeypatch.chdir(image_student)
+    found = {}
+    exec(snippet_of(content, "path/to/this/folder"), found)
+    assert type(found["model"]).__name__ == "Gemma3ForConditionalGeneration"
+    assert capsys.readouterr().out.strip(), "it answers"
+    assert ("processor" in found, "pixel_values" in found["inputs"]) == (has_processor, has_processor)
+
+
+def test_without_a_chat_template_the_code_loads_a_student_of_images_alone(image_student, monkeypatch):
+    (image_student / "chat_template.jinja").unlink()
+    monkeypatch.chdir(image_student)
+    found = {}
+    exec(snippet_of(render_model_card(image_student), "path/to/this/folder"), found)
+    assert type(found["processor"]).__name__ == "Gemma3Processor"
+    assert "inputs" not in found
+
+
+def test_the_code_of_a_student_of_text_runs(tmp_path, monkeypatch, capsys):
+    save_model(pocket_model("llama", dtype=torch.float32), tmp_path, pocket_tokenizer())
+    write_json(tmp_path / "distillation.json", training_record())
+    write_json(tmp_path / "hub.json", {"repo_id": "lab/tiny"})
+    content = render_model_card(tmp_path)
+    assert card_metadata(content)["pipeline_tag"] == "text-generation"
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(snippet_of(content, "lab/tiny"), found)
+    assert type(found["model"]).__name__ == "LlamaForCausalLM"
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_code_of_a_quantised_copy_runs(image_student, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    copy = quantize_checkpoint(image_student, tmp_path / "int8", "int8", device="cpu")
+    write_json(copy / "hub.json", {"repo_id": "lab/tiny-int8", "student": "lab/tiny", "method": "int8"})
+    write_json(copy / "teacher.json", TEACHER)
+    content = render_quantized_card(copy)
+    assert check_card(content) == ([], [])
+    assert card_metadata(content)["pipeline_tag"] == "image-text-to-text"
+    monkeypatch.chdir(copy)
+    found = {}
+    exec(snippet_of(content, "lab/tiny-int8"), found)
+    assert type(found["model"]).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(found["processor"]).__name__ == "Gemma3Processor"
+
+
+def test_models_of_sound_are_loaded_by_the_class_that_has_them(tmp_path):
+    CONFIGS["voxtral"].save_pretrained(tmp_path)
+    write_json(tmp_path / "distillation.json", training_record())
+    content = render_model_card(tmp_path)
+    assert check_card(content) == ([], [])
+    assert card_metadata(content)["pipeline_tag"] == "audio-text-to-text"
+    assert "model = AutoModelForMultimodalLM.from_pretrained(name)" in content

@@ -360,15 +360,16 @@ def test_the_doctor_never_shows_the_token(monkeypatch):
 def test_the_doctor_names_what_is_wrong(monkeypatch):
     needed = ["torch>=99", "nosuchpackage>=1", "x; extra == 'y'"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: needed)
-    cache = {"folder": "x", "exists": True, "writable": True, "free_bytes": 1e9}
+    cache = {"folder": "x", "exists": True, "writable": False, "free_bytes": 1e9}
     monkeypatch.setattr(doctor, "_cache", lambda: cache)
     done = minitron("doctor", "--json")
     assert done.returncode == 1
     problems = json.loads(done.stdout)["doctor"]["problems"]
     assert re.match(r"torch .* is installed, expected >=99", problems[0])
     assert problems[1].startswith("nosuchpackage is not installed. Run pip install 'nosuchpackage>=1'")
-    assert "1.0 GB left" in problems[2]
-    assert len(problems) == 3
+    assert problems[2] == "The Hub's cache x cannot be written. Set HF_HOME to a folder that can."
+    assert "1.0 GB left" in problems[3]
+    assert len(problems) == 4
 
 
 def test_shells_complete_commands():

@@ -102,6 +102,7 @@ def test_the_command_writes_a_copy_once(folder, tmp_path):
     assert f"Wrote {tmp_path / 'copy'} (0." in done.stdout
     for arguments, words in (
         ((folder / "student", "-o", tmp_path / "copy"), "already holds files"),
+        ((folder / "student", "-o", folder / "student"), "is the model's own, whose files would be overwritten"),
         ((tmp_path / "copy", "-o", tmp_path / "twice"), "is quantised already"),
         ((folder / "student", "-o", tmp_path / "other", "--method", "int9"), "There is no method 'int9'"),
     ):

@@ -18,7 +18,7 @@ import minitron_hf
 from minitron_hf.cli.options import _number
 from minitron_hf.errors import DataError, PlanError, did_you_mean
 from minitron_hf.pruning.repair import repaired_weights
-from minitron_hf.recipe.reading import BUDGETS, apply_overrides, read_yaml, write_yaml
+from minitron_hf.recipe.reading import BUDGETS, BYTE_BUDGETS, apply_overrides, read_yaml, write_yaml
 from minitron_hf.recipe.rules import RANGES, Range, hints_of, require_settings, require_value
 from minitron_hf.recipe.schema import CorrectionSection, Recipe
 from minitron_hf.recipe.settings import check_settings, distillation_config, section_names
@@ -190,10 +190,29 @@ def test_other_numbers_are_refused_by_name(text):
         apply_overrides({}, [f"prune.target_parameters='{text}'"])
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1MB", 10**6), ("24GB", 24 * 10**9), ("1.5gb", 15 * 10**8), ("2 TB", 2 * 10**12), ("3kB", 3000), ("1B", 10**9)],
+)
+def test_budgets_of_bytes_take_units(text, expected):
+    found = [_number("max_memory_bytes", text)]
+    for name in BYTE_BUDGETS:
+        found.append(apply_overrides({}, [f"prune.{name}={text}"])["prune"][name])
+    assert found == [expected] * 3
+    assert {type(one) for one in found} == {int}
+
+
+@pytest.mark.parametrize("text", ["MB", "-1GB", "nanGB", "1GiB", "0.0001KB"])
+def test_other_sizes_are_refused_with_examples_of_bytes(text):
+    with pytest.raises(DataError, match=f"^--max-memory-bytes {text}: expected a number of bytes above 0.* 24GB"):
+        _number("max_memory_bytes", text)
+
+
 def test_every_budget_is_an_entry_of_something():
     known = {name for names in section_names().values() for name in names}
     known |= {*CorrectionSection.__dataclass_fields__, *inspect.signature(repaired_weights).parameters}
     assert known >= {*BUDGETS}
+    assert {*BUDGETS} >= {*BYTE_BUDGETS} >= {name for name in BUDGETS if name.endswith("bytes")}
 
 
 def test_what_is_written_is_read_back():

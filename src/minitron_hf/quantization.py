@@ -6,6 +6,7 @@ projections that are not `nn.Linear`, such as GPT-2's and stacked experts.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .distillation.checks import refuse_own_folder
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
 from .files import replacing_folder, require_empty
 from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, default_device, is_fast
-from .models import auto_class, empty_model, load_config, load_tokenizer, stored_dtype
+from .models import auto_class, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
 from .saving import save_model
 
 if TYPE_CHECKING:
@@ -98,14 +100,14 @@ def quantize_checkpoint(
     device: str | torch.device | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a quantised copy of a checkpoint: `AutoModelForCausalLM.from_pretrained(output_dir)` loads it.
+    """Write a quantised copy of a checkpoint: the Auto class of the checkpoint loads it.
 
     Loading it needs the package of the method, too. Without a CUDA device, int4 holds its four bits in a byte each:
     the values are those of packed weights, the files are as large as those of int8.
 
     Args:
         model: folder or Hub id.
-        output_dir: folder to write; the tokenizer goes there, too.
+        output_dir: folder to write; the tokenizer or processor goes there, too.
         method: one of `METHODS`.
         group_size: inputs of a projection that share a scale (int4): 128, 64 or 32. By default the largest that
             divides the inputs of all projections; those that none divides are not quantised.
@@ -120,9 +122,10 @@ def quantize_checkpoint(
         DataError: if the method or the group size is unknown.
         MissingDependencyError: naming the package that the method needs.
         UnsupportedModelError: if the model is quantised already, or has no projection that can be.
-        OutputError: if the folder is not empty.
+        OutputError: if the folder is not empty, or the model's own.
     """
     checked = require_method(method)
+    refuse_own_folder(output_dir, model=model)
     config = load_config(model, revision=revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
@@ -134,9 +137,19 @@ def quantize_checkpoint(
     where = default_device() if device is None else as_device(device)
     made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
     with replacing_folder(Path(output_dir)) as temporary:
-        save_model(made, temporary, load_tokenizer(model, revision=revision))
+        save_model(made, temporary, _processing_class(model, config, revision))
         _copy_cut_vocabulary(Path(model), temporary)
     return Path(output_dir)
+
+
+def _processing_class(model: str | os.PathLike[str], config: PretrainedConfig, revision: str | None) -> Any:
+    """The processor of a model that reads images or sound, if it can be loaded; else the tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    if auto_class(config) is not AutoModelForCausalLM:
+        with contextlib.suppress(DataError):
+            return load_processor(model, revision=revision)
+    return load_tokenizer(model, revision=revision)
 
 
 def _copy_cut_vocabulary(source: Path, target: Path) -> None:

@@ -36,6 +36,8 @@ def examine() -> dict[str, Any]:
     versions, wrong = _versions()
     cache = _cache()
     problems = [*wrong]
+    if not cache["writable"]:
+        problems.append(f"The Hub's cache {cache['folder']} cannot be written. Set HF_HOME to a folder that can.")
     if cache["free_bytes"] is not None and cache["free_bytes"] < LITTLE_SPACE:
         problems.append(
             f"The disk of the Hub's cache has {cache['free_bytes'] / 1e9:.1f} GB left. Free space, or set HF_HOME to "

@@ -183,10 +183,10 @@ def _sizes(
 
 
 def _number(name: str, text: str) -> int | float:
-    """A number that may end in k, M, B or T."""
-    from ..recipe.reading import read_number
+    """A number that may end in k, M, B or T, and in units such as GB where it is one of bytes."""
+    from ..recipe.reading import BYTE_BUDGETS, read_number
 
-    return read_number(text, f"--{name.replace('_', '-')} ")
+    return read_number(text, f"--{name.replace('_', '-')} ", is_bytes=name in BYTE_BUDGETS)
 
 
 def _finite(text: str) -> float:

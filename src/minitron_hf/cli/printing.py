@@ -31,7 +31,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
         return
     from rich.table import Table
 
-    from ..families import FIELD_OF_AXIS
+    from ..families import FIELD_OF_AXIS, VOCABULARY
     from ..sizes.compared import TITLES
 
     if "candidates" in shapes:
@@ -49,7 +49,8 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):
         table.add_column(column, justify="left" if not column else "right")
-    sizes = {FIELD_OF_AXIS.get(axis, axis): both for axis, both in shapes["sizes"].items()}
+    fields = {**FIELD_OF_AXIS, VOCABULARY: "vocab_size"}
+    sizes = {fields.get(axis, axis): both for axis, both in shapes["sizes"].items()}
     rows = {**sizes, **{title: shapes[key] for key, title in TITLES.items() if key in shapes}}
     for name, both in rows.items():
         share = both["student"] / both["teacher"]

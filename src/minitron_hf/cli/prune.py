@@ -41,6 +41,7 @@ def prune(
     without safetensors, the teacher is loaded as a whole (prune_with_plan). --set takes num_rows, max_length, packing,
     batch_size and memory_limit of a repair.
     """
+    from ..distillation.checks import refuse_own_folder
     from ..files import replacing_folder, require_empty
     from ..models import load_config, stored_dtype
     from ..pruning.plan import PruningPlan
@@ -56,6 +57,7 @@ def prune(
     settings = _settings(set_, hints_of(repaired_weights, without=OWN), "arguments of repaired_weights")
     made, in_memory = PruningPlan.from_pretrained(plan), verify or in_memory
     _require_data(made.repair, plan, data, set_)
+    refuse_own_folder(output, teacher=teacher)
     require_empty(output)
     require_architecture(load_config(teacher), made)  # before its tokenizer and the text
     texts = None if data is None else _texts(data, split, text_field)

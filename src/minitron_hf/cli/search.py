@@ -41,7 +41,7 @@ MaxActive = Annotated[
 ]
 MaxMemory = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16B."),
+    typer.Option(metavar="NUMBER", help="Budget of bytes for weights and cache, such as 16GB."),
 ]
 MaxSeconds = Annotated[
     Optional[float],  # noqa: UP045

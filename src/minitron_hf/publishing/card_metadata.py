@@ -57,7 +57,7 @@ def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> 
         license_name=teacher["license_name"],
         license_link=teacher["license_link"],
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=run["loading"]["task"],
         tags=tags,
         datasets=list(dict.fromkeys(datasets)) or None,
         base_model=teacher["hub_id"],

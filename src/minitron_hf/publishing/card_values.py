@@ -30,6 +30,7 @@ from .card_tables import (
     measurement_table,
     speed_table,
 )
+from .how_to_load import how_to_load
 from .licences import duties_of, name_problem
 from .plots import PLOTS
 
@@ -101,6 +102,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     run["recipe"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     run["plots"] = [name for name in PLOTS if (run_dir / "plots" / name).is_file()]
     run["legal_files"] = legal_files(run_dir)
+    run["loading"] = how_to_load(run_dir)
     run["report"] = (run_dir / REPORT_NAME).is_file()
     return run
 
@@ -157,6 +159,7 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "legal_files": run["legal_files"],
         "duties": (duties := duties_of(teacher)) and duties.text,
         "evaluation_data": dataset_name(evaluation["data"]) if evaluation else None,
+        "loading": run["loading"],
         "least_transformers": least_transformers(run["config"]) if run["config"] else None,
         "library_version": next((v["minitron_hf"] for v in _stage_versions(run).values() if "minitron_hf" in v), None),
         "versions": _versions(run),

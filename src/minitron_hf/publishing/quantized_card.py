@@ -10,6 +10,7 @@ from ..formats import read_artefact
 from . import markdown as md
 from .card_tables import measurement_table
 from .card_values import legal_files
+from .how_to_load import how_to_load
 from .licences import duties_of
 from .templating import environment_of
 
@@ -33,8 +34,10 @@ def render_quantized_card(folder: Path) -> str:
     }
     method, teacher = hub["method"], found["teacher"]
     config = read_json(folder / "config.json").get("quantization_config") or {}
+    loading = how_to_load(folder)
     values = {
-        "metadata": _metadata(hub, teacher),
+        "metadata": _metadata(hub, teacher, str(loading["task"])),
+        "loading": loading,
         "title": hub["repo_id"].split("/")[-1],
         "student": hub["student"],
         "repo_id": hub["repo_id"],
@@ -67,7 +70,7 @@ def write_quantized_card(folder: Path) -> Path:
     return path
 
 
-def _metadata(hub: dict[str, Any], teacher: dict[str, Any]) -> str:
+def _metadata(hub: dict[str, Any], teacher: dict[str, Any], task: str) -> str:
     from huggingface_hub import ModelCardData
 
     return ModelCardData(
@@ -76,7 +79,7 @@ def _metadata(hub: dict[str, Any], teacher: dict[str, Any]) -> str:
         license_name=teacher.get("license_name"),
         license_link=teacher.get("license_link"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["minitron", "quantized"],
         base_model=hub["student"],
         base_model_relation="quantized",

@@ -385,9 +385,8 @@ def _quantize(facts: Facts, number: int) -> StageCost:
     """Every copy reads and writes the student; a weight takes a byte or less."""
     size, count = count_parameters(facts.students[-1]), len(facts.recipe.quantize)
     seconds = count * (START_SECONDS + size * (facts.stored_bytes + 1) / facts.machine.disk_traffic)
-    return StageCost(
-        "quantize", seconds, size * facts.compute_bytes, count * size, f"{count} copies of 8 bits or less"
-    )
+    copies = f"{count} {'copy' if count == 1 else 'copies'} of 8 bits or less"
+    return StageCost("quantize", seconds, size * facts.compute_bytes, count * size, copies)
 
 
 def _evaluate(facts: Facts, number: int) -> StageCost:

@@ -103,7 +103,9 @@ def measure_machine(config: PretrainedConfig, folder: str | os.PathLike[str], *,
         notes = (f"Layers of {config.model_type} could not be timed ({type(error).__name__}); plain products were.",)
         forward = scoring = training = product
     traffic, written, free = _copy_rate(device), *_disk(Path(folder))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     return Machine(
         name, str(dtype).removeprefix("torch."), forward, scoring, training, product, float32, traffic, written,
         free_memory(device), free, notes, _solution_rate(device),

@@ -101,27 +101,38 @@ BUDGETS = (
     "max_active_parameters", "max_memory_bytes", "max_parameters", "memory_limit", "num_tokens",
     "target_active_parameters", "target_parameters",
 )  # fmt: skip
+#: Those of bytes, whose numbers may end in a unit, too.
+BYTE_BUDGETS = ("max_memory_bytes", "memory_limit")
+_UNITS: Mapping[str, float] = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
-def read_number(text: str, where: str) -> int | float:
+def read_number(text: str, where: str, *, is_bytes: bool = False) -> int | float:
     """A number above 0 that may end in k, M, B or T, in lower or upper case.
 
     Args:
         text: the number.
         where: what a message calls it, and what stands between that and the number: `"--tokens "`.
+        is_bytes: whether it may end in KB, MB, GB or TB, too.
 
     Raises:
         DataError: if it is no such number.
 
     >>> [read_number(text, "--tokens ") for text in ("500K", "0.4m", "50b", "4.5e9", "0.5")]
     [500000, 400000, 50000000000, 4500000000, 0.5]
+    >>> read_number("1.5GB", "--max-memory-bytes ", is_bytes=True)
+    1500000000
     """
-    digits, scale = text.strip(), _SCALES.get(text.strip()[-1:].lower())
+    digits, length = text.strip(), 1
+    scale = _SCALES.get(digits[-1:].lower())
+    if is_bytes and digits[-2:].lower() in _UNITS:
+        scale, length = _UNITS[digits[-2:].lower()], 2
     try:
-        number = float(digits if scale is None else digits[:-1]) * (scale or 1)
+        number = float(digits if scale is None else digits[:-length]) * (scale or 1)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf or (scale is not None and number < 1):
+        if is_bytes:
+            raise DataError(f"{where}{text}: expected a number of bytes above 0, such as 24GB, 500MB or 4.5e9.")
         raise DataError(
             f"{where}{text}: expected a number above 0, such as 0.5, 400k, 4.5e9 or 4.5B. With k, M, B "
             "or T it must come to 1 or more."
@@ -140,7 +151,7 @@ def _with_numbers(values: Any, where: str = "") -> Any:
         if name not in BUDGETS:
             result[name] = _with_numbers(value, f"{where}{name}.")
         elif isinstance(value, str):
-            result[name] = read_number(value, f"{where}{name}=")
+            result[name] = read_number(value, f"{where}{name}=", is_bytes=name in BYTE_BUDGETS)
         else:
             result[name] = int(value) if isinstance(value, float) and value.is_integer() else value
     return result
@@ -149,7 +160,7 @@ def _with_numbers(values: Any, where: str = "") -> Any:
 def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Set `"a.b=value"` entries in nested mappings (the value is YAML); the input is not changed.
 
-    Budgets may end in k, M, B or T (`read_number`).
+    Budgets may end in k, M, B or T, those of bytes in KB, MB, GB or TB, too (`read_number`).
 
     >>> apply_overrides({"prune": {"hidden_size": 64}}, ["prune.hidden_size=0.5", "controls=[random_init]"])
     {'prune': {'hidden_size': 0.5}, 'controls': ['random_init']}
