@@ -176,7 +176,7 @@ CASES = [
         ("type", "--set memory_limit=much", "expected a number"),
         ("extra", "--data {text}", "no repair"),
         ("encoding", "= prune {teacher} --plan {badplan} -o {out}", "not valid JSON"),
-        ("permission", "= prune {teacher} --plan {plan} -o {teacher}", "already holds files"),
+        ("permission", "= prune {teacher} --plan {plan} -o {teacher}", "is the teacher's own"),
         ("space", "", "No space left"),
         ("model", "= prune {narrow} --plan {plan} -o {out}", "other sizes"),
         ("model", "= prune {narrow} --plan {cut} -o {out}", "made for a llama model of other sizes"),
