@@ -74,7 +74,8 @@ def text(measured: Sequence[Mapping[str, Any]]) -> str:
     machines = [one["machine"] or "machine not named" for one in measured]
     where = machines[0]
     if len(set(machines)) > 1:
-        where = "; ".join(f"{one['settings']['dtype']} on {name}" for one, name in zip(measured, machines, strict=True))
+        pairs = zip(measured, machines, strict=True)
+        where = "; ".join(f"{one['settings']['dtype']} on {name}" for one, name in pairs)
     lines = [
         f"{where}; {'one thread' if threads == 1 else f'{threads} threads'}; one run.",
         "",
