@@ -417,6 +417,22 @@ def require_creatable(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None:
+    """Refuse an output folder that holds one of the models: role → a model, a path or Hub id, or None.
+
+    Raises:
+        OutputError: naming the role.
+    """
+    for role, model in models.items():
+        config = getattr(model, "config", None)
+        name = model if config is None else config.name_or_path
+        if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+            raise OutputError(
+                f"The output folder {output_dir} is the {role}'s own, whose files would be overwritten. "
+                "Choose another folder."
+            )
+
+
 def require_empty(folder: str | os.PathLike[str]) -> Path:
     """Prove that `folder` can be written and holds nothing yet.
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .distillation.checks import refuse_own_folder
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
-from .files import replacing_folder, require_empty
+from .files import refuse_own_folder, replacing_folder, require_empty
 from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, default_device, is_fast
 from .models import auto_class, empty_model, load_config, load_processor, load_tokenizer, stored_dtype

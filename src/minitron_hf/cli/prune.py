@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import DataError
+from ..files import refuse_own_folder, replacing_folder, require_empty
 from .options import PLAN_HELP, Device, Output, Settings, Split, TextField, _load, _settings, _texts
 from .output import given, say, wrote
 from .wording import worded
@@ -41,8 +42,6 @@ def prune(
     without safetensors, the teacher is loaded as a whole (prune_with_plan). --set takes num_rows, max_length, packing,
     batch_size and memory_limit of a repair.
     """
-    from ..distillation.checks import refuse_own_folder
-    from ..files import replacing_folder, require_empty
     from ..models import load_config, stored_dtype
     from ..pruning.plan import PruningPlan
     from ..pruning.prune import prune_with_plan

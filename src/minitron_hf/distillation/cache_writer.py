@@ -24,7 +24,7 @@ from ..data.images import ImageCollator, holds_images
 from ..data.tokens import tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
-from ..files import require_writable
+from ..files import refuse_own_folder, require_writable
 from ..hardware import as_dtype
 from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
@@ -44,7 +44,6 @@ from .batches import (
 )
 from .cache_coding import DTYPES, Coding, refuse_both
 from .cache_files import digest_of, require_same, write_manifest, write_rows
-from .checks import refuse_own_folder
 from .config import DistillationConfig
 from .cut_vocabulary import KeptTokens, tokens_of_plan
 from .image_cache import ImageSources, image_settings, require_cacheable_images

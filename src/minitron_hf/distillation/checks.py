@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -13,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..compat import is_target_module
-from ..errors import DistributedError, DivergedError, MismatchError, OutputError, UnsupportedModelError
+from ..errors import DistributedError, DivergedError, MismatchError, UnsupportedModelError
 from ..families.tensors import is_quantised
 from ..losses.heads import base_model_of
 
@@ -69,26 +68,6 @@ def refuse_top_k(top_k: int | None, vocab_size: int, *, where: str = "") -> None
         raise MismatchError(
             f"{where}top_k={top_k}: the vocabulary has {vocab_size} tokens. Lower it, or leave it out."
         )
-
-
-def refuse_own_folder(output_dir: str | os.PathLike[str], **models: Any) -> None:
-    """Refuse an output folder that holds one of the models.
-
-    Args:
-        output_dir: the folder to be written.
-        **models: role → a model, a path or Hub id, or None.
-
-    Raises:
-        OutputError: if it is the folder of one of them.
-    """
-    for role, model in models.items():
-        config = getattr(model, "config", None)
-        name = model if config is None else config.name_or_path
-        if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
-            raise OutputError(
-                f"The output folder {output_dir} is the {role}'s own, whose files would be overwritten. "
-                "Choose another folder."
-            )
 
 
 def refuse_uncorrectable(teacher: Any) -> None:

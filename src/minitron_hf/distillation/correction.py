@@ -29,7 +29,15 @@ from ..data.images import ImageCollator, holds_images
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError
 from ..families import spec_for
-from ..files import move_into, public_name, replacing_file, replacing_folder, require_writable, versions
+from ..files import (
+    move_into,
+    public_name,
+    refuse_own_folder,
+    replacing_file,
+    replacing_folder,
+    require_writable,
+    versions,
+)
 from ..formats import write_artefact
 from ..hardware import has_fast_bf16, training_device
 from ..locks import with_locked_folder
@@ -40,7 +48,7 @@ from ..saving import in_stored_dtype, save_model
 from .assistant_turns import AssistantTurnsMixin
 from .batches import RepeatedRowsMixin
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
-from .checks import refuse_own_folder, refuse_uncorrectable
+from .checks import refuse_uncorrectable
 from .config import checkpointing_field
 from .inputs import IMAGE_DEFAULTS, refuse_image_settings
 from .packing import require_documents_apart

@@ -19,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..errors import MinitronError, OutputError
-from ..files import public_name, require_writable, versions
+from ..files import public_name, refuse_own_folder, require_writable, versions
 from ..formats import write_artefact
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
@@ -29,7 +29,7 @@ from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import in_stored_dtype, save_model
 from .adapters import adapter_type, merged_copy, remove_replaced_model
-from .checks import refuse_nan_weights, refuse_not_finite, refuse_own_folder
+from .checks import refuse_nan_weights, refuse_not_finite
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection
 from .intermediate import PROJECTION, IntermediateLosses

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..data.images import holds_images
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, ServerError
-from ..files import digest, require_writable
+from ..files import digest, refuse_own_folder, require_writable
 from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
 from ..losses.signals import TopKSignal
@@ -38,7 +38,7 @@ from .cache_writer import (
     row_collator,
     row_trainer,
 )
-from .checks import refuse_own_folder, refuse_unknown_tokens
+from .checks import refuse_unknown_tokens
 from .config import DistillationConfig
 from .rows import some_rows
 from .server import TeacherServer

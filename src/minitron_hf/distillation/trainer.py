@@ -20,7 +20,7 @@ from ..data.context import shortest_context
 from ..data.images import PLACE
 from ..errors import DataError, MismatchError
 from ..evaluation.callback import MeasurementCallback
-from ..files import require_writable
+from ..files import refuse_own_folder, require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
 from .adapters import disable_peft_card, refuse_split_tie, refuse_unmergeable, save_base_model, source_name
@@ -46,7 +46,6 @@ from .checks import (
     refuse_data_parallel,
     refuse_frozen,
     refuse_launch,
-    refuse_own_folder,
     refuse_pair,
     refuse_resized,
     refuse_split_model,
@@ -219,7 +218,6 @@ class DistillationTrainer(
         self._prepare_student(student_config, teacher.config)
         self._prepare_teacher_side(teacher)
         self._prepare_losses(teacher.config)
-        self._compile()
         known = self._teacher_fingerprint or [cache.manifest["settings"]["teacher"] for cache in data.train_caches]
         self._record_inputs(student=fingerprint(self.model), teacher=known, data=sampled_data(data.train))
 
@@ -290,13 +288,14 @@ class DistillationTrainer(
         try_first_images(self)
 
     def _prepare_teacher_side(self, teacher: TeacherSource) -> None:
-        """Load and place the teacher, and try both models on packed rows."""
+        """Load and place the teacher, try both models on packed rows, and compile them."""
         if self._has_teacher:
             self.teacher_model = self._prepare_teacher(teacher.model, teacher.kwargs)
         else:
             check_output_head(self.model, role="student")
         require_documents_apart(self, student=self.model, teacher=self.teacher_model)
         warn_of_missing_start(self)
+        self._compile()
         self._correction = self._teacher_correction()
         self._teacher_loss: Tensor | None = None
 

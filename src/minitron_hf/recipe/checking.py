@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.context import context_length, short_rows_note
-from ..distillation.checks import refuse_own_folder, refuse_top_k
+from ..distillation.checks import refuse_top_k
 from ..distillation.fake_quantization import require_fake_quantizable
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
 from ..families import FIELD_OF_AXIS, VOCABULARY, spec_for, text_config
+from ..files import refuse_own_folder
 from ..models import count_parameters, empty_model, first_line, stored_dtype
 from ..scoring.removal import require_depth
 from ..sizes.compared import compared_counts

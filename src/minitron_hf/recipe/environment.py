@@ -14,10 +14,9 @@ from ..data.documents import is_conversation
 from ..data.images import has_images
 from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
-from ..distillation.checks import refuse_own_folder
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
-from ..files import require_creatable
+from ..files import refuse_own_folder, require_creatable
 from ..models import count_parameters
 from ..publishing.card_metadata import is_repo_id
 from ..publishing.hub import check_push
