@@ -76,6 +76,21 @@ def test_files_name_images_beside_them(folder):
         assert one["images"][0].tobytes() == same["images"][0].tobytes()
 
 
+def test_lines_without_images_may_come_first(folder, tmp_path):
+    """The first lines have no entry `images`; recipes and commands count and train on the others."""
+    alone = {
+        "messages": [{"role": role, "content": [{"type": "text", "text": "Hi"}]} for role in ("user", "assistant")]
+    }
+    lines = [json.dumps(alone)] * 2 + (folder / "rows.jsonl").read_text().splitlines()
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = str(tmp_path / "rows.jsonl")
+    assert [len(row["images"]) for row in load_text_dataset(rows)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    settings = values(folder, tmp_path / "run", data={"train": rows, "eval": rows})
+    check_recipe(Recipe.from_dict(settings))
+    assert read_json(run(settings) / "evaluation.json")["data"]["num_rows"] == 8
+
+
 def test_a_recipe_is_the_python_path(folder, tmp_path):
     """Scores and measurements are those of the same calls in Python; the student loads with its processor."""
     settings = values(folder, tmp_path / "run")

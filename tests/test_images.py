@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from minitron_hf.data import padded_batches, token_rows, tokenize_once
-from minitron_hf.data.images import has_images, placeholder_ids
+from minitron_hf.data.images import has_images, holds_images, placeholder_ids
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.scoring.importance import estimate_importance
+from minitron_hf.search import budget
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokenizer
@@ -129,6 +131,29 @@ def test_rows_of_text_alone_stand_among_the_others(teacher, processor):
     torch.testing.assert_close(one.axes["ffn"], six.axes["ffn"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_images_may_begin_in_a_later_row(tmp_path, teacher, processor, kind):
+    """Rows without a list of images are those with an empty one, in calibration and in training."""
+    rows = image_rows()
+    for row in rows[:2]:
+        row["messages"][0]["content"], row["images"] = [{"type": "text", "text": "What?"}], []
+    empty = token_rows(rows, processor, max_length=64)
+    data = kind([{**row, "images": row["images"] or None} for row in rows])
+    found = token_rows(data, processor, max_length=64)
+    assert found.rows == empty.rows
+    assert found.digest == empty.digest
+    assert not holds_images(data[:2] if kind is list else data.select([0, 1]))
+    if kind is list:
+        with pytest.raises(DataError, match=r"every one has a list 'images', empty where there is none"):
+            token_rows(iter(data[2:]), processor, max_length=64)
+    else:
+        losses = [
+            make_trainer(tmp_path, other(teacher), teacher, given, processor).evaluate()["eval_kl"]
+            for given in (data, Dataset.from_list(rows))
+        ]
+        assert losses[0] == losses[1] > 0
+
+
 def test_texts_hold_the_marks_of_their_images(processor):
     texts = [{"text": f"See <boi>: a cat {index}", "image": image} for index, image in enumerate(images(2))]
     rows = token_rows(texts, processor, max_length=64)
@@ -227,6 +252,15 @@ def test_a_model_is_pruned_and_searched_by_images(teacher, processor):
     assert found.candidates
 
 
+def test_times_are_measured_on_text_alone(teacher):
+    changed = copy.deepcopy(teacher)
+    changed.config.image_token_index = 3
+    rows = budget._any_rows(changed.config)
+    assert len(rows.rows[0]) == 64
+    assert set(rows.rows[0]) == {*range(65)} - {3}
+    assert budget.seconds_per_token(changed, changed.config) > 0
+
+
 # Evaluation
 
 
@@ -311,11 +345,17 @@ def no_file(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "images": ["/nowhere/cat.png"]}
 
 
+def as_llava(row: dict[str, Any]) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat is 2?"}, {"from": "gpt", "value": "A cat"}]
+    return {"conversations": turns, "image": row["images"][0]}
+
+
 BAD_ROWS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
-    (other_images, r"2 image\(s\) and 1 part\(s\) of type 'image'"),
+    (other_images, r"2 image\(s\) and 1 part\(s\) of type 'image' in the messages of the row \{.*…\. Give"),
     (no_list, "expected a list of images"),
     (no_image, "expected a list of images"),
-    (no_file, "The processor cannot read the row .*What is 2"),
+    (no_file, r"The processor cannot read the row \{'messages': .*What is 2.*…: "),
+    (as_llava, r"'conversations' \(ShareGPT's and LLaVA's format\), .* Write them as 'messages'"),
 ]
 
 
@@ -332,6 +372,9 @@ def test_bad_rows_are_refused_by_number(teacher, processor, change, message):
 def test_bad_rows_are_refused_before_training(tmp_path, teacher, processor):
     rows = [other_images(row) for row in image_rows(2)]
     with pytest.raises(DataError, match=r"Row 0 .* of the train dataset: There are 2 image"):
+        make_trainer(tmp_path, other(teacher), teacher, Dataset.from_list(rows), processor)
+    rows = [as_llava(row) for row in image_rows(2)]
+    with pytest.raises(DataError, match=r"Row 0 .* of the train dataset: .* Write them as 'messages'"):
         make_trainer(tmp_path, other(teacher), teacher, Dataset.from_list(rows), processor)
 
 

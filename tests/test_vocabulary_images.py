@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,13 +38,21 @@ from minitron_hf import (
     load_teacher_cache,
     make_plan,
     prune_checkpoint,
+    prune_model,
     prune_tokenizer,
     save_model,
     student_config,
     verify_student,
 )
-from minitron_hf.errors import PlanError
+from minitron_hf.data import load_text_dataset
+from minitron_hf.errors import DataError, PlanError
+from minitron_hf.files import read_json
+from minitron_hf.pruning.plan import PruningPlan
+from minitron_hf.recipe.checking import check_recipe
+from minitron_hf.recipe.runner import run_recipe
+from minitron_hf.recipe.schema import Recipe
 from pocket_images import IMAGE_LENGTH, TEMPLATE, image_dataset, image_rows, images
+from test_cli import minitron
 from test_trainer import float64  # noqa: F401
 from test_vocabulary_pruning import SIZE, bpe_tokenizer, texts
 from test_wrappers import CONFIGS, filled
@@ -182,6 +193,82 @@ def lettered_rows() -> list[dict[str, Any]]:
         user, assistant = row["messages"]
         user["content"][1]["text"], assistant["content"][0]["text"] = text[:7], text[7:19]
     return rows
+
+
+def written_rows(folder: Path) -> Path:
+    """A file with eleven conversations about images, which lie beside it; the third is text alone."""
+    rows = [row for _ in range(3) for row in lettered_rows()][:11]
+    lines = []
+    for number, row in enumerate(rows):
+        row["images"][0].save(folder / f"{number}.png")
+        lines.append({**row, "images": [f"{number}.png"]})
+    del lines[2]["messages"][0]["content"][0]
+    lines[2]["images"] = []
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "rows.jsonl"
+
+
+def naive_ids(processor: Any, row: dict[str, Any]) -> list[int]:
+    """What the processor makes of a row, whose template is written out here."""
+    text = ""
+    for message in row["messages"]:
+        parts = ("<boi>" if part["type"] == "image" else part["text"] for part in message["content"])
+        text += f"{message['role'][0]}:{''.join(parts)}</s>"
+    return processor(text=text, images=row["images"] or None, add_special_tokens=False)["input_ids"][0]
+
+
+def test_tokens_of_rows_with_images_are_counted(tmp_path):
+    """The counts are naive ones, of all rows but the tenth, on which tokens per byte are measured without images."""
+    processor, data = gemma3_processor(), load_text_dataset(str(written_rows(tmp_path)))
+    every = [naive_ids(processor, row) for row in data]
+    counts = count_tokens(data, processor)
+    expected = Counter(token for number, ids in enumerate(every) for token in ids if number != 9)
+    assert {token: count for token, count in enumerate(counts.counts.tolist()) if count} == expected
+    assert expected[processor.tokenizer.image_token_id] == 9 * IMAGE_LENGTH
+    text = [token for token in every[9] if token != processor.tokenizer.image_token_id]
+    assert counts.held_out
+    assert counts.sample == (processor.tokenizer.decode(text),)
+    first = count_tokens(list(data), processor, max_tokens=len(every[0]) + 1).counts
+    assert first.sum() == len(every[0]) + len(every[1])
+    with pytest.raises(DataError, match=r"processing_class is a .*, which reads text alone"):
+        count_tokens(data, processor.tokenizer)
+
+
+def test_rows_with_images_choose_the_vocabulary(tmp_path):
+    """In Python, at the command line and in recipes with a teacher cache, the same tokens stay."""
+    teacher, processor = teacher_and_processor("gemma3")
+    save_model(teacher.float(), tmp_path / "teacher", processor)
+    rows, size = written_rows(tmp_path), len(processor.tokenizer) - 9
+    request = PrunerConfig(vocab_size=size, intermediate_size=0.5, multiple_of=1)
+    student = prune_model(
+        str(tmp_path / "teacher"),
+        request,
+        calibration_data=load_text_dataset(str(rows)),
+        max_length=64,
+        show_progress=False,
+    )
+    kept = student.pruning_plan.kept["vocab"].tolist()
+    assert len(kept) == student.config.text_config.vocab_size == size
+    options = ("--vocab-size", size, "--data", rows, "-o", tmp_path / "plan")
+    done = minitron("plan", tmp_path / "teacher", *options)
+    assert done.returncode == 0, done.stderr
+    assert PruningPlan.from_pretrained(tmp_path / "plan").kept["vocab"].tolist() == kept
+    values = {
+        "teacher": str(tmp_path / "teacher"),
+        "data": {"train": str(rows), "eval": str(rows)},
+        "output_dir": str(tmp_path / "run"),
+        "prune": {"vocab_size": size, "intermediate_size": 0.5, "multiple_of": 1},
+        "scores": {"max_length": 64},
+        "distill": {"max_steps": 2, "max_length": 64, "per_device_train_batch_size": 2},
+        "teacher_cache": {"top_k": 8},
+        "evaluate": {"speed": False, "max_length": 64},
+    }
+    recipe = Recipe.from_dict(values)
+    check_recipe(recipe)
+    made = run_recipe(recipe, show_progress=False, report=lambda line: None)
+    assert PruningPlan.from_pretrained(made).kept["vocab"].tolist() == kept
+    assert len(AutoProcessor.from_pretrained(made).tokenizer) == size
+    assert read_json(made / "evaluation.json")["models"]["student"]["metrics"]["loss"]["value"] > 0
 
 
 def naive_divergence(teacher: Any, student: Any, processor: Any, kept: torch.Tensor, row: dict[str, Any]) -> list:

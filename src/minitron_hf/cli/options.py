@@ -116,10 +116,11 @@ def _require_own(folder: Path, written: Sequence[str]) -> None:
 def _texts(data: str, split: str, text_field: str, option: str = "--data") -> Any:
     """Load calibration data: an iterator of texts, or rows of another format."""
     from ..data.formats import row_format
+    from ..data.images import holds_images
     from ..recipe.corpora import with_text_in
 
     rows = _corpus(data, split, text_field, option, cached=False)
-    if row_format(next(iter(rows)), text_field) != "texts":
+    if holds_images(rows) or row_format(next(iter(rows)), text_field) != "texts":
         return with_text_in(rows, text_field, "text")
     return (row[text_field] for row in rows)
 

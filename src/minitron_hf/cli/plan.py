@@ -18,6 +18,7 @@ from .options import (
     TextField,
     _load,
     _number,
+    _reader,
     _require_prepared,
     _sizes,
     _texts,
@@ -185,7 +186,7 @@ def _print_sizes(teacher: str, request: PrunerConfig) -> None:
 def _plan(teacher: str, output: Path | None, scores: Path | None, request: PrunerConfig, texts: Any) -> None:
     from ..data import tokenize_once
     from ..locks import locked_folder
-    from ..models import load_config, load_tokenizer
+    from ..models import load_config
     from ..pruning.planning import make_plan
     from ..scoring.scores import ImportanceScores
     from ..sizes.compared import compared_counts
@@ -200,9 +201,9 @@ def _plan(teacher: str, output: Path | None, scores: Path | None, request: Prune
         read.require_model(config)  # before the weights are loaded
     counts = None
     if request.vocab_size is not None and texts is not None:
-        tokenizer = load_tokenizer(teacher)
-        texts = tokenize_once(texts, tokenizer)
-        counts = count_tokens(texts, tokenizer)
+        reader = _reader(teacher, texts)
+        texts = tokenize_once(texts, reader)
+        counts = count_tokens(texts, reader)
     if not request.targets or texts is None or read is None:
         made = make_plan(_load(teacher)[0] if request.hidden_basis else config, request, read, token_counts=counts)
     else:

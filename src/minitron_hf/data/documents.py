@@ -214,7 +214,10 @@ def _numbered_content(
 def _content(document: Any, text_field: str, processing_class: Any, start: list[int]) -> str | Piece:
     if isinstance(document, Mapping):
         if has_images(document):
-            raise DataError("It has images, and is read one at a time. Pass a dataset or a list of all rows.")
+            raise DataError(
+                "It has images, and is read one at a time. Pass a dataset or a list of all rows, of which every one "
+                "has a list 'images', empty where there is none."
+            )
         if "input_ids" in document:
             ids, mask = document["input_ids"], document.get("attention_mask")
             document = ids if mask is None else [token for token, kept in zip(_as_list(ids), _as_list(mask)) if kept]

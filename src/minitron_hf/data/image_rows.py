@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..files import digest
 from .batches import TokenRows
+from .documents import Piece
 from .images import ImageCollator, read_row, require_image_processor
 from .tokens import missing_start, start_tokens
 
@@ -105,22 +106,15 @@ def image_rows(
     Raises:
         DataError: naming a row that cannot be read.
     """
-    require_image_processor(processing_class)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         data = list(islice(data, num_rows))
-    with _naming(0):
-        first = read_row(data, 0)
-    collator = ImageCollator.of(processing_class, first, max_length, text_field, assistant_only=assistant_only)
+    collator = _collator(data, processing_class, max_length, text_field, assistant_only=assistant_only)
     start = start_tokens(processing_class)
     rows: list[tuple[int, ...]] = []
     context: list[tuple[int, ...]] = []
     numbers: list[int] = []
     pixels: list[str] = []
-    for number in range(len(data)):
-        if num_rows is not None and len(rows) == num_rows:
-            break
-        with _naming(number):
-            batch = collator([read_row(data, number)])
+    for number, batch in _rendered(data, collator):
         ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         if all(target == -100 for target in targets[1:]):
             continue
@@ -128,10 +122,45 @@ def image_rows(
         context.append(_context(ids, targets, start, collator.placeholders))
         numbers.append(number)
         pixels.append(_pixel_digest(batch, len(ids)))
+        if len(rows) == num_rows:
+            break
     if not rows:
         raise DataError("No row with images holds a token to predict. Pass more data, or a larger max_length.")
     own = (data, tuple(numbers), collator, tuple(pixels))
     return ImageRows(tuple(rows), None, 0, tuple(context) if any(context) else (), (False,) * len(rows), *own)
+
+
+def image_documents(data: Any, processing_class: Any, text_field: str) -> Iterator[Piece]:
+    """Yield the tokens of rows with images, placeholders included: every row is a document, and is not cut.
+
+    Args:
+        data: as of `image_rows`.
+        processing_class: processor of the model.
+        text_field: column that holds the text, if there are no messages.
+
+    Raises:
+        DataError: naming a row that cannot be read.
+    """
+    rows = data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+    for _, batch in _rendered(rows, _collator(rows, processing_class, None, text_field, assistant_only=False)):
+        yield Piece(batch["input_ids"][0].tolist())
+
+
+def _collator(
+    data: Any, processing_class: Any, max_length: int | None, text_field: str, *, assistant_only: bool
+) -> ImageCollator:
+    require_image_processor(processing_class)
+    with _naming(0):
+        first = read_row(data, 0)
+    return ImageCollator.of(processing_class, first, max_length, text_field, assistant_only=assistant_only)
+
+
+def _rendered(data: Any, collator: ImageCollator) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row by its number, as a batch of its own."""
+    for number in range(len(data)):
+        with _naming(number):
+            batch = collator([read_row(data, number)])
+        yield number, batch
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, cut_short
 from ..families import is_multimodal, text_config
 from .tokens import text_tokenizer
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 COLUMNS = ("images", "image")
 #: Where a row stands in its dataset, in words, for messages of `ImageCollator`.
 PLACE = "place"
+#: Rows of a column of images that are looked at together.
+SCANNED_ROWS = 256
 #: What placeholders stand for.
 KINDS = ("image", "video", "audio")
 #: What is in the names of the inputs that hold images, videos and sound.
@@ -52,14 +54,24 @@ def has_images(row: Any) -> bool:
 
 
 def holds_images(data: Any) -> bool:
-    """Whether the first row of some data has images; False of what can be read only once."""
+    """Whether a row of a dataset or a list has images, or the first row of other data.
+
+    False of what can be read only once.
+    """
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Mapping) or iter(data) is data:
         return False
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # a dataset, whose images are not decoded for this
         rows: Any = data
-        columns = [name for name in COLUMNS if name in rows.column_names and len(rows)]
-        return any(rows.with_format("arrow")[:1][name].null_count == 0 for name in columns)
+        return any(_holds_values(rows, name) for name in COLUMNS if name in rows.column_names)
+    if isinstance(data, list | tuple):
+        return any(has_images(row) for row in data)
     return has_images(next(iter(data), None))
+
+
+def _holds_values(rows: Any, name: str) -> bool:
+    """Whether a column of a dataset is not empty in all rows."""
+    parts = rows.select_columns([name]).with_format("arrow").iter(batch_size=SCANNED_ROWS)
+    return any(part[name].null_count < len(part) for part in parts)
 
 
 def refuse_image_parts(messages: Iterable[Any]) -> None:
@@ -184,7 +196,13 @@ class ImageCollator:
 
     @classmethod
     def of(
-        cls, processing_class: Any, row: Mapping[str, Any], max_length: int, text_field: str, *, assistant_only: bool
+        cls,
+        processing_class: Any,
+        row: Mapping[str, Any],
+        max_length: int | None,
+        text_field: str,
+        *,
+        assistant_only: bool,
     ) -> ImageCollator:
         """A collator of rows like this one, of which a prompt is not a target.
 
@@ -224,7 +242,7 @@ class ImageCollator:
         # TRL's collator changes the rows.
         rows = [{name: value for name, value in example.items() if name != PLACE} for example in examples]
         for row in rows:
-            _normalise(row)
+            _normalise(row, getattr(self.collator, "dataset_text_field", "text"))
         try:
             batch = dict(self.collator(rows))
         except Exception as error:  # processors and templates raise errors of any kind
@@ -271,12 +289,19 @@ def read_row(data: Any, number: int) -> Any:
         raise DataError(f"An image cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}.") from error
 
 
-def _normalise(row: dict[str, Any]) -> None:
+def _normalise(row: dict[str, Any], text_field: str) -> None:
     """Give a row the one column that TRL reads, and refuse images that do not fit its messages.
 
     Raises:
-        DataError: if there are other images than the messages name.
+        DataError: if there are other images than the messages name, or they are not in TRL's format.
     """
+    if "conversations" in row and not {"messages", "prompt", text_field} & set(row):
+        raise DataError(
+            "The row holds images and 'conversations' (ShareGPT's and LLaVA's format), which are read only without "
+            "images. Write them as 'messages': a role and a content, such as {'role': 'user', 'content': "
+            "[{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}, where the text had '<image>'; then "
+            "'role': 'assistant'."
+        )
     images = [row.pop("image")] if row.get("image") is not None else row.get("images")
     row.pop("image", None)
     images = row["images"] = [] if images is None else images
@@ -297,7 +322,7 @@ def _normalise(row: dict[str, Any]) -> None:
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> str:
     text = {name: value for name, value in rows[0].items() if name not in COLUMNS}
-    return f"the row {str(text)[:120]}"
+    return f"the row {cut_short(str(text), 120)}"
 
 
 def require_assistant_marks(processing_class: Any) -> None:

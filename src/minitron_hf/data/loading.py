@@ -123,15 +123,15 @@ def _with_images_beside(data: Dataset | IterableDataset, folder: Path) -> Datase
         kind = (data.features or {}).get(column)
         kind, is_list = (kind.feature, True) if isinstance(kind, List) else (kind, False)
         if isinstance(kind, Value) and kind.dtype in ("string", "large_string"):
-            names = {"column": column, "folder": str(folder)}
+            names = {"column": column, "folder": str(folder), "is_list": is_list}
             data = data.map(_located, fn_kwargs=names, features=data.features)
             data = data.cast_column(column, List(Image()) if is_list else Image())
     return data
 
 
-def _located(row: dict[str, Any], column: str, folder: str) -> dict[str, Any]:
-    """The names of a row's images, as paths from here; addresses and full paths stay."""
-    value = row[column]
+def _located(row: dict[str, Any], column: str, folder: str, is_list: bool) -> dict[str, Any]:
+    """The names of a row's images, as paths from here; addresses and full paths stay. No list is an empty one."""
+    value = [] if row[column] is None and is_list else row[column]
 
     def path(name: str | None) -> str | None:
         return name if name is None or "://" in name else str(Path(folder) / name)

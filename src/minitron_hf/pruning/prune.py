@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
+from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..errors import MismatchError, PlanError, accept_old_names, checks_kinds
 from ..files import digest
@@ -20,6 +21,7 @@ from ..locks import with_locked_folder
 from ..models import (
     load_config,
     load_for_compute,
+    load_processor,
     load_tokenizer,
     stored_dtype,
 )
@@ -106,7 +108,8 @@ def prune_model(
     model = load_for_compute(model_or_path)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
-            processing_class = load_tokenizer(model_or_path)
+            load = load_processor if holds_images(calibration_data) else load_tokenizer
+            processing_class = load(model_or_path)
         importance_kwargs["processing_class"] = processing_class
         calibration_data = tokenize_once(calibration_data, processing_class)
         token_counts = counted_tokens(config, token_counts, calibration_data, processing_class)

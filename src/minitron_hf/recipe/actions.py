@@ -113,7 +113,8 @@ def _token_counts(run: Run, request: PrunerConfig) -> TokenCounts | None:
     """Counts of the calibration text, where the vocabulary is cut."""
     if request.vocab_size is None:
         return None
-    return count_tokens(run.texts("calibration"), run.tokenizer, max_tokens=COUNTED_TOKENS)
+    reader, field = reader_of(run, "calibration"), run.text_field("calibration")
+    return count_tokens(run.texts("calibration"), reader, text_field=field, max_tokens=COUNTED_TOKENS)
 
 
 def _planned(run: Run, request: PrunerConfig) -> Any:

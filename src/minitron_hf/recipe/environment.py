@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import token_rows
 from ..data.context import context_length
 from ..data.documents import is_conversation
-from ..data.images import has_images
+from ..data.images import holds_images
 from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
@@ -119,7 +119,7 @@ def check_corpora(
             continue
         _check_rows(run, rows, source, part.text_field, where, tokenizer, arguments)
         known.append(Part(where, rows[0], part.text_field))
-        run.loaded["images.train"] = has_images(rows[0])
+        run.loaded["images.train"] = holds_images(rows)
     require_one_format(known)
     require_one_kind(known)
     for which in ("eval", "calibration"):
@@ -131,7 +131,7 @@ def check_corpora(
             skipped.append(f"data.{which}: {rows}")
         else:
             used = arguments if which == "eval" else ()
-            run.loaded[f"images.{which}"] = has_images(rows[0])
+            run.loaded[f"images.{which}"] = holds_images(rows)
             if which == "eval":
                 require_images_in_training(run)
             _check_rows(run, rows, section.source, section.text_field, place_of(which), tokenizer, used)
@@ -158,7 +158,7 @@ def _check_rows(
         tokenizer: the teacher's.
         arguments: of the distillation that reads it; none for calibration data.
     """
-    if has_images(rows[0]):
+    if holds_images(rows):
         require_text(rows, source, text_field, where)
         _require_columns(rows[0], arguments, f"{where}: {source}")
         check_images(run, rows, source, text_field, where, arguments)

@@ -9,6 +9,7 @@ import torch
 
 from ..compat import build_from_config
 from ..data import TokenRows
+from ..data.images import placeholder_ids
 from ..errors import PlanError
 from ..evaluation.speed import measure_speed
 from ..models import stored_dtype
@@ -124,4 +125,6 @@ def seconds_per_token(model: PreTrainedModel, config: Any) -> float:
 
 
 def _any_rows(config: Any) -> TokenRows:
-    return TokenRows((tuple(index % config.vocab_size for index in range(64)),), None)
+    """Some tokens, none of which stands for an image."""
+    ordinary = sorted(set(range(config.get_text_config().vocab_size)) - set(placeholder_ids(config)))
+    return TokenRows((tuple(ordinary[index % len(ordinary)] for index in range(64)),), None)

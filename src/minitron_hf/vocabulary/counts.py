@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.documents import DataSource, Piece, TokenizedDocuments, documents
+from ..data.image_rows import image_documents
+from ..data.images import holds_images, placeholder_ids
 from ..data.tokens import require_tokenizer, tokenizer_digest
 from ..errors import DataError
 from .choice import choose_tokens
@@ -126,7 +128,8 @@ def count_tokens(
 
     Args:
         data: texts, conversations, token rows or a dataset: text like the student's later input, as much as there is.
-        processing_class: the teacher's tokenizer.
+            Of rows with images, the tokens that stand for images count, too.
+        processing_class: the teacher's tokenizer; for images its processor.
         text_field: column that holds the text.
         max_tokens: number of tokens after which reading stops; None reads all.
 
@@ -145,7 +148,11 @@ def count_tokens(
 
     tokenizer = require_tokenizer(processing_class)
     pieces_of(tokenizer)  # refuses before anything is read
-    pieces = data if isinstance(data, TokenizedDocuments) else documents(data, tokenizer, text_field)
+    pieces: Iterable[Piece]
+    if holds_images(data):
+        pieces = image_documents(data, processing_class, text_field)
+    else:
+        pieces = data if isinstance(data, TokenizedDocuments) else documents(data, tokenizer, text_field)
     counted, read = np.zeros(len(tokenizer), dtype=np.int64), 0
     first, held_out = _Sample(), _Sample()
     for number, piece in enumerate(pieces):
@@ -161,7 +168,10 @@ def count_tokens(
         raise DataError("The corpus has no tokens, so none can be chosen for vocab_size. Pass text.")
     is_held_out = bool(held_out.pieces)
     sample = held_out if is_held_out else first
-    texts = tuple(str(tokenizer.decode(piece.ids)) for piece in sample.pieces)
+    no_text = set(placeholder_ids(processing_class))
+    texts = tuple(
+        str(tokenizer.decode([token for token in piece.ids if token not in no_text])) for piece in sample.pieces
+    )
     return TokenCounts(tokenizer, counted, texts, is_held_out)
 
 
