@@ -15,6 +15,7 @@ from minitron_hf.files import read_json
 from minitron_hf.models import load_model
 from minitron_hf.quantization import METHODS, quantize_checkpoint, require_quantizable
 from minitron_hf.recipe.checking import check_recipe
+from minitron_hf.recipe.estimates import estimate_recipe
 from minitron_hf.recipe.runner import run_recipe
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_config, pocket_model, pocket_tokenizer, pocket_tokens
@@ -90,6 +91,9 @@ def test_a_recipe_measures_quantised_copies_beside_the_student(folder, tmp_path)
     assert losses["student_int8"] == pytest.approx(losses["student"], rel=0.2)
     assert models["student_int8"]["checkpoint_bytes"] < 0.5 * models["student"]["checkpoint_bytes"]
     assert "Student int4" in (made / "README.md").read_text()
+    [estimate] = [one for one in estimate_recipe(Recipe.from_dict(recipe)).stages if one.stage == "quantize"]
+    written = sum(path.stat().st_size for path in (made / "quantized").glob("*/model.safetensors"))
+    assert estimate.disk == pytest.approx(written, rel=0.25)  # scales and names of tensors come on top
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), show_progress=False, report=lines.append)
     assert all("skipped" in line for line in lines)
