@@ -48,25 +48,23 @@ def naive_kl(teacher, student, rows=ROWS):
 
 def test_a_comparison_that_was_stopped_goes_on(teacher, scores, tmp_path):
     """Nothing is measured twice, the plan is that of an uninterrupted call, and other inputs begin again."""
-    request, calls = PrunerConfig(target_parameters=0.6, multiple_of=1), []
+    request, calls, stops = PrunerConfig(target_parameters=0.6, multiple_of=1), [], []
 
-    def neurons(model, stop=-1):
+    def neurons(model):
         calls.append(model.config.intermediate_size)
-        if len(calls) == stop:
+        if len(calls) in stops:
             raise KeyboardInterrupt
         return float(model.config.intermediate_size)
 
-    def stopped(model):
-        return neurons(model, stop=4)
-
-    stopped.__qualname__ = neurons.__qualname__
     given = {"num_shapes": 6, "max_length": 16, "show_progress": False}
     whole = plan_for_target(teacher, request, scores, ROWS, score_func=neurons, **given)
     every = len(calls)
     assert every > 4
     calls.clear()
+    stops.append(4)
     with pytest.raises(KeyboardInterrupt):
-        plan_for_target(teacher, request, scores, ROWS, score_func=stopped, output_dir=tmp_path, **given)
+        plan_for_target(teacher, request, scores, ROWS, score_func=neurons, output_dir=tmp_path, **given)
+    stops.clear()
     kept = json.loads((tmp_path / "shapes.unfinished.json").read_text())
     assert len(kept["candidates"]) == 3
     calls.clear()
