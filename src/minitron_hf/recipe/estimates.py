@@ -415,13 +415,12 @@ def _controls(facts: Facts, number: int) -> StageCost:
 
 def _quantize(facts: Facts, number: int) -> StageCost:
     """Every copy reads and writes the student; weights take a byte or less, embeddings and head stay."""
-    count = len(facts.recipe.quantize)
-    inner, size = (count_parameters(facts.students[-1], embeddings=each) for each in (False, True))
+    student, count = facts.students[-1], len(facts.recipe.quantize)
+    size, inner = count_parameters(student), count_parameters(student, embeddings=False)
     written = inner + (size - inner) * facts.stored_bytes
     seconds = count * (START_SECONDS + (size * facts.stored_bytes + written) / facts.machine.disk_traffic)
-    return StageCost(
-        "quantize", seconds, size * facts.compute_bytes, count * written, f"copies of 8 bits or less: {count}"
-    )
+    copies = f"{count} {'copy' if count == 1 else 'copies'} of 8 bits or less"
+    return StageCost("quantize", seconds, size * facts.compute_bytes, count * written, copies)
 
 
 def _evaluate(facts: Facts, number: int) -> StageCost:
