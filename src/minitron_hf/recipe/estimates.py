@@ -390,39 +390,6 @@ def _quantize(facts: Facts, number: int) -> StageCost:
     return StageCost("quantize", seconds, size * facts.compute_bytes, count * written, f"quantised copies: {count}")
 
 
-def _evaluated_tokens(facts: Facts, args: DistillationConfig, length: int) -> float:
-    """Tokens of the held-out text that training evaluates."""
-    tokens = facts.tokens("eval")
-    return tokens if args.max_eval_rows is None else min(tokens, args.max_eval_rows * length)
-
-
-def _is_by_steps(strategy: Any) -> bool:
-    return getattr(strategy, "value", strategy) == "steps"
-
-
-def _times(every: float | None, steps: float) -> float:
-    """How often something happens that comes every so many steps, or every such share of them."""
-    if not every:
-        return 0.0
-    return steps / every if every >= 1 else 1 / every
-
-
-def _controls(facts: Facts, number: int) -> StageCost:
-    """As many distillations as there are controls."""
-    one, count = _distill(facts, len(facts.students) - 1), len(facts.recipe.controls)
-    return StageCost("controls", count * one.seconds, one.memory, count * one.disk, f"{count} × distill")
-
-
-def _quantize(facts: Facts, number: int) -> StageCost:
-    """Every copy reads and writes the student; weights take a byte or less, embeddings and head stay."""
-    student, count = facts.students[-1], len(facts.recipe.quantize)
-    size, inner = count_parameters(student), count_parameters(student, embeddings=False)
-    written = inner + (size - inner) * facts.stored_bytes
-    seconds = count * (START_SECONDS + (size * facts.stored_bytes + written) / facts.machine.disk_traffic)
-    copies = f"{count} {'copy' if count == 1 else 'copies'} of 8 bits or less"
-    return StageCost("quantize", seconds, size * facts.compute_bytes, count * written, copies)
-
-
 def _evaluate(facts: Facts, number: int) -> StageCost:
     """N × forward passes of all models in float32, and what is timed: speeds and drafts."""
     section, recipe = facts.recipe.evaluate, facts.recipe
