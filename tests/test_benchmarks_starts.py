@@ -72,6 +72,7 @@ def command(files, tmp_path, monkeypatch, *given):
     peers.main()
 
 
+@pytest.mark.slow
 def test_starts_are_measured_once_and_distilled_like_all_others(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peer_starts, "find_spec", lambda name: None)
     given = ["--teacher", files / "teacher", "--work", tmp_path / "work"]
