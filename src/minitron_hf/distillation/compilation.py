@@ -12,7 +12,8 @@ from typing import Any
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from ..compat import layer_class_names, offload_hooks
+from ..compat import offload_hooks
+from .parallel import layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,7 @@ def compile_layers(model: Any, role: str, *, backend: str | None, mode: str | No
     Returns:
         The number of compiled layers.
     """
-    classes = layer_class_names(model)
-    layers = [module for module in model.modules() if type(module).__name__ in classes]
+    layers = layers_of(model)
     if not layers:
         logger.warning(
             "torch_compile: the %s, a %s, does not say what its layers are (_no_split_modules). It runs uncompiled.",

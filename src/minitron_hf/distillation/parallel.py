@@ -153,6 +153,12 @@ def keep_losses_in_float32(plugin: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
+def layers_of(model: Any) -> list[Any]:
+    """The layers of a model, by the names of their classes; empty if it does not say what its layers are."""
+    classes = layer_class_names(model)
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
 def offload_layers(teacher: Any, device: torch.device) -> None:
     """Keep the layers of a frozen model in main memory, and the rest on a device.
 
@@ -167,8 +173,7 @@ def offload_layers(teacher: Any, device: torch.device) -> None:
             "teacher_offload: the teacher was loaded with a device_map or a quantization_config, which place its "
             "weights. Leave out teacher_offload, or load the teacher without them."
         )
-    classes = layer_class_names(teacher)
-    layers = [module for module in teacher.modules() if type(module).__name__ in classes]
+    layers = layers_of(teacher)
     if not layers:
         raise UnsupportedModelError(
             f"teacher_offload: {type(teacher).__name__} does not say what its layers are (_no_split_modules). "
