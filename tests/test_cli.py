@@ -127,6 +127,7 @@ def test_shapes_are_searched_and_targets_met(workshop, tmp_path):
     refused(minitron(*plan, "--target", "0.5"), "--data")
 
 
+@pytest.mark.slow
 def test_no_command_replaces_files_unasked(workshop, tmp_path):
     teacher, text, out = workshop / "teacher", workshop / "text.jsonl", tmp_path / "out"
     settings = ("--set", "max_length=16", "--set", "num_rows=4")

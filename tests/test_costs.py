@@ -336,6 +336,7 @@ def test_rounded_weights_count_in_the_memory_of_training_and_exclude_an_adapter(
         check_recipe(replace(rounded, distributed=DistributedSection("fsdp2", 2)))
 
 
+@pytest.mark.slow
 def test_faster_machines_and_fewer_tokens_take_less(recipe):
     slow = estimate_recipe(recipe, machine=MACHINE, until="distill")
     faster = {name: 10 * getattr(MACHINE, name) for name in ("forward_flops", "training_flops", "memory_traffic")}
@@ -350,6 +351,7 @@ def test_faster_machines_and_fewer_tokens_take_less(recipe):
     assert saved.disk > slow.disk
 
 
+@pytest.mark.slow
 def test_further_speeds_and_drafts_are_counted(recipe):
     """Each as tokens × the longer of reading and computing, from the lengths that the measurement takes."""
 

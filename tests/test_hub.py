@@ -357,6 +357,7 @@ def test_an_error_of_the_hub_is_no_error_of_the_disk(tmp_path, replacing):
         raise HubError("It is gone.")
 
 
+@pytest.mark.slow
 def test_an_empty_private_repository_becomes_public_with_its_first_commit(run_dir, hub_server, tmp_path):
     """Left by a push that broke, or made by a trainer; one that holds something stays as it is."""
     hub_server.create("lab/tiny-stories", private=True)
@@ -387,6 +388,7 @@ def test_a_broken_upload_is_resent_by_the_same_push(run_dir, hub_server, tmp_pat
     assert hub_server.count("PUT", "^/lfs/") == 3
 
 
+@pytest.mark.slow
 def test_a_push_killed_during_the_upload_can_be_repeated(run_dir, hub_server, tmp_path):
     hub_server.faults.append("stall-lfs")
     process = client(PUSH, run_dir, "lab/tiny-stories", "{}", server=hub_server, home=tmp_path / "home")
@@ -400,6 +402,7 @@ def test_a_push_killed_during_the_upload_can_be_repeated(run_dir, hub_server, tm
     assert set(commit.files) == EXPECTED_WITHOUT_PLOTS
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_push_that_are_gone_are_deleted_in_the_same_commit(run_dir, hub_server, tmp_path):
     write_json(run_dir / "benchmarks.json", {"piqa": {"acc,none": {"value": 0.6, "stderr": 0.01}}})
     push(run_dir, hub_server, tmp_path)
@@ -441,6 +444,7 @@ def test_an_existing_repository_keeps_its_visibility(run_dir, hub_server, tmp_pa
     assert json.loads((run_dir / "hub.json").read_text())["repo_id"] == "writer/open"
 
 
+@pytest.mark.slow
 def test_public_branch_and_pull_request(run_dir, hub_server, tmp_path):
     hub_server.faults.append("503 change_settings")
     push(run_dir, hub_server, tmp_path, private=False, revision="v1")

@@ -173,6 +173,7 @@ def test_the_command_line_reads_images(folder, tmp_path):
     assert (tmp_path / "student" / "processor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_cache_is_the_teacher_in_recipes_and_at_the_command_line(folder, tmp_path):
     """With k = vocabulary size, all ways to train end with the same weights."""
     training = {"max_steps": 2, "max_length": 64, "per_device_train_batch_size": 2, "bf16": False}

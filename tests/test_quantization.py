@@ -72,6 +72,7 @@ def test_stock_transformers_loads_weights_that_are_rounded_alone(folder, tmp_pat
     assert size[tmp_path / method] < 0.5 * size[folder / "student"]
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_recipe_measures_quantised_copies_beside_the_student(folder, tmp_path):
     recipe = {

@@ -302,6 +302,7 @@ runner.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))}))
         assert tensor.equal(resumed[name]), name
 
 
+@pytest.mark.slow
 def test_a_search_decides_the_sizes_and_is_not_done_twice(values):
     values |= {
         "prune": {"num_attention_heads": 6},

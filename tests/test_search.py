@@ -271,6 +271,7 @@ def test_a_folder_of_another_search_is_refused(find, tmp_path):
         find(output_dir=tmp_path, calibration_data=HELD_OUT)
 
 
+@pytest.mark.slow
 def test_another_training_corpus_is_another_search(distil):
     distil()
     with pytest.raises(OutputError, match="another search"):

@@ -234,6 +234,7 @@ def test_tokens_of_rows_with_images_are_counted(tmp_path):
         count_tokens(data, processor.tokenizer)
 
 
+@pytest.mark.slow
 def test_rows_with_images_choose_the_vocabulary(tmp_path):
     """In Python, at the command line and in recipes with a teacher cache, the same tokens stay."""
     teacher, processor = teacher_and_processor("gemma3")
