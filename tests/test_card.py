@@ -89,6 +89,7 @@ def test_numbers_stand_beside_the_teacher(run_dir):
     assert measured["Checkpoint size"][:2] == ["1.91 MiB", "823.69 KiB (0.42×)"]
     assert measured["KV cache per token"] == ["2.00 KiB", "1.50 KiB (0.75×)", "–"]
     assert measured["Decode, tokens/s: median [quartiles]"] == ["200 [199–201]", "310 [307–311] (1.55×)", "–"]
+    assert "± is the standard error over rows: documents, or parts of long ones." in found["Measurements"]
     assert "0.250 nats per token above" in found["Limitations"]
     assert "dropped and 0–3, 6, 7 kept" in found["Kept units and layers"]
 
