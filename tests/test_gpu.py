@@ -25,6 +25,8 @@ from minitron_hf import (
     prune_model,
 )
 from minitron_hf.data import TokenRows
+from minitron_hf.distillation.cache_writer import cache_teacher_logits
+from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
@@ -71,6 +73,33 @@ def test_a_streamed_repair_is_that_of_the_cpu(device, tmp_path):
     )
     for name, values in here.items():
         torch.testing.assert_close(there[name], values, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [{"top_k": 8}, {"num_draws": 8}])
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True, "max_length": None}])
+def test_teacher_caches_have_the_tokens_of_the_cpu(device, kind, layout, tmp_path):
+    """Rows of unequal length: every row has the teacher's distributions at its own tokens."""
+    data = Dataset.from_dict({"input_ids": [row[:length] for row, length in zip(ROWS, [24, 7, 15, 3] * 4)]})
+    found = []
+    for place, use_cpu in (("here", True), ("there", device == "cpu")):
+        settings = {"max_length": 24, "report_to": "none", "bf16": False, "use_cpu": use_cpu, **layout}
+        cache_teacher_logits(
+            pocket_model("llama", dtype=torch.float32),
+            data,
+            tmp_path / place,
+            args=DistillationConfig(str(tmp_path / place), **settings),
+            processing_class=pocket_tokenizer(),
+            dtype="float32",
+            show_progress=False,
+            **kind,
+        )
+        found.append(load_teacher_cache(tmp_path / place).dataset)
+    for here, there in zip(*found, strict=True):
+        for row in (here, there):
+            row.update({name: torch.as_tensor(values) for name, values in row.items()})
+        assert torch.equal(there["input_ids"], here["input_ids"])
+        if "top_k" in kind:
+            torch.testing.assert_close(there["teacher_log_probs"], here["teacher_log_probs"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
+from minitron_hf.distillation import batches
 from minitron_hf.distillation import cache_writer as cache_module
 from minitron_hf.distillation.cache_coding import LOG_PROBS
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
@@ -66,6 +67,37 @@ def test_the_signal_is_the_sorted_softmax(temperature, top_k, head):
     torch.testing.assert_close(found.log_probs.exp(), p[:, :top_k], rtol=1e-12, atol=0)
     torch.testing.assert_close(found.log_tail.exp(), p[:, top_k:].sum(-1), rtol=1e-9, atol=0)
     assert found.vocab_size == 29
+
+
+class Moved(torch.Tensor):
+    """Stands for tensors on another device: what is computed from them is there too, and indexes nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            assert isinstance(args[0], Moved), "a tensor on the CPU is indexed by one on another device"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [{"top_k": 4}, {"top_k": None, "num_draws": 4}])
+@pytest.mark.parametrize("layout", ["padded", "padding-free"])
+def test_all_of_a_batch_is_used_on_the_device(tmp_path, monkeypatch, kind, layout):
+    """A GPU refuses an index on another device; see also the test on a GPU."""
+    teacher, _ = models()
+    write_cache(tmp_path / "plain", teacher, token_dataset(), **kind, **LAYOUTS[layout])
+
+    def on_device(trainer, batch):
+        return {name: v.as_subclass(Moved) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+
+    def row_of_positions(batch):  # it is made on the device of the labels
+        row, num_rows = batches.row_of_positions(batch)
+        return row.as_subclass(type(batch["labels"])), num_rows
+
+    monkeypatch.setattr(cache_module, "on_device", on_device)
+    monkeypatch.setattr(cache_module, "row_of_positions", row_of_positions)
+    write_cache(tmp_path / "moved", teacher, token_dataset(), **kind, **LAYOUTS[layout])
+    plain, moved = ((tmp_path / name / "data-00000.arrow").read_bytes() for name in ("plain", "moved"))
+    assert plain == moved
 
 
 def trained(folder, student, teacher, data, **args):

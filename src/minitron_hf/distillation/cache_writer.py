@@ -362,9 +362,9 @@ def _teacher_columns(
     Returns:
         For every row: column → numbers of its N tokens that count, one after the other; with images, its tokens too.
     """
-    row, num_rows = row_of_positions(batch)
-    rendered = rows_of(batch) if trains_on_images(trainer) else [{}] * num_rows
+    tokens_of_rows = rows_of(batch) if trains_on_images(trainer) else None
     batch = on_device(trainer, batch)
+    row, num_rows = row_of_positions(batch)
     positions, _ = next_token_positions(batch[LABELS])
     extra = {"output_hidden_states": settings["states"]} if settings["states"] else {}
     with trainer.accelerator.autocast():
@@ -382,7 +382,9 @@ def _teacher_columns(
             offsets = torch.cat([_offsets(settings["seed"], *which) for which in zip(numbers, counts, strict=True)])
             signal = sampled_signal(dense, settings["num_draws"], offsets, temperature=temperature)
     coding = Coding.of(settings)
-    found = [{**tokens, **columns} for tokens, columns in zip(rendered, coding.columns(signal, counts), strict=True)]
+    found = coding.columns(signal, counts)
+    if tokens_of_rows is not None:
+        found = [{**tokens, **columns} for tokens, columns in zip(tokens_of_rows, found, strict=True)]
     for index in settings["states"]:
         states = output.hidden_states[index].flatten(0, 1)[positions].to(as_dtype(coding.floats))
         for columns, part in zip(found, states.cpu().split(counts), strict=True):
