@@ -178,7 +178,9 @@ def test_no_command_writes_beside_files_of_others(workshop, tmp_path):
     assert minitron(*score, "-o", out).returncode == 0
     (out / "adapter_model.safetensors").touch()  # a student that is an adapter alone
     quick = ("--set", "speed=false", *settings)
+    (out / "benchmarks.json").touch()  # of an evaluation that was stopped
     assert minitron("evaluate", f"a={teacher}", "--data", text, "-o", out, *quick).returncode == 0
+    assert not (out / "benchmarks.json").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
@@ -339,6 +341,9 @@ def test_families_are_shown_together_and_alone():
     assert "ffn_hidden_size" in alone.stdout
     assert minitron("families", "--markdown").stdout.startswith("| families | layers |")
     refused(minitron("families", "nothing"), "No family table for 'nothing'", "llama")
+    for extra in (("-o", "table.md"), ("llama", "-o", "table.md"), ("llama", "gemma")):
+        refused(minitron("families", *extra), "families draft MODEL")
+    refused(minitron("families", "llama", "--markdown"), "--markdown", "Leave out the model type")
 
 
 def test_pickled_checkpoints_are_pruned_in_memory_and_it_says_so(workshop, tmp_path):

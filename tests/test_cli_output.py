@@ -24,6 +24,7 @@ from minitron_hf.progress import one_progress_bar
 from minitron_hf.recipe.runner import _time_left
 from minitron_hf.recipe.usage import COSTS_NAME, read_costs
 from pocket import pocket_model, pocket_tokenizer
+from run_folder import write_json, write_run
 from test_cli import TEXTS, minitron
 
 
@@ -91,6 +92,32 @@ def test_an_error_is_a_json_document_too(workshop):
     done = minitron("plan", workshop / "nowhere", "--json")
     assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (2, 2)
     assert json.loads(done.stdout)["error"] in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("plan",), ("score", "x"), ("plan", "x", "--nonsense"), ("nonsense",)])
+def test_wrong_usage_is_a_json_document_too(arguments):
+    done = minitron(*arguments, "--json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["exit_code"]) == (2, 2)
+    assert answer["error"] in done.stderr
+    assert minitron(*arguments).stdout == ""
+
+
+def test_benchmarks_and_samples_are_in_the_document_and_may_hold_brackets(tmp_path, capsys):
+    """A prompt in the format of Llama 2 looks like markup of Rich."""
+    folder = write_run(tmp_path / "run")
+    prompt = "[INST] Tell me a [bold]story[/bold] [/INST]"
+    samples = [{"prompt": prompt, "completions": {"[/a]": "x"}}]
+    write_json(folder / "samples.json", {"format": 1, "samples": samples})
+    tasks = {"piqa": {"acc,none": {"value": 0.7, "stderr": 0.01}}}
+    write_json(folder / "benchmarks.json", {"teacher": tasks, "student": tasks})
+    printing._print_results(folder)
+    assert f"[/a] | {prompt!r} →" in capsys.readouterr().out
+    with output.printing("run", output.Output(json=True)):
+        printing._print_results(folder)
+    found = json.loads(capsys.readouterr().out)
+    assert found["benchmarks"]["models"]["student"]["piqa"]["acc,none"]["value"] == 0.7
+    assert found["samples"][0]["prompt"] == prompt
 
 
 def test_quiet_prints_results_alone(workshop):

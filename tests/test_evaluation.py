@@ -22,6 +22,7 @@ from minitron_hf.errors import (
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.evaluation.limits import Limits
 from minitron_hf.evaluation.samples import generate_samples
+from minitron_hf.models import load_model
 from pocket import POCKETS, VOCAB, float64_throughout, pocket_model, pocket_tokenizer
 
 TEXTS = [
@@ -223,6 +224,21 @@ def test_checkpoints_name_where_loaded_models_come_from(tmp_path: Path, models):
     assert result["models"]["teacher"]["checkpoint_bytes"] < size  # parameters alone, without the file's header
     with pytest.raises(DataError, match="checkpoints names nobody"):
         evaluate_models(models, [[5, 6, 7]], max_length=16, checkpoints={"nobody": tmp_path}, **QUIET)
+
+
+def test_a_model_with_a_checkpoint_is_measured_as_that_checkpoint_is(tmp_path: Path):
+    """As the teacher of a recipe with a revision: its quality is that in float32, and the object stays as it is."""
+    rows, folders = [[5, 6, 7, 8, 9, 3]], {name: tmp_path / name for name in ("teacher", "student")}
+    for seed, folder in enumerate(folders.values()):
+        pocket_model("llama", seed=seed, dtype=torch.bfloat16).save_pretrained(folder)
+    by_path = evaluate_models(folders, rows, max_length=16, **QUIET)
+    teacher = load_model(folders["teacher"], dtype=torch.bfloat16)
+    given = {"checkpoints": {"teacher": folders["teacher"]}, **QUIET}
+    loaded = evaluate_models({**folders, "teacher": teacher}, rows, max_length=16, **given)
+    assert loaded == by_path
+    assert teacher.dtype == torch.bfloat16
+    alone = evaluate_models({**folders, "teacher": teacher}, rows, max_length=16, **QUIET)
+    assert alone["dtype"] == "mixed"
 
 
 def test_output_path_may_be_the_file_itself(tmp_path: Path, models):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import pytest
 from matplotlib.colors import to_hex
 
 from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.pruning.candidates import Candidate
+from minitron_hf.publishing.card import render_model_card
 from minitron_hf.publishing.drawing import GREEN, GREY, RED, NothingToDrawError
 from minitron_hf.publishing.importance_plots import plot_importance, plot_layers
 from minitron_hf.publishing.plots import PLOTS, plot_training, write_plots
 from minitron_hf.publishing.search_plot import plot_search
 from minitron_hf.publishing.speed_plot import plot_speed
+from minitron_hf.search.record import candidate_table
 from run_folder import (
     DROPPED,
     FFN,
@@ -182,6 +186,22 @@ def test_a_search_without_distillation_compares_what_was_pruned(run_dir):
     [panel] = plot_search(run_dir).axes
     [front] = [line for line in panel.get_lines() if line.get_color() == GREEN]
     assert front.get_xydata().tolist() == [[250_000, 8.0], [300_000, 6.5], [420_000, 5.5]]
+
+
+def test_shapes_that_were_compared_on_one_row_have_no_errors(run_dir):
+    """Their standard errors are NaN, which JSON holds as null: picture, card and a search that goes on take that."""
+    record = search()
+    for one in record["candidates"]:
+        for measured in (one["proxy"], *one["rounds"], *([one["behind"]] if one["behind"] else [])):
+            measured["stderr"] = None
+    write_json(run_dir / "search.json", record)
+    bars = plot_search(run_dir).axes[0].containers
+    heights = [np.ptp(segment[:, 1]) for one in bars for segment in one.lines[2][0].get_segments()]
+    assert heights == [0] * 9
+    assert "| intermediate_size=160 | 420,000 | 5.500 | 0.610 | 2,000 | – |" in render_model_card(run_dir)
+    candidates = [Candidate.from_dict(one) for one in record["candidates"]]
+    assert all(math.isnan(turn["stderr"]) for one in candidates for turn in one.rounds)
+    assert [str(each) for each in candidate_table(candidates).columns[3].cells][:2] == ["0.610", "0.800"]
 
 
 def test_plots_are_drawn_only_where_their_inputs_exist(run_dir):

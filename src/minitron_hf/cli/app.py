@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,17 +39,24 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: every error is one message. The exit code is 2, or 1 for an unexpected error."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         if was_interrupted() and not isinstance(error, MinitronError):  # as in an import that it has broken off
             exit_interrupted()
         from ..recipe.launching import write_error_message
 
-        text, code = error_message(error)
-        if not write_error_message(text):
-            typer.echo(f"minitron-hf: {text}", err=True)
+        if hasattr(error, "format_message"):  # wrong usage, whose class Typer 0.20 to 0.29 keep in different modules
+            usage: Any = error
+            usage.show()
+            text, code = usage.format_message(), usage.exit_code
+        else:
+            text, code = error_message(error)
+            if not write_error_message(text):
+                typer.echo(f"minitron-hf: {text}", err=True)
         if "--json" in sys.argv:
             typer.echo(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
+        sys.exit(code)
+    if code:  # of typer.Exit
         sys.exit(code)
 
 

@@ -38,7 +38,8 @@ def evaluate(
     from ..recipe.rules import hints_of
 
     # The stage `evaluate` of a run would count as done, and its card would show these numbers as the run's.
-    _require_free(output, [EVALUATION_NAME, BENCHMARKS_NAME], overwrite)
+    # Benchmarks alone are those of an evaluation that was stopped, and the same command goes on.
+    _require_free(output, [EVALUATION_NAME], overwrite)
     beside_a_model = ("config.json", ADAPTER_NAME)
     _require_own(output, (EVALUATION_NAME, BENCHMARKS_NAME, DOCUMENTS_DIR, *beside_a_model))
     given = ("models", "dataset", "processing_class", "output_path", "chat_prompts", "tasks")
@@ -53,7 +54,8 @@ def evaluate(
         prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
     tokenizer = _reader(next(iter(named.values())), rows)
     with locked_folder(output):
-        (output / BENCHMARKS_NAME).unlink(missing_ok=True)  # finished tasks are kept in files of their own
+        for name in (EVALUATION_NAME, BENCHMARKS_NAME):  # finished tasks are kept in files of their own
+            (output / name).unlink(missing_ok=True)
         evaluate_models(
             named,
             rows,

@@ -35,6 +35,11 @@ def families(
     """
     from ..survey.matrix import describe_family, support_matrix, to_markdown
 
+    if model_type != "draft" and (output is not None or model is not None):
+        extra = "--output" if output is not None else model
+        raise DataError(f"families: {extra} is for `families draft MODEL`. Leave it out, or redirect what is printed.")
+    if model_type is not None and markdown:
+        raise DataError("families: --markdown prints the matrix of all families. Leave out the model type.")
     if model_type == "draft":
         if model is None:
             raise DataError("families draft: name a model type, a folder or a Hub id.")

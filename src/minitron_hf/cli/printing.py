@@ -44,7 +44,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
         console = _console()
         console.print(table)
         for note in shapes["notes"]:
-            console.print(f"Note: {note}", markup=False, highlight=False)
+            console.print(f"Note: {note}", highlight=False)
         return
     table = Table(title=f"Shapes ({shapes['model_type']})", title_justify="left")
     for column in ("", "teacher", "student", "kept"):
@@ -58,7 +58,7 @@ def _print_shapes(shapes: Mapping[str, Any]) -> None:
     console = _console()
     console.print(table)
     for note in shapes["notes"]:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
 
 
 def _print_recommendation(teacher: str, made: Recommendation) -> None:
@@ -74,10 +74,8 @@ def _print_recommendation(teacher: str, made: Recommendation) -> None:
     for decision in made.decisions:
         table.add_row(decision.name, decision.value, decision.reason, decision.source)
     console = _console()
-    console.print(table, markup=False, highlight=False)
-    console.print(
-        "Sources:", *(f"- {name}: {where}" for name, where in SOURCES.items()), sep="\n", markup=False, highlight=False
-    )
+    console.print(table, highlight=False)
+    console.print("Sources:", *(f"- {name}: {where}" for name, where in SOURCES.items()), sep="\n", highlight=False)
 
 
 def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
@@ -96,7 +94,7 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
     table.add_row(f"at the worst moment ({found.worst_moment})", _bytes(found.peak))
     table.add_row("there is", _bytes(found.memory))
     console = _console()
-    console.print(f"On {what}:", markup=False, highlight=False)
+    console.print(f"On {what}:", highlight=False)
     console.print(table)
     fits = f"It fits; the largest batch per device is {found.largest_batch}."
     smaller = f"It does not fit; a batch of {found.largest_batch} per device would."
@@ -106,7 +104,7 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
         limit = "matrix products" if found.limited_by == "products" else found.limited_by
         speed = f"About {found.tokens_per_second:,.0f} tokens/s in all, limited by {limit}."
         console.print(speed, highlight=False)
-    console.print(f"Assumed: {'; '.join(found.assumptions)}.", markup=False, highlight=False)
+    console.print(f"Assumed: {'; '.join(found.assumptions)}.", highlight=False)
 
 
 def _bytes(size: float) -> str:
@@ -145,10 +143,10 @@ def _print_estimate(estimate: Estimate) -> None:
     table.add_section()
     table.add_row("all", duration(estimate.seconds), "", size(estimate.disk), "of what is known")
     table.add_row("free", "", size(machine.memory), size(machine.disk), "")
-    console = Console(width=80)
-    console.print(table, markup=False, highlight=False)
+    console = Console(width=80, markup=False)
+    console.print(table, highlight=False)
     for note in estimate.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False)
+        console.print(f"Note: {note}", highlight=False)
 
 
 def _print_matrix() -> None:
@@ -176,13 +174,13 @@ def _print_matrix() -> None:
                 ", ".join(names), "  ".join(f"{axis} {cells[axis]}" for axis in matrix.axes if cells.get(axis))
             )
     console.print(table)
-    console.print(matrix.legend, markup=False, highlight=False)
+    console.print(matrix.legend, highlight=False)
     for number, remark in enumerate(matrix.remarks, 1):
-        console.print(f"{number}. {remark}", markup=False, highlight=False)
+        console.print(f"{number}. {remark}", highlight=False)
     table = Table("models", "language model inside", "what can be cut", show_lines=True)
     for names, texts, said in matrix.wrappers:
         table.add_row(", ".join(names), ", ".join(texts), said)
-    console.print(WRAPPERS_TITLE, markup=False, highlight=False)
+    console.print(WRAPPERS_TITLE, highlight=False)
     console.print(table)
 
 
@@ -212,7 +210,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
     from ..survey.matrix import cuttable_axes, missing_from_transformers, refused_variants
 
     console = _console()
-    console.print(about, markup=False, highlight=False)
+    console.print(about, highlight=False)
     allowed = cuttable_axes(spec)
     table = Table("size", "in config.json", "can be cut", "remarks", title=spec.model_type, title_justify="left")
     for axis in spec.axes:
@@ -223,9 +221,9 @@ def _print_family(about: str, spec: ArchSpec) -> None:
         table.add_row(FIELD_OF_AXIS.get(axis.name, axis.name), stored, mark, remarks)
     console.print(table)
     for condition in refused_variants(spec):
-        console.print(f"Models {condition}", markup=False, highlight=False)
+        console.print(f"Models {condition}", highlight=False)
     for remark in missing_from_transformers(spec.model_type):
-        console.print(f"The family is {remark}.", markup=False, highlight=False)
+        console.print(f"The family is {remark}.", highlight=False)
     rewritten = (
         *spec.layer_lists,
         *spec.leading_layers,
@@ -236,7 +234,7 @@ def _print_family(about: str, spec: ArchSpec) -> None:
         name for rule in (*spec.layer_rules.sparse_layers, *spec.layer_rules.sparse_ranges) for name in rule
     )
     if rewritten:
-        console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", markup=False, highlight=False)
+        console.print(f"Rewritten with the layers: {', '.join(rewritten)}.", highlight=False)
 
 
 def _print_measurement(folder: Path) -> None:
@@ -248,7 +246,10 @@ def _print_measurement(folder: Path) -> None:
     if not (folder / "evaluation.json").is_file():
         return
     evaluation = read_artefact(folder / "evaluation.json")
+    benchmarks = read_artefact(folder / "benchmarks.json") if (folder / "benchmarks.json").is_file() else None
     if given("evaluation", evaluation):
+        if benchmarks is not None:
+            given("benchmarks", benchmarks)
         return
     table = Table(title=f"On {evaluation['data']['num_tokens']:,} held-out tokens", title_justify="left")
     columns = {"perplexity": ("perplexity", 2), "bits_per_byte": ("bits per byte", 3)}
@@ -268,8 +269,8 @@ def _print_measurement(folder: Path) -> None:
         console.print(_draft_table(evaluation))
     if any("positions" in values for values in evaluation["models"].values()):
         console.print(_position_table(evaluation))
-    if (folder / "benchmarks.json").is_file():
-        console.print(_task_table(read_artefact(folder / "benchmarks.json")))
+    if benchmarks is not None:
+        console.print(_task_table(benchmarks))
 
 
 def _chat_table(evaluation: Mapping[str, Any]) -> Table:
@@ -379,14 +380,15 @@ def _print_results(folder: Path) -> None:
     from ..formats import read_artefact
 
     _print_measurement(folder)
+    samples = read_artefact(folder / "samples.json")["samples"] if (folder / "samples.json").is_file() else []
     if _print_costs(folder):
+        given("samples", samples)
         return
     console = _console()
-    if (folder / "samples.json").is_file():
-        for sample in read_artefact(folder / "samples.json")["samples"][:2]:
-            for name, text in sample["completions"].items():
-                console.print(f"\n[bold]{name}[/bold] | {sample['prompt']!r} →", highlight=False)
-                console.print(text.strip(), markup=False, highlight=False)
+    for sample in samples[:2]:
+        for name, text in sample["completions"].items():
+            console.print(f"\n{name} | {sample['prompt']!r} →", highlight=False)
+            console.print(text.strip(), highlight=False)
     if (folder / "README.md").is_file():
         console.print(f"\nModel card: {folder / 'README.md'}", soft_wrap=True)
     if (folder / "report.html").is_file():
@@ -397,7 +399,8 @@ def _console() -> Console:
     """A console that is as wide as the terminal; without one as wide as COLUMNS says, or 120 columns."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=120)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(width=width, markup=False)  # names and prompts may hold square brackets
 
 
 def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:

@@ -138,8 +138,8 @@ def evaluate_models(
         rounds: number of timed rounds.
         speed_batch_sizes: numbers of prompts at a time to time, beside the one prompt.
         speed_prompt_tokens: lengths of prompts to time, beside `prefill_length`.
-        checkpoints: name → path or Hub id that a model object was loaded from. It is recorded as the model's name, and
-            its files are the checkpoint's size; by default that is the size of the object's parameters.
+        checkpoints: name → path or Hub id that a model object was loaded from. It is the recorded name, its files are
+            the size (by default the object's parameters are), and quality is measured as if it were loaded here.
         chat_prompts: prompts to answer: a dataset with `messages`, `prompt` or `text_field`, as for `generate_corpus`;
             answers in it are left out. Needs a tokenizer with a chat template. None: chat is not measured.
         chat_max_new_tokens: longest answer, in tokens.
@@ -234,7 +234,7 @@ def evaluate_models(
     if draft is not None and reference is not None:
         with evaluating(loaded.values()):
             drafts = time_drafts(loaded, reference, text, draft, readers, show_progress)
-    by_path = [name for name, model in models.items() if isinstance(model, str | os.PathLike)]
+    by_path = [name for name, source in sources.items() if isinstance(source, str | os.PathLike)]
     in_full_precision = by_path if dtype in (None, "auto") else []
     of_models = (limits.spaces.own_ids, in_full_precision)
     measured = _measure(loaded, rows, reference, batch_size, timing, grid, *of_models, chat, show_progress)

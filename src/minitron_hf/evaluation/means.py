@@ -25,3 +25,13 @@ def mean_and_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[floa
         return value, None
     squares = math.fsum((s - value * n) ** 2 for s, n in zip(sums, counts))
     return value, math.sqrt(squares * len(counts) / (len(counts) - 1)) / total
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """A value with its standard error; alone where there is none, as of a single row.
+
+    >>> with_error(0.7312, 0.0123), with_error(0.7312, None), with_error(0.7312, math.nan)
+    ('0.731 ± 0.012', '0.731', '0.731')
+    """
+    alone = stderr is None or math.isnan(stderr)
+    return f"{value:.3f}" if alone else f"{value:.3f} ± {stderr:.3f}"

@@ -128,9 +128,15 @@ class Candidate:
     def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
         """The reverse of `to_dict`."""
         known = {FIELD_OF_KEY.get(k, k): value for k, value in values.items() if k not in ("name", "request")}
-        for name in ("pruned_kl", "kl_above_best"):  # JSON has no NaN
-            known[name] = known.get(name) and {k: math.nan if v is None else v for k, v in known[name].items()}
+        for name in ("pruned_kl", "kl_above_best"):
+            known[name] = known.get(name) and _with_nan(known[name])
+        known["rounds"] = [_with_nan(one) for one in known.get("rounds", [])]
         return cls(request=PrunerConfig.from_dict(values["request"]), **known)
+
+
+def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Numbers from JSON, which has no NaN."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 class MeasuredShapes:

@@ -16,6 +16,7 @@ from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
 from ..errors import MismatchError, PlanError, accept_old_names, checks_kinds
+from ..evaluation.means import with_error
 from ..files import digest
 from ..locks import with_locked_folder
 from ..models import (
@@ -384,7 +385,7 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
     place = f"score {best.scores[-1]:.4g}, the highest" if best.scores else "the lowest"
     note = (
         f"Sizes for {wanted}: {best.name} ({best.num_parameters:,} parameters), KL "
-        f"{best.pruned_kl['value']:.3f} ± {best.pruned_kl['stderr']:.3f} before retraining, {place} of "
+        f"{with_error(**best.pruned_kl)} before retraining, {place} of "
         f"{len(others) + 1} measured"
     )
     if not others or others[0].kl_above_best is None:
@@ -392,7 +393,7 @@ def _choice_note(wanted: str, best: Candidate, others: Sequence[Candidate]) -> s
     if best.scores:
         return f"{note}; next {others[0].name}, {best.scores[-1] - others[0].scores[-1]:.4g} behind."
     gap = others[0].kl_above_best
-    return f"{note}; next {others[0].name}, {gap['value']:.3f} ± {gap['stderr']:.3f} behind."
+    return f"{note}; next {others[0].name}, {with_error(**gap)} behind."
 
 
 @accept_old_names(num_samples="num_rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..evaluation.means import with_error
 from ..sizes.compared import TITLES, compared_counts
 from . import markdown as md
 from .card_metadata import METRICS
@@ -85,15 +86,15 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
     rows = [header]
     for one in candidates[:most]:
         last = (one.get("rounds") or [None])[-1]
-        distilled = [_uncertain(last["kl"], last["stderr"]), md.count(last["num_tokens"])] if last else ["–", "–"]
+        distilled = [with_error(last["kl"], last["stderr"]), md.count(last["num_tokens"])] if last else ["–", "–"]
         rows.append(
             [
                 one["name"],
                 md.count(one["num_parameters"]),
-                _uncertain(**one["proxy"]) if one["proxy"] else "–",
+                with_error(**one["proxy"]) if one["proxy"] else "–",
                 *(distilled if retrained else []),
                 # A difference before retraining must not be read as one after retraining.
-                _uncertain(**one["behind"]) if one["behind"] and (last or not retrained) else "–",
+                with_error(**one["behind"]) if one["behind"] and (last or not retrained) else "–",
             ]
         )
     return rows
@@ -117,10 +118,6 @@ def _cost_table(costs: Mapping[str, Any]) -> list[list[str]] | None:
 
 def _bytes_or_dash(value: float | None) -> str:
     return md.binary_size(value) if value else "–"
-
-
-def _uncertain(value: float, stderr: float) -> str:
-    return f"{value:.3f} ± {stderr:.3f}"
 
 
 def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:

@@ -62,9 +62,10 @@ def _draw_search(panel: Axes, shapes: list[dict[str, Any]], costs: dict[str, flo
     distilled = [one for one in shapes if one["rounds"]]
 
     def bars(points: list[tuple[float, float, float]], label: str, colour: str, marker: str, size: float) -> None:
-        xs, ys, errors = zip(*points, strict=True)
+        xs, ys, known = zip(*points, strict=True)
+        errors = np.nan_to_num(np.array(known, dtype=float))
         panel.errorbar(
-            xs, ys, yerr=np.nan_to_num(errors), label=label, color=colour, fmt=marker, markersize=size,
+            xs, ys, yerr=errors, label=label, color=colour, fmt=marker, markersize=size,
             elinewidth=1, capsize=2, linestyle="none", fillstyle="none" if colour == GREY else "full",
         )  # fmt: skip
 

@@ -331,6 +331,7 @@ def _evaluate(run: Run) -> None:
         assistant_only=run.recipe.measures_turns,
         dataset_name=run.dataset_section("eval").source,
         descriptions=_descriptions(run.recipe),
+        checkpoints={"teacher": source.model},
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
         speed_batch_sizes=section.speed_batch_sizes,

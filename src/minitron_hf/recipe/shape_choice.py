@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import PlanError
+from ..evaluation.means import with_error
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, ArchSpec, spec_for
 from ..pruning.candidates import Candidate
 from ..sizes.legality import reason_not_cuttable
@@ -222,11 +223,7 @@ def shape_decision(config: PretrainedConfig, shape: Shape, cut: Cut, measured: S
     ]
     value = ", ".join(changed)
     if measured:
-        results = "; ".join(
-            f"{one.name} {one.pruned_kl['value']:.3f} ± {one.pruned_kl['stderr']:.3f}"
-            for one in measured
-            if one.pruned_kl
-        )
+        results = "; ".join(f"{one.name} {with_error(**one.pruned_kl)}" for one in measured if one.pruned_kl)
         reason = f"The lowest KL before retraining, repaired, on your text: {results}."
         return Decision("shape", value, reason, f"{MEASURED_HERE}, now, on your text")
     reasons = {

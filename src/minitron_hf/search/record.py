@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import OutputError
+from ..evaluation.means import with_error
 from ..files import require_writable
 from ..formats import read_artefact, write_artefact
 from ..privacy import public_settings
@@ -169,12 +170,10 @@ def candidate_table(candidates: Sequence[Candidate]) -> Table:
         made.add_row(
             candidate.name,
             f"{candidate.num_parameters:,}",
-            "–"
-            if candidate.pruned_kl is None
-            else f"{candidate.pruned_kl['value']:.3f} ± {candidate.pruned_kl['stderr']:.3f}",
-            "–" if last is None else f"{last['kl']:.3f} ± {last['stderr']:.3f}",
+            "–" if candidate.pruned_kl is None else with_error(**candidate.pruned_kl),
+            "–" if last is None else with_error(last["kl"], last["stderr"]),
             "–" if last is None else f"{last['num_tokens']:,}",
-            "–" if gap is None else f"{gap['value']:.3f} ± {gap['stderr']:.3f}",
+            "–" if gap is None else with_error(**gap),
             *([f"{candidate.scores[-1]:.4g}" if candidate.scores else "–"] if scored else []),
         )
     return made
