@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch.utils.data import DataLoader
 
 from minitron_hf import prune_checkpoint
 from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError, UnsupportedModelError
 from minitron_hf.families import spec_for
+from minitron_hf.pruning import repair
 from minitron_hf.pruning.layer_writers import layer_writers
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_with_plan
@@ -227,3 +230,65 @@ def test_every_family_is_repaired_in_turn_or_left_out_by_name(name):
             student = prune_with_plan(teacher, plan, ROWS)
             errors.append(float((student(torch.tensor(ROWS.rows)).logits - wanted).square().mean()))
     assert errors[1] <= 1.02 * errors[0]
+
+
+def test_a_loader_that_shuffles_gives_the_student_of_its_first_order():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5, layers_to_drop=[1])
+    rows = [{"input_ids": torch.tensor(row)} for row in ROWS.rows]
+    loader = DataLoader(rows, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(7))
+    found = prune_with_plan(teacher, plan, loader, ridge=1e-3).state_dict()
+    expected = prune_with_plan(teacher, plan, ROWS, ridge=1e-3).state_dict()  # sums know no order
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["gemma", "biogpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_projections_of_the_student_are_the_fitted_ones(name, dtype, monkeypatch):
+    """These families scale what is written to the stream when channels are cut; the fit knows that already."""
+    teacher = pocket_model(name, dtype=dtype)
+    plan = planned(teacher, hidden_size=0.5)
+    assert set(spec_for(teacher.config).stream.stream_writers) & set(plan.scales)
+    fitted = {}
+
+    def kept(teacher, student, *args, **kwargs):
+        found = repair_in_turn(teacher, student, *args, **kwargs)
+        fitted.update({key: value.clone() for key, value in student.state_dict().items()})
+        return found
+
+    repair_in_turn = repair.refit_in_turn
+    monkeypatch.setattr(repair, "refit_in_turn", kept)
+    student = prune_with_plan(teacher, plan, ROWS)
+    for key, weight in student.state_dict().items():
+        assert weight.dtype == dtype
+        torch.testing.assert_close(weight, fitted[key], rtol=1e-6 if dtype is torch.float32 else 0, atol=0)
+
+
+def test_the_hooks_of_accelerate_stay_on_the_teacher():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5)
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    blocks = list(teacher.model.layers)
+    for block in blocks:
+        add_hook_to_module(block, Counting())
+    prune_with_plan(teacher, plan, ROWS)
+    calls.clear()
+    teacher(torch.tensor(ROWS.rows[:1]))
+    assert calls == blocks
+
+
+def test_activations_that_are_not_finite_are_refused():
+    teacher = pocket_model("llama")
+    plan = planned(teacher, layers_to_drop=[1])
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[ROWS.rows[3][5]] = torch.inf
+    plan = replace(plan, teacher={**plan.teacher, "digest": None})
+    with pytest.raises(UnsupportedModelError, match="are not finite in float64"):
+        prune_with_plan(teacher, plan, ROWS, ridge=1e-3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..families import spec_for
-from ..scoring.hooks import first_input, with_first_input
+from ..scoring.hooks import first_input, replaced_forwards, with_first_input
 from .repair_gaps import stream_output
 from .repair_sums import AllObserved, forward
 
@@ -61,10 +61,7 @@ class LayerRuns:
     @contextmanager
     def leaving_out(self, stop: int) -> Iterator[None]:
         """Let the layers before `stop` return their input."""
-        with ExitStack() as stack:
-            for layer in range(stop):
-                stack.callback(delattr, self.blocks[layer], "forward")
-                self.blocks[layer].forward = _left_out(self._num_outputs[layer])
+        with replaced_forwards([(self.blocks[layer], _left_out(self._num_outputs[layer])) for layer in range(stop)]):
             yield
 
     def start_from(self, layer: int, state: Tensor, stack: ExitStack) -> None:

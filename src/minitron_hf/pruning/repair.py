@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError, PlanError, UnsupportedModelError, accept_old_names, checks_kinds
+from ..errors import DataError, PlanError, accept_old_names, checks_kinds
 from ..families import spec_for
 from ..hardware import free_memory
 from ..scoring.calibration import Calibration, load_calibration
@@ -43,7 +43,7 @@ from .repair_in_turn import refit_in_turn, writers_in_turn
 from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
 from .repair_solve import best_ridges, has_bias, medians, refit_weights, warn_of_few_tokens
-from .repair_sums import Products
+from .repair_sums import require_finite
 from .stored_layers import is_stored
 from .surgery import apply_plan
 
@@ -97,7 +97,8 @@ def repaired_weights(
         show_progress: show a progress bar for each choice of ridges and for the fit.
 
     Returns:
-        Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype. Empty without a cut.
+        Name of a teacher's tensor → the tensor with its kept inputs refitted, in its own dtype, or in float32 where
+        the plan scales what a sequential repair fitted. Empty without a cut.
 
     Raises:
         PlanError: if units are cut that other modules than plain projections or stacked experts read.
@@ -218,7 +219,7 @@ def _refit_at_once(
     remaining, num_tokens = list(inputs), 0
     for group, sums, count in passes.in_turn(groups, [] if ridges else probes):
         num_tokens = count
-        _require_finite(model, sums)
+        require_finite(model, sums)
         ridges = ridges or medians(best_ridges(model, probes, sums))
         for cut in group:
             refit_weights(model, cut, sums.pop(cut.path).all, ridges[cut.kind], repaired)
@@ -290,16 +291,6 @@ def _report(inputs: Sequence[CutInputs], num_tokens: int, ridges: Mapping[str, f
     """Log what was fitted."""
     logger.info("Repair: %s inputs fitted to %s tokens, ridges %s.", len(inputs), f"{num_tokens:,}", ridges)
     warn_of_few_tokens(max(len(cut.kept_K) for cut in inputs), num_tokens)
-
-
-def _require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> None:
-    """Refuse sums that are not finite."""
-    wrong = [path for path, products in sums.items() if not bool(products.all.products.isfinite().all())]
-    if wrong:
-        raise UnsupportedModelError(
-            f"The inputs of {wrong[0]} are not finite in {str(model.dtype).removeprefix('torch.')}. Load the model in "
-            "a wider dtype (dtype='float32'), or check its weights."
-        )
 
 
 def _ridges_in_passes(model: PreTrainedModel, passes: Passes, groups: Sequence[list[CutInputs]]) -> dict[str, float]:

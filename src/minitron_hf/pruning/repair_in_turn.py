@@ -34,7 +34,7 @@ from .layer_writers import Writer, layer_writers
 from .repair_gaps import Gap, Projection
 from .repair_inputs import CutInputs
 from .repair_solve import best_ridges, medians, refit_weights, warn_of_few_tokens
-from .repair_sums import Products, add_products, forward, require_tokens
+from .repair_sums import Products, add_products, forward, require_finite, require_tokens
 from .surgery import kept_positions
 
 if TYPE_CHECKING:
@@ -104,9 +104,11 @@ def refit_in_turn(
         Name of a teacher's tensor → the tensor with the refitted values of the student's projection.
 
     Raises:
-        UnsupportedModelError: if a layer cannot run without the layers before it.
+        UnsupportedModelError: if a layer cannot run without the layers before it, or gives values that are not finite.
         DataError: if there are no tokens.
     """
+    batches = list(calibration.batches())  # in one order: a loader may shuffle them anew for every pass
+    calibration = calibration._replace(batches=lambda: batches)
     fitted = (
         _fitted(teacher, student, plan, writers, calibration, ridge, show_progress) if any(writers.values()) else {}
     )
@@ -146,7 +148,10 @@ def _moved(projection: Projection, before: str, after: str) -> Projection:
 def _in_teacher(
     teacher: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan, refitted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The teacher's tensors, with the student's values at the places that the plan keeps."""
+    """The teacher's tensors, with the student's values at the places that the plan keeps.
+
+    `apply_plan` scales what it cuts, and the student's values are scaled already.
+    """
     spec, theirs = spec_for(teacher.config), named_tensors(teacher)
     sources = {name: source for name, source, _ in spec.student_tensors(theirs, student.config, plan.layers_kept)}
     found = {}
@@ -154,6 +159,10 @@ def _in_teacher(
         source = sources[name]
         whole = tensor_values(teacher, source).detach().clone(memory_format=torch.contiguous_format)
         positions = kept_positions(tuple(whole.shape), source, spec, teacher.config, plan)
+        factor = plan.scales.get((spec.locate(source) or (source, None))[0], 1.0)
+        if factor != 1:
+            whole = whole.to(accumulation_dtype(whole))
+            tensor = tensor.to(whole) / factor
         whole.view(-1)[positions.flatten().to(whole.device)] = tensor.to(whole).flatten()
         found[source] = whole
     return found
@@ -304,6 +313,7 @@ class _Fit:
             gap = Gap(0, 0, writer.factor, wanted[0][number].shape[-1])
             cut = CutInputs(writer.projection.path, whole, whole[:0], (writer.projection,), gap=gap)
             sums = self._sums(cut, own[: number + 1], [batch[number] for batch in wanted])
+            require_finite(self.student.model, sums)
             ridge = self.ridge
             if ridge is None:
                 ridge = medians(best_ridges(self.student.model, [cut], sums))[cut.kind]

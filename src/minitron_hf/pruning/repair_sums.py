@@ -177,6 +177,16 @@ def require_tokens(watch: Batches) -> None:
         )
 
 
+def require_finite(model: PreTrainedModel, sums: Mapping[str, Products]) -> None:
+    """Refuse sums that are not finite."""
+    wrong = [path for path, products in sums.items() if not bool(products.all.products.isfinite().all())]
+    if wrong:
+        raise UnsupportedModelError(
+            f"The inputs of {wrong[0]} are not finite in {str(model.dtype).removeprefix('torch.')}. Load the model in "
+            "a wider dtype (dtype='float32'), or check its weights."
+        )
+
+
 @torch.no_grad()
 def input_products(
     model: PreTrainedModel,

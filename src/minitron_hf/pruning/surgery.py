@@ -82,6 +82,8 @@ def apply_plan(
                 values = tensor_values(model, source).detach()
                 values = values if rotation is None else rotation.tensor(source, values)
             tensor = student_tensor(values, source, spec, model.config, plan)
+            if tensor.dtype != tensors[source].dtype:  # a refitted one may be wider
+                tensor = narrowed(tensor, tensors[source].dtype, source)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     student.tie_weights()

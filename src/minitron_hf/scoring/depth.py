@@ -26,7 +26,7 @@ from ..families.axes import dimension_index
 from ..sizes.student import build_student_config
 from ..weights import input_device, set_tensor, tensor_values
 from .batches import Batches, token_losses
-from .hooks import first_input
+from .hooks import first_input, replaced_forwards
 from .logits import BackboneOutput, run_backbone
 
 DepthMetric = Literal["perplexity", "logit_nmse"]
@@ -123,17 +123,8 @@ class DepthPass(Batches):
         replaced = {layer: return_stored if layer == start else return_input for layer in {*range(start + 1), *gone}}
         if not self.reuses:
             replaced = dict.fromkeys(gone, return_input)
-        own = {layer: self.layers[layer].__dict__.get("forward") for layer in replaced}
-        try:
-            for layer, forward in replaced.items():
-                self.layers[layer].forward = forward
+        with replaced_forwards([(self.layers[layer], forward) for layer, forward in replaced.items()]):
             yield
-        finally:
-            for layer, forward in own.items():
-                if forward is None:
-                    self.layers[layer].__dict__.pop("forward", None)
-                else:  # Accelerate's, which fetches offloaded weights
-                    self.layers[layer].forward = forward
 
     def _add(self, number: int, ids_BT: Tensor, found: BackboneOutput, whole: BackboneOutput) -> None:
         """Add the terms of a candidate, row by row; the whole model's logits of a row are computed again."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,26 @@ class Hooks(ExitStack):
             lambda _, __, output: observe(output[0] if isinstance(output, tuple) else output)
         )
         self.callback(hook.remove)
+
+
+@contextmanager
+def replaced_forwards(replaced: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Let modules call other functions meanwhile.
+
+    Args:
+        replaced: modules, and what each calls instead of its `forward`.
+    """
+    own = [(module, module.__dict__.get("forward")) for module, _ in replaced]
+    try:
+        for module, function in replaced:
+            module.forward = function
+        yield
+    finally:
+        for module, forward in own:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:  # Accelerate's, which fetches offloaded weights
+                module.forward = forward
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
