@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from minitron_hf.distillation import checkpoints as checkpoints_module
 from minitron_hf.distillation.checkpoints import MANIFEST_NAME, checkpoints, is_complete, last_checkpoint
@@ -84,15 +85,50 @@ def test_a_torn_checkpoint_is_passed_over_and_removed(finished, tmp_path, damage
         (torn / damage).write_bytes((torn / damage).read_bytes()[:-7])
     elif damage == "half manifest":
         (torn / MANIFEST_NAME).write_bytes((torn / MANIFEST_NAME).read_bytes()[:50])
+    elif damage == "no manifest":  # it is empty until all else is written
+        (torn / MANIFEST_NAME).write_bytes(b"")
     elif damage == "no file at all":
         shutil.rmtree(torn)
         torn.mkdir()
     else:
-        (torn / {"no optimizer": "optimizer.pt", "no manifest": MANIFEST_NAME}[damage]).unlink()
+        (torn / "optimizer.pt").unlink()
     assert not is_complete(torn)
     assert last_checkpoint(folder) == os.fspath(folder / "checkpoint-2")
     checkpoints_module.remove_incomplete_checkpoints(folder)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+
+
+def test_checkpoints_of_the_stock_trainer_are_left_alone(tmp_path):
+    """A training with TRL's trainer is gone on from, and its checkpoint stays, also beyond save_total_limit."""
+    options = {"max_length": 16, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+    args = SFTConfig(str(tmp_path), max_steps=2, save_steps=2, use_cpu=True, bf16=False, **options)
+    student, teacher = models(dtype=torch.float32)
+    stock = SFTTrainer(student, args, train_dataset=text_dataset(), processing_class=pocket_tokenizer())
+    stock.train()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert files
+    (tmp_path / "checkpoint-900").mkdir()  # a torn one
+    trainer = make_trainer(tmp_path, student, teacher, text_dataset(), **{**SETTINGS, **options, "max_steps": 4})
+    trainer.args.save_steps = trainer.state.save_steps = trainer.args.save_total_limit = 1
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == files
+
+
+def test_a_checkpoint_is_marked_as_unfinished_from_its_first_file_on(tmp_path, monkeypatch):
+    """So that a killed one is never taken for one of the stock trainer."""
+    seen = []
+    save = Trainer._save_checkpoint
+
+    def watched(self, *args, **kwargs):
+        [folder] = checkpoints(tmp_path)
+        seen.append({path.name: path.stat().st_size for path in folder.iterdir()})
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", watched)
+    options = {**SETTINGS, "max_steps": 2}
+    make_trainer(tmp_path, *models(dtype=torch.float32), text_dataset(), **options).train()
+    assert seen == [{MANIFEST_NAME: 0}]
 
 
 def test_a_run_behind_a_torn_checkpoint_ends_where_it_would_have(finished, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.intermediate import _initial_map
 from minitron_hf.errors import DataError, MismatchError, PlanError
 from minitron_hf.models import load_model
@@ -189,9 +190,14 @@ def test_several_processes_are_told_which_round_they_train(values, monkeypatch):
         assert started[-1] == [str(argument) for argument in wanted]
 
 
+OFFLOADED = {"teacher_offload": True}
+CONCURRENT = {"teacher_correction": "concurrent", "teacher_original_learning_rate": 1e-3}
+
+
 @pytest.mark.parametrize("corrected", [False, True])
-def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeypatch, corrected):
-    """Where a teacher is kept in main memory or quantised, the trainer loads it, and nothing else is held."""
+@pytest.mark.parametrize("how", [OFFLOADED, CONCURRENT], ids=["offloaded", "concurrent"])
+def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeypatch, how, corrected):
+    """Where a teacher is kept in main memory, quantised or trained, the trainer loads it, and nothing else is held."""
     given: list[tuple[str, dict]] = []
 
     def distil(student, teacher, folder, tokenizer, settings, *data, **kwargs):
@@ -201,10 +207,10 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
     for module in (run_module, training):
         monkeypatch.setattr(module, "load_for_compute", lambda path, **kwargs: object())
     monkeypatch.setattr(run_module, "load_config", lambda path, **kwargs: pocket_config("llama"))
-    quantised = {"teacher_model_init_kwargs": {"attn_implementation": "eager"}}
+    quantised = {"teacher_model_init_kwargs": {"attn_implementation": "eager"} if how is OFFLOADED else {}}
     values["rounds"][0]["distill"] |= quantised
     values["rounds"].append({"prune": {"intermediate_size": 0.25}, "teacher": "previous"})
-    values["distill"]["teacher_offload"] = True
+    values["distill"] |= how
     values["teacher"] = {"model": values["teacher"], "revision": "main", "dtype": "float32"}
     if corrected:
         values["teacher_correction"] = {"original_learning_rate": 1e-3, "num_tokens": 8}
@@ -220,8 +226,34 @@ def test_every_round_loads_its_teacher_by_its_settings(values, tmp_path, monkeyp
         wanted = {"dtype": "float32"} | ({"revision": "main"} if expected == values["teacher"]["model"] else {})
         wanted |= quantised["teacher_model_init_kwargs"] if number == 1 else {}
         assert settings["teacher_model_init_kwargs"] == wanted
-        assert settings["teacher_offload"]
+        assert how.items() <= settings.items()
         assert settings["max_steps"] == (3 if number == 1 else 2)
+
+
+def test_a_teacher_that_is_trained_beside_one_student_is_not_that_of_the_next(values):
+    """Students and controls of one run all learn from the recipe's teacher: equal trainings have equal losses."""
+    changes = {**CONCURRENT, "teacher_original_learning_rate": 0.1, "bf16": False, "logging_steps": 1}
+    values |= {"rounds": [], "distill": {**values["distill"], **changes}}
+    values["prune"] |= {"intermediate_size": 0.5}
+    whole = run_module.Run(Recipe.from_dict(values), show_progress=False)
+    losses = []
+    for name in ("student", "control"):
+        training.train(whole, Path(values["teacher"]), whole.folder / name, {})
+        record = json.loads((whole.folder / name / "distillation.json").read_text())
+        losses.append([entry["loss"] for entry in record["log_history"] if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+def test_the_control_of_cross_entropy_compares_nothing(values, monkeypatch):
+    """Neither distributions nor hidden states, and its settings are possible, whatever the recipe compares."""
+    given = []
+    monkeypatch.setattr(actions, "_train", lambda run, student, folder, **changes: given.append(changes))
+    values |= {"controls": ["cross_entropy"], "rounds": []}
+    values["prune"] |= {"intermediate_size": 0.5}
+    states = {"hidden_loss": "cosine", "hidden_layers": [[-2, -2]], "embedding_loss": "mse"}
+    actions._controls(run_module.Run(Recipe.from_dict({**values, "distill": {**values["distill"], **states}})))
+    args = DistillationConfig(values["output_dir"], report_to="none", **{**states, **given[0]})
+    assert (args.kd_weight, args.ce_weight, args.hidden_loss, args.embedding_loss) == (0, 1, None, None)
 
 
 @pytest.mark.slow

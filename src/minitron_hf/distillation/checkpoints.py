@@ -1,7 +1,8 @@
 """Complete checkpoints: a manifest of files, the progress of training, and its models, data and arguments.
 
-`checkpoint.json` is written last. A folder without it, or with other files than it lists, was left by a killed process
-or a full disk. It is never resumed, and the next run removes it.
+`checkpoint.json` is empty until the end. A folder where it is, or that has other files than it lists, was left by a
+killed process or a full disk. It is never resumed, and the next run removes it. A folder of the stock trainer has a
+state and no such file; it is left alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.images import COLUMNS
 from ..errors import MismatchError, OutputError
@@ -66,6 +68,11 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def is_of_stock_trainer(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by the stock trainer, or by another one without manifests."""
+    return not (checkpoint / MANIFEST_NAME).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
+
+
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The latest checkpoint in a folder that can be resumed exactly, if any.
 
@@ -80,7 +87,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 def remove_incomplete_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Remove the incomplete checkpoints in a folder, which cannot be resumed."""
     for path in checkpoints(folder):
-        if not is_complete(path):
+        if not is_complete(path) and not is_of_stock_trainer(path):
             logger.warning("Removing %s: it was not written to its end.", path)
             remove(path)
 
@@ -147,8 +154,12 @@ class CheckpointMixin(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            remove(folder)  # incomplete, or of an earlier training
+        if self.args.should_save:
+            with _explained_storage_errors(folder):
+                if folder.exists():
+                    remove(folder)  # incomplete, or of an earlier training
+                folder.mkdir(parents=True)
+                (folder / MANIFEST_NAME).touch()
         self.accelerator.wait_for_everyone()
         limit = self.args.save_total_limit
         try:
@@ -170,7 +181,7 @@ class CheckpointMixin(Trainer):
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and not is_working_file(path)
+            if path.is_file() and not is_working_file(path) and path != folder / MANIFEST_NAME
         }
         manifest = {
             "versions": versions(),
@@ -185,7 +196,7 @@ class CheckpointMixin(Trainer):
         """Delete the oldest checkpoints beyond `save_total_limit`, except the best and the last one."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         remove_incomplete_checkpoints(run_dir)
-        found = checkpoints(run_dir)
+        found = [path for path in checkpoints(run_dir) if not is_of_stock_trainer(path)]
         if limit is None or limit <= 0 or not found:
             return
         kept = {found[-1], *([Path(best)] if best else [])}

@@ -283,7 +283,8 @@ def _controls(run: Run) -> None:
             student = auto_class(config).from_config(config, dtype=torch.float32)
             student.pruning_plan = run.plan  # its tokens
         else:
-            _train(run, run.folder / PRUNED_DIR, folder, kd_weight=0.0, ce_weight=1.0)
+            nothing_compared = {"kd_weight": 0.0, **dict.fromkeys(("hidden_loss", "hidden_layers", "embedding_loss"))}
+            _train(run, run.folder / PRUNED_DIR, folder, ce_weight=1.0, **nothing_compared)
             continue
         _save_student(student, _students_reader(run, run.plan), folder / PRUNED_DIR, run.teacher_config)
         _train(run, folder / PRUNED_DIR, folder)

@@ -129,7 +129,8 @@ def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> 
     teacher: PreTrainedModel | str | None
     if run.recipe.teacher_cache is None:
         corpora = [run.dataset("train"), training_rows(run, "eval")]
-        if settings.get("teacher_offload") or settings.get("teacher_model_init_kwargs"):
+        # Loaded anew where this training changes it: its weights (`teacher_correction`), or where they are.
+        if any(map(settings.get, ("teacher_correction", "teacher_offload", "teacher_model_init_kwargs"))):
             teacher = run.distillation_teacher_path(settings)
         else:
             teacher = run.distillation_teacher
