@@ -13,9 +13,10 @@ from minitron_hf.distillation.stage_workload import Workload
 from minitron_hf.errors import UnsupportedModelError
 from minitron_hf.evaluation import quality
 from minitron_hf.families import spec_for
-from minitron_hf.pruning.candidates import Divergence
+from minitron_hf.pruning.candidates import Candidate, Divergence
 from minitron_hf.scoring import activations, weights
 from minitron_hf.scoring.activations import ActivationPass
+from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_model, pocket_tokens
 
 
@@ -88,3 +89,15 @@ def test_candidates_are_measured_batch_by_batch():
     assert len(passes) == 1
     assert len(list(states)) == 2
     handle.remove()
+
+
+def test_a_divergence_that_is_not_finite_is_refused():
+    """NaN has no place in an order: it would be ranked anywhere."""
+    model, student = (pocket_model("llama", dtype=torch.float16) for _ in range(2))
+    divergence = Divergence(model, rows_of(3))
+    with torch.no_grad():
+        student.model.norm.weight.fill_(torch.inf)
+    candidate = Candidate(PrunerConfig(hidden_size=8), 0)
+    with pytest.raises(UnsupportedModelError, match=r"KL of nan.*not finite in torch.float16.*dtype='float32'"):
+        divergence(student, candidate)
+    assert not candidate.row_sums

@@ -356,6 +356,16 @@ def test_files_in_the_way(teacher, plan, tmp_path):
     assert (tmp_path / "student" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("target", [".", "teacher", "teacher/../teacher", "link"])
+def test_the_teachers_folder_is_never_replaced(teacher, plan, tmp_path, target):
+    source = shutil.copytree(teacher, tmp_path / "models" / "teacher")
+    (tmp_path / "models" / "link").symlink_to(source)
+    files = sorted(source.rglob("*"))
+    with pytest.raises(OutputError, match="Choose another folder"):
+        prune_checkpoint(source, tmp_path / "models" / target, plan, overwrite=True, show_progress=False)
+    assert sorted(source.rglob("*")) == files
+
+
 @pytest.mark.parametrize("missing", [1, 0])
 def test_too_little_disk_is_refused_before_anything_is_written(teacher, plan, tmp_path, monkeypatch, missing):
     expected = through_memory(teacher, tmp_path / "expected", plan)

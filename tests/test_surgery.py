@@ -707,6 +707,49 @@ def test_prune_model_from_a_folder_finds_the_tokenizer_there(tmp_path: Path):
     assert student.pruning_plan.teacher["name_or_path"] == tmp_path.name
 
 
+@pytest.mark.parametrize("is_fast", [True, False], ids=["computed as stored", "computed in float32"])
+def test_prune_model_keeps_in_float32_what_transformers_keeps(tmp_path: Path, monkeypatch, is_fast: bool):
+    """Biases of routers that choose experts: rounded to bfloat16, they would choose others."""
+    monkeypatch.setattr(models, "is_fast", lambda *_: is_fast)
+    teacher = pocket_model("deepseek_v3", dtype=torch.float32)
+    for name, tensor in teacher.state_dict(keep_vars=True).items():
+        if not name.endswith("e_score_correction_bias"):
+            tensor.data = tensor.data.bfloat16()
+    teacher.save_pretrained(tmp_path)
+    scores = estimate_importance(teacher, metric="random")
+    student = prune_model(tmp_path, PrunerConfig(hidden_size=0.5, multiple_of=1), scores=scores)
+    found, biases = student.state_dict(), 0
+    for name, values in teacher.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            biases += 1
+            assert not torch.equal(values, values.bfloat16().float())
+            torch.testing.assert_close(found.pop(name), values, rtol=0, atol=0)
+    assert biases
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert student.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_prune_model_stores_values_beyond_float16_in_float32(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(models, "is_fast", lambda *_: False)
+    teacher = pocket_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        teacher.model.layers[0].input_layernorm.weight.fill_(6e4)
+    teacher.save_pretrained(tmp_path)
+    scores = estimate_importance(teacher, metric="random")
+    # The norm makes up for half of its channels by √2.
+    student = prune_model(tmp_path, PrunerConfig(hidden_size=0.5, multiple_of=1), scores=scores)
+    assert student.dtype == torch.float32
+    assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
+    assert "exceed the range of float16" in caplog.text
+
+
+def test_prune_model_refuses_rounds_of_scoring_beside_scores():
+    teacher = pocket_model("llama")
+    scores = estimate_importance(teacher, metric="random")
+    with pytest.raises(PlanError, match="iterations: only used to score calibration_data"):
+        prune_model(teacher, PrunerConfig(intermediate_size=0.5), scores=scores, iterations=4)
+
+
 def test_prune_model_refuses_before_it_loads_or_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pocket_config("llama").save_pretrained(tmp_path)  # no weights, which loading would complain about
 

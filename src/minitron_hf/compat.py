@@ -270,6 +270,20 @@ def set_names_not_saved(model: Any, names: Sequence[str] | None) -> None:
 
 @uses(
     "transformers 5.23",
+    "transformers.PreTrainedModel._keep_in_fp32_modules",
+    "transformers.PreTrainedModel._keep_in_fp32_modules_strict",
+)
+def is_kept_in_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether `from_pretrained` loads a tensor in float32 although a dtype is asked for."""
+    patterns = [
+        *((model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()),
+        *((model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else ()),
+    ]
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+
+
+@uses(
+    "transformers 5.23",
     "transformers.core_model_loading.revert_weight_conversion",
     "transformers.modeling_utils.remove_tied_weights_from_state_dict",
 )

@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compat import is_kept_in_float32
 from .errors import MismatchError
+from .families import named_tensors
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, write_text
 from .privacy import is_outside_folder
@@ -113,7 +115,10 @@ def _require_its_tokenizer(model: PreTrainedModel, processing_class: Any) -> Non
 
 
 def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A trained model in the dtype that it will be stored in; in float32 if its values exceed the range of float16.
+    """A model in the dtype that it will be stored in; in float32 if its values exceed the range of float16.
+
+    As in `from_pretrained`, tensors that Transformers keeps in float32 (the biases of DeepSeek-V3's routers) and
+    buffers that are not saved (rotary frequencies) stay as they are.
 
     Args:
         model: changed.
@@ -123,17 +128,22 @@ def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTra
 
     dtype = dtype or model.dtype
     limit = torch.finfo(torch.float16).max
+    tensors = {
+        name: one
+        for name, one in named_tensors(model).items()
+        if one.is_floating_point() and not is_kept_in_float32(model, name, dtype)
+    }
     if dtype == torch.float16:
-        wide = [
-            name for name, one in model.named_parameters() if one.numel() and float(one.detach().abs().max()) > limit
-        ]
+        wide = [name for name, one in tensors.items() if one.numel() and float(one.detach().abs().max()) > limit]
         if wide:
             logger.warning(
                 "%s and %d other weights exceed the range of float16. The model is stored in float32; bfloat16 holds "
                 "it, too.", wide[0], len(wide) - 1,
             )  # fmt: skip
             dtype = torch.float32
-    return model.to(dtype)  # type: ignore[arg-type] # of `Module.to` as Transformers wraps it
+    for tensor in tensors.values():
+        tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def save_config(config: PretrainedConfig, folder: str | os.PathLike[str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data import TokenRows, padded_batches
 from ..data.images import image_inputs
-from ..errors import DataError, MismatchError, PlanError, accept_old_names
+from ..errors import DataError, MismatchError, PlanError, UnsupportedModelError, accept_old_names
 from ..evaluation.quality import mean_and_error
 from ..files import digest, parse_json, write_json
 from ..formats import read_artefact
@@ -277,7 +277,11 @@ class Divergence:
 
     @torch.no_grad()
     def __call__(self, student: PreTrainedModel, candidate: Candidate) -> dict[str, float]:
-        """Mean and standard error. The candidate keeps the sums of the rows, for paired comparisons, and the score."""
+        """Mean and standard error. The candidate keeps the sums of the rows, for paired comparisons, and the score.
+
+        Raises:
+            UnsupportedModelError: if the KL is no finite number.
+        """
         head = output_head(student)
         losses = []
         for h_NH, t_NH in zip(self._hidden(student), self.states, strict=True):
@@ -287,10 +291,15 @@ class Divergence:
             losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
         counts = _counts(self.rows)
         sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
+        value, error = mean_and_error(sums, counts)
+        if not math.isfinite(value):
+            raise UnsupportedModelError(
+                f"The student {candidate.name!r} has a KL of {value}: its logits or the teacher's are not finite in "
+                f"{student.dtype}. Load the teacher in a wider dtype (dtype='float32'), or check its weights."
+            )
         candidate.row_sums.append(sums)
         if self.score is not None:
             candidate.scores.append(self.score(student))
-        value, error = mean_and_error(sums, counts)
         return {"value": value, "stderr": math.nan if error is None else error}
 
 

@@ -26,6 +26,7 @@ from ..models import (
     load_tokenizer,
     stored_dtype,
 )
+from ..saving import in_stored_dtype
 from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
 from ..scoring.metrics import needs_no_data
@@ -91,7 +92,8 @@ def prune_model(
             layers a `depth_metric` measures follows from `config`.
 
     Returns:
-        The student, a new stock model on the teacher's device and in its stored dtype, with its `pruning_plan`.
+        The student, a new stock model on the teacher's device and in its stored dtype, with its `pruning_plan`. In
+        float32, with a warning, if its values exceed the range of float16.
 
     Raises:
         MinitronError: see `estimate_importance`, `make_plan`, `apply_plan` and `verify_student`. Impossible sizes are
@@ -101,7 +103,8 @@ def prune_model(
         >>> student = prune_model("meta-llama/Llama-3.1-8B", PrunerConfig(hidden_size=0.75, intermediate_size=0.65),
         ...                       calibration_data=texts)  # doctest: +SKIP
     """
-    scored = _check_sources(config, calibration_data, scores, importance_kwargs, token_counts)
+    of_scoring = importance_kwargs if iterations == 1 else {"iterations": iterations, **importance_kwargs}
+    scored = _check_sources(config, calibration_data, scores, of_scoring, token_counts)
     if not config.targets and (score_func is not None or score_floor is not None):
         raise PlanError("score_func chooses among shapes for a target. Give target_parameters, or leave it out.")
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
@@ -136,7 +139,7 @@ def prune_model(
     student: Any = prune_with_plan(model, plan, calibration_data, verify=verify, **arguments)
     _log_notes(student.pruning_plan.notes[len(plan.notes) + verify :])
     stored = None if isinstance(model_or_path, nn.Module) else stored_dtype(teacher_config)
-    return student if stored is None else student.to(stored)
+    return student if stored is None else in_stored_dtype(student, stored)
 
 
 def _log_notes(notes: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from ..data import DataSource, TokenRows
 from ..errors import OutputError, PlanError, UnsupportedModelError, checks_kinds
 from ..evaluation.loading import load_processing_class
 from ..families import named_tensors, spec_for
-from ..files import remove, replacing_folder, require_empty, write_text
+from ..files import refuse_own_folder, remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
 from ..models import load_processor, load_tokenizer
 from ..privacy import is_outside_folder
@@ -99,11 +99,14 @@ def prune_checkpoint(
         HubError: if the teacher cannot be found or downloaded.
         UnsupportedModelError: see `open_checkpoint`.
         MismatchError: if the plan was made for another architecture or other weights.
-        OutputError: if `target` holds files already, or the disk has too little space for the student.
+        OutputError: if `target` holds files already, or the teacher, or the disk has too little space for the student.
     """
     target = Path(target)
     _require_data(plan, data, repair_arguments)
-    if not overwrite:
+    refuse_own_folder(target, teacher=source)
+    if overwrite:
+        _refuse_folder_around(target, Path(source))
+    else:
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
@@ -120,6 +123,15 @@ def prune_checkpoint(
         _write_student(temporary, student, plan, copied, tokenizer, max_shard_size, show_progress)
         remove(temporary / "refitted", missing_ok=True)
     return target
+
+
+def _refuse_folder_around(target: Path, source: Path) -> None:
+    """Refuse to replace a folder that the teacher's lies in."""
+    if source.is_dir() and target.resolve() in source.resolve().parents:
+        raise OutputError(
+            f"The output folder {target} holds the teacher's, {source}, which would be removed with all its other "
+            "content. Choose another folder."
+        )
 
 
 def _student_bytes(teacher: PreTrainedModel, plan: PruningPlan) -> int:
