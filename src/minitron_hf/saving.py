@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compat import is_kept_in_float32
 from .errors import MismatchError
 from .families import named_tensors
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
@@ -125,6 +124,8 @@ def in_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTra
         dtype: None: its own.
     """
     import torch
+
+    from .compat import is_kept_in_float32
 
     dtype = dtype or model.dtype
     limit = torch.finfo(torch.float16).max
