@@ -6,6 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import GradientState
+from torch.utils.data import DataLoader
 
 from minitron_hf.distillation.batches import CACHED, LABELS, ROW_LENGTHS, CachedTeacher, without_repeated_rows
 from minitron_hf.losses.fused import distillation_loss, next_token_positions
@@ -63,6 +67,28 @@ def test_every_row_counts_in_one_process_alone(flat):
         ),
     ):
         assert without_repeated_rows(whole, other) is whole
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize(("num_rows", "drop_last"), [(7, False), (8, False), (7, True)])
+def test_every_row_counts_once_after_a_resume(skipped, num_rows, drop_last):
+    """With Accelerate's own loaders of two processes, of which the first batches are skipped."""
+    counted = []
+    for index in range(2):
+        loader = prepare_data_loader(
+            DataLoader(torch.arange(num_rows), batch_size=2, drop_last=drop_last),
+            num_processes=2,
+            process_index=index,
+            put_on_device=False,
+        )
+        process = SimpleNamespace(
+            num_processes=2, process_index=index, gradient_state=GradientState(), parallelism_config=None
+        )
+        for rows in skip_first_batches(loader, skipped) if skipped else loader:
+            batch = without_repeated_rows({LABELS: rows[:, None].expand(-1, 2)}, process)
+            counted += [row for row in batch[LABELS][:, 1].tolist() if row != -100]
+    last = 4 if drop_last else num_rows
+    assert sorted(counted) == list(range(4 * skipped, last))
 
 
 def test_a_batch_in_which_nothing_counts_has_gradients_of_zero():

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minitron_hf import files
 from minitron_hf.data.loading import local_dataset
-from minitron_hf.errors import DataError, HubError, OutputError
+from minitron_hf.distillation.checks import refuse_launch
+from minitron_hf.errors import DataError, DistributedError, HubError, OutputError
 from minitron_hf.files import (
     cached_file_digest,
     local_folder,
@@ -26,7 +28,7 @@ from minitron_hf.files import (
     replacing_folder,
     require_empty,
 )
-from minitron_hf.locks import LOCK_NAME, locked_folder
+from minitron_hf.locks import LOCK_NAME, launched_processes, locked_folder
 
 
 def killed(code: str, *arguments: object) -> None:
@@ -210,6 +212,20 @@ def test_a_lock_clears_what_killed_runs_left(tmp_path):
     remains.mkdir(parents=True)
     with locked_folder(tmp_path):
         assert not remains.exists()
+
+
+@pytest.mark.parametrize("rank", ["", "0"])
+def test_empty_variables_of_a_launcher_say_nothing(tmp_path, monkeypatch, rank):
+    """Job managers export them empty."""
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("RANK", rank)
+    with locked_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_NAME).is_file()
+    refuse_launch(SimpleNamespace(num_processes=1, parallelism_config=None))
+    assert launched_processes() == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="2 processes were launched"):
+        refuse_launch(SimpleNamespace(num_processes=1, parallelism_config=None))
 
 
 def test_of_many_that_begin_at_once_one_runs_at_a_time(tmp_path):

@@ -45,7 +45,12 @@ from test_trainer import (  # noqa: F401 (the fixture)
     [
         *((name, False) for name in ("loss", "kl", "ce", "divergence", "hidden", "embedding")),
         *((f"eval_{name}", False) for name in ("loss", "kl", "eval_ce", "held_out_kl")),
-        *((name, True) for name in ("agreement", "eval_agreement", "mean_token_accuracy", "rouge")),
+        *((f"eval_lambada_openai_{name}", False) for name in ("perplexity", "word_perplexity", "bits_per_byte")),
+        ("eval_mmlu_brier_score", False),
+        *(
+            (name, True)
+            for name in ("agreement", "eval_agreement", "mean_token_accuracy", "rouge", "eval_lambada_openai_acc")
+        ),
     ],
 )
 def test_less_is_better_of_losses(tmp_path, metric, greater):

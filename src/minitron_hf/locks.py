@@ -41,7 +41,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         OutputError: if another run holds the folder.
     """
     folder = Path(folder).resolve()
-    if os.environ.get("RANK", "0") != "0" or _is_held(folder):
+    if (os.environ.get("RANK") or "0") != "0" or _is_held(folder):
         yield
         return
     is_new = not folder.exists()
@@ -53,7 +53,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     before = os.environ.get(_HELD_FOR_CHILDREN)
     os.environ[_HELD_FOR_CHILDREN] = os.pathsep.join([*([before] if before else []), str(folder)])
     try:
-        remove_abandoned(folder, alone=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+        remove_abandoned(folder, alone=launched_processes() == 1)
         yield
     finally:
         del _held[folder]
@@ -66,6 +66,11 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # it holds something by now, or is gone
                 folder.rmdir()
+
+
+def launched_processes() -> int:
+    """Number of processes that a launcher says it has started; 1 where it says nothing."""
+    return int(os.environ.get("WORLD_SIZE", "").strip() or 1)
 
 
 def with_locked_folder(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -14,6 +14,7 @@ from torch import nn
 from ..compat import is_target_module
 from ..errors import DistributedError, DivergedError, MismatchError, UnsupportedModelError
 from ..families.tensors import is_quantised
+from ..locks import launched_processes
 from ..losses.heads import base_model_of
 
 
@@ -218,7 +219,7 @@ def refuse_launch(accelerator: Any) -> None:
         DistributedError: if every process would train alone, or no model would be split.
         UnsupportedModelError: if context or sequence parallelism is on, or tensor parallelism beside another one.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched_processes()
     if processes > 1 and accelerator.num_processes == 1:
         raise DistributedError(
             f"{processes} processes were launched, and each would train alone, because this machine has no "

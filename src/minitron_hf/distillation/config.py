@@ -19,7 +19,10 @@ from .fake_quantization import require_fake_quantization
 from .intermediate import Distance
 
 #: Logged values of which less is better: what `metric_for_best_model` names, with or without `eval_` or a dataset.
-SMALLER_IS_BETTER = frozenset({"loss", "divergence", "kl", "ce", "hidden", "embedding"})
+#: The last ones are metrics of lm-evaluation-harness, behind the name of a task.
+SMALLER_IS_BETTER = (
+    "loss", "divergence", "kl", "ce", "hidden", "embedding", "perplexity", "bits_per_byte", "brier_score",
+)  # fmt: skip
 
 
 @dataclass
@@ -236,8 +239,8 @@ class DistillationConfig(SFTConfig):
         if isinstance(self.hidden_layers, str):
             self.hidden_layers = _parsed_layers(self.hidden_layers)
         # The base class prefers greater values of a metric, unless its name ends with "loss".
-        best = (self.metric_for_best_model or "").rpartition("_")[2]
-        if self.greater_is_better is None and best in SMALLER_IS_BETTER:
+        best = f"_{self.metric_for_best_model}"
+        if self.greater_is_better is None and best.endswith(tuple(f"_{name}" for name in SMALLER_IS_BETTER)):
             self.greater_is_better = False
         self._fill_in_machine_defaults()
         super().__post_init__()

@@ -91,7 +91,7 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
 
 def is_main_process() -> bool:
     """Whether this is the process that prints and writes files."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_processes: int | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from ..data.image_rows import ImageRows
 from ..data.images import holds_images, require_image_model
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError
+from ..locks import launched_processes
 from .batches import require_vocabulary
 from .row_starts import warn_of_broken_starts
 
@@ -50,7 +50,7 @@ def _processes() -> tuple[int, int]:
     """Rank and number of processes; joins the processes of `accelerate launch` unless that was done before."""
     if not torch.distributed.is_available():
         return 0, 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    if launched_processes() > 1 and not torch.distributed.is_initialized():
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if not torch.distributed.is_initialized():
         return 0, 1
