@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_a_function_is_given_stock_models_that_share_the_weights():
     assert torch.equal(*generated)
     with pytest.raises(DataError, match="'<lambda>' gave NaN"):
         scores_of(model, metric="random", depth_metric=lambda student: math.nan)
+
+
+class Width:
+    def __call__(self, student, factor: float = 1.0) -> float:
+        return factor * student.config.num_hidden_layers
+
+
+def width(student, factor: float) -> float:
+    return factor * student.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        (functools.partial(width, factor=2.0), "width"),
+        (Width(), "Width"),
+        (functools.partial(functools.partial(Width()), factor=2.0), "Width"),
+    ],
+    ids=["partial", "object", "partial of a partial"],
+)
+def test_any_callable_has_a_name_in_files(metric, name: str, tmp_path):
+    scores = scores_of(pocket_model("llama"), metric="random", depth_metric=metric, block_length=1)
+    scores.save_pretrained(tmp_path)
+    assert ImportanceScores.from_pretrained(tmp_path).settings["depth_metric"] == name
 
 
 def test_removing_a_layer_costs_only_those_after_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,19 @@ def test_a_large_ridge_leaves_the_plain_student():
     assert repaired
     for name, weight in repaired.items():
         torch.testing.assert_close(weight, dict(teacher.named_parameters())[name].detach(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "sequential"])
+def test_no_ridge_and_a_neuron_that_is_always_0(repair):
+    teacher = pocket_model("llama")
+    plan = planned(teacher, intermediate_size=0.5, repair=repair)
+    with torch.no_grad():
+        for layer, kept in enumerate(plan.kept["ffn"]):
+            teacher.model.layers[layer].mlp.up_proj.weight[kept[0]] = 0
+    plan = replace(plan, teacher={**plan.teacher, "digest": None})
+    given, other = (repaired_weights(teacher, plan, ROWS, ridge=ridge) for ridge in (0, 1e-10))
+    for name, weight in given.items():
+        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-4)
 
 
 def test_held_out_rows_choose_the_ridge(monkeypatch):

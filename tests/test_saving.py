@@ -183,6 +183,18 @@ def test_a_changed_chat_template_is_the_only_one(source: Path, tmp_path: Path):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == "{{ bos_token }}"
 
 
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}"])
+def test_a_changed_chat_template_leaves_no_file_with_the_old_one(source: Path, tmp_path: Path, template: str | None):
+    """Processors of Transformers 4 saved theirs in `chat_template.json`, which is read before the other places."""
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    tokenizer = load_tokenizer(source)
+    save_processing_class(tokenizer, tmp_path / "same")
+    assert (tmp_path / "same" / "chat_template.json").is_file()
+    tokenizer.chat_template = template
+    save_processing_class(tokenizer, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "chat_template.json").exists()
+
+
 def test_an_added_token_leaves_no_file_without_it(source: Path, tmp_path: Path):
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens([AddedToken("<new>")])

@@ -14,6 +14,7 @@ CASES = {
     "three batches": ("llama", (9, 4, 12, 7, 2), 2, False),
     "experts, and layers without any": ("qwen2_moe", (9, 4, 12, 7, 2), 1, False),
     "fewer batches than processes": ("gpt2", (5, 8), 2, False),
+    "covariance of fewer batches": ("mistral", (5, 8), 2, False),
     "loader": ("llama", (6, 6, 6), 1, True),
 }
 
@@ -39,7 +40,8 @@ def run(folder: Path) -> None:
             data = DataLoader([{"input_ids": torch.tensor(row)} for row in rows], batch_size=batch_size)
         shown = io.StringIO()
         with float64_throughout(), contextlib.redirect_stderr(shown):
-            scores = estimate_importance(pocket_model(name), data, batch_size=batch_size)
+            model = pocket_model(name)
+            scores = estimate_importance(model, data, batch_size=batch_size, hidden_covariance=name == "mistral")
         scores.save_pretrained(folder / rank / case)
         (folder / rank / case / "progress.txt").write_text(shown.getvalue(), encoding="utf-8")
     if "RANK" in os.environ:
@@ -73,6 +75,9 @@ def test_two_processes_equal_one(folders: list[Path], case: str):
     assert first.digest == second.digest
     assert (one.settings, one.digests) == (first.settings, first.digests) == (second.settings, second.digests)
     assert one.axes.keys() == first.axes.keys()
+    if one.covariance is not None:
+        torch.testing.assert_close(first.covariance, one.covariance)
+        assert torch.equal(first.covariance, second.covariance)
     for axis, expected in {**one.axes, "blocks": one.blocks}.items():
         found = first.blocks if axis == "blocks" else first.axes[axis]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)

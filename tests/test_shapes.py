@@ -168,6 +168,14 @@ def test_different_shapes_are_the_best_of_their_surroundings(eight_billion):
     assert select_diverse(shapes[:3], 5) == shapes[:3]
 
 
+def test_sizes_of_0_are_no_obstacle_to_a_diverse_selection():
+    """DeepSeek-V2-Lite has no bottleneck before its queries."""
+    config = pocket_config("deepseek_v3", q_lora_rank=None)
+    shapes = enumerate_shapes(config, {"intermediate_size": [0.25, 0.5, 0.75, 1.0]}).shapes
+    assert any(0 in shape.sizes.values() for shape in shapes)
+    assert len(select_diverse(shapes, 2)) == 2
+
+
 def test_names_are_short_and_complete():
     [shape] = enumerate_shapes(LlamaConfig(num_hidden_layers=4), {"intermediate_size": [0.5]}).shapes
     assert shape.name == "intermediate_size=5504"

@@ -49,9 +49,9 @@ CONFIG_NAME, SPECIAL_TOKENS_NAME, VOCABULARY_NAME = (
     "special_tokens_map.json",
     "tokenizer.json",
 )
-TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_NAME, LEGACY_TEMPLATE_NAME = "chat_template.jinja", "chat_template.json"
 #: Of these files, the ones that say nothing about the vocabulary.
-SETTINGS_FILES = (CONFIG_NAME, SPECIAL_TOKENS_NAME, "*.jinja", "chat_template.json", "*processor_config.json")
+SETTINGS_FILES = (CONFIG_NAME, SPECIAL_TOKENS_NAME, "*.jinja", LEGACY_TEMPLATE_NAME, "*processor_config.json")
 
 #: How a tokenizer was loaded: nothing that another loader should read. Transformers 5.23 writes them all the same.
 LOADING_ARGUMENTS = frozenset(
@@ -278,6 +278,9 @@ def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
     saved, before = ({path.relative_to(root).as_posix() for path in _files(root, ("**/*",))} for root in (now, then))
     changed = {name for name in saved if _content(now / name) != _content(then / name)}
     gone = before - saved
+    has_new_template = TEMPLATE_NAME in changed | gone
+    if has_new_template:
+        originals.pop(LEGACY_TEMPLATE_NAME, None)  # the old template, under a name that version 4 gave it
     other_words = {name for name in changed if not _matches(name, SETTINGS_FILES)}
     for name, path in originals.items():
         # Other forms of a vocabulary that was changed (tokenizer.model, merges.txt) would contradict it.
@@ -285,7 +288,7 @@ def _merge(now: Path, then: Path, source: Path, folder: Path) -> None:
             _copy(path, folder / name)
     for name in (changed - {CONFIG_NAME}) | (linked & saved):
         _copy(now / name, folder / name)
-    template = {"chat_template"} if TEMPLATE_NAME in changed | gone else set()
+    template = {"chat_template"} if has_new_template else set()
     removed = template | ({"added_tokens_decoder"} if other_words else set())
     settings: dict[str, Any] = {}
     if CONFIG_NAME in changed:

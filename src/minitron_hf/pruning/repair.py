@@ -89,8 +89,9 @@ def repaired_weights(
         max_length: tokens in a row.
         packing: join texts into full rows.
         batch_size: rows at a time.
-        ridge: λ as a fraction of the mean of the diagonal of XᵀX. By default every fourth row is held out to choose
-            one of `RIDGES` for each kind of inputs, with one pass more if there are several; the fit uses all rows.
+        ridge: λ as a fraction of the mean of the diagonal of XᵀX; 0 is taken for 1e-13. By default every fourth row is
+            held out to choose one of `RIDGES` for each kind of inputs, with one pass more if there are several; the
+            fit uses all rows.
         memory_limit: bytes that the matrices of one pass may take, by default half of the free memory of the model's
             device. A single input may exceed it, and the held-out sums of four inputs of each kind come on top in a
             single pass.

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Ridges among which held-out rows choose, and the one that is taken without held-out rows.
 RIDGES, DEFAULT_RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 1e-3
+#: The least ridge: with none, an input that is always 0, or equals another, leaves nothing to divide by.
+LEAST_RIDGE = 1e-13
 #: Outputs of a projection that are solved at a time: an untied head has as many as the vocabulary.
 OUTPUTS_AT_A_TIME = 8192
 #: Calibration tokens per kept input below which a warning is logged: the fit follows the text more than the model then
@@ -167,9 +169,12 @@ def _inputs_first(weight: Tensor, projection: Projection) -> Tensor:
 
 
 def _factors(products_KK: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """LU factors of XᵀX + λI; λ is `ridge` times the mean of the diagonal. The argument holds λ only meanwhile."""
+    """LU factors of XᵀX + λI; λ is `ridge` (at least `LEAST_RIDGE`) times the mean of the diagonal.
+
+    The argument holds λ only meanwhile.
+    """
     diagonal_K = products_KK.diagonal().clone()
-    products_KK.diagonal().add_(ridge * diagonal_K.mean().clamp(min=1e-12))
+    products_KK.diagonal().add_(max(ridge, LEAST_RIDGE) * diagonal_K.mean().clamp(min=1e-12))
     factors, pivots = torch.linalg.lu_factor(products_KK)
     products_KK.diagonal().copy_(diagonal_K)
     return factors, pivots

@@ -72,7 +72,7 @@ def apply_plan(
     use_same_kernels(config, model.config)
     config.name_or_path = ""  # stored nowhere: an adapter's checkpoint would name the teacher as its base model
     with no_init_weights(), input_device(model):
-        student = build_from_config(_student_class(model, config), config, model.dtype)
+        student = build_from_config(student_class(model, config), config, model.dtype)
     tensors = named_tensors(model)
     rotation = None if plan.basis is None else Rotation(model, plan.basis)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def _require_repair(plan: PruningPlan, repaired: Mapping[str, torch.Tensor] | No
         )
 
 
-def _student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:
+def student_class(model: PreTrainedModel, config: PretrainedConfig) -> type[PreTrainedModel]:
     """The teacher's class, or another stock class that holds the same model."""
     if config.model_type == model.config.model_type:
         return type(model)

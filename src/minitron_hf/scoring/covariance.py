@@ -55,7 +55,9 @@ class CovariancePass(Batches):
 
     def gather(self) -> None:
         """Add up the sums of all processes."""
-        assert self.total is not None
+        if self.total is None:  # this process had no batch
+            size = self.sizes["hidden"]
+            self.total = torch.zeros(2, size, size, dtype=torch.float64)
         self.total = self._add_up(self.total)
         super().gather()
 

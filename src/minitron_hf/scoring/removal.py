@@ -5,6 +5,7 @@ Legend of shape suffixes: L layers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def score_layers(run: ScoringRun, request: DepthRequest) -> LayerScores:
     blocks, removals, baseline = removal.one_after_another() if request.one_by_one else removal.every_block()
     settings = {
         **removal.settings,
-        "depth_metric": getattr(request.depth_metric, "__name__", request.depth_metric),
+        "depth_metric": _name_of(request.depth_metric),
         "depth_baseline": baseline,
         "block_length": request.block_length,
         "one_by_one": request.one_by_one,
@@ -176,8 +177,15 @@ class _Removal:
         return blocks, removals, baseline
 
 
+def _name_of(metric: Any) -> str:
+    """The name of a metric, a function, the function in a `functools.partial`, or the class of a callable object."""
+    if isinstance(metric, functools.partial):
+        return _name_of(metric.func)
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
 def _value(function: DepthFunction, model: PreTrainedModel) -> float:
     value = float(function(model))
     if math.isnan(value):
-        raise DataError(f"depth_metric {getattr(function, '__name__', function)!r} gave NaN. Expected a number.")
+        raise DataError(f"depth_metric {_name_of(function)!r} gave NaN. Expected a number.")
     return value

@@ -13,6 +13,7 @@ from ..data.images import placeholder_ids
 from ..errors import PlanError
 from ..evaluation.speed import measure_speed
 from ..models import stored_dtype
+from ..pruning.surgery import student_class
 from ..sizes.shapes import COUNTED, Shape, counted_cost, memory_bytes, require_budgets
 from ..sizes.student import student_config
 from ..weights import input_device
@@ -117,7 +118,7 @@ def memory_cost(
 def seconds_per_token(model: PreTrainedModel, config: Any) -> float:
     """Median seconds to decode a token, measured with an untrained model of a shape."""
     with torch.device(input_device(model)):
-        empty = build_from_config(type(model), config, model.dtype).eval()
+        empty = build_from_config(student_class(model, config), config, model.dtype).eval()
     speed = measure_speed(
         {"model": empty}, _any_rows(config), prefill_length=64, decode_tokens=16, rounds=3, show_progress=False
     )

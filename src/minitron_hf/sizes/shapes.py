@@ -306,7 +306,8 @@ def select_diverse(
     if len(shapes) <= count:
         return list(shapes) if cost is None else sorted(shapes, key=cost)
     ordered = list(shapes) if cost is None else sorted(shapes, key=cost)
-    logs = [[math.log(size) for size in shape.sizes.values()] for shape in ordered]
+    # An axis that a model lacks has size 0.
+    logs = [[math.log(max(size, 1)) for size in shape.sizes.values()] for shape in ordered]
     spans = [max(column) - min(column) or 1.0 for column in zip(*logs)]
 
     def distance(one: int, other: int) -> float:
