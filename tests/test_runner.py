@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_hf.data import token_rows
-from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError
+from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
 from minitron_hf.formats import without_new_defaults
-from minitron_hf.models import load_model
+from minitron_hf.models import count_parameters, load_model
 from minitron_hf.progress import progress_bars
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
+from minitron_hf.recipe import environment, runner
 from minitron_hf.recipe import run as run_module
-from minitron_hf.recipe import runner
 from minitron_hf.recipe.identity import FIELDS_OF
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
 from minitron_hf.sizes.request import PrunerConfig
-from pocket import pocket_model, pocket_tokenizer
+from pocket import pocket_config, pocket_model, pocket_tokenizer
 
 TEXTS = [f"the {a} {b} of {c} is {d}" for a in ("old", "new") for b in "xyz" for c in "abcd" for d in "klmnop"]
 
@@ -432,6 +435,40 @@ def test_a_model_elsewhere_in_the_folder_is_not_taken_for_the_students(values):
 def test_the_teachers_folder_is_not_the_runs(values):
     with pytest.raises(OutputError, match="is the teacher's own"):
         runner.check_recipe(Recipe.from_dict({**values, "output_dir": values["teacher"]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_of_first", "bytes_of_last"),
+    [
+        ({}, 4 + 4 + 12, 4 + 4 + 12),  # pruned, trained, and one checkpoint
+        ({"save_only_model": True}, 4 + 4 + 4, 4 + 4 + 4),
+        ({"save_strategy": "no"}, 4 + 4, 4 + 4),
+        ({"controls": ["cross_entropy"]}, 4 + 4 + 12, 4 + 2 * (4 + 12)),
+        ({"controls": ["cross_entropy", "random_init"]}, 4 + 4 + 12, 4 + 3 * (4 + 12)),
+    ],
+)
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_a_run_needs_the_disk_that_it_fills(values, monkeypatch, changes, bytes_of_first, bytes_of_last, num_rounds):
+    controls, settings = changes.get("controls", []), {k: v for k, v in changes.items() if k != "controls"}
+    recipe = Recipe.from_dict({**values, "controls": controls})
+    args = [DistillationConfig(values["output_dir"], report_to="none", **settings)] * num_rounds
+    config = pocket_config("llama", dtype="float32")
+    students = [config] * num_rounds
+    stages = {"prune", "distill", *(["controls"] if controls else [])}
+    needed = count_parameters(config) * ((num_rounds - 1) * bytes_of_first + bytes_of_last)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(environment.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        refused = pytest.raises(OutputError, match="Free space") if free < needed else contextlib.nullcontext()
+        with refused:
+            environment.check_disk(recipe, stages, args, config, students)
+
+
+def test_several_gpus_in_one_process_are_refused_before_the_run(values, monkeypatch):
+    monkeypatch.setattr(DistillationConfig, "n_gpu", 2)
+    with pytest.raises(UnsupportedModelError, match=r"One process sees 2 GPUs.*Set distributed"):
+        runner.check_recipe(Recipe.from_dict(values))
+    runner.check_recipe(Recipe.from_dict(values), until="prune")
+    runner.check_recipe(Recipe.from_dict({**values, "distributed": {"config": "ddp", "num_processes": 2}}))
 
 
 def test_check_recipe_predicts_the_students_size(values):

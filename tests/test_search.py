@@ -263,6 +263,14 @@ def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(distil, mo
     assert [one["name"] for one in written["candidates"]] == [one.name for one in whole.candidates]
 
 
+def test_a_search_distils_in_one_process_on_one_of_several_gpus(distil, monkeypatch):
+    one_shape = {"space": {"intermediate_size": [0.5]}, "num_rounds": 1, "num_tokens": 2 * 16}
+    on_gpus = {name: value for name, value in DISTILLATION.items() if name != "use_cpu"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    [candidate] = distil(**one_shape, distillation=on_gpus).candidates
+    assert candidate.rounds[-1]["num_tokens"] == 2 * 16
+
+
 def test_a_folder_of_another_search_is_refused(find, tmp_path):
     find(output_dir=tmp_path)
     with pytest.raises(OutputError, match="another search"):

@@ -100,6 +100,14 @@ def test_all_of_a_batch_is_used_on_the_device(tmp_path, monkeypatch, kind, layou
     assert plain == moved
 
 
+def test_caches_are_written_in_one_process_on_one_of_several_gpus(tmp_path, monkeypatch):
+    teacher, _ = models()
+    cache = write_cache(tmp_path / "one", teacher, token_dataset(), bf16=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    other = write_cache(tmp_path / "two", teacher, token_dataset(), bf16=False)
+    assert list(load_teacher_cache(cache).dataset[0]) == list(load_teacher_cache(other).dataset[0])
+
+
 def trained(folder, student, teacher, data, **args):
     """Gradients of the first step, and everything that was logged."""
     gradients = Gradients()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from minitron_hf.distillation import saving
 from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.correction import correct_teacher
 from minitron_hf.distillation.rows import some_rows
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, OutputError, PlanError, UnsupportedModelError
@@ -807,6 +808,15 @@ def test_data_parallel_is_refused(tmp_path):
     args._n_gpu = 2
     with pytest.raises(UnsupportedModelError, match="DataParallel"):
         DistillationTrainer(student, teacher, args, train_dataset=token_dataset(), processing_class=pocket_tokenizer())
+
+
+def test_teachers_are_corrected_in_one_process_on_one_of_several_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    teacher, folder = pocket_model("llama", dtype=torch.float32), tmp_path / "teacher"
+    settings = {"original_learning_rate": 1e-2, "num_tokens": 16, "max_length": 16, "per_device_train_batch_size": 1}
+    on_gpus = {"use_cpu": False, "bf16": False, "disable_tqdm": True}
+    correct_teacher(teacher, text_dataset(), folder, processing_class=pocket_tokenizer(), **settings, **on_gpus)
+    assert (folder / "teacher_correction.json").is_file()
 
 
 def test_unknown_logit_processing_is_refused(tmp_path):

@@ -385,6 +385,36 @@ def on_device(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return trainer._prepare_inputs(dict(batch))
 
 
+@uses("accelerate 1.15", "accelerate.data_loader.BatchSamplerShard", "accelerate.data_loader.SkipBatchSampler")
+def rows_in_last_batch(state: Any) -> int:
+    """Number of rows of the data in the last batch of all processes; below 1 where it is full, or not known.
+
+    Accelerate does not know it in the epoch that a resumed run begins in, of which the first batches are skipped.
+
+    Args:
+        state: `gradient_state` of the accelerator, within an epoch.
+    """
+    from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+
+    if state.remainder != -1:
+        return state.remainder
+    loader = state.active_dataloader
+    sampler = loader.sampler if isinstance(loader.sampler, torch.utils.data.BatchSampler) else loader.batch_sampler
+    while isinstance(sampler, SkipBatchSampler):
+        sampler = sampler.batch_sampler
+    if not isinstance(sampler, BatchSamplerShard) or sampler.drop_last or not sampler.batch_size:
+        return -1
+    parts = 1 if sampler.split_batches else sampler.num_processes
+    return len(loader.dataset) % (sampler.batch_size * parts)
+
+
+@uses("transformers 5.23", "transformers.TrainingArguments._n_gpu")
+def on_one_device(args: Any) -> Any:
+    """Arguments of a trainer, which uses one device in each process, however many GPUs a single one sees."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 @uses("trl 1.16", "trl.SFTTrainer._is_vision_dataset")
 def trains_on_images(trainer: Any) -> bool:
     """Whether the training data of a trainer has images."""

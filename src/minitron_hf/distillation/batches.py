@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from accelerate.state import GradientState
 from torch import Tensor
-from torch.utils.data import BatchSampler
 
+from ..compat import rows_in_last_batch
 from ..data.images import PLACE
 from ..errors import DataError, MismatchError
 from ..losses.fused import next_token_positions
@@ -167,7 +165,7 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
         return batch
     if accelerator.num_processes == 1 or not state.end_of_dataloader or LABELS not in batch:
         return batch
-    rows_left = _rows_left(state)
+    rows_left = rows_in_last_batch(state)
     if rows_left < 1:
         return batch
     row_of_position, num_rows = row_of_positions(batch)
@@ -182,24 +180,6 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
         share = None if cached.kept_share is None else cached.kept_share[:count]
         masked[CACHED] = CachedTeacher(*first, states, cached.drawn, share)
     return {**batch, **masked}
-
-
-def _rows_left(state: GradientState) -> int:
-    """Number of rows of the data in the last batch of all processes; below 1 where it is full, or not known.
-
-    Accelerate does not know it in the epoch that a resumed run begins in, of which the first batches are skipped.
-    """
-    if state.remainder != -1:
-        return state.remainder
-    loader: Any = state.active_dataloader
-    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
-    while isinstance(sampler, SkipBatchSampler):
-        sampler = sampler.batch_sampler
-    if not isinstance(sampler, BatchSamplerShard) or sampler.drop_last or not sampler.batch_size:
-        return -1
-    parts = 1 if sampler.split_batches else sampler.num_processes
-    rows_left: int = len(loader.dataset) % (sampler.batch_size * parts)
-    return rows_left
 
 
 class RepeatedRowsMixin:

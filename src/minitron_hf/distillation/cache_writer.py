@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from trl import SFTTrainer
 
-from ..compat import on_device, trains_on_images
+from ..compat import on_device, on_one_device, trains_on_images
 from ..data.context import context_length
 from ..data.images import ImageCollator, holds_images
 from ..data.tokens import tokenizer_digest
@@ -203,7 +203,7 @@ def row_trainer(
         stand_in.to = lambda *args, **kwargs: stand_in
     refuse_empty(dataset, "given")
     limit_to_context(args, teacher=model.config)
-    trainer: Any = RowMaker(stand_in, args, train_dataset=dataset, processing_class=processing_class)
+    trainer: Any = RowMaker(stand_in, on_one_device(args), train_dataset=dataset, processing_class=processing_class)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_split(model):
         raise UnsupportedModelError(
             "A teacher that is split by FSDP, DeepSpeed or tensor parallelism cannot be cached. Launch without, one "

@@ -21,7 +21,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.images import COLUMNS
 from ..errors import MismatchError, OutputError
@@ -32,6 +31,8 @@ from .record import RECORDED_ARGUMENTS
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
+#: Of the stock trainer.
+TRAINER_STATE_NAME = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 #: Recorded arguments that may differ in a resumed run: how rows are split, and what depends on the machine.

@@ -193,10 +193,20 @@ def refuse_data_parallel(model: Any, num_gpus: int) -> None:
     Raises:
         UnsupportedModelError: saying how to launch.
     """
-    if num_gpus > 1 and isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
+    if isinstance(model, nn.Module) and not getattr(model, "hf_device_map", None):
+        refuse_several_gpus(num_gpus, "Launch with `accelerate launch` or `torchrun`")
+
+
+def refuse_several_gpus(num_gpus: int, remedy: str) -> None:
+    """Refuse to train on several GPUs in one process.
+
+    Raises:
+        UnsupportedModelError: naming the remedy.
+    """
+    if num_gpus > 1:
         raise UnsupportedModelError(
             f"One process sees {num_gpus} GPUs, for which the Trainer would use nn.DataParallel; its replicas "
-            "do not run this loss. Launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+            f"do not run this loss. {remedy}, or set CUDA_VISIBLE_DEVICES."
         )
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ..compat import trains_on_images, without_checkpointing_warning
+from ..compat import on_one_device, trains_on_images, without_checkpointing_warning
 from ..data.context import context_length
 from ..data.images import ImageCollator, holds_images
 from ..data.vocabulary import refuse_other_tokenizers
@@ -91,6 +91,8 @@ def correct_teacher(
     **arguments: Any,
 ) -> Path:
     """Fine-tune the unpruned teacher on the distillation corpus with cross-entropy; resumes an interrupted run.
+
+    Each process uses one device; several take `accelerate launch`.
 
     Args:
         teacher: a path or Hub id, or a model, which is trained in place.
@@ -160,7 +162,7 @@ def _training_arguments(
         "save_total_limit": 1,
         "report_to": "none",
     }
-    args = SFTConfig(str(output_dir), **{**defaults, **arguments})
+    args = on_one_device(SFTConfig(str(output_dir), **{**defaults, **arguments}))
     limit_to_context(args, teacher=model.config)
     args.max_steps = math.ceil(num_tokens / _tokens_per_step(args))
     args.warmup_steps = arguments.get("warmup_steps", min(WARMUP_STEPS, args.max_steps // 10))

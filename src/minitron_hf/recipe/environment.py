@@ -14,6 +14,7 @@ from ..data.documents import is_conversation
 from ..data.images import holds_images
 from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
+from ..distillation.checks import refuse_several_gpus
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
 from ..files import refuse_own_folder, require_creatable
@@ -61,6 +62,8 @@ def check_environment(
     refuse_own_folder(run.folder, teacher=recipe.teacher.model)
     skipped = check_corpora(run, run.tokenizer, arguments)
     if stages & {"distill", "controls"}:
+        if recipe.distributed is None:
+            refuse_several_gpus(max(args.n_gpu for args in arguments), "Set distributed to {config: ddp}")
         check_reporters(arguments)
         check_tokens(run.tokenizer, arguments)
         _check_training_tasks(arguments)
@@ -411,16 +414,18 @@ def check_disk(
         OutputError: saying how much is needed for what.
     """
     import torch
+    from transformers.trainer_utils import SaveStrategy
 
     stored = teacher.dtype if isinstance(teacher.dtype, torch.dtype) else torch.float32
     parts: dict[str, int] = {}
-    for student, args in zip(students, arguments):
+    for number, (student, args) in enumerate(zip(students, arguments), start=1):
         size = count_parameters(student)
-        copies = 1 + (1 + len(recipe.controls) if "controls" in stages else 0) if recipe.controls else 1
+        controls = len(recipe.controls) if "controls" in stages and number == len(students) else 0
+        copies = ("distill" in stages) + controls
         if "prune" in stages:
             parts["pruned students"] = parts.get("pruned students", 0) + size * stored.itemsize
-        if "distill" in stages:
-            kept = 0 if str(args.save_strategy) == "no" or recipe.lora is not None else 1
+        if copies:
+            kept = 0 if args.save_strategy == SaveStrategy.NO or recipe.lora is not None else 1
             each = size * stored.itemsize + kept * size * (4 if args.save_only_model else CHECKPOINT_BYTES)
             name = "trained students and one checkpoint of each"
             parts[name] = parts.get(name, 0) + each * copies

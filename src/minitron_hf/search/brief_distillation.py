@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compat import on_one_device
 from ..data import TokenRows
 from ..data.images import holds_images
 from ..distillation.checkpoints import last_checkpoint
@@ -102,7 +103,7 @@ class BriefDistillation:
         trainer = DistillationTrainer(
             model=student,
             teacher_model=self.teacher,
-            args=DistillationConfig(str(folder), **{**values, "max_steps": steps, **saving}),
+            args=on_one_device(DistillationConfig(str(folder), **{**values, "max_steps": steps, **saving})),
             train_dataset=self.train_dataset,
             processing_class=self.processing_class,
             pruning_plan=plan,
