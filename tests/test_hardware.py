@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from minitron_hf import hardware
 from minitron_hf.distillation.config import DistillationConfig
+from minitron_hf.distillation.intermediate import IntermediateLosses
+from minitron_hf.distillation.token_means import TokenMeansMixin
 from minitron_hf.distillation.trainer import DistillationTrainer
-from minitron_hf.errors import DataError, MismatchError
+from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
+from minitron_hf.evaluation import quality
 from minitron_hf.evaluation.evaluate import evaluate_models
 from minitron_hf.evaluation.loading import in_float32
+from minitron_hf.generation import decoding
+from minitron_hf.losses import heads
 from minitron_hf.models import load_for_compute, load_model, plain_model
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
@@ -77,6 +83,68 @@ def test_unknown_dtypes_and_devices_are_refused_by_name(saved):
         load_for_compute(saved[torch.float32], device="gpu0")
     with pytest.raises(DataError, match=r"device='cuda:99': there is no such device here"):
         load_for_compute(saved[torch.float32], device="cuda:99")
+
+
+class OnApple(torch.Tensor):
+    """Stands for a tensor on an Apple GPU, which refuses float64."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+        if function is torch.Tensor.double or torch.float64 in dtypes:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        if function is torch.Tensor.to and cls.device in args:
+            return args[0].as_subclass(cls)
+        found = super().__torch_function__(function, types, args, kwargs)
+        return found.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else found
+
+
+def on_apple(tensor):
+    return tensor.as_subclass(OnApple)
+
+
+def test_models_are_checked_on_an_apple_gpu_without_float64(monkeypatch):
+    with pytest.raises(TypeError, match="float64"):
+        on_apple(torch.ones(1)).double()
+    model = pocket_model("llama", dtype=torch.float32)
+    head_logits, generate = heads.head_logits, decoding._generate
+    monkeypatch.setattr(heads, "head_logits", lambda *given: on_apple(head_logits(*given)))
+    heads.check_output_head(model)
+    monkeypatch.setattr(heads, "head_logits", lambda *given: on_apple(head_logits(*given) + 0.1))
+    with pytest.raises(UnsupportedModelError, match="other logits"):
+        heads.check_output_head(model)
+
+    def generated(*given):
+        return SimpleNamespace(logits=[on_apple(logits) for logits in generate(*given).logits])
+
+    monkeypatch.setattr(decoding, "_generate", generated)
+    assert not decoding.reads_padding(model, [5, 6, 7], 0)
+
+
+def test_losses_and_measurements_on_an_apple_gpu_need_no_float64():
+    losses = IntermediateLosses((), 4, 4, "dynamic", ())
+    for divergence, extra in ((3.0, 1.0), (5.0, 3.0)):
+        losses.add(on_apple(torch.tensor(divergence)), on_apple(torch.tensor(extra)))
+    assert losses.next_weight(lambda sums: sums) == 2.0
+
+    args = SimpleNamespace(kd_weight=1.0, ce_weight=0.0, temperature=1.0, divergence="reverse_kl")
+    trainer = SimpleNamespace(_columns=("divergence", "ce"), args=args, _intermediate=None)
+    means = TokenMeansMixin._loss_means(trainer, on_apple(torch.tensor([6.0, 8.0, 4.0])))
+    assert means == {"loss": 1.5, "divergence": 1.5, "ce": 2.0}
+
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = (torch.randn(5, 11, generator=generator) for _ in range(2))
+    for kept in (None, torch.arange(11)):
+        expected = quality.token_divergences(logits, reference, kept)
+        moved = None if kept is None else on_apple(kept)
+        found = quality.token_divergences(on_apple(logits), on_apple(reference), moved)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    tokens = torch.arange(5)
+    expected = quality.token_log_probabilities(logits, tokens)
+    assert torch.equal(quality.token_log_probabilities(on_apple(logits), on_apple(tokens)), expected)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])

@@ -96,6 +96,11 @@ def training_device(use_cpu: bool = False) -> torch.device:
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many tokens on a device: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def default_device() -> torch.device:
     """The device of models if none is given.
 

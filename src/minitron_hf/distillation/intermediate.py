@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..compat import names_not_saved, set_names_not_saved
 from ..errors import MismatchError, PlanError
 from ..files import replacing_file
+from ..hardware import sum_dtype
 
 if TYPE_CHECKING:
     from ..pruning.plan import PruningPlan
@@ -165,7 +166,7 @@ class IntermediateLosses:
 
     def add(self, logit_loss: Tensor, intermediate_loss: Tensor) -> None:
         """Add the losses of a batch, summed over its tokens, for the weight of the next step."""
-        sums = torch.stack([logit_loss.detach(), intermediate_loss.detach()]).double()
+        sums = torch.stack([logit_loss.detach(), intermediate_loss.detach()]).to(sum_dtype(logit_loss.device))
         self.step_sums = sums if self.step_sums is None else self.step_sums + sums
 
     def begin_step(self, reduce: Callable[[Tensor], Tensor]) -> None:

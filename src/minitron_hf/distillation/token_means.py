@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from ..hardware import sum_dtype
 from .batches import (
     model_inputs,
     row_of_positions,
@@ -64,7 +65,7 @@ class TokenMeansMixin(SFTTrainer):
             own_weight: compute a dynamic weight of the intermediate losses from these tokens, so that evaluations
                 before, during and after training are comparable; otherwise it is the weight of the training step.
         """
-        *values, count = sums.double().cpu().tolist()
+        *values, count = sums.cpu().double().tolist()
         if not count:
             return {}
         means = {name: value / count for name, value in zip(self._columns, values, strict=True)}
@@ -130,7 +131,3 @@ class TokenMeansMixin(SFTTrainer):
         means = self._loss_means(self._token_sums["eval"], own_weight=True)
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{key}": value for key, value in means.items()}}
         return output._replace(metrics=metrics)
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..data import TokenRows, padded_batches
 from ..data.images import image_inputs
 from ..errors import DataError, MismatchError, OutputError, UnsupportedModelError
+from ..hardware import sum_dtype
 from ..scoring.logits import run_backbone
 from .means import mean_and_error as mean_and_error
 from .positions import PositionSums, by_position
@@ -44,7 +45,7 @@ def token_log_probabilities(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> 
         Log-probabilities in nats, float64 [T], on the CPU.
     """
     found = [
-        _log_softmax(logits).gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1).double().cpu()
+        _log_softmax(logits).gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1).cpu().double()
         for logits, tokens in zip(*_chunks(logits_TV, tokens_T))
     ]
     return torch.cat(found)
@@ -79,11 +80,11 @@ def token_divergences(
         if kept is not None:
             log_p = log_p[:, kept.to(log_p.device)]
             log_share = log_p.logsumexp(-1, keepdim=True)
-            log_p, share = log_p - log_share, log_share[:, 0].exp().double()
+            log_p, share = log_p - log_share, log_share[:, 0].exp().cpu().double()
         p = log_p.exp()
         # An outcome of probability 0 adds nothing, also where both logarithms are −∞.
         terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
-        found.append((terms.sum(-1, dtype=torch.float64) * share).cpu())
+        found.append(terms.sum(-1, dtype=sum_dtype(terms.device)).cpu().double() * share)
     return torch.cat(found)
 
 

@@ -213,7 +213,7 @@ def reads_padding(model: PreTrainedModel, ids: Sequence[int], pad_token_id: int)
 
     def next_logits(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         output = _generate(model, prompts, 1, (), pad_token_id, Sampling(do_sample=False), range(len(prompts)))
-        logits: torch.Tensor = output.logits[0][0].double()
+        logits: torch.Tensor = output.logits[0][0].cpu().double()
         return logits
 
     alone, padded = next_logits([ids]), next_logits([ids, [*ids, *ids, *ids]])

@@ -181,7 +181,8 @@ def check_output_head(model: torch.nn.Module, *, role: str = "model") -> None:
     # A bias of -inf excludes a token and says nothing about the size of the other logits.
     largest = expected.float().abs().nan_to_num(nan=0.0, posinf=0.0).max().clamp(min=1)
     tolerance = 16 * torch.finfo(found.dtype).eps * float(largest)
-    if found.shape != expected.shape or not torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance):
+    in_float64 = found.cpu().double(), expected.cpu().double()  # MPS has no float64
+    if found.shape != expected.shape or not torch.allclose(*in_float64, rtol=0, atol=tolerance):
         raise UnsupportedModelError(
             f"The {role} ({type(base).__name__}, model_type {base.config.get_text_config().model_type!r}) computes "
             "its logits from its last hidden states in a way this package does not know: its head, logit scale and "

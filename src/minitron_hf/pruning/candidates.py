@@ -288,7 +288,7 @@ class Divergence:
             device = head.weight.device
             teacher = DenseSignal(t_NH.to(device), _head_on_device(self.head, device))
             labels = torch.zeros(len(h_NH), dtype=torch.long, device=device)
-            losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.double().cpu())
+            losses.append(distillation_loss(h_NH.to(device), head, teacher, labels).kl.cpu().double())
         counts = _counts(self.rows)
         sums = [part.sum().item() for part in torch.cat(losses).split(counts)]
         value, error = mean_and_error(sums, counts)

@@ -123,7 +123,7 @@ class LayerRuns:
                 forward(self.model, watch, tested_batch())
             except Exception as error:
                 raise self._refusal(layer) from error
-        if not bool((reached[0] - expected).double().norm() <= TOLERANCE * expected.double().norm()):
+        if not bool((reached[0] - expected).cpu().double().norm() <= TOLERANCE * expected.cpu().double().norm()):
             raise self._refusal(layer)
         return reached[0]
 
