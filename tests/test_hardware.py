@@ -95,7 +95,9 @@ class OnApple(torch.Tensor):
         kwargs = kwargs or {}
         dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
         if function is torch.Tensor.double or torch.float64 in dtypes:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         if function is torch.Tensor.to and cls.device in args:
             return args[0].as_subclass(cls)
         found = super().__torch_function__(function, types, args, kwargs)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.files import file_digest
 from minitron_hf.locks import locked_folder
 from minitron_hf.pruning.plan import PLAN_NAME, PruningPlan
 from minitron_hf.recipe import identity, runner
@@ -67,6 +68,60 @@ def test_a_saved_dataset_is_known_by_its_files(own, tmp_path):
     Dataset.from_dict({"text": TEXTS[1:]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(MismatchError, match=r"stage 'score' was made from other inputs \(data.source"):
         run(own, until="plan")
+
+
+def test_tasks_and_their_documents_are_known_by_their_files(own, tmp_path):
+    """In the evaluation, and in a training whose best checkpoint they choose."""
+    for name in ("tasks", "documents"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.yaml").write_text("task: one")
+
+    def digests(folder):
+        tasks, documents = str(folder / "tasks"), str(folder / "documents")
+        own["evaluate"] |= {"include_path": tasks, "task_data": documents}
+        own["distill"] |= {"load_best_model_at_end": True, "eval_include_path": tasks, "eval_task_data": documents}
+        return runner.stage_digests(Recipe.from_dict(own))
+
+    first = digests(tmp_path)
+    (tmp_path / "tasks" / "__pycache__").mkdir()
+    (tmp_path / "tasks" / "__pycache__" / "utils.pyc").write_bytes(b"of Python")
+    shutil.copytree(tmp_path / "tasks", tmp_path / "moved" / "tasks")
+    shutil.copytree(tmp_path / "documents", tmp_path / "moved" / "documents")
+    assert digests(tmp_path / "moved") == first
+    for name in ("tasks", "documents"):
+        (tmp_path / name / "one.yaml").write_text("task: other")
+        other = digests(tmp_path)
+        assert {name for name in first if first[name] != other[name]} >= {"distill", "evaluate"}
+        (tmp_path / name / "one.yaml").write_text("task: one")
+
+
+def test_lines_that_name_image_files_are_known_with_them(tmp_path):
+    for name, content in (("a.png", b"first"), ("b.png", b"second"), ("c.png", b"third")):
+        (tmp_path / name).write_bytes(content)
+    rows = [{"text": "none"}, {"images": ["a.png", "http://x/y.png"]}, {"images": ["b.png"]}, {"image": "c.png"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    section = DatasetSection(str(path))
+    first = dataset_identity(section)
+    assert dataset_identity(section) == first
+    moved = shutil.copytree(tmp_path, tmp_path.parent / "moved")
+    assert dataset_identity(DatasetSection(str(moved / "rows.jsonl"))) == first
+    seen = {first["source"]}
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"edited")
+        seen.add(dataset_identity(section)["source"])
+    assert len(seen) == 4
+    path.write_text('{"text": "of \\"images\\""}\n{"text": "images"}')
+    assert dataset_identity(section)["source"] == file_digest(path)  # as before
+
+
+def test_a_changed_processor_is_another_teacher(own):
+    before = model_identity(TeacherSection(own["teacher"]))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (Path(own["teacher"]) / name).write_text("{}")
+        after = model_identity(TeacherSection(own["teacher"]))
+        assert after != before
+        before = after
 
 
 def test_a_hub_dataset_is_known_by_its_commit(monkeypatch, tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..compat import commit_hash
+from ..data.images import COLUMNS
 from ..data.loading import local_dataset
 from ..errors import DataError
 from ..files import cached_file_digest, digest, local_folder, local_path
@@ -30,6 +33,7 @@ from .schema import (
 MODEL_FILES = (
     "*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "*.model", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*", "*.py",
+    "*processor_config.json",
 )  # fmt: skip
 
 
@@ -97,13 +101,43 @@ def dataset_identity(section: DatasetSection) -> dict[str, Any]:
     values = asdict(section)
     if path is None:
         return {**values, "commit": hub_commit(section.source, section.revision)}
-    if path.is_file():
-        return {**values, "source": cached_file_digest(path)}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-    return {
-        **values,
-        "source": digest([(file.relative_to(path).as_posix(), cached_file_digest(file)) for file in files]),
-    }
+    if not path.is_file():
+        return {**values, "source": _folder_digest(path)}
+    found = cached_file_digest(path)
+    images = [cached_file_digest(image) for image in _named_images(path, found) if image.is_file()]
+    return {**values, "source": digest([found, *images]) if images else found}
+
+
+def folder_identity(name: str | None) -> str | None:
+    """The identity of a folder that a recipe names: the digest of its files; the name where there is none."""
+    return name if name is None or not Path(name).is_dir() else _folder_digest(Path(name))
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
+    return digest([(file.relative_to(folder).as_posix(), cached_file_digest(file)) for file in files])
+
+
+@functools.cache
+def _named_images(path: Path, content: str) -> tuple[Path, ...]:
+    """The image files that the rows of a JSON file name.
+
+    Args:
+        path: the file.
+        content: its digest, so that a changed file is read again.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        return ()
+    found = []
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # loading it names a broken line
+        for line in file:
+            if not any(f'"{column}"'.encode() in line for column in COLUMNS):
+                continue
+            row = json.loads(line)
+            for value in (row.get(column) for column in COLUMNS) if isinstance(row, dict) else ():
+                names = value if isinstance(value, list) else [value]
+                found += [path.parent / name for name in names if isinstance(name, str) and "://" not in name]
+    return tuple(found)
 
 
 def training_identity(data: DataSection) -> Any:
@@ -129,8 +163,10 @@ def _part_identity(part: TrainingSection) -> dict[str, Any]:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether a file is of `datasets` or of an editor: cached results, downloads, remains."""
-    return any(part.startswith(".") for part in path.parts) or path.name.startswith(("cache-", "tmp"))
+    """Whether a file is of `datasets`, Python or an editor: cached results, downloads, remains."""
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts) or path.name.startswith(
+        ("cache-", "tmp")
+    )
 
 
 @functools.cache

@@ -29,7 +29,14 @@ from .actions import (
     cached_arguments,
     search_arguments,
 )
-from .identity import dataset_identity, model_identity, template_identity, training_identity, without_publishing
+from .identity import (
+    dataset_identity,
+    folder_identity,
+    model_identity,
+    template_identity,
+    training_identity,
+    without_publishing,
+)
 from .launching import require_launchable
 from .rules import OLD_NAMES
 from .run import (
@@ -133,6 +140,8 @@ def _distill_settings(recipe: Recipe) -> Any:
     if not settings.get("load_best_model_at_end") and settings["lr_scheduler_type"] != "reduce_lr_on_plateau":
         for name in ("max_eval_rows", *_LOGGED_TASKS):  # change the log alone
             settings.pop(name, None)
+    folders = [name for name in ("eval_include_path", "eval_task_data") if name in settings]
+    settings |= {name: folder_identity(settings[name]) for name in folders}
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
 
@@ -160,6 +169,7 @@ def _scoring_settings(recipe: Recipe) -> dict[str, Any]:
 def _evaluation_settings(recipe: Recipe) -> Any:
     settings = asdict(recipe.evaluate)
     del settings["chat"]
+    settings |= {name: folder_identity(settings[name]) for name in ("include_path", "task_data")}
     if recipe.evaluate.chat is not None:
         settings["chat"] = {**asdict(recipe.evaluate.chat), "prompts": dataset_identity(recipe.evaluate.chat.prompts)}
     turns = {"assistant_only": True} if recipe.measures_turns else {}
