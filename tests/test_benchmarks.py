@@ -18,6 +18,7 @@ from minitron_hf.evaluation.benchmarks import _Stored, compared, measure_benchma
 from minitron_hf.evaluation.paired import paired_difference, share_of
 from minitron_hf.evaluation.presets import PRESETS
 from minitron_hf.evaluation.task_results import TaskScores
+from minitron_hf.evaluation.tasks import task_title
 from minitron_hf.publishing.benchmark_tables import _benchmark_table
 from minitron_hf.publishing.uploads import _documents_of_benchmarks, is_owned
 from pocket import pocket_model, pocket_tokenizer
@@ -149,9 +150,9 @@ class Work:
 
         class Task:
             def identity(self, shots):
-                return {"name": name, "documents": work.documents}
+                return {"name": self.name, "documents": work.documents}
 
-        Task.name = name
+        Task.name, Task.given = task_title(name, ()), name
         return Task()
 
     def run(self, model, tokenizer, task, settings, shots):
@@ -193,6 +194,24 @@ def test_nothing_is_measured_twice_and_finished_tasks_survive(work, models, tmp_
     named = list(_documents_of_benchmarks(tmp_path / "benchmarks.json"))
     assert len(set(named)) == 4
     assert all(is_owned(name) and (tmp_path / name).is_file() for name in named)
+
+
+def test_no_path_of_a_task_file_is_written_and_results_under_one_are_found(work, models, tmp_path):
+    path, out = tmp_path / "private" / "mine.yaml", tmp_path / "out"
+    path.parent.mkdir()
+    path.write_text("task: my_task\n")
+    found = measure(models, out, [str(path), "b"])
+    assert found["tasks"] == list(found["average"]["student"]["metrics"]) == ["my_task", "b"]
+    ran = list(work.ran)
+    for file in (out / "benchmarks").glob("my_task-*.json"):  # as earlier versions wrote them
+        content = json.loads(file.read_text()) | {"task": str(path)}
+        file.with_name(file.name.replace("my_task", path.name)).write_text(json.dumps(content))
+        file.unlink()
+    assert measure(models, out, [str(path), "b"]) == found
+    assert work.ran == ran
+    written = [out / "benchmarks.json", *(out / "benchmarks").iterdir()]
+    assert len(written) == 5
+    assert not any("private" in file.read_text() or "mine" in file.read_text() + file.name for file in written)
 
 
 def test_other_inputs_are_measured_anew(work, models, tmp_path):

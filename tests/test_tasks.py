@@ -11,8 +11,9 @@ import torch
 
 from minitron_hf.errors import DataError, MissingDependencyError
 from minitron_hf.evaluation import tasks
+from minitron_hf.evaluation.benchmarks import measure_benchmarks
 from minitron_hf.evaluation.task_results import _conditions, _task_metrics
-from minitron_hf.evaluation.tasks import HarnessSettings, TaskSource, evaluate_tasks, run_task
+from minitron_hf.evaluation.tasks import HarnessSettings, TaskSource, evaluate_tasks, require_tasks, run_task
 from pocket import pocket_model, pocket_tokenizer
 
 
@@ -109,6 +110,37 @@ def test_values_on_documents_have_the_reported_mean(task_folder: Path, model, to
     assert sum(values) / len(values) == measured["value"]
     assert measured["chance"] == 0.5
     assert len(scores.responses["pocket_choice"]) == 2
+
+
+def test_a_task_file_is_called_by_its_own_name(task_folder: Path, model, tokenizer):
+    path = str(task_folder / "task.yaml")
+    options = {"processing_class": tokenizer, "include_path": task_folder, "show_progress": False}
+    found = measure_benchmarks({"student": model}, path, output_path=task_folder / "out", **options)
+    assert (
+        found["tasks"] == list(found["models"]["student"]) == list(found["documents"]["student"]) == ["pocket_choice"]
+    )
+    written = [one.read_text() for one in (task_folder / "out").rglob("*.json")]
+    assert len(written) == 2
+    assert not any(str(task_folder) in text or "task.yaml" in text for text in written)
+    named = measure_benchmarks({"student": model}, "pocket_choice", output_path=task_folder / "out", **options)
+    assert named == found
+    assert len(list((task_folder / "out" / "benchmarks").iterdir())) == 1, "finished under either name"
+    with pytest.raises(DataError, match=r"'pocket_choice' and .*task\.yaml' are both called 'pocket_choice'"):
+        require_tasks(["pocket_choice", path], task_folder)
+
+
+def test_titles_of_task_files(tmp_path: Path):
+    path = tmp_path / "mine.v2.yaml"
+    for text, title in (
+        ("task: my_task\ndoc_to_text: !function utils.text\n", "my_task"),
+        ("group: my_group\ntask: [one, two]\n", "my_group"),
+        ("include: base.yaml\n", "mine.v2"),
+        ("task: [\n", "mine.v2"),
+    ):
+        path.write_text(text)
+        assert tasks.task_title(str(path), ()) == title
+    assert tasks.task_title(str(path), {str(path)}) == str(path), "a name that the harness knows"
+    assert tasks.task_title("piqa", ()) == "piqa"
 
 
 def write_questions(path: Path, names: str) -> None:

@@ -141,8 +141,8 @@ def measure_benchmarks(
                 one = source.load(task)
                 identity = digest(one.identity(shots), shots)
                 for name, run in runs.items():
-                    bar.set_postfix_str(f"{name}, {task}")
-                    found.setdefault(task, {})[name] = run.scores(one, shots, identity)
+                    bar.set_postfix_str(f"{name}, {one.name}")
+                    found.setdefault(one.name, {})[name] = run.scores(one, shots, identity)
                     bar.update()
     result = compared(found, list(models), reference)
     if output_path is not None:
@@ -218,22 +218,25 @@ class _Run:
         if self.store is None:
             return _Stored(run_task(self.model, self.tokenizer, task, self.settings, shots), None)
         key = digest(self.key, identity)
-        name = re.sub(r"[^\w.-]+", "-", Path(task.name).name)
-        path = self.store / f"{name}-{key.removeprefix('sha256:')[:16]}.json"
-        scores = _read(path)
+        name, end = re.sub(r"[^\w.-]+", "-", task.name), key.removeprefix("sha256:")[:16]
+        path = self.store / f"{name}-{end}.json"
+        # Earlier versions called a task file by its path, in the name and in the content; the key is the same.
+        before = next(self.store.glob(f"*-{end}.json"), None)
+        scores, called = (None, None) if before is None else _read(before)
         if scores is None:
             scores = run_task(self.model, self.tokenizer, task, self.settings, shots)
+        if before != path or called != task.name:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_artefact(path, {"task": task.name, "key": key, **vars(scores)}, DOCUMENTS_KIND)
+        if before is not None and before != path:
+            before.unlink()
         return _Stored(scores, f"{DOCUMENTS_DIR}/{path.name}")
 
 
-def _read(path: Path) -> TaskScores | None:
-    """Stored results; None if there are none."""
-    if not path.is_file():
-        return None
+def _read(path: Path) -> tuple[TaskScores, str]:
+    """Stored results, and what their task is called."""
     content = read_artefact(path, DOCUMENTS_KIND)
-    return TaskScores(**{one.name: content[one.name] for one in fields(TaskScores)})
+    return TaskScores(**{one.name: content[one.name] for one in fields(TaskScores)}), content["task"]
 
 
 def _tokenizer_of(processing_class: Any, models: Mapping[str, Any], reference: str | None) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 
 from ..errors import DataError, MinitronError, MissingDependencyError, did_you_mean
 from ..files import digest
@@ -135,13 +136,15 @@ class LoadedTask:
     """A task, or a group of tasks, with its documents.
 
     Attributes:
-        name: as it was asked for.
+        name: its name in results, see `task_title`.
+        given: as it was asked for: a name, or the path of a task file.
         manager: the harness's index of tasks.
         tasks: name → the harness's task.
         weighted: group → metric → whether its tasks count by their documents.
     """
 
     name: str
+    given: str
     manager: Any
     tasks: Mapping[str, Any]
     weighted: Mapping[str, Mapping[str, bool]]
@@ -216,7 +219,7 @@ class TaskSource:
             group: {one.metric: bool(one.weight_by_size) for one in found.aggregate_metric_list or ()}
             for group, found in loaded.get("groups", {}).items()
         }
-        return LoadedTask(name, self.manager, loaded["tasks"], weighted)
+        return LoadedTask(task_title(name, self.manager.task_index), name, self.manager, loaded["tasks"], weighted)
 
 
 def run_task(
@@ -252,7 +255,7 @@ def run_task(
                 batch_size=settings.batch_size,
                 add_bos_token=settings.add_bos_token,
             ),
-            tasks=[task.name],
+            tasks=[task.given],
             task_manager=task.manager,
             limit=settings.limit,
             num_fewshot=shots,
@@ -305,7 +308,7 @@ def require_tasks(
 
     Raises:
         MissingDependencyError: without lm-evaluation-harness.
-        DataError: if a task or a folder is unknown, or a task executes code unasked.
+        DataError: if a task or a folder is unknown, two tasks have one name, or a task executes code unasked.
     """
     try:
         from lm_eval.models import huggingface  # noqa: F401 (its dependencies may be missing too)
@@ -330,11 +333,45 @@ def require_tasks(
             f"{did_you_mean(unknown, [*PRESETS, *known])} `lm-eval ls tasks` lists its tasks; the presets are "
             f"{', '.join(PRESETS)}; name folders of your own with include_path."
         )
+    titles = [task_title(name, manager.task_index) for name in names]
+    if twice := next((title for title in titles if titles.count(title) > 1), None):
+        same = [name for name, title in zip(names, titles, strict=True) if title == twice]
+        raise DataError(
+            f"The tasks {' and '.join(map(repr, same))} are both called {twice!r} in results. Name one of them, or "
+            "change the entry task in a file."
+        )
     entries = {name: manager.task_index.get(name) for name in names}
     unsafe = [name for name, entry in entries.items() if entry is not None and (entry.cfg or {}).get("unsafe_code")]
     if unsafe and not runs_code:
         raise DataError(_refusal_of_code(unsafe[0]))
     return manager
+
+
+class _NamesLoader(yaml.SafeLoader):
+    """Reads a task file without its functions, which have tags of the harness (`!function`)."""
+
+
+_NamesLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def task_title(name: str, index: Container[str]) -> str:
+    """The name of a task in results: of a task file the name that it gives, else the file's name without its end.
+
+    A path would tell who measured where, and results are published.
+
+    Args:
+        name: name of a task, or path of a task file.
+        index: names that the harness knows.
+    """
+    path = Path(name)
+    if name in index or not path.is_file():
+        return name
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _NamesLoader)
+    except (yaml.YAMLError, UnicodeDecodeError):  # the harness says what is wrong when it loads the file
+        content = None
+    named = [content.get(key) for key in ("task", "group")] if isinstance(content, dict) else []
+    return next((one for one in named if isinstance(one, str) and one), path.stem)
 
 
 def _index(folders: Sequence[str | os.PathLike[str]], *, with_stock: bool) -> Any:
