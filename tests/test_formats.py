@@ -25,7 +25,7 @@ from minitron_hf.generation.corpus import generate_corpus
 from minitron_hf.models import load_model, load_tokenizer
 from minitron_hf.pruning.candidates import best_shape
 from minitron_hf.pruning.plan import PruningPlan
-from minitron_hf.publishing import hub
+from minitron_hf.publishing import hub, releases
 from minitron_hf.publishing.card import render_model_card
 from minitron_hf.recipe import runner
 from minitron_hf.recipe.schema import Recipe
@@ -45,6 +45,7 @@ PATHS = {
     "checkpoint.json": "checkpoint-4/checkpoint.json",
     "stages/*.json": "stages/plan.json",
     "benchmarks/*.json": "benchmarks/piqa-0.json",
+    "quantization.json": "quantized/int8/quantization.json",
 }
 #: What reads each kind of file.
 READERS = {
@@ -59,6 +60,7 @@ READERS = {
     "checkpoint.json": lambda path: last_checkpoint(path.parents[1]),
     "stages/*.json": lambda path: runner._record(path.parents[1], path.stem),
     "benchmarks/*.json": benchmarks._read,
+    "quantization.json": lambda path: releases._require_copy_of(path.parents[2], path.parent),
 }
 
 
@@ -124,6 +126,8 @@ def run_dir(tmp_path_factory):
         made = runner.run_recipe(Recipe.from_dict(values(folder)), show_progress=False, report=lambda line: None)
     hub._prepare_files(made, "owner/student", HfApi(token="no token"), True, {})
     write_corpus(made)
+    (made / "quantized" / "int8").mkdir(parents=True)
+    write_artefact(made / PATHS["quantization.json"], {"method": "int8", "source_weights": None})
     scores = ImportanceScores.from_pretrained(made)
     space = {"intermediate_size": [0.5, 0.25]}
     search_architectures(

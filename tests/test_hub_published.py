@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hub_server import check_card, hub_server_fixture, make_blob  # noqa: F401 (a fixture)
@@ -19,6 +20,8 @@ from minitron_hf.cli.app import app
 from minitron_hf.errors import HubError, OutputError
 from minitron_hf.publishing.card import render_model_card
 from minitron_hf.publishing.hub import push_student_to_hub
+from minitron_hf.publishing.releases import quantized_repositories
+from minitron_hf.quantization import quantize_checkpoint
 from run_folder import TEACHER, evaluation, write_json
 from test_hub import TEACHER_METADATA, client, faulty_pushes, finish, full_run, push, run_dir, student  # noqa: F401 (fixtures)
 
@@ -240,6 +243,22 @@ def test_missing_and_damaged_copies_are_refused_before_anything_is_sent(run_dir)
     (run_dir / "quantized" / "int8" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(OutputError, match="damaged"):
         push_student_to_hub(run_dir, "lab/x", quantized=True, token="hf_writer")
+
+
+def test_a_copy_of_earlier_weights_is_not_published(run_dir, caplog):  # noqa: F811
+    pytest.importorskip("torchao")
+    copy = quantize_checkpoint(run_dir, run_dir / "quantized" / "int8", "int8", device="cpu")
+    caplog.clear()
+    assert quantized_repositories(run_dir, "lab/x") == {"int8": "lab/x-int8"}
+    assert not caplog.records
+    weights = load_file(run_dir / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, run_dir / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OutputError, match=r"quantised from other weights.*minitron-hf quantize .* --method int8"):
+        push_student_to_hub(run_dir, "lab/x", quantized=True, token="hf_writer")
+    (copy / "quantization.json").unlink()  # as earlier versions left it
+    assert quantized_repositories(run_dir, "lab/x") == {"int8": "lab/x-int8"}
+    assert "does not say from which weights" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,12 @@ def cached_file_digest(path: str | os.PathLike[str]) -> str:
     return _digest_in_state(path, state)
 
 
+def weights_digest(folder: str | os.PathLike[str]) -> str | None:
+    """Digest of the safetensors files of a model in a folder; None if there are none."""
+    paths = sorted(Path(folder).glob("model*.safetensors"))
+    return digest({path.name: cached_file_digest(path) for path in paths}) if paths else None
+
+
 @functools.cache
 def _digest_in_state(path: Path, state: tuple[int, ...]) -> str:
     if state[2] < CACHED_DIGEST_BYTES:

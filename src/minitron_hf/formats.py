@@ -15,6 +15,8 @@ from .files import parse_json, versions, write_json
 
 #: Files of a plan.
 PLAN_NAME, INDICES_NAME = "pruning_plan.json", "pruning_plan.safetensors"
+#: File of a quantised copy that says what it was made from.
+QUANTIZATION_NAME = "quantization.json"
 #: Newest format number of each artefact, by file name. Raise it when an older reader would misunderstand the file, and
 #: add a migration.
 FORMATS: Mapping[str, int] = {
@@ -35,6 +37,7 @@ FORMATS: Mapping[str, int] = {
     "benchmarks/*.json": 1,
     "teacher.json": 1,
     "hub.json": 1,
+    QUANTIZATION_NAME: 1,
     "stages/*.json": 1,
 }
 
@@ -60,6 +63,7 @@ WRITERS: Mapping[str, str] = {
     "benchmarks/*.json": "`minitron-hf evaluate`, after this file is deleted",
     "teacher.json": "`minitron-hf card`, after this file is deleted",
     "hub.json": "`minitron-hf publish`, after this file is deleted",
+    QUANTIZATION_NAME: "`minitron-hf quantize`, into an empty folder",
     "stages/*.json": "`minitron-hf run --redo`",
 }
 

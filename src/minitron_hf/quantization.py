@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
-from .files import refuse_own_folder, replacing_folder, require_empty
-from .formats import INDICES_NAME, PLAN_NAME, read_artefact
+from .files import refuse_own_folder, replacing_folder, require_empty, weights_digest
+from .formats import INDICES_NAME, PLAN_NAME, QUANTIZATION_NAME, read_artefact, write_artefact
 from .hardware import as_device, default_device, is_fast
 from .models import auto_class, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
 from .saving import save_model
@@ -138,6 +138,7 @@ def quantize_checkpoint(
     with replacing_folder(Path(output_dir)) as temporary:
         save_model(made, temporary, _processing_class(model, config, revision))
         _copy_cut_vocabulary(Path(model), temporary)
+        write_artefact(temporary / QUANTIZATION_NAME, {"method": method, "source_weights": weights_digest(model)})
     return Path(output_dir)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HubError, OutputError
-from ..files import replacing_file
-from ..formats import read_artefact, write_artefact
+from ..files import replacing_file, weights_digest
+from ..formats import QUANTIZATION_NAME, read_artefact, write_artefact
 from .card_values import legal_files
 from .hub_errors import hub_errors, is_transient, is_unanswered, with_retries
 from .quantized_card import write_quantized_card
@@ -37,7 +37,7 @@ def quantized_repositories(run_dir: Path, repo_id: str) -> dict[str, str]:
     """Method → repository of every quantised copy in a run folder: the student's name and the method.
 
     Raises:
-        OutputError: if there is none, or one is not complete.
+        OutputError: if there is none, or one is not complete or was made from other weights.
     """
     folders = sorted(path for path in (run_dir / QUANTIZED_DIR).glob("*") if (path / "config.json").is_file())
     if not folders:
@@ -48,7 +48,22 @@ def quantized_repositories(run_dir: Path, repo_id: str) -> dict[str, str]:
         )
     for folder in folders:
         require_student(folder)
+        _require_copy_of(run_dir, folder)
     return {folder.name: f"{repo_id}-{folder.name.replace('_', '-')}" for folder in folders}
+
+
+def _require_copy_of(run_dir: Path, folder: Path) -> None:
+    """Refuse a quantised copy that was made from other weights than the student has now; warn if that is not known."""
+    path = folder / QUANTIZATION_NAME
+    record = read_artefact(path) if path.is_file() else {"method": folder.name, "source_weights": None}
+    again = f"delete {folder}, and run `minitron-hf quantize {run_dir} -o {folder} --method {record['method']}`"
+    if record["source_weights"] is None:
+        logger.warning("%s does not say from which weights it was made. If not from the student's, %s.", folder, again)
+    elif record["source_weights"] != weights_digest(run_dir):
+        raise OutputError(
+            f"{folder} was quantised from other weights than those that {run_dir} holds now. Leave out quantized; or "
+            f"{again}."
+        )
 
 
 def prepare_quantized(run_dir: Path, method: str, repo_id: str, student: str) -> Path:
