@@ -430,7 +430,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"files": modes})
 
     def lfs_batch(self, repo_id: str) -> None:
-        self.may_write(repo_id.split("/")[0])
+        self.may_write(self.account(required=True)["name"])  # for pull requests, to repositories of others, too
         self.repo(repo_id)
         objects = []
         for wanted in json.loads(self.body)["objects"]:

@@ -291,9 +291,9 @@ if "--offline" in sys.argv:
     from huggingface_hub import constants
     constants.HF_HUB_OFFLINE = True
 found = []
-for token, repo_id in json.loads(sys.argv[1]):
+for token, repo_id, *options in json.loads(sys.argv[1]):
     try:
-        found.append(check_push(repo_id, token=token))
+        found.append(check_push(repo_id, token=token, create_pr="create_pr" in options))
     except MinitronError as error:
         assert isinstance(error, OSError), error
         found.append(str(error))
@@ -332,6 +332,19 @@ def test_access_is_checked_before_any_work(hub_server, tmp_path):
     assert "HF_HUB_OFFLINE" in offline[0]
     assert "does not answer" in unreachable[0]
     assert hub_server.repos == {}
+
+
+def test_a_pull_request_needs_no_access_to_the_owner(run_dir, hub_server, tmp_path):
+    """As the Hub does: every account that may write at all opens pull requests in public repositories."""
+    hub_server.create("strangers/tiny", private=False)
+    asked = json.dumps([(token, "strangers/tiny", "create_pr") for token in ("hf_writer", "hf_reader", "hf_fine")])
+    options = {"server": hub_server, "home": tmp_path / "home", "token": None}
+    answers = finish(client(CHECKS, asked, **options))["found"]
+    assert answers[0] is None
+    assert "the access token may only read" in answers[1]
+    assert "no permission to open pull requests" in answers[2]
+    opened = push(run_dir, hub_server, tmp_path, repo_id="strangers/tiny", create_pr=True)
+    assert opened["pr"].endswith("/strangers/tiny/discussions/1")
 
 
 def test_a_file_that_vanishes_is_no_broken_connection(tmp_path):

@@ -180,12 +180,13 @@ def _upload(
         return _commit(api, repo_id, files, **options), is_empty
 
 
-def check_push(repo_id: str, *, token: str | None = None) -> str | None:
+def check_push(repo_id: str, *, token: str | None = None, create_pr: bool = False) -> str | None:
     """Refuse a push that cannot succeed, before the run starts.
 
     Args:
         repo_id: `owner/name`, or `name` for the owner of the token.
         token: Hub token; default: the one that `hf auth login` stored, or HF_TOKEN.
+        create_pr: whether it opens a pull request, which every account may do in public repositories.
 
     Returns:
         A sentence on checks that were not possible, with the reason; None if all checks were made.
@@ -208,7 +209,7 @@ def check_push(repo_id: str, *, token: str | None = None) -> str | None:
         with hub_errors(what):
             raise
     with hub_errors(what):
-        if problem := _missing_access(account, repo_id):
+        if problem := _missing_access(account, repo_id, create_pr):
             raise HubError(f"{what}: {problem} {NO_TOKEN}")
     return None
 
@@ -232,16 +233,24 @@ def _whoami(api: HfApi) -> dict[str, Any]:
     return with_retries(lambda: {**(answer := api.whoami()), "name": answer["name"]}, is_retriable=is_transient)
 
 
-def _missing_access(account: Mapping[str, Any], repo_id: str) -> str | None:
-    """The reason why an account may not write to a repository, from its description by the Hub; None if it may."""
+def _missing_access(account: Mapping[str, Any], repo_id: str, create_pr: bool) -> str | None:
+    """The reason why an account may not write to a repository, from its description by the Hub; None if it may.
+
+    Args:
+        account: the description.
+        repo_id: the repository.
+        create_pr: whether it is to open a pull request, which needs no access to the owner.
+    """
     token = (account.get("auth") or {}).get("accessToken") or {}
     owner = repo_id.split("/")[0] if "/" in repo_id else account["name"]
     if token.get("role") == "read":
         return "the access token may only read."
     permissions = token.get("fineGrained")
-    if token.get("role") == "fineGrained" and permissions and "repo.write" not in str(permissions):
-        return "the access token has no permission to write to repositories."
-    if owner == account["name"]:
+    wanted = "open pull requests" if create_pr else "write to repositories"
+    sufficient = ("repo.write", "discussion.write") if create_pr else ("repo.write",)
+    if token.get("role") == "fineGrained" and permissions and not any(one in str(permissions) for one in sufficient):
+        return f"the access token has no permission to {wanted}."
+    if create_pr or owner == account["name"]:
         return None
     organisations = {one["name"]: one.get("roleInOrg") for one in account.get("orgs") or []}
     if owner not in organisations:

@@ -390,7 +390,7 @@ def check_publishing(recipe: Recipe) -> list[str]:
         )
     if recipe.publish.quantized and not recipe.quantize:
         raise DataError("publish.quantized: the recipe quantises nothing. Add quantize: [int8], or leave it out.")
-    skipped = check_push(name)
+    skipped = check_push(name, create_pr=recipe.publish.create_pr)
     return [] if skipped is None else [skipped.rstrip(".")]
 
 
