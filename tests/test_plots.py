@@ -243,12 +243,26 @@ def test_a_picture_of_a_newer_format_is_refused_and_not_left_out(run_dir):
         write_plots(run_dir)
 
 
+def test_a_speed_that_was_not_measured_again_is_not_shown(run_dir):
+    write_plots(run_dir)
+    record = evaluation()
+    for one in record["models"].values():
+        one.pop("decode_tokens_per_second", None)
+    write_json(run_dir / "evaluation.json", record)
+    write_plots(run_dir)
+    assert not (run_dir / "plots" / "speed.png").exists()
+
+
 def test_layers_only_scores_give_no_importance_plot(run_dir):
     tensors, _ = scores()
+    write_plots(run_dir)
+    assert (run_dir / "plots" / "importance.png").is_file()
     save_scores({"blocks": tensors["blocks"]}, run_dir / "scores.safetensors")
     with pytest.raises(MismatchError, match="no width axis"):
         plot_importance(run_dir)
-    assert [path.name for path in write_plots(run_dir)] == ["training.png", "layers.png", "search.png", "speed.png"]
+    left = ["training.png", "layers.png", "search.png", "speed.png"]
+    assert [path.name for path in write_plots(run_dir)] == left
+    assert {path.name for path in (run_dir / "plots").iterdir()} == set(left), "the picture of other scores is gone"
 
 
 def test_same_files_give_the_same_bytes_whatever_the_style(run_dir):

@@ -242,6 +242,28 @@ def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(value
     assert (folder / "pruned" / "model.safetensors").stat().st_size < old
 
 
+def test_redo_leaves_nothing_of_what_the_recipe_no_longer_has(values):
+    space = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "tolerance": 1.0}
+    search = {**space, "num_candidates": 1, "num_rounds": 1, "num_tokens": 32}
+    folder, _ = run({**values, "prune": {}, "search": search})
+    gone = [folder / name for name in ("search.json", "stages/search.json", "plots/search.png")]
+    assert all(path.is_file() for path in gone)
+    run(values, redo=True)
+    assert not any(path.exists() for path in gone)
+    assert (folder / "plots" / "training.png").is_file()
+    assert "search" not in [one["stage"] for one in json.loads((folder / "costs.json").read_text())["stages"]]
+    assert "were compared by KL" not in (folder / "README.md").read_text()
+
+
+def test_text_that_the_recipe_now_reads_is_no_leftover(values, tmp_path):
+    folder = tmp_path / "run"
+    for name in ("generated", "teacher_cache"):
+        (folder / name).mkdir(parents=True)
+    values["data"]["train"] = str(folder / "generated")
+    runner._clear_unwanted(folder, Recipe.from_dict(values))
+    assert [path.name for path in folder.iterdir()] == ["generated"]
+
+
 def test_a_stage_whose_output_is_gone_is_done_again(values):
     folder, _ = run(values, until="plan")
     (folder / "pruning_plan.json").unlink()

@@ -133,7 +133,7 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
     """Draw every picture whose inputs are in the run folder into `plots/`.
 
     A picture whose inputs are there but hold nothing to draw (no loss was ever logged, only layers were scored) is
-    left out; one whose inputs are gone stays as it is.
+    left out, and removed if there is an earlier one; one whose inputs are gone stays as it is.
 
     Returns:
         The files written, in the order of `PLOTS`.
@@ -146,11 +146,12 @@ def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
     for name, (draw, inputs) in PLOTS.items():
         if not all((run_dir / file).is_file() for file in inputs):
             continue
+        path = run_dir / "plots" / name
         try:
             figure = draw(run_dir)
         except NothingToDrawError:
+            path.unlink(missing_ok=True)
             continue
-        path = run_dir / "plots" / name
         with replacing_file(path) as temporary, _own_style():
             # `Software` would hold matplotlib's version. Without it, the bytes are reproducible.
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

@@ -69,8 +69,8 @@ def run_recipe(
     Args:
         recipe: the recipe.
         until: last stage to run; None: all of them.
-        redo: restart all stages that are not finished for these inputs. Otherwise changed inputs are refused, and
-            interrupted stages resume.
+        redo: restart all stages that are not finished for these inputs, and remove the files of stages that the
+            recipe no longer has. Otherwise changed inputs are refused, and interrupted stages resume.
         show_progress: show progress bars.
         report: receives one line per stage.
         report_shapes: receives the result of `check_recipe`, after every check and before the first stage.
@@ -115,6 +115,7 @@ def _run_stages(
         (run.folder / STAGES_DIR).mkdir(exist_ok=True)
         if redo:
             _clear_unfinished(run.folder, wanted, recipe, digests)
+            _clear_unwanted(run.folder, recipe)
         else:  # check everything before the first computation
             _require_usable(run.folder, wanted, recipe, digests)
         _drop_rounds(run.folder, recipe, redo)
@@ -233,6 +234,18 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
         if not unreadable.isdisjoint(stage.inputs_in(recipe)):
             unreadable.add(stage.name)
         if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
+            _clear(folder, stage)
+            (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
+
+
+def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
+    """Remove the files of stages that the recipe no longer has, so that they are not published with this run.
+
+    What the recipe names as an input, such as text that the teacher wrote before, stays.
+    """
+    named = recipe.to_yaml()
+    for stage in stages_of(recipe):
+        if not stage.wanted(recipe) and not any(f"{folder.name}/{output}" in named for output in stage.outputs):
             _clear(folder, stage)
             (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
 

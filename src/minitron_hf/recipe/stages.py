@@ -307,6 +307,7 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {},
         ("README.md", "report.html"),
         _card,
+        leftovers=("plots/*.png",),
     ),
     Stage(
         PUBLISH,
