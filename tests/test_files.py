@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_hf import files
+from minitron_hf import file_digests, files
 from minitron_hf.data.loading import local_dataset
 from minitron_hf.distillation.checks import refuse_launch
 from minitron_hf.errors import DataError, DistributedError, HubError, OutputError
+from minitron_hf.file_digests import cached_file_digest, cached_files_digest
 from minitron_hf.files import (
-    cached_file_digest,
     local_folder,
     local_path,
     remove,
@@ -110,7 +110,7 @@ def test_files_and_folders_get_the_users_permissions_without_touching_the_umask(
 
 def test_a_digest_is_computed_anew_when_any_byte_changes(tmp_path, monkeypatch):
     """Also in the middle of the file, with the size and the time of modification as they were."""
-    monkeypatch.setattr(files, "CACHED_DIGEST_BYTES", 1 << 20)
+    monkeypatch.setattr(file_digests, "CACHED_DIGEST_BYTES", 1 << 20)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     path = tmp_path / "weights"
     path.write_bytes(bytes(5 << 20))
@@ -124,16 +124,31 @@ def test_a_digest_is_computed_anew_when_any_byte_changes(tmp_path, monkeypatch):
 
 
 def test_the_digest_of_a_large_file_is_remembered_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CACHED_DIGEST_BYTES", 1 << 10)
+    monkeypatch.setattr(file_digests, "CACHED_DIGEST_BYTES", 1 << 10)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 12))
     first = cached_file_digest(path)
-    files._digest_in_state.cache_clear()
+    file_digests._digest_in_state.cache_clear()
     hashed = []
-    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path))
+    monkeypatch.setattr(file_digests, "file_digest", lambda path: hashed.append(path))
     assert cached_file_digest(path) == first
     assert not hashed
+
+
+def test_the_digest_of_many_files_is_remembered_on_disk_until_one_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_digests, "CACHED_DIGEST_BYTES", 1 << 10)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 1000)
+    first = cached_files_digest(paths)
+    file_digests._files_digest_in_state.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(file_digests, "file_digest", lambda path: pytest.fail("a file was read again"))
+        assert cached_files_digest(paths) == first
+    paths[1].write_bytes(bytes([7]) * 1000)
+    assert cached_files_digest(paths) != first
 
 
 def test_removing_a_folder_leaves_no_part_under_its_name(tmp_path):

@@ -111,6 +111,11 @@ def test_lines_that_name_image_files_are_known_with_them(tmp_path):
         (tmp_path / name).write_bytes(b"edited")
         seen.add(dataset_identity(section)["source"])
     assert len(seen) == 4
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    whole = DatasetSection(str(path.with_suffix(".json")))
+    before = dataset_identity(whole)
+    (tmp_path / "b.png").write_bytes(b"edited again")
+    assert dataset_identity(whole) != before
     path.write_text('{"text": "of \\"images\\""}\n{"text": "images"}')
     assert dataset_identity(section)["source"] == file_digest(path)  # as before
 

@@ -63,45 +63,6 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-#: Digests of files from this size on are remembered on disk; smaller ones take no time.
-CACHED_DIGEST_BYTES = 64 << 20
-
-
-def cached_file_digest(path: str | os.PathLike[str]) -> str:
-    """`file_digest`, computed once per unchanged file; for large files, once per machine.
-
-    A file counts as unchanged while its size, inode and times are the same; the time of the last change of the inode
-    cannot be set back by copying tools.
-    """
-    path = Path(path).resolve()
-    found = path.stat()
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _digest_in_state(path, state)
-
-
-def weights_digest(folder: str | os.PathLike[str]) -> str | None:
-    """Digest of the safetensors files of a model in a folder; None if there are none."""
-    paths = sorted(Path(folder).glob("model*.safetensors"))
-    return digest({path.name: cached_file_digest(path) for path in paths}) if paths else None
-
-
-@functools.cache
-def _digest_in_state(path: Path, state: tuple[int, ...]) -> str:
-    if state[2] < CACHED_DIGEST_BYTES:
-        return file_digest(path)
-    from huggingface_hub.constants import HF_HOME
-
-    memory = Path(HF_HOME) / "minitron_hf" / "digests" / f"{digest(str(path)).removeprefix('sha256:')}.json"
-    with contextlib.suppress(MinitronError):
-        remembered = read_json(memory)
-        if remembered.get("state") == list(state):
-            return str(remembered["digest"])
-    value = file_digest(path)
-    with contextlib.suppress(MinitronError):  # a cache that cannot be written is none
-        write_json(memory, {"path": str(path), "state": list(state), "digest": value})
-    return value
-
-
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object; NaN and infinities, which are not JSON but which Python writes, are null.
 

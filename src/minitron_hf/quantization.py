@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
-from .files import refuse_own_folder, replacing_folder, require_empty, weights_digest
+from .file_digests import weights_digest
+from .files import refuse_own_folder, replacing_folder, require_empty
 from .formats import INDICES_NAME, PLAN_NAME, QUANTIZATION_NAME, read_artefact, write_artefact
 from .hardware import as_device, default_device, is_fast
 from .models import auto_class, empty_model, load_config, load_processor, load_tokenizer, stored_dtype

@@ -15,7 +15,8 @@ from datasets import DatasetInfo, Features
 
 from ..compat import commit_hash, dataset_state
 from ..errors import MismatchError
-from ..files import cached_file_digest, digest, replacing_file, versions, write_json
+from ..file_digests import cached_file_digest
+from ..files import digest, replacing_file, versions, write_json
 from ..formats import migrate, number_of, write_artefact
 from .batches import LABELS, SOURCE, STATES
 from .cache_coding import DTYPES, Coding

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from ..compat import set_commit_hash
 from ..data.tokens import tokenizer_digest
 from ..errors import DataError, MismatchError, OutputError
-from ..files import cached_file_digest
+from ..file_digests import cached_file_digest
 from ..formats import read_artefact
 from ..losses.divergences import OF_LOGITS
 from ..losses.signals import SampledSignal, TopKSignal

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HubError, OutputError
-from ..files import replacing_file, weights_digest
+from ..file_digests import weights_digest
+from ..files import replacing_file
 from ..formats import QUANTIZATION_NAME, read_artefact, write_artefact
 from .card_values import legal_files
 from .hub_errors import hub_errors, is_transient, is_unanswered, with_retries

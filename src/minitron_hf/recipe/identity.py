@@ -14,7 +14,8 @@ from ..compat import commit_hash
 from ..data.images import COLUMNS
 from ..data.loading import local_dataset
 from ..errors import DataError
-from ..files import cached_file_digest, digest, local_folder, local_path
+from ..file_digests import cached_file_digest, cached_files_digest
+from ..files import digest, local_folder, local_path
 from ..models import load_config
 from ..sizes.request import PrunerConfig
 from .schema import (
@@ -104,8 +105,8 @@ def dataset_identity(section: DatasetSection) -> dict[str, Any]:
     if not path.is_file():
         return {**values, "source": _folder_digest(path)}
     found = cached_file_digest(path)
-    images = [cached_file_digest(image) for image in _named_images(path, found) if image.is_file()]
-    return {**values, "source": digest([found, *images]) if images else found}
+    images = [image for image in _named_images(path, found) if image.is_file()]
+    return {**values, "source": digest([found, cached_files_digest(images)]) if images else found}
 
 
 def folder_identity(name: str | None) -> str | None:
@@ -130,10 +131,10 @@ def _named_images(path: Path, content: str) -> tuple[Path, ...]:
         return ()
     found = []
     with path.open("rb") as file, contextlib.suppress(ValueError):  # loading it names a broken line
-        for line in file:
-            if not any(f'"{column}"'.encode() in line for column in COLUMNS):
-                continue
-            row = json.loads(line)
+        mentioned = (line for line in file if any(f'"{column}"'.encode() in line for column in COLUMNS))
+        is_list = file.read(1) == b"["
+        file.seek(0)
+        for row in json.load(file) if is_list else map(json.loads, mentioned):
             for value in (row.get(column) for column in COLUMNS) if isinstance(row, dict) else ():
                 names = value if isinstance(value, list) else [value]
                 found += [path.parent / name for name in names if isinstance(name, str) and "://" not in name]
