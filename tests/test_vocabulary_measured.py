@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import decoders
 
+from hub_server import hub_server_fixture, make_blob  # noqa: F401 (a fixture)
 from minitron_hf import (
     PrunerConfig,
     apply_plan,
@@ -27,8 +29,27 @@ from minitron_hf.evaluation import benchmarks
 from minitron_hf.evaluation.task_results import TaskScores
 from minitron_hf.evaluation.token_spaces import own_tokenizers
 from minitron_hf.vocabulary.stored import StoredCut, stored_cut
+from test_hub import client, finish
 from test_vocabulary_pruning import SIZE, teacher_of, texts
 from test_vocabulary_tokenizers import KINDS, corpus, cut_to
+
+#: What is known of a student by its name on the Hub.
+BY_ID = """
+import json, sys
+from minitron_hf import evaluate_models, quantize_checkpoint
+from minitron_hf.models import load_model
+from minitron_hf.vocabulary.stored import stored_cut
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+models = {"teacher": f"{folder}/teacher", "student": "lab/cut"}
+found = evaluate_models(models, texts, processing_class=models["teacher"], speed=False, show_progress=False)
+copies = [quantize_checkpoint("lab/cut", f"{sys.argv[3]}/{at}", revision=at, device="cpu") for at in ("main", "bare")]
+print(json.dumps({
+    "metrics": found["models"]["student"]["metrics"],
+    "loaded": [stored_cut(load_model("lab/cut", revision=at)) is not None for at in ("main", "bare")],
+    "unknown": [stored_cut(name) is None for name in ("lab/nobody", "/gone", "a b")],
+    "copied": [sorted(path.name for path in copy.glob("pruning_plan.*")) for copy in copies],
+}))
+"""
 
 TEMPLATE = "{{ bos_token }}{% for one in messages %}{{ one['content'] }}_{% endfor %}"
 
@@ -176,3 +197,21 @@ def test_a_quantised_copy_knows_its_tokens(pair, tmp_path):
     found = evaluate_models(models, texts()[:4], processing_class=pair.whole, speed=False, show_progress=False)
     whole = found["models"]["student"]["metrics"]["kl_divergence"]["value"]
     assert found["models"]["copy"]["metrics"]["kl_divergence"]["value"] == pytest.approx(whole, rel=0.2)
+
+
+def test_a_student_is_known_by_its_name_on_the_hub(pair, hub_server, tmp_path):
+    pytest.importorskip("torchao")
+    files = {path.name: make_blob(path.read_bytes()) for path in pair.folders["student"].iterdir()}
+    bare = {name: blob for name, blob in files.items() if not name.startswith("pruning_plan")}
+    repo = hub_server.create("lab/cut", private=False)
+    start = repo.branches["main"]
+    for branch, content in (("main", files), ("bare", bare)):
+        hub_server.commit(repo, start, branch, content, branch)
+    held_out, options = texts()[:8], {"speed": False, "show_progress": False}
+    expected = evaluate_models(pair.folders, held_out, processing_class=pair.whole, **options)
+    arguments = (pair.folders["teacher"].parent, json.dumps(held_out), tmp_path)
+    found = finish(client(BY_ID, *arguments, server=hub_server, home=tmp_path / "home"))
+    assert found["metrics"] == json.loads(json.dumps(expected["models"]["student"]["metrics"]))
+    assert found["loaded"] == [True, False]
+    assert found["unknown"] == [True] * 3
+    assert found["copied"] == [["pruning_plan.json", "pruning_plan.safetensors"], []]

@@ -37,6 +37,7 @@ from .compat import (
 from .errors import DataError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
 from .files import digest, local_folder
+from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .loading_errors import first_line as first_line
 from .loading_errors import loading_error
@@ -279,6 +280,29 @@ def _require_own_templates(folder: Path) -> None:
     for path in (*folder.glob("chat_template*"), *folder.glob("additional_chat_templates/*")):
         if is_outside_folder(path, folder):
             raise DataError(f"{path} is a link out of its folder. Put a copy of the chat template in its place.")
+
+
+def cut_plan_files(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> tuple[Path, Path] | None:
+    """Both files of the plan of a student whose vocabulary was cut, from its folder or its repository on the Hub.
+
+    Args:
+        name_or_path: folder or Hub id, whose files are downloaded into the cache.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        None where there are no such files, or the Hub cannot be asked for them.
+    """
+    from huggingface_hub import hf_hub_download
+
+    name = os.path.expanduser(os.fspath(name_or_path))
+    plan, indices = Path(name) / PLAN_NAME, Path(name) / INDICES_NAME
+    with contextlib.suppress(OSError, ValueError):  # no repository, or no such file in it
+        if not Path(name).is_dir():
+            plan = Path(hf_hub_download(name, PLAN_NAME, revision=revision))
+            indices = Path(hf_hub_download(name, INDICES_NAME, revision=plan.parent.name))  # of the same commit
+    if not plan.is_file() or not indices.is_file() or read_artefact(plan).get("vocabulary") is None:
+        return None
+    return plan, indices
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -21,9 +21,9 @@ from torch import nn
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
 from .file_digests import weights_digest
 from .files import refuse_own_folder, replacing_folder, require_empty
-from .formats import INDICES_NAME, PLAN_NAME, QUANTIZATION_NAME, read_artefact, write_artefact
+from .formats import QUANTIZATION_NAME, write_artefact
 from .hardware import as_device, default_device, is_fast
-from .models import auto_class, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
+from .models import auto_class, cut_plan_files, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
 from .saving import save_model
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def quantize_checkpoint(
     made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
     with replacing_folder(Path(output_dir)) as temporary:
         save_model(made, temporary, _processing_class(model, config, revision))
-        _copy_cut_vocabulary(Path(model), temporary)
+        # The plan says which of the teacher's tokens the copy of a student with a cut vocabulary has.
+        for path in cut_plan_files(model, revision=revision) or ():
+            shutil.copyfile(path, temporary / path.name)
         write_artefact(temporary / QUANTIZATION_NAME, {"method": method, "source_weights": weights_digest(model)})
     return Path(output_dir)
 
@@ -151,13 +153,6 @@ def _processing_class(model: str | os.PathLike[str], config: PretrainedConfig, r
         with contextlib.suppress(DataError):
             return load_processor(model, revision=revision)
     return load_tokenizer(model, revision=revision)
-
-
-def _copy_cut_vocabulary(source: Path, target: Path) -> None:
-    """Copy the plan of a student whose vocabulary was cut: it says which of the teacher's tokens the copy has."""
-    if (source / PLAN_NAME).is_file() and read_artefact(source / PLAN_NAME).get("vocabulary") is not None:
-        for name in (PLAN_NAME, INDICES_NAME):
-            shutil.copyfile(source / name, target / name)
 
 
 def require_quantizable(config: PretrainedConfig, method: str) -> None:

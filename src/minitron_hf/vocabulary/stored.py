@@ -1,4 +1,4 @@
-"""The cut of a student's vocabulary, as its plan holds it: attached to the model, or in its folder."""
+"""The cut of a student's vocabulary, as its plan holds it: attached to the model, in its folder or on the Hub."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from tokenizers.models import WordPiece
 
+from ..compat import commit_hash
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..errors import MismatchError
-from ..formats import INDICES_NAME, PLAN_NAME, read_artefact
+from ..formats import read_artefact
+from ..models import cut_plan_files
 from .ids import names_processor_ids, renumbered_fields
 from .rewriting import cut_tokenizer
 
@@ -95,16 +96,18 @@ def stored_cut(model: Any) -> StoredCut | None:
     """The cut of a student's vocabulary; None if its plan has none, or is not known.
 
     Args:
-        model: a model, or its folder.
+        model: a model, its folder or its Hub id.
     """
     if (plan := getattr(model, "pruning_plan", None)) is not None:
         return None if plan.vocabulary is None else StoredCut(plan.teacher_tokens, plan.vocabulary)
-    name = model if isinstance(model, str | os.PathLike) else getattr(model.config, "name_or_path", None)
-    if not name or not (Path(name) / PLAN_NAME).is_file() or not (Path(name) / INDICES_NAME).is_file():
+    if isinstance(model, str | os.PathLike):
+        files = cut_plan_files(model)
+    else:
+        name = getattr(model.config, "name_or_path", None)
+        files = cut_plan_files(name, revision=commit_hash(model.config)) if name else None
+    if files is None:
         return None
-    facts = read_artefact(Path(name) / PLAN_NAME).get("vocabulary")
-    if facts is None:
-        return None
-    with safe_open(Path(name) / INDICES_NAME, "np") as stored:
+    plan_file, indices = files
+    with safe_open(indices, "np") as stored:
         name = "vocab" if "vocab" in stored.keys() else "earlier_tokens"  # noqa: SIM118 (not a mapping)
-        return StoredCut(stored.get_tensor(name), facts)
+        return StoredCut(stored.get_tensor(name), read_artefact(plan_file)["vocabulary"])
