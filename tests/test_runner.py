@@ -255,13 +255,16 @@ def test_redo_leaves_nothing_of_what_the_recipe_no_longer_has(values):
     assert "were compared by KL" not in (folder / "README.md").read_text()
 
 
-def test_text_that_the_recipe_now_reads_is_no_leftover(values, tmp_path):
+def test_text_that_the_recipe_now_reads_and_copies_made_by_hand_are_no_leftovers(values, tmp_path):
     folder = tmp_path / "run"
-    for name in ("generated", "teacher_cache"):
+    for name in ("generated", "teacher_cache", "quantized", "stages"):
         (folder / name).mkdir(parents=True)
+    for stage in ("generate", "cache"):
+        (folder / "stages" / f"{stage}.json").write_text("{}")
     values["data"]["train"] = str(folder / "generated")
     runner._clear_unwanted(folder, Recipe.from_dict(values))
-    assert [path.name for path in folder.iterdir()] == ["generated"]
+    assert sorted(path.name for path in folder.iterdir()) == ["generated", "quantized", "stages"]
+    assert [path.name for path in (folder / "stages").iterdir()] == ["generate.json"]
 
 
 def test_a_stage_whose_output_is_gone_is_done_again(values):

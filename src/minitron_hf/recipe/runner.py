@@ -241,13 +241,17 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
 def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
     """Remove the files of stages that the recipe no longer has, so that they are not published with this run.
 
-    What the recipe names as an input, such as text that the teacher wrote before, stays.
+    Files without a record of their stage were made by hand, and stay. So does what the recipe names as an input, such
+    as text that the teacher wrote before.
     """
     named = recipe.to_yaml()
     for stage in stages_of(recipe):
-        if not stage.wanted(recipe) and not any(f"{folder.name}/{output}" in named for output in stage.outputs):
+        record = folder / STAGES_DIR / f"{stage.name}.json"
+        if stage.wanted(recipe) or not record.is_file():
+            continue
+        if not any(f"{folder.name}/{output}" in named for output in stage.outputs):
             _clear(folder, stage)
-            (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
+            record.unlink()
 
 
 def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
