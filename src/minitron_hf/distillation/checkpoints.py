@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..data.images import COLUMNS
-from ..errors import MismatchError, OutputError
+from ..errors import DivergedError, MismatchError, OutputError
 from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
 from .record import RECORDED_ARGUMENTS
@@ -172,6 +172,10 @@ class CheckpointMixin(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._write_manifest(folder, progress)
+        except DivergedError:  # before anything was written
+            if self.args.should_save:
+                remove(folder)
+            raise
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
