@@ -145,7 +145,9 @@ def _require_no_plan(output: Path | None, overwrite: bool) -> None:
     from ..sizes.request import PRUNER_CONFIG_NAME
 
     if output is not None:
-        _require_prepared(output, [PLAN_NAME, INDICES_NAME, PRUNER_CONFIG_NAME], overwrite)
+        # The plan is written last: indices alone, or with a config, are what a killed command left.
+        by_hand = [] if (output / INDICES_NAME).exists() else [PRUNER_CONFIG_NAME]
+        _require_prepared(output, [PLAN_NAME, *by_hand], overwrite)
 
 
 def _say_moved(option: str, command: str) -> None:
@@ -190,7 +192,6 @@ def _plan(teacher: str, output: Path | None, scores: Path | None, request: Prune
     from ..pruning.planning import make_plan
     from ..scoring.scores import ImportanceScores
     from ..sizes.compared import compared_counts
-    from ..sizes.request import PrunerConfig
     from ..sizes.student import require_some_size
     from ..vocabulary.counts import count_tokens
 
@@ -222,6 +223,5 @@ def _plan(teacher: str, output: Path | None, scores: Path | None, request: Prune
     )
     if output is not None:
         with locked_folder(output):
-            PrunerConfig.from_dict(made.pruner_config).save_pretrained(output)
-            path = made.save_pretrained(output)
+            path = made.save_pretrained(output, with_request=True)
         wrote(path)

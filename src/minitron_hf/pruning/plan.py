@@ -21,6 +21,7 @@ from ..files import digest, json_values, replacing_file, versions
 from ..formats import FORMATS, PLAIN_FORMATS, number_of, read_artefact, write_artefact
 from ..formats import INDICES_NAME as INDICES_NAME
 from ..formats import PLAN_NAME as PLAN_NAME
+from ..sizes.request import PrunerConfig
 from ..vocabulary.ids import names_ids
 
 #: What the names of arrays of partners begin with, beside the kept units, which go by their axis.
@@ -199,8 +200,14 @@ class PruningPlan:
             *([{EARLIER_TOKENS: self.earlier_tokens.tolist()}] if self.earlier_tokens is not None else []),
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
-        """Write `pruning_plan.json`, and the kept indices, partners and basis in `pruning_plan.safetensors`."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, with_request: bool = False) -> Path:
+        """Write `pruning_plan.json`, and the kept indices, partners and basis in `pruning_plan.safetensors`.
+
+        Args:
+            save_directory: folder.
+            with_request: write the sizes that were asked for as `pruner_config.json`, too. `pruning_plan.json` comes
+                last in any case.
+        """
         folder = Path(save_directory)
         whole = {BASIS: self.basis, EARLIER_TOKENS: self.earlier_tokens}
         with replacing_file(folder / INDICES_NAME) as temporary:
@@ -214,6 +221,8 @@ class PruningPlan:
                 # One entry: safetensors writes several in any order.
                 metadata={"minitron_hf": digest(self.digest, json_values(self.to_dict()))},
             )
+        if with_request:
+            PrunerConfig.from_dict(self.pruner_config).save_pretrained(folder)
         write_artefact(folder / PLAN_NAME, self.to_dict())
         return folder / PLAN_NAME
 
