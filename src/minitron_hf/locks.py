@@ -41,7 +41,7 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         OutputError: if another run holds the folder.
     """
     folder = Path(folder).resolve()
-    if (os.environ.get("RANK") or "0") != "0" or _is_held(folder):
+    if not is_main_process() or _is_held(folder):
         yield
         return
     is_new = not folder.exists()
@@ -66,6 +66,11 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # it holds something by now, or is gone
                 folder.rmdir()
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def launched_processes() -> int:

@@ -42,7 +42,8 @@ def distill(
 
     Resumes from the last checkpoint in the output folder.
     """
-    from ..recipe.launching import is_main_process, launch
+    from ..locks import is_main_process
+    from ..recipe.launching import launch
     from ..recipe.run import UNFINISHED_DIR
     from ..recipe.settings import distillation_config, distillation_hints
 

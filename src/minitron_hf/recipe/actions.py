@@ -140,8 +140,7 @@ def _plan(run: Run) -> None:
             output_dir=run.folder,
             show_progress=run.show_progress,
         )
-    PrunerConfig.from_dict(plan.pruner_config).save_pretrained(run.folder)
-    _with_earlier_cut(run, plan).save_pretrained(run.folder)
+    _with_earlier_cut(run, plan).save_pretrained(run.folder, with_request=True)
 
 
 def _with_earlier_cut(run: Run, plan: PruningPlan) -> PruningPlan:

@@ -89,11 +89,6 @@ def require_launchable(config: str | os.PathLike[str], num_processes: int | None
     return devices if num_processes is None else num_processes
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that prints and writes files."""
-    return (os.environ.get("RANK") or "0") == "0"
-
-
 def launch(arguments: Sequence[str], config: str | os.PathLike[str], num_processes: int | None = None) -> None:
     """Run a command of `minitron-hf` in several processes, and wait for them.
 
