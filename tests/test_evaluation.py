@@ -333,3 +333,21 @@ def test_a_damaged_student_is_measured_as_worse(data_folder: Path):
     assert student["loss"]["value"] > teacher["loss"]["value"]
     assert student["kl_divergence"]["value"] > 5 * student["kl_divergence"]["stderr"] > 0
     assert 0.3 < student["top1_agreement"]["value"] < 1
+
+
+def test_the_models_that_are_not_timed_have_every_other_number(tokenizer):
+    """Quality and bytes of all; speeds and drafts of the named ones alone."""
+    models = {name: pocket_model("llama", dtype=torch.float32, seed=seed) for seed, name in enumerate("abc")}
+    given = {"processing_class": tokenizer, "show_progress": False, "rounds": 1, "prefill_length": 8, "decode_tokens": 2}
+    given |= {"speed_batch_sizes": [2], "draft_prompts": 1, "max_length": 64}
+    whole = evaluate_models(models, TEXTS, **given)["models"]
+    found = evaluate_models(models, TEXTS, speed_models=["a", "c"], **given)["models"]
+    for name in models:
+        assert found[name]["metrics"] == whole[name]["metrics"]
+        assert found[name]["kv_cache_bytes_per_token"] == whole[name]["kv_cache_bytes_per_token"] > 0
+    timed = {name for name, one in found.items() if one["decode_tokens_per_second"] and "speeds" in one}
+    assert timed == {"a", "c"}
+    assert {name for name, one in found.items() if "draft" in one} == {"c"}
+    assert {name for name, one in whole.items() if "draft" in one} == {"b", "c"}
+    with pytest.raises(DataError, match="speed_models names d, expected some of the models a, b, c"):
+        evaluate_models(models, TEXTS, speed_models=["d"], **given)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from minitron_hf import (
@@ -27,10 +29,12 @@ from minitron_hf import (
 from minitron_hf.data import TokenRows
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
+from minitron_hf.evaluation.speed import checkpoint_bytes
 from minitron_hf.losses.fused import distillation_loss
 from minitron_hf.losses.heads import OutputHead
 from minitron_hf.losses.signals import DenseSignal
 from minitron_hf.pruning.stored_checkpoint import WEIGHTS_NAME as WEIGHTS
+from minitron_hf.quantization import quantize_checkpoint
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
 
 pytestmark = pytest.mark.gpu
@@ -165,3 +169,44 @@ def test_students_train_in_every_way_that_the_gpu_offers(device, way, tmp_path):
     assert len(losses[way]) == 4
     assert all(map(math.isfinite, losses[way]))
     assert losses[way] == pytest.approx(losses["eager"], rel=2e-2)
+
+
+def asymmetric(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """Rounding to 16 levels between the least and the largest weight of every group of a row's inputs."""
+    groups = weight.float().reshape(len(weight), -1, group)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (most - least) / 15
+    return (((groups - least) / step).round() * step + least).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_copies_of_a_gpu_have_the_values_of_the_rounding_by_hand(device, method, tmp_path):
+    """Four bits are packed on a GPU: two weights a byte. Stock Transformers loads them and generates."""
+    pytest.importorskip("torchao")
+    if device == "cpu" and method == "int4":
+        pytest.skip("four bits are packed on a GPU alone")
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = pocket_model("llama", dtype=torch.bfloat16, **sizes, head_dim=128, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "student")
+    pocket_tokenizer().save_pretrained(tmp_path / "student")
+    quantize_checkpoint(tmp_path / "student", tmp_path / method, method, device=device)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / method, device_map=device)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = module.weight.detach().float()
+            one = torch.eye(weight.shape[1], dtype=loaded.dtype, device=device)
+            with torch.no_grad():
+                found = loaded.get_submodule(name)(one).T.float().cpu()
+            if method == "int4":
+                assert (found - asymmetric(weight, 128)).norm() < 0.1 * (found - weight).norm() + 0.01 * weight.norm()
+                assert all(len(group.unique()) <= 16 for group in found[:8].reshape(-1, 128))
+            else:
+                step = weight.abs().amax(-1, keepdim=True) / 127
+                assert ((found - weight).abs() <= 0.51 * step + 0.01 * weight.abs()).all()
+    share = checkpoint_bytes(tmp_path / method) / checkpoint_bytes(tmp_path / "student")
+    assert share < {"int8": 0.6, "int4": 0.35}[method]
+    tokens = pocket_tokens(2, 8).to(device)
+    with torch.no_grad():
+        expected, found = (one.to(device)(tokens).logits.float().cpu() for one in (model, loaded))
+    assert (found - expected).norm() < {"int8": 0.05, "int4": 0.5}[method] * expected.norm()
+    assert loaded.generate(tokens, max_new_tokens=4, do_sample=False).shape == (2, 12)

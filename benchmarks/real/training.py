@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
@@ -151,6 +152,7 @@ class Workshop:
                 "documents": len(data.texts),
                 "epochs": round(trainer.state.epoch or 0.0, 4),
                 "bf16": bool(arguments.bf16),
+                "torch_compile": bool(arguments.torch_compile),
                 "log": [
                     {"step": entry["step"], "loss": round(entry["loss"], 5)}
                     for entry in trainer.state.log_history
@@ -245,7 +247,9 @@ class Documents:
 def arm_arguments(arm: Arm, folder: Path) -> DistillationConfig:
     """The trainer's arguments: those of the arm, and what all arms share."""
     passes = _passes(arm)
-    correction = {}
+    loss, correction = dict(arm.loss), {}
+    if torch.cuda.is_available():  # to compile a layer takes longer there than an arm
+        loss.pop("torch_compile", None)
     if arm["teacher"] == "corrected-meanwhile":
         correction = {
             "teacher_correction": "concurrent",
@@ -268,7 +272,7 @@ def arm_arguments(arm: Arm, folder: Path) -> DistillationConfig:
         logging_steps=max(1, arm.steps // LOGGED),
         report_to="none",
         disable_tqdm=True,
-        **arm.loss,
+        **loss,
         **correction,
     )
 

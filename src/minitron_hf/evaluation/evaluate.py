@@ -22,7 +22,7 @@ from ..weights import model_digest
 from .benchmarks import measure_benchmarks
 from .chat import ChatTest
 from .draft import DraftTest, time_drafts
-from .limits import Limits, checked_reference, require_image_models, require_positive
+from .limits import Limits, checked_reference, chosen_models, require_image_models, require_positive
 from .loading import common_device, in_float32, load_for_inference, load_processing_class
 from .quality import measure_quality
 from .speed import Workload, checkpoint_bytes, device_description, measure_speed
@@ -52,6 +52,7 @@ def evaluate_models(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     speed: bool = True,
+    speed_models: Sequence[str] | None = None,
     prefill_length: int | None = None,
     decode_tokens: int | None = None,
     rounds: int = 5,
@@ -133,6 +134,7 @@ def evaluate_models(
             losses and divergences by about 0.001 nats.
         device: device of models that are loaded here; default the device of the model objects, else CUDA if available.
         speed: whether to time.
+        speed_models: names of the models that are timed, and tried as drafts; None: all.
         prefill_length: tokens of the timed prompt; by default up to 512, as the models' contexts allow.
         decode_tokens: tokens of the timed generation; by default up to 64.
         rounds: number of timed rounds.
@@ -174,7 +176,8 @@ def evaluate_models(
     require_positive(batch_size=batch_size, rounds=rounds)
     sources = _sources(models, checkpoints or {})
     output = _output_file(output_path)
-    compared_models = _task_models(models, task_models)
+    compared_models = chosen_models(models, task_models=task_models)
+    timed_models = chosen_models(models, speed_models=speed_models)
     # Refusals that need configs alone come before any weights are read.
     limits = Limits.of(models, reference, maps_tokens=True)
     if tasks:
@@ -232,12 +235,13 @@ def evaluate_models(
         )
     drafts = {}
     if draft is not None and reference is not None:
-        with evaluating(loaded.values()):
-            drafts = time_drafts(loaded, reference, text, draft, readers, show_progress)
+        compared = {name: loaded[name] for name in loaded if name in (reference, *timed_models)}
+        with evaluating(compared.values()):
+            drafts = time_drafts(compared, reference, text, draft, readers, show_progress)
     by_path = [name for name, source in sources.items() if isinstance(source, str | os.PathLike)]
-    in_full_precision = by_path if dtype in (None, "auto") else []
-    of_models = (limits.spaces.own_ids, in_full_precision)
-    measured = _measure(loaded, rows, reference, batch_size, timing, grid, *of_models, chat, show_progress)
+    of_models = (limits.spaces.own_ids, by_path if dtype in (None, "auto") else [])
+    of_speed = (timing, grid, timed_models)
+    measured = _measure(loaded, rows, reference, batch_size, *of_speed, *of_models, chat, show_progress)
     result = {
         "format": FORMATS[EVALUATION_NAME],
         "versions": versions(),
@@ -296,6 +300,7 @@ def _measure(
     batch_size: int,
     timing: Timing,
     grid: Sequence[Workload],
+    timed: Sequence[str],
     own_ids: Mapping[str, torch.Tensor],
     in_full_precision: Sequence[str],
     chat: ChatTest | None,
@@ -310,6 +315,7 @@ def _measure(
         batch_size: rows per forward pass.
         timing: lengths and number of the timed rounds.
         grid: further workloads to time.
+        timed: names of the models to time.
         own_ids: name → the model's own id of every token, where it differs.
         in_full_precision: names of the models whose quality is computed in float32: half precision moves a KL by 0.001
             nats, more than its standard error where a model is close to its reference.
@@ -324,7 +330,12 @@ def _measure(
             positions = {name: quality[name].pop("positions") for name in models}
             answers = {} if chat is None else chat.measure(models, reference, batch_size, show_progress)
             dtypes = _dtypes(models)
-        speeds = measure_speed(models, rows.without_images(), **asdict(timing), grid=grid, show_progress=show_progress)
+        text, times = rows.without_images(), asdict(timing)
+        speeds = measure_speed(
+            {name: models[name] for name in timed}, text, **times, grid=grid, show_progress=show_progress
+        )
+        rest = {name: model for name, model in models.items() if name not in timed}
+        speeds |= measure_speed(rest, text, **{**times, "rounds": 0}, show_progress=False)
     found = {}
     for name in models:
         found[name] = {"metrics": quality[name], **speeds[name]}
@@ -382,17 +393,6 @@ def _draft_test(
         draft_prompts, prompt_tokens, max(1, min(DraftTest.new_tokens, room - prompt_tokens)), draft_tokens
     )
     return replace(test, num_prompts=len(test.prompts(rows)))
-
-
-def _task_models(models: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
-    """The models that do the tasks, in the order of the models.
-
-    Raises:
-        DataError: if one of the names is unknown.
-    """
-    if unknown := sorted(set(names or ()) - set(models)):
-        raise DataError(f"task_models names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
-    return [name for name in models if names is None or name in names]
 
 
 def _output_file(output_path: str | os.PathLike[str] | None) -> Path | None:

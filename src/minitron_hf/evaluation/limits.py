@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -177,3 +177,15 @@ def _vocabulary_size(model: Any, config: PretrainedConfig) -> int:
         if (size := getattr(head, "out_features", None)) is not None:
             return int(size)
     return int(config.get_text_config().vocab_size)
+
+
+def chosen_models(models: Mapping[str, Any], **named: Sequence[str] | None) -> list[str]:
+    """The models that one argument names, in their order; all if it is None.
+
+    Raises:
+        DataError: if one of the names is unknown.
+    """
+    [(argument, names)] = named.items()
+    if unknown := sorted(set(names or ()) - set(models)):
+        raise DataError(f"{argument} names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
+    return [name for name in models if names is None or name in names]

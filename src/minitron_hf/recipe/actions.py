@@ -304,6 +304,12 @@ def quantised_copies(recipe: Recipe) -> dict[str, str]:
     return {f"student_{method}": method for method in recipe.quantize}
 
 
+def timed_models(recipe: Recipe) -> list[str]:
+    """Names of the models that are timed, and tried as drafts: the others are as fast as one of them."""
+    rounds = [f"round_{number}" for number in range(1, len(recipe.rounds))]
+    return ["teacher", *rounds, "student", *quantised_copies(recipe)]
+
+
 def _evaluate(run: Run) -> None:
     from ..evaluation.evaluate import evaluate_models
     from ..evaluation.samples import generate_samples
@@ -334,6 +340,7 @@ def _evaluate(run: Run) -> None:
         checkpoints={"teacher": source.model},
         dtype=None if run.recipe.teacher.dtype == "auto" else run.recipe.teacher.dtype,
         speed=section.speed,
+        speed_models=timed_models(run.recipe),
         speed_batch_sizes=section.speed_batch_sizes,
         speed_prompt_tokens=section.speed_prompt_tokens,
         draft_prompts=section.draft_prompts,

@@ -408,8 +408,9 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
         layers = costs.layer_flops(model, length) * max(1.0, slower) / facts.machine.forward_flops
         layers = min(layers, costs.layer_flops(model, length) / (facts.machine.float32_flops / 2))
         seconds += START_SECONDS + tokens * (layers + costs.head_flops(model) / facts.machine.float32_flops)
-        seconds += timing_seconds(facts, model)
-    seconds += sum(draft_seconds(facts, draft) for draft in models[1:])
+    drafts = [*facts.students, *[student] * len(recipe.quantize)]
+    seconds += sum(timing_seconds(facts, model) for model in (facts.teacher, *drafts))
+    seconds += sum(draft_seconds(facts, draft) for draft in drafts)
     memory = evaluation_bytes(facts, models, length)
     formula = f"{tokens:,.0f} tokens, {len(models)} models" + (", tasks not counted" if section.tasks else "")
     return StageCost("evaluate", seconds, memory, 0.0, formula)

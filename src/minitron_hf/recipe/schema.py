@@ -124,7 +124,8 @@ class EvaluateSection:
         num_rows: stop reading after the document that completes so many rows; all of its rows are measured, so that
             bits per byte are exact. None: read all.
         batch_size: rows per batch.
-        speed: measure prefill and decode speed.
+        speed: measure prefill and decode speed of the teacher, the students of all rounds and the quantised copies.
+            The other models are as fast as one of these.
         speed_batch_sizes: numbers of prompts at a time to time, beside one prompt.
         speed_prompt_tokens: lengths of prompts to time, beside one of up to 512 tokens.
         tasks: lm-evaluation-harness tasks, or the presets `minitron`, `minitron_code` and `small` (needs the extra
@@ -137,8 +138,8 @@ class EvaluateSection:
         task_data: folder with documents of stock tasks, `TASK.jsonl`, to read instead of the Hub.
         confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
-        draft_prompts: rows of held-out text that the teacher continues with every other model as its draft; None:
-            drafts are not measured.
+        draft_prompts: rows of held-out text that the teacher continues with every other model that is timed as its
+            draft; None: drafts are not measured.
         draft_tokens: tokens that a draft proposes at a time.
         prompts: prompts to complete for the model card.
         chat: prompts that the models answer under the chat template; None: chat is not measured.
