@@ -338,7 +338,13 @@ def test_a_damaged_student_is_measured_as_worse(data_folder: Path):
 def test_the_models_that_are_not_timed_have_every_other_number(tokenizer):
     """Quality and bytes of all; speeds and drafts of the named ones alone."""
     models = {name: pocket_model("llama", dtype=torch.float32, seed=seed) for seed, name in enumerate("abc")}
-    given = {"processing_class": tokenizer, "show_progress": False, "rounds": 1, "prefill_length": 8, "decode_tokens": 2}
+    given = {
+        "processing_class": tokenizer,
+        "show_progress": False,
+        "rounds": 1,
+        "prefill_length": 8,
+        "decode_tokens": 2,
+    }
     given |= {"speed_batch_sizes": [2], "draft_prompts": 1, "max_length": 64}
     whole = evaluate_models(models, TEXTS, **given)["models"]
     found = evaluate_models(models, TEXTS, speed_models=["a", "c"], **given)["models"]

@@ -18,6 +18,7 @@ import pytest
 
 from hub_server import (
     HubServer,
+    card_metadata,
     check_card,
     hub_server_fixture,  # noqa: F401 (a fixture)
     make_blob,
@@ -578,6 +579,29 @@ def test_teacher_metadata_from_a_folder(tmp_path):
     assert (teacher["license"], teacher["license_name"]) == ("other", "llama3.1")
     assert teacher["language"] == ["en", "no"], "YAML reads `no` as False"
     assert (run / "USE_POLICY.md").read_text() == "Be kind"
+
+
+@pytest.mark.parametrize(
+    ("base", "known"),
+    [
+        ("base_model: lab/stories", "lab/stories"),
+        ("base_model: [lab/stories]", "lab/stories"),
+        ("base_model: [lab/stories, lab/poems]", None),
+        ("base_model: ./stories", None),
+        ("base_model: 7", None),
+    ],
+)
+def test_a_local_teacher_says_which_model_it_was_made_from(tmp_path, base, known):
+    """The student's card names it, for neither a folder of this machine nor one of several is a base on the Hub."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text(f"---\nlicense: mit\n{base}\n---\n")
+    write_run(tmp_path / "run")
+    teacher = json.loads(write_teacher_metadata(tmp_path / "run", tmp_path / "teacher").read_text())
+    assert teacher.get("base_model") == known
+    card = render_model_card(tmp_path / "run")
+    data = card_metadata(card)
+    assert (data.get("base_model"), data.get("base_model_relation")) == (known, known and "finetune")
+    assert ("(made from [lab/stories](https://huggingface.co/lab/stories)), pruned from" in card) is bool(known)
 
 
 @pytest.mark.parametrize("card", [None, "# no metadata\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minitron_hf import count_parameters, load_model, load_tokenizer, save_model
-from minitron_hf.files import file_digest, public_name, read_json, replacing_folder, write_json
+from minitron_hf.files import file_digest, public_name, read_json, replacing_folder, write_json, write_text
 from minitron_hf.hardware import as_dtype
 
 METADATA_NAME = "teacher.json"
@@ -71,6 +72,8 @@ def get_teacher(source: str, folder: Path, dtype: str | None = None) -> dict[str
         with replacing_folder(folder) as unfinished:
             save_model(model, unfinished, tokenizer)
             write_json(unfinished / METADATA_NAME, metadata)
+            if "original" in metadata:  # cards of students take licence and origin from here
+                write_text(unfinished / "README.md", _card(metadata))
     return metadata
 
 
@@ -85,6 +88,15 @@ def teacher_metadata(source: str) -> dict[str, Any]:
         "weights": "as published",
         "revision": getattr(config, "_commit_hash", None),
     }
+
+
+def _card(metadata: dict[str, Any]) -> str:
+    """The model card of a teacher whose weights are not those of the Hub."""
+    block = ModelCardData(
+        license=metadata["license"], library_name="transformers", base_model=metadata["original"]
+    ).to_yaml(line_break="\n")
+    weights = f"`{metadata['file']['name']}` in the package `{metadata['package']}`, {metadata['weights']}"
+    return f"---\n{block}\n---\n\n# {metadata['original'].split('/')[1]}\n\nMade from {weights}.\n"
 
 
 def _unpacked(package: str, folder: Path) -> Path:

@@ -60,12 +60,12 @@ def metadata(run: Mapping[str, Any], teacher: Mapping[str, Any], title: str) -> 
         pipeline_tag=run["loading"]["task"],
         tags=tags,
         datasets=list(dict.fromkeys(datasets)) or None,
-        base_model=teacher["hub_id"],
+        base_model=(base := teacher["hub_id"] or teacher["base_model"]),
         metrics=sorted({"perplexity"} & {result.metric_type for result in results}) or None,
         model_name=title if results else None,
         eval_results=results or None,
         # The Hub knows finetune, adapter, quantized and merge; a student is a finetune of its teacher.
-        base_model_relation="finetune" if teacher["hub_id"] else None,
+        base_model_relation="finetune" if base else None,
     )
     return data.to_yaml(line_break="\n")
 

@@ -247,7 +247,7 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
         hub_id = known["hub_id"]
     else:  # not recorded: only an `owner/name` is taken for a Hub id
         hub_id = name if name and name.count("/") == 1 and is_repo_id(name) else None
-    fields = ("license", "license_name", "license_link", "language", "datasets")
+    fields = ("license", "license_name", "license_link", "language", "datasets", "base_model")
     label = re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name else None
     return {
         **{field: known.get(field) for field in fields},

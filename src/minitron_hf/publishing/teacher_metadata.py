@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import local_folder, public_name, replacing_file
 from ..formats import write_artefact
 from ..privacy import is_outside_folder
+from .card_metadata import is_repo_id
 from .card_values import LEGAL_FILES, matches
 from .hub_errors import hub_errors
 from .licences import write_legal_texts
@@ -31,7 +33,7 @@ def write_teacher_metadata(
     where the teacher has none.
 
     What the card does not say is null: nothing is guessed. `hub_id` is null for a local folder, whose name means
-    nothing to readers of the student's card.
+    nothing to readers of the student's card. They get the `base_model` of its card, if that is one model of the Hub.
 
     Args:
         run_dir: the run folder.
@@ -67,6 +69,7 @@ def write_teacher_metadata(
         "language": _strings(data.get("language")),
         "datasets": _strings(data.get("datasets")),
         "tags": _strings(data.get("tags")),
+        **({} if (base := _base_model(data)) is None or hub_id is not None else {"base_model": base}),
         "legal_files": [file for file in files if matches(file, LEGAL_FILES)] or None,
     }
     for file in teacher["legal_files"] or ():
@@ -88,6 +91,13 @@ def _card_metadata(card: Path | None, name: str | None) -> dict[str, Any]:
     except (ValueError, OSError, yaml.YAMLError) as error:
         logger.warning("The card of %s cannot be read (%s); its licence is recorded as unknown.", name, error)
         return {}
+
+
+def _base_model(data: Mapping[str, Any]) -> str | None:
+    """The one model of the Hub that a card names as its base."""
+    named = data.get("base_model")
+    names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    return names[0] if len(names) == 1 and "/" in str(names[0]) and is_repo_id(str(names[0])) else None
 
 
 def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[str | None, dict[str, Path]]:
