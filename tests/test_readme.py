@@ -214,3 +214,15 @@ def test_reference_cards_render_again_byte_for_byte(folder):
     assert render_model_card(folder) == (folder / "README.md").read_text(encoding="utf-8")
     if (folder / "report.html").is_file():
         assert render_report(folder) == (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_table_of_reference_cards_has_their_numbers():
+    rows = [
+        line.split(" | ") for line in (ROOT / "model_cards" / "README.md").read_text().splitlines() if "| `" in line
+    ]
+    assert {row[0].strip("|` ") for row in rows} == {folder.name for folder in (ROOT / "model_cards").glob("*/")}
+    for name, _, divergence, share, _ in rows:
+        card = (ROOT / "model_cards" / name.strip("|` ") / "README.md").read_text()
+        [line] = [line for line in card.splitlines() if line.startswith("| KL(teacher ‖ model), nats per token |")]
+        assert line.split("|")[3].strip() == divergence
+        assert share == "–" or f"The student keeps {share} of the teacher's average" in card

@@ -87,6 +87,7 @@ def _draw_batches(panel: Axes, batches: Mapping[str, list[tuple[int, float]]], c
         sizes, speeds = zip(*batches[name], strict=True)
         panel.plot(sizes, speeds, "-o", markersize=4, color=colours[name], label=_model_title(name))
     panel.set_ylim(bottom=0)
+    panel.set_xticks(sorted({size for points in batches.values() for size, _ in points}))
     panel.set_xlabel("prompts at a time")
     panel.set_ylabel("tokens decoded per second, all prompts")
     panel.set_title("Speed by batch size", loc="left")
