@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from benchmarks.real.arms import SCREEN_TOKENS, load_experiments
 from benchmarks.real.intervals import Difference, paired_difference, t_quantile, verdict
 from benchmarks.real.measure import unpacked
 from benchmarks.real.optimizers import MuonWithAdamW, split_parameters
-from benchmarks.real.run import RESULTS, Bench
+from benchmarks.real.run import RESULTS, Bench, claimed
 from benchmarks.real.starts import Starts
 from benchmarks.real.stopping import Stop, Stopped
 
@@ -139,6 +140,30 @@ def test_cached_states_of_the_teacher_change_nothing(bench_files, tmp_path, monk
     several = replace(several, loss={"hidden_loss": "cosine", "hidden_layers": [[-1, -1]]})
     bench(bench_files, tmp_path / "more", keep_states=True).run(several)
     assert not (tmp_path / "more" / "work" / "shared" / "teacher-states").exists()
+
+
+def test_an_arm_that_another_run_has_begun_is_left_to_it(tmp_path):
+    """Until that run has ended, however it ended."""
+    script = """
+import sys, time
+from benchmarks.real.run import claimed
+with claimed(sys.argv[1]) as is_ours:
+    print(is_ours, flush=True)
+    time.sleep(60)
+"""
+    given = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path / "arm"], **given)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "True\n"
+    with claimed(tmp_path / "arm") as is_ours:
+        assert not is_ours
+    with claimed(tmp_path / "another") as is_ours:
+        assert is_ours
+    other.kill()
+    other.wait()
+    with claimed(tmp_path / "arm") as is_ours:
+        assert is_ours
+    assert not (tmp_path / "arm").exists() or not list((tmp_path / "arm").iterdir())
 
 
 def test_values_are_those_of_evaluate_models(bench_files, tmp_path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What one GPU shows in ten minutes: step time against its floor, the tests marked `gpu`, and one arm of experiments.yaml
-# with as many tokens as the rest of the time gives. A step that fails does not keep the next from running.
+# What one GPU shows in ten minutes: step time against its floor, the tests marked `gpu`, and arms of starts.yaml, several
+# at a time, for the rest of the time. A step that fails does not keep the next from running.
 #
 #   benchmarks/real/gpu.sh TEACHER DATA OUT [MINUTES]
 #
@@ -9,12 +9,13 @@
 #   OUT      folder for the results: device.txt, step-time.json, tests.txt, results/*.json, report.md, status.txt
 #   MINUTES  in all; default 10
 #
-# PYTHON names the interpreter, in whose environment the package and its test extra are installed. DEVICE=cpu checks the
-# script itself on a machine without a GPU, with a small step time and the table of arms that EXPERIMENTS names.
+# PYTHON names the interpreter, in whose environment the package and its test extra are installed. PROCESSES is the number
+# of arms at a time (default 8): small models leave most of a GPU idle. DEVICE=cpu checks the script itself on a machine
+# without a GPU, with a small step time and the table of arms that EXPERIMENTS names.
 set -uo pipefail
 
 if [ $# -lt 3 ] || [ $# -gt 4 ]; then
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 teacher=$1 data=$2 out=$3 minutes=${4:-10}
@@ -55,11 +56,21 @@ fi
 mapfile -t files < <(grep -l "mark.gpu" tests/test_*.py)
 step tests 120 "$python" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}" > "$out/tests.txt"
 tail -n 3 "$out/tests.txt"
-fill=$("$python" -c "print(max(0.05, ($(left 60)) / 60))")
-step arm "$(left 5)" "$python" -m benchmarks.real.run --teacher "$teacher" --data "$data" --work "$out/work" \
-    --results "$out/results" --experiments "${EXPERIMENTS:-benchmarks/real/experiments.yaml}" \
-    --only controls --arm base --fill "$fill" --drop-students
-step report 60 "$python" -m benchmarks.real.report --results "$out/results" \
-    --experiments "${EXPERIMENTS:-benchmarks/real/experiments.yaml}" > "$out/report.md"
+table=${EXPERIMENTS:-benchmarks/real/starts.yaml}
+arms() { # the share of one process: what no other has begun
+    "$python" -m benchmarks.real.run --teacher "$teacher" --data "$data" --work "$out/work/$1" --results "$out/results" \
+        --corpus written=benchmarks/real/written.jsonl --experiments "$table" --drop-students \
+        --minutes "$("$python" -c "print($(left 60) / 60)")" > "$out/arms-$1.txt" 2>&1
+}
+export OMP_NUM_THREADS=1
+pids=()
+for number in $(seq "${PROCESSES:-8}"); do
+    arms "$number" &
+    pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+echo "arms: exit status $status after $(($(date +%s) - begun)) s" | tee -a "$out/status.txt"
+step report 60 "$python" -m benchmarks.real.report --results "$out/results" --experiments "$table" > "$out/report.md"
 tail -n 6 "$out/report.md"
 ! grep -v "exit status 0 " "$out/status.txt"

@@ -8,6 +8,7 @@ Each arm becomes one JSON file in `--results`; pruned starts, checkpoints and st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import subprocess
@@ -20,6 +21,7 @@ import datasets
 import transformers
 
 from minitron_hf import count_parameters, load_tokenizer
+from minitron_hf.errors import OutputError
 from minitron_hf.evaluation.speed import device_description
 from minitron_hf.files import public_name, read_json, remove, versions, write_json
 from minitron_hf.locks import locked_folder
@@ -38,6 +40,8 @@ RESULTS = Path(__file__).with_name("results")
 #: Held-out rows of a domain, of `ROW_LENGTH` tokens each: 24k tokens of the first domain, half of it of others.
 ROWS, OTHER_ROWS, ROW_LENGTH = 48, 24, 512
 
+#: Folder of the results that holds the claims of arms which runs have begun.
+CLAIMS_DIR = ".claims"
 #: Steps of the run that measures the speed, and the part of the time that is planned with: the rest is for evaluation.
 FILL_STEPS, FILL_SHARE = 20, 0.8
 
@@ -216,6 +220,18 @@ def filling(bench: Bench, arm: Arm, seconds: float) -> Arm:
     return arm.at(tokens=max(steps, FILL_STEPS) * arm["tokens_per_step"])
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other run has claimed what a folder stands for. The claim ends with the block."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except OutputError:
+            yield False
+            return
+        yield True
+
+
 def commit() -> str | None:
     """The commit of this checkout; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -281,8 +297,10 @@ def main() -> None:
                 keep_states=arguments.cache_teacher,
             )
             for index, arm in enumerate(arms):
-                log(f"arm {index + 1} of {len(arms)}")
-                bench.run(arm if arguments.fill is None else filling(bench, arm, 60 * arguments.fill))
+                with claimed(arguments.results / CLAIMS_DIR / bench.key(arm)) as is_ours:
+                    log(f"arm {index + 1} of {len(arms)}" + ("" if is_ours else ": another run has begun it"))
+                    if is_ours:
+                        bench.run(arm if arguments.fill is None else filling(bench, arm, 60 * arguments.fill))
     except Stopped:
         log("stopped; the same command goes on.")
 
