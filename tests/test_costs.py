@@ -367,7 +367,7 @@ def test_further_speeds_and_drafts_are_counted(recipe):
         computed = batch * (costs.layer_flops(config, length) / 1e9 + costs.head_flops(config) / 2e9)
         return max(read / 1e8, computed) + 6e-4 * config.num_hidden_layers
 
-    base, models = seconds(speed=False), [teacher, student, student, student]
+    base, models = seconds(speed=False), [teacher, student]  # the pruned student and the control are as fast
     assert seconds(speed=False, speed_batch_sizes=[8]) == base
     timed = seconds(speed=True)
     more = seconds(speed=True, speed_batch_sizes=[1, 8], speed_prompt_tokens=[512, 64])
@@ -379,7 +379,7 @@ def test_further_speeds_and_drafts_are_counted(recipe):
     assert more - timed == pytest.approx(expected)
 
     drafts = seconds(speed=False, draft_prompts=3, draft_tokens=2)
-    expected = 3 * 4 * 2 * 64 * step(teacher, 1, 32 + 64)
+    expected = 4 * 2 * 64 * step(teacher, 1, 32 + 64)
     for one in models[1:]:
         read = costs.decode_bytes(one, 4) + (32 + 128 - 64) * costs.cache_bytes(one, 4)
         computed = costs.layer_flops(one, 32 + 128) / 1e9 + costs.head_flops(one) / 2e9
