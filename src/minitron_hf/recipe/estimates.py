@@ -399,8 +399,8 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
         most = section.num_rows * length
         tokens = most if math.isnan(tokens) else min(most, tokens)
     student = facts.students[-1]
-    models = [facts.teacher, student, student, *[student] * len(recipe.controls), *facts.students[:-1]]
-    models += [student] * len(recipe.quantize)
+    drafts = [*facts.students, *[student] * len(recipe.quantize)]
+    models = [facts.teacher, *drafts, *[student] * (1 + len(recipe.controls))]
     models += [facts.teacher] if recipe.teacher_correction is not None else []
     slower = facts.machine.product_flops / facts.machine.float32_flops
     seconds = 0.0
@@ -408,7 +408,6 @@ def _evaluate(facts: Facts, number: int) -> StageCost:
         layers = costs.layer_flops(model, length) * max(1.0, slower) / facts.machine.forward_flops
         layers = min(layers, costs.layer_flops(model, length) / (facts.machine.float32_flops / 2))
         seconds += START_SECONDS + tokens * (layers + costs.head_flops(model) / facts.machine.float32_flops)
-    drafts = [*facts.students, *[student] * len(recipe.quantize)]
     seconds += sum(timing_seconds(facts, model) for model in (facts.teacher, *drafts))
     seconds += sum(draft_seconds(facts, draft) for draft in drafts)
     memory = evaluation_bytes(facts, models, length)
