@@ -124,11 +124,32 @@ def test_averages_and_the_table_of_the_card():
     assert average["value"] == 0.5
     assert average["difference"]["value"] == pytest.approx(-0.125)
     assert average["share"]["value"] == pytest.approx(0.5 / 0.625)
+    assert average["share_above_chance"] == average["share"], "nothing can be guessed"
     header, *rows = _benchmark_table(found["models"], found["average"])
     assert header[4:] == ["Teacher", "Student", "Difference", "Alone", "Difference"]
     assert [row[0] for row in rows] == ["piqa", "arc", "Average of 2 tasks"]
     assert rows[0][6] == "-0.25 ± 0.25"
     assert rows[1][6] == "0"
+
+
+def test_what_guessing_reaches_is_no_merit_of_a_student():
+    """The share above chance, against plain arithmetic; a teacher at chance has no share."""
+    values = {"piqa": [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]], "arc": [[1.0, 0.0], [1.0, 0.0]]}
+
+    def average(chances):
+        found = {}
+        for task, both in values.items():
+            named = dict(zip(("teacher", "student"), (scores_of({task: one}) for one in both)))
+            for scores in named.values():
+                scores.results[task]["acc"]["chance"] = chances[task]
+            found[task] = {name: _Stored(scores, None) for name, scores in named.items()}
+        return compared(found, ["teacher", "student"], "teacher")["average"]["student"]
+
+    found = average({"piqa": 0.5, "arc": 0.25})
+    assert found["share"]["value"] == pytest.approx(0.5 / 0.625)
+    assert found["share_above_chance"]["value"] == pytest.approx((0.5 - 0.375) / (0.625 - 0.375))
+    assert found["share_above_chance"]["stderr"] > found["share"]["stderr"] > 0
+    assert "share_above_chance" not in average({"piqa": 0.75, "arc": 0.5})
 
 
 class Work:

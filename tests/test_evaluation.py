@@ -355,5 +355,6 @@ def test_the_models_that_are_not_timed_have_every_other_number(tokenizer):
     assert timed == {"a", "c"}
     assert {name for name, one in found.items() if "draft" in one} == {"c"}
     assert {name for name, one in whole.items() if "draft" in one} == {"b", "c"}
-    with pytest.raises(DataError, match="speed_models names d, expected some of the models a, b, c"):
-        evaluate_models(models, TEXTS, speed_models=["d"], **given)
+    for wrong, words in ((["d"], "names d, expected some of the models a, b, c"), ("ab", "expected a list of names")):
+        with pytest.raises(DataError, match=f"speed_models.*{words}"):
+            evaluate_models(models, TEXTS, speed_models=wrong, **given)

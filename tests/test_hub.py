@@ -584,7 +584,7 @@ def test_teacher_metadata_from_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("base", "known"),
     [
-        ("base_model: lab/stories", "lab/stories"),
+        ("base_model: lab/stories\nbase_model_relation: cousin", "lab/stories"),
         ("base_model: [lab/stories]", "lab/stories"),
         ("base_model: [lab/stories, lab/poems]", None),
         ("base_model: ./stories", None),

@@ -107,7 +107,10 @@ def test_the_card_names_duties_and_texts(tmp_path):
     assert "Built with Llama." in content
     assert "Legal texts that go with the weights: [LICENSE](LICENSE)." in content
     (folder / "LICENSE").unlink()
-    assert "has no text of its licence; a file `LICENSE` in this folder is published" in render_model_card(folder)
+    assert (
+        "has no text of its licence. If you add one as `LICENSE` to this folder, it is published"
+        in render_model_card(folder)
+    )
 
 
 @pytest.mark.parametrize("link", ["javascript://%0aalert(1)", "terms.pdf", "https://example.org/a b<c>"])

@@ -92,9 +92,8 @@ def teacher_metadata(source: str) -> dict[str, Any]:
 
 def _card(metadata: dict[str, Any]) -> str:
     """The model card of a teacher whose weights are not those of the Hub."""
-    block = ModelCardData(
-        license=metadata["license"], library_name="transformers", base_model=metadata["original"]
-    ).to_yaml(line_break="\n")
+    named = {"base_model": metadata["original"], "base_model_relation": "quantized"}
+    block = ModelCardData(license=metadata["license"], library_name="transformers", **named).to_yaml(line_break="\n")
     weights = f"`{metadata['file']['name']}` in the package `{metadata['package']}`, {metadata['weights']}"
     return f"---\n{block}\n---\n\n# {metadata['original'].split('/')[1]}\n\nMade from {weights}.\n"
 

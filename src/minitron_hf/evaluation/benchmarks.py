@@ -23,7 +23,7 @@ from ..weights import model_digest
 from .limits import checked_reference, require_positive
 from .loading import common_device, load_for_inference
 from .means import mean_and_error
-from .paired import combined, paired_difference, share_of
+from .paired import combined, mean_of_means, paired_difference, share_of
 from .presets import main_metric, with_presets
 from .task_results import TaskScores, harness_version
 from .tasks import HarnessSettings, LoadedTask, TaskSource, run_task
@@ -144,7 +144,7 @@ def measure_benchmarks(
                     bar.set_postfix_str(f"{name}, {one.name}")
                     found.setdefault(one.name, {})[name] = run.scores(one, shots, identity)
                     bar.update()
-    result = compared(found, list(models), reference)
+    result = compared(found, list(models), reference) | {"local_documents": task_data is not None}
     if output_path is not None:
         write_artefact(Path(output_path) / BENCHMARKS_NAME, result)
     return {"format": 1, **result}
@@ -306,6 +306,7 @@ def _averages(
     columns = {task: _main_values(task, by_model) for task, by_model in found.items()}
     if len(columns) < 2 or not all(columns.values()):
         return {}
+    chances = [_chance(task, by_model) for task, by_model in found.items()]
     averages: dict[str, dict[str, Any]] = {}
     for name in names:
         tasks = {task: column[name] for task, column in columns.items() if column is not None}
@@ -321,7 +322,24 @@ def _averages(
             differences = [paired_difference(one, other) for one, other in zip(own, base)]
             averages[name]["difference"] = combined(differences, [1] * len(differences))
             averages[name]["share"] = share_of(own, base)
+            above = [[[value - one for value in values] for values, one in zip(side, chances)] for side in (own, base)]
+            if mean_of_means(above[1]) > 0:
+                averages[name]["share_above_chance"] = share_of(*above)
     return averages
+
+
+def _chance(task: str, by_model: Mapping[str, _Stored]) -> float:
+    """Accuracy of guessing in the main metric of a task; 0 where nothing can be guessed."""
+    name, (metric, values) = next(iter((_main_values(task, by_model) or {"": ("", [])}).items()))
+    if not values:
+        return 0.0
+    scores = by_model[name].scores
+    parts = scores.members.get(task) or [task]
+    guessed = (
+        len(scores.values[part][metric]) * scores.results.get(part, {}).get(metric, {}).get("chance", 0.0)
+        for part in parts
+    )
+    return sum(guessed) / len(values)
 
 
 def _main_values(task: str, by_model: Mapping[str, _Stored]) -> dict[str, tuple[str, list[float]]] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import TokenRows
 from ..data.context import context_length
 from ..data.images import holds_images, require_image_model
-from ..errors import DataError, MismatchError
+from ..errors import DataError, MismatchError, did_you_mean
 from ..models import load_config
 from .token_spaces import TokenSpaces
 
@@ -186,6 +186,11 @@ def chosen_models(models: Mapping[str, Any], **named: Sequence[str] | None) -> l
         DataError: if one of the names is unknown.
     """
     [(argument, names)] = named.items()
+    if isinstance(names, str):
+        raise DataError(f"{argument}={names!r}: expected a list of names of models.")
     if unknown := sorted(set(names or ()) - set(models)):
-        raise DataError(f"{argument} names {', '.join(unknown)}, expected some of the models {', '.join(models)}.")
+        near = did_you_mean(unknown, models)
+        raise DataError(
+            f"{argument} names {', '.join(unknown)}, expected some of the models {', '.join(models)}.{near}"
+        )
     return [name for name in models if names is None or name in names]

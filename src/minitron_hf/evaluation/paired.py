@@ -62,6 +62,11 @@ def combined(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> di
     return found
 
 
+def mean_of_means(values: Sequence[Sequence[float]]) -> float:
+    """Mean over tasks of the mean over documents."""
+    return math.fsum(math.fsum(task) / len(task) for task in values) / len(values)
+
+
 def share_of(
     values: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
 ) -> dict[str, float | None] | None:
@@ -81,10 +86,11 @@ def share_of(
     >>> share_of([[1, 0, 1, 0]], [[1, 1, 1, 1]])["value"]
     0.5
     """
-    base = math.fsum(math.fsum(task) / len(task) for task in reference)
+    count = len(reference)
+    base = count * mean_of_means(reference)
     if base == 0:
         return None
-    share = math.fsum(math.fsum(task) / len(task) for task in values) / base
+    share = count * mean_of_means(values) / base
     errors = []
     for task, other in zip(values, reference, strict=True):
         rest = [a - share * b for a, b in zip(task, other, strict=True)]

@@ -62,6 +62,8 @@ def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> s
     sentences = [f"Measured with lm-evaluation-harness {' and '.join(versions)}."]
     if any(measured.get("chat_template") for measured in found):
         sentences.append("The chat template was applied.")
+    if benchmarks.get("local_documents"):
+        sentences.append("Documents were read from a local folder and may be others than the Hub's.")
     if any(is_limited(measured) for measured in found):
         sentences.append("A value that was measured on a part of the documents cannot be compared with other values.")
     if any(measured.get("difference") for measured in found):
@@ -71,7 +73,8 @@ def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> s
         )
     if (share := (average.get("student") or {}).get("share")) is not None:
         metrics = ", ".join(f"{task} ({metric})" for task, metric in average["student"]["metrics"].items())
-        sentences.append(
-            f"The student keeps {md.measured(share, 100, ' %')} of the teacher's average over these tasks: {metrics}."
-        )
+        above = average["student"].get("share_above_chance")
+        kept = md.measured(share, 100, " %")
+        rest = f", and {md.measured(above, 100, ' %')} of what the average is above that of guessing" if above else ""
+        sentences.append(f"The student keeps {kept} of the teacher's average over these tasks{rest}: {metrics}.")
     return " ".join(sentences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .card_tables import (
     _corpus_table,
     _cost_table,
     _depth_table,
+    _model_title,
     _position_table,
     _round_table,
     _search_table,
@@ -41,6 +43,14 @@ _LEGAL_NAMES = {
     f"{stem}{end}" for stem in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt")
 }
 
+
+#: How a local teacher was made from a model of the Hub, by the relation that its card names.
+BASE_RELATIONS = {
+    "quantized": "with the quantised weights of",
+    "finetune": "fine-tuned from",
+    "merge": "merged from",
+    "adapter": "with an adapter of",
+}
 
 #: The report beside the card.
 REPORT_NAME = "report.html"
@@ -143,6 +153,8 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "corpus": _corpus_table(distillation),
         "written": _written_by_teacher(distillation),
         "speed_measured": any(model.get("decode_tokens_per_second") for model in models.values()),
+        "not_timed": [_model_title(name) for name, one in models.items() if not one.get("decode_tokens_per_second")],
+        "computed_in": _computed_in(evaluation) if evaluation else None,
         # Over fewer tokens than the teacher's own, a difference of losses says nothing about the student.
         "loss_gap": _loss_gap(evaluation) if evaluation and not (plan or {}).get("vocabulary") else None,
         "benchmarks": _benchmark_table(run["benchmarks"], run["average"]) if run["benchmarks"] else None,
@@ -165,6 +177,16 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _versions(run),
         "digests": _digests(run),
     }
+
+
+def _computed_in(evaluation: Mapping[str, Any]) -> str:
+    """The dtype that quality was computed in; of several, the commonest and who had another."""
+    dtypes = (evaluation.get("settings") or {}).get("dtypes") or {}
+    if evaluation["dtype"] != "mixed" or not dtypes:
+        return str(evaluation["dtype"])
+    commonest = statistics.mode(dtypes.values())
+    others = [f"{_model_title(name)} in {dtype}" for name, dtype in dtypes.items() if dtype != commonest]
+    return f"{commonest} ({', '.join(others)})"
 
 
 def _figures(run: Mapping[str, Any]) -> dict[str, str | None]:
@@ -252,6 +274,7 @@ def _teacher(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{field: known.get(field) for field in fields},
         "hub_id": hub_id,
+        "base_relation": BASE_RELATIONS.get(str(known.get("base_model_relation")), "made from"),
         "revision": known.get("revision") or (plan.get("teacher") or {}).get("revision"),
         "label": label,
     }

@@ -13,7 +13,7 @@ from ..files import local_folder, public_name, replacing_file
 from ..formats import write_artefact
 from ..privacy import is_outside_folder
 from .card_metadata import is_repo_id
-from .card_values import LEGAL_FILES, matches
+from .card_values import BASE_RELATIONS, LEGAL_FILES, matches
 from .hub_errors import hub_errors
 from .licences import write_legal_texts
 
@@ -69,7 +69,7 @@ def write_teacher_metadata(
         "language": _strings(data.get("language")),
         "datasets": _strings(data.get("datasets")),
         "tags": _strings(data.get("tags")),
-        **({} if (base := _base_model(data)) is None or hub_id is not None else {"base_model": base}),
+        **(_base_model(data) if hub_id is None else {}),
         "legal_files": [file for file in files if matches(file, LEGAL_FILES)] or None,
     }
     for file in teacher["legal_files"] or ():
@@ -93,11 +93,13 @@ def _card_metadata(card: Path | None, name: str | None) -> dict[str, Any]:
         return {}
 
 
-def _base_model(data: Mapping[str, Any]) -> str | None:
-    """The one model of the Hub that a card names as its base."""
-    named = data.get("base_model")
+def _base_model(data: Mapping[str, Any]) -> dict[str, str]:
+    """The one model of the Hub that a card names as its base, and how the model was made from it."""
+    named, relation = data.get("base_model"), data.get("base_model_relation")
     names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-    return names[0] if len(names) == 1 and "/" in str(names[0]) and is_repo_id(str(names[0])) else None
+    if len(names) != 1 or "/" not in str(names[0]) or not is_repo_id(str(names[0])):
+        return {}
+    return {"base_model": names[0]} | ({"base_model_relation": relation} if relation in BASE_RELATIONS else {})
 
 
 def _fetch_card(repo_id: str, revision: str | None, token: str | None) -> tuple[str | None, dict[str, Path]]:
