@@ -20,6 +20,9 @@ import torch
 import yaml
 
 from minitron_hf import PrunerConfig, count_tokens, make_plan, save_model
+from minitron_hf.errors import DataError
+from minitron_hf.recipe.schema import Recipe
+from minitron_hf.recipe.settings import check_settings
 from pocket import pocket_model, pocket_tokenizer
 from test_cli import TEXTS, minitron
 from test_vocabulary_pruning import SIZE, teacher_of, texts
@@ -971,3 +974,22 @@ def test_a_dry_run_refuses_what_the_folder_holds(yard, tmp_path):
     assert "prune.intermediate_size: 0.5 → 0.25" in refused.stderr
     assert minitron(*recipe, "--dry-run").returncode == 0
     assert minitron(*other, "--redo").returncode == 0
+
+
+def test_the_first_round_is_not_blamed_for_the_recipe(tmp_path):
+    """A typo in `distill` stands there, and not in a round that adds nothing to it."""
+    rounds = [
+        {"prune": {"intermediate_size": 0.8}},
+        {"prune": {"intermediate_size": 0.5}, "distill": {"max_steps": 1}},
+    ]
+    values = {"teacher": "lab/model", "data": {"train": "a/b", "eval": "a/b"}, "output_dir": str(tmp_path / "run")}
+    recipe = Recipe.from_dict({**values, "rounds": rounds, "distill": {"lerning_rate": 1.0}})
+    with pytest.raises(DataError, match=r"(?<!rounds\.1\.)distill.*lerning_rate"):
+        check_settings(recipe)
+
+
+@pytest.mark.parametrize("entry", ["controls", "quantize"])
+def test_a_wrong_entry_of_a_list_is_named_by_its_place(entry):
+    values = {"teacher": "lab/model", "data": {"train": "a/b", "eval": "a/b"}, "output_dir": "run"}
+    with pytest.raises(DataError, match=rf"{entry}\[0\]='nothing': expected one of"):
+        Recipe.from_dict({**values, "prune": {"hidden_size": 8}, entry: ["nothing"]})

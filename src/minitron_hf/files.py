@@ -300,9 +300,10 @@ def local_path(
         raise error(f"The {what} {name!r} does not exist. Check the path, or pass a Hub id ('owner/name').")
     first, slash, _ = name.partition("/")
     if slash and os.path.isdir(first):
+        is_file_name = name.lower().endswith(FILE_ENDINGS)
+        hub = f" To load the Hub repository {name!r}, run in a directory without a folder {first!r}."
         raise error(
-            f"The {what} {name!r} does not exist in the folder {first!r}. Check the path. To load the Hub repository "
-            f"{name!r}, run in a directory without a folder {first!r}."
+            f"The {what} {name!r} does not exist in the folder {first!r}. Check the path.{'' if is_file_name else hub}"
         )
     return None
 

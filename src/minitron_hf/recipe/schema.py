@@ -278,10 +278,10 @@ class Recipe:
         recipe = built_section(cls, values, "")
         _require_one_choice(recipe)
         recipe.data.require_possible(has_generated=recipe.generate is not None)
-        for name in recipe.controls:
-            require_choice(name, CONTROLS, "controls")
-        for name in recipe.quantize:
-            require_choice(name, METHODS, "quantize")
+        for place, name in enumerate(recipe.controls):
+            require_choice(name, CONTROLS, f"controls[{place}]")
+        for place, name in enumerate(recipe.quantize):
+            require_choice(name, METHODS, f"quantize[{place}]")
         for where, names in (("controls", recipe.controls), ("quantize", recipe.quantize)):
             if len(set(names)) < len(names):
                 raise DataError(f"{where}={names}: expected each name once.")

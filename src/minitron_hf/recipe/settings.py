@@ -176,6 +176,8 @@ def check_settings(recipe: Recipe) -> list[DistillationConfig]:
     if recipe.search is not None:
         require_search(recipe.search, "search.")
         search_arguments(recipe)
+    if recipe.rounds:
+        require_sections(recipe)  # else the first round is blamed for what the recipe says
     found = []
     for number, one in enumerate(rounds, 1):
         where = f"rounds.{number}." if recipe.rounds else ""
