@@ -180,7 +180,8 @@ def test_a_flipped_byte_in_a_teacher_cache_is_noticed(values):  # noqa: F811
         load_teacher_cache(shard.parent)
 
 
-def test_a_stage_that_never_ended_takes_corrected_inputs(values, monkeypatch):  # noqa: F811
+def test_checkpoints_of_other_inputs_are_not_dropped_unasked(values, monkeypatch):  # noqa: F811
+    """They may have taken hours, and the change may be none that the user wants to pay for."""
     run(values, until="prune")
     wrong = {**values, "distill": {**values["distill"], "learning_rate": 1.0, "max_steps": 6, "save_steps": 1}}
 
@@ -192,8 +193,10 @@ def test_a_stage_that_never_ended_takes_corrected_inputs(values, monkeypatch):  
         run(wrong, until="distill")
     monkeypatch.undo()
     folder = Path(values["output_dir"])
+    with pytest.raises(MismatchError, match=r"'distill' in .* was interrupted.*learning_rate: 1.0 → .*--redo"):
+        run(values, until="distill")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
-    run(values, until="distill")
+    run(values, until="distill", redo=True)
     record = json.loads((folder / "distillation.json").read_text())
     assert (record["global_step"], record["arguments"]["learning_rate"]) == (4, 1e-4)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]

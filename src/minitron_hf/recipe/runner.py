@@ -302,12 +302,21 @@ def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str,
 
 def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
     record = _record(folder, stage.name)
-    if record is None or record["digest"] == stage_digest or record["status"] != "done":
-        return  # an unfinished stage accepts corrected inputs
+    if record is None or record["digest"] == stage_digest:
+        return
+    is_done = record["status"] == "done"
+    checkpoints = (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
+    if not is_done and next(checkpoints, None) is None:
+        return  # an unfinished stage without checkpoints accepts corrected inputs
     settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"
+    if not is_done:
+        raise MismatchError(
+            f"The stage '{stage.name}' in {folder} was interrupted, and its checkpoints were made from other inputs "
+            f"({what}). Take these changes back to go on from the last one, or pass --redo to start the stage again."
+        )
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
         "Choose another output_dir, or pass --redo to repeat this stage and the later ones."
