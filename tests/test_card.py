@@ -388,6 +388,9 @@ def test_benchmarks_say_how_they_were_measured(run_dir):
     assert "arc" not in found, "a value on a part of the documents cannot be compared"
     how = {"num_fewshot": 5, "num_documents": 1838, "task_version": 1.0, "harness_version": "0.4.13"}
     assert found["piqa"].dataset_args == how
+    assert "local folder" not in shown
+    write_json(run_dir / "benchmarks.json", {"format": 1, "models": {"student": tasks}, "local_documents": True})
+    assert "Documents were read from a local folder and may be others than the Hub's." in render_model_card(run_dir)
 
 
 def test_workloads_become_rows(run_dir):

@@ -53,8 +53,14 @@ def _with_difference(cell: str, difference: str, compared: bool) -> list[str]:
     return [cell, difference] if compared else [cell]
 
 
-def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> str:
-    """Sentences on how the benchmarks were measured; empty if that was not recorded."""
+def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any], is_local: bool = False) -> str:
+    """Sentences on how the benchmarks were measured; empty if that was not recorded.
+
+    Args:
+        benchmarks: the entry `models` of `benchmarks.json`.
+        average: its entry `average`.
+        is_local: whether documents were read from a local folder.
+    """
     found = [measured for *_, measured in benchmark_values(benchmarks)]
     versions = sorted({measured["harness_version"] for measured in found if measured.get("harness_version")})
     if not versions:
@@ -62,7 +68,7 @@ def _benchmarked(benchmarks: Mapping[str, Any], average: Mapping[str, Any]) -> s
     sentences = [f"Measured with lm-evaluation-harness {' and '.join(versions)}."]
     if any(measured.get("chat_template") for measured in found):
         sentences.append("The chat template was applied.")
-    if benchmarks.get("local_documents"):
+    if is_local:
         sentences.append("Documents were read from a local folder and may be others than the Hub's.")
     if any(is_limited(measured) for measured in found):
         sentences.append("A value that was measured on a part of the documents cannot be compared with other values.")

@@ -103,6 +103,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     require_run(run_dir)
     run["samples"] = (run["samples"] or {}).get("samples")
     run["average"] = (run["benchmarks"] or {}).get("average")
+    run["local_documents"] = bool((run["benchmarks"] or {}).get("local_documents"))
     run["benchmarks"] = (run["benchmarks"] or {}).get("models")
     recipe = run_dir / "recipe.yaml"
     run["rounds"] = [
@@ -159,7 +160,7 @@ def card_values(run: Mapping[str, Any]) -> dict[str, Any]:
         "loss_gap": _loss_gap(evaluation) if evaluation and not (plan or {}).get("vocabulary") else None,
         "benchmarks": _benchmark_table(run["benchmarks"], run["average"]) if run["benchmarks"] else None,
         "average": run["average"],
-        "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}),
+        "benchmarked": _benchmarked(run["benchmarks"] or {}, run["average"] or {}, run["local_documents"]),
         "arguments": _arguments(distillation) if distillation else None,
         "quantized": ((run["hub"] or {}).get("quantized") or {}),
         "training": _training(distillation["arguments"]) if distillation else [],
