@@ -15,7 +15,7 @@
 set -uo pipefail
 
 if [ $# -lt 3 ] || [ $# -gt 4 ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 teacher=$1 data=$2 out=$3 minutes=${4:-10}

@@ -306,7 +306,7 @@ def _averages(
     columns = {task: _main_values(task, by_model) for task, by_model in found.items()}
     if len(columns) < 2 or not all(columns.values()):
         return {}
-    chances = [_chance(task, by_model) for task, by_model in found.items()]
+    chances = [_chance(task, found[task], column) for task, column in columns.items() if column is not None]
     averages: dict[str, dict[str, Any]] = {}
     for name in names:
         tasks = {task: column[name] for task, column in columns.items() if column is not None}
@@ -328,11 +328,9 @@ def _averages(
     return averages
 
 
-def _chance(task: str, by_model: Mapping[str, _Stored]) -> float:
-    """Accuracy of guessing in the main metric of a task; 0 where nothing can be guessed."""
-    name, (metric, values) = next(iter((_main_values(task, by_model) or {"": ("", [])}).items()))
-    if not values:
-        return 0.0
+def _chance(task: str, by_model: Mapping[str, _Stored], column: Mapping[str, tuple[str, list[float]]]) -> float:
+    """Accuracy of guessing in the main metric of a task, whose values are in the column; 0 if there is no guessing."""
+    name, (metric, values) = next(iter(column.items()))
     scores = by_model[name].scores
     parts = scores.members.get(task) or [task]
     guessed = (

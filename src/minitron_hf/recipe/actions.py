@@ -306,8 +306,7 @@ def quantised_copies(recipe: Recipe) -> dict[str, str]:
 
 def timed_models(recipe: Recipe) -> list[str]:
     """Names of the models that are timed, and tried as drafts: the others are as fast as one of them."""
-    rounds = [f"round_{number}" for number in range(1, len(recipe.rounds))]
-    return ["teacher", *rounds, "student", *quantised_copies(recipe)]
+    return ["teacher", *recipe.earlier_students(), "student", *quantised_copies(recipe)]
 
 
 def _evaluate(run: Run) -> None:

@@ -367,9 +367,8 @@ def _check_training_tasks(arguments: Collection[DistillationConfig]) -> None:
 def _evaluated_models(recipe: Recipe) -> list[str]:
     """Names of the models that the stage `evaluate` measures."""
     corrected = ["corrected_teacher"] if recipe.teacher_correction else []
-    rounds = [f"round_{number}" for number in range(1, len(recipe.rounds))]
     copies = [f"student_{method}" for method in recipe.quantize]
-    return ["teacher", "pruned", *corrected, *rounds, "student", *copies, *recipe.controls]
+    return ["teacher", "pruned", *corrected, *recipe.earlier_students(), "student", *copies, *recipe.controls]
 
 
 def check_publishing(recipe: Recipe) -> list[str]:

@@ -353,6 +353,10 @@ class Recipe:
         """The recipes of all rounds; without rounds, the recipe itself."""
         return [self.in_round(number) for number in range(1, len(self.rounds) + 1)] or [self]
 
+    def earlier_students(self) -> list[str]:
+        """Names, in the evaluation, of the students of all rounds but the last."""
+        return [f"round_{number}" for number in range(1, len(self.rounds))]
+
     @property
     def measures_turns(self) -> bool:
         """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
