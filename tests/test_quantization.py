@@ -147,7 +147,7 @@ def test_a_missing_package_is_named_before_the_run(folder, tmp_path, method, mon
 
 def test_unknown_and_repeated_methods_are_refused():
     values = {"teacher": "t", "data": {"train": "a", "eval": "a"}, "output_dir": "o", "prune": {"hidden_size": 0.5}}
-    with pytest.raises(DataError, match=r"quantize='int5': expected one of 'int8', 'int4'"):
+    with pytest.raises(DataError, match=r"quantize\[0\]='int5': expected one of 'int8', 'int4'"):
         Recipe.from_dict(values | {"quantize": ["int5"]})
     with pytest.raises(DataError, match="each name once"):
         Recipe.from_dict(values | {"quantize": ["int8", "int8"]})
