@@ -6,8 +6,9 @@ as on a processor without it (or with it); tests marked `either_cpu` run as on b
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "cpu_has_bf16" not in metafunc.fixturenames:
             metafunc.fixturenames.append("cpu_has_bf16")
         metafunc.parametrize("cpu_has_bf16", [True, False], ids=["bf16_cpu", "plain_cpu"], indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps the many objects of 10,000 tests out of garbage collection, which otherwise takes half of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
