@@ -504,9 +504,10 @@ def test_a_full_disk_leaves_nothing_half_written(workshop, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
 
 
-def test_an_interrupt_says_how_to_go_on(workshop, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_go_on(number, workshop, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from minitron_hf.cli.app import main; main()", "run", str(workshop / "recipe.yaml"),
+        [sys.executable, "-m", "minitron_hf", "run", str(workshop / "recipe.yaml"),
          "--set", f"output_dir={tmp_path / 'run'}", "--set", "distill.max_steps=100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell has put behind
@@ -515,9 +516,9 @@ def test_an_interrupt_says_how_to_go_on(workshop, tmp_path):
     for line in process.stdout:
         if "[distill]" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "resumes" in output
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "config.json").exists()

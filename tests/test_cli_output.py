@@ -371,9 +371,15 @@ def test_what_is_left_follows_from_the_estimate(tmp_path):
         {"stage": name, "seconds": seconds} for name, seconds in (("score", 60.0), ("plan", None), ("distill", 7200))
     ]
     (tmp_path / COSTS_NAME).write_text(json.dumps({"format": 1, "estimate": {"stages": stages}, "stages": []}))
-    assert _time_left(tmp_path, ["score", "plan", "distill"]) == " (about 60 s; 2.0 h left in all)"
-    assert _time_left(tmp_path, ["plan", "distill"]) == ""
-    assert _time_left(tmp_path / "nowhere", ["score"]) == ""
+    digests = {"score": "of scores", "plan": "of the plan", "distill": "of the student"}
+    assert _time_left(tmp_path, ["score", "plan", "distill"], digests) == " (about 60 s; 2.0 h left in all)"
+    assert _time_left(tmp_path, ["plan", "distill"], digests) == ""
+    assert _time_left(tmp_path / "nowhere", ["score"], digests) == ""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "distill.json").write_text(json.dumps({"format": 1, "digest": "of the student"}))
+    assert _time_left(tmp_path, ["distill"], digests) == " (goes on; about 2.0 h from its beginning)"
+    digests["distill"] = "of another student"
+    assert _time_left(tmp_path, ["distill"], digests) == " (about 2.0 h; 2.0 h left in all)"
 
 
 def test_the_doctor_never_shows_the_token(monkeypatch):

@@ -19,6 +19,7 @@ from minitron_hf.pruning.plan import PLAN_NAME, PruningPlan
 from minitron_hf.recipe import identity, runner
 from minitron_hf.recipe.identity import dataset_identity, model_identity
 from minitron_hf.recipe.schema import DatasetSection, Recipe, TeacherSection
+from minitron_hf.recipe.usage import read_costs
 from test_runner import TEXTS, run, values, workshop  # noqa: F401 (fixtures)
 
 
@@ -200,6 +201,23 @@ def test_checkpoints_of_other_inputs_are_not_dropped_unasked(values, monkeypatch
     record = json.loads((folder / "distillation.json").read_text())
     assert (record["global_step"], record["arguments"]["learning_rate"]) == (4, 1e-4)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_an_edited_recipe_is_estimated_anew(values, monkeypatch):  # noqa: F811
+    class Stub:
+        def __init__(self, recipe, until):
+            self.steps = recipe.distill["max_steps"]
+
+        def to_dict(self):
+            return {"stages": [], "steps": self.steps}
+
+    monkeypatch.setattr("minitron_hf.recipe.runner.estimate_recipe", Stub)
+    for steps, estimates in ((4, 1), (4, 0), (6, 1), (6, 0)):
+        found: list[Stub] = []
+        values["distill"]["max_steps"] = steps
+        run(values, until="plan", report_estimate=found.append)
+        assert [one.steps for one in found] == [steps] * estimates
+        assert read_costs(Path(values["output_dir"]))["estimate"]["steps"] == steps
 
 
 def test_redo_goes_on_from_no_old_checkpoint(values, monkeypatch):  # noqa: F811

@@ -38,6 +38,8 @@ TABLE = Path(__file__).with_name("peers.yaml")
 RESULTS = Path(__file__).parents[1] / "results/real/peers"
 #: Students after distillation, and the comparison of our criteria with the authors' code, in that folder.
 DISTILLED, AGREEMENT_NAME = "distilled", "agreement.json"
+#: Results of `starts.yaml`: some of its arms are arms of this table, too, and are not distilled twice.
+STARTS = "starts"
 
 
 class Comparison:
@@ -120,7 +122,7 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
     path = folder / AGREEMENT_NAME
     files = [one for one in sorted(folder.glob("*.json")) if one != path]
     found = {_settings(one["arm"]): one for one in map(read_json, files)}
-    distilled = Results.read(folder / DISTILLED)
+    distilled = [one for part in (folder / DISTILLED, folder.parent / STARTS) for one in Results.read(part)]
     agreement = read_json(path)["criteria"] if path.is_file() else {}
     for experiment in experiments.values():
         yield f"### {experiment.title}"

@@ -67,7 +67,7 @@ class CheckedCommand(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Check, then run; Ctrl-C exits with 130."""
+        """Check, then run; Ctrl-C exits with 130, SIGTERM with 143."""
         try:
             return self._invoke(ctx)
         except KeyboardInterrupt:

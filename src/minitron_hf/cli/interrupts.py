@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -10,14 +11,21 @@ from typing import NoReturn
 
 #: Commands that go on where they were interrupted.
 RESUMING = ("run", "search", "generate", "cache", "distill")
+#: Signals that end a command with a message: Ctrl-C, and what schedulers and containers send before they kill.
+SIGNALS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
+_UNHANDLED = (signal.default_int_handler, signal.SIG_DFL)
 _interrupts: list[int] = []
 
 
 def note_interrupts() -> None:
-    """Have Ctrl-C remembered, unless it is ignored or handled already. Only the main thread gets it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _note_interrupt)
+    """Have these signals remembered, unless they are ignored or handled already. Only the main thread gets them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        # A launcher ends the processes that it started, and they wait for each other otherwise.
+        is_launchers = number == signal.SIGTERM and "LOCAL_RANK" in os.environ
+        if signal.getsignal(number) in _UNHANDLED and not is_launchers:
+            signal.signal(number, _note_interrupt)
 
 
 def _note_interrupt(number: int, frame: object) -> NoReturn:
@@ -31,11 +39,13 @@ def was_interrupted() -> bool:
 
 
 def exit_interrupted() -> NoReturn:
-    """Say how to go on, with --json in a document as for every error, and exit with 130."""
+    """Say how to go on, with --json in a document as for every error, and exit with 128 + the signal's number."""
+    number = _interrupts[-1] if _interrupts else int(signal.SIGINT)
     resumes = any(one in RESUMING for one in sys.argv[1:2])
-    text = f"Interrupted. {'The same command resumes where this one stopped.' if resumes else 'Run it again.'}"
+    how = "The same command resumes where this one stopped." if resumes else "Run it again."
+    text, code = f"{SIGNALS[signal.Signals(number)]}. {how}", 128 + number
     as_json = "--json" in sys.argv
     print(text, file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps({"error": text, "exit_code": 130}))
-    sys.exit(130)
+        print(json.dumps({"error": text, "exit_code": code}))
+    sys.exit(code)

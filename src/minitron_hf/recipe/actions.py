@@ -299,14 +299,9 @@ def _quantize(run: Run) -> None:
             quantize_checkpoint(run.folder, folder / name, name)
 
 
-def quantised_copies(recipe: Recipe) -> dict[str, str]:
-    """Name of each quantised copy of the student in the evaluation → its method."""
-    return {f"student_{method}": method for method in recipe.quantize}
-
-
 def timed_models(recipe: Recipe) -> list[str]:
     """Names of the models that are timed, and tried as drafts: the others are as fast as one of them."""
-    return ["teacher", *recipe.earlier_students(), "student", *quantised_copies(recipe)]
+    return ["teacher", *recipe.earlier_students(), "student", *recipe.quantised_students()]
 
 
 def _evaluate(run: Run) -> None:
@@ -321,7 +316,7 @@ def _evaluate(run: Run) -> None:
         **({"corrected_teacher": run.folder / CORRECTED_DIR} if run.recipe.teacher_correction else {}),
         **{f"round_{number}": run.folder / ROUNDS_DIR / str(number) for number in range(1, last)},
         "student": run.folder,
-        **{name: run.folder / QUANTIZED_DIR / method for name, method in quantised_copies(run.recipe).items()},
+        **{name: run.folder / QUANTIZED_DIR / method for name, method in run.recipe.quantised_students().items()},
         **{name: run.folder / CONTROLS_DIR / name for name in run.recipe.controls},
     }
     run.release("teacher")
@@ -376,22 +371,27 @@ def _task_arguments(recipe: Recipe) -> dict[str, Any]:
         return {}
     names = ("tasks", "task_limit", "num_fewshot", "include_path", "task_data")
     given = {name: getattr(section, name) for name in (*names, "apply_chat_template", "confirm_run_unsafe_code")}
-    return {**given, "task_models": section.task_models or ["teacher", "student", *quantised_copies(recipe)]}
+    return {**given, "task_models": section.task_models or ["teacher", "student", *recipe.quantised_students()]}
 
 
 def _descriptions(recipe: Recipe) -> dict[str, str]:
     """Descriptions of the models for the card."""
     last = len(recipe.rounds)
     last_round = " in the last round" if last > 1 else ""
+    start = f", cut from the student of round {last - 1}" if last > 1 else ""
     return {
         "pruned": f"the student before distillation{last_round}",
         "corrected_teacher": "the teacher after fine-tuning on the corpus, from which the student learnt",
         **{f"round_{number}": f"the student of round {number} of {last}, distilled" for number in range(1, last)},
         **{
             name: f"the student, quantised: {METHODS[method].help}"
-            for name, method in quantised_copies(recipe).items()
+            for name, method in recipe.quantised_students().items()
         },
-        **{name: f"control: {CONTROLS[name]}; trained on the same tokens{last_round}" for name in recipe.controls},
+        **{
+            name: f"control: {CONTROLS[name]}{start if name == 'random_pruning' else ''}; "
+            f"trained on the same tokens{last_round}"
+            for name in recipe.controls
+        },
     }
 
 

@@ -367,8 +367,8 @@ def _check_training_tasks(arguments: Collection[DistillationConfig]) -> None:
 def _evaluated_models(recipe: Recipe) -> list[str]:
     """Names of the models that the stage `evaluate` measures."""
     corrected = ["corrected_teacher"] if recipe.teacher_correction else []
-    copies = [f"student_{method}" for method in recipe.quantize]
-    return ["teacher", "pruned", *corrected, *recipe.earlier_students(), "student", *copies, *recipe.controls]
+    students = [*recipe.earlier_students(), "student", *recipe.quantised_students()]
+    return ["teacher", "pruned", *corrected, *students, *recipe.controls]
 
 
 def check_publishing(recipe: Recipe) -> list[str]:

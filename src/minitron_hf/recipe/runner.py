@@ -93,7 +93,8 @@ def run_recipe(
             if report_shapes is not None:
                 report_shapes(shapes)
             folder = Path(recipe.output_dir)
-            if report_estimate is not None and (redo or read_costs(folder)["estimate"] is None):
+            is_known = read_costs(folder)["estimate"] is not None and _is_recipe_of(folder, recipe)
+            if report_estimate is not None and (redo or not is_known):
                 with step("Timing this machine, and counting the tokens of the corpora", show_progress):
                     estimate = estimate_recipe(recipe, until=until)
                 report_estimate(estimate)
@@ -127,21 +128,31 @@ def _run_stages(
                 report(f"[{stage.name}] done before, skipped")
             else:
                 rest = [one.name for one in wanted[number:] if not _is_done(run.folder, one, digests[one.name])]
-                _run_stage(run, stage, digests[stage.name], report, _time_left(run.folder, rest))
+                _run_stage(run, stage, digests[stage.name], report, _time_left(run.folder, rest, digests))
     return run.folder
 
 
-def _time_left(folder: Path, stages: list[str]) -> str:
+def _is_recipe_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder's last run had this recipe, word for word."""
+    path = folder / PRIVATE_RECIPE_NAME
+    return path.is_file() and path.read_text(encoding="utf-8") == recipe.to_yaml()
+
+
+def _time_left(folder: Path, stages: list[str], digests: dict[str, str]) -> str:
     """What was estimated of the next stage, and of all that are left, in words; nothing without an estimate.
 
     Args:
         folder: run folder.
         stages: names of the stages that are left, the next one first.
+        digests: digest of each stage.
     """
     estimate = read_costs(folder)["estimate"] or {"stages": []}
     known = {one["stage"]: one["seconds"] for one in estimate["stages"] if one["seconds"] is not None}
     if stages[0] not in known:
         return ""
+    record = _record(folder, stages[0])
+    if record is not None and record["digest"] == digests[stages[0]]:
+        return f" (goes on; about {duration(known[stages[0]])} from its beginning)"
     left = sum(known.get(name, 0.0) for name in stages)
     return f" (about {duration(known[stages[0]])}; {duration(left)} left in all)"
 

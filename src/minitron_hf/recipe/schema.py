@@ -357,6 +357,10 @@ class Recipe:
         """Names, in the evaluation, of the students of all rounds but the last."""
         return [f"round_{number}" for number in range(1, len(self.rounds))]
 
+    def quantised_students(self) -> dict[str, str]:
+        """Name, in the evaluation, of each quantised copy of the student → its method."""
+        return {f"student_{method}": method for method in self.quantize}
+
     @property
     def measures_turns(self) -> bool:
         """Whether measurements count the assistant's turns alone, as the (last) distillation does."""
