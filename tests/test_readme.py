@@ -208,9 +208,11 @@ def test_quickstart_leaves_a_student_with_its_card(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").glob("*/")), ids=lambda folder: folder.name)
 def test_reference_cards_render_again_byte_for_byte(folder):
-    from minitron_hf import render_model_card
+    from minitron_hf import PruningPlan, render_model_card
     from minitron_hf.publishing.report import render_report
 
+    plan = PruningPlan.from_pretrained(folder)  # its two files belong together: the student can be cut again
+    assert plan.student["num_parameters"] < plan.teacher["num_parameters"]
     assert render_model_card(folder) == (folder / "README.md").read_text(encoding="utf-8")
     if (folder / "report.html").is_file():
         assert render_report(folder) == (folder / "report.html").read_text(encoding="utf-8")

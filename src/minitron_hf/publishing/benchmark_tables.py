@@ -26,7 +26,7 @@ def _benchmark_table(benchmarks: Mapping[str, Any], average: Mapping[str, Any] |
         guessed = "–" if chance is None else f"{chance:.2g}"
         row = (task, metric, "–" if shots is None else str(shots), documents, *([guessed] if has_chance else []))
         cells.setdefault(row, {})[model] = measured
-    names = _model_order({name for row in cells.values() for name in row})
+    names = _model_order(dict.fromkeys(name for row in cells.values() for name in row))
     compared = {name for row in cells.values() for name, measured in row.items() if measured.get("difference")}
     titles = [
         title for name in names for title in _with_difference(_model_title(name), "Difference", name in compared)

@@ -362,8 +362,7 @@ def _with_ratio(
 
 
 def _model_order(names: Iterable[str]) -> list[str]:
-    """The teacher and the student first, then the others as they come (a set: by name)."""
-    names = sorted(names) if isinstance(names, set | frozenset) else list(names)
+    """The teacher and the student first, then the others as they come."""
     return sorted(names, key=lambda name: {"teacher": 0, "student": 1}.get(name, 2))
 
 
