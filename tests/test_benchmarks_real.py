@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -100,6 +101,7 @@ def without_time(result: dict) -> dict:
         (3, {}),
         pytest.param(7, {"optimizer": "muon"}, marks=pytest.mark.slow),
         pytest.param(7, {"train": "lora-2"}, marks=pytest.mark.slow),
+        pytest.param(7, {"train": "layers"}, marks=pytest.mark.slow),
         pytest.param(7, {"teacher": "cached-16"}, marks=pytest.mark.slow),
         pytest.param(7, {"teacher": "corrected-meanwhile"}, marks=pytest.mark.slow),
         pytest.param(7, {"teacher": "corrected"}, marks=pytest.mark.slow),
@@ -122,6 +124,17 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_same_result(bench_files
     assert not list((tmp_path / "stopped").rglob("checkpoint-*"))
     [path] = (tmp_path / "stopped" / "results").glob("*.json")
     assert json.loads(path.read_text()) == result
+
+
+def test_frozen_embeddings_stay_as_they_were(bench_files, tmp_path):
+    bench(bench_files, tmp_path).run(arm_of(bench_files, train="layers"))
+    [start] = (tmp_path / "work" / "shared").glob("start-*/model.safetensors")
+    [student] = (tmp_path / "work" / "arms").glob("*/student/model.safetensors")
+    before, after = load_file(start), load_file(student)
+    assert before.keys() == after.keys()
+    tables = {name for name in before if "embed" in name or "lm_head" in name}
+    assert tables
+    assert {name for name in before if torch.equal(before[name], after[name])} == tables
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from minitron_hf import (
     load_teacher_cache,
 )
 from minitron_hf.files import read_json, remove, replacing_folder, write_json
-from minitron_hf.models import load_for_compute
+from minitron_hf.models import load_for_compute, load_model
 
 from .arms import Arm, key
 from .corpora import read_texts
@@ -130,7 +130,7 @@ class Workshop:
             self.stop.check()
             keeps_states = self.keep_states and arm["teacher"] == "as-is"
             trainer = (TeacherStatesTrainer if keeps_states else DistillationTrainer)(
-                model=str(start),
+                model=_student(arm, start),
                 teacher_model=teacher,
                 args=arguments,
                 train_dataset=rows,
@@ -296,12 +296,22 @@ def _optimizer(arm: Arm) -> dict[str, Any]:
     return {"optimizer_cls_and_kwargs": (lambda: MuonWithAdamW, {"lr": arm["learning_rate"]})}
 
 
+def _student(arm: Arm, start: Path) -> Any:
+    """What the trainer takes: a path, or the model with its token embeddings and output head frozen."""
+    if arm["train"] != "layers":
+        return str(start)
+    model = load_model(start, dtype=torch.float32)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(False)
+    return model
+
+
 def _adapter(arm: Arm) -> dict[str, Any]:
-    if arm["train"] == "all":
+    if arm["train"] in ("all", "layers"):
         return {}
     kind, _, rank = arm["train"].partition("-")
     if kind != "lora":
-        raise ValueError(f"train={arm['train']!r}: expected all or lora-RANK.")
+        raise ValueError(f"train={arm['train']!r}: expected all, layers or lora-RANK.")
     from peft import LoraConfig
 
     return {
