@@ -311,14 +311,14 @@ def test_every_line_says_what_it_rests_on():
 def test_the_line_of_axes_cites_the_results_of_all_seeds():
     """Against the result files: as many seeds as there are files, and their KL."""
     line, results = recommend(WIDE, 0.7, tokens=1e6, rounds=1)["axes"], ROOT / "benchmarks" / "results" / "real"
-    in_turn = results.glob("starts/shape=26-layers-ffn-960,repair=sequential,tokens=245760,seed=*.json")
+    repaired = results.glob("starts/shape=26-layers-ffn-960,tokens=245760,seed=*.json")
     found = [
-        json.loads(path.read_text())["summary"]["after"]["wikitext2"]["kl_divergence"]["value"] for path in in_turn
+        json.loads(path.read_text())["summary"]["after"]["wikitext2"]["kl_divergence"]["value"] for path in repaired
     ]
     alone = json.loads((results / "recipes" / "ffn-764.json").read_text())["models"]["student"]["metrics"]
     kls = [statistics.mean(found), alone["kl_divergence"]["value"]]
     count = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len(found)]
-    ended = f"26 layers and 960 neurons ended at KL {kls[0]:.3f} with `repair: sequential` ({count}); neurons alone"
+    ended = f"26 layers and 960 neurons, repaired, ended at KL {kls[0]:.3f} ({count}); neurons alone"
     assert f"{ended}, repaired, at {kls[1]:.3f} (one seed)" in line.reason
     for page in re.findall(r"docs/\S+\.md", line.source):
         text = (ROOT / page).read_text(encoding="utf-8")
