@@ -108,7 +108,8 @@ def _axes(spec: ArchSpec, config: PretrainedConfig, cut: Cut, goal: str, total: 
             f"Taken below {_short(SHORT_BUDGET)} tokens. On one real teacher (SmolLM2-135M to 94.5M parameters, 246k "
             "tokens) 26 layers and 960 neurons, repaired, ended at KL 0.674 (three seeds); neurons alone, repaired, "
             "at 0.746 (one seed). A narrower residual stream was compared once, with less calibration text: 0.963, "
-            "fewer layers and neurons then 0.917. At 94B tokens width was better (Sreenivas et al.). Between the two budgets it is not measured."
+            "fewer layers and neurons then 0.917. At 94B tokens width was better (Sreenivas et al.). "
+            "Between the two budgets it is not measured."
         )
     elif cut == "depth" and goal == "latency":
         source = f"{MINITRON_PAPER}, speed on an H100"
