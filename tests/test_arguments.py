@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from transformers import PretrainedConfig
 
 import minitron_hf
 from minitron_hf import DistillationConfig, PrunerConfig, estimate_importance, make_plan, plan_for_target, prune_model
@@ -36,11 +37,24 @@ def test_an_argument_of_another_type_is_refused_by_name(name: str, argument: str
     needed = [one for one in inspect.signature(function).parameters.values() if one.default is inspect.Parameter.empty]
     others = {one.name: None for one in needed if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
     kinds = {one.name: str(one.annotation).removesuffix(" | None") for one in needed}
-    own = {each: object.__new__(getattr(minitron_hf, kinds[each])) for each in others if kinds[each] in KINDS}
+    own = {
+        each: object.__new__(getattr(minitron_hf, kinds[each], PretrainedConfig))
+        for each in others
+        if kinds[each] in KINDS
+    }
     with pytest.raises(
         ArgumentError, match=rf"{name}\({argument}=…\): expected a \w+, not a {type(wrong).__name__}\."
     ):
         function(**{**others, **own, argument: wrong})
+
+
+def test_an_argument_that_nothing_knows_is_refused_with_the_closest():
+    with pytest.raises(
+        ArgumentError, match=r"prune_model has no argument calibration. Did you mean 'calibration_data'"
+    ):
+        prune_model(pocket_model("llama"), PrunerConfig(hidden_size=48), calibration=ROWS)
+    with pytest.raises(PlanError, match="num_rows: only used to score calibration_data"):
+        prune_model(pocket_model("llama"), PrunerConfig(hidden_size=48), num_rows=3)
 
 
 def test_a_type_error_stays_a_type_error():

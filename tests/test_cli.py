@@ -148,6 +148,9 @@ def test_no_command_replaces_files_unasked(workshop, tmp_path):
         assert done.returncode == 0, done.stderr
     (out / "evaluation.json").touch()
     refused(minitron("evaluate", f"a={teacher}", "--data", text, "-o", out), "evaluation.json exists already")
+    wrong = minitron("evaluate", f"a={out / 'nosuch'}", "--data", text, "-o", out, "--overwrite")
+    refused(wrong, "does not exist")
+    assert (out / "evaluation.json").is_file()  # until there is another
     (tmp_path / "run" / "stages").mkdir(parents=True)
     for path, command in list(commands.items())[:2]:
         moved = [tmp_path / "run" if part == out and before == "-o" else part for before, part in pairwise(command)]

@@ -99,13 +99,16 @@ def test_files_and_folders_get_the_users_permissions_without_touching_the_umask(
         with replacing_file(tmp_path / "file") as temporary:
             temporary.unlink()  # as safetensors does: a new file, for the owner alone
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
-        with replacing_folder(tmp_path / "folder"):
-            pass
+        with replacing_folder(tmp_path / "folder") as temporary:
+            (temporary / "within").mkdir()
+            os.close(os.open(temporary / "within" / "model.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
     finally:
         monkeypatch.undo()
         os.umask(before)
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder")]
-    assert modes == [0o666 & ~umask, 0o777 & ~umask]
+    names = ("file", "folder", "folder/within/model.safetensors")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in names]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["within"]
 
 
 def test_a_digest_is_computed_anew_when_any_byte_changes(tmp_path, monkeypatch):

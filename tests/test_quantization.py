@@ -118,6 +118,20 @@ def test_the_command_writes_a_copy_once(folder, tmp_path):
 
 
 @needs_torchao
+def test_projections_that_no_group_fits_are_named(folder, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="minitron_hf"):
+        quantize_checkpoint(folder / "student", tmp_path / "whole", "int4", device="cpu")
+    assert not caplog.messages
+    pocket_model("llama", dtype=torch.float32, **{**SIZES, "intermediate_size": 72}).save_pretrained(tmp_path / "odd")
+    pocket_tokenizer().save_pretrained(tmp_path / "odd")
+    with caplog.at_level("WARNING", logger="minitron_hf"):
+        quantize_checkpoint(tmp_path / "odd", tmp_path / "part", "int4", device="cpu")
+    [message] = caplog.messages
+    assert "int4: 5 of 35 projections are not quantised" in message  # of 5 layers
+    assert "no multiple of 32: model.layers.0.mlp.down_proj" in message
+
+
+@needs_torchao
 def test_what_cannot_be_quantised_is_refused_by_name(folder, tmp_path):
     with pytest.raises(UnsupportedModelError, match="None of the projections of this GPT2LMHeadModel"):
         require_quantizable(pocket_config("gpt2"), "int8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from minitron_hf.distillation import trainer as trainer_module
 from minitron_hf.families import families, wrapped_families
 from minitron_hf.recipe.schema import Recipe
 from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+from test_cli import minitron
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -207,13 +209,16 @@ def test_quickstart_leaves_a_student_with_its_card(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").glob("*/")), ids=lambda folder: folder.name)
-def test_reference_cards_render_again_byte_for_byte(folder):
+def test_reference_cards_render_again_byte_for_byte(folder, tmp_path):
     from minitron_hf import PruningPlan, render_model_card
     from minitron_hf.publishing.report import render_report
 
     plan = PruningPlan.from_pretrained(folder)  # its two files belong together: the student can be cut again
     assert plan.student["num_parameters"] < plan.teacher["num_parameters"]
     assert render_model_card(folder) == (folder / "README.md").read_text(encoding="utf-8")
+    shutil.copytree(folder, tmp_path / folder.name)
+    done = minitron("card", tmp_path / folder.name)
+    assert done.returncode == 0, done.stderr
     if (folder / "report.html").is_file():
         assert render_report(folder) == (folder / "report.html").read_text(encoding="utf-8")
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from minitron_hf.data import token_rows
 from minitron_hf.distillation.config import DistillationConfig
-from minitron_hf.errors import DataError, PlanError
+from minitron_hf.errors import ArgumentError, DataError, PlanError
 from minitron_hf.models import count_parameters
 from minitron_hf.pruning.candidates import Candidate
 from minitron_hf.pruning.planning import make_plan
@@ -296,6 +296,13 @@ def test_shapes_are_measured_repaired_on_rows_that_the_repair_has_not_seen(tmp_p
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         naive += [kl[place - 1].item() for place in measured.predicted(index)]
     assert kls[0] == pytest.approx(sum(naive) / len(naive), rel=1e-3)
+
+
+def test_a_target_that_is_neither_a_share_nor_a_number_of_parameters_is_refused():
+    with pytest.raises(PlanError, match=r"target=1.5: expected a fraction of the teacher below 1, or a number of"):
+        recommend(WIDE, 1.5)
+    with pytest.raises(ArgumentError, match="expected a PretrainedConfig, not a str"):
+        recommend("a/folder", 0.5)
 
 
 def test_every_line_says_what_it_rests_on():

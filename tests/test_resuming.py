@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from datasets import Dataset
 
+from minitron_hf import interruption
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.errors import MismatchError, OutputError
 from minitron_hf.files import file_digest
@@ -218,6 +221,32 @@ def test_an_edited_recipe_is_estimated_anew(values, monkeypatch):  # noqa: F811
         run(values, until="plan", report_estimate=found.append)
         assert [one.steps for one in found] == [steps] * estimates
         assert read_costs(Path(values["output_dir"]))["estimate"]["steps"] == steps
+
+
+@pytest.mark.parametrize("where", ["minitron_hf.recipe.actions.make_plan", "datasets.Dataset.map"])
+def test_an_interrupt_that_a_library_swallows_ends_the_run_nevertheless(values, monkeypatch, where):  # noqa: F811
+    """`datasets` catches everything while it hashes a function."""
+    monkeypatch.setattr(interruption, "_arrived", [])
+    module, _, name = where.rpartition(".")
+    holder = resolve_name(module.replace("datasets.Dataset", "datasets:Dataset"))
+    own = getattr(holder, name)
+
+    def swallowing(*args, **kwargs):
+        with contextlib.suppress(KeyboardInterrupt):
+            interruption.interrupt(signal.SIGTERM)
+        return own(*args, **kwargs)
+
+    run(values, until="score")
+    monkeypatch.setattr(holder, name, swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        run(values, until="distill")
+    folder = Path(values["output_dir"])
+    assert not (folder / "model.safetensors").exists()
+    assert not list(folder.glob("checkpoint-*"))
+    monkeypatch.setattr(interruption, "_arrived", [])
+    monkeypatch.setattr(holder, name, own)
+    run(values, until="distill")
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_redo_goes_on_from_no_old_checkpoint(values, monkeypatch):  # noqa: F811

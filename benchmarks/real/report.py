@@ -172,7 +172,7 @@ def claims_section(found: Sequence[Finding], experiments: dict[str, Experiment],
         "",
         f"{len(decided)} of {total} claims have a verdict, {len(seen - decided)} a tendency, {total - len(seen)} are "
         "not measured yet. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
-        "value. Lower is better; within 2 % counts as equal.",
+        "value. Lower is better.",
         "",
     ]
     if figure:

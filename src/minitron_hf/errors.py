@@ -32,7 +32,7 @@ class PlanError(MinitronError, ValueError):
 
 
 class ArgumentError(MinitronError, TypeError):
-    """An argument of another type than a function takes."""
+    """An argument that a function does not have, or of another type than it takes."""
 
 
 class DataError(MinitronError, ValueError):
@@ -118,6 +118,7 @@ KINDS: Mapping[str, str] = {
     "ImportanceScores": "Make them with estimate_importance(…), or read ImportanceScores.from_pretrained(folder).",
     "PruningPlan": "Make it with make_plan(…), or read PruningPlan.from_pretrained(folder).",
     "TokenCounts": "Make them with count_tokens(corpus, tokenizer).",
+    "PretrainedConfig": "Read it with transformers.AutoConfig.from_pretrained(folder_or_hub_id).",
     "Recipe": "Build it with Recipe.from_dict(…), or read Recipe.from_yaml(file).",
 }
 
@@ -137,7 +138,8 @@ def checks_kinds(function: _Callable) -> _Callable:
         for name in kinds.keys() & given.keys():
             kind, value = kinds[name].removesuffix(" | None"), given[name]
             may_miss = value is None and kind != kinds[name]
-            if not may_miss and kind not in [one.__name__ for one in type(value).__mro__]:
+            # Transformers 5 spells its class PreTrainedConfig.
+            if not may_miss and kind.lower() not in [one.__name__.lower() for one in type(value).__mro__]:
                 raise ArgumentError(
                     f"{function.__name__}({name}=…): expected a {kind}, not a {type(value).__name__}. {KINDS[kind]}"
                 )

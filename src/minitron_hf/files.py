@@ -149,8 +149,24 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _written_beside(path) as temporary:
         temporary.mkdir()
         yield temporary
+        share_files(temporary)
         remove(path, missing_ok=True)
         os.replace(temporary, path)
+
+
+def share_files(folder: str | os.PathLike[str]) -> None:
+    """Let those read the files of a folder that may read any new file in it.
+
+    safetensors makes its files for their owner alone, and a server may run as another user.
+    """
+    folder = Path(folder)
+    probe = folder / f".{secrets.token_hex(8)}{PARTIAL}"
+    probe.touch()  # the kernel applies the umask; reading it would change it for all threads
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, mode)
 
 
 @contextlib.contextmanager

@@ -387,9 +387,8 @@ def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
 def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
     """The name as a string; refuses files, and paths where nothing is."""
     if not isinstance(name_or_path, str | os.PathLike):
-        raise UnsupportedModelError(
-            f"Expected a folder, a Hub id or a loaded object, got {type(name_or_path).__name__}."
-        )
+        saved = " Save it first, and pass its folder." if hasattr(name_or_path, "save_pretrained") else ""
+        raise UnsupportedModelError(f"Expected a folder or a Hub id, got {type(name_or_path).__name__}.{saved}")
     local_folder(name_or_path)
     return os.path.expanduser(os.fspath(name_or_path))
 

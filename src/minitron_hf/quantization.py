@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean
+from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean, shortened
 from .file_digests import weights_digest
 from .files import refuse_own_folder, replacing_folder, require_empty
 from .formats import QUANTIZATION_NAME, write_artefact
@@ -28,6 +29,8 @@ from .saving import save_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 #: Weights of int4 that share a scale, from the fewest scales to the most.
 GROUP_SIZES = (128, 64, 32)
@@ -134,6 +137,12 @@ def quantize_checkpoint(
     size, skipped = _groups(config, group_size) if checked.has_groups else _no_groups(config, group_size)
     if not overwrite:
         require_empty(output_dir)
+    left_out = sorted(set(skipped) - set(_head(config)))
+    if left_out:
+        logger.warning(
+            "%s: %d of %d projections are not quantised, because their inputs are no multiple of %d: %s.",
+            method, len(left_out), len(_projections(config)), size, shortened(left_out),
+        )  # fmt: skip
     where = default_device() if device is None else as_device(device)
     made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
     with replacing_folder(Path(output_dir)) as temporary:

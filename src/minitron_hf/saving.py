@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import MismatchError
 from .families import named_tensors
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
-from .files import read_json, write_text
+from .files import read_json, share_files, write_text
 from .privacy import is_outside_folder
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def save_model(
     """
     _require_its_tokenizer(model, processing_class)
     model.save_pretrained(folder, **kwargs)
+    share_files(folder)
     if processing_class is not None:
         save_processing_class(processing_class, folder)
     add_older_keys(folder)

@@ -54,30 +54,33 @@ def evaluate(
         prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
     tokenizer = _reader(next(iter(named.values())), rows)
     with locked_folder(output):
-        for name in (EVALUATION_NAME, BENCHMARKS_NAME):  # finished tasks are kept in files of their own
-            (output / name).unlink(missing_ok=True)
+        wanted = [name for name in (tasks or "").split(",") if name]
         evaluate_models(
             named,
             rows,
             processing_class=tokenizer,
             chat_prompts=prompts,
-            tasks=[name for name in (tasks or "").split(",") if name],
+            tasks=wanted,
             output_path=output,
             **settings,
         )
+        if not wanted:  # finished tasks are kept in files of their own
+            (output / BENCHMARKS_NAME).unlink(missing_ok=True)  # of an earlier evaluation
     _print_measurement(output)
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Draw the plots, and write the report and the model card from the files of a run folder."""
     from ..locks import locked_folder
+    from ..pruning.plan import PLAN_NAME
     from ..publishing.card import write_model_card
     from ..publishing.quantized_card import is_quantized_copy, write_quantized_card
     from ..publishing.uploads import require_weights
 
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} does not exist. Give the folder of a finished run.")
-    require_weights(folder)
+    if not all((folder / name).is_file() for name in ("config.json", PLAN_NAME)):  # a card's files, without weights
+        require_weights(folder)
     with locked_folder(folder):
         path = (write_quantized_card if is_quantized_copy(folder) else write_model_card)(folder)
     wrote(path)

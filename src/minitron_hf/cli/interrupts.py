@@ -9,12 +9,13 @@ import sys
 import threading
 from typing import NoReturn
 
+from ..interruption import interrupt, last_signal
+
 #: Commands that go on where they were interrupted.
 RESUMING = ("run", "search", "generate", "cache", "distill")
 #: Signals that end a command with a message: Ctrl-C, and what schedulers and containers send before they kill.
 SIGNALS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 _UNHANDLED = (signal.default_int_handler, signal.SIG_DFL)
-_interrupts: list[int] = []
 
 
 def note_interrupts() -> None:
@@ -25,23 +26,18 @@ def note_interrupts() -> None:
         # A launcher ends the processes that it started, and they wait for each other otherwise.
         is_launchers = number == signal.SIGTERM and "LOCAL_RANK" in os.environ
         if signal.getsignal(number) in _UNHANDLED and not is_launchers:
-            signal.signal(number, _note_interrupt)
-
-
-def _note_interrupt(number: int, frame: object) -> NoReturn:
-    _interrupts.append(number)
-    raise KeyboardInterrupt
+            signal.signal(number, interrupt)
 
 
 def was_interrupted() -> bool:
     """Whether there was an interrupt. An import that it breaks off may fail with another error."""
-    return bool(_interrupts)
+    return last_signal() is not None
 
 
 def exit_interrupted() -> NoReturn:
     """Say how to go on, with --json in a document as for every error, and exit with 128 + the signal's number."""
-    number = _interrupts[-1] if _interrupts else int(signal.SIGINT)
-    resumes = any(one in RESUMING for one in sys.argv[1:2])
+    number = last_signal() or int(signal.SIGINT)
+    resumes = any(one in RESUMING for one in sys.argv[1:2]) and "--dry-run" not in sys.argv
     how = "The same command resumes where this one stopped." if resumes else "Run it again."
     text, code = f"{SIGNALS[signal.Signals(number)]}. {how}", 128 + number
     as_json = "--json" in sys.argv

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.context import row_limit
-from ..errors import PlanError
+from ..errors import PlanError, checks_kinds
 from ..families import spec_for
 from ..losses.chunks import default_chunk_size
 from ..models import count_parameters, empty_model
@@ -68,6 +68,7 @@ class Capacity:
         return self.peak <= self.memory
 
 
+@checks_kinds
 def estimate_capacity(
     teacher_config: PretrainedConfig,
     student_config: PretrainedConfig,

@@ -26,6 +26,7 @@ from ..data.images import COLUMNS
 from ..errors import DivergedError, MismatchError, OutputError
 from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
+from ..interruption import raise_if_interrupted
 from .record import RECORDED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -251,6 +252,7 @@ class CheckpointMixin(Trainer):
             self._restored_progress = read_artefact(Path(resume_from_checkpoint) / MANIFEST_NAME)["progress"]
             if found := self.differences(resume_from_checkpoint):
                 logger.warning("%s belongs to another training: %s.", resume_from_checkpoint, "; ".join(found))
+        raise_if_interrupted()  # `datasets` may have swallowed it while the rows were made
         callback = _RestoreProgress(self)
         self.add_callback(callback)
         try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data import DataSource, tokenize_once
-from ..errors import PlanError, checks_kinds
+from ..errors import ArgumentError, PlanError, checks_kinds, did_you_mean
 from ..families import FIELD_OF_AXIS, ArchSpec, spec_for
 from ..scoring.importance import estimate_importance
 from ..scoring.scores import ImportanceScores
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 
 #: Arguments of `estimate_importance` that say which rows of the data are read, and how.
 CALIBRATION_ARGUMENTS = ("num_rows", "max_length", "packing", "batch_size")
+
+
+def require_known_arguments(given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse arguments that neither a function nor `estimate_importance`, to which it passes the others on, knows.
+
+    Raises:
+        ArgumentError: naming the closest argument.
+    """
+    known = [name for one in (function, estimate_importance) for name in inspect.signature(one).parameters]
+    if unknown := [name for name in given if name not in known]:
+        raise ArgumentError(f"{function.__name__} has no argument {', '.join(unknown)}.{did_you_mean(unknown, known)}")
 
 
 @checks_kinds

@@ -38,7 +38,7 @@ from ..sizes.targets import shapes_near_target, target_limits
 from ..vocabulary.counts import TokenCounts, count_tokens
 from ..weights import model_digest
 from .candidates import Candidate, Divergence, MeasuredShapes, OwnScore, paired_gap
-from .iterations import CALIBRATION_ARGUMENTS, iterate_importance
+from .iterations import CALIBRATION_ARGUMENTS, iterate_importance, require_known_arguments
 from .plan import PruningPlan
 from .planning import make_plan
 from .repair import refit
@@ -174,6 +174,7 @@ def _check_sources(
     Returns:
         Whether the teacher has to be scored.
     """
+    require_known_arguments(importance_kwargs, prune_model)
     scored = data is not None or needs_no_data(importance_kwargs.get("metric"))
     if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")

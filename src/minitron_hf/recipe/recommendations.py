@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..data.context import context_length
-from ..errors import PlanError
+from ..errors import PlanError, checks_kinds
 from ..families import PRUNER_FIELDS, spec_for
 from ..models import count_parameters
 from ..pruning.candidates import Candidate
@@ -157,6 +157,7 @@ def _leaves(values: Any, where: str = "") -> dict[str, Any]:
     return {name: value for leaves in inner for name, value in leaves.items()}
 
 
+@checks_kinds
 def recommend(
     config: PretrainedConfig,
     target: float,
@@ -239,6 +240,8 @@ def _choose_by_measuring(
 
 def _num_parameters(target: float, total: int) -> int:
     """The parameters of the student, from a number or a fraction of the teacher's."""
+    if target > 1 and target != round(target):
+        raise PlanError(f"target={target:g}: expected a fraction of the teacher below 1, or a number of parameters.")
     parameters = round(target * total) if 0 < target < 1 else round(target)
     if not 0 < parameters < total:
         raise PlanError(

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import MinitronError, MismatchError, OutputError, checks_kinds
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
 from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
+from ..interruption import raise_if_interrupted
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from ..progress import progress_bars, step
@@ -186,6 +187,7 @@ def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str]
     record = _record(run.folder, stage.name)
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
+    raise_if_interrupted()
     report(f"[{stage.name}] {stage.help}{remark}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
     _write_costs(run)
@@ -330,7 +332,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
         )
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
-        "Choose another output_dir, or pass --redo to repeat this stage and the later ones."
+        "Choose another output_dir, take these changes back, or pass --redo to repeat this stage and the later ones."
     )
 
 
