@@ -313,7 +313,7 @@ def test_a_report_is_the_same_every_time_and_says_what_the_rows_say(tmp_path):
     # -30/210 of 0.7 nats; s of the differences 10, 11, 9 is 1, so the interval is ± 4.303·(1/√3)/70.
     assert "| base – loss ce | 1k | 1 | wikitext2, KL | -14.3 % [-17.8, -10.7] | for the claim |" in page
     assert "bits per byte | +0.0 % [+0.0, +0.0] | against it |" in page
-    assert "0 of 27 claims have a verdict, 2 a tendency, 25 are not measured yet" in page
+    assert "27 claims: 0 with a verdict, 2 with a tendency, 25 not measured." in page
     assert "Verdicts" not in page
     assert "## Tasks" not in page
     assert "| controls | loss ce | 1k | 1 | 0.700 ± 0.055 |" in page

@@ -1,4 +1,4 @@
-"""What distillation makes of a start: the fit against NumPy's, the order against ranks, the table against the page."""
+"""KL before and after distillation: the fit against NumPy's, the order against ranks, the table against the page."""
 
 from __future__ import annotations
 

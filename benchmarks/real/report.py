@@ -170,8 +170,8 @@ def claims_section(found: Sequence[Finding], experiments: dict[str, Experiment],
     lines = [
         "## Claims",
         "",
-        f"{len(decided)} of {total} claims have a verdict, {len(seen - decided)} a tendency, {total - len(seen)} are "
-        "not measured yet. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
+        f"{total} claims: {len(decided)} with a verdict, {len(seen - decided)} with a tendency, {total - len(seen)} "
+        "not measured. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
         "value. Lower is better.",
         "",
     ]
