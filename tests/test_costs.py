@@ -145,7 +145,7 @@ def test_operations_of_a_sequential_repair():
     with FlopCounterMode(display=False, custom_mapping=known) as counted:
         repaired_weights(teacher, plan, rows)
     student = plan.build_student_config(teacher.config)
-    found = costs.in_turn_cost(student, expected_writers(student), num_tokens=tokens.numel(), num_batches=3)
+    found = costs.sequential_cost(student, expected_writers(student), num_tokens=tokens.numel(), num_batches=3)
     passes = costs.layer_flops(teacher.config, 16) + found.passes * costs.layer_flops(student, 16)
     estimated = tokens.numel() * passes + found.products + found.solutions
     assert estimated == pytest.approx(counted.get_total_flops(), rel=0.1)

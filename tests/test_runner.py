@@ -223,7 +223,7 @@ def test_a_repair_is_part_of_the_run(values):
     for (name, found), wanted in zip(pruned.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, msg=name)
     write_model_card(folder)
-    assert "refitted by least squares" in (folder / "README.md").read_text()
+    assert "Least-squares repair: projections" in (folder / "README.md").read_text()
     streamed, _ = run({**values, "stream_weights": True, "output_dir": str(folder) + "-streamed"}, until="prune")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (streamed / "pruned" / name).read_bytes() == (folder / "pruned" / name).read_bytes(), name

@@ -80,10 +80,37 @@ def _bitsandbytes(**arguments: Any) -> Callable[[torch.device, int, list[str]], 
     return make
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """What a method quantises of a model.
+
+    Attributes:
+        group_size: inputs that share a scale; 0 without groups.
+        projections: paths of the linear projections that are quantised.
+        undivided: paths of those that are not, because the size of groups does not divide their inputs.
+        head: path of the output head, which is never quantised.
+    """
+
+    group_size: int
+    projections: frozenset[str]
+    undivided: list[str]
+    head: list[str]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The modules to leave out. Such a list replaces the default of Transformers, which has the head."""
+        return [*self.head, *self.undivided]
+
+
 #: Name → method.
 METHODS: Mapping[str, Method] = {
     "int8": Method("8 bits, a scale for every output (torchao)", ("torchao", "quantize"), _int8),
-    "int4": Method("4 bits, a scale for every group of inputs (torchao)", ("torchao", "quantize"), _int4, True),
+    "int4": Method(
+        "4 bits, a scale for every group of inputs (torchao); without CUDA, each weight takes a byte",
+        ("torchao", "quantize"),
+        _int4,
+        True,
+    ),
     "bnb_int8": Method("LLM.int8() of bitsandbytes", ("bitsandbytes", None), _bitsandbytes(load_in_8bit=True)),
     "bnb_nf4": Method(
         "4-bit normal floats of bitsandbytes",
@@ -134,17 +161,18 @@ def quantize_checkpoint(
         raise UnsupportedModelError(
             f"{os.fspath(model)} is quantised already. Give the checkpoint that it was made from."
         )
-    size, skipped = _groups(config, group_size) if checked.has_groups else _no_groups(config, group_size)
+    targets = _targets(config, method, group_size)
     if not overwrite:
         require_empty(output_dir)
-    left_out = sorted(set(skipped) - set(_head(config)))
-    if left_out:
+    if undivided := targets.undivided:
         logger.warning(
             "%s: %d of %d projections are not quantised, because their inputs are no multiple of %d: %s.",
-            method, len(left_out), len(_projections(config)), size, shortened(left_out),
+            method, len(undivided), len(undivided) + len(targets.projections), targets.group_size,
+            shortened(sorted(undivided)),
         )  # fmt: skip
     where = default_device() if device is None else as_device(device)
-    made = _quantised(model, config, checked.config(where, size, skipped), where, revision)
+    quantization = checked.config(where, targets.group_size, targets.left_out)
+    made = _quantised(model, config, quantization, where, revision)
     with replacing_folder(Path(output_dir)) as temporary:
         save_model(made, temporary, _processing_class(model, config, revision))
         # The plan says which of the teacher's tokens the copy of a student with a cut vocabulary has.
@@ -182,8 +210,8 @@ def quantised_projections(config: PretrainedConfig, method: str) -> tuple[int, f
     Raises:
         UnsupportedModelError: see `quantize_checkpoint`.
     """
-    size, skipped = (_groups if METHODS[method].has_groups else _no_groups)(config, None)
-    return size, frozenset(_projections(config)) - set(skipped)
+    targets = _targets(config, method, None)
+    return targets.group_size, targets.projections
 
 
 def require_method(name: str) -> Method:
@@ -204,49 +232,31 @@ def require_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _projections(config: PretrainedConfig) -> dict[str, int]:
-    """Path → inputs of every linear projection but the head."""
+def _targets(config: PretrainedConfig, method: str, given: int | None) -> _Targets:
+    """What a method quantises, in groups of `given` inputs or of the largest size that divides them."""
+    if given is not None and not METHODS[method].has_groups:
+        raise DataError(f"group_size={given}: only int4 has groups. Leave it out.")
+    if given is not None and given not in GROUP_SIZES:
+        raise DataError(f"group_size={given}: expected one of {', '.join(map(str, GROUP_SIZES))}.")
     model = empty_model(config)
     head = model.get_output_embeddings()
-    found = {
-        path: module.in_features
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if not found:
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    widths = {path: module.in_features for path, module in linear.items() if module is not head}
+    if not widths:
         raise UnsupportedModelError(
             f"None of the projections of this {type(model).__name__} is an nn.Linear, and no others are quantised."
         )
-    return found
-
-
-def _no_groups(config: PretrainedConfig, given: int | None) -> tuple[int, list[str]]:
-    if given is not None:
-        raise DataError(f"group_size={given}: only int4 has groups. Leave it out.")
-    _projections(config)
-    return 0, _head(config)
-
-
-def _groups(config: PretrainedConfig, given: int | None) -> tuple[int, list[str]]:
-    """The size of groups, and the modules to leave out because it does not divide their inputs."""
-    projections = _projections(config)
-    if given is not None and given not in GROUP_SIZES:
-        raise DataError(f"group_size={given}: expected one of {', '.join(map(str, GROUP_SIZES))}.")
+    heads = [path for path, module in model.named_modules() if module is head]
+    if not METHODS[method].has_groups:
+        return _Targets(0, frozenset(widths), [], heads)
     sizes = GROUP_SIZES if given is None else (given,)
-    size = next((one for one in sizes if not any(width % one for width in projections.values())), sizes[-1])
-    skipped = [path for path, width in projections.items() if width % size]
-    if len(skipped) == len(projections):
+    size = next((one for one in sizes if not any(width % one for width in widths.values())), sizes[-1])
+    undivided = [path for path, width in widths.items() if width % size]
+    if len(undivided) == len(widths):
         raise UnsupportedModelError(
             f"Groups of {size} divide the inputs of none of the projections. Take int8, or prune to multiples of 32."
         )
-    return size, [*_head(config), *skipped]
-
-
-def _head(config: PretrainedConfig) -> list[str]:
-    """Path of the output head. A list of modules to leave out replaces the default of Transformers, which has it."""
-    model = empty_model(config)
-    head = model.get_output_embeddings()
-    return [path for path, module in model.named_modules() if module is head]
+    return _Targets(size, frozenset(widths) - set(undivided), undivided, heads)
 
 
 def _quantised(

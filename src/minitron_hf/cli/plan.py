@@ -137,7 +137,7 @@ def _require_target_options(request: PrunerConfig, data: str | None, scores: Pat
     if request.targets or (data is not None and request.vocab_size is None):
         given_options = {name: request.targets or None, "--data": data, "--scores": scores}
         if missing := ", ".join(option for option, value in given_options.items() if value is None):
-            raise DataError(f"plan: {name}, --data and --scores belong together; {missing} is missing.")
+            raise DataError(f"plan: {name}, --data and --scores belong together. Missing: {missing}.")
 
 
 def _require_no_plan(output: Path | None, overwrite: bool) -> None:

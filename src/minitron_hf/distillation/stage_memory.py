@@ -27,7 +27,7 @@ from ..pruning.stored_reading import BLOCK_BYTES
 from ..scoring.activations import KEPT_GRAM_BYTES, head_groups
 from ..sizes.request import SEQUENTIAL
 from .stage_passes import backward_bytes, forward_bytes, training_bytes
-from .stage_repair import expected_cut_inputs, expected_writers, not_in_turn, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, not_sequential, num_refitted
 from .stage_repair_memory import repair, repair_streamed
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
@@ -147,7 +147,7 @@ def _prune_repaired(teacher: PretrainedConfig, student: PretrainedConfig, load: 
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     if load.repair == SEQUENTIAL:
         writers = expected_writers(student)
-        cuts = [*not_in_turn(cuts, writers), *writers]
+        cuts = [*not_sequential(cuts, writers), *writers]
     fitted = num_refitted(cuts, teacher) * load.itemsize
     return {"weights": weight_bytes(teacher, load), "refitted weights": fitted, "student": weight_bytes(student, load)}
 

@@ -80,8 +80,8 @@ def expected_writers(student: PretrainedConfig) -> list[CutInputs]:
     return found
 
 
-def not_in_turn(cuts: Sequence[CutInputs], writers: Sequence[CutInputs]) -> list[CutInputs]:
-    """The inputs that a sequential repair fits at once: those of other projections than its writers."""
+def not_sequential(cuts: Sequence[CutInputs], writers: Sequence[CutInputs]) -> list[CutInputs]:
+    """The inputs that a sequential repair leaves to least squares: those of other projections than its writers."""
     paths = {cut.path for cut in writers}
     return [cut for cut in cuts if cut.path not in paths]
 

@@ -14,7 +14,7 @@ from ..pruning.repair_passes import segments_of
 from ..pruning.repair_solve import OUTPUTS_AT_A_TIME
 from ..sizes.request import SEQUENTIAL
 from .stage_passes import forward_bytes
-from .stage_repair import expected_cut_inputs, expected_writers, layer_bytes, not_in_turn, num_outputs, num_refitted
+from .stage_repair import expected_cut_inputs, expected_writers, layer_bytes, not_sequential, num_outputs, num_refitted
 from .stage_workload import Parts, Workload, hidden_size, num_layers, vocabulary, weight_bytes
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ def repair(teacher: PretrainedConfig, student: PretrainedConfig, load: Workload)
     The sums of an input take 8·K·W, W = K + R + G, and twice that of those that choose the ridge, if all fit into one
     pass. A batch: a forward pass, and the inputs side by side, N·(K + R)·(b + 4) (4·N·(K + R) in float32), with their
     product, 4·K·(K + R), and two states, N·G·(2·b + 4) (8·N·G in float32). The solution for O outputs of one
-    projection, 8,192 at most: `_solution_bytes`. A sequential repair: the larger of this and `_in_turn`.
+    projection, 8,192 at most: `_solution_bytes`. A sequential repair: the larger of this and `_sequential`.
     """
     cuts = expected_cut_inputs(teacher, student, load.repair, load.num_gaps)
     writers = expected_writers(student) if load.repair == SEQUENTIAL else []
-    cuts = not_in_turn(cuts, writers)
+    cuts = not_sequential(cuts, writers)
     parts = _at_once(teacher, cuts, load)
     if writers:
-        parts = max(parts, _in_turn(teacher, student, cuts, writers, load), key=lambda one: sum(one.values()))
+        parts = max(parts, _sequential(teacher, student, cuts, writers, load), key=lambda one: sum(one.values()))
     return parts
 
 
-def _in_turn(
+def _sequential(
     teacher: PretrainedConfig,
     student: PretrainedConfig,
     cuts: Sequence[CutInputs],
@@ -48,9 +48,9 @@ def _in_turn(
 ) -> Parts:
     """W_t (twice after a change of basis) + refitted weights + W_s + streams + sums + a forward pass or a solution.
 
-    The refitted weights are those that are fitted at once. The streams of both models take M·T·(H_t + H_s)·b, and what
-    each projection of a layer is fitted to M·T·H_s·4. The sums of a projection are kept twice where held-out rows
-    choose the ridge, 16·K·(K + H_s).
+    The refitted weights are those that it leaves to least squares. The streams of both models take
+    M·T·(H_t + H_s)·b, and what each projection of a layer is fitted to M·T·H_s·4. The sums of a
+    projection are kept twice where held-out rows choose the ridge, 16·K·(K + H_s).
     """
     largest = max(writers, key=lambda cut: cut.num_bytes)
     kept = load.calibration_rows * load.max_length if load.device == "cpu" else 0

@@ -263,13 +263,13 @@ def _notes_on_weights(
         notes.append("The neurons of the projector are ranked by their weights, not by calibration data.")
     if repair == SEQUENTIAL:
         notes.append(
-            "Repair: projections that write to the residual stream are refitted by least squares, layer by layer, on "
-            "the student's own activations; others that read cut units, to the units that stay."
+            "Sequential repair: projections that write to the residual stream are refitted layer after layer, on the "
+            "student's own activations. Other projections that read cut units are refitted by least squares."
         )
     elif repair:
         notes.append(
-            "Repair: projections that read cut units, or precede dropped layers, are refitted by least squares to the "
-            "units that stay."
+            "Least-squares repair: projections that read cut units, or precede dropped layers, are refitted to give "
+            "what the teacher's give, from the units that stay."
         )
     return notes
 

@@ -39,11 +39,11 @@ from ..scoring.scores import require_weights
 from ..sizes.request import SEQUENTIAL
 from ..weights import input_device, tensor_values
 from .basis import rotated_model
-from .repair_in_turn import refit_in_turn, writers_in_turn
 from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
 from .repair_solve import best_ridges, has_bias, medians, refit_weights, warn_of_few_tokens
 from .repair_sums import require_finite
+from .sequential_repair import refit_sequentially, sequential_writers
 from .stored_layers import is_stored
 from .surgery import apply_plan
 
@@ -168,22 +168,22 @@ def refit(
     model, plan = _checked_arguments(model, plan, memory_limit, ridge)
     notes = [] if notes is None else notes
     inputs = cut_inputs(model, plan, notes)
-    writers = writers_in_turn(model, plan, notes) if plan.repair == SEQUENTIAL else {}
-    in_turn = {writer.projection.path for own in writers.values() for writer in own}
-    inputs = [cut for cut in inputs if not {one.path for one in cut.projections} <= in_turn]
-    if not inputs and not in_turn:
+    writers = sequential_writers(model, plan, notes) if plan.repair == SEQUENTIAL else {}
+    sequential = {writer.projection.path for own in writers.values() for writer in own}
+    inputs = [cut for cut in inputs if not {one.path for one in cut.projections} <= sequential]
+    if not inputs and not sequential:
         return
     rows = (num_rows, max_length, packing, batch_size)
     calibration = load_calibration(model, data, processing_class, *rows, test_starts=not is_stored(model))
     device = input_device(model) if device is None else device
     limit = SHARE_OF_FREE_MEMORY * free_memory(device) if memory_limit is None else memory_limit
     at_once = _refit_at_once(model, inputs, calibration, limit, ridge, device, show_progress)
-    if not in_turn:
+    if not sequential:
         yield from at_once
         return
     refitted = dict(at_once)
     student = apply_plan(given, planned.with_whole_vocabulary(), repaired=refitted)
-    found = refit_in_turn(model, student, plan, writers, calibration, ridge, show_progress=show_progress)
+    found = refit_sequentially(model, student, plan, writers, calibration, ridge, show_progress=show_progress)
     yield from (refitted | found).items()
 
 

@@ -46,7 +46,7 @@ _LEGAL_NAMES = {
 
 #: How a local teacher was made from a model of the Hub, by the relation that its card names.
 BASE_RELATIONS = {
-    "quantized": "with the quantised weights of",
+    "quantized": "quantised from",
     "finetune": "fine-tuned from",
     "merge": "merged from",
     "adapter": "with an adapter of",

@@ -192,7 +192,7 @@ def repair_cost(
     return work
 
 
-def in_turn_cost(
+def sequential_cost(
     student: PretrainedConfig, writers: Sequence[CutInputs], *, num_tokens: int, num_batches: int
 ) -> RepairCost:
     """What a sequential repair computes, from the list of its projections (`expected_writers`).

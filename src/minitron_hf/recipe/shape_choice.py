@@ -230,10 +230,10 @@ def shape_decision(config: PretrainedConfig, shape: Shape, cut: Cut, measured: S
         "depth": "As many layers as the target holds; width stays.",
         "width": "The residual stream and the MLP become narrower, in proportions as equal as the target allows. The "
         "layers stay, and so do the attention heads, unless together they must be as wide as the residual stream.",
-        "layers and neurons": "More neurons than layers go: of five shapes of SmolLM2-135M, fitted in turn, 26 of 30 "
-        "layers and 960 of 1,536 neurons ended best after 131k tokens (KL 0.689; 28 layers and 855 neurons 0.701, 24 "
-        "and 1,083 0.734, neurons alone 0.748, 22 and 1,228 0.893; one seed each). At least three quarters of the "
-        "layers and half of the neurons stay. Residual stream and heads stay.",
+        "layers and neurons": "More neurons than layers go: of five shapes of SmolLM2-135M, with the sequential "
+        "repair, 26 of 30 layers and 960 of 1,536 neurons ended best after 131k tokens (KL 0.689; 28 layers and 855 "
+        "neurons 0.701, 24 and 1,083 0.734, neurons alone 0.748, 22 and 1,228 0.893; one seed each). At "
+        "least three quarters of the layers and half of the neurons stay. Residual stream and heads stay.",
     }
     sources = {
         "depth": f"{MINITRON_PAPER}, depth pruning",

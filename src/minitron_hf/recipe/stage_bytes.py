@@ -16,7 +16,7 @@ from ..distillation.config import checkpointing_field
 from ..distillation.fake_runs import Setup
 from ..distillation.gpu_data_sheets import Device
 from ..distillation.stage_memory import evaluation_memory, stage_memory
-from ..distillation.stage_repair import expected_cut_inputs, expected_writers, not_in_turn
+from ..distillation.stage_repair import expected_cut_inputs, expected_writers, not_sequential
 from ..distillation.stage_workload import Workload
 from ..errors import MinitronError
 from ..hardware import as_dtype, training_device
@@ -139,7 +139,7 @@ def repair_seconds(
     A streamed one takes two passes, one of which chooses the ridge, and reads the weights for both and for a test.
     """
     writers = expected_writers(student) if repair == SEQUENTIAL else []
-    cuts = not_in_turn(expected_cut_inputs(model, student, repair, gaps), writers)
+    cuts = not_sequential(expected_cut_inputs(model, student, repair, gaps), writers)
     num_rows, length, batch = rows
     tokens, num_batches, speed = num_rows * length, math.ceil(num_rows / batch), facts.machine
 
@@ -157,9 +157,9 @@ def repair_seconds(
         flops += passes * costs.layer_flops(model, length)
         seconds += seconds_of(found)
     if writers:
-        in_turn = costs.in_turn_cost(student, writers, num_tokens=tokens, num_batches=num_batches)
-        flops += costs.layer_flops(model, length) + in_turn.passes * costs.layer_flops(student, length)
-        seconds += seconds_of(in_turn)
+        sequential = costs.sequential_cost(student, writers, num_tokens=tokens, num_batches=num_batches)
+        flops += costs.layer_flops(model, length) + sequential.passes * costs.layer_flops(student, length)
+        seconds += seconds_of(sequential)
     return seconds + tokens * flops / speed.forward_flops
 
 

@@ -1,10 +1,10 @@
-"""Refits the projections that write to the residual stream one after the other, on the student's own activations.
+"""The sequential repair: refits what writes to the residual stream, layer after layer, on the student's activations.
 
 The fits in `repair` take the teacher's activations for the student's, so the errors of the layers add up. Here layer l
 is fitted after the layers before it. A projection that reads x [K] and whose output the layer adds to the stream,
 times f, gains Δ: min ‖X Δ − (T − S) / f‖² + λ‖Δ‖², where T [N, H] is the teacher's stream after the same projection,
 and S the student's. The last projection of a layer is fitted to what the teacher hands to the next layer that stays,
-so that it makes up for dropped layers, too. Stacked experts are no plain projections, and are not refitted in turn. A
+so that it makes up for dropped layers, too. Stacked experts are no plain projections, and are left to least squares. A
 layer that normalises what its projections write (Gemma 2, OLMo 2) has none that could be; if channels are cut, nothing
 makes up for them there. Neither model runs as a whole: the streams of all tokens are kept, and
 both go on layer by layer (`layer_runs`).
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 _NOT_CHANNELS = " Nothing makes up for the cut channels there; the repair least_squares_all refits what reads them."
 
 
-def writers_in_turn(model: PreTrainedModel, plan: PruningPlan, notes: list[str]) -> dict[int, list[Writer]]:
-    """The projections of every layer that stays, which `refit_in_turn` refits.
+def sequential_writers(model: PreTrainedModel, plan: PruningPlan, notes: list[str]) -> dict[int, list[Writer]]:
+    """The projections of every layer that stays, which `refit_sequentially` refits.
 
     Args:
         model: the teacher.
@@ -56,18 +56,18 @@ def writers_in_turn(model: PreTrainedModel, plan: PruningPlan, notes: list[str])
         notes: gets notes for the plan on layers without such a projection, and on stacked experts.
     """
     if spec_for(model.config).stream.stacked_states:
-        notes.append("Repair: nothing is refitted in turn: this family has several residual streams.")
+        notes.append("The sequential repair changes nothing: this family has several residual streams.")
         return {layer: [] for layer in plan.layers_kept}
     writers = layer_writers(model, list(plan.layers_kept))
     if without := [layer for layer, own in writers.items() if not own]:
         notes.append(
-            f"Repair: nothing is refitted in turn in {len(without)} layers (the first is {without[0]}): they change "
+            f"The sequential repair leaves out {len(without)} layers (the first is {without[0]}): they change "
             "what their projections write, by a norm or a weight." + (_NOT_CHANNELS if "hidden" in plan.kept else "")
         )
     if stacked := [layer for layer in _layers_with_experts(model) if layer in writers]:
         notes.append(
-            f"Repair: the stacked experts of {len(stacked)} layers (the first is {stacked[0]}) are not refitted in "
-            "turn. Those that lost neurons, or whose layer lost experts, are fitted at once."
+            f"The sequential repair leaves out stacked experts of {len(stacked)} layers (the first is {stacked[0]}). "
+            "The repair least_squares refits those that lost neurons, or whose layer lost experts."
         )
     return writers
 
@@ -79,7 +79,7 @@ def _layers_with_experts(model: PreTrainedModel) -> list[int]:
     return sorted({layer for axis in axes for layer in spec.layers_with(axis, names)})
 
 
-def refit_in_turn(
+def refit_sequentially(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     plan: PruningPlan,
@@ -95,7 +95,7 @@ def refit_in_turn(
         teacher: on the plan's axes, with its tensors in memory.
         student: of the plan, with the teacher's vocabulary; its projections are replaced.
         plan: the plan.
-        writers: the teacher's projections (`writers_in_turn`).
+        writers: the teacher's projections (`sequential_writers`).
         calibration: rows.
         ridge: λ as a fraction of the mean of the diagonal of XᵀX; None: held-out rows choose it for each projection.
         show_progress: show a progress bar.
@@ -124,13 +124,13 @@ def _fitted(
     ridge: float | None,
     show_progress: bool,
 ) -> dict[str, Tensor]:
-    """Name of a student's tensor → what it was replaced by; see `refit_in_turn`."""
+    """Name of a student's tensor → what it was replaced by; see `refit_sequentially`."""
     spec, channels = spec_for(teacher.config), plan.kept.get("hidden")
     streams = _Stream(teacher, calibration), _Stream(student, calibration)
     fit = _Fit(*streams, None if channels is None else torch.from_numpy(channels), ridge)
     following = [*plan.layers_kept[1:], len(streams[0].runs.blocks)]
     found: dict[str, Tensor] = {}
-    kept = tqdm(plan.layers_kept, desc="Repairing in turn", unit="layer", disable=not show_progress)
+    kept = tqdm(plan.layers_kept, desc="Sequential repair", unit="layer", disable=not show_progress)
     for layer, (source, stop) in enumerate(zip(kept, following)):
         streams[0].skip_to(source)
         theirs, paths = writers[source], (spec.layer_parameter(source, ""), spec.layer_parameter(layer, ""))
@@ -277,13 +277,13 @@ class _Stream:
 
 
 class _Fit:
-    """Fits the projections of the student's layers in turn.
+    """Fits the projections of the student's layers, one layer after the other.
 
     Args:
         teacher: its stream.
         student: its stream.
         channels: those of the teacher that the student keeps; None for all.
-        ridge: see `refit_in_turn`.
+        ridge: see `refit_sequentially`.
 
     Attributes:
         widest: the most inputs of a projection so far.

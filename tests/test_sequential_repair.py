@@ -1,4 +1,4 @@
-"""`repair="sequential"`: projections are refitted in turn, on the student's own activations."""
+"""`repair="sequential"`: projections are refitted layer after layer, on the student's own activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minitron_hf.pruning.layer_writers import layer_writers
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_with_plan
 from minitron_hf.pruning.repair_gaps import stream_output
-from minitron_hf.pruning.repair_in_turn import writers_in_turn
+from minitron_hf.pruning.sequential_repair import sequential_writers
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import POCKETS, cuttable, pocket_model, pocket_tokens
@@ -179,15 +179,15 @@ def test_few_tokens_are_warned_of_as_in_a_fit_at_once(caplog):
 @pytest.mark.parametrize(
     ("name", "cut", "words"),
     [
-        ("mixtral", {"layers_to_drop": [1]}, ["stacked experts of", "are not refitted in turn"]),
-        ("gemma2", {"hidden_size": 0.5}, ["nothing is refitted in turn", "Nothing makes up for the cut channels"]),
-        ("gemma2", {"layers_to_drop": [1]}, ["nothing is refitted in turn"]),
+        ("mixtral", {"layers_to_drop": [1]}, ["leaves out stacked experts of", "repair least_squares refits"]),
+        ("gemma2", {"hidden_size": 0.5}, ["sequential repair leaves out", "Nothing makes up for the cut channels"]),
+        ("gemma2", {"layers_to_drop": [1]}, ["sequential repair leaves out"]),
         ("llama", {"hidden_size": 0.5}, []),
     ],
 )
-def test_what_is_not_refitted_in_turn_is_noted(name, cut, words):
+def test_what_is_not_refitted_sequentially_is_noted(name, cut, words):
     model, notes = pocket_model(name), []
-    writers_in_turn(model, planned(model, **cut), notes)
+    sequential_writers(model, planned(model, **cut), notes)
     assert len(notes) == bool(words), notes
     assert all(word in notes[0] for word in words)
     assert ("channels" in "".join(notes)) == (len(words) > 1 and name == "gemma2")
@@ -208,8 +208,8 @@ NOT_ALONE = ("glm_moe_dsa",)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POCKETS)
-def test_every_family_is_repaired_in_turn_or_left_out_by_name(name):
-    """Logits on the calibration tokens, after the fit at once and after the one in turn."""
+def test_every_family_is_repaired_sequentially_or_left_out_by_name(name):
+    """Logits on the calibration tokens, after the least-squares repair and after the sequential one."""
     teacher = pocket_model(name, dtype=torch.float32 if name == "xglm" else torch.float64)  # its masks know no float64
     fields = [
         one for one in ("intermediate_size", "moe_intermediate_size", "num_hidden_layers") if one in cuttable(name)
@@ -253,12 +253,12 @@ def test_scaled_projections_of_the_student_are_the_fitted_ones(name, dtype, monk
     fitted = {}
 
     def kept(teacher, student, *args, **kwargs):
-        found = repair_in_turn(teacher, student, *args, **kwargs)
+        found = sequential_repair(teacher, student, *args, **kwargs)
         fitted.update({key: value.clone() for key, value in student.state_dict().items()})
         return found
 
-    repair_in_turn = repair.refit_in_turn
-    monkeypatch.setattr(repair, "refit_in_turn", kept)
+    sequential_repair = repair.refit_sequentially
+    monkeypatch.setattr(repair, "refit_sequentially", kept)
     student = prune_with_plan(teacher, plan, ROWS)
     for key, weight in student.state_dict().items():
         assert weight.dtype == dtype
