@@ -63,6 +63,9 @@ def student_of(config, setup):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if setup.fake_quantization:
         fake_quantize(model, setup.fake_quantization, is_split=False)
+    if setup.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
     if setup.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -126,6 +129,8 @@ def allocated(run) -> int:
         ("dense", {"lora_rank": 8, "activation_checkpointing": False}),
         ("dense", {"lora_rank": 8}),
         ("dense", {"cached_top_k": 16, "activation_checkpointing": False}),
+        ("dense", {"freeze_embeddings": True, "activation_checkpointing": False}),
+        ("dense", {"freeze_embeddings": True, "accumulates": False}),
         ("experts", {"activation_checkpointing": False}),
         ("experts", {}),
         *(

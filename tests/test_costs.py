@@ -332,6 +332,10 @@ def test_rounded_weights_count_in_the_memory_of_training_and_exclude_an_adapter(
     assert found["score"] == plain["score"]
     with pytest.raises(UnsupportedModelError, match="fake_quantization='int8' with an adapter"):
         check_recipe(replace(rounded, lora={"r": 2}, controls=[]))
+    with pytest.raises(UnsupportedModelError, match="freeze_embeddings with an adapter"):
+        check_recipe(
+            replace(recipe, distill={**recipe.distill, "freeze_embeddings": True}, lora={"r": 2}, controls=[])
+        )
     with pytest.raises(UnsupportedModelError, match="with FSDP or DeepSpeed"):
         check_recipe(replace(rounded, distributed=DistributedSection("fsdp2", 2)))
 

@@ -23,7 +23,7 @@ from minitron_hf import (
     load_teacher_cache,
 )
 from minitron_hf.files import read_json, remove, replacing_folder, write_json
-from minitron_hf.models import load_for_compute, load_model
+from minitron_hf.models import load_for_compute
 
 from .arms import Arm, key
 from .corpora import read_texts
@@ -130,7 +130,7 @@ class Workshop:
             self.stop.check()
             keeps_states = self.keep_states and arm["teacher"] == "as-is"
             trainer = (TeacherStatesTrainer if keeps_states else DistillationTrainer)(
-                model=_student(arm, start),
+                model=str(start),
                 teacher_model=teacher,
                 args=arguments,
                 train_dataset=rows,
@@ -267,6 +267,7 @@ def arm_arguments(arm: Arm, folder: Path) -> DistillationConfig:
         packing=True,
         packing_strategy="wrapped",
         seed=arm["seed"],
+        freeze_embeddings=arm["train"] == "layers",
         save_strategy="no",  # `Checkpointing` asks for them
         save_total_limit=1,
         logging_steps=max(1, arm.steps // LOGGED),
@@ -294,16 +295,6 @@ def _optimizer(arm: Arm) -> dict[str, Any]:
         raise ValueError(f"optimizer={arm['optimizer']!r}: expected adamw or muon.")
     # A factory (Transformers 5.22, `is_optimizer_factory`): called for a class, which is called with the model.
     return {"optimizer_cls_and_kwargs": (lambda: MuonWithAdamW, {"lr": arm["learning_rate"]})}
-
-
-def _student(arm: Arm, start: Path) -> Any:
-    """What the trainer takes: a path, or the model with its token embeddings and output head frozen."""
-    if arm["train"] != "layers":
-        return str(start)
-    model = load_model(start, dtype=torch.float32)
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        table.requires_grad_(False)
-    return model
 
 
 def _adapter(arm: Arm) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def fit(
         Optional[str],  # noqa: UP045
         typer.Option(help="Train with rounded weights: int8 or int4."),
     ] = None,
+    freeze_embeddings: Annotated[
+        bool, typer.Option("--freeze-embeddings", help="Train neither token embeddings nor output head.")
+    ] = False,
 ) -> None:
     """Print the memory that distillation needs on each device, and an estimate of its speed.
 
@@ -60,7 +63,8 @@ def fit(
 
     widths = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads)
     given = _sizes(*widths, num_hidden_layers, vocab_size)
-    training = {"optimizer": optimizer, "lora_rank": lora_rank, "fake_quantization": fake_quantization}
+    training: dict[str, Any] = {"optimizer": optimizer, "lora_rank": lora_rank, "fake_quantization": fake_quantization}
+    training["freeze_embeddings"] = freeze_embeddings
     rows = {"batch_size": batch_size, "max_length": max_length}
     if student is not None and (given or set_):
         raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")

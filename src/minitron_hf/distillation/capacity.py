@@ -103,7 +103,7 @@ def estimate_capacity(
         peaks = passes.peaks(batch_size)
         waiting = peaks.pop("waiting")
         peaks[LOSS] = waiting + loss
-        if not setup.accumulates and setup.lora_rank is None:  # the loss has made the gradient of the head
+        if not setup.accumulates and setup.trains_head:  # the loss has made the gradient of the head
             peaks[BACKWARD] += 4 * sizes[1] * student_config.get_text_config().hidden_size
         worst = max(peaks, key=peaks.__getitem__)
         chunks = loss if worst == LOSS else 0
@@ -149,7 +149,7 @@ def resident_bytes(
 ) -> dict[str, int]:
     """Kind of memory → bytes on each device that stay between passes, including buffers of the sharding."""
     trained = passes.trained
-    weights = passes.student_bytes if setup.lora_rank else 4 * trained
+    weights = passes.student_bytes if setup.lora_rank else 4 * passes.parameters
     whole = {
         "student": weights,
         "gradients": 4 * trained if setup.accumulates else 0,
@@ -157,7 +157,11 @@ def resident_bytes(
         "teacher": passes.teacher_bytes,
     }
     if setup.sharding.startswith("zero"):  # bfloat16 weights and gradients; float32 copies with the optimizer
-        whole |= {"student": 2 * trained, "gradients": 2 * trained, "optimizer": whole["optimizer"] + 4 * trained}
+        whole |= {
+            "student": 2 * passes.parameters,
+            "gradients": 2 * trained,
+            "optimizer": whole["optimizer"] + 4 * trained,
+        }
     split = SHARDINGS[setup.sharding]
     parts = {name: -(-size // setup.devices) if name in split else size for name, size in whole.items()}
     if setup.devices == 1:
@@ -186,8 +190,8 @@ def loss_bytes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setu
     block = max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 23) // max(vocab_size, whole))
     softmaxes = min(block, num_tokens) * (4 * vocab_size + (whole if whole > vocab_size else 0)) * 4
     states = num_tokens * width * stored
-    head = 4 * vocab_size * width if setup.lora_rank is None else 0  # its gradient, summed in float32
-    if setup.lora_rank is None and compute != 4:
+    head = 4 * vocab_size * width if setup.trains_head else 0  # its gradient, summed in float32
+    if setup.trains_head and compute != 4:
         head += compute * vocab_size * width  # one chunk's product
     if compute != stored:
         states += num_tokens * width * compute
@@ -211,7 +215,7 @@ def _speed(
 def step_flops(teacher: PretrainedConfig, student: PretrainedConfig, setup: Setup, passes: Passes) -> float:
     """FLOPs of one device's pass over B rows, the heads included: their logits, and the student's gradients."""
     vocab_size = student.get_text_config().vocab_size
-    products = (2 if setup.lora_rank else 3) * student.get_text_config().hidden_size * vocab_size
+    products = (3 if setup.trains_head else 2) * student.get_text_config().hidden_size * vocab_size
     text = teacher.get_text_config()
     products += 0 if setup.cached_top_k else text.hidden_size * text.vocab_size
     return setup.batch_size * (passes.flops_per_row + 2 * (setup.max_length - 1) * products)

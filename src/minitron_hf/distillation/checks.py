@@ -222,6 +222,30 @@ def refuse_frozen(student: Any) -> None:
         )
 
 
+def freeze_embeddings(student: Any) -> None:
+    """Exclude token embeddings and output head from training (`DistillationConfig.freeze_embeddings`).
+
+    Raises:
+        UnsupportedModelError: see `refuse_frozen_embeddings`.
+    """
+    refuse_frozen_embeddings(has_adapter=is_peft_model(student))
+    for table in (student.get_input_embeddings(), student.get_output_embeddings()):
+        table.requires_grad_(False)
+
+
+def refuse_frozen_embeddings(*, has_adapter: bool) -> None:
+    """Refuse `freeze_embeddings` where it would have no effect.
+
+    Raises:
+        UnsupportedModelError: if an adapter is trained.
+    """
+    if has_adapter:
+        raise UnsupportedModelError(
+            "freeze_embeddings with an adapter: the adapter is trained, and embeddings and head are frozen already. "
+            "Leave it out."
+        )
+
+
 def refuse_launch(accelerator: Any) -> None:
     """Refuse a launch that Accelerate has silently changed, or whose parallelism is not supported.
 

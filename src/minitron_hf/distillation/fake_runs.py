@@ -19,6 +19,7 @@ from ..compat import (
 from ..errors import MinitronError, PlanError
 from ..losses.heads import backbone_output, base_model_of
 from ..models import auto_class, empty_model, first_line
+from .checks import freeze_embeddings
 from .fake_quantization import ROUNDINGS
 from .fake_rounding import seem_rounded
 from .gpu_data_sheets import DEVICES, Device
@@ -54,6 +55,7 @@ class Setup:
         accumulates: whether a step has several passes, so that gradients exist before a pass; else each pass makes
             them anew, while its activations go (one device).
         fake_quantization: as in `DistillationConfig`; a pass keeps a rounded copy of every projection.
+        freeze_embeddings: as in `DistillationConfig`.
     """
 
     devices: int = 1
@@ -67,6 +69,7 @@ class Setup:
     cached_top_k: int | None = None
     accumulates: bool = True
     fake_quantization: str | None = None
+    freeze_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in ("devices", "batch_size", "max_length", "lora_rank", "cached_top_k"):
@@ -89,6 +92,13 @@ class Setup:
             raise PlanError(
                 "fake_quantization trains all weights, on one device or with ddp: no lora_rank, no sharding."
             )
+        if self.freeze_embeddings and self.lora_rank is not None:
+            raise PlanError("freeze_embeddings: an adapter leaves embeddings and head alone. Leave one out.")
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output head gets gradients."""
+        return self.lora_rank is None and not self.freeze_embeddings
 
     @property
     def compute_bytes(self) -> int:
@@ -109,6 +119,7 @@ class Passes:
         bytes_of: phase → for each moment (bytes without rows, bytes per row), without weights and their gradients.
         flops_per_row: FLOPs of all products outside the loss, including recomputed ones.
         student_bytes: bytes of the student's weights in a pass, with the adapter.
+        parameters: number of the student's parameters, with the adapter.
         trained: number of trained parameters.
         teacher_bytes: bytes of the teacher's weights.
     """
@@ -116,6 +127,7 @@ class Passes:
     bytes_of: Mapping[str, list[tuple[int, int]]]
     flops_per_row: float
     student_bytes: int
+    parameters: int
     trained: int
     teacher_bytes: int
 
@@ -159,6 +171,8 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
     model = build_fake_model(student, dtype_of[setup.stored_bytes], setup.lora_rank).train()
     if setup.fake_quantization:
         seem_rounded(model, setup.fake_quantization)
+    if setup.freeze_embeddings:
+        freeze_embeddings(model)
     if setup.activation_checkpointing:
         checkpoint_activations(model, with_frozen_weights=bool(setup.lora_rank))
     frozen = None
@@ -180,6 +194,7 @@ def _run_passes(teacher: PretrainedConfig, student: PretrainedConfig, setup: Set
         {name: [(3 * a - 2 * b, b - a) for a, b in zip(two[name], three[name], strict=True)] for name in two},
         flops_of_three - flops_of_two,
         _weight_bytes(model),
+        model.num_parameters(),
         sum(parameter.numel() for parameter in trained),
         0 if frozen is None else _weight_bytes(frozen),
     )

@@ -39,6 +39,7 @@ RECORDED_ARGUMENTS = (
     "kd_weight",
     "ce_weight",
     "fake_quantization",
+    "freeze_embeddings",
     "teacher_correction",
     "teacher_original_learning_rate",
     "hidden_loss",

@@ -43,6 +43,7 @@ from .batches import (
 from .cache_coding import SIGNAL_COLUMNS
 from .checkpoints import CheckpointMixin, fingerprint, sampled_data
 from .checks import (
+    freeze_embeddings,
     refuse_data_parallel,
     refuse_frozen,
     refuse_launch,
@@ -275,6 +276,8 @@ class DistillationTrainer(
         refuse_wrapped_head(student)
         refuse_split_tie(student)
         refuse_frozen(self.model)
+        if self.args.freeze_embeddings:
+            freeze_embeddings(self.model)
         disable_peft_card(self.model)
         if method := self.args.fake_quantization:
             fake_quantize(self.model, method, is_split=self.is_fsdp_enabled or self.is_deepspeed_enabled)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.context import context_length, short_rows_note
-from ..distillation.checks import refuse_top_k
+from ..distillation.checks import refuse_frozen_embeddings, refuse_top_k
 from ..distillation.fake_quantization import require_fake_quantizable
 from ..distillation.intermediate import state_pairs
 from ..errors import DataError, MinitronError, PlanError, did_you_mean
@@ -149,6 +149,8 @@ def _check_against_model(
     for student, args in zip(students, arguments):
         if method := args.fake_quantization:
             require_fake_quantizable(student, method, has_adapter=adapter is not None, is_split=is_split)
+        if args.freeze_embeddings:
+            refuse_frozen_embeddings(has_adapter=adapter is not None)
 
 
 def _short_rows(run: Run, arguments: Sequence[DistillationConfig]) -> list[str]:

@@ -188,6 +188,7 @@ def training_memory(
             cached_top_k=None if recipe.teacher_cache is None else recipe.teacher_cache.most_tokens,
             accumulates=args.gradient_accumulation_steps > 1,
             fake_quantization=args.fake_quantization,
+            freeze_embeddings=args.freeze_embeddings,
         )
         # A recipe's student is cut from this teacher, so a smaller vocabulary is one that was cut.
         return estimate_capacity(teacher, student, setup, cuts_vocabulary=True).peak
