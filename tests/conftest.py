@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "cpu_has_bf16" not in metafunc.fixturenames:
             metafunc.fixturenames.append("cpu_has_bf16")
         metafunc.parametrize("cpu_has_bf16", [True, False], ids=["bf16_cpu", "plain_cpu"], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Makes most families slow in the tests marked `sampled`, other ones in each test."""
+    places: dict[str, dict[str, int]] = {}
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            test, _, _ = item.nodeid.partition("[")
+            known = places.setdefault(test, {})
+            place = known.setdefault(item.callspec.params["name"], len(known))  # type: ignore[attr-defined]
+            if (place + zlib.crc32(test.encode())) % sampled.args[0]:
+                item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
+
+from hub_clients import Port
 
 #: token → account. An account may write to its own name and to its organisations.
 ACCOUNTS = {
@@ -661,10 +664,15 @@ def check_card(content: str) -> tuple[list[str], list[str]]:
     return errors, []
 
 
+@functools.cache
+def _port() -> Port:
+    return Port()
+
+
 @pytest.fixture(name="hub_server")
 def hub_server_fixture(tmp_path: Path) -> Iterator[HubServer]:
-    """A fresh Hub for one test."""
-    server = HubServer(tmp_path / "hub").start()
+    """A fresh Hub for one test, on the port of all Hubs of this process."""
+    server = HubServer(tmp_path / "hub", _port().number).start()
     yield server
     server.stop()
 

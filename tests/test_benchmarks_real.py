@@ -155,6 +155,7 @@ def test_cached_states_of_the_teacher_change_nothing(bench_files, tmp_path, monk
     assert not (tmp_path / "more" / "work" / "shared" / "teacher-states").exists()
 
 
+@pytest.mark.slow
 def test_an_arm_that_another_run_has_begun_is_left_to_it(tmp_path):
     """Until that run has ended, however it ended."""
     script = """

@@ -507,7 +507,7 @@ def test_a_full_disk_leaves_nothing_half_written(workshop, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupt_says_how_to_go_on(number, workshop, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "minitron_hf", "run", str(workshop / "recipe.yaml"),

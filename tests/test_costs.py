@@ -53,6 +53,7 @@ NOT_COUNTED = {
 MACHINE = Machine("a test", "float32", 1e9, 8e8, 5e8, 2e9, 2e9, 1e8, 1e7, 4e9, 1e12)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", sorted(POCKETS.keys() - NOT_COUNTED))
 def test_operations_of_a_forward_pass(name):
     """Within a tenth of what PyTorch counts, for every family."""
@@ -262,7 +263,12 @@ def test_the_stages_of_a_recipe_are_formulas_over_speeds(recipe):
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"max_length": None}, {"max_length": 4096}], ids=["default", "none", "too long"]
+    "given",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"max_length": None}, id="none", marks=pytest.mark.slow),
+        pytest.param({"max_length": 4096}, id="too long", marks=pytest.mark.slow),
+    ],
 )
 def test_rows_are_estimated_no_longer_than_training_makes_them(recipe, given):
     """The context of the pocket is 64 tokens. Training lowers longer rows to it; a recipe that asks is refused."""
@@ -283,6 +289,7 @@ def test_rows_are_estimated_no_longer_than_training_makes_them(recipe, given):
             check_recipe(replace(cached, distill=rest | given))
 
 
+@pytest.mark.slow
 def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
     """Each stage has the peak of `stage_memory`; where a model cannot be run without values, none."""
     config = load_config(recipe.teacher.model)
@@ -315,6 +322,7 @@ def test_the_memory_of_stages_is_bounded_by_their_formulas(recipe, monkeypatch):
         assert found[name].to_dict()["memory"] is None
 
 
+@pytest.mark.slow
 def test_training_with_a_cut_vocabulary_has_a_memory(recipe):
     cut = replace(recipe, prune={**recipe.prune, "vocab_size": 64}, controls=[])
     found = {one.stage: one.memory for one in estimate_recipe(cut, machine=MACHINE).stages}
@@ -391,6 +399,7 @@ def test_further_speeds_and_drafts_are_counted(recipe):
     assert drafts - base == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_training_evaluates_few_rows(recipe):
     """By default, five times at most 64 rows, however large the held-out text is."""
     by_steps = {**recipe.distill, "eval_strategy": "steps"}

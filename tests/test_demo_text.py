@@ -85,6 +85,7 @@ def test_there_is_enough_english(text: ModuleType) -> None:
     assert not any(">>>" in document or "::=" in document for document in train)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_text_in_another_process(text: ModuleType, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     result = subprocess.run(

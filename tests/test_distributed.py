@@ -20,7 +20,12 @@ EVAL_LENGTHS = (9, 4, 23, 6, 13, 5, 31)
 CASES: dict[str, dict] = {
     "padded": {},
     "at_once": {"gradient_accumulation_steps": 1, "tied": True},
-    "padding_free": {"padding_free": True, "max_length": None, "activation_checkpointing": True},
+    "padding_free": {
+        "padding_free": True,
+        "max_length": None,
+        "activation_checkpointing": True,
+        "freeze_embeddings": True,
+    },
     "states": {"hidden_loss": "cosine", "embedding_loss": "mse"},
     "adapter": {"lora": True, "hidden_loss": "mse"},
     # The second step has 5 of 8 rows; which ones Accelerate adds to them must not matter.

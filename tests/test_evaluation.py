@@ -101,6 +101,7 @@ def test_metrics_agree_with_a_naive_loop(models, tokenizer):
     assert result["data"]["num_rows"] == len(rows) == len(TEXTS) + 1
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("name", "batch_size"),
     [*((name, 3) for name in POCKETS), *itertools.product(("llama", "gpt2", "mistral", "mamba2"), (1, 100))],
@@ -335,6 +336,7 @@ def test_a_damaged_student_is_measured_as_worse(data_folder: Path):
     assert 0.3 < student["top1_agreement"]["value"] < 1
 
 
+@pytest.mark.slow
 def test_the_models_that_are_not_timed_have_every_other_number(tokenizer):
     """Quality and bytes of all; speeds and drafts of the named ones alone."""
     models = {name: pocket_model("llama", dtype=torch.float32, seed=seed) for seed, name in enumerate("abc")}

@@ -233,6 +233,7 @@ def test_unclaimed_parameters_are_refused_by_name(name: str):
     assert "extra (4,) is not in the table" in str(caught.value)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_wrong_shape_is_refused_by_name(name: str):
     model = pocket_model(name)
@@ -297,6 +298,7 @@ def test_long_lists_of_problems_are_shortened():
         spec_for(model.config).check(model)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("change", [-1, 1], ids=["too few", "too many"])
 def test_depth_that_disagrees_with_the_config_is_refused(name: str, change: int):

@@ -1,21 +1,20 @@
 """Publishing over real HTTP: the real `huggingface_hub` client against a local server that speaks its endpoints.
 
-`HF_ENDPOINT` is read when `huggingface_hub` is imported, so every client runs in a process of its own.
+Every client runs in a process of its own (`hub_clients`).
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from hub_clients import Client, Warm
 from hub_server import (
     HubServer,
     card_metadata,
@@ -111,29 +110,17 @@ def run_dir(full_run):
     return full_run
 
 
-def client(code, *arguments, server: HubServer, home: Path, token: str | None = "hf_writer"):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "MPLBACKEND": "Agg",
-    }
-    if token:
-        environment["HF_TOKEN"] = token
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def client(code, *arguments, server: HubServer, home: Path, token: str | None = "hf_writer") -> Client:
+    """Python code that runs in a process of its own, with the local Hub as the Hub."""
+    return Client(warm(server.url), code, [*map(str, arguments)], home, {"HF_TOKEN": token} if token else {})
 
 
-def finish(process: subprocess.Popen) -> dict:
+@functools.cache
+def warm(endpoint: str) -> Warm:
+    return Warm(endpoint)
+
+
+def finish(process: Client) -> dict:
     """What the client printed last; its errors are answers too, a traceback is not."""
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in err, err
@@ -335,6 +322,7 @@ def test_access_is_checked_before_any_work(hub_server, tmp_path):
     assert hub_server.repos == {}
 
 
+@pytest.mark.slow
 def test_a_pull_request_needs_no_access_to_the_owner(run_dir, hub_server, tmp_path):
     """As the Hub does: every account that may write at all opens pull requests in public repositories."""
     hub_server.create("strangers/tiny", private=False)
@@ -385,6 +373,7 @@ def test_an_empty_private_repository_becomes_public_with_its_first_commit(run_di
     assert "already exists and is private: it stays private" in answer["stderr"]
 
 
+@pytest.mark.slow
 def test_a_pull_request_is_not_opened_twice(run_dir, hub_server, tmp_path):
     hub_server.create("lab/tiny-stories", private=True)
     hub_server.faults.append("lose-commit-response")
@@ -443,6 +432,7 @@ def test_wrong_and_missing_tokens(run_dir, hub_server, tmp_path):
     assert hub_server.repos == {}
 
 
+@pytest.mark.slow
 def test_no_server(run_dir, hub_server, tmp_path):
     hub_server.stop()
     refused = push(run_dir, hub_server, tmp_path)

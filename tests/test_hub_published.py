@@ -119,6 +119,7 @@ def test_a_hub_that_does_not_answer_costs_the_scores_their_place_not_the_push(ru
     assert EVAL_RESULTS not in hub_server.state_of(hub_server.repos["writer/tiny-0"]).files
 
 
+@pytest.mark.slow
 def test_a_public_name_that_the_licence_forbids_is_refused(run_dir, hub_server, tmp_path):  # noqa: F811
     write_json(run_dir / "teacher.json", TEACHER | {"license": "llama3.2"})
     (failed, *made), warned = pushes(
@@ -201,6 +202,7 @@ def test_copies_tag_and_collection_follow_the_student(run_dir, hub_server, tmp_p
     assert len(hub_server.collections) == 1
 
 
+@pytest.mark.slow
 def test_a_tag_is_never_moved(run_dir, hub_server, tmp_path):  # noqa: F811
     steps = ({"tag": "v1"}, {"without": ["samples.json"]}, {"tag": "v1"}, {"tag": "v2"})
     (first, second, refused, last), _ = pushes(run_dir, hub_server, tmp_path, *steps)
@@ -228,6 +230,7 @@ def test_faults_after_the_commit_say_what_was_done(run_dir, hub_server, tmp_path
     assert f"The commit {pushed['oid'][:12]} was made in lab/tiny-stories, but not its tag v1" in tagged["message"]
 
 
+@pytest.mark.slow
 def test_a_pull_request_needs_its_repository_and_nothing_else(run_dir, hub_server, tmp_path):  # noqa: F811
     missing = push(run_dir, hub_server, tmp_path, create_pr=True)
     assert "there is no such repository, or it is private and not visible" in missing["message"]

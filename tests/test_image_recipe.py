@@ -76,6 +76,7 @@ def test_files_name_images_beside_them(folder):
         assert one["images"][0].tobytes() == same["images"][0].tobytes()
 
 
+@pytest.mark.slow
 def test_lines_without_images_may_come_first(folder, tmp_path):
     """The first lines have no entry `images`; recipes and commands count and train on the others."""
     alone = {
@@ -204,6 +205,7 @@ def test_a_cache_is_the_teacher_in_recipes_and_at_the_command_line(folder, tmp_p
         assert words in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_the_costs_name_what_they_leave_out(folder, tmp_path):
     estimate = estimate_recipe(Recipe.from_dict(values(folder, tmp_path / "run")))
     assert any("what reading the images takes" in note for note in estimate.notes)

@@ -277,6 +277,7 @@ def naive_blocks(name: str) -> torch.Tensor:
 # Scores = the oracle
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_equal_the_naive_computation(name: str):
     scores = scores_of(pocket_model(name), batch_size=2)
@@ -427,6 +428,7 @@ def random_order(name: str, spec: ArchSpec, sizes: dict[str, int], generator: np
     return order
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_permuting_units_permutes_scores(name: str):
     """Reordered channels, neurons, heads, KV groups, experts: the same function, and the scores move along."""

@@ -602,6 +602,7 @@ def random_request(name: str, chance: random.Random) -> dict:
     return request
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_possible_request(name: str):
     """Kept indices are ascending, in range and as many as promised; the count is that of the stock student."""

@@ -243,6 +243,7 @@ def test_a_picture_of_a_newer_format_is_refused_and_not_left_out(run_dir):
         write_plots(run_dir)
 
 
+@pytest.mark.slow
 def test_a_speed_that_was_not_measured_again_is_not_shown(run_dir):
     write_plots(run_dir)
     record = evaluation()
@@ -253,6 +254,7 @@ def test_a_speed_that_was_not_measured_again_is_not_shown(run_dir):
     assert not (run_dir / "plots" / "speed.png").exists()
 
 
+@pytest.mark.slow
 def test_layers_only_scores_give_no_importance_plot(run_dir):
     tensors, _ = scores()
     write_plots(run_dir)

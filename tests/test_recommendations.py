@@ -131,6 +131,7 @@ def test_a_round_cuts_a_third_at_most():
             assert after / before == pytest.approx(ratio, abs=0.06)
 
 
+@pytest.mark.slow
 def test_the_rounds_of_llama_nest():
     found = recommend(LLAMA, 0.5625)
     first, last = found.rounds

@@ -76,6 +76,7 @@ def test_a_revision_is_read_and_a_missing_one_is_named_with_its_repository(hub_s
         assert all(word in message for word in words), (what, message)
 
 
+@pytest.mark.slow
 def test_a_push_to_a_missing_or_impossible_revision_names_it(run_dir, hub_server, tmp_path):  # noqa: F811
     """A missing branch is made. A pull request can only go to a branch that exists."""
     refused = [{"revision": "refs/pr/9"}, {"revision": "v9", "create_pr": True}, {"revision": "v 9"}]

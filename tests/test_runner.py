@@ -242,6 +242,7 @@ def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(value
     assert (folder / "pruned" / "model.safetensors").stat().st_size < old
 
 
+@pytest.mark.slow
 def test_redo_leaves_nothing_of_what_the_recipe_no_longer_has(values):
     space = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "tolerance": 1.0}
     search = {**space, "num_candidates": 1, "num_rounds": 1, "num_tokens": 32}

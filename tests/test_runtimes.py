@@ -30,7 +30,7 @@ def pruned(name: str, folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_an_exported_student_computes_the_same_at_any_length(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     student = pruned(name, tmp_path / "student")

@@ -68,6 +68,7 @@ def test_the_published_8b_space(eight_billion):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_published_4b_space():
     space = {
         "num_hidden_layers": [29, 30, 31, 32],
@@ -95,6 +96,7 @@ def test_counts_are_those_of_the_stock_model(name: str):
     assert [shape.num_parameters for shape in shapes] == sorted((s.num_parameters for s in shapes), reverse=True)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", POCKETS)
 def test_counts_are_those_of_the_student_in_every_family(name: str):
     """All widths at once, then depth: layers may hold unequal sizes, and lack what others have."""

@@ -117,8 +117,14 @@ STREAMED = {
 @pytest.mark.parametrize(
     ("kind", "width", "depth"),
     [
-        *(("batch", width, depth) for width in (64, 128) for depth in (2, 4)),
-        *((kind, width, depth) for kind in ("solution", "readers") for width, depth in ((64, 4), (128, 2))),
+        ("batch", 64, 2),
+        ("batch", 128, 4),
+        ("solution", 128, 2),
+        ("readers", 64, 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("batch", 64, 4), ("batch", 128, 2), ("solution", 64, 4), ("readers", 128, 2))
+        ),
     ],
 )
 def test_a_streamed_repair_allocates_what_is_estimated(kind, width, depth, tmp_path):

@@ -59,6 +59,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 # The student
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_those_of_the_path_through_memory(name: str, tmp_path: Path):
     teacher = saved(name, tmp_path / "teacher")
@@ -161,6 +162,7 @@ def test_a_head_that_is_tied_and_stored_too(equal: bool, tmp_path: Path):
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_digest_of_the_weights_is_that_of_the_loaded_model(name: str, tmp_path: Path):
     teacher = saved(name, tmp_path)

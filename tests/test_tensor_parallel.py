@@ -103,6 +103,7 @@ def train(folder: Path, case: str, models: Path) -> None:
         (folder / "result.json").write_text(json.dumps({"history": history, "metrics": counted}))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

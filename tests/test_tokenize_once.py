@@ -78,7 +78,13 @@ def test_rows_and_what_is_no_data_are_left_alone():
         assert tokenize_once(data) is data
 
 
-@pytest.mark.parametrize("request_", [{"target_parameters": 0.5, "multiple_of": 1}, {"intermediate_size": 0.5}])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param({"target_parameters": 0.5, "multiple_of": 1}, marks=pytest.mark.slow),
+        {"intermediate_size": 0.5},
+    ],
+)
 def test_a_generator_is_scored_measured_and_refitted_on(counted: Counter[str], request_: dict):
     """Scoring, the choice of sizes and the repair read the same texts; of two iterations likewise."""
     model = pocket_model("llama", dtype=torch.float32)

@@ -38,6 +38,7 @@ def planned(model, request: PrunerConfig) -> PruningPlan:
     return make_plan(model, request, estimate_importance(model, metric="random", seed=3))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_and_surgery_agree(name: str):
     teacher = pocket_model(name, dtype=torch.float32)

@@ -63,12 +63,11 @@ def fit(
 
     widths = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads)
     given = _sizes(*widths, num_hidden_layers, vocab_size)
-    training: dict[str, Any] = {"optimizer": optimizer, "lora_rank": lora_rank, "fake_quantization": fake_quantization}
-    training["freeze_embeddings"] = freeze_embeddings
-    rows = {"batch_size": batch_size, "max_length": max_length}
+    training = {"optimizer": optimizer, "lora_rank": lora_rank, "fake_quantization": fake_quantization}
+    step = {"batch_size": batch_size, "max_length": max_length, "freeze_embeddings": freeze_embeddings}
     if student is not None and (given or set_):
         raise DataError("fit: --student and sizes exclude each other. Leave out one of them.")
-    checked = _setup(device, {"devices": devices, "sharding": sharding, **rows, **training})
+    checked = _setup(device, {"devices": devices, "sharding": sharding, **step, **training})
     config = load_config(teacher)
     takes(PrunerConfig.__dataclass_fields__)
     if student is None:
