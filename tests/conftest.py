@@ -60,13 +60,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Makes most families slow in the tests marked `sampled`, other ones in each test."""
+    """Makes most families, or cases, slow in the tests marked `sampled`: other families in each test."""
     places: dict[str, dict[str, int]] = {}
     for item in items:
         if sampled := item.get_closest_marker("sampled"):
             test, _, _ = item.nodeid.partition("[")
             known = places.setdefault(test, {})
-            place = known.setdefault(item.callspec.params["name"], len(known))  # type: ignore[attr-defined]
+            case = item.callspec  # type: ignore[attr-defined]
+            place = known.setdefault(case.params.get("name", case.id), len(known))
             if (place + zlib.crc32(test.encode())) % sampled.args[0]:
                 item.add_marker("slow")
 

@@ -117,6 +117,7 @@ def allocated(run) -> int:
     return most
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("pair", "changes"),
     [

@@ -52,6 +52,7 @@ def squeeze(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
+@pytest.mark.slow
 def test_splits_share_no_source_and_no_paragraph(text: ModuleType) -> None:
     sources = {
         split: {re.match(r"Help on (.+):\n\n", document)[1] for document in text.documents(split)}

@@ -55,6 +55,7 @@ def possible(name: str, layers: list[int]) -> bool:
     return True
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "metric"), [("llama", "logit_nmse"), *((name, "perplexity") for name in NAMES)])
 def test_every_block_equals_the_student_without_it(name: str, metric: str):
     model = pocket_model(name)

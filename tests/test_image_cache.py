@@ -76,6 +76,7 @@ def teacher():
     return pocket_image_model(torch.float32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("data", [image_dataset, with_text_alone, with_prompts])
 def test_the_whole_distribution_is_the_teacher(tmp_path, teacher, data):

@@ -370,6 +370,7 @@ def loader(
     return DataLoader(list(rows), batch_size=batch_size, collate_fn=collate)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "attention"),
     [

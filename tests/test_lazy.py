@@ -54,6 +54,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("first", OPERATIONS)
 def test_lazy_tensors_are_the_tensors_they_stand_for(first, tmp_path, monkeypatch):
     """Two operations after each other; read in one piece, in blocks of rows, and value by value."""

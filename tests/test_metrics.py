@@ -55,6 +55,7 @@ def reduced(rows: list[torch.Tensor], batch: str = "l2", sequence: str = "mean")
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reductions", [("l2", "mean"), ("mean", "l2"), ("var", "var")], ids="-".join)
 @pytest.mark.parametrize("name", MAKERS)
 def test_neurons_before_the_nonlinearity(name: str, reductions: tuple[str, str]):

@@ -231,6 +231,7 @@ def test_an_index_names_parts_in_its_own_folder(tmp_path, weight_map):
         require_student(folder)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["distillation.json", "README.md", "chat_template.jinja", "scores.safetensors"])
 def test_a_token_in_what_would_be_published_stops_the_push(tmp_path, name):
     folder = write_run(tmp_path / "run")

@@ -313,7 +313,7 @@ def test_prune_model_repairs_after_verifying():
         for repair in (None, "least_squares")
     )
     notes = student.pruning_plan.notes
-    assert any("least squares" in note for note in notes)
+    assert any(note.startswith("Least-squares repair") for note in notes)
     assert any(note.startswith("Verified") for note in notes)
     changed = [
         name

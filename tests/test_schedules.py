@@ -88,6 +88,7 @@ def test_rows_are_not_longer_than_the_corpus_warrants():
     assert "not looked at" in recommend(CONFIGS["llama-100m"], 0.8, tokens=20e6)["schedule"].reason
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "tokens"), [("llama-100m", 1e6), ("gpt2", 1e6), ("gpt2", 5e9), ("mixtral", 1e6), ("llama-70b", 1e6)]
 )

@@ -120,6 +120,7 @@ def trained(folder, student, teacher, data, **args):
     return gradients.values, {k: v for k, v in {**metrics, **logs}.items() if not k.endswith(timing)}, trainer
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -98,6 +98,7 @@ def test_layers_see_their_own_sizes(name: str):
             assert seen.tolist() == [has_units and unit < sizes[axis] for unit in range(len(seen))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", UNEQUAL)
 @pytest.mark.parametrize(
     "request_",

@@ -114,6 +114,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "request_", "image"), CASES, ids=str)
 def test_student_equals_masked_teacher(name: str, request_: dict, image: bool):
     """With hidden channels dropped, up to the eps of norms where the table says that it is shared."""

@@ -192,6 +192,11 @@ def _processing_class(model: str | os.PathLike[str], config: PretrainedConfig, r
     return load_tokenizer(model, revision=revision)
 
 
+def quantised_name(method: str) -> str:
+    """Name of the student's quantised copy in an evaluation."""
+    return f"student_{method}"
+
+
 def require_quantizable(config: PretrainedConfig, method: str) -> None:
     """Refuse a model that a method cannot quantise, from its config alone.
 

@@ -202,7 +202,7 @@ class DistillationConfig(SFTConfig):
         metadata={
             "help": "Leave token embeddings and output head as they were pruned: no gradients and no optimizer states "
             "for them. Of 94.5M parameters of a student of SmolLM2-135M, 28M are in them; on text of another domain "
-            "than the corpus it ended 1.3 % closer to the teacher (docs/explanation/real-teachers.md)."
+            "than the corpus it ended 1.3 % closer to the teacher (benchmarks/results/real/starts)."
         },
     )
 

@@ -25,7 +25,7 @@ def render_quantized_card(folder: Path) -> str:
         OutputError: if `hub.json` is missing.
         MismatchError: if one of the files cannot be understood.
     """
-    from ..quantization import METHODS
+    from ..quantization import METHODS, quantised_name
 
     hub = read_artefact(folder / "hub.json")
     found = {
@@ -43,7 +43,7 @@ def render_quantized_card(folder: Path) -> str:
         "repo_id": hub["repo_id"],
         "method": METHODS[method].help if method in METHODS else method,
         "package": METHODS[method].package[0] if method in METHODS else config.get("quant_method"),
-        "measurements": _measurements(found["evaluation"], method),
+        "measurements": _measurements(found["evaluation"], quantised_name(method)),
         "teacher": teacher,
         "duties": (duties := duties_of(teacher)) and duties.text,
         "legal_files": legal_files(folder),
@@ -86,9 +86,8 @@ def _metadata(hub: dict[str, Any], teacher: dict[str, Any], task: str) -> str:
     ).to_yaml(line_break="\n")
 
 
-def _measurements(evaluation: dict[str, Any], method: str) -> list[list[str]] | None:
+def _measurements(evaluation: dict[str, Any], own: str) -> list[list[str]] | None:
     """The table of teacher, student and this copy; None if the copy was not measured."""
-    own = f"student_{method}"
     models = evaluation.get("models") or {}
     if own not in models:
         return None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import DataError
 from ..privacy import public_settings
-from ..quantization import METHODS
+from ..quantization import METHODS, quantised_name
 from ..sizes.request import TARGETS, PrunerConfig
 from .corpus_sections import ChatSection as ChatSection
 from .corpus_sections import DataSection as DataSection
@@ -359,7 +359,7 @@ class Recipe:
 
     def quantised_students(self) -> dict[str, str]:
         """Name, in the evaluation, of each quantised copy of the student → its method."""
-        return {f"student_{method}": method for method in self.quantize}
+        return {quantised_name(method): method for method in self.quantize}
 
     @property
     def measures_turns(self) -> bool:
