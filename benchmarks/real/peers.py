@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,13 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         for arm in experiment.arms:
             one = found.get(_settings(arm.settings))
-            cells = [title(arm), _criterion(arm, agreement), "", "", "not measured", _after(distilled, arm)]
+            trained = _distilled(distilled, arm)
+            cells = [title(arm), _criterion(arm, agreement), "", "", "not measured", _after(arm, trained)]
+            if trained is not None:
+                any_seed = next(iter(trained.seeds.values()))
+                cells[2] = f"{any_seed['student']['num_parameters'] / 1e6:.1f}M"
+                cells[3] = "yes" if arm["method"] not in METHODS else ""
+                cells[4] = trained.kl("before")
             if one is not None:
                 kl = one["result"]["kl_divergence"]
                 cells[2:5] = [
@@ -149,7 +156,8 @@ def title(arm: Arm) -> str:
         return METHODS[arm["method"]].title
     kind = "random units" if arm["metric"] == "random" else "ours"
     repair = "" if arm["repair"] == "none" else f", {arm['repair'].replace('_', ' ')}"
-    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}"
+    frozen = ", frozen embeddings" if arm["train"] == "layers" else ""
+    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}{frozen}"
 
 
 def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
@@ -163,17 +171,35 @@ def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
     return "as the authors' code" if compared.get("agrees") else "our reading"
 
 
-def _after(distilled: list[Results], arm: Arm) -> str:
-    """KL after distillation with the most tokens."""
-    if METHODS.get(arm["method"]) is not None and METHODS[arm["method"]].is_module:
-        return "not measured (no stock checkpoint)"
+@dataclass(frozen=True)
+class Trained:
+    """An arm after distillation with the most tokens: the results it is among, and its seeds."""
+
+    results: Results
+    seeds: dict[int, dict[str, Any]]
+    tokens: int
+
+    def kl(self, when: str) -> str:
+        """KL before or after distillation."""
+        return _cell(self.results, self.seeds, when, self.results.domains[0], "kl")
+
+
+def _distilled(distilled: list[Results], arm: Arm) -> Trained | None:
     for results in distilled:
         for tokens in reversed(results.budgets()):
             [seeds] = results.seeds(arm.at(tokens=tokens))
             if seeds:
-                cell = _cell(results, seeds, "after", results.domains[0], "kl")
-                return f"{cell} ({_thousands(tokens)} tokens, {len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
-    return "not measured"
+                return Trained(results, seeds, tokens)
+    return None
+
+
+def _after(arm: Arm, trained: Trained | None) -> str:
+    if METHODS.get(arm["method"]) is not None and METHODS[arm["method"]].is_module:
+        return "not measured (no stock checkpoint)"
+    if trained is None:
+        return "not measured"
+    seeds = len(trained.seeds)
+    return f"{trained.kl('after')} ({_thousands(trained.tokens)} tokens, {seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def _settings(settings: Any) -> str:
