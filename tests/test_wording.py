@@ -58,7 +58,7 @@ def test_options_without_a_value_are_named_alone():
 def test_sections_of_a_recipe_are_named_where_one_alone_has_the_entry():
     wording.begin({"recipe": "--recipe"})
     wording.takes_sections(lambda: {"prune": ["vocab_size", "both"], "scores": ["both"]})
-    assert wording.worded("vocab_size=3, both=4") == "--set prune.vocab_size=3, both=4"
+    assert wording.worded("vocab_size=3, both=4") == "prune.vocab_size=3, both=4"
     assert wording.worded("scores: both=4") == "scores: --set scores.both=4"
 
 

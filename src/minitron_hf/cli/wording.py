@@ -153,6 +153,9 @@ def worded(text: str) -> str:
         if name in settings.options and name not in settings.flags:
             return f"{settings.options[name]} {value}"
         entry = settings.entry(name, text)
-        return found[0] if entry is None else f"--set {entry}={value}"
+        if entry is None:
+            return found[0]
+        # An entry of a section may stand in the recipe; others are given with --set alone.
+        return f"{entry}={value}" if "." in entry else f"--set {entry}={value}"
 
     return _SETTING.sub(in_options, text)
