@@ -59,7 +59,7 @@ def test_sections_of_a_recipe_are_named_where_one_alone_has_the_entry():
     wording.begin({"recipe": "--recipe"})
     wording.takes_sections(lambda: {"prune": ["vocab_size", "both"], "scores": ["both"]})
     assert wording.worded("vocab_size=3, both=4") == "prune.vocab_size=3, both=4"
-    assert wording.worded("scores: both=4") == "scores: --set scores.both=4"
+    assert wording.worded("scores: both=4") == "scores: scores.both=4"
 
 
 def test_advice_that_is_reworded_is_given_somewhere():
