@@ -330,6 +330,22 @@ def test_training_with_a_cut_vocabulary_has_a_memory(recipe):
     assert 0 < found["distill"] < whole["distill"]
 
 
+def test_frozen_embeddings_have_no_gradient_no_moments_and_no_product(recipe):
+    frozen = replace(recipe, distill={**recipe.distill, "freeze_embeddings": True})
+    plain, found = (
+        {one.stage: one for one in estimate_recipe(one, machine=MACHINE).stages}["distill"] for one in (recipe, frozen)
+    )
+    config = student_config(pocket_config("llama"), PrunerConfig(intermediate_size=0.5, multiple_of=1))
+    model = AutoModelForCausalLM.from_config(config)
+    tables = {id(one.weight): one.weight.numel() for one in (model.model.embed_tokens, model.lm_head)}
+    product = 2 * config.hidden_size * config.vocab_size
+    a_step = 4 * 32 * product / MACHINE.product_flops + 28 * sum(tables.values()) / MACHINE.memory_traffic
+    assert plain.seconds - found.seconds == pytest.approx(100 * a_step)
+    assert plain.memory - found.memory >= 8 * sum(tables.values())
+    checkpoint = 4 * model.num_parameters() + 8 * (model.num_parameters() - sum(tables.values()))
+    assert costs.checkpoint_bytes(config, freeze_embeddings=True) == checkpoint
+
+
 @needs_torchao
 def test_rounded_weights_count_in_the_memory_of_training_and_exclude_an_adapter(recipe):
     rounded = replace(recipe, distill={**recipe.distill, "fake_quantization": "int8"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from minitron_hf.distillation.checks import freeze_embeddings
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.fake_runs import Setup
 from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
@@ -52,6 +53,13 @@ def test_the_other_gradients_are_those_of_a_plain_loop(tmp_path, tied, checkpoin
     assert trained == {id(one) for name, one in student.named_parameters() if name in expected}
 
 
+def test_every_table_of_tokens_is_frozen():
+    student = pocket_model("gemma3n_text", dtype=torch.float32)
+    freeze_embeddings(student)
+    frozen = {name for name, one in student.named_parameters() if not one.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "model.embed_tokens_per_layer.weight"}
+
+
 def test_a_resumed_run_ends_like_one_without_a_stop(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "freeze_embeddings": True}
     results = []
@@ -66,7 +74,10 @@ def test_a_resumed_run_ends_like_one_without_a_stop(tmp_path):
 def test_what_would_train_nothing_is_refused(tmp_path):
     student, teacher = models(tied=True)
     with pytest.raises(UnsupportedModelError, match="freeze_embeddings with an adapter"):
-        make_trainer(tmp_path, student, teacher, token_dataset(), freeze_embeddings=True, peft_config=LoraConfig(r=2))
+        make_trainer(
+            tmp_path / "run", student, teacher, token_dataset(), freeze_embeddings=True, peft_config=LoraConfig(r=2)
+        )
+    assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="freeze_embeddings does not train"):
         DistillationConfig(str(tmp_path), freeze_embeddings=True, embedding_loss="mse")
     with pytest.raises(PlanError, match="leaves embeddings and head alone"):

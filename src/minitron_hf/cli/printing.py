@@ -96,8 +96,8 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
     console = _console()
     console.print(f"On {what}:", highlight=False)
     console.print(table)
-    fits = f"It fits; the largest batch per device is {found.largest_batch}."
-    smaller = f"It does not fit; a batch of {found.largest_batch} per device would."
+    fits = f"It fits; the largest batch per device is {found.largest_batch:,}."
+    smaller = f"It does not fit; a batch of {found.largest_batch:,} per device would."
     none = "It does not fit, whatever the batch."
     console.print(fits if found.fits else smaller if found.largest_batch else none, highlight=False)
     if found.tokens_per_second is not None:

@@ -120,6 +120,7 @@ def estimate_capacity(
         if setup.accumulates
         else "a step has one pass, so the gradients of all weights come while activations go",
         "rows are full, and attention does not store its weights",
+        *(["token embeddings and output head are not trained"] if setup.freeze_embeddings else []),
         *([] if lowered is None else [lowered.rstrip(".")]),
     ]
     if speed is not None:

@@ -13,6 +13,8 @@ from torch import nn
 
 from ..compat import is_target_module
 from ..errors import DistributedError, DivergedError, MismatchError, UnsupportedModelError
+from ..families import table_of
+from ..families.axes import dimension_axes
 from ..families.tensors import is_quantised
 from ..locks import launched_processes
 from ..losses.heads import base_model_of
@@ -231,6 +233,12 @@ def freeze_embeddings(student: Any) -> None:
     refuse_frozen_embeddings(has_adapter=is_peft_model(student))
     for table in (student.get_input_embeddings(), student.get_output_embeddings()):
         table.requires_grad_(False)
+    # Some models have a second table, with the inputs that each token has in every layer.
+    if (spec := table_of(student.config)) is not None:
+        for name, parameter in student.named_parameters(remove_duplicate=False):
+            dimensions = spec.dimensions[name] if name in spec.outer else ()
+            if any(axis.endswith("vocab") for dimension in dimensions for axis in dimension_axes(dimension)):
+                parameter.requires_grad_(False)
 
 
 def refuse_frozen_embeddings(*, has_adapter: bool) -> None:

@@ -46,6 +46,7 @@ from .checks import (
     freeze_embeddings,
     refuse_data_parallel,
     refuse_frozen,
+    refuse_frozen_embeddings,
     refuse_launch,
     refuse_pair,
     refuse_resized,
@@ -256,6 +257,8 @@ class DistillationTrainer(
         teacher: TeacherSource,
     ) -> None:
         """Refuse a folder that cannot be written, and save a base model that exists in memory only."""
+        if args.freeze_embeddings:
+            refuse_frozen_embeddings(has_adapter=peft_config is not None or is_peft_model(model))
         folder = output_dir_of(args)
         refuse_own_folder(folder, student=model, teacher=teacher.model)
         require_writable(folder)

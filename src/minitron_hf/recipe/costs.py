@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 #: Bytes that AdamW moves per parameter in a step: it reads weight, gradient and two moments and writes three of them.
 OPTIMIZER_TRAFFIC = 28
-#: Bytes per parameter of a checkpoint to resume from: float32 weights and two moments.
-CHECKPOINT_BYTES = 12
+#: Bytes per parameter of a checkpoint to resume from: float32 weights and two moments; and of the moments alone.
+CHECKPOINT_BYTES, MOMENT_BYTES = 12, 8
 #: Bytes that scores by gradients move per observed number of 2 bytes: they multiply, mask and sum in float32; and per
 #: number of a state and pair of layers, whose difference they take first.
 GRADIENT_TERM_TRAFFIC, BLOCK_TERM_TRAFFIC = 36, 42
@@ -88,15 +88,15 @@ def training_flops(student: PretrainedConfig, length: int, *, recomputed: bool =
     return layer_flops(student, length) * (1 + (1 if lora else 2) + (1 if recomputed else 0))
 
 
-def loss_flops(teacher: PretrainedConfig | None, student: PretrainedConfig, *, lora: bool = False) -> float:
+def loss_flops(teacher: PretrainedConfig | None, student: PretrainedConfig, *, trains_head: bool = True) -> float:
     """Operations per token of both heads: logits of both, and the gradients of the student's states and head.
 
     Args:
         teacher: the teacher's config; None reads its logits from a cache.
         student: the student's config.
-        lora: whether the head is not trained.
+        trains_head: whether the student's head gets a gradient.
     """
-    own = head_flops(student) * (2 if lora else 3)
+    own = head_flops(student) * (3 if trains_head else 2)
     return own + (0 if teacher is None else head_flops(teacher))
 
 
@@ -259,9 +259,11 @@ def optimizer_bytes(num_parameters: int) -> int:
     return OPTIMIZER_TRAFFIC * num_parameters
 
 
-def checkpoint_bytes(config: PretrainedConfig) -> int:
-    """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P."""
-    return CHECKPOINT_BYTES * count_parameters(config)
+def checkpoint_bytes(config: PretrainedConfig, *, freeze_embeddings: bool = False) -> int:
+    """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P; of frozen parameters, the weights alone."""
+    size = count_parameters(config)
+    frozen = size - count_parameters(config, embeddings=False) if freeze_embeddings else 0
+    return CHECKPOINT_BYTES * size - MOMENT_BYTES * frozen
 
 
 def _attention_flops(config: PretrainedConfig, layer: int, length: int) -> float:

@@ -25,6 +25,7 @@ from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
 from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
+from .costs import checkpoint_bytes
 from .generating import expected_text
 from .image_checks import check_images, require_images_in_training
 from .launching import require_launchable
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 #: Local files up to this size are read by a check; of larger ones, and of the Hub's, the first rows are.
 SMALL = 256 * 2**20
-#: Bytes of a parameter in a checkpoint of the trainer: float32 weights and the two moments of AdamW.
-CHECKPOINT_BYTES = 12
 
 
 def check_environment(
@@ -425,13 +424,14 @@ def check_disk(
             parts["pruned students"] = parts.get("pruned students", 0) + size * stored.itemsize
         if copies:
             kept = 0 if args.save_strategy == SaveStrategy.NO or recipe.lora is not None else 1
-            each = size * stored.itemsize + kept * size * (4 if args.save_only_model else CHECKPOINT_BYTES)
+            whole = checkpoint_bytes(student, freeze_embeddings=args.freeze_embeddings)
+            each = size * stored.itemsize + kept * (4 * size if args.save_only_model else whole)
             name = "trained students and one checkpoint of each"
             parts[name] = parts.get(name, 0) + each * copies
     if "correct" in stages and recipe.teacher_correction is not None:
         size = count_parameters(teacher)
         full = recipe.teacher_correction.method == "full"
-        parts["the corrected teacher"] = size * (stored.itemsize + (CHECKPOINT_BYTES if full else 0))
+        parts["the corrected teacher"] = size * stored.itemsize + (checkpoint_bytes(teacher) if full else 0)
     folder = Path(recipe.output_dir)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     needed, free = sum(parts.values()) - there, shutil.disk_usage(_existing(folder)).free

@@ -22,7 +22,7 @@ from ..scoring.metrics import find_metrics
 from ..sizes.student import student_config
 from ..sizes.targets import shapes_near_target
 from . import costs
-from .evaluation_times import draft_seconds, timing_seconds
+from .evaluation_times import draft_seconds, evaluated_tokens, timing_seconds
 from .generating import expected_text, generation_cost
 from .lineage import beginning_notes, measured_dataset, measured_part, measured_training_corpus
 from .machine import Machine, measure_machine
@@ -289,7 +289,7 @@ def _correct(facts: Facts, number: int) -> StageCost:
     lora = section.method != "full"
     flops = costs.training_flops(facts.teacher, length, lora=lora)
     per_token = flops / facts.machine.training_flops
-    per_token += costs.loss_flops(None, facts.teacher, lora=lora) / facts.machine.product_flops
+    per_token += costs.loss_flops(None, facts.teacher, trains_head=not lora) / facts.machine.product_flops
     size = count_parameters(facts.teacher)
     disk = size * facts.stored_bytes + (0 if lora else costs.checkpoint_bytes(facts.teacher))
     stage = {"full": "correct", "lora": "correct by LoRA", "norms": "correct norms"}[section.method]
@@ -306,7 +306,7 @@ def _cache(facts: Facts, number: int) -> StageCost:
     section = facts.recipe.teacher_cache
     assert section is not None
     length = facts.length(-1)
-    tokens = facts.tokens("train") + _evaluated_tokens(facts, facts.arguments[-1], length)
+    tokens = facts.tokens("train") + evaluated_tokens(facts, facts.arguments[-1], length)
     vocab_size = facts.teacher.get_text_config().vocab_size
     disk = tokens * bytes_per_position(
         vocab_size, top_k=section.kept, num_draws=section.num_draws, dtype=section.dtype
@@ -339,29 +339,25 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     steps = float(args.max_steps)
     if steps <= 0:
         steps = args.num_train_epochs * facts.tokens("train") / (rows * length)
-    lora = recipe.lora is not None
-    seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora)
-    seconds += 0 if lora else steps * costs.optimizer_bytes(size) / facts.machine.memory_traffic
+    lora, frozen = recipe.lora is not None, args.freeze_embeddings
+    seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora, trains_head=not frozen)
+    trained = count_parameters(student, embeddings=not frozen)
+    seconds += 0 if lora else steps * costs.optimizer_bytes(trained) / facts.machine.memory_traffic
     formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
-        evaluations, tokens = _times(args.eval_steps, steps), _evaluated_tokens(facts, args, length)
+        evaluations, tokens = _times(args.eval_steps, steps), evaluated_tokens(facts, args, length)
         both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
         seconds += evaluations * tokens * both
         formula += f"; {evaluations:.0f} evaluations on {tokens:,.0f}"
     kept = 0.0
     if _is_by_steps(args.save_strategy):
         saves = _times(args.save_steps, steps)
-        seconds += saves * costs.checkpoint_bytes(student) / facts.machine.disk_traffic
-        kept = costs.checkpoint_bytes(student) * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
+        checkpoint = costs.checkpoint_bytes(student, freeze_embeddings=frozen)
+        seconds += saves * checkpoint / facts.machine.disk_traffic
+        kept = checkpoint * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
     disk = size * facts.stored_bytes + kept
     memory = training_memory(facts, facts.teacher, student, args, length)
     return StageCost("distill", START_SECONDS + seconds, memory, disk, formula)
-
-
-def _evaluated_tokens(facts: Facts, args: DistillationConfig, length: int) -> float:
-    """Tokens of the held-out text that training evaluates."""
-    tokens = facts.tokens("eval")
-    return tokens if args.max_eval_rows is None else min(tokens, args.max_eval_rows * length)
 
 
 def _is_by_steps(strategy: Any) -> bool:
@@ -438,12 +434,14 @@ def _forward_seconds(facts: Facts, model: PretrainedConfig, length: int) -> floa
     return layers + costs.head_flops(model) / facts.machine.product_flops
 
 
-def _seconds_per_token(facts: Facts, student: PretrainedConfig, length: int, *, lora: bool) -> float:
+def _seconds_per_token(
+    facts: Facts, student: PretrainedConfig, length: int, *, lora: bool, trains_head: bool = True
+) -> float:
     """Seconds of a token of distillation: the teacher's pass, the student's passes, and the loss."""
     teacher = None if facts.recipe.teacher_cache is not None else facts.teacher
     recomputed = bool(getattr(facts.arguments[-1], checkpointing_field()))
     seconds = costs.training_flops(student, length, recomputed=recomputed, lora=lora) / facts.machine.training_flops
-    seconds += costs.loss_flops(teacher, student, lora=lora) / facts.machine.product_flops
+    seconds += costs.loss_flops(teacher, student, trains_head=trains_head and not lora) / facts.machine.product_flops
     seconds += costs.LOSS_TRAFFIC * student.get_text_config().vocab_size / facts.machine.memory_traffic
     if teacher is not None:
         seconds += costs.layer_flops(teacher, length) / facts.machine.forward_flops

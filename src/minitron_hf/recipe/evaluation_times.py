@@ -1,4 +1,4 @@
-"""Time of what an evaluation decodes: timed speeds, and the student as a draft of the teacher."""
+"""Size and time of evaluations: tokens during training, timed speeds, and the student as a draft of the teacher."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from .stage_bytes import Facts
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..distillation.config import DistillationConfig
+
 #: Timed decoding of `evaluate_models`: tokens of the prompt, decoded tokens, and rounds with the uncounted one.
 PROMPT_TOKENS, DECODED_TOKENS, DECODE_ROUNDS = 512, 64, 6
+
+
+def evaluated_tokens(facts: Facts, args: DistillationConfig, length: int) -> float:
+    """Tokens of the held-out text that training evaluates."""
+    tokens = facts.tokens("eval")
+    return tokens if args.max_eval_rows is None else min(tokens, args.max_eval_rows * length)
 
 
 def timing_seconds(facts: Facts, model: PretrainedConfig) -> float:
