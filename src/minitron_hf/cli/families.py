@@ -16,11 +16,11 @@ from .printing import _print_family, _print_matrix
 def families(
     model_type: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[MODEL_TYPE | draft MODEL]", help="Show one family, or draft a new one."),
+        typer.Argument(metavar="MODEL_TYPE|draft", help="A family to show; or the word draft."),
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="", help="With draft: a model type of Transformers, a folder or a Hub id."),
+        typer.Argument(metavar="MODEL", help="With draft: a model type of Transformers, a folder or a Hub id."),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as Markdown.")] = False,
     output: Annotated[
