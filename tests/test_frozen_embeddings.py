@@ -61,13 +61,16 @@ def test_every_table_of_tokens_is_frozen():
 
 
 def test_a_resumed_run_ends_like_one_without_a_stop(tmp_path):
+    """The student is given as a path."""
+    student, teacher = models(tied=False)
+    student.save_pretrained(tmp_path / "student")
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "freeze_embeddings": True}
     results = []
     for resume in (False, True):
-        student, teacher = models(tied=False)
-        trainer = make_trainer(tmp_path, student, teacher, token_dataset(), **options)
+        trainer = make_trainer(tmp_path, str(tmp_path / "student"), teacher, token_dataset(), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
-        results.append(student.state_dict())
+        results.append(trainer.model.state_dict())
+        assert torch.equal(results[-1]["lm_head.weight"], student.lm_head.weight)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 

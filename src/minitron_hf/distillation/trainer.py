@@ -258,7 +258,8 @@ class DistillationTrainer(
     ) -> None:
         """Refuse a folder that cannot be written, and save a base model that exists in memory only."""
         if args.freeze_embeddings:
-            refuse_frozen_embeddings(has_adapter=peft_config is not None or is_peft_model(model))
+            adapted = not isinstance(model, str) and is_peft_model(model)
+            refuse_frozen_embeddings(has_adapter=peft_config is not None or adapted)
         folder = output_dir_of(args)
         refuse_own_folder(folder, student=model, teacher=teacher.model)
         require_writable(folder)
