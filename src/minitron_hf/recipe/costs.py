@@ -16,7 +16,7 @@ from torch import nn
 
 from ..families import named_tensors, spec_for, text_config
 from ..families.axes import dimension_size
-from ..models import count_parameters, empty_model
+from ..models import empty_model
 from ..pruning.repair import input_groups, probed_inputs
 from ..pruning.repair_solve import RIDGES
 from ..pruning.repair_sums import HELD_OUT_EVERY
@@ -259,11 +259,9 @@ def optimizer_bytes(num_parameters: int) -> int:
     return OPTIMIZER_TRAFFIC * num_parameters
 
 
-def checkpoint_bytes(config: PretrainedConfig, *, freeze_embeddings: bool = False) -> int:
+def checkpoint_bytes(num_parameters: int, num_frozen: int = 0) -> int:
     """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P; of frozen parameters, the weights alone."""
-    size = count_parameters(config)
-    frozen = size - count_parameters(config, embeddings=False) if freeze_embeddings else 0
-    return CHECKPOINT_BYTES * size - MOMENT_BYTES * frozen
+    return CHECKPOINT_BYTES * num_parameters - MOMENT_BYTES * num_frozen
 
 
 def _attention_flops(config: PretrainedConfig, layer: int, length: int) -> float:

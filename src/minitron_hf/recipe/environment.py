@@ -424,14 +424,16 @@ def check_disk(
             parts["pruned students"] = parts.get("pruned students", 0) + size * stored.itemsize
         if copies:
             kept = 0 if args.save_strategy == SaveStrategy.NO or recipe.lora is not None else 1
-            whole = checkpoint_bytes(student, freeze_embeddings=args.freeze_embeddings)
-            each = size * stored.itemsize + kept * (4 * size if args.save_only_model else whole)
+            frozen = size - count_parameters(student, embeddings=False) if args.freeze_embeddings else 0
+            each = size * stored.itemsize + kept * (
+                4 * size if args.save_only_model else checkpoint_bytes(size, frozen)
+            )
             name = "trained students and one checkpoint of each"
             parts[name] = parts.get(name, 0) + each * copies
     if "correct" in stages and recipe.teacher_correction is not None:
         size = count_parameters(teacher)
         full = recipe.teacher_correction.method == "full"
-        parts["the corrected teacher"] = size * stored.itemsize + (checkpoint_bytes(teacher) if full else 0)
+        parts["the corrected teacher"] = size * stored.itemsize + (checkpoint_bytes(size) if full else 0)
     folder = Path(recipe.output_dir)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     needed, free = sum(parts.values()) - there, shutil.disk_usage(_existing(folder)).free

@@ -232,7 +232,7 @@ def _search(facts: Facts, number: int) -> StageCost:
     trained = sum(candidates / 2**turn * tokens * (1 if turn == 0 else 2 ** (turn - 1)) for turn in range(rounds))
     seconds = trained * _seconds_per_token(facts, facts.teacher, length, lora=False)
     seconds += measured * given.get("num_rows", 32) * length * _forward_seconds(facts, facts.teacher, length)
-    disk = costs.checkpoint_bytes(facts.teacher)
+    disk = costs.checkpoint_bytes(count_parameters(facts.teacher))
     memory = max(
         memory_of(facts, facts.teacher, facts.teacher, ["compare shapes"], length=length),
         training_memory(facts, facts.teacher, facts.teacher, facts.arguments[-1], length),
@@ -291,7 +291,7 @@ def _correct(facts: Facts, number: int) -> StageCost:
     per_token = flops / facts.machine.training_flops
     per_token += costs.loss_flops(None, facts.teacher, trains_head=not lora) / facts.machine.product_flops
     size = count_parameters(facts.teacher)
-    disk = size * facts.stored_bytes + (0 if lora else costs.checkpoint_bytes(facts.teacher))
+    disk = size * facts.stored_bytes + (0 if lora else costs.checkpoint_bytes(size))
     stage = {"full": "correct", "lora": "correct by LoRA", "norms": "correct norms"}[section.method]
     rows = section.arguments.get("per_device_train_batch_size", 8)
     memory = memory_of(facts, facts.teacher, facts.teacher, [stage], length=length, rows=rows)
@@ -341,7 +341,7 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
         steps = args.num_train_epochs * facts.tokens("train") / (rows * length)
     lora, frozen = recipe.lora is not None, args.freeze_embeddings
     seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora, trains_head=not frozen)
-    trained = count_parameters(student, embeddings=not frozen)
+    trained = count_parameters(student, embeddings=False) if frozen else size
     seconds += 0 if lora else steps * costs.optimizer_bytes(trained) / facts.machine.memory_traffic
     formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
@@ -352,7 +352,7 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     kept = 0.0
     if _is_by_steps(args.save_strategy):
         saves = _times(args.save_steps, steps)
-        checkpoint = costs.checkpoint_bytes(student, freeze_embeddings=frozen)
+        checkpoint = costs.checkpoint_bytes(size, size - trained)
         seconds += saves * checkpoint / facts.machine.disk_traffic
         kept = checkpoint * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
     disk = size * facts.stored_bytes + kept
