@@ -791,6 +791,7 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("area", "kind", "line", "words"),
     CASES,

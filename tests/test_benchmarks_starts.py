@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import corpora, peer_starts, peers, report
+from benchmarks.real import corpora, peer_starts, peers, report, run
 from benchmarks.real.arms import OPTIONAL_FIELDS, load_experiments
 from benchmarks.real.run import Bench
 
@@ -208,8 +208,35 @@ def test_every_arm_of_the_tables_is_possible(name):
                 assert 0.97 * limit < counted[arm["shape"]] <= limit, arm.label
 
 
-def test_the_page_has_the_table_of_the_committed_results():
+@pytest.mark.parametrize("starts", [False, True], ids=["peers", "starts"])
+def test_the_page_has_the_table_of_the_committed_results(starts):
     page = (Path(__file__).parents[1] / "docs" / "explanation" / "real-teachers.md").read_text()
-    region = page.partition(BEGIN)[2].partition(END)[0]
-    expected = "\n".join(peers.table(peers.RESULTS, load_experiments(peers.TABLE)))
-    assert region.strip() == expected.strip()
+    name = "benchmarks.real.starts.before" if starts else "benchmarks.real.peers"
+    region = page.partition(f"<!-- results of {name}: begin -->")[2].partition(f"<!-- results of {name}: end -->")[0]
+    table, lines = (peers.STARTS_TABLE, peers.starts_table) if starts else (peers.TABLE, peers.table)
+    folder = peers.BEFORE if starts else peers.RESULTS
+    assert region.strip() == "\n".join(lines(folder, load_experiments(table))).strip()
+
+
+def test_starts_are_listed_the_closest_first(tmp_path):
+    arms = load_experiments(peers.STARTS_TABLE)["metrics"].arms
+    for arm, kl in zip(arms, (1.1, 0.9, 1.3)):
+        settings = {name: value for name, value in arm.settings.items() if name not in ("tokens", "seed")}
+        result = {"kl_divergence": {"value": kl, "stderr": 0.01}}
+        one = {"arm": settings, "num_parameters": 94_494_528, "result": result}
+        (tmp_path / f"{arm['metric']}.json").write_text(json.dumps(one))
+    lines = list(peers.starts_table(tmp_path, load_experiments(peers.STARTS_TABLE)))
+    at = lines.index("### Importance metrics, before retraining")
+    assert lines[at + 4 : at + 8] == [
+        "| shape ffn-764, metric pre_activation | 94.5M | 0.900 ± 0.010 | not measured |",
+        "| shape ffn-764 | 94.5M | 1.100 ± 0.010 | not measured |",
+        "| shape ffn-764, metric contribution | 94.5M | 1.300 ± 0.010 | not measured |",
+        "",
+    ]
+
+
+def test_an_arm_that_the_table_lacks_is_named(files, monkeypatch):
+    given = ["--teacher", files / "teacher", "--work", files / "work", "--experiments", files / "table.yaml"]
+    monkeypatch.setattr(sys, "argv", ["run", *map(str, given), "--arm", "loss ce, shape 3-layers"])
+    with pytest.raises(SystemExit, match=r"No arm is called 'loss ce, shape 3-layers' in .*--list prints"):
+        run.main()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -207,27 +208,26 @@ def references(folder: Path, cases=CASES, **changes) -> Path:
 
 
 def test_two_processes_equal_one(tmp_path):
-    from pocket import pocket_model
-
-    one, two = references(tmp_path / "one"), tmp_path / "two"
+    cases = ("padding_free", "states")
+    one, two = references(tmp_path / "one", cases), tmp_path / "two"
     train(two / "states_from_one", "states", stop=True)
-    tasks = [{"folder": f"ddp_{case}", "case": case} for case in CASES]
-    tasks.append({"folder": "states_from_one", "case": "states", "resume": True})
-    tasks.append({"folder": "states_to_one", "case": "states", "stop": True})
-    sharded = [case for case in CASES if case != "correction"]
-    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2"} for case in sharded]
-    tasks.append({"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True})
-    tasks.append({"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "resume": True})
-    in_processes(2, two, tasks)
+    equal_one(one, two, cases, [
+        {"folder": "states_from_one", "case": "states", "resume": True},
+        {"folder": "states_to_one", "case": "states", "stop": True},
+        {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True},
+        {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "resume": True},
+    ])  # fmt: skip
     train(two / "states_to_one", "states", resume=True)
-
-    for case in CASES:
-        same(two / f"ddp_{case}", one / case)
-        assert json.loads((two / f"ddp_{case}" / "distillation.json").read_text())["num_processes"] == 2
-    for case in sharded:
-        same(two / f"fsdp2_{case}", one / case)
     for resumed in ("states_from_one", "states_to_one", "fsdp2_resumed"):
         same(two / resumed, one / "states")
+
+
+@pytest.mark.slow
+def test_other_cases_in_two_processes_equal_one(tmp_path):
+    from pocket import pocket_model
+
+    cases, two = ("padded", "at_once", "adapter", "end_of_epoch", "correction"), tmp_path / "two"
+    equal_one(references(tmp_path / "one", cases), two, cases)
 
     # The README's bytes per parameter, which are of float32 and bf16. An odd number of rows is not split in halves.
     teacher = pocket_model("llama").num_parameters()
@@ -238,6 +238,20 @@ def test_two_processes_equal_one(tmp_path):
             assert (held["frozen"] > 0) == (case == "adapter")
             assert held["student"] == pytest.approx(bytes_of_student / processes, rel=0.03 * (processes - 1))
             assert held["teacher"] == pytest.approx(8 * teacher / processes, rel=0.03 * (processes - 1))
+
+
+def equal_one(one: Path, two: Path, cases: Sequence[str], others: Sequence[dict] = ()) -> None:
+    """Train in two processes, by DDP and by FSDP2, and compare with one process."""
+    sharded = [case for case in cases if case != "correction"]
+    tasks = [{"folder": f"ddp_{case}", "case": case} for case in cases]
+    tasks += [task for task in others if "kind" not in task]  # before FSDP2, after which a process does no DDP
+    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2"} for case in sharded]
+    in_processes(2, two, tasks + [task for task in others if "kind" in task])
+    for case in cases:
+        same(two / f"ddp_{case}", one / case)
+        assert json.loads((two / f"ddp_{case}" / "distillation.json").read_text())["num_processes"] == 2
+    for case in sharded:
+        same(two / f"fsdp2_{case}", one / case)
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ def test_table_covers_the_pocket_model(name: str):
         assert (spec.layer_parameter(layer, pattern) if layer is not None else pattern) == path
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config.model_type)
 def test_table_covers_the_published_size(config: PretrainedConfig):
     spec_for(config).check(empty_model(config))

@@ -10,6 +10,8 @@ stand beside them in the table. For example:
         --corpus written=benchmarks/real/written.jsonl --experiments benchmarks/real/peers.yaml \
         --results benchmarks/results/real/peers/distilled
     python -m benchmarks.real.peers --page docs/explanation/real-teachers.md
+
+`--starts` does the same with our own starts, the arms of `starts.yaml`, so that only the closest need be distilled.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ TABLE = Path(__file__).with_name("peers.yaml")
 RESULTS = Path(__file__).parents[1] / "results/real/peers"
 #: Students after distillation, and the comparison of our criteria with the authors' code, in that folder.
 DISTILLED, AGREEMENT_NAME = "distilled", "agreement.json"
-#: Results of `starts.yaml`: some of its arms are arms of this table, too, and are not distilled twice.
+#: Results of `starts.yaml`: some of its arms are arms of this table, too, and are not distilled twice. `--starts`
+#: measures them before retraining alone.
 STARTS = "starts"
+STARTS_TABLE, BEFORE = TABLE.with_name("starts.yaml"), RESULTS.parent / STARTS / "before"
 
 
 class Comparison:
@@ -150,6 +154,31 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
         yield ""
 
 
+def starts_table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
+    """The lines of the tables of our own starts: one per experiment with results, the best start first."""
+    found = {_settings(one["arm"]): one for one in map(read_json, sorted(folder.glob("*.json")))}
+    distilled = Results.read(folder.parent)
+    for experiment in experiments.values():
+        measured = [
+            (found[_settings(arm.settings)], arm) for arm in experiment.arms if _settings(arm.settings) in found
+        ]
+        if not measured:
+            continue
+        yield f"### {experiment.title}, before retraining"
+        yield ""
+        yield "| arm | parameters | KL before retraining | KL after distillation |"
+        yield "|---|---|---|---|"
+        for one, arm in sorted(measured, key=lambda pair: pair[0]["result"]["kl_divergence"]["value"]):
+            kl, after = one["result"]["kl_divergence"], _after(arm, _distilled(distilled, arm))
+            cells = [
+                arm.label or "base",
+                f"{one['num_parameters'] / 1e6:.1f}M",
+                f"{kl['value']:.3f} ± {kl['stderr']:.3f}",
+            ]
+            yield f"| {' | '.join([*cells, after])} |"
+        yield ""
+
+
 def title(arm: Arm) -> str:
     """What a row of the table is called."""
     if arm["method"] in METHODS:
@@ -210,8 +239,10 @@ def main() -> None:
     """Measure all arms before retraining, or write the tables."""
     arguments = parse_arguments()
     experiments = load_experiments(arguments.experiments)
+    lines = starts_table if arguments.starts else table
     if arguments.page:
-        write_page(arguments.page, "\n".join(table(arguments.results, experiments)), "benchmarks.real.peers")
+        region = "benchmarks.real.starts.before" if arguments.starts else "benchmarks.real.peers"
+        write_page(arguments.page, "\n".join(lines(arguments.results, experiments)), region)
         return
     comparison = Comparison(arguments)
     comparison.stop.listen()
@@ -226,7 +257,7 @@ def main() -> None:
                     log(f"{arm.label} is left out: {error}")
     except Stopped:
         log("stopped; the same command goes on.")
-    print("", *table(arguments.results, experiments), sep="\n")
+    print("", *lines(arguments.results, experiments), sep="\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -239,13 +270,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out-rows", type=int, default=ROWS, help="rows to measure on")
     parser.add_argument("--row-length", type=int, default=ROW_LENGTH, help="tokens of such a row")
     parser.add_argument("--work", type=Path, help="folder of benchmarks.real.run, for starts and the teacher's states")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for one JSON per arm")
-    parser.add_argument("--experiments", type=Path, default=TABLE, help="the table of arms")
+    parser.add_argument("--starts", action="store_true", help="our own starts, of starts.yaml, instead")
+    parser.add_argument("--results", type=Path, help="folder for one JSON per arm")
+    parser.add_argument("--experiments", type=Path, help="the table of arms")
     parser.add_argument("--only", action="append", help="only this experiment")
     parser.add_argument(
         "--method", action="append", choices=[OPTIONAL_FIELDS["method"], *METHODS], help="only this method"
     )
     arguments = parser.parse_args()
+    arguments.experiments = arguments.experiments or (STARTS_TABLE if arguments.starts else TABLE)
+    arguments.results = arguments.results or (BEFORE if arguments.starts else RESULTS)
     needed = ("teacher", "corpus", "held_out", "work")
     if not arguments.page and (missing := [name for name in needed if not getattr(arguments, name)]):
         parser.error(f"missing: {', '.join('--' + name.replace('_', '-') for name in missing)}")

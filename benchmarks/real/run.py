@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,9 @@ def main() -> None:
     arguments = parse_arguments()
     experiments = load_experiments(arguments.experiments)
     arms = list(chosen(experiments, arguments))
+    labels = {arm.label for arm in arms}
+    if unknown := [label for label in arguments.arm or () if label not in labels]:
+        sys.exit(f"No arm is called {unknown[0]!r} in {arguments.experiments}. --list prints the arms.")
     if arguments.list:
         for arm in arms:
             print(f"{arm.name}: {arm.steps} steps of {arm.rows_per_step} × {arm['length']} tokens")
