@@ -378,7 +378,7 @@ def test_rows_are_no_longer_than_the_context():
     long, exact = (estimate_capacity(*models, Setup(max_length=length, device=CPU)) for length in (1024, 48))
     assert (long.parts, long.max_length, long.largest_batch) == (exact.parts, 48, exact.largest_batch)
     assert {*long.assumptions} - {*exact.assumptions} == {
-        "max_length=1024 exceeds the context of the student, 48 tokens. Rows have at most 48 tokens"
+        "rows have at most 48 tokens, the shorter context of the two models"
     }
 
 

@@ -36,7 +36,7 @@ def fit(
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     sharding: Annotated[str, typer.Option(help="ddp, fsdp2, zero2 or zero3.")] = "ddp",
     batch_size: Annotated[int, typer.Option(help="Rows on each device, per pass.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row, at most the context.")] = 1024,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
     lora_rank: Annotated[
         Optional[int],  # noqa: UP045

@@ -121,7 +121,7 @@ def estimate_capacity(
         else "a step has one pass, so the gradients of all weights come while activations go",
         "rows are full, and attention does not store its weights",
         *(["token embeddings and output head are not trained"] if setup.freeze_embeddings else []),
-        *([] if lowered is None else [lowered.rstrip(".")]),
+        *([] if lowered is None else [f"rows have at most {length:,} tokens, the shorter context of the two models"]),
     ]
     if speed is not None:
         assumptions += [
