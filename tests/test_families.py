@@ -98,6 +98,7 @@ def test_table_covers_the_published_size(config: PretrainedConfig):
     spec_for(config).check(empty_model(config))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_type)
 def test_every_weight_in_a_table_exists(spec: ArchSpec):
     """A table holds no names that the family never uses; biases depend on the variant."""

@@ -149,6 +149,7 @@ def test_a_streamed_repair_allocates_what_is_estimated(kind, width, depth, tmp_p
         assert stage_memory(shallow, other, load, stages=["repair, streamed"])["repair, streamed"] == found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
 def test_a_sequential_repair_allocates_what_is_estimated(width, depth):
     """Beside the teacher, within a tenth, at two widths and two depths."""
@@ -163,6 +164,7 @@ def test_a_sequential_repair_allocates_what_is_estimated(width, depth):
     assert most == pytest.approx(sum(found.values()) - found["weights"], rel=0.1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("width", "depth"), [(64, 2), (64, 4), (128, 2), (128, 4)])
 @pytest.mark.parametrize("stage", ["correct", "correct by LoRA"])
 def test_a_step_of_correction_allocates_what_is_estimated(stage, width, depth):

@@ -95,13 +95,14 @@ def _hub_error(start: str, name: str, chain: Sequence[BaseException]) -> HubErro
         return HubError(f"{start}: neither a folder nor a Hub id. Expected an existing folder or 'owner/name'.")
     if raised(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return HubError(
-            f"{start}: HF_HUB_OFFLINE is set and the files are not in the cache ({constants.HF_HUB_CACHE}). "
-            "Pass a local folder, or unset HF_HUB_OFFLINE."
+            f"{start}: there is no such folder here, HF_HUB_OFFLINE is set, and the files are not in the cache "
+            f"({constants.HF_HUB_CACHE}). Pass a local folder, or unset HF_HUB_OFFLINE."
         )
     if raised(errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
         return HubError(
-            f"{start}: {host} cannot be reached or does not answer, and the files are not in the cache "
-            f"({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. ({first_line(chain[-1])})"
+            f"{start}: there is no such folder here, {host} cannot be reached or does not answer, and the files are "
+            f"not in the cache ({constants.HF_HUB_CACHE}). Check the connection, or pass a local folder. "
+            f"({first_line(chain[-1])})"
         )
     return None
 
