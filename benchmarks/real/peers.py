@@ -44,7 +44,7 @@ DISTILLED, AGREEMENT_NAME = "distilled", "agreement.json"
 #: Results of `starts.yaml`: some of its arms are arms of this table, too, and are not distilled twice. `--starts`
 #: measures them before retraining alone.
 STARTS = "starts"
-STARTS_TABLE, BEFORE = TABLE.with_name("starts.yaml"), RESULTS.parent / STARTS / "before"
+STARTS_TABLE, BEFORE = TABLE.with_name("starts.yaml"), RESULTS.parent / f"{STARTS}-before"
 
 
 class Comparison:
@@ -157,7 +157,7 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
 def starts_table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
     """The lines of the tables of our own starts: one per experiment with results, the best start first."""
     found = {_settings(one["arm"]): one for one in map(read_json, sorted(folder.glob("*.json")))}
-    distilled = Results.read(folder.parent)
+    distilled = Results.read(folder.parent / STARTS)
     for experiment in experiments.values():
         measured = [
             (found[_settings(arm.settings)], arm) for arm in experiment.arms if _settings(arm.settings) in found
