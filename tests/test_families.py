@@ -77,6 +77,7 @@ def test_pocket_sizes_are_distinct(name: str):
     assert len(set(distinct)) == len(distinct), sizes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_table_covers_the_pocket_model(name: str):
     """Every parameter claimed once with its shape, and nothing claimed that no variant of the family has."""

@@ -28,6 +28,7 @@ def unusual(name: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", POCKETS)
 def test_every_family_passes_the_trainers_check_of_the_head(name: str):
     """A family that scaled or bounded its logits without its table's saying so would prune, and not be distilled."""
