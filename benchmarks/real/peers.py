@@ -145,24 +145,23 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
                 cells[4] = trained.kl("before")
             if one is not None:
                 kl = one["result"]["kl_divergence"]
-                cells[2:5] = [
-                    f"{one['num_parameters'] / 1e6:.1f}M",
-                    "yes" if one["is_stock"] else "no",
-                    f"{kl['value']:.3f}" if kl["stderr"] is None else f"{kl['value']:.3f} ± {kl['stderr']:.3f}",
-                ]
+                cells[2:4] = [f"{one['num_parameters'] / 1e6:.1f}M", "yes" if one["is_stock"] else "no"]
+                if trained is None:  # otherwise the start of what was trained, which may have other calibration text
+                    error = "" if kl["stderr"] is None else f" ± {kl['stderr']:.3f}"
+                    cells[4] = f"{kl['value']:.3f}{error}"
             yield f"| {' | '.join(cells)} |"
         yield ""
 
 
 def starts_table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
-    """The lines of the tables of our own starts: one per experiment with results, the best start first."""
+    """The lines of the tables of our own starts: one per experiment with two results, the best start first."""
     found = {_settings(one["arm"]): one for one in map(read_json, sorted(folder.glob("*.json")))}
     distilled = Results.read(folder.parent / STARTS)
     for experiment in experiments.values():
         measured = [
             (found[_settings(arm.settings)], arm) for arm in experiment.arms if _settings(arm.settings) in found
         ]
-        if not measured:
+        if len(measured) < 2:  # nothing to compare
             continue
         yield f"### {experiment.title}, before retraining"
         yield ""
