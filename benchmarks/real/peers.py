@@ -125,8 +125,7 @@ class Comparison:
 def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
     """The lines of the tables: one per target, with a row for every arm; what has no result is not measured."""
     path = folder / AGREEMENT_NAME
-    files = [one for one in sorted(folder.glob("*.json")) if one != path]
-    found = {_settings(one["arm"]): one for one in map(read_json, files)}
+    found = _measured(folder)
     distilled = [one for part in (folder / DISTILLED, folder.parent / STARTS) for one in Results.read(part)]
     agreement = read_json(path)["criteria"] if path.is_file() else {}
     for experiment in experiments.values():
@@ -140,22 +139,20 @@ def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
             cells = [title(arm), _criterion(arm, agreement), "", "", "not measured", _after(arm, trained)]
             if trained is not None:
                 any_seed = next(iter(trained.seeds.values()))
-                cells[2] = f"{any_seed['student']['num_parameters'] / 1e6:.1f}M"
+                cells[2] = _millions(any_seed["student"])
                 cells[3] = "yes" if arm["method"] not in METHODS else ""
                 cells[4] = trained.kl("before")
             if one is not None:
-                kl = one["result"]["kl_divergence"]
-                cells[2:4] = [f"{one['num_parameters'] / 1e6:.1f}M", "yes" if one["is_stock"] else "no"]
+                cells[2:4] = [_millions(one), "yes" if one["is_stock"] else "no"]
                 if trained is None:  # otherwise the start of what was trained, which may have other calibration text
-                    error = "" if kl["stderr"] is None else f" ± {kl['stderr']:.3f}"
-                    cells[4] = f"{kl['value']:.3f}{error}"
+                    cells[4] = _kl(one)
             yield f"| {' | '.join(cells)} |"
         yield ""
 
 
 def starts_table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
     """The lines of the tables of our own starts: one per experiment with two results, the best start first."""
-    found = {_settings(one["arm"]): one for one in map(read_json, sorted(folder.glob("*.json")))}
+    found = _measured(folder)
     distilled = Results.read(folder.parent / STARTS)
     for experiment in experiments.values():
         measured = [
@@ -168,13 +165,8 @@ def starts_table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[s
         yield "| arm | parameters | KL before retraining | KL after distillation |"
         yield "|---|---|---|---|"
         for one, arm in sorted(measured, key=lambda pair: pair[0]["result"]["kl_divergence"]["value"]):
-            kl, after = one["result"]["kl_divergence"], _after(arm, _distilled(distilled, arm))
-            cells = [
-                arm.label or "base",
-                f"{one['num_parameters'] / 1e6:.1f}M",
-                f"{kl['value']:.3f} ± {kl['stderr']:.3f}",
-            ]
-            yield f"| {' | '.join([*cells, after])} |"
+            cells = [arm.label or "base", _millions(one), _kl(one), _after(arm, _distilled(distilled, arm))]
+            yield f"| {' | '.join(cells)} |"
         yield ""
 
 
@@ -228,6 +220,21 @@ def _after(arm: Arm, trained: Trained | None) -> str:
         return "not measured"
     seeds = len(trained.seeds)
     return f"{trained.kl('after')} ({_thousands(trained.tokens)} tokens, {seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings of an arm → what was measured of its start."""
+    files = [path for path in sorted(folder.glob("*.json")) if path.name != AGREEMENT_NAME]
+    return {_settings(one["arm"]): dict(one) for one in map(read_json, files)}
+
+
+def _millions(model: dict[str, Any]) -> str:
+    return f"{model['num_parameters'] / 1e6:.1f}M"
+
+
+def _kl(one: dict[str, Any]) -> str:
+    kl = one["result"]["kl_divergence"]
+    return f"{kl['value']:.3f}" if kl["stderr"] is None else f"{kl['value']:.3f} ± {kl['stderr']:.3f}"
 
 
 def _settings(settings: Any) -> str:
