@@ -397,12 +397,24 @@ def test_the_doctor_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(doctor, "_cache", lambda: cache)
     done = minitron("doctor", "--json")
     assert done.returncode == 1
-    problems = json.loads(done.stdout)["doctor"]["problems"]
+    found = json.loads(done.stdout)["doctor"]
+    problems = found["problems"]
     assert re.match(r"torch .* is installed, expected >=99", problems[0])
     assert problems[1].startswith("nosuchpackage is not installed. Run pip install 'nosuchpackage>=1'")
     assert problems[2] == "The Hub's cache x cannot be written. Set HF_HOME to a folder that can."
-    assert "1.0 GB left" in problems[3]
-    assert len(problems) == 4
+    assert len(problems) == 3
+    assert len(found["warnings"]) == 1
+    assert "has 1.0 GB left" in found["warnings"][0]
+
+
+def test_little_space_is_a_warning(monkeypatch):
+    cache = {"folder": "x", "exists": True, "writable": True, "free_bytes": 17.1e9}
+    monkeypatch.setattr(doctor, "_cache", lambda: cache)
+    monkeypatch.setattr(doctor, "_versions", lambda: ({}, []))
+    done = minitron("doctor")
+    assert done.returncode == 0
+    assert "17.1 GB left" in " ".join(done.stdout.split())
+    assert "No problems found" in done.stdout
 
 
 def test_shells_complete_commands():

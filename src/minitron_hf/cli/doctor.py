@@ -15,14 +15,15 @@ from .output import given, say
 
 #: Extra → the module that it installs.
 EXTRAS = {"eval": "lm_eval", "quantize": "torchao", "deepspeed": "deepspeed"}
-#: Free space below which a warning is printed: the Hub's cache of a model of 8B parameters.
+#: Free space below which a warning is printed: a model of 8B parameters in bfloat16, and a little more.
 LITTLE_SPACE = 20e9
 
 
 def doctor() -> None:
     """Print versions, devices, extras, cache, token and free space, and what is wrong with them.
 
-    Of a token, only whether there is one. The exit code is 1 if something is wrong.
+    Of a token, only whether there is one. The exit code is 1 if something is wrong. Little free space is a warning
+    (exit code 0): whether it is too little depends on the model.
     """
     found = examine()
     if not given("doctor", found):
@@ -38,10 +39,11 @@ def examine() -> dict[str, Any]:
     problems = [*wrong]
     if not cache["writable"]:
         problems.append(f"The Hub's cache {cache['folder']} cannot be written. Set HF_HOME to a folder that can.")
+    warnings = []
     if cache["free_bytes"] is not None and cache["free_bytes"] < LITTLE_SPACE:
-        problems.append(
-            f"The disk of the Hub's cache has {cache['free_bytes'] / 1e9:.1f} GB left. Free space, or set HF_HOME to "
-            "another disk."
+        warnings.append(
+            f"The disk of the Hub's cache has {cache['free_bytes'] / 1e9:.1f} GB left; a model of 8B parameters "
+            "alone takes 16 GB. For large models, free space or set HF_HOME to a folder on another disk."
         )
     return {
         "versions": versions,
@@ -50,6 +52,7 @@ def examine() -> dict[str, Any]:
         "hub": {"token": _has_token(), "offline": _is_offline(), "endpoint": _endpoint()},
         "cache": cache,
         "problems": problems,
+        "warnings": warnings,
     }
 
 
@@ -158,5 +161,7 @@ def _print(found: dict[str, Any]) -> None:
     line("", f"{free} free")
     for problem in found["problems"]:
         say(f"Problem: {problem}")
+    for warning in found["warnings"]:
+        say(f"Warning: {warning}")
     if not found["problems"]:
         say("No problems found.")
