@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.real import peer_criteria, peer_starts, slicegpt
+from benchmarks.real import peer_criteria, peer_starts, peers, slicegpt
+from benchmarks.real.arms import load_experiments
 
 from minitron_hf import count_parameters, estimate_importance, token_rows
 from minitron_hf.families import named_tensors
@@ -327,3 +328,10 @@ def test_a_sliced_model_is_the_teacher_with_a_projected_stream(teacher, rows):
 def test_slicegpt_is_refused_where_it_is_not_written_for():
     with pytest.raises(ValueError, match="without biases"):
         slicegpt.sliced(pocket_model("llama-biases-tied"), None, 8)
+
+
+def test_rows_of_the_table_are_told_apart_by_their_titles():
+    experiments = load_experiments(Path(peers.__file__).parent / "peers.yaml")
+    for experiment in experiments.values():
+        titles = [peers.title(arm) for arm in experiment.arms]
+        assert len(set(titles)) == len(titles)

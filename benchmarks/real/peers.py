@@ -177,7 +177,8 @@ def title(arm: Arm) -> str:
     kind = "random units" if arm["metric"] == "random" else "ours"
     repair = "" if arm["repair"] == "none" else f", {arm['repair'].replace('_', ' ')}"
     frozen = ", frozen embeddings" if arm["train"] == "layers" else ""
-    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}{frozen}"
+    norm = ", L2 norm over tokens" if arm["sequence_reduction"] == "l2" else ""
+    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}{frozen}{norm}"
 
 
 def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
