@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from minitron_hf.data import TokenRows
 from minitron_hf.distillation.intermediate import _initial_map
@@ -207,6 +208,18 @@ def test_tied_head_keeps_channels_whose_norm_weights_are_unlike_the_others():
     rotated = rotated_model(teacher, replace(replace_basis(teacher), basis=basis.numpy()))
     assert rotated.lm_head.weight is rotated.model.embed_tokens.weight
     assert_same_function(rotated, teacher, TOKENS, tolerance=1e-5)
+
+
+def test_a_head_of_its_own_makes_the_rotation_exact(tmp_path):
+    tied, teacher = pocket_model("qwen2-tied"), pocket_model("qwen2-tied")
+    teacher.lm_head.weight = torch.nn.Parameter(teacher.get_input_embeddings().weight.detach().clone())
+    teacher.config.tie_word_embeddings = False
+    teacher.save_pretrained(tmp_path)
+    untied = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_function(untied, tied, TOKENS, tolerance=1e-5)
+    basis = principal_basis(teacher, scores_of(teacher).covariance)
+    rotated = rotated_model(teacher, replace(replace_basis(teacher), basis=basis))
+    assert_same_function(rotated, tied, TOKENS, tolerance=1e-5)
 
 
 def test_a_tied_head_of_uneven_norm_weights_is_approximated():

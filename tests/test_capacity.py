@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -389,6 +390,19 @@ def replace_config(config: LlamaConfig, **changes) -> LlamaConfig:
 def test_other_vocabularies_are_refused():
     with pytest.raises(PlanError, match="8192 tokens and the student 100"):
         estimate_capacity(PAIRS["dense"][0], LlamaConfig(**{**DENSE, "vocab_size": 100}))
+
+
+@pytest.mark.slow
+def test_the_guide_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
+    command, printed = re.search(r"```bash\n(.*?)```.*?```text\n(.*?)```", page, re.DOTALL).groups()
+    arguments = command.replace("\\\n", " ").split()
+    published = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    LlamaConfig(**published, **heads, max_position_embeddings=131072, dtype="bfloat16").save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minitron-hf", arguments[1], str(tmp_path), *arguments[3:]])
+    main()
+    assert capsys.readouterr().out.split() == printed.split()
 
 
 def test_the_command_line_says_whether_it_fits(tmp_path, monkeypatch, capsys):

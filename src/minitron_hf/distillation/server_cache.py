@@ -89,7 +89,7 @@ def cache_served_teacher(
 
     The folder is that of `cache_teacher_logits` with `top_k`. The server gives the most likely tokens of every
     position; the probability of all others is 1 minus theirs. Every document of a packed row is sent by itself.
-    Requests that fail are sent again, six times within half a minute.
+    Requests that fail are sent again up to five times, within half a minute.
     Long because all arguments are explained.
 
     Args:
