@@ -5,10 +5,21 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from transformers import PretrainedConfig
+import transformers
+from datasets import Dataset
 
 import minitron_hf
-from minitron_hf import DistillationConfig, PrunerConfig, estimate_importance, make_plan, plan_for_target, prune_model
+from minitron_hf import (
+    DistillationConfig,
+    DistillationTrainer,
+    PrunerConfig,
+    estimate_importance,
+    evaluate_models,
+    make_plan,
+    plan_for_target,
+    prune_model,
+    token_rows,
+)
 from minitron_hf.distillation.cache_coding import refuse_both
 from minitron_hf.errors import KINDS, ArgumentError, DataError, MinitronError, MismatchError, PlanError
 from minitron_hf.pruning import prune
@@ -34,13 +45,15 @@ def test_functions_that_take_own_objects_are_known():
 @pytest.mark.parametrize("wrong", [{"hidden_size": 48}, "a/folder", 3])
 def test_an_argument_of_another_type_is_refused_by_name(name: str, argument: str, wrong):
     function = getattr(minitron_hf, name)
-    needed = [one for one in inspect.signature(function).parameters.values() if one.default is inspect.Parameter.empty]
-    others = {one.name: None for one in needed if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
-    kinds = {one.name: str(one.annotation).removesuffix(" | None") for one in needed}
+    parameters = inspect.signature(function).parameters.values()
+    needed = [one for one in parameters if one.default is inspect.Parameter.empty and one.kind != one.VAR_KEYWORD]
+    others = {one.name: {"int": 1, "float": 1.0, "str": "x"}.get(str(one.annotation)) for one in needed}
+    parts = {one.name: str(one.annotation).split(" | ") for one in needed}
+    kinds = {each: next((part for part in parts[each] if part in KINDS), None) for each in parts}
     own = {
-        each: object.__new__(getattr(minitron_hf, kinds[each], PretrainedConfig))
-        for each in others
-        if kinds[each] in KINDS
+        each: object.__new__(getattr(minitron_hf, kind, None) or getattr(transformers, kind))
+        for each, kind in kinds.items()
+        if kind is not None
     }
     with pytest.raises(
         ArgumentError, match=rf"{name}\({argument}=…\): expected a \w+, not a {type(wrong).__name__}\."
@@ -55,6 +68,72 @@ def test_an_argument_that_nothing_knows_is_refused_with_the_closest():
         prune_model(pocket_model("llama"), PrunerConfig(hidden_size=48), calibration=ROWS)
     with pytest.raises(PlanError, match="num_rows: only used to score calibration_data"):
         prune_model(pocket_model("llama"), PrunerConfig(hidden_size=48), num_rows=3)
+
+
+TEXTS, SIZE = ["one text"] * 4, PrunerConfig(hidden_size=48)
+FIELDS = {"top_k": int, "temperature": float, "kd_weight": float, "freeze_embeddings": bool, "hidden_loss": str}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: make_plan("a/folder", PrunerConfig(hidden_size=48)),
+            r"PretrainedConfig, not a str. Load it with",
+        ),
+        (lambda model: prune_model(None, SIZE), "a PreTrainedModel or a path, not a NoneType"),
+        (lambda model: prune_model(model, SIZE, calibration_data=ROWS, processing_class=ROWS), "not a list"),
+        (
+            lambda model: token_rows(TEXTS, "a/folder", max_length=8),
+            "expected a tokenizer or processor, not a str. Load it",
+        ),
+        (lambda model: estimate_importance(model, ROWS, num_rows="4"), r"\(num_rows='4'\): expected an integer\."),
+        (lambda model: estimate_importance(model, ROWS, packing="no"), r"packing='no'\): expected True or False"),
+        (lambda model: estimate_importance(model, metric="random", seed="a"), r"seed='a'\): expected an integer"),
+        (lambda model: estimate_importance(model, ROWS, max_length=True), "expected an integer or None"),
+        (lambda model: evaluate_models(model, ROWS), "expected {'teacher': …, 'student': …}, not a LlamaForCausalLM"),
+        (lambda model: evaluate_models([model, model], ROWS), "not a list"),
+        (lambda model: evaluate_models({"a": None}, ROWS), r"models\['a'\] is None"),
+        (
+            lambda model: evaluate_models({"a": model}, ROWS, batch_size="2"),
+            r"batch_size='2'\): expected an integer\.",
+        ),
+    ],
+)
+def test_what_an_argument_should_be_is_said_before_anything_is_computed(call, message, monkeypatch):
+    model = pocket_model("llama")
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("a model was run"))
+    with pytest.raises(ArgumentError, match=message):
+        call(model)
+
+
+@pytest.mark.parametrize("metric", [["activation", "taylor"], 3])
+def test_one_metric_decides_what_is_pruned(metric):
+    model = pocket_model("llama")
+    with pytest.raises(DataError, match=r"expected the name of one metric\. For several, call estimate_importance"):
+        prune_model(model, PrunerConfig(hidden_size=48), calibration_data=ROWS, metric=metric)
+    with pytest.raises(DataError, match="metric=None names no metric"):
+        estimate_importance(model, ROWS, metric=None)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("data", [TEXTS, "texts.jsonl"])
+def test_a_trainer_says_what_a_dataset_is(name, data, tmp_path):
+    given = {"train_dataset": Dataset.from_dict({"input_ids": ROWS}), name: data}
+    with pytest.raises(ArgumentError, match=f"{name}: expected a datasets.Dataset, not a {type(data).__name__}"):
+        DistillationTrainer(pocket_model("llama"), pocket_model("llama"), DistillationConfig(str(tmp_path)), **given)
+
+
+@pytest.mark.parametrize("wrong", ["4", 4.5, True, float("nan"), [1]])
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_of_another_type_are_refused_by_name(name, wrong, tmp_path):
+    plain = {"top_k": int, "temperature": float, "kd_weight": float, "freeze_embeddings": bool, "hidden_loss": str}[
+        name
+    ]
+    if type(wrong) is plain and wrong == wrong:
+        pytest.skip("the type of the field")
+    with pytest.raises(DataError, match=f"{name}=.*: expected "):
+        DistillationConfig(str(tmp_path), **{name: wrong})
 
 
 def test_a_type_error_stays_a_type_error():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -120,32 +122,82 @@ KINDS: Mapping[str, str] = {
     "TokenCounts": "Make them with count_tokens(corpus, tokenizer).",
     "PretrainedConfig": "Read it with transformers.AutoConfig.from_pretrained(folder_or_hub_id).",
     "Recipe": "Build it with Recipe.from_dict(…), or read Recipe.from_yaml(file).",
+    "PreTrainedModel": "Load it with load_model(folder_or_hub_id).",
+    "PreTrainedTokenizerBase": "Load it with load_tokenizer(folder_or_hub_id).",
+}
+#: Class → others that do as well: Transformers 5 spells its config otherwise, models are wrapped, processors hold
+#: tokenizers.
+_ALSO = {
+    "PretrainedConfig": {"PreTrainedConfig"},
+    "PreTrainedModel": {"Module"},
+    "PreTrainedTokenizerBase": {"ProcessorMixin"},
+}
+#: What an argument may be beside an object that can be loaded from it.
+_PATHS = ("str", "os.PathLike[str]")
+#: Plain type of an argument → what a message calls it, and what is taken for it.
+_PLAIN: Mapping[str, tuple[str, type]] = {
+    "int": ("an integer", numbers.Integral),
+    "float": ("a number", numbers.Real),
+    "bool": ("True or False", bool),
+    "str": ("text", str),
+    "None": ("None", type(None)),
 }
 
 
+def expected_instead(value: Any, annotation: str) -> str | None:
+    """What an annotation of plain types expects, if a value is something else.
+
+    Args:
+        value: of an argument or a field.
+        annotation: as it is written; others than plain types and their unions allow everything.
+
+    >>> expected_instead("10", "int | None"), expected_instead(10, "int | None"), expected_instead("false", "bool")
+    ('an integer or None', None, 'True or False')
+    """
+    parts = annotation.split(" | ")
+    if not set(parts) <= _PLAIN.keys():
+        return None
+    flag = isinstance(value, bool)
+    if any(isinstance(value, _PLAIN[part][1]) and flag <= (part == "bool") for part in parts):
+        return None
+    return " or ".join(_PLAIN[part][0] for part in parts)
+
+
 def checks_kinds(function: _Callable) -> _Callable:
-    """Decorate a function: arguments that are annotated as one of `KINDS` have to be that, or the call is refused."""
+    """Decorate a function: arguments annotated as `KINDS` or plain types have to be that, or the call is refused."""
+    annotations = {name: str(one) for name, one in function.__annotations__.items() if name != "return"}
+    parts_of = {name: one.split(" | ") for name, one in annotations.items()}
     kinds = {
-        name: str(annotation)
-        for name, annotation in function.__annotations__.items()
-        if str(annotation).removesuffix(" | None") in KINDS and name != "return"
+        name: parts
+        for name, parts in parts_of.items()
+        if {*parts} <= {*KINDS, *_PATHS, "None"} and not KINDS.keys().isdisjoint(parts)
     }
     names = [*inspect.signature(function).parameters]
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args)), **kwargs}
-        for name in kinds.keys() & given.keys():
-            kind, value = kinds[name].removesuffix(" | None"), given[name]
-            may_miss = value is None and kind != kinds[name]
-            # Transformers 5 spells its class PreTrainedConfig.
-            if not may_miss and kind.lower() not in [one.__name__.lower() for one in type(value).__mro__]:
+        for name, value in given.items():
+            if name in kinds and not _is_one_of(value, kinds[name]):
+                wanted = [kind for kind in kinds[name] if kind in KINDS]
+                path = "" if len(wanted) == len({*kinds[name]} - {"None"}) else " or a path"
                 raise ArgumentError(
-                    f"{function.__name__}({name}=…): expected a {kind}, not a {type(value).__name__}. {KINDS[kind]}"
+                    f"{function.__name__}({name}=…): expected a {' or '.join(wanted)}{path}, not a "
+                    f"{type(value).__name__}. {KINDS[wanted[0]]}"
                 )
+            if plain := expected_instead(value, annotations.get(name, "")):
+                raise ArgumentError(f"{function.__name__}({name}={value!r}): expected {plain}.")
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def _is_one_of(value: Any, kinds: Iterable[str]) -> bool:
+    """Whether a value is an instance of one of some classes, given by name; they are not imported."""
+    own = {one.__name__ for one in type(value).__mro__} | (
+        {"os.PathLike[str]"} if isinstance(value, os.PathLike) else set()
+    )
+    return any(value is None if kind == "None" else own & {kind, *_ALSO.get(kind, ())} for kind in kinds)
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:

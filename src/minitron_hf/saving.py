@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MismatchError
+from .errors import MismatchError, checks_kinds
 from .families import named_tensors
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, share_files, write_text
@@ -71,6 +71,7 @@ LOADING_ARGUMENTS = frozenset(
 CALL_SETTINGS = ("padding", "truncation")
 
 
+@checks_kinds
 def save_model(
     model: PreTrainedModel, folder: str | os.PathLike[str], processing_class: Any = None, **kwargs: Any
 ) -> None:

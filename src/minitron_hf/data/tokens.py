@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import ArgumentError, DataError
 from ..files import digest
 
 if TYPE_CHECKING:
@@ -13,7 +14,16 @@ if TYPE_CHECKING:
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer; of a processor (of texts and images), its tokenizer."""
+    """The tokenizer; of a processor (of texts and images), its tokenizer.
+
+    Raises:
+        ArgumentError: if it is something else, such as a path.
+    """
+    if isinstance(processing_class, str | os.PathLike | Mapping | Sequence):
+        raise ArgumentError(
+            f"processing_class: expected a tokenizer or processor, not a {type(processing_class).__name__}. Load it "
+            "with load_tokenizer(folder_or_hub_id)."
+        )
     tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,7 +13,7 @@ from typing import Any, get_args
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
-from ..errors import DataError
+from ..errors import DataError, expected_instead
 from ..hardware import has_fast_bf16, training_device
 from ..losses.divergences import OF_LOGITS, require_divergence
 from .fake_quantization import require_fake_quantization
@@ -248,6 +249,7 @@ class DistillationConfig(SFTConfig):
     def __post_init__(self) -> None:
         if isinstance(self.hidden_layers, str):
             self.hidden_layers = _parsed_layers(self.hidden_layers)
+        self._require_types()
         # The base class prefers greater values of a metric, unless its name ends with "loss".
         best = f"_{self.metric_for_best_model}"
         if self.greater_is_better is None and best.endswith(tuple(f"_{name}" for name in SMALLER_IS_BETTER)):
@@ -263,6 +265,18 @@ class DistillationConfig(SFTConfig):
                 "embedding_loss compares embeddings, which freeze_embeddings does not train. Leave one out."
             )
         self._refuse_unsupported()
+
+    def _require_types(self) -> None:
+        """Refuse values of other types in the fields that the base classes lack: any text counts as true."""
+        own = (
+            DistillationConfig.__annotations__.keys() - SFTConfig.__dataclass_fields__.keys() - {"intermediate_weight"}
+        )
+        for name in sorted(own):
+            value = getattr(self, name)
+            if expected := expected_instead(value, str(DistillationConfig.__annotations__[name])):
+                raise DataError(f"{name}={value!r}: expected {expected}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(f"{name}={value!r}: expected a finite number.")
 
     def _fill_in_machine_defaults(self) -> None:
         device = training_device(self.use_cpu)

@@ -27,7 +27,7 @@ from ..compat import on_one_device, trains_on_images, without_checkpointing_warn
 from ..data.context import context_length
 from ..data.images import ImageCollator, holds_images
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError, MismatchError, UnsupportedModelError
+from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
 from ..families import spec_for
 from ..files import (
     move_into,
@@ -75,6 +75,7 @@ class CorrectionTrainer(CheckpointMixin, RepeatedRowsMixin, StartTokensMixin, As
     """TRL's supervised trainer, with complete checkpoints, and the same losses in any number of processes."""
 
 
+@checks_kinds
 @with_locked_folder("output_dir")
 def correct_teacher(
     teacher: PreTrainedModel | str | os.PathLike[str],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..compat import commit_hash
 from ..data.images import holds_images, read_row, require_image_model, require_image_processor
-from ..errors import DataError, MismatchError
+from ..errors import ArgumentError, DataError, MismatchError
 from .arguments import config_of, eval_packing, kwargs_dict, model_name
 from .config import DistillationConfig
 from .record import describe_data
@@ -68,9 +69,16 @@ class TrainingData:
         """Take the rows out of the caches among the arguments of a trainer.
 
         Raises:
+            ArgumentError: if one of them is a list or a path.
             MismatchError: if cached rows come without their manifest.
             DataError: if there are no rows to train on.
         """
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if isinstance(data, Sequence | os.PathLike):
+                raise ArgumentError(
+                    f"{name}: expected a datasets.Dataset, not a {type(data).__name__}. Dataset.from_dict({{'text': "
+                    "texts}) makes one of texts, load_text_dataset(source) reads one from a file or the Hub."
+                )
         described = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
         train, train_caches = rows_and_caches(train_dataset, "train_dataset")
         evaluation, eval_caches = rows_and_caches(eval_dataset, "eval_dataset")

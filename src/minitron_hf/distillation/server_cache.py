@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..data.images import holds_images
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError, MismatchError, ServerError
+from ..errors import DataError, MismatchError, ServerError, checks_kinds
 from ..files import digest, refuse_own_folder, require_writable
 from ..locks import with_locked_folder
 from ..losses.fused import next_token_positions
@@ -66,6 +66,7 @@ def refuse_images(dataset: Any) -> None:
         )
 
 
+@checks_kinds
 @with_locked_folder("output_dir")
 def cache_served_teacher(
     server: str,

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.tokens import text_tokenizer, tokenizer_digest
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, checks_kinds
 from ..files import digest, require_creatable
 from ..formats import read_artefact, write_artefact
 from ..models import load_tokenizer
@@ -42,6 +42,7 @@ DOCUMENTS_DIR = "benchmarks"
 DOCUMENTS_KIND = "benchmarks/*.json"
 
 
+@checks_kinds
 def measure_benchmarks(
     models: Mapping[str, PreTrainedModel | str | os.PathLike[str]],
     tasks: str | Sequence[str],

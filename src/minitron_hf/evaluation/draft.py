@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..data import DataSource, TokenRows, token_rows
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, checks_kinds
 from ..generation.decoding import without_generation_defaults
 from ..models import evaluating, load_tokenizer
 from .limits import Limits, require_positive
@@ -61,6 +61,7 @@ class DraftTest:
         return found[: self.num_prompts]
 
 
+@checks_kinds
 def measure_draft(
     teacher: PreTrainedModel | str | os.PathLike[str],
     draft: PreTrainedModel | str | os.PathLike[str],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data import DataSource, TokenRows, token_rows
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError, checks_kinds
 from ..files import public_name, require_creatable, versions
 from ..formats import FORMATS, write_artefact
 from ..models import evaluating
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 EVALUATION_NAME = "evaluation.json"
 
 
+@checks_kinds
 def evaluate_models(
     models: Mapping[str, PreTrainedModel | str | os.PathLike[str]],
     dataset: DataSource,
@@ -154,8 +155,7 @@ def evaluate_models(
         task_data: folder with documents of stock tasks, to read instead of the Hub.
         apply_chat_template: format the tasks' prompts with the tokenizer's chat template.
         confirm_run_unsafe_code: run tasks that execute code which the models write. Use a container.
-        draft_prompts: number of rows that the reference continues with every other model as its draft; None: drafts
-            are not measured.
+        draft_prompts: number of rows that the reference continues with every other model as its draft; None: none.
         draft_tokens: tokens that a draft proposes at a time.
         output_path: folder for `evaluation.json`, or the file itself. `benchmarks.json` goes beside it.
         show_progress: show progress bars.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import TokenRows
 from ..data.context import context_length
 from ..data.images import holds_images, require_image_model
-from ..errors import DataError, MismatchError, did_you_mean
+from ..errors import ArgumentError, DataError, MismatchError, did_you_mean
 from ..models import load_config
 from .token_spaces import TokenSpaces
 
@@ -25,10 +25,15 @@ def checked_reference(models: Mapping[str, Any], reference: str | None) -> str |
     """Name of the reference; None for a single model.
 
     Raises:
+        ArgumentError: if `models` is no mapping, or holds None.
         DataError: if there are no models, or the reference is not among them.
     """
+    if not isinstance(models, Mapping):
+        raise ArgumentError(f"models: expected {{'teacher': …, 'student': …}}, not a {type(models).__name__}.")
     if not models:
         raise DataError("There are no models to evaluate. Pass {'teacher': …, 'student': …}.")
+    if missing := [name for name, model in models.items() if model is None]:
+        raise ArgumentError(f"models[{missing[0]!r}] is None: expected a model, or the path or Hub id of one.")
     if reference is not None and reference not in models:
         raise DataError(f"The reference {reference!r} is not among the models {', '.join(models)}.")
     if len(models) == 1:

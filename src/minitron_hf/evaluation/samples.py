@@ -10,6 +10,7 @@ import torch
 
 from ..data import tokenize
 from ..data.tokens import text_tokenizer
+from ..errors import checks_kinds
 from ..generation.decoding import without_generation_defaults
 from ..models import evaluating, load_tokenizer
 from .loading import common_device, load_for_inference
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checks_kinds
 def generate_samples(
     models: Mapping[str, PreTrainedModel | str | os.PathLike[str]],
     processing_class: PreTrainedTokenizerBase | str | os.PathLike[str],

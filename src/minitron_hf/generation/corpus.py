@@ -17,7 +17,7 @@ from ..compat import commit_hash
 from ..data.context import context_length
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
-from ..errors import DataError, MismatchError
+from ..errors import DataError, MismatchError, checks_kinds
 from ..files import digest, public_name, require_empty, require_writable, versions, write_text
 from ..formats import read_artefact, write_artefact
 from ..locks import with_locked_folder
@@ -49,6 +49,7 @@ the prompt; `finished`, whether the text ended before the limit of {max_new_toke
 """
 
 
+@checks_kinds
 @with_locked_folder("output_dir")
 def generate_corpus(
     teacher: PreTrainedModel | str | os.PathLike[str],

@@ -13,6 +13,7 @@ from ..data import DataSource, tokenize_once
 from ..errors import ArgumentError, PlanError, checks_kinds, did_you_mean
 from ..families import FIELD_OF_AXIS, ArchSpec, spec_for
 from ..scoring.importance import estimate_importance
+from ..scoring.metrics import require_one_metric
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.resolve import resolve_sizes, scoring_arguments
@@ -70,6 +71,7 @@ def iterate_importance(
         PlanError: if the request does not allow several rounds.
     """
     require_iterations(config, iterations)
+    require_one_metric(importance_kwargs.get("metric"))
     data = tokenize_once(data, importance_kwargs.get("processing_class"))
     if config.targets:
         once = estimate_importance(model, data, **scoring_arguments(model.config, config, importance_kwargs))

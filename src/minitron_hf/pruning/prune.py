@@ -29,7 +29,7 @@ from ..models import (
 from ..saving import in_stored_dtype
 from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
-from ..scoring.metrics import needs_no_data
+from ..scoring.metrics import needs_no_data, require_one_metric
 from ..scoring.scores import ImportanceScores
 from ..sizes.request import PrunerConfig
 from ..sizes.shapes import COUNTED, Shape, select_diverse
@@ -175,6 +175,7 @@ def _check_sources(
         Whether the teacher has to be scored.
     """
     require_known_arguments(importance_kwargs, prune_model)
+    require_one_metric(importance_kwargs.get("metric"))
     scored = data is not None or needs_no_data(importance_kwargs.get("metric"))
     if scores is not None and scored:
         raise PlanError("Pass either scores or calibration_data, not both.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 from torch import Tensor
 
 from ..data import DataSource
-from ..errors import DataError, accept_old_names
+from ..errors import DataError, accept_old_names, checks_kinds
 from ..families import spec_for
 from ..files import public_name
 from ..models import plain_model
@@ -45,6 +45,7 @@ def estimate_importance(
 
 
 @accept_old_names(num_samples="num_rows")  # type: ignore[misc] # the overloads leave out what is the same in both
+@checks_kinds
 def estimate_importance(
     model: PreTrainedModel,
     data: DataSource | None = None,

@@ -118,9 +118,9 @@ def find_metrics(names: Iterable[str]) -> list[ImportanceMetric]:
         DataError: if a name is unknown; the message lists those that are known.
     """
     known = metric_names()
-    names = list(names)
     if not names:
-        raise DataError(f"metric=[] names no metric. Expected one or several of {', '.join(known)}.")
+        raise DataError(f"metric={names!r} names no metric. Expected one or several of {', '.join(known)}.")
+    names = list(names)
     for name in names:
         if name not in known:
             raise DataError(
@@ -128,6 +128,19 @@ def find_metrics(names: Iterable[str]) -> list[ImportanceMetric]:
                 "register_metric adds a metric."
             )
     return [METRICS[name] for name in names]
+
+
+def require_one_metric(name: Any) -> None:
+    """Refuse several metrics where one decides what is pruned.
+
+    Raises:
+        DataError: naming what scores by several.
+    """
+    if not isinstance(name, str | None):
+        raise DataError(
+            f"metric={name!r}: expected the name of one metric. For several, call estimate_importance(…) and pass "
+            "one of its results as scores=…."
+        )
 
 
 def needs_no_data(name: str | None) -> bool:
