@@ -124,6 +124,23 @@ def test_a_trainer_says_what_a_dataset_is(name, data, tmp_path):
         DistillationTrainer(pocket_model("llama"), pocket_model("llama"), DistillationConfig(str(tmp_path)), **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pruning_plan": "a/folder"}, r"pruning_plan: expected a PruningPlan, not a str. Make it with make_plan\("),
+        (
+            {"teacher_model": pocket_model("llama").config},
+            "Expected a model, or the path or Hub id of one, not a Llama",
+        ),
+    ],
+)
+def test_a_trainer_takes_no_path_for_a_plan_and_no_config_for_a_teacher(given, message, tmp_path):
+    settings = {"teacher_model": pocket_model("llama"), "args": DistillationConfig(str(tmp_path)), **given}
+    rows = Dataset.from_dict({"input_ids": ROWS})
+    with pytest.raises(ArgumentError, match=message):
+        DistillationTrainer(pocket_model("llama"), train_dataset=rows, **settings)
+
+
 @pytest.mark.parametrize("wrong", ["4", 4.5, True, float("nan"), [1]])
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_of_another_type_are_refused_by_name(name, wrong, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..compat import commit_hash
-from ..errors import DataError, MismatchError
+from ..errors import ArgumentError, DataError, MismatchError
 from ..families import is_multimodal
 from ..families.tensors import is_quantised
 from ..hardware import is_fast, one_dtype, training_device
@@ -103,9 +103,15 @@ def refuse_unused_loading_arguments(args: DistillationConfig, model: Any, quanti
 
 
 def config_of(model: Any, kwargs: dict[str, Any]) -> Any:
-    """The config of a model, or of a path or Hub id, with the keyword arguments of `from_pretrained`."""
+    """The config of a model, or of a path or Hub id, with the keyword arguments of `from_pretrained`.
+
+    Raises:
+        ArgumentError: if it is something else.
+    """
     if isinstance(model, nn.Module):
         return model.config
+    if not isinstance(model, str | os.PathLike):
+        raise ArgumentError(f"Expected a model, or the path or Hub id of one, not a {type(model).__name__}.")
     named = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
     return load_config(model, **named)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.vocabulary import refuse_other_tokenizers, stored_tokenizer
-from ..errors import MismatchError
+from ..errors import KINDS, ArgumentError, MismatchError
 from ..families import VOCABULARY
 from ..files import digest
 from ..losses.heads import base_model_of
@@ -147,11 +147,19 @@ def require_own_caches(kept: KeptTokens | None, data: TrainingData) -> KeptToken
 
 
 def plans_of(model: Any, given: PruningPlan | Sequence[PruningPlan] | None) -> Sequence[PruningPlan]:
-    """The plans of a student: those that are given, or the one that is attached to it."""
+    """The plans of a student: those that are given, or the one that is attached to it.
+
+    Raises:
+        ArgumentError: if something else is given.
+    """
     plans = getattr(base_model_of(model), "pruning_plan", None) if given is None else given
-    if isinstance(plans, PruningPlan):
-        return (plans,)
-    return tuple(plans or ())
+    plans = (plans,) if plans is None or isinstance(plans, PruningPlan) else tuple(plans)
+    for plan in plans:
+        if plan is not None and not isinstance(plan, PruningPlan):
+            raise ArgumentError(
+                f"pruning_plan: expected a PruningPlan, not a {type(plan).__name__}. {KINDS['PruningPlan']}"
+            )
+    return tuple(plan for plan in plans if plan is not None)
 
 
 def checked_tokenizer(
