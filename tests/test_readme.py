@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from typer.main import get_command
 
+import minitron_hf
 from minitron_hf.cli.app import app
 from minitron_hf.distillation import trainer as trainer_module
 from minitron_hf.families import families, wrapped_families
@@ -233,3 +234,9 @@ def test_the_table_of_reference_cards_has_their_numbers():
         [line] = [line for line in card.splitlines() if line.startswith("| KL(teacher ‖ model), nats per token |")]
         assert line.split("|")[3].strip() == divergence
         assert share == "–" or f"The student keeps {share} of the teacher's average" in card
+
+
+def test_every_public_name_is_on_the_page_of_the_python_api():
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    listed = set(re.findall(r"minitron_hf\.(\w+)$", page, re.MULTILINE)) | set(vars(minitron_hf.errors))
+    assert set(minitron_hf.__all__) - {"__version__"} <= listed

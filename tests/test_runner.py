@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -324,7 +325,11 @@ runner.run_recipe(Recipe.from_dict(json.loads({json.dumps(json.dumps(broken))}))
     folder = Path(broken["output_dir"])
     assert list(folder.glob("checkpoint-*"))
     assert not (folder / "config.json").exists(), "an interrupted run must not look like a student"
+    record = folder / "stages" / "distill.json"
+    last = max(path.stat().st_mtime for path in folder.glob("checkpoint-*/*"))
+    os.utime(record, (last - 1000, last - 1000))  # as if it had taken 1,000 seconds
     run(broken, until="distill")
+    assert 1000 < json.loads(record.read_text())["seconds"] < 1100, "the time of a resumed stage is that of all parts"
     resumed = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
     for name, tensor in expected.items():

@@ -23,7 +23,7 @@ from .identity import FIELDS_OF, hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
 from .stages import CARD, PUBLISH, Stage, stages_of, stages_until
-from .usage import Usage, measured_usage, read_costs, write_costs, write_estimate
+from .usage import Usage, earlier_seconds, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
 RECORD_KIND = f"{STAGES_DIR}/*.json"
@@ -184,15 +184,19 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
 
 def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None], remark: str = "") -> None:
     """Run a stage, or resume it; `remark` ends the line that announces it."""
-    record = _record(run.folder, stage.name)
+    record, earlier = _record(run.folder, stage.name), 0.0
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
+    elif record["status"] == "running":
+        begun = run.folder / STAGES_DIR / f"{stage.name}.json"
+        earlier = earlier_seconds(begun, record["seconds"], _checkpoints(run.folder, stage))
     raise_if_interrupted()
     report(f"[{stage.name}] {stage.help}{remark}")
-    _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage())
+    _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage(seconds=round(earlier, 2)))
     _write_costs(run)
     with measured_usage(run.folder) as usage, _explain_storage_errors():
         stage.run(run)
+    usage.seconds = round((usage.seconds or 0.0) + earlier, 2)
     _write_record(run.folder, stage, run.recipe, stage_digest, "done", usage)
     if stage.name not in (CARD, PUBLISH):  # the card shows what was known when it was written
         _write_costs(run)
@@ -291,6 +295,11 @@ def _require_readable(folder: Path, stage: Stage) -> None:
             require_readable(path)
 
 
+def _checkpoints(folder: Path, stage: Stage) -> Iterator[Path]:
+    """Checkpoints that an interrupted stage left."""
+    return (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
+
+
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / STAGES_DIR / f"{name}.json"
     return read_artefact(path, RECORD_KIND) if path.is_file() else None
@@ -318,8 +327,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     if record is None or record["digest"] == stage_digest:
         return
     is_done = record["status"] == "done"
-    checkpoints = (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
-    if not is_done and next(checkpoints, None) is None:
+    if not is_done and next(_checkpoints(folder, stage), None) is None:
         return  # an unfinished stage without checkpoints accepts corrected inputs
     settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ class Usage:
     """What a stage took.
 
     Attributes:
-        seconds: time.
+        seconds: time; of a stage that was resumed that of all parts (`earlier_seconds`).
         peak_memory_bytes: peak memory of this process: on an accelerator what PyTorch allocated, else resident memory,
             libraries included. None where the system does not tell it.
         bytes_written: bytes of the files in the run folder that are newer than the start of the stage.
@@ -50,6 +50,19 @@ def measured_usage(folder: Path) -> Iterator[Usage]:
     usage.peak_memory_bytes = _peak() if resettable else None
     files = (path.stat() for path in folder.rglob("*") if path.is_file())
     usage.bytes_written = sum(file.st_size for file in files if file.st_mtime >= began - 0.01)
+
+
+def earlier_seconds(record: Path, known: float | None, checkpoints: Iterable[Path]) -> float:
+    """Seconds of the parts of a stage that were interrupted, up to the last checkpoint of each.
+
+    Args:
+        record: file of the stage's record, which was written when the last of them began.
+        known: seconds of the parts before it.
+        checkpoints: what they left.
+    """
+    began = record.stat().st_mtime
+    files = (file for path in checkpoints for file in (path, *path.rglob("*")) if file.is_file())
+    return (known or 0.0) + max([0.0, *(file.stat().st_mtime - began for file in files)])
 
 
 def _reset_peak() -> bool:
