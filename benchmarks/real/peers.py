@@ -183,7 +183,8 @@ def title(arm: Arm) -> str:
     repair = "" if arm["repair"] == "none" else f", {arm['repair'].replace('_', ' ')}"
     frozen = ", frozen embeddings" if arm["train"] == "layers" else ""
     norm = ", L2 norm over tokens" if arm["sequence_reduction"] == "l2" else ""
-    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}{frozen}{norm}"
+    schedule = "" if arm["schedule"] == "cosine" else f", {arm['schedule']} schedule"
+    return f"{kind}: {arm['shape'].replace('-', ' ')}{repair}{frozen}{norm}{schedule}"
 
 
 def _criterion(arm: Arm, agreement: dict[str, Any]) -> str:
