@@ -39,7 +39,7 @@ lint: $(VENV)/installed
 
 # The tests of a file share a worker, and so its models. By default, files of few and long tests would come last.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,8 +214,11 @@ def test_tied_head_keeps_channels_whose_norm_weights_are_unlike_the_others():
 
 def test_a_head_of_its_own_makes_the_rotation_exact(tmp_path):
     tied, teacher = pocket_model("qwen2-tied"), pocket_model("qwen2-tied")
-    teacher.lm_head.weight = torch.nn.Parameter(teacher.get_input_embeddings().weight.detach().clone())
-    teacher.config.tie_word_embeddings = False
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "width-or-depth.md"
+    [untie] = [
+        block for block in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL) if "lm_head" in block
+    ]
+    exec(untie, {"torch": torch, "teacher": teacher})
     teacher.save_pretrained(tmp_path)
     untied = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same_function(untied, tied, TOKENS, tolerance=1e-5)

@@ -40,7 +40,12 @@ def measured():
 
 @pytest.mark.parametrize(
     "request_",
-    [{"intermediate_size": 0.5}, {"hidden_size": 0.75}, {"num_attention_heads": 4}, {"num_key_value_heads": 2}],
+    [
+        {"intermediate_size": 0.5},
+        {"hidden_size": 0.75},
+        pytest.param({"num_attention_heads": 4}, marks=pytest.mark.slow),
+        pytest.param({"num_key_value_heads": 2}, marks=pytest.mark.slow),
+    ],
     ids=lambda request: next(iter(request)),
 )
 def test_importance_beats_chance_and_its_reverse_loses_to_it(measured, request_):

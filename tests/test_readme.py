@@ -95,6 +95,7 @@ def test_every_python_block_is_run():
     run_elsewhere.add("docs/guides/runtimes.md")  # in test_runtimes, on a pruned student
     run_elsewhere.add("docs/guides/images.md")  # in test_images: it needs a vision-language model
     run_elsewhere.add("docs/guides/vocabulary.md")  # in test_vocabulary_pruning: it needs another tokenizer
+    run_elsewhere.add("docs/guides/width-or-depth.md")  # in test_basis, on a teacher whose head is tied
     assert {page for page in PAGES if blocks(page, "python")} == run_here | run_elsewhere
 
 

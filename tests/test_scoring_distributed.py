@@ -17,6 +17,8 @@ CASES = {
     "covariance of fewer batches": ("mistral", (5, 8), 2, False),
     "loader": ("llama", (6, 6, 6), 1, True),
 }
+#: A minute of one core; `test_distributed` trains in two processes in the default run.
+pytestmark = pytest.mark.slow
 
 
 def run(folder: Path) -> None:

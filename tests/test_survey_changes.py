@@ -20,6 +20,7 @@ def found():
     return survey({})
 
 
+@pytest.mark.slow
 def test_everything_is_new_without_a_record(found):
     known = {*families(), *(outer for outer, _ in wrapped_families()), *REFUSED}
     assert set(found.without_table) == {*decoder_types(), *image_text_types()} - known
