@@ -77,10 +77,7 @@ FIELDS = {"top_k": int, "temperature": float, "kd_weight": float, "freeze_embedd
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda model: make_plan("a/folder", PrunerConfig(hidden_size=48)),
-            r"PretrainedConfig, not a str. Load it with",
-        ),
+        (lambda model: make_plan("a/folder", SIZE), r"PretrainedConfig, not a str. Load it with"),
         (lambda model: prune_model(None, SIZE), "a PreTrainedModel or a path, not a NoneType"),
         (lambda model: prune_model(model, SIZE, calibration_data=ROWS, processing_class=ROWS), "not a list"),
         (
@@ -111,7 +108,7 @@ def test_what_an_argument_should_be_is_said_before_anything_is_computed(call, me
 def test_one_metric_decides_what_is_pruned(metric):
     model = pocket_model("llama")
     with pytest.raises(DataError, match=r"expected the name of one metric\. For several, call estimate_importance"):
-        prune_model(model, PrunerConfig(hidden_size=48), calibration_data=ROWS, metric=metric)
+        prune_model(model, SIZE, calibration_data=ROWS, metric=metric)
     with pytest.raises(DataError, match="metric=None names no metric"):
         estimate_importance(model, ROWS, metric=None)
 
@@ -144,10 +141,7 @@ def test_a_trainer_takes_no_path_for_a_plan_and_no_config_for_a_teacher(given, m
 @pytest.mark.parametrize("wrong", ["4", 4.5, True, float("nan"), [1]])
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields_of_another_type_are_refused_by_name(name, wrong, tmp_path):
-    plain = {"top_k": int, "temperature": float, "kd_weight": float, "freeze_embeddings": bool, "hidden_loss": str}[
-        name
-    ]
-    if type(wrong) is plain and wrong == wrong:
+    if type(wrong) is FIELDS[name] and wrong == wrong:
         pytest.skip("the type of the field")
     with pytest.raises(DataError, match=f"{name}=.*: expected "):
         DistillationConfig(str(tmp_path), **{name: wrong})

@@ -484,7 +484,6 @@ def test_sliding_layers_stay_sliding(name: str):
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in NAMES), *((name, torch.bfloat16) for name in ("llama", "gpt2", "phi3"))],

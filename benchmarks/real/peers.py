@@ -17,6 +17,7 @@ stand beside them in the table. For example:
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,9 @@ class Trained:
 
     def began_at(self, one: dict[str, Any]) -> bool:
         """Whether it began at a start that was measured; calibrated on other text, it began elsewhere."""
-        return abs(float(self.kl("before").split()[0]) - one["result"]["kl_divergence"]["value"]) <= SAME_START
+        domain = self.results.domains[0]
+        starts = [seed["summary"]["before"][domain]["kl_divergence"]["value"] for seed in self.seeds.values()]
+        return abs(statistics.fmean(starts) - one["result"]["kl_divergence"]["value"]) <= SAME_START
 
 
 def _distilled(distilled: list[Results], arm: Arm) -> Iterator[Trained]:

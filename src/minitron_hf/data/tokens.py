@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, DataError
+from ..errors import KINDS, ArgumentError, DataError
 from ..files import digest
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """
     if isinstance(processing_class, str | os.PathLike | Mapping | Sequence):
         raise ArgumentError(
-            f"processing_class: expected a tokenizer or processor, not a {type(processing_class).__name__}. Load it "
-            "with load_tokenizer(folder_or_hub_id)."
+            f"processing_class: expected a tokenizer or processor, not a {type(processing_class).__name__}. "
+            f"{KINDS['PreTrainedTokenizerBase']}"
         )
     tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer

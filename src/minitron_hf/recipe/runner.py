@@ -188,7 +188,7 @@ def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str]
     if record is None or record["digest"] != stage_digest:
         _clear(run.folder, stage)
     elif record["status"] == "running":
-        begun = run.folder / STAGES_DIR / f"{stage.name}.json"
+        begun = _record_path(run.folder, stage.name)
         earlier = earlier_seconds(begun, record["seconds"], _checkpoints(run.folder, stage))
     raise_if_interrupted()
     report(f"[{stage.name}] {stage.help}{remark}")
@@ -252,7 +252,7 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
             unreadable.add(stage.name)
         if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
             _clear(folder, stage)
-            (folder / STAGES_DIR / f"{stage.name}.json").unlink(missing_ok=True)
+            _record_path(folder, stage.name).unlink(missing_ok=True)
 
 
 def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
@@ -263,7 +263,7 @@ def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
     """
     named = recipe.to_yaml()
     for stage in stages_of(recipe):
-        record = folder / STAGES_DIR / f"{stage.name}.json"
+        record = _record_path(folder, stage.name)
         if stage.wanted(recipe) or not record.is_file():
             continue
         if not any(f"{folder.name}/{output}" in named for output in stage.outputs):
@@ -300,13 +300,17 @@ def _checkpoints(folder: Path, stage: Stage) -> Iterator[Path]:
     return (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
 
 
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / STAGES_DIR / f"{name}.json"
+
+
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / STAGES_DIR / f"{name}.json"
+    path = _record_path(folder, name)
     return read_artefact(path, RECORD_KIND) if path.is_file() else None
 
 
 def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, usage: Usage) -> None:
-    path = folder / STAGES_DIR / f"{stage.name}.json"
+    path = _record_path(folder, stage.name)
     path.parent.mkdir(exist_ok=True)
     write_artefact(
         path,
