@@ -18,6 +18,7 @@ from minitron_hf import (
 )
 from minitron_hf.distillation.assistant_turns import labelled_turns
 from minitron_hf.errors import DataError
+from minitron_hf.saving import save_model
 from pocket import pocket_model, pocket_tokenizer
 
 #: ChatML, as SmolLM2 has it: without markers, and unknown to TRL.
@@ -164,3 +165,22 @@ def test_gsm8k_as_conversations_and_as_completions(tmp_path, data_folder, form):
         assert text.strip() == (row["answer"] + end).strip()
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_template_of_a_file_and_a_tokenizer_of_the_students_folder(tmp_path, tokenizer):
+    data = Dataset.from_dict({"messages": [[USER, REPLY]]})
+    teacher, student = (pocket_model("llama", dtype=torch.float32, seed=seed) for seed in (0, 1))
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    options = {"chat_template_path": str(tmp_path / "chatml.jinja")}
+    assert counted(trainer_with(tmp_path / "a", pocket_tokenizer(), data, teacher, **options)) == ["xyz</s>\n"]
+    for model, folder in ((student, "student"), (teacher, "teacher")):
+        save_model(model, tmp_path / folder, tokenizer)
+    args = DistillationConfig(str(tmp_path / "b"), assistant_only_loss=True, report_to="none", max_steps=1)
+    trainer = DistillationTrainer(str(tmp_path / "student"), str(tmp_path / "teacher"), args, train_dataset=data)
+    assert counted(trainer) == ["xyz</s>\n"]
+
+
+def test_a_template_that_is_not_there_is_refused(tmp_path, tokenizer):
+    data = Dataset.from_dict({"messages": [[USER, REPLY]]})
+    with pytest.raises(DataError, match=r"chat_template_path.*does not exist"):
+        trainer_with(tmp_path, tokenizer, data, pocket_model("llama"), chat_template_path="./none.jinja")

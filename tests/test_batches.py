@@ -11,7 +11,14 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import GradientState
 from torch.utils.data import DataLoader
 
-from minitron_hf.distillation.batches import CACHED, LABELS, ROW_LENGTHS, CachedTeacher, without_repeated_rows
+from minitron_hf.distillation.batches import (
+    CACHED,
+    LABELS,
+    ROW_LENGTHS,
+    CachedTeacher,
+    row_of_positions,
+    without_repeated_rows,
+)
 from minitron_hf.losses.fused import distillation_loss, next_token_positions
 from minitron_hf.losses.heads import output_head
 from minitron_hf.losses.signals import DenseSignal, TopKSignal
@@ -103,3 +110,13 @@ def test_a_batch_in_which_nothing_counts_has_gradients_of_zero():
         losses.total.backward(retain_graph=True)
         assert losses.total.item() == 0
         assert all(weight.grad is not None and not weight.grad.any() for weight in student.parameters())
+
+
+def test_padding_behind_flattened_rows_belongs_to_the_last():
+    """As `pad_to_multiple_of` leaves it."""
+    batch = {LABELS: torch.tensor([[-100, 1, -100, 2, 3, -100, -100, -100]]), ROW_LENGTHS: torch.tensor([2, 3])}
+    rows, count = row_of_positions(batch)
+    assert (rows.tolist(), count) == ([0, 0, 1, 1, 1, 1, 1, 1], 2)
+    state = SimpleNamespace(end_of_dataloader=True, remainder=3)
+    process = SimpleNamespace(num_processes=2, process_index=1, gradient_state=state, parallelism_config=None)
+    assert without_repeated_rows(batch, process)[LABELS].tolist() == [[-100, 1, *[-100] * 6]]

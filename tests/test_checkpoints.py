@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from minitron_hf.distillation import checkpoints as checkpoints_module
-from minitron_hf.distillation.checkpoints import MANIFEST_NAME, checkpoints, is_complete, last_checkpoint
+from minitron_hf.distillation import saving
+from minitron_hf.distillation.checkpoints import (
+    MANIFEST_NAME,
+    checkpoints,
+    is_complete,
+    last_checkpoint,
+    load_renamed,
+)
 from minitron_hf.distillation.correction import correct_teacher
-from minitron_hf.errors import MismatchError, OutputError
+from minitron_hf.errors import HubError, MinitronError, MismatchError, OutputError
 from minitron_hf.recipe.training import distill
 from pocket import pocket_model, pocket_tokenizer
 from test_trainer import make_trainer, models, text_dataset
@@ -292,3 +300,50 @@ def test_a_corrected_teacher_takes_no_further_step_and_refuses_other_settings(tm
     assert json.loads((tmp_path / "teacher" / "teacher_correction.json").read_text())["log_history"][-1]["step"] == 4
     with pytest.raises(MismatchError, match=r"learning_rate: 0.002 → 0.004"):
         corrected(original_learning_rate=2e-2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_resumed_mixture_of_experts_ends_where_it_would_have(tmp_path, family):
+    """Their checkpoints store experts one by one, and Mixtral's routers under another name."""
+
+    def trained(folder, **changes):
+        teacher, student = (pocket_model(family, dtype=torch.float32, seed=seed) for seed in (0, 1))
+        distill(student, teacher, folder, pocket_tokenizer(), {**SETTINGS, **changes}, text_dataset())
+        return weights_of(folder)
+
+    whole = trained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert same(trained(tmp_path / "resumed"), whole)
+    assert same(trained(tmp_path / "whole"), whole)  # finished: its weights are the last checkpoint's
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "kl", "greater_is_better": True}
+    evaluated = {**best, "eval_strategy": "steps", "eval_steps": 2}
+    teacher, student = (pocket_model(family, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    settings = {**SETTINGS, **evaluated}
+    distill(student, teacher, tmp_path / "best", pocket_tokenizer(), settings, text_dataset(), text_dataset())
+    assert same(weights_of(tmp_path / "best"), weights_of(tmp_path / "best" / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors")
+    model = pocket_model("llama", dtype=torch.float32)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(MinitronError, match="lacks"):
+        load_renamed(model, tmp_path)
+
+
+def test_a_checkpoint_is_pushed_once_it_is_complete_and_a_failed_push_ends_nothing(tmp_path, monkeypatch, caplog):
+    pushed = []
+
+    def push(folder, repo_id, **options):
+        pushed.append((Path(folder).name, is_complete(Path(folder)), repo_id))
+        raise HubError("the Hub does not answer")
+
+    monkeypatch.setattr(saving, "push_student_to_hub", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/student"))
+    options = {**SETTINGS, "push_to_hub": True, "hub_token": "hf_x"}
+    trainer = make_trainer(tmp_path, *models(dtype=torch.float32), text_dataset(), **options)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert pushed == [("checkpoint-2", True, "me/student"), ("checkpoint-4", True, "me/student")]
+    assert trainer.state.global_step == 4
+    assert "step 2 was not pushed, and training goes on: the Hub does not answer" in caplog.text

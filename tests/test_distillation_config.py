@@ -49,6 +49,15 @@ def test_arguments_parse_from_the_command_line(tmp_path):
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy='checkpoint'"),
+        (
+            {
+                "teacher_correction": "concurrent",
+                "teacher_original_learning_rate": 1e-3,
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "eval_strategy": "steps",
+            },
+            "no schedule that follows evaluations",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, arguments, message):

@@ -22,6 +22,7 @@ from minitron_hf.file_digests import cached_file_digest, cached_files_digest
 from minitron_hf.files import (
     local_folder,
     local_path,
+    move_into,
     remove,
     remove_abandoned,
     replacing_file,
@@ -88,6 +89,18 @@ def test_a_folder_is_replaced_by_renaming(tmp_path, monkeypatch):
         (temporary / "a").write_text("new")
     assert seen == [[], ["new"]]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_move_into_a_folder_that_has_the_same_folders(tmp_path):
+    """As `additional_chat_templates` of a student that is saved again."""
+    for name in ("new", "model"):
+        (tmp_path / name / "templates").mkdir(parents=True)
+        (tmp_path / name / "templates" / f"{name}.jinja").write_text(name)
+        (tmp_path / name / "config.json").write_text(name)
+    move_into(tmp_path / "new", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model" / "templates").iterdir()] == ["new.jinja"]
+    assert (tmp_path / "model" / "config.json").read_text() == "new"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

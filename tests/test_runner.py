@@ -70,6 +70,7 @@ def run(values, **kwargs):
 
 
 def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
+    values["distill"]["freeze_embeddings"] = True
     folder, lines = run({**values, "controls": ["random_pruning", "random_init", "cross_entropy"]})
     assert not any("skipped" in line for line in lines)
     published = set(uploaded_files(folder))
@@ -103,6 +104,9 @@ def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
         "random_init",
         "cross_entropy",
     ]
+    for name, freezes in (("random_pruning", True), ("random_init", False)):  # random embeddings are trained
+        record = json.loads((folder / "controls" / name / "distillation.json").read_text())
+        assert record["arguments"]["freeze_embeddings"] == freezes
     sizes = {values["num_parameters"] for name, values in evaluation["models"].items() if name != "teacher"}
     assert sizes == {plan["student"]["num_parameters"]}
 

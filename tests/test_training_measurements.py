@@ -126,6 +126,9 @@ def test_distillation_measures_tasks_at_every_evaluation(tmp_path, harness):
     assert trainer.state.best_metric == 2.0
     stored = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert any("eval_piqa_acc" in entry for entry in stored["log_history"])
+    found = trainer.evaluate()  # of the best step's weights, at the number of the last step
+    assert (found["eval_piqa_acc"], harness.limits) == (3.0, [7, 7, 7])
+    assert trainer.evaluate()["eval_piqa_acc"] == 3.0
 
 
 def test_what_cannot_be_measured_is_refused_beforehand(tmp_path, monkeypatch):
@@ -143,6 +146,10 @@ def test_what_cannot_be_measured_is_refused_beforehand(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match="FSDP"):
         MeasurementCallback(trainer, tasks=["piqa"])
     trainer.is_fsdp_enabled = False
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    with pytest.raises(UnsupportedModelError, match="tensor parallelism"):
+        MeasurementCallback(trainer, tasks=["piqa"])
+    monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match="eval"):
         MeasurementCallback(trainer, tasks=["piqa"])

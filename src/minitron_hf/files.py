@@ -268,6 +268,8 @@ def move_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     source, target = Path(source), Path(target)
     (target / "config.json").unlink(missing_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir() and (target / path.name).is_dir():
+            remove(target / path.name)  # a folder takes the place of an empty one only
         os.replace(path, target / path.name)
     source.rmdir()
 
@@ -322,6 +324,18 @@ def local_path(
             f"The {what} {name!r} does not exist in the folder {first!r}. Check the path.{'' if is_file_name else hub}"
         )
     return None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub would accept the name for a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _looks_like_path(name: str) -> bool:

@@ -36,7 +36,7 @@ from .compat import (
 )
 from .errors import DataError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
-from .files import digest, local_folder
+from .files import digest, is_repo_id, local_folder, local_path
 from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .loading_errors import first_line as first_line
@@ -254,6 +254,28 @@ def load_tokenizer(
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     tokenizer.loaded_revision = revision  # so that `save_model` finds the files again
     return tokenizer
+
+
+def read_chat_template(source: str, setting: str = "chat_template_path") -> str:
+    """The chat template that a setting names.
+
+    Args:
+        source: a Jinja file, or the folder or Hub id of a tokenizer.
+        setting: its name, for messages.
+
+    Raises:
+        DataError: if there is none.
+        HubError: if the repository cannot be read.
+    """
+    path = local_path(source, what=setting, error=DataError)
+    if path is not None and path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path is None and not is_repo_id(source):
+        raise DataError(f"{setting}={source!r}: there is no such file, folder or Hub id.")
+    template: str | None = load_tokenizer(source).chat_template
+    if template is None:
+        raise DataError(f"{setting}={source!r}: this tokenizer has no chat template.")
+    return template
 
 
 def load_processor(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -108,6 +108,15 @@ def public_text(text: str) -> str | None:
     return public_name(text)
 
 
+def public_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings, with the publishable form of those that are texts.
+
+    >>> public_texts({"server_model": "/home/me/llama", "top_k": 64})
+    {'server_model': 'llama', 'top_k': 64}
+    """
+    return {name: public_text(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
 def public_settings(value: Any, name: str | None = None) -> Any:
     """The publishable settings: numbers and booleans, and text under the names in `PUBLIC_TEXT`.
 

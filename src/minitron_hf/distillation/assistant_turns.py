@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..data.images import holds_images, require_assistant_marks
 from ..data.tokens import text_tokenizer
 from ..data.turns import labelled_turns
 from ..errors import DataError
+from ..models import read_chat_template
 from .rows import holds_conversation
 
 
@@ -26,8 +28,8 @@ class AssistantTurnsMixin:
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         tokenizer = kwargs.get("processing_class")
-        if getattr(args, "assistant_only_loss", False) and tokenizer is not None and args.chat_template_path is None:
-            self._finds_turns = not has_training_template(text_tokenizer(tokenizer))
+        if getattr(args, "assistant_only_loss", False) and tokenizer is not None:
+            self._finds_turns = not has_training_template(_with_template(tokenizer, args.chat_template_path))
         if not self._finds_turns:
             super().__init__(model, args, **kwargs)  # type: ignore[call-arg] # of SFTTrainer
             return
@@ -63,6 +65,15 @@ class AssistantTurnsMixin:
         return super()._prepare_dataset(  # type: ignore[misc] # of SFTTrainer (trl 1.16)
             dataset, processing_class, args, packing, formatting_func, dataset_name
         )
+
+
+def _with_template(processing_class: Any, path: str | None) -> Any:
+    """The tokenizer with the chat template that TRL will give it."""
+    tokenizer = text_tokenizer(processing_class)
+    if path is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = read_chat_template(path)
+    return tokenizer
 
 
 def require_turns(rows: Sequence[Mapping[str, Any]], processing_class: Any) -> None:

@@ -152,7 +152,9 @@ def row_of_positions(batch: Mapping[str, Any]) -> tuple[Tensor, int]:
     if lengths is None:
         num_rows, length = labels.shape
         return torch.arange(num_rows, device=labels.device).repeat_interleave(length), num_rows
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths), len(lengths)
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    padding = rows.new_full((labels.numel() - len(rows),), len(lengths) - 1)  # of `pad_to_multiple_of`, at the end
+    return torch.cat([rows, padding]), len(lengths)
 
 
 def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -27,6 +28,9 @@ from ..errors import DivergedError, MismatchError, OutputError
 from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
 from ..interruption import raise_if_interrupted
+from ..models import load_model
+from ..pruning.stored_checkpoint import weight_names
+from .intermediate import PROJECTION
 from .record import RECORDED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -260,6 +264,28 @@ class CheckpointMixin(Trainer):
         finally:
             self.remove_callback(callback)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_renamed(self.state.best_model_checkpoint, self.model)
+
+    def _load_renamed(self, checkpoint: str, model: Any) -> None:
+        """Load what a checkpoint stores under other names; the stock trainer skips it and keeps the values before."""
+        if self._is_whole(model):
+            load_renamed(model, Path(checkpoint))
+
+    def _is_whole(self, model: Any) -> bool:
+        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
+        return not is_split and not is_peft_model(model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not self._is_whole(self.model):  # otherwise what the stock trainer skipped is loaded or refused
+            super()._issue_warnings_after_load(load_result)
+
     @property
     def _is_finished(self) -> bool:
         """Whether the resumed training had ended; the stock loop would take another step."""
@@ -325,6 +351,34 @@ class _RestoreProgress(TrainerCallback):
         if self.trainer._is_finished and args.save_strategy == "epoch":
             # The checkpoint was written at this point: all of this was done before it.
             control.should_log = control.should_evaluate = control.should_save = False
+
+
+def load_renamed(model: nn.Module, checkpoint: Path) -> None:
+    """Load those tensors of a model that its checkpoint stores under other names or apart, such as stacked experts.
+
+    Args:
+        model: not wrapped; its other tensors are loaded already.
+        checkpoint: of `model.save_pretrained`. One without safetensors files is left to the stock trainer.
+
+    Raises:
+        OutputError: if the checkpoint lacks a tensor of the model.
+    """
+    stored = set[str]()
+    for name in weight_names(checkpoint):
+        with safe_open(checkpoint / name, "pt") as file:
+            stored |= set(file.keys())
+    own = model.state_dict(keep_vars=True)
+    loaded = {id(own[name]) for name in own.keys() & stored}  # tied tensors are stored under one of their names
+    rest = [name for name, tensor in own.items() if id(tensor) not in loaded and name != f"{PROJECTION}.weight"]
+    if not stored or not rest:
+        return
+    converted = load_model(checkpoint).state_dict()
+    if lacking := [name for name in rest if name not in converted]:
+        raise OutputError(
+            f"{checkpoint} lacks {len(lacking)} tensors of the model ({lacking[0]} is the first), so training cannot "
+            "go on from it. Delete it, or choose another output folder, to start again."
+        )
+    model.load_state_dict({name: converted[name] for name in rest}, strict=False)
 
 
 # ---- What was trained ----

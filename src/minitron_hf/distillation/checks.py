@@ -306,6 +306,7 @@ def refuse_tensor_parallel(trainer: Any) -> None:
         "hidden_loss": args.hidden_loss,
         "embedding_loss": args.embedding_loss,
         "load_best_model_at_end": args.load_best_model_at_end,
+        "eval_tasks": args.eval_tasks,
     }
     if names := [name for name, value in wanted.items() if value]:
         raise UnsupportedModelError(

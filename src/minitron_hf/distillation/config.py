@@ -334,6 +334,11 @@ class DistillationConfig(SFTConfig):
             raise DataError(
                 "teacher_offload: a teacher that is trained (teacher_correction) must be on the device. Leave one out."
             )
+        if self.teacher_correction and self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise DataError(
+                "teacher_correction: the teacher is not evaluated, so it has no schedule that follows evaluations. "
+                "Set another lr_scheduler_type."
+            )
         if self.teacher_correction and self.fp16:
             raise DataError(
                 "teacher_correction does not work in float16, whose gradients need a scaler. Set fp16=False."

@@ -24,7 +24,8 @@ from ..formats import write_artefact
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
 from ..models import empty_model
-from ..privacy import public_settings
+from ..privacy import public_settings, public_texts
+from ..pruning.stored_checkpoint import weight_names
 from ..publishing.card import write_model_card
 from ..publishing.hub import push_student_to_hub, write_teacher_metadata
 from ..saving import in_stored_dtype, save_model
@@ -200,7 +201,7 @@ class SavingMixin(SFTTrainer):
                 **adapter_type(self.teacher_model),
             },
             "student": {"name_or_path": public_name(self._student_name)},
-            "teacher_cache": [cache.manifest["settings"] for cache in self._caches] or None,
+            "teacher_cache": [public_texts(cache.manifest["settings"]) for cache in self._caches] or None,
             "arguments": public_settings({name: arguments.get(name) for name in RECORDED_ARGUMENTS}),
             "data": {**self._datasets, **self._training_facts()},
             "num_processes": self.accelerator.num_processes,
@@ -295,18 +296,29 @@ class SavingMixin(SFTTrainer):
         return next(value for value in (private, self.args.hub_private_repo, True) if value is not None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` would upload the whole output folder, working files included.
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            if is_peft_model(self.accelerator.unwrap_model(self.model)):
-                return  # an adapter alone is not a student; the merged student is pushed at the end
+        """Nothing: `Trainer` would upload the whole output folder, and before the checkpoint is complete."""
+
+    def push_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Publish a complete checkpoint, if `push_to_hub` is set with the strategy `every_save`.
+
+        A Hub that cannot be reached does not end the training: the student is pushed at the end, too.
+        """
+        wanted = self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE
+        # An adapter or the shards of FSDP alone are not a student.
+        if not wanted or not self.is_world_process_zero() or not weight_names(Path(folder)):
+            return
+        step = self.state.global_step
+        try:
             push_student_to_hub(
-                checkpoint_folder,
+                folder,
                 self.hub_model_id,
                 private=self._is_private(None),
                 token=self.args.hub_token,
-                commit_message=f"Training in progress, step {self.state.global_step}",
+                commit_message=f"Training in progress, step {step}",
                 revision=self.args.hub_revision,
             )
+        except MinitronError as error:
+            logger.warning("The checkpoint of step %s was not pushed, and training goes on: %s", step, error)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from .arguments import (
     eval_packing,
     in_training_dtype,
     kwargs_dict,
+    processing_class_of,
     refuse_unused_loading_arguments,
 )
 from .assistant_turns import AssistantTurnsMixin
@@ -198,6 +199,8 @@ class DistillationTrainer(
         data.require_arguments(args, processing_class, student=student_config, teacher=teacher.config)
         self._remember_inputs(model, student_config, teacher, data, plans, kept)
         self._prepare_output_folder(model, args, student_config, peft_config, teacher)
+        if processing_class is None and args.assistant_only_loss and student_config.name_or_path:
+            processing_class = processing_class_of(student_config, args.trust_remote_code)  # its template decides
         processing_class = checked_tokenizer(processing_class, model, teacher, kept, args.trust_remote_code)
         with without_checkpointing_warning():
             super().__init__(
@@ -364,6 +367,10 @@ class DistillationTrainer(
         return prepared
 
     # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.push_checkpoint(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -93,6 +93,7 @@ class MeasurementCallback(TrainerCallback):
         if tasks:
             require_tasks(tasks, include_path)
         self._measured_at: int | None = None
+        self._found = dict[str, float]()
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -108,14 +109,22 @@ class MeasurementCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Measure, once for all datasets that are evaluated at a step."""
-        if self._measured_at == state.global_step:
-            return
-        self._measured_at = state.global_step
-        found = [self.measure() if state.is_world_process_zero else {}]
-        broadcast_object_list(found)  # the other processes wait, and choose the same best checkpoint
+        is_first = self._measured_at != state.global_step
+        if is_first:
+            self._measured_at = state.global_step
+            found = [self.measure() if state.is_world_process_zero else {}]
+            broadcast_object_list(found)  # the other processes wait, and choose the same best checkpoint
+            self._found = found[0]
         if metrics is not None:
-            metrics.update(found[0])
-        self.trainer.log(dict(found[0]))
+            metrics.update(self._found)
+        if is_first:
+            self.trainer.log(dict(self._found))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure anew from here on: the weights may be those of the best step instead of the last one."""
+        self._measured_at = None
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -153,8 +162,13 @@ def _refuse_split(trainer: Any) -> None:
     """
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     zero3 = plugin is not None and getattr(plugin, "zero_stage", 0) == 3
-    if getattr(trainer, "is_fsdp_enabled", False) or zero3:
+    ways = {
+        "ZeRO-3": zero3,
+        "FSDP": getattr(trainer, "is_fsdp_enabled", False),
+        "tensor parallelism": trainer.get_tp_size() > 1,
+    }
+    if way := next((way for way, is_used in ways.items() if is_used), None):
         raise UnsupportedModelError(
-            f"The model is split over processes ({'ZeRO-3' if zero3 else 'FSDP'}), so one process cannot measure it "
+            f"The model is split over processes ({way}), so one process cannot measure it "
             "during training. Leave the tasks out, and measure the finished model with `minitron-hf evaluate`."
         )

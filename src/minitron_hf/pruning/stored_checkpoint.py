@@ -37,7 +37,7 @@ def is_streamable(source: str | os.PathLike[str], *, revision: str | None = None
         HubError: if it cannot be found or downloaded.
     """
     load_config(source, revision=revision)
-    return bool(_weight_names(_local_folder(source, revision)))
+    return bool(weight_names(_local_folder(source, revision)))
 
 
 def _local_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
@@ -47,7 +47,7 @@ def _local_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
         return found
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", *COPIED_FILES]))
-        wanted = _weight_names(folder) or [WEIGHTS_NAME]
+        wanted = weight_names(folder) or [WEIGHTS_NAME]
         return Path(snapshot_download(str(source), revision=folder.name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise HubError(
@@ -56,7 +56,7 @@ def _local_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _weight_names(folder: Path) -> list[str]:
+def weight_names(folder: Path) -> list[str]:
     """Names of the safetensors files of a checkpoint: one, or those that the index names. Empty if there are none."""
     if (folder / WEIGHTS_NAME).is_file():
         return [WEIGHTS_NAME]
@@ -112,7 +112,7 @@ def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:
     Raises:
         UnsupportedModelError: if it holds no safetensors files, or not all of them.
     """
-    names = _weight_names(folder)
+    names = weight_names(folder)
     if not names:
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
         found = f"only {', '.join(others[:3])}" if others else "no weights"

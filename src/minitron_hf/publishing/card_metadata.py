@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..files import is_repo_id
 from .markdown import short_digest
 
 if TYPE_CHECKING:
@@ -165,15 +166,3 @@ def dataset_name(data: Mapping[str, Any]) -> str:
 def _significant(value: float) -> float:
     """Round to six significant digits; fewer would not distinguish close models."""
     return float(f"{value:.6g}")
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether the Hub would accept the name for a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

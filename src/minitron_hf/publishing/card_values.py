@@ -12,11 +12,11 @@ from typing import Any
 
 from ..data.context import short_rows_note, stored_context_length
 from ..errors import OutputError
-from ..files import read_json
+from ..files import is_repo_id, read_json
 from ..formats import read_artefact
 from ..saving import least_transformers
 from .benchmark_tables import _benchmark_table, _benchmarked
-from .card_metadata import dataset_name, is_number, is_repo_id, metadata
+from .card_metadata import dataset_name, is_number, metadata
 from .card_tables import (
     _architecture_table,
     _chat_table,

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
-from ..files import local_folder
+from ..files import is_repo_id, local_folder
 from ..formats import read_artefact, write_artefact
 from .card import write_model_card
-from .card_metadata import is_repo_id
 from .card_values import require_run
 from .eval_results import write_eval_results
 from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries

@@ -286,7 +286,8 @@ def _controls(run: Run) -> None:
             _train(run, run.folder / PRUNED_DIR, folder, ce_weight=1.0, **nothing_compared)
             continue
         _save_student(student, _students_reader(run, run.plan), folder / PRUNED_DIR, run.teacher_config)
-        _train(run, folder / PRUNED_DIR, folder)
+        # Random embeddings that are not trained would make the control worse than it is.
+        _train(run, folder / PRUNED_DIR, folder, **({"freeze_embeddings": False} if name == "random_init" else {}))
 
 
 def _quantize(run: Run) -> None:

@@ -17,9 +17,8 @@ from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_several_gpus
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
-from ..files import refuse_own_folder, require_creatable
-from ..models import count_parameters
-from ..publishing.card_metadata import is_repo_id
+from ..files import is_repo_id, refuse_own_folder, require_creatable
+from ..models import count_parameters, read_chat_template
 from ..publishing.hub import check_push
 from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
@@ -29,7 +28,7 @@ from .costs import checkpoint_bytes
 from .generating import expected_text
 from .image_checks import check_images, require_images_in_training
 from .launching import require_launchable
-from .run import CACHE_DIR, place_of, read_chat_template
+from .run import CACHE_DIR, place_of
 from .schema import DatasetSection, Recipe
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ def _check_rows(
         )
     _require_chat_template(rows, tokenizer, f"{where}: {source}")
     _require_columns(rows[0], arguments, f"{where}: {source}")
-    if any(args.assistant_only_loss and args.chat_template_path is None for args in arguments):
+    if any(args.assistant_only_loss for args in arguments):
         require_turns(rows, tokenizer)
 
 
@@ -290,7 +289,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Collection[Disti
             if token is not None and token not in known:
                 raise DataError(f"distill.{name}={token!r}: the teacher's tokenizer has no such token.")
         if args.chat_template_path is not None:
-            read_chat_template(args.chat_template_path)
+            read_chat_template(args.chat_template_path, "distill.chat_template_path")
 
 
 def check_reporters(arguments: Collection[DistillationConfig], prefix: str = "distill.") -> None:

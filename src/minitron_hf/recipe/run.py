@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ..data import tokenize_once
 from ..data.images import holds_images, require_image_processor
 from ..errors import DataError
-from ..files import local_path
 from ..hardware import as_dtype, is_launched
-from ..models import load_config, load_for_compute, load_processor, load_tokenizer, stored_dtype
+from ..models import load_config, load_for_compute, load_processor, load_tokenizer, read_chat_template, stored_dtype
 from ..pruning.iterations import CALIBRATION_ARGUMENTS
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune_with_plan
 from ..pruning.tokenizers import prune_tokenizer
-from ..publishing.card_metadata import is_repo_id
 from .corpora import Part, blend, load_corpus
 from .launching import launch
 from .schema import DatasetSection, Recipe
@@ -44,27 +42,6 @@ PROMPTS: Mapping[str, str] = {"chat": "evaluate.chat.prompts", "prompts": "gener
 def place_of(which: str) -> str:
     """Where a dataset stands in the recipe, for messages."""
     return PROMPTS.get(which, f"data.{which}")
-
-
-def read_chat_template(source: str) -> str:
-    """The chat template that `distill.chat_template_path` names.
-
-    Args:
-        source: a Jinja file, or the folder or Hub id of a tokenizer.
-
-    Raises:
-        DataError: if there is none.
-    """
-    where = f"distill.chat_template_path={source!r}"
-    path = local_path(source, what="distill.chat_template_path", error=DataError)
-    if path is not None and path.is_file():
-        return path.read_text(encoding="utf-8")
-    if path is None and not is_repo_id(source):
-        raise DataError(f"{where}: there is no such file, folder or Hub id.")
-    template: str | None = load_tokenizer(source).chat_template
-    if template is None:
-        raise DataError(f"{where}: this tokenizer has no chat template.")
-    return template
 
 
 @dataclass
@@ -139,7 +116,7 @@ class Run:
         def load() -> PreTrainedTokenizerBase:
             tokenizer = load_tokenizer(section.model, revision=section.revision)
             if path is not None:
-                tokenizer.chat_template = read_chat_template(path)
+                tokenizer.chat_template = read_chat_template(path, "distill.chat_template_path")
             return tokenizer
 
         return self.once("tokenizer", load)
@@ -320,7 +297,7 @@ def processor_of(run: Run) -> Any:
         processor = load_processor(section.model, revision=section.revision)
         require_image_processor(processor)
         if path is not None:
-            processor.chat_template = read_chat_template(path)
+            processor.chat_template = read_chat_template(path, "distill.chat_template_path")
         if processor.tokenizer.get_vocab() == whole.tokenizer.get_vocab():
             processor.tokenizer = whole.tokenizer  # one object, which all corpora are read with
         return processor

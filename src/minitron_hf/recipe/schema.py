@@ -240,7 +240,8 @@ class Recipe:
         teacher_cache: the teacher's distributions, precomputed on disk; None: the teacher runs during distillation.
         distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; the adapter is merged into the student. None: train all weights.
-        controls: controls to train with the student's settings: `random_pruning`, `random_init`, `cross_entropy`.
+        controls: controls to train with the student's settings: `random_pruning`, `random_init` (which trains its
+            embeddings, too, if `freeze_embeddings` is set), `cross_entropy`.
         quantize: methods of `quantize_checkpoint` (`int8`, `int4`, `bnb_int8`, `bnb_nf4`): quantised copies of the
             student, in the folder `quantized`, which are measured beside it.
         distributed: several processes for the stages that train; None: one process. The results do not depend on it.
