@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_hf.errors import DataError, PlanError
+from minitron_hf.errors import DataError, PlanError, UnsupportedModelError
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.surgery import apply_plan
@@ -240,6 +240,18 @@ def test_unusable_requests_are_refused(kwargs: dict, message: str):
     with pytest.raises(DataError) as caught:
         estimate_importance(pocket_model("llama"), ROWS, show_progress=False, **kwargs)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("metric", ["perplexity", "logit_nmse"])
+def test_a_model_that_computes_nan_is_refused(metric: str, one_by_one: bool):
+    model = pocket_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(UnsupportedModelError, match=f"depth_metric='{metric}' is not finite"):
+        estimate_importance(
+            model, ROWS, show_progress=False, depth_metric=metric, one_by_one=one_by_one, block_length=2
+        )
 
 
 def test_depth_needs_data():

@@ -16,16 +16,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from minitron_hf.data import TokenRows, token_rows
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.families import FIELD_OF_AXIS, ArchSpec, spec_for
 from minitron_hf.families.tensors import named_tensors
 from minitron_hf.models import architecture_digest, empty_model
+from minitron_hf.pruning.prune import prune_model
 from minitron_hf.pruning.surgery import cut_tensor
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.scoring.scores import ImportanceScores
+from minitron_hf.sizes.request import PrunerConfig
 from minitron_hf.weights import model_digest
 from pocket import (
     POCKETS,
@@ -554,6 +556,10 @@ def test_a_loader_without_length_or_mask():
         ([[3, 4, VOCAB] * 30], {}, f"token id {VOCAB}, but the model's vocabulary has {VOCAB}"),
         (loader([(3, 4, VOCAB)], 1), {}, f"token id {VOCAB}, but the model's vocabulary has {VOCAB}"),
         (loader([], 1), {}, "hold no tokens"),
+        (DataLoader(["text"]), {}, "gave a list, expected batches with the integer tensor input_ids"),
+        (DataLoader([{"text": "a"}]), {}, "gave a dict, expected batches"),
+        (DataLoader([{"input_ids": [1, 2]}]), {}, "gave a list as input_ids"),
+        (DataLoader(TensorDataset(torch.ones(2, 3).long())), {}, "gave a list, expected batches"),
         (loader([()], 1, extra=2), {}, "hold no tokens"),
         (ROWS, {"batch_reduction": "sum"}, "batch_reduction='sum' is unknown. Expected one of mean, l2, var"),
         (ROWS, {"sequence_reduction": "max"}, "sequence_reduction='max' is unknown"),
@@ -567,6 +573,32 @@ def test_unusable_calibration_is_refused(data, kwargs: dict, message: str):
     with pytest.raises(DataError) as caught:
         estimate_importance(pocket_model("llama"), data, show_progress=False, **kwargs)
     assert message in str(caught.value)
+
+
+def test_prompts_count_as_calibration_text():
+    """Their tokens fill rows, too; only the completions' activations are scored."""
+    pairs = [{"prompt": "the new world " * 3, "completion": "is old"} for _ in range(20)]
+    given = {"processing_class": pocket_tokenizer(), "max_length": 64, "show_progress": False}
+    assert estimate_importance(pocket_model("llama"), pairs, **given).settings["num_rows"] > 1
+
+
+def test_a_metric_named_twice_is_summed_once():
+    model = pocket_model("llama")
+    once, twice = (scores_of(model, metric=metric)["activation"] for metric in (["activation"], ["activation"] * 2))
+    assert_equal_scores(once, twice)
+
+
+def test_a_tokenizer_is_needed_for_text_alone(tmp_path):
+    pocket_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    rows = [list(row) for row in ROWS.rows]
+    request = PrunerConfig(intermediate_size=0.5)
+    assert prune_model(tmp_path, request, metric="magnitude").config.intermediate_size < 64
+    for data in (rows, DataLoader([{"input_ids": torch.tensor(rows[0])}])):
+        prune_model(tmp_path, request, calibration_data=data, show_progress=False, packing=False)
+    with pytest.raises(DataError, match="tokenizer"):
+        prune_model(tmp_path, request, calibration_data=["text"])
+    with pytest.raises(DataError, match="target_parameters with a DataLoader"):
+        prune_model(tmp_path, PrunerConfig(target_parameters=0.5), calibration_data=loader([(3, 4)], 1))
 
 
 def test_unknown_or_changed_models_are_refused_before_any_compute():

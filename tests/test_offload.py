@@ -15,11 +15,13 @@ from minitron_hf import (
     estimate_importance,
     make_plan,
     models,
+    plan_for_target,
+    prune_model,
     repaired_weights,
     weights,
 )
 from minitron_hf.data import TokenRows
-from minitron_hf.errors import MismatchError
+from minitron_hf.errors import MismatchError, PlanError
 from pocket import cuttable, pocket_model, pocket_tokens
 
 ROWS = [pocket_tokens(40, seed=seed).tolist() for seed in range(3)]
@@ -107,6 +109,40 @@ def test_other_weights_are_noticed(pair):
         scores.require_model(model)
     with pytest.raises(MismatchError, match="other weights"):
         estimate_importance(model, metric="random").require_model(offloaded)
+
+
+def test_a_basis_is_refused_before_the_scoring():
+    for tied in (False, True):
+        offloaded = pocket_model("llama", dtype=torch.float32, tie_word_embeddings=tied)
+        cpu_offload(offloaded, execution_device="cpu")
+        request = PrunerConfig(hidden_size=0.5, hidden_basis="principal")
+        with pytest.raises(PlanError, match="needs the whole teacher in memory"):
+            prune_model(offloaded, request, calibration_data=ROWS, metric="not reached")
+        scores = estimate_importance(offloaded, ROWS, hidden_covariance=True, max_length=40, show_progress=False)
+        with pytest.raises(PlanError, match="needs the whole teacher in memory"):
+            make_plan(offloaded, request, scores)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_are_measured_with_an_offloaded_head(tied):
+    model, offloaded = (pocket_model("llama", dtype=torch.float32, tie_word_embeddings=tied) for _ in range(2))
+    cpu_offload(offloaded, execution_device="cpu")
+    request = PrunerConfig(target_parameters=0.7, multiple_of=1)
+    scores = estimate_importance(model, metric="random")
+    rows = TokenRows(tuple(map(tuple, ROWS)), None)
+    plans = [plan_for_target(each, request, scores, rows, show_progress=False) for each in (offloaded, model)]
+    assert plans[0].sizes == plans[1].sizes
+    kls = [[candidate["proxy"]["value"] for candidate in plan.candidates] for plan in plans]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
+
+
+def test_only_a_model_on_several_devices_is_moved(monkeypatch):
+    model, moved = pocket_model("llama", dtype=torch.float32), []
+    monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device))
+    weights.put_on_one_device(model, torch.device("cpu"))
+    model.model.layers[1] = model.model.layers[1].to("meta")
+    weights.put_on_one_device(model, torch.device("cpu"))
+    assert moved == [torch.device("cpu")]
 
 
 def test_an_offloaded_model_is_repaired_alike():

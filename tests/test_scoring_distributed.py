@@ -51,6 +51,10 @@ def run(folder: Path) -> None:
             estimate_importance(pocket_model("llama"), Accelerator(cpu=True).prepare(data))
         except DataError as error:
             (folder / rank / "refusal.txt").write_text(str(error), encoding="utf-8")
+        try:
+            estimate_importance(pocket_model("llama"), DataLoader(data.dataset, shuffle=True))
+        except DataError as error:
+            (folder / rank / "shuffled.txt").write_text(str(error), encoding="utf-8")
         torch.distributed.destroy_process_group()
 
 
@@ -97,6 +101,7 @@ def test_only_the_first_process_shows_progress(folders: list[Path]):
 def test_loaders_that_are_dealt_out_already_are_refused(folders: list[Path]):
     for folder in folders[1:]:
         assert "prepared by Accelerate" in (folder / "refusal.txt").read_text(encoding="utf-8")
+        assert "This DataLoader shuffles" in (folder / "shuffled.txt").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,14 @@ def distil(find, tmp_path):
     return search_for
 
 
+def test_a_folder_of_the_students_name_that_no_search_wrote_is_left_alone(distil, tmp_path):
+    (tmp_path / "mine" / "candidates").mkdir(parents=True)
+    (tmp_path / "mine" / "candidates" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"no search\.json beside it"):
+        distil("mine")
+    assert (tmp_path / "mine" / "candidates" / "notes.txt").read_text() == "mine"
+
+
 @torch.no_grad()
 def naive_kl(teacher, student, rows):
     """KL of every token from whole logits, one row at a time: a list of vectors."""

@@ -265,6 +265,25 @@ def test_scaled_projections_of_the_student_are_the_fitted_ones(name, dtype, monk
         torch.testing.assert_close(weight, fitted[key], rtol=1e-6 if dtype is torch.float32 else 0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["gemma", "llama"])
+def test_channels_that_hold_nothing_leave_nothing_to_fit(name):
+    """Gemma's stream shrinks with its width, and so does what the student's projections are fitted to."""
+    teacher = pocket_model(name)
+    plan = planned(teacher, hidden_size=0.5)
+    gone = torch.ones(teacher.config.hidden_size, dtype=torch.bool)
+    gone[torch.from_numpy(plan.kept["hidden"])] = False
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[:, gone] = 0
+        for layer in teacher.model.layers:
+            layer.self_attn.o_proj.weight[gone] = 0
+            layer.mlp.down_proj.weight[gone] = 0
+    plan = replace(plan, teacher={**plan.teacher, "digest": None})
+    student = prune_with_plan(teacher, plan, ROWS, ridge=1e-8)
+    ids = torch.tensor(ROWS.rows)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_the_hooks_of_accelerate_stay_on_the_teacher():
     teacher = pocket_model("llama")
     plan = planned(teacher, intermediate_size=0.5)

@@ -155,6 +155,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def put_on_one_device(model: torch.nn.Module, device: torch.device) -> None:
+    """Put a model made of the tensors of another one, which `device_map` has spread, on one device.
+
+    Accelerate's hooks move activations between the devices of that one, and the new model has none.
+    """
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        model.to(device)
+
+
 def tensor_values(model: PreTrainedModel, name: str) -> torch.Tensor:
     """A parameter or saved buffer with its values, wherever they are.
 

@@ -23,6 +23,7 @@ from .arguments import processing_class_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from .config import DistillationConfig
     from .inputs import TeacherSource, TrainingData
 
 
@@ -163,7 +164,12 @@ def plans_of(model: Any, given: PruningPlan | Sequence[PruningPlan] | None) -> S
 
 
 def checked_tokenizer(
-    processing_class: Any, student: Any, teacher: TeacherSource, kept: KeptTokens | None, trust_remote_code: bool
+    processing_class: Any,
+    student: Any,
+    student_config: Any,
+    teacher: TeacherSource,
+    kept: KeptTokens | None,
+    args: DistillationConfig,
 ) -> Any:
     """The tokenizer of the student's tokens: the given one, or of a student in memory only, the teacher's.
 
@@ -173,7 +179,9 @@ def checked_tokenizer(
     """
     folder = source_name(student)
     if processing_class is None and folder is None:
-        processing_class = processing_class_of(teacher.config, trust_remote_code)
+        processing_class = processing_class_of(teacher.config, args.trust_remote_code)
+    elif processing_class is None and args.assistant_only_loss:  # its chat template decides how the turns are found
+        processing_class = processing_class_of(student_config, args.trust_remote_code)
     if kept is None:
         refuse_other_tokenizers(processing_class, student=student, teacher=teacher.model)
         return processing_class

@@ -30,7 +30,6 @@ from .arguments import (
     eval_packing,
     in_training_dtype,
     kwargs_dict,
-    processing_class_of,
     refuse_unused_loading_arguments,
 )
 from .assistant_turns import AssistantTurnsMixin
@@ -199,9 +198,7 @@ class DistillationTrainer(
         data.require_arguments(args, processing_class, student=student_config, teacher=teacher.config)
         self._remember_inputs(model, student_config, teacher, data, plans, kept)
         self._prepare_output_folder(model, args, student_config, peft_config, teacher)
-        if processing_class is None and args.assistant_only_loss and student_config.name_or_path:
-            processing_class = processing_class_of(student_config, args.trust_remote_code)  # its template decides
-        processing_class = checked_tokenizer(processing_class, model, teacher, kept, args.trust_remote_code)
+        processing_class = checked_tokenizer(processing_class, model, student_config, teacher, kept, args)
         with without_checkpointing_warning():
             super().__init__(
                 model=model,

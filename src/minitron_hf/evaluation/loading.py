@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
+from ..data import TokenRows
 from ..data.images import holds_images
-from ..errors import MismatchError
+from ..errors import DataError, HubError, MismatchError
 from ..hardware import as_device, default_device
 from ..models import load_for_compute, load_processor, load_tokenizer
 
@@ -33,6 +35,29 @@ def load_processing_class(processing_class: Any, data: Any) -> Any:
     if not isinstance(processing_class, str | os.PathLike):
         return processing_class
     return load_processor(processing_class) if holds_images(data) else load_tokenizer(processing_class)
+
+
+def load_reader(source: Any, data: Any) -> Any:
+    """The tokenizer or processor in a model's folder; None if there is none, and data of token ids need none.
+
+    Raises:
+        HubError: if it cannot be read, and the data are texts or conversations.
+        DataError: if there is none, and they are.
+    """
+    try:
+        return load_processing_class(source, data)
+    except (DataError, HubError):
+        if _holds_text(data):
+            raise
+        return None
+
+
+def _holds_text(data: Any) -> bool:
+    columns = getattr(data, "column_names", None) or ()
+    if data is None or isinstance(data, TokenRows | DataLoader) or "input_ids" in columns:
+        return False
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    return not isinstance(first, list | tuple) or not all(isinstance(token, int) for token in first)
 
 
 @contextlib.contextmanager

@@ -301,6 +301,19 @@ class Rotation:
         return narrowed((moved @ matrix.to(moved)).movedim(-1, position).contiguous(), values.dtype, name)
 
 
+def require_in_memory(model: PreTrainedModel) -> None:
+    """Refuse a teacher with offloaded weights, which cannot be rotated.
+
+    Raises:
+        PlanError: if some are offloaded.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "hidden_basis='principal' needs the whole teacher in memory, but some weights are offloaded. Load it "
+            "onto one device, or leave hidden_basis out."
+        )
+
+
 @torch.no_grad()
 def rotated_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The teacher in the basis of a plan: a new model with the same logits, up to rounding and a tied head.
@@ -309,11 +322,7 @@ def rotated_model(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """
     if plan.basis is None:
         return model
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "hidden_basis='principal' needs the whole teacher in memory, but some weights are offloaded. Load it "
-            "onto one device, or leave hidden_basis out."
-        )
+    require_in_memory(model)
     rotation = Rotation(model, plan.basis)
     with no_init_weights(), input_device(model):
         rotated = build_from_config(type(model), model.config, model.dtype)

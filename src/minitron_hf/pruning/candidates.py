@@ -30,7 +30,7 @@ from ..losses.signals import DenseSignal
 from ..models import evaluating
 from ..sizes.request import PrunerConfig
 from ..sizes.shapes import name_of_sizes
-from ..weights import input_device
+from ..weights import input_device, tensor_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -260,7 +260,7 @@ class Divergence:
         self, teacher: PreTrainedModel, rows: TokenRows, batch_size: int = 8, score: OwnScore | None = None
     ) -> None:
         self.rows, self.batch_size, self.score = rows, batch_size, score
-        self.head = output_head(teacher)
+        self.head = _in_memory(output_head(teacher), teacher)
         self.states = [states.cpu() for states in self._hidden(teacher)]
 
     @torch.no_grad()
@@ -305,6 +305,16 @@ class Divergence:
 
 def _counts(rows: TokenRows) -> list[int]:
     return [len(rows.predicted(index)) for index in range(len(rows))]
+
+
+def _in_memory(head: OutputHead, model: PreTrainedModel) -> OutputHead:
+    """The head with its values, where Accelerate has offloaded them."""
+    if not head.weight.is_meta:
+        return head
+    layer = model.get_output_embeddings()
+    [path] = [path for path, module in model.named_modules() if module is layer]
+    bias = None if head.bias is None else tensor_values(model, f"{path}.bias")
+    return OutputHead(tensor_values(model, f"{path}.weight"), bias, head.scale, head.softcap)
 
 
 def _head_on_device(head: OutputHead, device: torch.device) -> OutputHead:

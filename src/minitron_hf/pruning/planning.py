@@ -23,7 +23,7 @@ from ..sizes.resolve import add_back_axes, repaired_axes, resolve_sizes
 from ..sizes.student import build_student_config
 from ..vocabulary.ids import ids_in, renumbered_generation_config
 from ..weights import model_digest, on_meta
-from .basis import principal_basis
+from .basis import principal_basis, require_in_memory
 from .choice_of_layers import choose_layers, tried_layer_sets
 from .choice_of_units import choose_partners, choose_units, count_nonuniform
 from .plan import PruningPlan, _config_to_dict
@@ -179,6 +179,7 @@ def _choose_basis(
         raise PlanError(
             "hidden_basis='principal' reads the teacher's weights. Plan with the model, not with its config."
         )
+    require_in_memory(teacher)
     return principal_basis(teacher, scores.covariance)
 
 

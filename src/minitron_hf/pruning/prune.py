@@ -10,22 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
-from ..data.images import holds_images
 from ..data.tokens import tokenizer_digest
-from ..errors import MismatchError, PlanError, accept_old_names, checks_kinds
+from ..errors import DataError, MismatchError, PlanError, accept_old_names, checks_kinds
+from ..evaluation.loading import load_reader
 from ..evaluation.means import with_error
 from ..files import digest
 from ..locks import with_locked_folder
-from ..models import (
-    load_config,
-    load_for_compute,
-    load_processor,
-    load_tokenizer,
-    stored_dtype,
-)
+from ..models import load_config, load_for_compute, stored_dtype
 from ..saving import in_stored_dtype
 from ..scoring.batches import require_vocabulary
 from ..scoring.calibration import default_max_length
@@ -37,6 +32,7 @@ from ..sizes.student import require_some_size, student_config
 from ..sizes.targets import shapes_near_target, target_limits
 from ..vocabulary.counts import TokenCounts, count_tokens
 from ..weights import model_digest
+from .basis import require_in_memory
 from .candidates import Candidate, Divergence, MeasuredShapes, OwnScore, paired_gap
 from .iterations import CALIBRATION_ARGUMENTS, iterate_importance, require_known_arguments
 from .plan import PruningPlan
@@ -110,10 +106,11 @@ def prune_model(
     teacher_config = model_or_path.config if isinstance(model_or_path, nn.Module) else load_config(model_or_path)
     _check_sizes(teacher_config, config)
     model = load_for_compute(model_or_path)
+    if config.hidden_basis is not None:
+        require_in_memory(model)
     if scored:
         if processing_class is None and not isinstance(model_or_path, nn.Module):
-            load = load_processor if holds_images(calibration_data) else load_tokenizer
-            processing_class = load(model_or_path)
+            processing_class = load_reader(model_or_path, calibration_data)
         importance_kwargs["processing_class"] = processing_class
         calibration_data = tokenize_once(calibration_data, processing_class)
         token_counts = counted_tokens(config, token_counts, calibration_data, processing_class)
@@ -188,6 +185,10 @@ def _check_sources(
         raise PlanError(
             f"{next(iter(config.targets))} needs calibration_data: shapes are measured on it after the scoring. With "
             "scores made before, call plan_for_target(model, config, scores, data) and apply_plan(model, plan)."
+        )
+    if config.targets and isinstance(data, DataLoader):
+        raise DataError(
+            f"{next(iter(config.targets))} with a DataLoader: shapes are measured on rows. Pass texts or token rows."
         )
     if config.vocab_size is not None and token_counts is None and data is None:
         raise PlanError(

@@ -12,6 +12,7 @@ both go on layer by layer (`layer_runs`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..families import named_tensors, spec_for
+from ..families import ArchSpec, named_tensors, spec_for
 from ..models import evaluating
 from ..scoring.batches import Batches
 from ..scoring.calibration import Calibration
@@ -127,7 +128,7 @@ def _fitted(
     """Name of a student's tensor → what it was replaced by; see `refit_sequentially`."""
     spec, channels = spec_for(teacher.config), plan.kept.get("hidden")
     streams = _Stream(teacher, calibration), _Stream(student, calibration)
-    fit = _Fit(*streams, None if channels is None else torch.from_numpy(channels), ridge)
+    fit = _Fit(*streams, None if channels is None else torch.from_numpy(channels), _stream_scale(plan, spec), ridge)
     following = [*plan.layers_kept[1:], len(streams[0].runs.blocks)]
     found: dict[str, Tensor] = {}
     kept = tqdm(plan.layers_kept, desc="Sequential repair", unit="layer", disable=not show_progress)
@@ -138,6 +139,12 @@ def _fitted(
         found |= fit.layer(own, theirs, stop)
     warn_of_few_tokens(fit.widest, streams[1].num_tokens)
     return found
+
+
+def _stream_scale(plan: PruningPlan, spec: ArchSpec) -> float:
+    """Scale of the student's stream over the teacher's; embeddings times √hidden_size make it less than 1."""
+    hidden = plan.sizes["hidden"]
+    return math.sqrt(hidden["student"] / hidden["teacher"]) if spec.stream.scaled_embeddings else 1.0
 
 
 def _moved(projection: Projection, before: str, after: str) -> Projection:
@@ -283,14 +290,17 @@ class _Fit:
         teacher: its stream.
         student: its stream.
         channels: those of the teacher that the student keeps; None for all.
+        scale: of the student's stream over the teacher's.
         ridge: see `refit_sequentially`.
 
     Attributes:
         widest: the most inputs of a projection so far.
     """
 
-    def __init__(self, teacher: _Stream, student: _Stream, channels: Tensor | None, ridge: float | None) -> None:
-        self.teacher, self.student, self.channels, self.ridge = teacher, student, channels, ridge
+    def __init__(
+        self, teacher: _Stream, student: _Stream, channels: Tensor | None, scale: float, ridge: float | None
+    ) -> None:
+        self.teacher, self.student, self.channels, self.scale, self.ridge = teacher, student, channels, scale, ridge
         self.widest = 0
 
     @torch.no_grad()
@@ -342,7 +352,7 @@ class _Fit:
         return sums
 
     def _kept(self, state: Tensor) -> Tensor:
-        state = state.cpu()
+        state = self.scale * state.cpu()
         return state if self.channels is None else state[..., self.channels]
 
     def _num_inputs(self, writer: Writer) -> int:

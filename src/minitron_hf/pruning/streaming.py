@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..compat import storage_id
-from ..data import DataSource, TokenRows
+from ..data import DataSource
 from ..errors import OutputError, PlanError, UnsupportedModelError, checks_kinds
-from ..evaluation.loading import load_processing_class
+from ..evaluation.loading import load_reader
 from ..families import named_tensors, spec_for
 from ..files import refuse_own_folder, remove, replacing_folder, require_empty, write_text
 from ..hardware import as_device, as_dtype, default_device
@@ -114,8 +113,8 @@ def prune_checkpoint(
     copied, tokenizer = _companions(folder, plan)
     size = weights + sum(path.stat().st_size for path in copied.values())
     _require_room(target, size)
-    if data is not None and processing_class is None and not isinstance(data, TokenRows | DataLoader):
-        processing_class = load_processing_class(folder, data)
+    if data is not None and processing_class is None:
+        processing_class = load_reader(folder, data)
     repair_arguments |= {"processing_class": processing_class, "show_progress": show_progress}
     repair_arguments["device"] = as_device(device or default_device())
     with replacing_folder(target) as temporary:

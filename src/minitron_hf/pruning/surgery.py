@@ -21,7 +21,7 @@ from ..models import (
 )
 from ..scoring.scores import require_weights
 from ..vocabulary.ids import renumbered_generation_config
-from ..weights import input_device, narrowed, on_meta, set_tensor, tensor_values
+from ..weights import input_device, narrowed, on_meta, put_on_one_device, set_tensor, tensor_values
 from .basis import Rotation
 from .plan import PruningPlan, config_values
 
@@ -40,8 +40,8 @@ def apply_plan(
 
     The student has the teacher's class, unless the plan names another stock class for the same model.
 
-    Dtypes and devices follow the teacher's parameters (offloaded ones are pruned on the CPU), tied heads stay tied,
-    and the plan is attached as `student.pruning_plan`.
+    Dtypes follow the teacher's parameters, tied heads stay tied, and the plan is attached as `student.pruning_plan`.
+    The student is on the teacher's device; of a teacher on several devices, on the one that takes its inputs.
 
     Args:
         model: the teacher; not changed.
@@ -86,6 +86,7 @@ def apply_plan(
                 tensor = narrowed(tensor, tensors[source].dtype, source)
             assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
+    put_on_one_device(student, input_device(model))
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     if plan.new_ids is not None and student.generation_config is not None:

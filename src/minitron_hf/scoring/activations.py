@@ -19,6 +19,7 @@ from ..errors import DataError, UnsupportedModelError
 from ..families import ArchSpec, spec_for
 from ..families.axes import Dimension
 from ..families.tensors import named_tensors
+from ..hardware import sum_dtype
 from ..models import empty_model
 from ..weights import tensor_values
 from .batches import Batches, stream_states
@@ -190,7 +191,8 @@ class ActivationPass(Batches):
         """L2 norm of what the head holds for each hidden channel, float64 [H]."""
         head = self.model.get_output_embeddings()
         [name] = [name for name, module in self.model.named_modules() if module is head]
-        return tensor_values(self.model, f"{name}.weight").detach().double().norm(dim=0)
+        weight = tensor_values(self.model, f"{name}.weight").detach()
+        return weight.to(sum_dtype(weight.device)).norm(dim=0)
 
     def _unit_observer(
         self, axis: str, path: str, layer: int, view: UnitView, metrics: Sequence[ImportanceMetric]

@@ -25,7 +25,18 @@ TEXT_BATCH = ("input_ids", "attention_mask", "scored_mask")
 
 
 def on_device(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a pass reads of a batch, on the device where the model takes its inputs."""
+    """What a pass reads of a batch, on the device where the model takes its inputs.
+
+    Raises:
+        DataError: if it holds no token ids.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        found = f"a {type(batch).__name__}" if ids is None else f"a {type(ids).__name__} as input_ids"
+        raise DataError(
+            f"A DataLoader gave {found}, expected batches with the integer tensor input_ids [rows, tokens], and "
+            "optionally attention_mask. Pass such batches, or texts or token rows instead of the DataLoader."
+        )
     device = input_device(model)
     text = {name: batch[name].to(device) for name in TEXT_BATCH if name in batch}
     return {**text, **image_inputs(batch, model)}

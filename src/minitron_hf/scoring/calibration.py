@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PretrainedConfig
 
 from ..compat import is_prepared_loader
@@ -98,6 +99,11 @@ def load_calibration(
                 "This DataLoader was prepared by Accelerate, so each process reads other batches. Pass the original "
                 "DataLoader; its batches are shared out here."
             )
+        if isinstance(data.sampler, RandomSampler) and data.sampler.generator is None and _processes()[1] > 1:
+            raise DataError(
+                "This DataLoader shuffles, and otherwise in each of the processes, so their shares would overlap. "
+                "Pass one with shuffle=False, or with a generator of the same seed in every process."
+            )
         endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
         return Calibration(lambda: data, None if endless else len(data), None)
     _require_positive(
@@ -115,9 +121,10 @@ def load_calibration(
     rows = token_rows(data, processing_class, max_length=max_length, num_rows=num_rows, packing=packing)
     if isinstance(rows, ImageRows):
         return Calibration(lambda: padded_batches(rows, batch_size), -(-len(rows) // batch_size), False, rows.digest)
-    if rows.num_tokens < max_length and packing and not isinstance(data, TokenRows):
+    num_tokens = sum(map(len, rows.rows))  # the prompts' too, which do not count otherwise
+    if num_tokens < max_length and packing and not isinstance(data, TokenRows):
         raise DataError(
-            f"The calibration text holds only {rows.num_tokens} tokens, less than one row of {max_length}. "
+            f"The calibration text holds only {num_tokens} tokens, less than one row of {max_length}. "
             f"Pass more text (the papers use 1,024 rows), or a smaller max_length."
         )
     require_vocabulary(max(max(row) for row in rows.rows), model.config)

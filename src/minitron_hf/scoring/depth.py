@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from ..compat import build_from_config, no_init_weights, use_same_kernels
 from ..families import ArchSpec, named_tensors
 from ..families.axes import dimension_index
+from ..hardware import sum_dtype
 from ..sizes.student import build_student_config
-from ..weights import input_device, set_tensor, tensor_values
+from ..weights import input_device, put_on_one_device, set_tensor, tensor_values
 from .batches import Batches, token_losses
 from .hooks import first_input, replaced_forwards
 from .logits import BackboneOutput, run_backbone
@@ -134,7 +135,7 @@ class DepthPass(Batches):
                 losses_1T, predicted_1T = token_losses(
                     logits_TV[None], ids_BT[own], self.attended_BT[own], self.predicted_BT[own]
                 )
-                terms = [losses_1T.sum(dtype=torch.float64), predicted_1T.sum()]
+                terms = [losses_1T.sum(dtype=sum_dtype(losses_1T.device)), predicted_1T.sum()]
             else:
                 terms = list(_squared_change(logits_TV, whole.logits(row), self.mask_BT[row]))
             del logits_TV  # before the next row's
@@ -157,8 +158,8 @@ def _squared_change(logits_TV: Tensor, full_TV: Tensor, mask_T: Tensor) -> tuple
     size = max(1, (1 << 22) // full_TV.shape[1])  # logits converted to float64 at a time: 32 MB
     change = full = torch.zeros((), dtype=torch.float64)
     for logits, whole, mask in zip(logits_TV.split(size), full_TV.split(size), mask_T.split(size)):
-        whole_nV = whole[mask.to(whole.device)].double()
-        change_nV = logits[mask.to(logits.device)].double() - whole_nV.to(logits.device)
+        whole_nV = whole[mask.to(whole.device)].to(sum_dtype(whole.device))
+        change_nV = logits[mask.to(logits.device)].to(sum_dtype(logits.device)) - whole_nV.to(logits.device)
         change = change + change_nV.square().sum().cpu()
         full = full + whole_nV.square().sum().cpu()
     return change, full
@@ -185,6 +186,7 @@ def without_layers(spec: ArchSpec, model: PreTrainedModel, gone: Sequence[int]) 
                 if (index := dimension_index(dimension, sizes, left)) is not None:
                     tensor = tensor.index_select(position, torch.from_numpy(index).to(tensor.device))
         set_tensor(shallow, name, tensor)
+    put_on_one_device(shallow, input_device(model))
     shallow.tie_weights()
     shallow.generation_config = model.generation_config
     return shallow.eval()

@@ -215,7 +215,7 @@ class GradientPass(Batches):
         for first in range(position):
             written = self.states[position] - self.states[first].to(gradient.device)
             terms_B = self._over_tokens(stream_states(self.spec, written), stream_states(self.spec, gradient)).sum(-1)
-            self.block_terms[:, first, position - 1] = terms_B.double().cpu()
+            self.block_terms[:, first, position - 1] = terms_B.cpu().double()
 
     def gather(self) -> None:
         """Add up the sums of all processes, which took the batches in turns, and restore the order of the rows."""

@@ -120,7 +120,7 @@ def find_metrics(names: Iterable[str]) -> list[ImportanceMetric]:
     known = metric_names()
     if not names:
         raise DataError(f"metric={names!r} names no metric. Expected one or several of {', '.join(known)}.")
-    names = list(names)
+    names = list(dict.fromkeys(names))  # each once: the sums of a metric are shared by its name
     for name in names:
         if name not in known:
             raise DataError(

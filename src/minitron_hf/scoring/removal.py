@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModelError
 from ..sizes.layers import protected_layers, reason_against_layers
 from ..sizes.request import PrunerConfig
 from .depth import DepthFunction, DepthMetric, DepthPass, without_layers
@@ -92,6 +92,7 @@ def score_layers(run: ScoringRun, request: DepthRequest) -> LayerScores:
 
     Raises:
         DataError: if fewer layers may go than are asked for, or a function gives NaN.
+        UnsupportedModelError: if the model computes values that are not finite.
     """
     removal = _Removal(run, request)
     blocks, removals, baseline = removal.one_after_another() if request.one_by_one else removal.every_block()
@@ -126,7 +127,13 @@ class _Removal:
         assert metric is not None
         layers = DepthPass(run.spec, run.model, metric, candidates, tuple(dropped))
         self.settings |= run.feed(layers)
-        return layers.scores()
+        found = layers.scores()
+        if any(map(math.isnan, found)):
+            raise UnsupportedModelError(
+                f"depth_metric={metric!r} is not finite: the model computes NaN or infinities in "
+                f"{str(run.model.dtype).removeprefix('torch.')}. Check its weights, or score it in a wider dtype."
+            )
+        return found
 
     def is_possible(self, gone: Collection[int]) -> bool:
         """Whether the stock config can describe the remaining layers."""

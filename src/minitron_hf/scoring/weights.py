@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..families import ArchSpec
 from ..families.axes import Dimension, dimension_axes, dimension_size, product_shape
 from ..families.tensors import named_tensors
+from ..hardware import sum_dtype
 from ..weights import tensor_values
 
 #: Elementwise function of weights, such as `torch.square` or `torch.abs`.
@@ -75,7 +76,7 @@ def _by_unit(
             own = [label if label is None or position else label[rows] for label in labels]
             if all(label is None for label in own):
                 if reduction == "sum":
-                    terms = terms.sum(position, keepdim=True, dtype=torch.float64)
+                    terms = terms.sum(position, keepdim=True, dtype=sum_dtype(terms.device))
                 else:
                     terms = terms.amax(position, keepdim=True)
                 continue
@@ -186,7 +187,7 @@ def sum_by_unit(spec: ArchSpec, model: PreTrainedModel, term: Term) -> tuple[dic
             continue
         if layer is not None:
             for part in values.detach().reshape(-1).split(CHUNK_VALUES):
-                layers_L[layer] += term(part.double()).sum().cpu()
+                layers_L[layer] += term(part.to(sum_dtype(part.device))).sum().cpu()
         sizes = spec.sizes(model.config) if layer is None else layer_sizes[layer]
         for axis, place in axes.items():
             sums = unit_sums(values, pattern, axis, spec, sizes, term)

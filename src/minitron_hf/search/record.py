@@ -61,7 +61,7 @@ class SearchRecord:
         show_progress: show the table as it fills, and a progress bar below it.
 
     Raises:
-        OutputError: if the folder holds another search.
+        OutputError: if the folder holds another search, or a folder of the students' name that no search wrote.
     """
 
     def __init__(
@@ -80,12 +80,18 @@ class SearchRecord:
             if values.get("inputs") != inputs:
                 raise OutputError(
                     f"{self.path} belongs to another search: its teacher, scores, data or settings differ. "
-                    "Choose another output_dir, or remove that file."
+                    f"Choose another output_dir, or remove that file and the folder {CANDIDATES_DIR} beside it."
                 )
             self.candidates = [Candidate.from_dict(entry) for entry in values["candidates"]]
             self.costs = values["costs"]
-        else:
-            self.clean()  # students of an earlier search
+        elif self.folder is not None:
+            students = self.folder / CANDIDATES_DIR
+            if students.is_dir() and any(students.iterdir()):
+                raise OutputError(
+                    f"{students} holds files, and no {SEARCH_NAME} beside it says that a search wrote them. Remove "
+                    "it, or choose another output_dir."
+                )
+            self._write()
 
     @property
     def path(self) -> Path | None:
@@ -141,6 +147,10 @@ class SearchRecord:
 
     def save(self) -> None:
         """Write all results, completely or not at all, and show them."""
+        self._write()
+        self._show()
+
+    def _write(self) -> None:
         if self.path is not None:
             values = {
                 "inputs": self.inputs,
@@ -149,7 +159,6 @@ class SearchRecord:
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
             }
             write_artefact(self.path, values)
-        self._show()
 
     def clean(self) -> None:
         """Remove the students; only their shapes are results."""
