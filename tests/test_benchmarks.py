@@ -17,11 +17,11 @@ from minitron_hf.evaluation import benchmarks, evaluate
 from minitron_hf.evaluation.benchmarks import _Stored, compared, measure_benchmarks
 from minitron_hf.evaluation.paired import paired_difference, share_of
 from minitron_hf.evaluation.presets import PRESETS
-from minitron_hf.evaluation.task_results import TaskScores
+from minitron_hf.evaluation.task_results import TaskScores, _add_chance
 from minitron_hf.evaluation.tasks import task_title
 from minitron_hf.publishing.benchmark_tables import _benchmark_table
 from minitron_hf.publishing.uploads import _documents_of_benchmarks, is_owned
-from pocket import pocket_model, pocket_tokenizer
+from pocket import pocket_model, pocket_tokenizer, starting_tokenizer
 
 
 def answers(seed: int, count: int, share: float) -> list[float]:
@@ -150,6 +150,32 @@ def test_what_guessing_reaches_is_no_merit_of_a_student():
     assert found["share_above_chance"]["value"] == pytest.approx((0.5 - 0.375) / (0.625 - 0.375))
     assert found["share_above_chance"]["stderr"] > found["share"]["stderr"] > 0
     assert "share_above_chance" not in average({"piqa": 0.75, "arc": 0.5})
+    assert "share_above_chance" not in average({"piqa": 0.5, "arc": None})
+
+
+def test_tasks_on_other_scales_have_no_average():
+    values = {"piqa": [1.0, 0.0], "bleu": [25.0, 31.0]}
+    found = {
+        task: {name: _Stored(scores_of({task: one}), None) for name in ("teacher", "student")}
+        for task, one in values.items()
+    }
+    assert compared(found, ["teacher", "student"], "teacher")["average"] == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, 0.375),
+        ({"multiple_target": True}, None),
+        ({"process_results": "!function utils.process"}, None),
+        ({"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]}, None),
+    ],
+)
+def test_chance_is_known_where_one_answer_is_right(config, expected):
+    results = {"acc": {"value": 0.5}, "f1": {"value": 0.5}}
+    samples = [{"filtered_resps": ["a", "b"]}, {"filtered_resps": ["a", "b", "c", "d"]}]
+    _add_chance(results, {"output_type": "multiple_choice", **config}, samples)
+    assert results == {"acc": {"value": 0.5, "chance": expected}, "f1": {"value": 0.5}}
 
 
 class Work:
@@ -194,9 +220,8 @@ def models():
 
 
 def measure(models, folder, tasks=("a", "b"), **settings):
-    return measure_benchmarks(
-        models, tasks, processing_class=pocket_tokenizer(), output_path=folder, show_progress=False, **settings
-    )
+    given = {"processing_class": pocket_tokenizer(), "output_path": folder, "show_progress": False}
+    return measure_benchmarks(models, tasks, **{**given, **settings})
 
 
 def test_nothing_is_measured_twice_and_finished_tasks_survive(work, models, tmp_path):
@@ -247,6 +272,8 @@ def test_other_inputs_are_measured_anew(work, models, tmp_path):
     work.documents = "second"
     measure(models, tmp_path, ["a"])
     assert len(work.ran) == before + 3
+    measure(models, tmp_path, ["a"], processing_class=starting_tokenizer())
+    assert len(work.ran) == before + 5, "the same vocabulary, with a token in front"
 
 
 def test_presets_have_the_shots_of_the_paper(work, models):

@@ -19,8 +19,10 @@ from hub_server import check_card, hub_server_fixture, make_blob  # noqa: F401 (
 from minitron_hf.cli.app import app
 from minitron_hf.errors import HubError, OutputError
 from minitron_hf.publishing.card import render_model_card
+from minitron_hf.publishing.eval_results import main_results
 from minitron_hf.publishing.hub import push_student_to_hub
-from minitron_hf.publishing.releases import quantized_repositories
+from minitron_hf.publishing.quantized_card import write_quantized_card
+from minitron_hf.publishing.releases import prepare_quantized, quantized_repositories
 from minitron_hf.quantization import quantize_checkpoint
 from run_folder import TEACHER, evaluation, write_json
 from test_hub import TEACHER_METADATA, client, faulty_pushes, finish, full_run, push, run_dir, student  # noqa: F401 (fixtures)
@@ -134,7 +136,7 @@ def test_a_public_name_that_the_licence_forbids_is_refused(run_dir, hub_server, 
     assert "lab/Llama-tiny" in failed["message"]
     assert ["oid" in answer for answer in made] == [True, True]
     assert set(hub_server.repos) == {"lab/llama-tiny", "lab/private"}
-    assert warned.count("Rename it before you share it") == 1
+    assert warned.count("That has to be done before you share it") == 1
     assert "lab/private: the teacher's licence (llama3.2)" in warned
 
 
@@ -281,3 +283,37 @@ def test_teachers_that_cannot_be_read_are_told_apart(hub_server, tmp_path, teach
     answer = finish(client(TEACHER_METADATA, tmp_path / "run", teacher, server=hub_server, home=tmp_path / "home"))
     assert answer["error"] == "HubError"
     assert all(word in answer["message"] for word in [teacher, *words]), answer["message"]
+
+
+def test_scores_on_the_users_own_documents_are_no_benchmark_results(run_dir):  # noqa: F811
+    measured = {"gsm8k": {"exact_match,strict-match": score(0.34)}}
+    for local in (False, True):
+        content = {"format": 1, "models": {"student": measured, "teacher": measured}, "local_documents": local}
+        write_json(run_dir / "benchmarks.json", content)
+        assert len(list(main_results(run_dir / "benchmarks.json"))) == (0 if local else 1)
+        assert ("local_documents: true" in render_model_card(run_dir)) == local
+
+
+def test_a_copy_that_was_not_written_to_its_end_is_none(run_dir):  # noqa: F811
+    with_copies(run_dir, "int8")
+    shutil.copytree(run_dir / "quantized" / "int8", run_dir / "quantized" / ".int4.0123abcd-99-aa.partial")
+    assert set(quantized_repositories(run_dir, "me/x")) == {"int8"}
+
+
+def test_what_a_user_writes_in_the_folder_of_a_copy_stays(run_dir):  # noqa: F811
+    with_copies(run_dir, "int8")
+    folder = prepare_quantized(run_dir, "int8", "me/x-int8", "me/x")
+    card = folder / "README.md"
+    with card.open("a") as file:
+        file.write("Mine.\n")
+    assert card.read_text() == write_quantized_card(folder).read_text()
+    assert card.read_text().endswith("Mine.\n")
+    card.write_text("All mine.")
+    write_quantized_card(folder)
+    assert (folder / "README.before.md").read_text() == "All mine."
+
+
+def test_a_student_that_may_not_be_shared_is_not_published(run_dir):  # noqa: F811
+    write_json(run_dir / "teacher.json", TEACHER | {"license": "cc-by-nc-nd-4.0"})
+    with pytest.raises(HubError, match="forbids sharing changed versions"):
+        push_student_to_hub(run_dir, "lab/x", private=False, token="hf_writer")

@@ -9,7 +9,7 @@ import pytest
 
 from minitron_hf.publishing.card import render_model_card
 from minitron_hf.publishing.hub import write_teacher_metadata
-from minitron_hf.publishing.licences import name_problem
+from minitron_hf.publishing.licences import duties_of, name_problem, sharing_problem
 from run_folder import TEACHER, write_json, write_run
 
 APACHE = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
@@ -77,6 +77,20 @@ def test_texts_of_the_teacher_stay_as_they_are(tmp_path):
 )
 def test_other_licences_get_the_text_that_is_known(tmp_path, card, expected):
     assert texts(tmp_path, card) == expected
+
+
+@pytest.mark.parametrize(
+    ("licence", "words", "may_share"),
+    [
+        ("cc-by-nc-4.0", "commercial use", True),
+        ("cc-by-nc-sa-4.0", "same licence", True),
+        ("cc-by-nd-4.0", "sharing changed versions", False),
+        ("cc-by-nc-nd-4.0", "sharing changed versions", False),
+    ],
+)
+def test_duties_of_creative_commons(licence, words, may_share):
+    assert words in duties_of({"license": licence}).text
+    assert (sharing_problem({"license": licence}) is None) == may_share
 
 
 @pytest.mark.parametrize(

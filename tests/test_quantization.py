@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +71,23 @@ def test_stock_transformers_loads_weights_that_are_rounded_alone(folder, tmp_pat
         assert not torch.equal(again, plain(tokens).logits)
     size = {where: (where / "model.safetensors").stat().st_size for where in (folder / "student", tmp_path / method)}
     assert size[tmp_path / method] < 0.5 * size[folder / "student"]
+
+
+@needs_torchao
+def test_what_is_not_quantised_keeps_its_dtype_on_every_processor(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron_hf.hardware._cpu_has_bf16", lambda: False)
+    load_model(folder / "student", dtype=torch.bfloat16).save_pretrained(tmp_path / "student")
+    pocket_tokenizer().save_pretrained(tmp_path / "student")
+    quantize_checkpoint(tmp_path / "student", tmp_path / "int8", "int8", device="cpu")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    assert {stored[name].dtype for name in ("model.embed_tokens.weight", "model.norm.weight")} == {torch.bfloat16}
+
+
+@needs_torchao
+def test_a_folder_around_the_student_is_not_replaced(folder, tmp_path):
+    with pytest.raises(OutputError, match="would be removed with all its other content"):
+        quantize_checkpoint(folder / "student", folder, "int8", overwrite=True)
+    assert (folder / "student" / "config.json").is_file()
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from .errors import DataError, MissingDependencyError, UnsupportedModelError, di
 from .file_digests import weights_digest
 from .files import refuse_own_folder, replacing_folder, require_empty
 from .formats import QUANTIZATION_NAME, write_artefact
-from .hardware import as_device, default_device, is_fast
+from .hardware import as_device, default_device
 from .models import auto_class, cut_plan_files, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
-from .saving import save_model
+from .saving import refuse_folder_around, save_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -106,7 +106,8 @@ class _Targets:
 METHODS: Mapping[str, Method] = {
     "int8": Method("8 bits, a scale for every output (torchao)", ("torchao", "quantize"), _int8),
     "int4": Method(
-        "4 bits, a scale for every group of inputs (torchao); without CUDA, each weight takes a byte",
+        "4 bits, a scale for every group of inputs (torchao); made without CUDA, each weight takes a byte; made with "
+        "CUDA, it needs CUDA",
         ("torchao", "quantize"),
         _int4,
         True,
@@ -162,8 +163,7 @@ def quantize_checkpoint(
             f"{os.fspath(model)} is quantised already. Give the checkpoint that it was made from."
         )
     targets = _targets(config, method, group_size)
-    if not overwrite:
-        require_empty(output_dir)
+    refuse_folder_around(output_dir, model=model) if overwrite else require_empty(output_dir)
     if undivided := targets.undivided:
         logger.warning(
             "%s: %d of %d projections are not quantised, because their inputs are no multiple of %d: %s.",
@@ -172,7 +172,7 @@ def quantize_checkpoint(
         )  # fmt: skip
     where = default_device() if device is None else as_device(device)
     quantization = checked.config(where, targets.group_size, targets.left_out)
-    made = _quantised(model, config, quantization, where, revision)
+    made = _quantised(model, config, method, quantization, where, revision)
     with replacing_folder(Path(output_dir)) as temporary:
         save_model(made, temporary, _processing_class(model, config, revision))
         # The plan says which of the teacher's tokens the copy of a student with a cut vocabulary has.
@@ -267,17 +267,17 @@ def _targets(config: PretrainedConfig, method: str, given: int | None) -> _Targe
 def _quantised(
     model: str | os.PathLike[str],
     config: PretrainedConfig,
+    method: str,
     quantization: Any,
     device: torch.device,
     revision: str | None,
 ) -> Any:
     """The model, quantised while it is loaded."""
-    stored = stored_dtype(config) or torch.float32
-    dtype = stored if is_fast(stored, device) else torch.float32
+    packs = METHODS[method].has_groups and device.type == "cuda"  # torchao packs four bits for bfloat16 alone
     made = auto_class(config).from_pretrained(
         os.fspath(model),
         revision=revision,
-        dtype=torch.bfloat16 if device.type == "cuda" else dtype,
+        dtype=torch.bfloat16 if packs else stored_dtype(config) or torch.float32,  # also of what is not quantised
         quantization_config=quantization,
         device_map={"": device},
     )

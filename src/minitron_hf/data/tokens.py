@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,16 @@ def tokenizer_digest(processing_class: Any) -> str:
     """Digest of a tokenizer's vocabulary."""
     vocabulary = text_tokenizer(processing_class).get_vocab()
     return digest(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
+
+
+def encoding_digest(processing_class: Any) -> str:
+    """Digest of how a tokenizer turns text into ids: vocabulary, merges, normaliser and added tokens."""
+    tokenizer = text_tokenizer(processing_class)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    for setting in ("padding", "truncation"):  # of the last call
+        rules.pop(setting, None)
+    return digest(tokenizer_digest(tokenizer), rules, added_tokens(tokenizer))
 
 
 def added_tokens(processing_class: Any) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.tokens import text_tokenizer, tokenizer_digest
+from ..data.tokens import encoding_digest, text_tokenizer
 from ..errors import DataError, UnsupportedModelError, checks_kinds
 from ..files import digest, require_creatable
 from ..formats import read_artefact, write_artefact
@@ -203,7 +203,7 @@ class _Run:
             config.pop(changing, None)
         template = getattr(tokenizer, "chat_template", None) if settings.options else None
         key = digest(
-            weights, config, str(model.dtype), tokenizer_digest(tokenizer), template, settings.decisive,
+            weights, config, str(model.dtype), encoding_digest(tokenizer), template, settings.decisive,
             harness_version(),
         )  # fmt: skip
         return cls(model, tokenizer, settings, store, key)
@@ -303,7 +303,7 @@ def _difference(scores: TaskScores, base: TaskScores, task: str, metric: str) ->
 def _averages(
     found: Mapping[str, Mapping[str, _Stored]], names: Sequence[str], reference: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Mean of every model over the tasks, one metric each; empty where a task has no mean over documents."""
+    """Mean of every model over the tasks, one metric each; empty where one has no mean of values from 0 to 1."""
     columns = {task: _main_values(task, by_model) for task, by_model in found.items()}
     if len(columns) < 2 or not all(columns.values()):
         return {}
@@ -323,26 +323,29 @@ def _averages(
             differences = [paired_difference(one, other) for one, other in zip(own, base)]
             averages[name]["difference"] = combined(differences, [1] * len(differences))
             averages[name]["share"] = share_of(own, base)
-            above = [[[value - one for value in values] for values, one in zip(side, chances)] for side in (own, base)]
-            if mean_of_means(above[1]) > 0:
+            known = [one for one in chances if one is not None]
+            above = [[[value - one for value in values] for values, one in zip(side, known)] for side in (own, base)]
+            if len(known) == len(chances) and mean_of_means(above[1]) > 0:
                 averages[name]["share_above_chance"] = share_of(*above)
     return averages
 
 
-def _chance(task: str, by_model: Mapping[str, _Stored], column: Mapping[str, tuple[str, list[float]]]) -> float:
-    """Accuracy of guessing in the main metric of a task, whose values are in the column; 0 if there is no guessing."""
+def _chance(task: str, by_model: Mapping[str, _Stored], column: Mapping[str, tuple[str, list[float]]]) -> float | None:
+    """Accuracy of guessing in the main metric of a task, whose values are in the column.
+
+    0 if there is no guessing, and None if it is not known.
+    """
     name, (metric, values) = next(iter(column.items()))
     scores = by_model[name].scores
     parts = scores.members.get(task) or [task]
-    guessed = (
-        len(scores.values[part][metric]) * scores.results.get(part, {}).get(metric, {}).get("chance", 0.0)
-        for part in parts
-    )
-    return sum(guessed) / len(values)
+    chances = [scores.results.get(part, {}).get(metric, {}).get("chance", 0.0) for part in parts]
+    if None in chances:
+        return None
+    return sum(len(scores.values[part][metric]) * one for part, one in zip(parts, chances)) / len(values)
 
 
 def _main_values(task: str, by_model: Mapping[str, _Stored]) -> dict[str, tuple[str, list[float]]] | None:
-    """Model → main metric of a task, and its value on every document.
+    """Model → main metric of a task, and its value on every document; None without a metric from 0 to 1.
 
     The documents of a group's tasks count equally, as those of one task.
     """
@@ -353,5 +356,8 @@ def _main_values(task: str, by_model: Mapping[str, _Stored]) -> dict[str, tuple[
         metric = main_metric(task, [one for one in stored.scores.values.get(members[0], {}) if one in shared])
         if metric is None:
             return None
-        found[name] = (metric, [value for part in members for value in stored.scores.values[part][metric]])
+        values = [value for part in members for value in stored.scores.values[part][metric]]
+        if not all(0 <= value <= 1 for value in values):  # on another scale than the other tasks
+            return None
+        found[name] = (metric, values)
     return found

@@ -256,8 +256,9 @@ def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until a device has done all that it was given; a CPU has when a call returns."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
 
 
 def device_description(device: str | torch.device) -> dict[str, Any]:

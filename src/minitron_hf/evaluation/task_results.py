@@ -130,9 +130,15 @@ def _responses(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _add_chance(results: Mapping[str, dict[str, Any]], config: Mapping[str, Any], samples: Sequence[Any]) -> None:
-    """Add the accuracy of guessing to the accuracies of a multiple-choice task."""
+    """Add the accuracy of guessing to the accuracies of a multiple-choice task with one right answer.
+
+    None where it is not known: where the task computes its accuracy itself, has several right answers, or asks for
+    more than the choices.
+    """
     if config.get("output_type") != "multiple_choice" or not samples:
         return
+    metrics = [one.get("metric") for one in config.get("metric_list") or ()]
+    is_known = not (config.get("process_results") or config.get("multiple_target") or "acc_mutual_info" in metrics)
     shares = [1 / len(one["filtered_resps"]) for one in samples]
     for metric in {"acc", "acc_norm"} & results.keys():
-        results[metric]["chance"] = round(sum(shares) / len(shares), 6)
+        results[metric]["chance"] = round(sum(shares) / len(shares), 6) if is_known else None

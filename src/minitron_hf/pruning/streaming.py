@@ -33,7 +33,7 @@ from ..hardware import as_device, as_dtype, default_device
 from ..models import load_processor, load_tokenizer
 from ..privacy import is_outside_folder
 from ..publishing.card_values import LEGAL_FILES
-from ..saving import save_config, save_processing_class
+from ..saving import refuse_folder_around, save_config, save_processing_class
 from ..weights import set_tensor, tensor_values
 from .repair import refit, refitted_bytes
 from .stored_checkpoint import COPIED_FILES, WEIGHTS_INDEX_NAME, open_checkpoint, saved_tensors
@@ -104,7 +104,7 @@ def prune_checkpoint(
     _require_data(plan, data, repair_arguments)
     refuse_own_folder(target, teacher=source)
     if overwrite:
-        _refuse_folder_around(target, Path(source))
+        refuse_folder_around(target, teacher=source)
     else:
         require_empty(target)
     teacher = open_checkpoint(source, revision=revision)
@@ -122,15 +122,6 @@ def prune_checkpoint(
         _write_student(temporary, student, plan, copied, tokenizer, max_shard_size, show_progress)
         remove(temporary / "refitted", missing_ok=True)
     return target
-
-
-def _refuse_folder_around(target: Path, source: Path) -> None:
-    """Refuse to replace a folder that the teacher's lies in."""
-    if source.is_dir() and target.resolve() in source.resolve().parents:
-        raise OutputError(
-            f"The output folder {target} holds the teacher's, {source}, which would be removed with all its other "
-            "content. Choose another folder."
-        )
 
 
 def _student_bytes(teacher: PreTrainedModel, plan: PruningPlan) -> int:

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ def apply_plan(
 
     The student has the teacher's class, unless the plan names another stock class for the same model.
 
-    Dtypes follow the teacher's parameters, tied heads stay tied, and the plan is attached as `student.pruning_plan`.
-    The student is on the teacher's device; of a teacher on several devices, on the one that takes its inputs.
+    Dtypes and device follow the teacher (of one on several devices, the device of its inputs), tied heads stay tied,
+    and the plan is attached as `student.pruning_plan`.
 
     Args:
         model: the teacher; not changed.
@@ -88,12 +88,17 @@ def apply_plan(
             set_tensor(student, name, tensor.clone() if tensor.is_set_to(values) else tensor)
     put_on_one_device(student, input_device(model))
     student.tie_weights()
-    student.generation_config = copy.deepcopy(model.generation_config)
-    if plan.new_ids is not None and student.generation_config is not None:
-        size = plan.sizes[VOCABULARY]["teacher"]
-        student.generation_config = renumbered_generation_config(student.generation_config, plan.new_ids, size)
+    student.generation_config = _generation_config(model, plan)
     student.pruning_plan = plan
     return student.eval()
+
+
+def _generation_config(model: PreTrainedModel, plan: PruningPlan) -> Any:
+    """The teacher's, with the student's token ids."""
+    own = copy.deepcopy(model.generation_config)
+    if plan.new_ids is None or own is None:
+        return own
+    return renumbered_generation_config(own, plan.new_ids, plan.sizes[VOCABULARY]["teacher"])
 
 
 def _require_repair(plan: PruningPlan, repaired: Mapping[str, torch.Tensor] | None) -> None:

@@ -6,26 +6,20 @@ from its repository, byte for byte.
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import MismatchError
 from ..files import write_text
-from ..privacy import is_outside_folder, public_settings
+from ..privacy import public_settings
 from . import markdown as md
 from .card_tables import _model_title
 from .card_values import read_run
 from .plots import write_plots
+from .readme import END_OF_CARD, keep_foreign_readme, text_below_card
 from .report import write_report
 from .templating import fill_template
-
-logger = logging.getLogger(__name__)
-
-#: Last line of a card in `README.md`. The text below it is the owner's and is kept.
-END_OF_CARD = "<!-- minitron-hf writes everything above this line anew; what you write below it stays. -->"
 
 
 def render_model_card(run_dir: str | os.PathLike[str]) -> str:
@@ -41,7 +35,7 @@ def render_model_card(run_dir: str | os.PathLike[str]) -> str:
     run_dir = Path(run_dir)
     # Markdown needs no escapes: free text only ever stands in fences and escaped cells.
     rendered = fill_template("model_card.md.j2", run_dir, FILTERS, html=False)
-    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{_text_below_card(run_dir / 'README.md') or ''}"
+    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{text_below_card(run_dir / 'README.md') or ''}"
 
 
 def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
@@ -60,38 +54,9 @@ def write_model_card(run_dir: str | os.PathLike[str]) -> Path:
     write_report(run_dir)  # the card links it
     path = run_dir / "README.md"
     content = render_model_card(run_dir)
-    _keep_foreign_readme(path)
+    keep_foreign_readme(path)
     write_text(path, content)
     return path
-
-
-def _text_below_card(path: Path) -> str | None:
-    """The text below `END_OF_CARD` in a card; None if there is no card that this package wrote."""
-    if not path.is_file() or is_outside_folder(path, path.parent):
-        return None
-    try:
-        _, line, below = path.read_text(encoding="utf-8").partition(END_OF_CARD)
-    except UnicodeDecodeError:
-        return None
-    return below.removeprefix("\n") if line else None
-
-
-def _keep_foreign_readme(path: Path) -> None:
-    """Rename a `README.md` that this package did not write, unless it is the template of PEFT adapters."""
-    if not os.path.lexists(path) or _text_below_card(path) is not None:
-        return
-    text = path.read_bytes() if path.is_file() else b""
-    if b"library_name: peft" in text and b"[More Information Needed]" in text:
-        return
-    names = (f"README.before{f'-{number}' if number > 1 else ''}.md" for number in itertools.count(1))
-    free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-    path.rename(free)
-    logger.warning(
-        "%s was not written by minitron-hf and was renamed to %s. Put text that the card should keep below the card's "
-        "last line.",
-        path,
-        free.name,
-    )
 
 
 def _redact_recipe(path: Path) -> None:

@@ -107,6 +107,7 @@ def _eval_results(run: Mapping[str, Any]) -> list[EvalResult]:
     for model, task, metric, measured in benchmark_values(run["benchmarks"] or {}):
         if model == "student" and not is_limited(measured):
             arguments = {key: measured[key] for key in BENCHMARK_ARGUMENTS if measured.get(key) is not None}
+            arguments |= {"local_documents": True} if run["local_documents"] else {}
             add(
                 metric,
                 metric,

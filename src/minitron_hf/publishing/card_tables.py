@@ -76,9 +76,11 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
     if not candidates:
         return None
     retrained = any(one.get("rounds") for one in candidates)
+    scored = any(one.get("scores") for one in candidates)
     header = [
         "shape",
         "parameters",
+        *(["score"] if scored else []),
         "KL, pruned",
         *(["KL, distilled", "tokens"] if retrained else []),
         "behind the best",
@@ -91,6 +93,7 @@ def _search_table(candidates: Sequence[Mapping[str, Any]], most: int = 12) -> li
             [
                 one["name"],
                 md.count(one["num_parameters"]),
+                *([f"{one['scores'][-1]:.4g}" if one.get("scores") else "–"] if scored else []),
                 with_error(**one["proxy"]) if one["proxy"] else "–",
                 *(distilled if retrained else []),
                 # A difference before retraining must not be read as one after retraining.

@@ -58,7 +58,7 @@ def write_eval_results(run_dir: Path, repo_id: str, api: HfApi) -> None:
 
     path = run_dir / EVAL_RESULTS_NAME
     entries = []
-    for task, metric, measured in _main_results(run_dir / "benchmarks.json"):
+    for task, metric, measured in main_results(run_dir / "benchmarks.json"):
         dataset, config = DATASETS[task]
         task_id = _registered_task(api, dataset, config)
         if task_id is not None:
@@ -78,9 +78,11 @@ def write_eval_results(run_dir: Path, repo_id: str, api: HfApi) -> None:
         remove(path, missing_ok=True)
 
 
-def _main_results(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def main_results(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Task, metric and value of the student on tasks that may be registered."""
-    student = read_artefact(path)["models"].get("student", {}) if path.is_file() else {}
+    found = read_artefact(path) if path.is_file() else {}
+    # Documents of the user's own may be others than the benchmark's.
+    student = {} if found.get("local_documents") else found.get("models", {}).get("student", {})
     for task, metrics in student.items():
         named = {metric.removesuffix(",none"): measured for metric, measured in metrics.items()}
         metric = main_metric(task, list(named))

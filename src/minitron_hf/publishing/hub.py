@@ -18,7 +18,7 @@ from .card import write_model_card
 from .card_values import require_run
 from .eval_results import write_eval_results
 from .hub_errors import NO_TOKEN, hub_errors, is_transient, is_unanswered, with_retries
-from .licences import name_problem
+from .licences import name_problem, sharing_problem
 from .releases import (
     add_to_collection,
     collected_models,
@@ -333,13 +333,14 @@ def _commit(
 
 
 def _check_name(run_dir: Path, repo_id: str, private: bool) -> None:
-    """Refuse a public repository whose name the teacher's licence does not allow; warn of a private one."""
+    """Refuse a public repository that the teacher's licence does not allow, or its name; warn of a private one."""
     path = run_dir / "teacher.json"
-    problem = name_problem(repo_id, read_artefact(path)) if path.is_file() else None
+    teacher = read_artefact(path) if path.is_file() else {}
+    problem = sharing_problem(teacher) or name_problem(repo_id, teacher)
     if problem and not private:
         raise HubError(f"Cannot push to {repo_id}: {problem}")
     if problem:
-        logger.warning("%s: %s Rename it before you share it.", repo_id, problem)
+        logger.warning("%s: %s That has to be done before you share it.", repo_id, problem)
 
 
 def _require_teacher_metadata(run_dir: Path, token: str) -> None:

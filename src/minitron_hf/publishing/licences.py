@@ -22,12 +22,14 @@ class Duties:
         text: sentences of the card.
         notice: content of the file `NOTICE` that the licence asks for; `{version}` is what the pattern's group found.
         name_start: how the name of a derived model must begin, for people.
+        forbids_sharing: whether derived models may not be shared.
     """
 
     licence: str
     text: str
     notice: str | None = None
     name_start: str | None = None
+    forbids_sharing: bool = False
 
 
 _META = "Copyright © Meta Platforms, Inc. All Rights Reserved."
@@ -72,6 +74,14 @@ LICENCES = (
     ),
     Duties(r"(mit|bsd.*)", "It asks that its copyright notice goes with the weights."),
     Duties(r".*openrail.*", "Its use restrictions hold for derived models, too, and must be passed on."),
+    Duties(
+        r"ccby(?:nc)?nd.*",
+        "It forbids sharing changed versions, and a pruned model is one.",
+        forbids_sharing=True,
+    ),
+    Duties(
+        r"ccbyncsa.*", "It forbids commercial use of the model, and asks that derived models carry the same licence."
+    ),
     Duties(r"ccby.*nc.*", "It forbids commercial use of the model."),
     Duties(r"ccbysa.*", "It asks that derived models carry the same licence."),
 )
@@ -119,6 +129,22 @@ def write_legal_texts(run_dir: Path, teacher: Mapping[str, Any]) -> None:
         write_text(run_dir / "LICENSE", packaged.read_text(encoding="utf-8"))
 
 
+def sharing_problem(teacher: Mapping[str, Any]) -> str | None:
+    """Why a student may not be shared under the teacher's licence; None if nothing speaks against it.
+
+    Args:
+        teacher: content of `teacher.json`.
+
+    >>> sharing_problem({"license": "apache-2.0"})
+    >>> sharing_problem({"license": "cc-by-nc-nd-4.0"})
+    "the teacher's licence (cc-by-nc-nd-4.0) forbids sharing changed versions. Ask its owner for leave."
+    """
+    duties = duties_of(teacher)
+    if duties is None or not duties.forbids_sharing:
+        return None
+    return f"the teacher's licence ({_known_as(teacher)}) forbids sharing changed versions. Ask its owner for leave."
+
+
 def name_problem(name: str, teacher: Mapping[str, Any]) -> str | None:
     """What is wrong with the name of a repository under the teacher's licence; None if nothing is.
 
@@ -138,5 +164,9 @@ def name_problem(name: str, teacher: Mapping[str, Any]) -> str | None:
     if plain.startswith(re.sub(r"[-_. ]", "", duties.name_start.lower())):
         return None
     better = f"{owner}/{duties.name_start}-{own}" if owner else f"{duties.name_start}-{own}"
-    known = teacher["license"] if teacher.get("license") != "other" else teacher.get("license_name")
-    return f"the teacher's licence ({known}) asks that the name begins with {duties.name_start!r}, such as {better}."
+    asked = f"asks that the name begins with {duties.name_start!r}, such as {better}."
+    return f"the teacher's licence ({_known_as(teacher)}) {asked}"
+
+
+def _known_as(teacher: Mapping[str, Any]) -> Any:
+    return teacher["license"] if teacher.get("license") != "other" else teacher.get("license_name")

@@ -12,6 +12,7 @@ from .card_tables import measurement_table
 from .card_values import legal_files
 from .how_to_load import how_to_load
 from .licences import duties_of
+from .readme import END_OF_CARD, keep_foreign_readme, text_below_card
 from .templating import environment_of
 
 
@@ -19,7 +20,7 @@ def render_quantized_card(folder: Path) -> str:
     """The card of a quantised copy: metadata and Markdown.
 
     The result depends only on `hub.json`, `config.json`, `evaluation.json`, `teacher.json` and the names of the legal
-    texts in the folder.
+    texts in the folder. Text below `END_OF_CARD` in an existing `README.md` is kept.
 
     Raises:
         OutputError: if `hub.json` is missing.
@@ -49,7 +50,8 @@ def render_quantized_card(folder: Path) -> str:
         "legal_files": legal_files(folder),
     }
     filters = {"table": md.table, "code": md.code, "cell": md.cell, "address": "<{}>".format}
-    return environment_of(filters, html=False).get_template("quantized_card.md.j2").render(values)
+    rendered = environment_of(filters, html=False).get_template("quantized_card.md.j2").render(values)
+    return f"{rendered.rstrip()}\n\n{END_OF_CARD}\n{text_below_card(folder / 'README.md') or ''}"
 
 
 def is_quantized_copy(folder: Path) -> bool:
@@ -59,14 +61,16 @@ def is_quantized_copy(folder: Path) -> bool:
 
 
 def write_quantized_card(folder: Path) -> Path:
-    """Render the card of a quantised copy into `README.md`.
+    """Render the card of a quantised copy into `README.md`; one that is not a card is renamed.
 
     Raises:
         OutputError: if `hub.json` is missing.
         MismatchError: if one of the files cannot be understood.
     """
     path = folder / "README.md"
-    write_text(path, render_quantized_card(folder))
+    content = render_quantized_card(folder)
+    keep_foreign_readme(path)
+    write_text(path, content)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import HubError, OutputError
 from ..file_digests import weights_digest
-from ..files import replacing_file
+from ..files import is_working_file, replacing_file
 from ..formats import QUANTIZATION_NAME, read_artefact, write_artefact
 from .card_values import legal_files
 from .hub_errors import hub_errors, is_transient, is_unanswered, with_retries
@@ -40,7 +40,8 @@ def quantized_repositories(run_dir: Path, repo_id: str) -> dict[str, str]:
     Raises:
         OutputError: if there is none, or one is not complete or was made from other weights.
     """
-    folders = sorted(path for path in (run_dir / QUANTIZED_DIR).glob("*") if (path / "config.json").is_file())
+    found = (run_dir / QUANTIZED_DIR).glob("*")
+    folders = sorted(path for path in found if (path / "config.json").is_file() and not is_working_file(path))
     if not folders:
         raise OutputError(
             f"{run_dir / QUANTIZED_DIR} holds no quantised copies to publish. Write them with "

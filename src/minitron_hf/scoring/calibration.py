@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PretrainedConfig
 
 from ..compat import is_prepared_loader
@@ -69,6 +69,22 @@ def _require_positive(**numbers: Any) -> None:
             raise DataError(f"{name}={number!r}: expected an integer of at least 1.")
 
 
+def _of_loader(data: DataLoader[Any]) -> Calibration:
+    """The batches of a loader, refused where several processes would read others."""
+    if is_prepared_loader(data) and _processes()[1] > 1:
+        raise DataError(
+            "This DataLoader was prepared by Accelerate, so each process reads other batches. Pass the original "
+            "DataLoader; its batches are shared out here."
+        )
+    if isinstance(data.sampler, RandomSampler) and data.sampler.generator is None and _processes()[1] > 1:
+        raise DataError(
+            "This DataLoader shuffles, and otherwise in each of the processes, so their shares would overlap. "
+            "Pass one with shuffle=False, or with a generator of the same seed in every process."
+        )
+    endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
+    return Calibration(lambda: data, None if endless else len(data), None)
+
+
 def load_calibration(
     model: PreTrainedModel,
     data: DataSource | None,
@@ -93,19 +109,8 @@ def load_calibration(
         refuse_other_tokenizers(processing_class, model=model)
     if data is None:
         raise DataError("estimate_importance needs calibration data. Pass a list of texts or a dataset.")
-    if isinstance(data, torch.utils.data.DataLoader):
-        if is_prepared_loader(data) and _processes()[1] > 1:
-            raise DataError(
-                "This DataLoader was prepared by Accelerate, so each process reads other batches. Pass the original "
-                "DataLoader; its batches are shared out here."
-            )
-        if isinstance(data.sampler, RandomSampler) and data.sampler.generator is None and _processes()[1] > 1:
-            raise DataError(
-                "This DataLoader shuffles, and otherwise in each of the processes, so their shares would overlap. "
-                "Pass one with shuffle=False, or with a generator of the same seed in every process."
-            )
-        endless = isinstance(data.dataset, torch.utils.data.IterableDataset)
-        return Calibration(lambda: data, None if endless else len(data), None)
+    if isinstance(data, DataLoader):
+        return _of_loader(data)
     _require_positive(
         num_rows=num_rows, batch_size=batch_size, **({} if max_length is None else {"max_length": max_length})
     )

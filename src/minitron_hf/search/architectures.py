@@ -210,6 +210,10 @@ def search_architectures(
     record.candidates = _rank(record.candidates, rows, held_out)
     record.save()
     taken = record.candidates if score is None else score.require(record.candidates)
+    if len(taken) < len(record.candidates):  # the first in the file is the best that reaches the floor
+        names = {one.name for one in taken}
+        record.candidates = [*taken, *(one for one in record.candidates if one.name not in names)]
+        record.save()
     record.clean()
     return SearchResult(taken, len(shapes), found.refused, record.path)
 
