@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 
 from minitron_hf import DistillationConfig, DistillationTrainer, PrunerConfig, load_model, load_tokenizer, prune_model
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, versions, write_json
+from minitron_hf.files import versions, write_json
+from minitron_hf.names import public_name
 from reporting import command, peak_memory
 
 VARIABLE = "GLIBC_TUNABLES"

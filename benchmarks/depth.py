@@ -20,8 +20,9 @@ from minitron_hf import (
     load_tokenizer,
     make_plan,
 )
-from minitron_hf.files import public_name, versions, write_json
+from minitron_hf.files import versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ from minitron_hf import (
     make_plan,
 )
 from minitron_hf.data import token_rows
-from minitron_hf.files import public_name, versions, write_json
+from minitron_hf.files import versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 from minitron_hf.scoring.metrics import metric_names
 from minitron_hf.scoring.reductions import Reduction
 from reporting import command, spread

@@ -30,8 +30,9 @@ from minitron_hf import (
     token_rows,
 )
 from minitron_hf.evaluation.speed import Workload, device_description, measure_speed
-from minitron_hf.files import public_name, read_json, versions, write_json
+from minitron_hf.files import read_json, versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 from real.report import write_page
 from reporting import command
 

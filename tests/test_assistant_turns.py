@@ -184,3 +184,6 @@ def test_a_template_that_is_not_there_is_refused(tmp_path, tokenizer):
     data = Dataset.from_dict({"messages": [[USER, REPLY]]})
     with pytest.raises(DataError, match=r"chat_template_path.*does not exist"):
         trainer_with(tmp_path, tokenizer, data, pocket_model("llama"), chat_template_path="./none.jinja")
+    (tmp_path / "chatml.txt").write_text(CHATML)
+    with pytest.raises(DataError, match=r"files that end with \.jinja or \.j2"):
+        trainer_with(tmp_path, tokenizer, data, pocket_model("llama"), chat_template_path=str(tmp_path / "chatml.txt"))

@@ -19,17 +19,9 @@ from minitron_hf.data.loading import local_dataset
 from minitron_hf.distillation.checks import refuse_launch
 from minitron_hf.errors import DataError, DistributedError, HubError, OutputError
 from minitron_hf.file_digests import cached_file_digest, cached_files_digest
-from minitron_hf.files import (
-    local_folder,
-    local_path,
-    move_into,
-    remove,
-    remove_abandoned,
-    replacing_file,
-    replacing_folder,
-    require_empty,
-)
+from minitron_hf.files import move_into, remove, remove_abandoned, replacing_file, replacing_folder, require_empty
 from minitron_hf.locks import LOCK_NAME, launched_processes, locked_folder
+from minitron_hf.names import local_folder, local_path
 
 
 def killed(code: str, *arguments: object) -> None:
@@ -241,8 +233,18 @@ with locked_folder(folder), locked_folder(folder / "inner"):
 def test_a_lock_clears_what_killed_runs_left(tmp_path):
     remains = tmp_path / "inner" / ".model.0badc0de-1-00000000.partial"
     remains.mkdir(parents=True)
+    own = remains.with_name(f".weights.{files._host()}-{os.getppid()}-00000000.partial")  # its process lives
+    mine = remains.with_name(".download.partial")  # of another program
+    for path in (own, mine):
+        path.write_text("kept")
+    locked = tmp_path / "locked" / remains.name
+    locked.mkdir(parents=True)
+    (locked.parent / LOCK_NAME).touch()  # of a run on another machine
     with locked_folder(tmp_path):
         assert not remains.exists()
+        assert own.exists()
+        assert mine.exists()
+        assert locked.exists()
 
 
 @pytest.mark.parametrize("rank", ["", "0"])

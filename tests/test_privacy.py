@@ -13,8 +13,8 @@ import yaml
 
 from hub_server import hub_server_fixture  # noqa: F401 (a fixture)
 from minitron_hf.errors import DataError, OutputError, UnsupportedModelError
-from minitron_hf.files import public_name
 from minitron_hf.models import load_model, load_tokenizer
+from minitron_hf.names import public_name
 from minitron_hf.privacy import is_outside_folder, public_settings, recorded_settings
 from minitron_hf.pruning.planning import make_plan
 from minitron_hf.pruning.stored_checkpoint import open_checkpoint

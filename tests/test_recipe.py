@@ -91,6 +91,9 @@ def test_overrides_reach_into_sections_that_do_not_exist_or_are_short():
     assert recipe.data.train.split == "test"
     assert recipe.evaluate.prompts == ["a", "b"]
     assert MINIMAL["data"]["train"] == "train.jsonl"
+    short = {**MINIMAL, "generate": {"prompts": "p.jsonl"}}
+    changed = apply_overrides(short, ["generate.prompts.num_rows=3"])["generate"]["prompts"]
+    assert changed == {"source": "p.jsonl", "num_rows": 3}
 
 
 @pytest.mark.parametrize("override", ["novalue", "=3", "output_dir.x=3"])

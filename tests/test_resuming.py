@@ -10,8 +10,10 @@ import signal
 from pathlib import Path
 from pkgutil import resolve_name
 
+import pyarrow
 import pytest
 from datasets import Dataset
+from pyarrow import csv, parquet
 
 from minitron_hf import interruption
 from minitron_hf.distillation.teacher_cache import load_teacher_cache
@@ -20,8 +22,10 @@ from minitron_hf.files import file_digest
 from minitron_hf.locks import locked_folder
 from minitron_hf.pruning.plan import PLAN_NAME, PruningPlan
 from minitron_hf.recipe import identity, runner
+from minitron_hf.recipe.estimates import StageCost
 from minitron_hf.recipe.identity import dataset_identity, model_identity
 from minitron_hf.recipe.schema import DatasetSection, Recipe, TeacherSection
+from minitron_hf.recipe.stages import stages_until
 from minitron_hf.recipe.usage import read_costs
 from test_runner import TEXTS, run, values, workshop  # noqa: F401 (fixtures)
 
@@ -115,6 +119,13 @@ def test_lines_that_name_image_files_are_known_with_them(tmp_path):
         (tmp_path / name).write_bytes(b"edited")
         seen.add(dataset_identity(section)["source"])
     assert len(seen) == 4
+    for other in (tmp_path / "images.csv", tmp_path / "images.parquet"):
+        table = pyarrow.table({"text": ["a", "b"], "image": ["a.png", "http://x/y.png"]})
+        (csv.write_csv if other.suffix == ".csv" else parquet.write_table)(table, other)
+        before = dataset_identity(DatasetSection(str(other)))
+        assert dataset_identity(DatasetSection(str(other))) == before
+        (tmp_path / "a.png").write_bytes(other.name.encode())
+        assert dataset_identity(DatasetSection(str(other))) != before
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1))
     whole = DatasetSection(str(path.with_suffix(".json")))
     before = dataset_identity(whole)
@@ -210,9 +221,10 @@ def test_an_edited_recipe_is_estimated_anew(values, monkeypatch):  # noqa: F811
     class Stub:
         def __init__(self, recipe, until):
             self.steps = recipe.distill["max_steps"]
+            self.stages = [StageCost(one.name, 1.0).to_dict() for one in stages_until(recipe, until)]
 
         def to_dict(self):
-            return {"stages": [], "steps": self.steps}
+            return {"stages": self.stages, "steps": self.steps}
 
     monkeypatch.setattr("minitron_hf.recipe.runner.estimate_recipe", Stub)
     for steps, estimates in ((4, 1), (4, 0), (6, 1), (6, 0)):
@@ -221,6 +233,10 @@ def test_an_edited_recipe_is_estimated_anew(values, monkeypatch):  # noqa: F811
         run(values, until="plan", report_estimate=found.append)
         assert [one.steps for one in found] == [steps] * estimates
         assert read_costs(Path(values["output_dir"]))["estimate"]["steps"] == steps
+    found = []
+    for _ in range(2):
+        run(values, until="prune", report_estimate=found.append)
+    assert [one.stages[-1]["stage"] for one in found] == ["prune"], "later stages were not estimated yet"
 
 
 @pytest.mark.parametrize("where", ["minitron_hf.recipe.actions.make_plan", "datasets.Dataset.map"])

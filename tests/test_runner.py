@@ -25,9 +25,10 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
-from minitron_hf.recipe import environment, runner
+from minitron_hf.recipe import environment, runner, training
 from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe.identity import FIELDS_OF
+from minitron_hf.recipe.run import Run
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
 from minitron_hf.sizes.request import PrunerConfig
@@ -465,6 +466,18 @@ def test_missing_data_is_refused_before_the_first_file(values):
 def test_a_model_elsewhere_in_the_folder_is_not_taken_for_the_students(values):
     with pytest.raises(DataError, match="no stage 'distil'"):
         run(values, until="distil")
+
+
+def test_controls_and_earlier_rounds_are_not_pushed(values, tmp_path, monkeypatch):
+    """They would go to the student's repository."""
+    run(values, until="plan")
+    pushed = []
+    monkeypatch.setattr(training, "_training_settings", lambda run: {"push_to_hub": True})
+    monkeypatch.setattr(training, "distill", lambda *args, **kwargs: pushed.append(args[4]["push_to_hub"]))
+    whole = Run(Recipe.from_dict(values), show_progress=False)
+    for folder in (whole.folder, whole.folder / "controls" / "random_init", whole.folder / "rounds" / "1"):
+        training.train(whole, values["teacher"], folder, {})
+    assert pushed == [True, False, False]
 
 
 def test_the_teachers_folder_is_not_the_runs(values):

@@ -88,6 +88,17 @@ def test_rows_are_not_longer_than_the_corpus_warrants():
     assert "not looked at" in recommend(CONFIGS["llama-100m"], 0.8, tokens=20e6)["schedule"].reason
 
 
+def test_the_tokens_of_rows_are_those_of_padded_batches():
+    """The expected longest of a batch, against all batches that can be drawn; packed rows are full."""
+    corpus = Corpus([10, 20, 30, 400], 8)
+    assert corpus.rows(100, packing=True) == (100, 8 * 115 / 100)
+    cut = [10, 20, 30, 100]
+    for batch_size in (1, 2, 3):
+        batches = list(itertools.product(cut, repeat=batch_size))
+        expected = sum(map(max, batches)) / len(batches)
+        assert corpus.rows(100, packing=False, batch_size=batch_size) == (pytest.approx(expected), 8)
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "tokens"), [("llama-100m", 1e6), ("gpt2", 1e6), ("gpt2", 5e9), ("mixtral", 1e6), ("llama-70b", 1e6)]

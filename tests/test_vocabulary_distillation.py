@@ -369,7 +369,14 @@ def test_the_command_line_caches_for_a_cut_vocabulary(pair, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = cached(pair, tmp_path / "called", top_k=6)
     found = load_teacher_cache(tmp_path / "cache")
-    assert found.dataset.with_format(None)[:] == expected.dataset.with_format(None)[:]
+    pairs = [cache.dataset.with_format(None)[:] for cache in (found, expected)]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, column in pairs[0].items():
+        if "log" in name:  # another process may round otherwise
+            for one, other in zip(column, pairs[1][name], strict=True):
+                torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-3, rtol=2e-3)
+        else:
+            assert column == pairs[1][name], name
     save_model(student, tmp_path / "student", cut)
     given = ("--train-data", tmp_path / "cache", "-o", tmp_path / "out", *common, "--set", "max_steps=2")
     done = minitron("distill", tmp_path / "student", *given, "--set", "save_strategy=no")

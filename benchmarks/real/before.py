@@ -31,8 +31,9 @@ from minitron_hf import (
     token_rows,
 )
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, read_json, replacing_folder, versions, write_json
+from minitron_hf.files import read_json, replacing_folder, versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 from minitron_hf.weights import model_digest
 
 from .arms import key

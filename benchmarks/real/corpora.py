@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_hf import load_text_dataset
-from minitron_hf.files import file_digest, public_name, read_json, write_json, write_text
+from minitron_hf.files import file_digest, read_json, write_json, write_text
+from minitron_hf.names import public_name
 
 MANIFEST_NAME = "corpora.json"
 TEXT_FIELD = "text"

@@ -25,8 +25,9 @@ from typing import Any
 
 from minitron_hf import count_parameters, load_tokenizer
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, read_json, versions, write_json
+from minitron_hf.files import read_json, versions, write_json
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 from minitron_hf.weights import model_digest
 
 from .arms import OPTIONAL_FIELDS, Arm, Experiment, key, load_experiments

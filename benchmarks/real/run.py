@@ -24,9 +24,10 @@ import transformers
 from minitron_hf import count_parameters, load_tokenizer
 from minitron_hf.errors import OutputError
 from minitron_hf.evaluation.speed import device_description
-from minitron_hf.files import public_name, read_json, remove, versions, write_json
+from minitron_hf.files import read_json, remove, versions, write_json
 from minitron_hf.locks import locked_folder
 from minitron_hf.models import load_for_compute
+from minitron_hf.names import public_name
 from minitron_hf.weights import model_digest
 
 from .arms import SCREEN_SEEDS, SCREEN_TOKENS, TABLE, Arm, Experiment, key, load_experiments

@@ -21,8 +21,9 @@ from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minitron_hf import count_parameters, load_model, load_tokenizer, save_model
-from minitron_hf.files import file_digest, public_name, read_json, replacing_folder, write_json, write_text
+from minitron_hf.files import file_digest, read_json, replacing_folder, write_json, write_text
 from minitron_hf.hardware import as_dtype
+from minitron_hf.names import public_name
 
 METADATA_NAME = "teacher.json"
 

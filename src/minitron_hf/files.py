@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import glob
 import hashlib
 import importlib.metadata
@@ -12,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import HubError, MinitronError, MismatchError, OutputError
+from .errors import MinitronError, MismatchError, OutputError
 
 #: Distributions whose versions are recorded in every artefact.
 RECORDED_DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
@@ -192,6 +192,9 @@ def _written_beside(path: Path) -> Iterator[Path]:
 
 #: Ending of the names of working files; only a killed process leaves them behind.
 PARTIAL = ".partial"
+_UNFINISHED = re.compile(rf"\..+\.([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+#: The file that a run holds while it works in a folder (`locks`).
+LOCK_NAME = ".minitron_hf.lock"
 #: Those that this process is writing.
 _WRITING: set[str] = set()
 
@@ -218,24 +221,27 @@ def remove_abandoned(folder: str | os.PathLike[str], name: str | None = None, *,
     Args:
         folder: where.
         name: of the file or folder that was being written; None: of all, in `folder` and below.
-        alone: no other process writes there, so every unfinished file is removed; otherwise only those of ended
-            processes of this machine.
+        alone: no other machine writes there, except in folders that another run has locked; otherwise only files of
+            ended processes of this machine are removed.
     """
     pattern = f"**/.*{PARTIAL}" if name is None else f".{glob.escape(name)}.*{PARTIAL}"
     for path in sorted(Path(folder).glob(pattern)):
-        if alone or _is_abandoned(path):
+        inner = path.parents[: len(path.parents) - len(Path(folder).parents) - 1]
+        if _is_abandoned(path, alone=alone and not any((one / LOCK_NAME).exists() for one in inner)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether the process that was writing has ended."""
-    host, _, rest = path.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")
-    process = rest.partition("-")[0]
-    if host != _host() or not process.isdigit() or os.name == "nt":
+def _is_abandoned(path: Path, *, alone: bool) -> bool:
+    """Whether the process that was writing has ended; `alone` says so of those of other machines."""
+    name = _UNFINISHED.fullmatch(path.name)
+    if name is None:  # a user's file
         return False
+    host, process = name.groups()
+    if host != _host() or os.name == "nt":
+        return alone
     if int(process) == os.getpid():  # of another process that had the same number, as in containers
         return path.name not in _WRITING
     try:
@@ -283,102 +289,9 @@ def is_storage_error(error: BaseException) -> bool:
     if isinstance(error, MinitronError):
         return False
     signs = ("I/O error", "os error", "No space left", "failed writing", "unexpected pos")
-    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
-
-
-#: How names of files end that a recipe may name, and names of repositories do not.
-FILE_ENDINGS = (".json", ".jsonl", ".txt", ".csv", ".parquet", ".yaml", ".yml", ".jinja")
-
-
-def local_path(
-    name_or_path: str | os.PathLike[str], *, what: str = "folder", error: type[MinitronError] = HubError
-) -> Path | None:
-    """Decide whether a name is a path on this machine or the id of a Hub repository.
-
-    A name that can only be a path, or that begins with a folder of the working directory, is never asked of the Hub.
-
-    Args:
-        name_or_path: a file, a folder, or `"owner/name"`.
-        what: what is expected there, for the message.
-        error: class of the error.
-
-    Returns:
-        The existing path; None for a Hub id.
-
-    Raises:
-        MinitronError: of the given class, if the name is a path and nothing is there.
-
-    >>> local_path("owner/name") is None
-    True
-    """
-    name = os.path.expanduser(os.fspath(name_or_path))
-    if name.strip() and os.path.exists(name):
-        return Path(name)
-    if isinstance(name_or_path, os.PathLike) or not name.strip() or _looks_like_path(name):
-        raise error(f"The {what} {name!r} does not exist. Check the path, or pass a Hub id ('owner/name').")
-    first, slash, _ = name.partition("/")
-    if slash and os.path.isdir(first):
-        is_file_name = name.lower().endswith(FILE_ENDINGS)
-        hub = f" To load the Hub repository {name!r}, run in a directory without a folder {first!r}."
-        raise error(
-            f"The {what} {name!r} does not exist in the folder {first!r}. Check the path.{'' if is_file_name else hub}"
-        )
-    return None
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether the Hub would accept the name for a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _looks_like_path(name: str) -> bool:
-    """Whether a name can be no Hub id: one has one slash at most, and neither begins nor ends with it."""
-    begins = os.path.isabs(name) or name.startswith((".", "~"))
-    return begins or name.endswith("/") or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-
-
-def local_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """The folder of a saved model; None for a Hub id. See `local_path`.
-
-    Raises:
-        HubError: if the name is a path and no folder is there.
-    """
-    path = local_path(name_or_path)
-    if path is not None and not path.is_dir():
-        raise HubError(f"{str(path)!r} is a file, expected the folder of a saved model or a Hub id. Pass its folder.")
-    return path
-
-
-def public_name(name_or_path: str | os.PathLike[str] | None) -> str | None:
-    """A name to publish: Hub ids as they are, local folders and files by their last part only.
-
-    A folder that is called like whoever runs this, such as a home folder, has no name to publish.
-
-    >>> public_name("owner/model"), public_name(None), public_name("work/data.jsonl"), public_name("my/own/model")
-    ('owner/model', None, 'data.jsonl', 'model')
-    """
-    if not name_or_path:
-        return None
-    text = os.path.expanduser(name_or_path)
-    if not (_looks_like_path(text) or text.endswith(FILE_ENDINGS) or os.path.exists(text)):
-        return os.fspath(name_or_path)
-    name = os.path.basename(os.path.realpath(text))
-    return None if name in ("", *_own_names()) else name
-
-
-def _own_names() -> set[str]:
-    """Names by which this machine knows who runs this."""
-    names = {os.path.basename(os.path.expanduser("~"))}
-    with contextlib.suppress(KeyError, OSError):  # containers may know nobody
-        names.add(getpass.getuser())
-    return names
+    # Libraries raise an OSError without a number for files whose content they cannot use.
+    has_number = isinstance(error, OSError) and error.errno is not None
+    return has_number or any(sign in str(error) for sign in signs)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:

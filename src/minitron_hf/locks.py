@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from .errors import OutputError
+from .files import LOCK_NAME as LOCK_NAME
 from .files import remove_abandoned
 
 try:
@@ -22,8 +23,6 @@ except ImportError:  # Windows
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Name of the lock file; it is gone when the run has ended.
-LOCK_NAME = ".minitron_hf.lock"
 #: Environment variable that tells processes started by this one which folders it holds for them.
 _HELD_FOR_CHILDREN = "MINITRON_HF_LOCKED"
 #: Folder → descriptor of its lock file, of this process.

@@ -36,11 +36,12 @@ from .compat import (
 )
 from .errors import DataError, UnsupportedModelError
 from .families.tensors import is_quantised, own_parameters, text_config
-from .files import digest, is_repo_id, local_folder, local_path
+from .files import digest
 from .formats import INDICES_NAME, PLAN_NAME, read_artefact
 from .hardware import as_device, as_dtype, default_device, is_fast, one_dtype
 from .loading_errors import first_line as first_line
 from .loading_errors import loading_error
+from .names import is_repo_id, local_folder, local_path
 from .privacy import is_outside_folder
 from .weights import require_complete, without_gguf_remains
 
@@ -269,6 +270,8 @@ def read_chat_template(source: str, setting: str = "chat_template_path") -> str:
     """
     path = local_path(source, what=setting, error=DataError)
     if path is not None and path.is_file():
+        if path.suffix not in (".jinja", ".j2"):
+            raise DataError(f"{setting}={source!r}: TRL reads files that end with .jinja or .j2. Rename it.")
         return path.read_text(encoding="utf-8")
     if path is None and not is_repo_id(source):
         raise DataError(f"{setting}={source!r}: there is no such file, folder or Hub id.")

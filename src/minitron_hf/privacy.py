@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import digest, public_name
+from .files import digest
+from .names import public_name
 
 #: Settings whose text is published. Numbers, booleans and nulls always are; the text of any other setting never is: it
 #: may be a token, a path or a name of somebody.

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MinitronError
-from ..files import digest, local_path
+from ..files import digest
+from ..names import local_path
 from .images import COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+#: What `datasets` says of files without rows, where it does not raise StopIteration (of streams).
+_EMPTY = ("at least one example when writing data", "corresponds to no data")
 #: How local files of texts end → the reader of `datasets`.
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
@@ -80,13 +83,13 @@ def load_text_dataset(
             streaming=streaming,
             cache_dir=None if path is None else _cache_of_folder(path),
         )
-    except StopIteration as error:  # what `datasets` makes of a file without rows
-        raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+    except (StopIteration, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, MinitronError):
             raise
         if path is not None and path.is_file() and READERS.get(path.suffix) == "json":
             _require_json(path)
+        if isinstance(error, StopIteration) or any(sign in str(error.__cause__ or error) for sign in _EMPTY):
+            raise DataError(f"The dataset {source} is empty. Expected at least one row.") from error
         reason = _short_reason(error.__cause__ or error)  # of a broken file, the line is in the cause alone
         at = "" if revision is None else f", revision {revision!r}"
         raise DataError(

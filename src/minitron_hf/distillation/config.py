@@ -250,6 +250,9 @@ class DistillationConfig(SFTConfig):
         if isinstance(self.hidden_layers, str):
             self.hidden_layers = _parsed_layers(self.hidden_layers)
         self._require_types()
+        for name in ("chat_template_path", "eval_task_data", "eval_include_path"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(path))
         # The base class prefers greater values of a metric, unless its name ends with "loss".
         best = f"_{self.metric_for_best_model}"
         if self.greater_is_better is None and best.endswith(tuple(f"_{name}" for name in SMALLER_IS_BETTER)):

@@ -29,21 +29,14 @@ from ..data.images import ImageCollator, holds_images
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, UnsupportedModelError, checks_kinds
 from ..families import spec_for
-from ..files import (
-    move_into,
-    public_name,
-    refuse_own_folder,
-    replacing_file,
-    replacing_folder,
-    require_writable,
-    versions,
-)
+from ..files import move_into, refuse_own_folder, replacing_file, replacing_folder, require_writable, versions
 from ..formats import write_artefact
 from ..hardware import has_fast_bf16, training_device
 from ..locks import with_locked_folder
 from ..losses.chunks import default_chunk_size
 from ..losses.heads import OutputHead, head_logits
 from ..models import load_model, load_tokenizer
+from ..names import public_name
 from ..saving import in_stored_dtype, save_model
 from .assistant_turns import AssistantTurnsMixin
 from .batches import RepeatedRowsMixin

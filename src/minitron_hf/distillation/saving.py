@@ -19,11 +19,12 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..errors import MinitronError, OutputError
-from ..files import public_name, refuse_own_folder, require_writable, versions
+from ..files import refuse_own_folder, require_writable, versions
 from ..formats import write_artefact
 from ..hardware import as_dtype
 from ..losses.heads import base_model_of
 from ..models import empty_model
+from ..names import public_name
 from ..privacy import public_settings, public_texts
 from ..pruning.stored_checkpoint import weight_names
 from ..publishing.card import write_model_card

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,9 +12,10 @@ import torch
 
 from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, UnsupportedModelError, checks_kinds
-from ..files import public_name, require_creatable, versions
+from ..files import require_creatable, versions
 from ..formats import FORMATS, write_artefact
 from ..models import evaluating
+from ..names import public_name
 from ..scoring.row_starts import warn_of_broken_starts
 from ..sizes.counts import parameter_counts
 from ..weights import model_digest
@@ -444,7 +444,7 @@ def _recorded_name(model: PreTrainedModel | str | os.PathLike[str]) -> str | Non
 
 
 def _digest_or_none(model: PreTrainedModel) -> str | None:
-    """Digest of the weights; None for offloaded weights, which cannot be read."""
-    with contextlib.suppress(UnsupportedModelError):
+    try:
         return model_digest(model)
-    return None
+    except UnsupportedModelError:  # of offloaded weights, which cannot be read
+        return None

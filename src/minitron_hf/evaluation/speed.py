@@ -20,7 +20,8 @@ from ..allocations import AllocationCounter
 from ..compat import commit_hash
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
-from ..files import local_folder, read_json
+from ..files import read_json
+from ..names import local_folder
 from ..weights import stored_bytes
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from ..data.context import context_length
 from ..data.tokens import text_tokenizer, tokenizer_digest
 from ..data.vocabulary import refuse_other_tokenizers
 from ..errors import DataError, MismatchError, checks_kinds
-from ..files import digest, public_name, require_empty, require_writable, versions, write_text
+from ..files import digest, require_empty, require_writable, versions, write_text
 from ..formats import read_artefact, write_artefact
 from ..locks import with_locked_folder
 from ..models import load_config, load_for_compute, load_tokenizer
+from ..names import public_name
 from ..weights import model_digest
 from .decoding import Sampling, continue_prompts, end_tokens_of, length_batches, pad_token_of, reads_padding
 from .prompts import Prompt, Prompts

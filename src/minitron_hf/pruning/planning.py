@@ -13,8 +13,8 @@ from ..compat import commit_hash
 from ..errors import MismatchError, PlanError, checks_kinds
 from ..families import FIELD_OF_AXIS, PRUNER_FIELDS, VOCABULARY, ArchSpec, named_tensors, spec_for, text_config
 from ..families.axes import CHANNELS
-from ..files import public_name
 from ..models import empty_model
+from ..names import public_name
 from ..scoring.scores import ImportanceScores
 from ..sizes.counts import parameter_counts
 from ..sizes.legality import require_units, rounding_step

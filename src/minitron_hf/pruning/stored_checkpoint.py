@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 from ..compat import as_stored, generation_config_inside, names_not_saved
 from ..errors import HubError, UnsupportedModelError, shortened
 from ..families import spec_for
-from ..files import local_folder, read_json
+from ..files import read_json
 from ..models import empty_model, first_line, load_config
+from ..names import local_folder
 from ..publishing.card_values import LEGAL_FILES
 from ..saving import PROCESSOR_FILES
 from .stored_tensors import LazyTensor, lazy_tensors

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..files import is_repo_id
+from ..names import is_repo_id
 from .markdown import short_digest
 
 if TYPE_CHECKING:

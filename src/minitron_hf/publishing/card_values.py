@@ -12,8 +12,9 @@ from typing import Any
 
 from ..data.context import short_rows_note, stored_context_length
 from ..errors import OutputError
-from ..files import is_repo_id, read_json
+from ..files import read_json
 from ..formats import read_artefact
+from ..names import is_repo_id
 from ..saving import least_transformers
 from .benchmark_tables import _benchmark_table, _benchmarked
 from .card_metadata import dataset_name, is_number, metadata

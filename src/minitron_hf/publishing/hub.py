@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
-from ..files import is_repo_id, local_folder
 from ..formats import read_artefact, write_artefact
+from ..names import is_repo_id, local_folder
 from .card import write_model_card
 from .card_values import require_run
 from .eval_results import write_eval_results

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import is_repo_id, local_folder, public_name, replacing_file
+from ..files import replacing_file
 from ..formats import write_artefact
+from ..names import is_repo_id, local_folder, public_name
 from ..privacy import is_outside_folder
 from .card_values import BASE_RELATIONS, LEGAL_FILES, matches
 from .hub_errors import hub_errors

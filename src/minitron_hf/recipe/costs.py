@@ -16,7 +16,7 @@ from torch import nn
 
 from ..families import named_tensors, spec_for, text_config
 from ..families.axes import dimension_size
-from ..models import empty_model
+from ..models import count_parameters, empty_model
 from ..pruning.repair import input_groups, probed_inputs
 from ..pruning.repair_solve import RIDGES
 from ..pruning.repair_sums import HELD_OUT_EVERY
@@ -27,6 +27,7 @@ from ..sizes.counts import active_share
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..distillation.config import DistillationConfig
     from ..pruning.repair_inputs import CutInputs
 
 #: Bytes that AdamW moves per parameter in a step: it reads weight, gradient and two moments and writes three of them.
@@ -262,6 +263,16 @@ def optimizer_bytes(num_parameters: int) -> int:
 def checkpoint_bytes(num_parameters: int, num_frozen: int = 0) -> int:
     """Bytes of a checkpoint to resume from: `CHECKPOINT_BYTES`·P; of frozen parameters, the weights alone."""
     return CHECKPOINT_BYTES * num_parameters - MOMENT_BYTES * num_frozen
+
+
+def training_checkpoint_bytes(student: PretrainedConfig, args: DistillationConfig, *, has_adapter: bool) -> int:
+    """Bytes of a checkpoint of distillation; 0 of an adapter, which is small beside the student."""
+    size = count_parameters(student)
+    if has_adapter:
+        return 0
+    if args.save_only_model:
+        return 4 * size
+    return checkpoint_bytes(size, size - count_parameters(student, embeddings=False) if args.freeze_embeddings else 0)
 
 
 def _attention_flops(config: PretrainedConfig, layer: int, length: int) -> float:

@@ -17,14 +17,15 @@ from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_several_gpus
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
 from ..families import text_config
-from ..files import is_repo_id, refuse_own_folder, require_creatable
+from ..files import refuse_own_folder, require_creatable
 from ..models import count_parameters, read_chat_template
+from ..names import is_repo_id
 from ..publishing.hub import check_push
 from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
 from .beginnings import beginning, is_remote
 from .corpora import Part, require_one_format, require_one_kind
-from .costs import checkpoint_bytes
+from .costs import checkpoint_bytes, training_checkpoint_bytes
 from .generating import expected_text
 from .image_checks import check_images, require_images_in_training
 from .launching import require_launchable
@@ -422,11 +423,9 @@ def check_disk(
         if "prune" in stages:
             parts["pruned students"] = parts.get("pruned students", 0) + size * stored.itemsize
         if copies:
-            kept = 0 if args.save_strategy == SaveStrategy.NO or recipe.lora is not None else 1
-            frozen = size - count_parameters(student, embeddings=False) if args.freeze_embeddings else 0
-            each = size * stored.itemsize + kept * (
-                4 * size if args.save_only_model else checkpoint_bytes(size, frozen)
-            )
+            kept = 0 if args.save_strategy == SaveStrategy.NO else 1
+            checkpoint = training_checkpoint_bytes(student, args, has_adapter=recipe.lora is not None)
+            each = size * stored.itemsize + kept * checkpoint
             name = "trained students and one checkpoint of each"
             parts[name] = parts.get(name, 0) + each * copies
     if "correct" in stages and recipe.teacher_correction is not None:

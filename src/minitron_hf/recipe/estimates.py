@@ -40,7 +40,7 @@ from .stage_bytes import (
     row_length,
     training_memory,
 )
-from .stages import stages_until
+from .stages import num_processes, stages_until
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -131,7 +131,8 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
     if machine is None:
         rows, length = last.per_device_train_batch_size, row_length(last.max_length, run.teacher_config)
         machine = measure_machine(run.teacher_config, recipe.output_dir, length=length, rows=rows)
-    corpora = {"train": measured_training_corpus(run), "eval": measured_dataset(run, "eval")}
+    others = ["eval", *(["calibration"] if recipe.data.calibration is not None else [])]
+    corpora = {"train": measured_training_corpus(run), **{which: measured_dataset(run, which) for which in others}}
     written = None if recipe.generate is None else expected_text(run)
     students = _students(recipe, run.teacher_config)
     facts = Facts(recipe, run.teacher_config, students, arguments, machine, corpora, written)
@@ -140,7 +141,7 @@ def estimate_recipe(recipe: Recipe, *, until: str | None = None, machine: Machin
     unknown = [which for which, one in corpora.items() if one is None or one.num_documents is None]
     notes += [f"data.{which}: its number of tokens is not known here." for which in unknown]
     parts = {recipe.data.place(number): measured_part(run, number) for number in range(len(recipe.data.parts))}
-    notes += beginning_notes({**parts, "data.eval": corpora["eval"]})
+    notes += beginning_notes({**parts, **{f"data.{which}": corpora[which] for which in others}})
     return Estimate(machine, stages, tuple(notes))
 
 
@@ -179,8 +180,8 @@ def _calibration(facts: Facts, number: int) -> tuple[int, int]:
     recipe, model, *_ = facts.in_round(number)
     length = recipe.scores.get("max_length") or default_max_length(model)
     rows = recipe.scores.get("num_rows", 1024)
-    corpus = facts.corpora["train"] if recipe.data.calibration is None else None
-    if corpus is not None:
+    corpus = facts.corpora["train" if recipe.data.calibration is None else "calibration"]
+    if corpus is not None and not math.isnan(corpus.num_tokens):
         rows = min(rows, max(1, math.ceil(corpus.num_tokens / length)))
     return rows, length
 
@@ -336,14 +337,16 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     recipe, _, student, args = facts.in_round(number)
     length, size = facts.length(number), count_parameters(student)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    corpus, batch = facts.corpora["train"], 1 if args.padding_free else args.per_device_train_batch_size
+    filled, number_of_rows = (length, math.nan) if corpus is None else corpus.rows(length, args.packing, batch)
     steps = float(args.max_steps)
     if steps <= 0:
-        steps = args.num_train_epochs * facts.tokens("train") / (rows * length)
+        steps = args.num_train_epochs * number_of_rows / (rows * num_processes(recipe))
     lora, frozen = recipe.lora is not None, args.freeze_embeddings
-    seconds = steps * rows * length * _seconds_per_token(facts, student, length, lora=lora, trains_head=not frozen)
     trained = count_parameters(student, embeddings=False) if frozen else size
+    seconds = steps * rows * filled * _seconds_per_token(facts, student, length, lora=lora, trains_head=not frozen)
     seconds += 0 if lora else steps * costs.optimizer_bytes(trained) / facts.machine.memory_traffic
-    formula = f"{steps:,.0f} steps of {rows:,} × {length:,} tokens"
+    formula = f"{steps:,.0f} steps of {rows:,} × {filled:,.0f} tokens"
     if _is_by_steps(args.eval_strategy) and not math.isnan(facts.tokens("eval")):
         evaluations, tokens = _times(args.eval_steps, steps), evaluated_tokens(facts, args, length)
         both = sum(_forward_seconds(facts, one, length) for one in (facts.teacher, student))
@@ -352,7 +355,7 @@ def _training_cost(facts: Facts, number: int) -> StageCost:
     kept = 0.0
     if _is_by_steps(args.save_strategy):
         saves = _times(args.save_steps, steps)
-        checkpoint = costs.checkpoint_bytes(size, size - trained)
+        checkpoint = costs.training_checkpoint_bytes(student, args, has_adapter=lora)
         seconds += saves * checkpoint / facts.machine.disk_traffic
         kept = checkpoint * ((args.save_total_limit or saves) + 1)  # a new one, then the old goes
     disk = size * facts.stored_bytes + kept
@@ -366,9 +369,7 @@ def _is_by_steps(strategy: Any) -> bool:
 
 def _times(every: float | None, steps: float) -> float:
     """How often something happens that comes every so many steps, or every such share of them."""
-    if not every:
-        return 0.0
-    return steps / every if every >= 1 else 1 / every
+    return 0.0 if not every else steps / every if every >= 1 else 1 / every
 
 
 def _controls(facts: Facts, number: int) -> StageCost:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pyarrow import parquet
 
 from ..compat import commit_hash
 from ..data.images import COLUMNS
 from ..data.loading import local_dataset
 from ..errors import DataError
 from ..file_digests import cached_file_digest, cached_files_digest
-from ..files import digest, local_folder, local_path
+from ..files import digest
 from ..models import load_config
+from ..names import local_folder, local_path
 from ..sizes.request import PrunerConfig
 from .schema import (
     CacheSection,
@@ -121,24 +125,38 @@ def _folder_digest(folder: Path) -> str:
 
 @functools.cache
 def _named_images(path: Path, content: str) -> tuple[Path, ...]:
-    """The image files that the rows of a JSON file name.
+    """The image files that the rows of a file name.
 
     Args:
         path: the file.
         content: its digest, so that a changed file is read again.
     """
-    if path.suffix not in (".json", ".jsonl"):
-        return ()
     found = []
-    with path.open("rb") as file, contextlib.suppress(ValueError):  # loading it names a broken line
-        mentioned = (line for line in file if any(f'"{column}"'.encode() in line for column in COLUMNS))
-        is_list = file.read(1) == b"["
-        file.seek(0)
-        for row in json.load(file) if is_list else map(json.loads, mentioned):
-            for value in (row.get(column) for column in COLUMNS) if isinstance(row, dict) else ():
-                names = value if isinstance(value, list) else [value]
-                found += [path.parent / name for name in names if isinstance(name, str) and "://" not in name]
+    with contextlib.suppress(ValueError):  # loading it names a broken line
+        for value in _image_values(path):
+            names = value if isinstance(value, list) else [value]
+            found += [path.parent / name for name in names if isinstance(name, str) and "://" not in name]
     return tuple(found)
+
+
+def _image_values(path: Path) -> Iterator[Any]:
+    """What the rows of a JSON, CSV or Parquet file hold in the columns of images."""
+    if path.suffix in (".json", ".jsonl"):
+        with path.open("rb") as file:
+            mentioned = (line for line in file if any(f'"{column}"'.encode() in line for column in COLUMNS))
+            is_list = file.read(1) == b"["
+            file.seek(0)
+            for row in json.load(file) if is_list else map(json.loads, mentioned):
+                yield from (row.get(column) for column in COLUMNS) if isinstance(row, dict) else ()
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                yield from (row.get(column) for column in COLUMNS)
+    elif path.suffix == ".parquet":
+        stored = parquet.ParquetFile(path)
+        for batch in stored.iter_batches(columns=[name for name in stored.schema_arrow.names if name in COLUMNS]):
+            for column in batch.columns:
+                yield from column.to_pylist()
 
 
 def training_identity(data: DataSection) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.images import holds_images
 from ..errors import MinitronError
-from ..files import public_name
+from ..names import public_name
 from .beginnings import beginning, is_remote
 from .corpus_sections import DatasetSection
 from .generating import expected_text, is_written

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data import load_text_dataset, token_rows
 from ..data.documents import documents
 from ..data.images import holds_images
-from ..errors import PlanError
+from ..errors import DataError, PlanError
 from ..evaluation.loading import load_processing_class
 from ..families import spec_for
 from ..models import count_parameters, load_for_compute
@@ -48,7 +48,11 @@ def measure_corpus(source: str, processing_class: Any, text_field: str = "text")
 
 
 def measure_documents(rows: Any, processing_class: Any, text_field: str = "text") -> Corpus:
-    """Tokenise some documents of a dataset, spread over the whole of it, or all of a list; see `measure_corpus`."""
+    """Tokenise some documents of a dataset, spread over the whole of it, or all of a list; see `measure_corpus`.
+
+    Raises:
+        DataError: if they are all empty.
+    """
     number, with_images = len(rows), holds_images(rows)
     wanted = SAMPLED_IMAGES if with_images else SAMPLED_DOCUMENTS
     sample = rows
@@ -62,6 +66,8 @@ def measure_documents(rows: Any, processing_class: Any, text_field: str = "text"
         lengths[-1] += len(piece.ids)
         if piece.is_last:
             lengths.append(0)
+    if len(lengths) == 1:
+        raise DataError(f"The corpus has no text in {text_field!r}: all of its {number} documents are empty.")
     return Corpus(lengths[:-1], number)
 
 

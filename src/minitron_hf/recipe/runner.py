@@ -94,7 +94,8 @@ def run_recipe(
             if report_shapes is not None:
                 report_shapes(shapes)
             folder = Path(recipe.output_dir)
-            is_known = read_costs(folder)["estimate"] is not None and _is_recipe_of(folder, recipe)
+            estimated = {one["stage"] for one in (read_costs(folder)["estimate"] or {"stages": []})["stages"]}
+            is_known = estimated >= {one.name for one in stages_until(recipe, until)} and _is_recipe_of(folder, recipe)
             if report_estimate is not None and (redo or not is_known):
                 with step("Timing this machine, and counting the tokens of the corpora", show_progress):
                     estimate = estimate_recipe(recipe, until=until)

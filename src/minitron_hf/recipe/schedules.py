@@ -56,6 +56,22 @@ class Corpus:
         number = math.nan if self.num_documents is None else self.num_documents
         return sum(self.document_lengths) / len(self.document_lengths) * number
 
+    def rows(self, length: int, packing: bool, batch_size: int = 1) -> tuple[float, float]:
+        """Tokens that a row of training costs, padding included, and the number of rows; NaN where it is not known.
+
+        Args:
+            length: the largest row.
+            packing: whether documents are joined to full rows; otherwise each is a row, padded to its batch's longest.
+            batch_size: rows of a batch; 1 if there is no padding.
+        """
+        if packing:
+            return float(length), self.num_tokens / length
+        ordered = sorted(min(one, length) for one in self.document_lengths)
+        # The expected maximum of a batch drawn from these documents.
+        shares = [(place / len(ordered)) ** batch_size for place in range(len(ordered) + 1)]
+        longest = sum(one * (after - before) for one, before, after in zip(ordered, shares, shares[1:]))
+        return longest, math.nan if self.num_documents is None else float(self.num_documents)
+
     @property
     def row_length(self) -> int:
         """The power of two that holds `WHOLE_DOCUMENTS` of the documents whole; at least 128."""

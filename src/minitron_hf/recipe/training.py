@@ -126,6 +126,8 @@ def training_rows(run: Run, which: str) -> Any:
 def train(run: Run, student: Path, folder: Path, changes: Mapping[str, Any]) -> None:
     """Distil the student in one folder into another, in all the processes that call this."""
     settings = {**_training_settings(run), **changes}
+    if folder != run.whole.folder:  # of a control or an earlier round; the Hub's repository is the student's
+        settings["push_to_hub"] = False
     teacher: PreTrainedModel | str | None
     if run.recipe.teacher_cache is None:
         corpora = [run.dataset("train"), training_rows(run, "eval")]

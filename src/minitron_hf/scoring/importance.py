@@ -14,8 +14,8 @@ from torch import Tensor
 from ..data import DataSource
 from ..errors import DataError, accept_old_names, checks_kinds
 from ..families import spec_for
-from ..files import public_name
 from ..models import plain_model
+from ..names import public_name
 from .activations import ActivationPass
 from .calibration import load_calibration
 from .covariance import CovariancePass

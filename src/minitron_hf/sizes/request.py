@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import HubError, PlanError, accept_old_names, did_you_mean
 from ..families import PRUNER_FIELDS, VOCABULARY_FIELD
-from ..files import local_path
 from ..formats import read_artefact, write_artefact
+from ..names import local_path
 
 PRUNER_CONFIG_NAME = "pruner_config.json"
 
