@@ -76,7 +76,8 @@ def losses(folder, *, lengths=None, **settings) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history for name in names if name in entry]
 
 
-@pytest.mark.parametrize("lengths", [pytest.param(None, marks=pytest.mark.slow), [24, 17, 9, 21]])
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [None, [24, 17, 9, 21]])
 def test_compiled_layers_train_alike(compiled, tmp_path, lengths):
     """Both models, by the layers alone; also where rows have different lengths. Names of saved tensors stay."""
     plain = losses(tmp_path / "plain", lengths=lengths)

@@ -75,6 +75,7 @@ def test_splits_share_no_source_and_no_paragraph(text: ModuleType) -> None:
             assert not repeated
 
 
+@pytest.mark.slow
 def test_there_is_enough_english(text: ModuleType) -> None:
     train = text.documents("train")
     assert sum(map(len, train)) > 1_500_000

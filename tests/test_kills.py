@@ -143,6 +143,7 @@ def snapshot(folder: Path, where: Path) -> Path:
     return where
 
 
+@pytest.mark.slow  # one kill is in test_runner
 def test_a_distillation_survives_kills(workshop):
     """A sample of what follows: after a checkpoint, while the student is moved, and in the middle of a file."""
     killed = Killed(workshop, workshop / "run")

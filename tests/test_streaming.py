@@ -431,7 +431,8 @@ except MinitronError as error:
 """
 
 
-@pytest.mark.parametrize("size", [pytest.param("20KB", marks=pytest.mark.slow), "5GB"])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["20KB", "5GB"])
 def test_a_teacher_on_the_hub(hub_server, tmp_path, size):
     teacher = saved("llama", tmp_path / "teacher", size=size)
     (teacher / "LICENSE").write_text("Apache")

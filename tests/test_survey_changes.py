@@ -30,6 +30,7 @@ def test_everything_is_new_without_a_record(found):
     assert len(found.modelling_files) > 100
 
 
+@pytest.mark.slow
 def test_what_was_looked_at_is_not_listed_again(found):
     record = to_record(found, {})
     again = survey(record)
@@ -37,6 +38,7 @@ def test_what_was_looked_at_is_not_listed_again(found):
     assert to_record(again, record) == record
 
 
+@pytest.mark.slow
 def test_changed_files_and_new_types_are_listed(found):
     record = to_record(found, {})
     record["modelling_files"]["llama"] = "0" * 16

@@ -184,9 +184,10 @@ def test_what_tensor_parallelism_does_not_go_with_is_refused_by_name():
         hidden_loss="mse",
         embedding_loss=None,
         load_best_model_at_end=True,
+        eval_tasks=["piqa"],
     )
     trainer = SimpleNamespace(args=args, model=torch.nn.Linear(1, 1), get_tp_size=lambda: 2)
-    with pytest.raises(UnsupportedModelError, match=r"with hidden_loss, load_best_model_at_end is not"):
+    with pytest.raises(UnsupportedModelError, match=r"with hidden_loss, load_best_model_at_end, eval_tasks is not"):
         refuse_tensor_parallel(trainer)
     trainer.get_tp_size = lambda: 1
     refuse_tensor_parallel(trainer)

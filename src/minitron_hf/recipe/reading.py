@@ -175,7 +175,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
         outer = None
         for parent in parents:
             parent, of_list = _key(section, parent, override), isinstance(section, list)
-            of_corpora = (outer if of_list else parent) in ("train", "eval", "calibration", "prompts")
+            of_corpora = (outer if of_list else parent) in ("train", "eval", "calibration")
+            of_corpora |= parent == "prompts"  # a list of prompts holds texts
             outer = parent
             if isinstance(section, dict) and section.get(parent) is None:
                 section[parent] = {}
