@@ -119,6 +119,8 @@ def test_lines_that_name_image_files_are_known_with_them(tmp_path):
         (tmp_path / name).write_bytes(b"edited")
         seen.add(dataset_identity(section)["source"])
     assert len(seen) == 4
+    (tmp_path / "long.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    assert dataset_identity(DatasetSection(str(tmp_path / "long.csv")))["source"] == file_digest(tmp_path / "long.csv")
     for other in (tmp_path / "images.csv", tmp_path / "images.parquet"):
         table = pyarrow.table({"text": ["a", "b"], "image": ["a.png", "http://x/y.png"]})
         (csv.write_csv if other.suffix == ".csv" else parquet.write_table)(table, other)

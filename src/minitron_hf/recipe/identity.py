@@ -132,7 +132,7 @@ def _named_images(path: Path, content: str) -> tuple[Path, ...]:
         content: its digest, so that a changed file is read again.
     """
     found = []
-    with contextlib.suppress(ValueError):  # loading it names a broken line
+    with contextlib.suppress(ValueError, csv.Error):  # loading it names a broken line
         for value in _image_values(path):
             names = value if isinstance(value, list) else [value]
             found += [path.parent / name for name in names if isinstance(name, str) and "://" not in name]
@@ -150,11 +150,15 @@ def _image_values(path: Path) -> Iterator[Any]:
                 yield from (row.get(column) for column in COLUMNS) if isinstance(row, dict) else ()
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                yield from (row.get(column) for column in COLUMNS)
+            rows = csv.DictReader(file)
+            columns = [name for name in COLUMNS if name in (rows.fieldnames or ())]
+            for row in rows if columns else ():  # its texts may be long
+                yield from (row[column] for column in columns)
     elif path.suffix == ".parquet":
         stored = parquet.ParquetFile(path)
-        for batch in stored.iter_batches(columns=[name for name in stored.schema_arrow.names if name in COLUMNS]):
+        kinds = {one.name: str(one.type) for one in stored.schema_arrow if one.name in COLUMNS}
+        named = [name for name, kind in kinds.items() if "string" in kind and "struct" not in kind]
+        for batch in stored.iter_batches(columns=named) if named else ():  # others hold the images themselves
             for column in batch.columns:
                 yield from column.to_pylist()
 
