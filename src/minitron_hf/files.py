@@ -358,3 +358,25 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     if not existed:
         folder.rmdir()
     return folder
+
+
+def require_free(folder: str | os.PathLike[str], *, overwrite: bool, **models: str | os.PathLike[str]) -> None:
+    """Prove that `folder` can be written: it holds nothing yet, or may be replaced and holds no model that is read.
+
+    Args:
+        folder: where to write.
+        overwrite: replace what it holds.
+        **models: role → path or Hub id of what is read.
+
+    Raises:
+        OutputError: if it cannot be written, holds files, or one of the models lies in it.
+    """
+    if not overwrite:
+        require_empty(folder)
+        return
+    for role, model in models.items():
+        if Path(model).is_dir() and Path(folder).resolve() in Path(model).resolve().parents:
+            raise OutputError(
+                f"The output folder {folder} holds the {role}'s, {model}, which would be removed with all its other "
+                "content. Choose another folder."
+            )

@@ -101,6 +101,12 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given; a CPU has when a call returns."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 def default_device() -> torch.device:
     """The device of models if none is given.
 

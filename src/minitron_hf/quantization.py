@@ -21,11 +21,11 @@ from torch import nn
 
 from .errors import DataError, MissingDependencyError, UnsupportedModelError, did_you_mean, shortened
 from .file_digests import weights_digest
-from .files import refuse_own_folder, replacing_folder, require_empty
+from .files import refuse_own_folder, replacing_folder, require_free
 from .formats import QUANTIZATION_NAME, write_artefact
 from .hardware import as_device, default_device
 from .models import auto_class, cut_plan_files, empty_model, load_config, load_processor, load_tokenizer, stored_dtype
-from .saving import refuse_folder_around, save_model
+from .saving import save_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -163,7 +163,7 @@ def quantize_checkpoint(
             f"{os.fspath(model)} is quantised already. Give the checkpoint that it was made from."
         )
     targets = _targets(config, method, group_size)
-    refuse_folder_around(output_dir, model=model) if overwrite else require_empty(output_dir)
+    require_free(output_dir, overwrite=overwrite, model=model)
     if undivided := targets.undivided:
         logger.warning(
             "%s: %d of %d projections are not quantised, because their inputs are no multiple of %d: %s.",

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MismatchError, OutputError, checks_kinds
+from .errors import MismatchError, checks_kinds
 from .families import named_tensors
 from .families.releases import IN_4_57, LOCAL_ROPE_THETA, OLDER_KEYS, OLDER_LAYER_TYPES, ROPE_KEYS, first_release
 from .files import read_json, share_files, write_text
@@ -100,20 +100,6 @@ def save_model(
     plan: Any = getattr(model, "pruning_plan", None)
     if getattr(plan, "vocabulary", None) is not None:
         plan.save_pretrained(folder)
-
-
-def refuse_folder_around(output_dir: str | os.PathLike[str], **models: Any) -> None:
-    """Refuse to replace a folder that one of the models lies in: role → path or Hub id.
-
-    Raises:
-        OutputError: naming the role.
-    """
-    for role, model in models.items():
-        if Path(model).is_dir() and Path(output_dir).resolve() in Path(model).resolve().parents:
-            raise OutputError(
-                f"The output folder {output_dir} holds the {role}'s, {model}, which would be removed with all its "
-                "other content. Choose another folder."
-            )
 
 
 def _require_its_tokenizer(model: PreTrainedModel, processing_class: Any) -> None:

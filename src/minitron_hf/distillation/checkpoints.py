@@ -31,6 +31,7 @@ from ..interruption import raise_if_interrupted
 from ..models import load_model
 from ..pruning.stored_checkpoint import weight_names
 from .intermediate import PROJECTION
+from .parallel import trains_in_parts
 from .record import RECORDED_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -279,8 +280,7 @@ class CheckpointMixin(Trainer):
             load_renamed(model, Path(checkpoint))
 
     def _is_whole(self, model: Any) -> bool:
-        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
-        return not is_split and not is_peft_model(model)
+        return not trains_in_parts(self) and not is_peft_model(model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if not self._is_whole(self.model):  # otherwise what the stock trainer skipped is loaded or refused

@@ -116,6 +116,11 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
             model.forward = kept
 
 
+def trains_in_parts(trainer: Any) -> bool:
+    """Whether the model is trained in parts (FSDP, DeepSpeed, tensor parallelism)."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1
+
+
 def gathered_model(trainer: Any) -> Any | None:
     """The model that was trained in parts (FSDP, DeepSpeed, tensor parallelism), gathered, with its adapter merged.
 

@@ -38,6 +38,7 @@ from .intermediate import PROJECTION, IntermediateLosses
 from .parallel import (
     gathered_model,
     gathered_projection,
+    trains_in_parts,
 )
 from .record import RECORD_NAME, RECORDED_ARGUMENTS
 from .rows import longest_row
@@ -144,7 +145,7 @@ class SavingMixin(SFTTrainer):
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         dtype = None if dtype is None else as_dtype(dtype)
         base = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+        if trains_in_parts(self):
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
             base = merged_copy(base)

@@ -308,6 +308,7 @@ def _averages(
     if len(columns) < 2 or not all(columns.values()):
         return {}
     chances = [_chance(task, found[task], column) for task, column in columns.items() if column is not None]
+    known = [one for one in chances if one is not None]
     averages: dict[str, dict[str, Any]] = {}
     for name in names:
         tasks = {task: column[name] for task, column in columns.items() if column is not None}
@@ -323,9 +324,10 @@ def _averages(
             differences = [paired_difference(one, other) for one, other in zip(own, base)]
             averages[name]["difference"] = combined(differences, [1] * len(differences))
             averages[name]["share"] = share_of(own, base)
-            known = [one for one in chances if one is not None]
+            if len(known) < len(chances):
+                continue
             above = [[[value - one for value in values] for values, one in zip(side, known)] for side in (own, base)]
-            if len(known) == len(chances) and mean_of_means(above[1]) > 0:
+            if mean_of_means(above[1]) > 0:
                 averages[name]["share_above_chance"] = share_of(*above)
     return averages
 

@@ -16,11 +16,11 @@ from transformers import GenerationConfig
 from ..data import DataSource, TokenRows, token_rows
 from ..errors import DataError, UnsupportedModelError, checks_kinds
 from ..generation.decoding import without_generation_defaults
+from ..hardware import synchronize
 from ..models import evaluating, load_tokenizer
 from .limits import Limits, require_positive
 from .loading import common_device, load_for_inference
 from .means import mean_and_error
-from .speed import synchronize
 from .token_spaces import Readers
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from ..compat import commit_hash
 from ..data import TokenRows
 from ..errors import HubError, UnsupportedModelError
 from ..files import read_json
+from ..hardware import synchronize
 from ..names import local_folder
 from ..weights import stored_bytes
 
@@ -254,12 +255,6 @@ def _cache_bytes(output: Any) -> int | None:
 def _forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(type(base).forward).parameters
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was given; a CPU has when a call returns."""
-    if device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
 
 
 def device_description(device: str | torch.device) -> dict[str, Any]:

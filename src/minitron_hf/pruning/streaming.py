@@ -28,12 +28,12 @@ from ..data import DataSource
 from ..errors import OutputError, PlanError, UnsupportedModelError, checks_kinds
 from ..evaluation.loading import load_reader
 from ..families import named_tensors, spec_for
-from ..files import refuse_own_folder, remove, replacing_folder, require_empty, write_text
+from ..files import refuse_own_folder, remove, replacing_folder, require_free, write_text
 from ..hardware import as_device, as_dtype, default_device
 from ..models import load_processor, load_tokenizer
 from ..privacy import is_outside_folder
 from ..publishing.card_values import LEGAL_FILES
-from ..saving import refuse_folder_around, save_config, save_processing_class
+from ..saving import save_config, save_processing_class
 from ..weights import set_tensor, tensor_values
 from .repair import refit, refitted_bytes
 from .stored_checkpoint import COPIED_FILES, WEIGHTS_INDEX_NAME, open_checkpoint, saved_tensors
@@ -103,10 +103,7 @@ def prune_checkpoint(
     target = Path(target)
     _require_data(plan, data, repair_arguments)
     refuse_own_folder(target, teacher=source)
-    if overwrite:
-        refuse_folder_around(target, teacher=source)
-    else:
-        require_empty(target)
+    require_free(target, overwrite=overwrite, teacher=source)
     teacher = open_checkpoint(source, revision=revision)
     folder = Path(str(teacher.config.name_or_path))
     weights = _student_bytes(teacher, plan)  # refuses the plan of another teacher, before that one's tokenizer

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import MinitronError, PlanError
 from ..families import spec_for
-from ..hardware import free_memory, has_fast_bf16, training_device
+from ..hardware import free_memory, has_fast_bf16, synchronize, training_device
 from ..losses.heads import backbone_output
 from ..models import count_parameters, empty_model
 from ..scoring.activations import ActivationPass
@@ -118,8 +118,7 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     def once() -> float:
         start = time.perf_counter()
         run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     start = time.perf_counter()
