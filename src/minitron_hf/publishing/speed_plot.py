@@ -64,7 +64,7 @@ def _draw_quality(panel: Axes, models: Mapping[str, Any], colours: Mapping[str, 
             capsize=2,
             label=_model_title(name),
         )
-    panel.set_xlim(left=0)
+    panel.set_xlim(0, 1.05 * panel.get_xlim()[1])  # room for the marker of the slowest model
     panel.set_xlabel("milliseconds to decode a token")
     panel.set_ylabel("loss, nats per token")
     panel.set_title("Quality against latency", loc="left")
