@@ -112,3 +112,36 @@ def test_a_way_that_no_stock_classes_can_go_is_refused_before_anything_is_scored
     request = PrunerConfig(num_key_value_heads=1, num_attention_heads=4, multiple_of=1)
     with pytest.raises(PlanError, match=r"iterations=2: the student of round 1 .* Give other sizes to end with"):
         iterate_importance(model, request, ROWS, iterations=2)
+
+
+@pytest.mark.parametrize(("drop", "iterations"), [(1, 3), (1, 4), (2, 2), (2, 3), (2, 4)])
+def test_layers_that_are_gone_stay_gone_where_rounds_drop_none(drop: int, iterations: int):
+    """Few layers in many rounds: some rounds drop none, and the layers that add next to nothing go all the same."""
+    model = pocket_model("llama", dtype=torch.float32, num_hidden_layers=7)
+    useless = (3, 4)[:drop]
+    with torch.no_grad():
+        for layer in useless:
+            block = model.model.layers[layer]
+            for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+                projection.weight.mul_(1e-4)
+    request = PrunerConfig(num_hidden_layers=7 - drop, intermediate_size=20, multiple_of=1)
+    scores = iterate_importance(model, request, ROWS, iterations=iterations, show_progress=False)
+    assert make_plan(model, request, scores).layers_dropped == useless
+
+
+def test_no_round_cuts_more_than_the_last():
+    """Sizes of rounds are rounded to multiples, which are below a final size that is none."""
+    model = pocket_model("llama", dtype=torch.float32, intermediate_size=100)
+    request = PrunerConfig(intermediate_size=97)
+    scores = iterate_importance(model, request, ROWS, iterations=2, show_progress=False)
+    for layer, kept in enumerate(make_plan(model, request, scores).kept["ffn"]):
+        assert scores.axes["ffn"][layer][kept].isfinite().all()
+
+
+def test_units_that_an_earlier_round_cut_cannot_be_kept():
+    model = pocket_model("llama", dtype=torch.float32)
+    scores = iterate_importance(
+        model, PrunerConfig(intermediate_size=16, num_hidden_layers=3), ROWS, iterations=2, show_progress=False
+    )
+    with pytest.raises(PlanError, match=r"cut in an earlier round of scoring\. Score again"):
+        make_plan(model, PrunerConfig(intermediate_size=48), scores)

@@ -21,7 +21,7 @@ from minitron_hf import (
     weights,
 )
 from minitron_hf.data import TokenRows
-from minitron_hf.errors import MismatchError, PlanError
+from minitron_hf.errors import MismatchError, PlanError, UnsupportedModelError
 from pocket import cuttable, pocket_model, pocket_tokens
 
 ROWS = [pocket_tokens(40, seed=seed).tolist() for seed in range(3)]
@@ -159,3 +159,13 @@ def test_an_offloaded_model_is_repaired_alike():
     ids = torch.tensor(ROWS)
     with torch.no_grad():
         assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_an_offloaded_router_cannot_be_masked():
+    model = pocket_model("mixtral", dtype=torch.float32)
+    cpu_offload(model, execution_device="cpu")
+    scores = estimate_importance(model, metric="random")
+    plan = make_plan(model, PrunerConfig(num_experts=4, repair="least_squares"), scores)
+    rows = TokenRows(tuple(map(tuple, ROWS)), None)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.\S+ is offloaded.*prune_checkpoint"):
+        repaired_weights(model, plan, rows)

@@ -193,6 +193,14 @@ def test_what_is_not_refitted_sequentially_is_noted(name, cut, words):
     assert ("channels" in "".join(notes)) == (len(words) > 1 and name == "gemma2")
 
 
+def test_dropped_layers_that_are_made_up_for_are_not_noted_as_lost():
+    model = pocket_model("llama", dtype=torch.float32)
+    for kind, noted in (("sequential", False), ("least_squares", True)):
+        plan, notes = planned(model, layers_to_drop=[0, 2], repair=kind), []
+        dict(repair.refit(model, plan, ROWS, processing_class=None, notes=notes))
+        assert any("nothing makes up for layer 0" in note for note in notes) == noted
+
+
 def test_a_teacher_on_disk_is_refused(tmp_path):
     teacher = pocket_model("llama", dtype=torch.float32)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -133,10 +133,12 @@ def test_weights_are_computed_as_load_for_compute_would_and_stored_as_the_teache
     assert_same_files(through_memory(teacher, tmp_path / "expected", plan), tmp_path / "student")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}], ids=", ".join
+)
 @pytest.mark.parametrize("repair", [None, "least_squares_all"])
-def test_a_change_of_basis_is_streamed(tied: bool, repair: str | None, tmp_path: Path):
-    teacher = saved("llama", tmp_path / "teacher", tie_word_embeddings=tied)
+def test_a_change_of_basis_is_streamed(changes: dict[str, bool], repair: str | None, tmp_path: Path):
+    teacher = saved("llama", tmp_path / "teacher", **changes)
     plan = planned(teacher, hidden_size=0.5, hidden_basis="principal", repair=repair)
     assert plan.basis is not None
     arguments = {"data": ROWS, "batch_size": 4} if repair else {}

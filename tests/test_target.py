@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from minitron_hf.data import TokenRows
 from minitron_hf.errors import PlanError
@@ -114,6 +116,22 @@ def test_every_largest_number_of_neurons_is_found():
         largest = max(n for n, count in counts.items() if count <= limit)
         assert shape.sizes["ffn"] == min(largest, config.intermediate_size)
         assert shape.num_parameters == counts[shape.sizes["ffn"]]
+
+
+def test_portable_shapes_are_found_between_those_that_are_refused():
+    """All widths tried one by one: with `portable`, GPT-2 has four neurons per channel, and whole heads."""
+    config = GPT2Config(n_embd=96, n_layer=2, n_head=6, vocab_size=100, n_positions=32, bos_token_id=0, eos_token_id=0)
+    counts = {}
+    for hidden in range(1, 96):
+        with contextlib.suppress(PlanError):
+            request = PrunerConfig(hidden_size=hidden, portable=True)
+            counts[hidden] = count_parameters(student_config(config, request))
+    assert len(counts) == 5
+    for hidden, count in counts.items():
+        for target in (count, count + 1):
+            shapes = shapes_near_target(config, PrunerConfig(target_parameters=target, portable=True))
+            assert max(shape.num_parameters for shape in shapes) == count
+            assert shapes[0].sizes["hidden"] == hidden
 
 
 def test_given_sizes_are_kept_and_layers_go_only_where_nothing_else_can():

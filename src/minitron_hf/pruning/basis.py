@@ -297,7 +297,10 @@ class Rotation:
             matrix = self._basis_in.setdefault(wide, self.basis.to(wide))
         else:
             matrix = self.gains[norm][:, None] * self.basis
-        moved = values.to(wide).movedim(position, -1)
+        moved = values.to(wide)
+        if values.ndim == 1:  # a bias, as a matrix of one row: torch computes a vector's product in place
+            return narrowed((moved[None] @ matrix.to(moved))[0], values.dtype, name)
+        moved = moved.movedim(position, -1)
         return narrowed((moved @ matrix.to(moved)).movedim(-1, position).contiguous(), values.dtype, name)
 
 

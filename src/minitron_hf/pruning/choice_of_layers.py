@@ -43,6 +43,11 @@ def choose_layers(
         measured = [float(importance[block.start]) for block in possible]
         _require_measured(measured, scores, f"blocks of {num_drop} layers")
         least = min(possible or blocks, key=lambda block: float(importance[block.start]))
+        if importance[least.start] == math.inf:
+            raise PlanError(
+                f"num_hidden_layers={left}: no {num_drop} contiguous layers hold those that were dropped in earlier "
+                "rounds of scoring. Score again, for the sizes of this plan."
+            )
         return without(least)
     drop: list[int] = []
     movable = sorted(set(range(depth)) - protected)

@@ -183,9 +183,18 @@ def _pad_rows(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _top_units(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending; NaN, where a layer has no such units, comes last.
+    """Indices of the `count` highest scores, ascending. A layer without such units has NaN alone.
+
+    Raises:
+        PlanError: if only some units have scores, and fewer than `count`.
 
     >>> _top_units(np.array([3.0, 1.0, 3.0, 2.0]), 2).tolist()
     [0, 2]
     """
+    known = np.count_nonzero(~np.isnan(scores))
+    if 0 < known < count:
+        raise PlanError(
+            f"The scores rank {known} units, and {count} are to stay: the others were cut in an earlier round of "
+            "scoring. Score again, for the sizes of this plan."
+        )
     return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)

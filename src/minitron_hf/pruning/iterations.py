@@ -65,7 +65,8 @@ def iterate_importance(
 
     Returns:
         The scores of the last round for the teacher's units, for `make_plan` with the same `config`. Units that were
-        pruned in earlier rounds have NaN. Blocks that lack layers that were dropped in earlier rounds have infinity.
+        pruned in earlier rounds have NaN. A block that lacks layers that were dropped in earlier rounds has ∞, and the
+        block of exactly those -∞.
 
     Raises:
         PlanError: if the request does not allow several rounds.
@@ -109,7 +110,11 @@ def _request_of_round(model: PreTrainedModel, config: PrunerConfig, number: int,
         if axis in FIELD_OF_AXIS and after[axis] < before[axis]
     }
     try:
-        return resolve_fractions(model.config, replace(config, repair=None, vocab_size=None, **part))
+        request = resolve_fractions(model.config, replace(config, repair=None, vocab_size=None, **part))
+        # Fractions are rounded, but no round may drop units that stay in the end.
+        least = {FIELD_OF_AXIS[axis]: size for axis, size in after.items() if axis in FIELD_OF_AXIS}
+        below: dict[str, Any] = {name: size for name, size in least.items() if (getattr(request, name) or size) < size}
+        return resolve_fractions(model.config, replace(request, **below)) if below else request
     except PlanError as error:
         raise PlanError(
             f"iterations={iterations}: the student of round {number} has no stock classes. {error} "
@@ -198,8 +203,10 @@ def _scores_in_teacher(
     for start in range(len(blocks)):
         for end in range(start, len(blocks)):
             inside = [new for new, old in enumerate(kept_layers) if start <= old <= end]
-            gone = set(plan.layers_dropped) <= set(range(start, end + 1))
-            blocks[start, end] = own.blocks[inside[0], inside[-1]] if inside and gone else torch.inf
+            if not set(plan.layers_dropped) <= set(range(start, end + 1)):
+                blocks[start, end] = torch.inf
+            else:  # a block without other layers than those that are gone costs nothing more
+                blocks[start, end] = own.blocks[inside[0], inside[-1]] if inside else -torch.inf
     if not plan.pruner_config["contiguous"]:
         # Single layers: those that are gone already go first.
         for layer in range(len(blocks)):

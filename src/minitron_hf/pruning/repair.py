@@ -43,7 +43,7 @@ from .repair_inputs import CutInputs, cut_inputs
 from .repair_passes import Passes
 from .repair_solve import best_ridges, has_bias, medians, refit_weights, warn_of_few_tokens
 from .repair_sums import require_finite
-from .sequential_repair import refit_sequentially, sequential_writers
+from .sequential_repair import covered_runs, refit_sequentially, sequential_writers
 from .stored_layers import is_stored
 from .surgery import apply_plan
 
@@ -167,8 +167,8 @@ def refit(
     given, planned = model, plan
     model, plan = _checked_arguments(model, plan, memory_limit, ridge)
     notes = [] if notes is None else notes
-    inputs = cut_inputs(model, plan, notes)
     writers = sequential_writers(model, plan, notes) if plan.repair == SEQUENTIAL else {}
+    inputs = cut_inputs(model, plan, notes, covered_runs(plan, writers))
     sequential = {writer.projection.path for own in writers.values() for writer in own}
     inputs = [cut for cut in inputs if not {one.path for one in cut.projections} <= sequential]
     if not inputs and not sequential:

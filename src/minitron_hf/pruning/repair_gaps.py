@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def stream_writers(model: PreTrainedModel, layer: int) -> list[Projection]:
 
 @torch.no_grad()
 def find_gaps(
-    model: PreTrainedModel, plan: PruningPlan, notes: list[str] | None = None
+    model: PreTrainedModel, plan: PruningPlan, notes: list[str] | None = None, covered: Container[int] = ()
 ) -> dict[str, tuple[int, Projection, Gap]]:
     """The projections that make up for the dropped layers of a plan.
 
@@ -117,6 +117,7 @@ def find_gaps(
         model: the teacher.
         plan: made for it.
         notes: gets a note for the plan on every run of layers that nothing makes up for.
+        covered: first layers of the runs that another repair makes up for.
 
     Returns:
         Path of the projection → index of its layer, projection and gap.
@@ -124,10 +125,17 @@ def find_gaps(
     spec = spec_for(model.config)
     runs = {first - 1: (first, last) for first, last in dropped_runs(plan)}
     notes = [] if notes is None else notes
+
+    def note(first: int, last: int, why: str) -> None:
+        if first not in covered:
+            layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+            notes.append(f"Repair: nothing makes up for {layers}: {why}")
+
     if -1 in runs:
-        notes.append(_missed(*runs.pop(-1), "no layer that stays is before them."))
+        note(*runs.pop(-1), "no layer that stays is before them.")
     if spec.stream.stacked_states:
-        notes += [_missed(*run, "this family has several residual streams.") for run in runs.values()]
+        for run in runs.values():
+            note(*run, "this family has several residual streams.")
         return {}
     if not runs:
         return {}
@@ -135,16 +143,11 @@ def find_gaps(
     found = {}
     for layer, (first, last) in runs.items():
         if layer not in tried:
-            notes.append(_missed(first, last, "the layer before changes what its last projection writes."))
+            note(first, last, "the layer before changes what its last projection writes.")
             continue
         projection, factor = tried[layer]
         found[projection.path] = layer, projection, Gap(first, last, factor, spec.sizes(model.config)["hidden"])
     return found
-
-
-def _missed(first: int, last: int, why: str) -> str:
-    layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-    return f"Repair: nothing makes up for {layers}: {why}"
 
 
 def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -> dict[int, tuple[Projection, float]]:

@@ -122,7 +122,9 @@ class CutInputs:
         return observed
 
 
-def cut_inputs(model: PreTrainedModel, plan: PruningPlan, notes: list[str] | None = None) -> list[CutInputs]:
+def cut_inputs(
+    model: PreTrainedModel, plan: PruningPlan, notes: list[str] | None = None, covered: Container[int] = ()
+) -> list[CutInputs]:
     """All inputs that are fitted, in the order of the layers: those that a plan cuts and that plain projections read,
     and those of the projections before dropped layers.
 
@@ -130,13 +132,14 @@ def cut_inputs(model: PreTrainedModel, plan: PruningPlan, notes: list[str] | Non
         model: the teacher.
         plan: made for it.
         notes: gets a note for the plan on every run of layers that nothing makes up for.
+        covered: see `find_gaps`.
 
     Raises:
         PlanError: if units are cut that other modules than plain projections or stacked experts read.
         UnsupportedModelError: if experts are cut whose outputs are normalised.
     """
     spec = spec_for(model.config)
-    gaps = find_gaps(model, plan, notes)
+    gaps = find_gaps(model, plan, notes, covered)
     found = []
     for order, cut in _cut_units(model, spec, plan):
         path = cut.projections[0].path

@@ -32,7 +32,7 @@ from ..scoring.reductions import accumulation_dtype
 from ..weights import input_device, set_tensor, tensor_values
 from .layer_runs import LayerRuns, tested_batch
 from .layer_writers import Writer, layer_writers
-from .repair_gaps import Gap, Projection
+from .repair_gaps import Gap, Projection, dropped_runs
 from .repair_inputs import CutInputs
 from .repair_solve import best_ridges, medians, refit_weights, warn_of_few_tokens
 from .repair_sums import Products, add_products, forward, require_finite, require_tokens
@@ -71,6 +71,24 @@ def sequential_writers(model: PreTrainedModel, plan: PruningPlan, notes: list[st
             "The repair least_squares refits those that lost neurons, or whose layer lost experts."
         )
     return writers
+
+
+def covered_runs(plan: PruningPlan, writers: Mapping[int, Sequence[Writer]]) -> set[int]:
+    """First layers of the runs of dropped layers that `refit_sequentially` makes up for.
+
+    Args:
+        plan: the plan.
+        writers: see there.
+    """
+    covered = set()
+    for first, _ in dropped_runs(plan):
+        if first == 0:  # the first layer that stays is fitted to the teacher's stream, after the dropped ones
+            is_covered = bool(writers.get(plan.layers_kept[0]))
+        else:
+            is_covered = any(writer.is_last for writer in writers.get(first - 1, ()))
+        if is_covered:
+            covered.add(first)
+    return covered
 
 
 def _layers_with_experts(model: PreTrainedModel) -> list[int]:

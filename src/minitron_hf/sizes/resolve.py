@@ -102,13 +102,13 @@ def resolve_sizes(
         )
     require_known_ids(teacher_config, request)
     teacher_config = text_config(teacher_config)
-    teachers, spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
+    teacher_spec, student_spec = spec, _spec_of_student(spec, teacher_config, request.model_type)
+    spec = constrained_spec(teacher_spec, teacher_config, request)
     before = spec.sizes(teacher_config)
-    student_type = type(teacher_config) if spec is teachers else config_class(spec.model_type)
+    student_type = _student_type(teacher_spec, student_spec, teacher_config)
     moved_notes = []
-    if spec is not teachers:
+    if student_spec is not teacher_spec:
         moved_notes = [f"The student is of type '{spec.model_type}', whose classes hold the same model."]
-    coupled, spec = spec.equal, portable_spec(spec, student_type, before) if request.portable else spec
     given = _given_sizes(spec, before, request)
     after = {**before, **{axis: value for axis, value in given.items() if isinstance(value, int)}}
     if request.layers_to_drop is not None:
@@ -123,8 +123,8 @@ def resolve_sizes(
         if inner not in given and after[inner] > most:
             after[inner] = most
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
-    portable = spec.equal != coupled
-    notes += follow_equal(spec, teacher_config, before, after, set(given), groups, portable=portable)
+    is_narrowed = spec.equal != student_spec.equal
+    notes += follow_equal(spec, teacher_config, before, after, set(given), groups, portable=is_narrowed)
     for inner, outer in groups.following:
         if after[inner] < after[outer]:
             after[outer] = after[inner]
@@ -138,8 +138,29 @@ def resolve_sizes(
     for axis in after:
         if after[axis] < before[axis]:
             require_cuttable(spec, teacher_config, axis)
-    notes += _check_options(teachers, spec, teacher_config, request, before, after)
+    notes += _check_options(teacher_spec, spec, teacher_config, request, before, after)
     return after, [*notes, *moved_notes, *serving_notes(spec, student_type, teacher_config, after, groups)]
+
+
+def constrained_spec(spec: ArchSpec, teacher_config: PretrainedConfig, request: PrunerConfig) -> ArchSpec:
+    """The student's family, with the relations between sizes that `portable` adds.
+
+    Args:
+        spec: the teacher's family.
+        teacher_config: the teacher's.
+        request: what is asked for.
+
+    Raises:
+        PlanError: if `portable` cannot be met, or no stock class of the model type holds the student.
+    """
+    student = _spec_of_student(spec, teacher_config, request.model_type)
+    if not request.portable:
+        return student
+    return portable_spec(student, _student_type(spec, student, teacher_config), student.sizes(teacher_config))
+
+
+def _student_type(spec: ArchSpec, student: ArchSpec, teacher_config: PretrainedConfig) -> type[PretrainedConfig]:
+    return type(teacher_config) if student is spec else config_class(student.model_type)
 
 
 def _given_sizes(spec: ArchSpec, before: Mapping[str, int], request: PrunerConfig) -> dict[str, int | float]:
@@ -247,7 +268,7 @@ def _require_depth(spec: ArchSpec, config: PretrainedConfig, request: PrunerConf
 
 
 def _check_options(
-    teachers: ArchSpec,
+    teacher_spec: ArchSpec,
     spec: ArchSpec,
     config: PretrainedConfig,
     request: PrunerConfig,
@@ -255,7 +276,7 @@ def _check_options(
     after: Mapping[str, int],
 ) -> list[str]:
     """Refuse options that the sizes leave without meaning; returns notes on options that change nothing."""
-    if request.head_add_back and not add_back_axes(teachers, before, after):
+    if request.head_add_back and not add_back_axes(teacher_spec, before, after):
         raise PlanError(
             "head_add_back adds dropped heads to kept ones, but no heads are cut, or only whole groups of them, whose "
             "keys and values no other group has. Give num_attention_heads fewer in each group, or leave it out."
@@ -279,7 +300,7 @@ def _check_options(
             raise PlanError(
                 f"nonuniform_sizes names {name}, which is cut in whole groups, equal in every layer. Leave it out."
             )
-    if request.repair and not repaired_axes(teachers, before, after, request.repair):
+    if request.repair and not repaired_axes(teacher_spec, before, after, request.repair):
         return [f"repair={request.repair!r} changes nothing: no units that it makes up for are cut."]
     return []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..families import PRUNER_FIELDS, ArchSpec, spec_for
+from ..families import PRUNER_FIELDS, ArchSpec, spec_for, text_config
 from ..families.axes import dimension_axes, parse_dimensions
 from ..families.tensors import own_parameters
 from ..models import count_parameters, empty_model
@@ -16,6 +16,7 @@ from .counts import count_active_parameters
 from .layers import protected_layers
 from .legality import axes_of_tensors, reason_not_cuttable, rounding_step
 from .request import PrunerConfig
+from .resolve import constrained_spec
 from .shapes import (
     TOLERANCE,
     Shape,
@@ -153,15 +154,19 @@ def _largest(
     steps: Sequence[float],
     limits: Mapping[str, float],
 ) -> Shape | None:
-    """The largest shape within limits with the given sizes; by bisection over the finest one."""
+    """The largest shape within limits with the given sizes; by bisection over the finest one.
+
+    Steps that have no legal shape are passed over: they say nothing about those beside them.
+    """
     found, low, high = None, 0, len(steps)
     while low < high:
         middle = (low + high) // 2
-        shape = build({**given, finest: steps[middle]})
-        if shape is not None and largest_share(shape, limits) <= 1:
-            found, low = shape, middle + 1
+        legal = ((at, shape) for at in range(middle, low - 1, -1) if (shape := build({**given, finest: steps[at]})))
+        at, shape = next(legal, (low, None))
+        if shape is not None and largest_share(shape, limits) > 1:
+            high = at
         else:
-            high = middle
+            found, low = shape or found, middle + 1
     return found
 
 
@@ -170,7 +175,8 @@ def _sizes_to_choose(
 ) -> tuple[str, list[str], dict[str, Sequence[float]]]:
     """The size that is fitted to a target, others that get the same fraction, and the ones with coarse fractions."""
     given = [name for name in PRUNER_FIELDS if getattr(base, name) is not None]
-    free = free_widths(spec, config, ("hidden_size", *NEURONS, "num_attention_heads"), given)
+    related = constrained_spec(spec, text_config(config), base)
+    free = free_widths(spec, config, ("hidden_size", *NEURONS, "num_attention_heads"), given, related=related)
     neurons = [name for name in free if name in NEURONS]
     coarse = {name: COARSE[name] for name in free if name not in NEURONS}
     if neurons:
@@ -189,7 +195,12 @@ def _sizes_to_choose(
 
 
 def free_widths(
-    spec: ArchSpec, config: PretrainedConfig, names: Iterable[str], given: Sequence[str] = ()
+    spec: ArchSpec,
+    config: PretrainedConfig,
+    names: Iterable[str],
+    given: Sequence[str] = (),
+    *,
+    related: ArchSpec | None = None,
 ) -> list[str]:
     """Those of some sizes that can be cut, whose units the model has, and that do not follow from others.
 
@@ -198,17 +209,19 @@ def free_widths(
         config: the teacher's.
         names: names of sizes, preferred ones first.
         given: names of sizes that are decided already.
+        related: the student's family, with all relations between its sizes; None: `spec`.
     """
-    ties = [
-        {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
-        for pair in spec.equal
-    ]
+    ties: list[set[str]] = []
+    for pair in (related or spec).equal:
+        axes = {axis for side in pair for axis in dimension_axes(parse_dimensions(side)[0])} & spec.axis.keys()
+        # Sizes that follow from one size follow from each other.
+        ties = [axes.union(*(tie for tie in ties if tie & axes)), *(tie for tie in ties if not tie & axes)]
     free: list[str] = []
     held = axes_of_tensors(spec, dict(own_parameters(empty_model(config))))
     for name in names:
         axis = PRUNER_FIELDS[name]
         others = {PRUNER_FIELDS[other] for other in (*given, *free)}
-        follows = any(axis in axes and axes & others for axes in ties)
+        follows = any(axis in tie and tie & others for tie in ties)
         if name not in given and not follows and axis in held and reason_not_cuttable(spec, config, name) is None:
             free.append(name)
     return free
