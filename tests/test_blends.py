@@ -401,7 +401,7 @@ def test_the_teacher_writes_once_for_all_rounds(workshop, tmp_path):
     [
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"prompts": None}, "generate: There are no prompts, so num_rows"),
-        ({"max_new_tokens": 64}, "generate: max_new_tokens=64 leaves no room"),
+        ({"max_new_tokens": 64}, "generate: max_new_tokens is 64 and leaves no room"),
         ({"top_p": 1.5}, "generate.top_p=1.5: expected more than 0 and at most 1"),
         ({"prompts": {"source": "{questions}", "text_field": "answer"}}, "generate.prompts: .* no 'answer'"),
         ({"temprature": 1.5}, "generate has no entry temprature.*temperature"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, trainer_utils
 from trl import SFTConfig, SFTTrainer
 
 from minitron_hf.distillation import checkpoints as checkpoints_module
@@ -247,6 +247,29 @@ def test_a_run_that_was_killed_before_it_deleted_the_older_checkpoint_does_so(fi
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
 
 
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path, monkeypatch):
+    """Its path is in the state; and intervals that are fractions are no other arguments than their steps."""
+    warned = []
+    monkeypatch.setattr(trainer_utils.logger, "warning", lambda message, *args: warned.append(message))
+    choice = {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl", "greater_is_better": True}
+    saves = {"eval_strategy": "steps", "eval_steps": 0.5, "save_steps": 0.5, "logging_steps": 0.5}
+
+    def trainer(folder: Path):
+        data = text_dataset()
+        return make_trainer(
+            folder, *models(dtype=torch.float32), data, eval_dataset=data, **{**SETTINGS, **choice, **saves}
+        )
+
+    first = trainer(tmp_path / "first")
+    first.train_or_resume()
+    assert first.state.best_global_step == 2  # the first is the furthest from the teacher
+    moved = trainer(Path(shutil.move(tmp_path / "first", tmp_path / "moved")))
+    moved.train_or_resume()
+    assert Path(moved.state.best_model_checkpoint) == tmp_path / "moved" / "checkpoint-2"
+    assert same(moved.model.state_dict(), first.model.state_dict())
+    assert not [message for message in warned if "do not match" in message]
+
+
 def test_an_older_checkpoint_is_deleted_only_once_the_new_one_is_whole(tmp_path, monkeypatch):
     seen = []
     finish = checkpoints_module.CheckpointMixin._write_manifest
@@ -280,7 +303,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_once_it_is_freed(finishe
     assert same(distilled(tmp_path / "run"), finished[1])
 
 
-def test_a_corrected_teacher_takes_no_further_step_and_refuses_other_settings(tmp_path):
+def test_a_corrected_teacher_takes_no_further_step_and_refuses_other_settings(tmp_path, capsys):
     def corrected(**changes):
         arguments = {"original_learning_rate": 1e-2, "num_tokens": 4 * 32, "per_device_train_batch_size": 2}
         teacher = pocket_model("llama", dtype=torch.float32)
@@ -295,6 +318,7 @@ def test_a_corrected_teacher_takes_no_further_step_and_refuses_other_settings(tm
         return weights_of(tmp_path / "teacher")
 
     first = corrected()
+    assert "'loss'" not in capsys.readouterr().out  # without bars, the stock trainer prints every log
     assert [path.name for path in checkpoints(tmp_path / "teacher")] == ["checkpoint-4"]
     assert same(corrected(), first)
     assert json.loads((tmp_path / "teacher" / "teacher_correction.json").read_text())["log_history"][-1]["step"] == 4

@@ -407,6 +407,12 @@ def test_position_ids():
 # Files
 
 
+def test_load_text_dataset_reads_the_folder_where_one_stands(tmp_path: Path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the old"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert list(load_text_dataset(".")["text"]) == ["the old"]
+
+
 def test_load_text_dataset_reads_every_kind_of_file(tmp_path: Path):
     texts = ["first line", "second line"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

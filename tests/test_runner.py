@@ -116,6 +116,14 @@ def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
     assert all("skipped" in line for line in lines)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
+    # What decides memory and speed alone does not repeat a training; what decides the student does.
+    digests = runner.stage_digests(Recipe.from_dict(values), folder)
+    for setting in ({"activation_checkpointing": True}, {"per_device_eval_batch_size": 1}, {"logging_steps": 2}):
+        changed = Recipe.from_dict({**values, "distill": {**values["distill"], **setting}})
+        assert runner.stage_digests(changed, folder) == digests
+    slower = Recipe.from_dict({**values, "distill": {**values["distill"], "learning_rate": 1e-5}})
+    assert runner.stage_digests(slower, folder)["distill"] != digests["distill"]
+
 
 def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):
     values["teacher_correction"] = {"original_learning_rate": 1e-3, "num_tokens": 64}

@@ -279,6 +279,15 @@ def test_a_search_distils_in_one_process_on_one_of_several_gpus(distil, monkeypa
     assert candidate.rounds[-1]["num_tokens"] == 2 * 16
 
 
+def test_candidates_are_not_pushed_and_where_results_go_is_no_other_search(distil):
+    """The Hub is out of reach here: a trainer that pushes ends with an error."""
+    one_shape = {"space": {"intermediate_size": [0.5]}, "num_rounds": 1, "num_tokens": 2 * 16}
+    pushed = {**DISTILLATION, "push_to_hub": True, "hub_model_id": "me/student", "run_name": "first"}
+    [candidate] = distil(**one_shape, distillation=pushed).candidates
+    assert candidate.rounds[-1]["num_tokens"] == 2 * 16
+    assert distil(**one_shape, distillation=DISTILLATION).candidates[0].rounds == candidate.rounds
+
+
 def test_a_folder_of_another_search_is_refused(find, tmp_path):
     find(output_dir=tmp_path)
     with pytest.raises(OutputError, match="another search"):

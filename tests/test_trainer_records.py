@@ -407,6 +407,7 @@ def test_logs_hold_what_supervised_training_logs(tmp_path):
         ({"text": ["a b c"]}, {"dataset_text_field": "story"}, "no column 'story'"),
         ({"prompt": ["a b c"]}, {}, "no column 'completion'"),
         ({"text": [7]}, {}, "column 'text' of the train dataset holds a int, expected text"),
+        ({"text": ["", " \n"]}, {}, "column 'text' of the train dataset holds no text in any row"),
         ({"text": ["a b c", None]}, {}, "column 'text' of the train dataset is empty in 1 rows"),
     ],
 )

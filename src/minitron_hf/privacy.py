@@ -11,6 +11,14 @@ from typing import Any
 from .files import digest
 from .names import public_name
 
+#: Settings that decide where results are published and reported, and by whom, but not what the results are.
+PUBLISHING = frozenset(
+    {
+        "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
+        "hub_revision", "token", "use_auth_token", "report_to", "run_name", "project", "trackio_space_id",
+        "trackio_bucket_id", "trackio_static_space_id",
+    }
+)  # fmt: skip
 #: Settings whose text is published. Numbers, booleans and nulls always are; the text of any other setting never is: it
 #: may be a token, a path or a name of somebody.
 PUBLIC_TEXT = frozenset(
@@ -170,3 +178,14 @@ def is_outside_folder(path: str | os.PathLike[str], folder: str | os.PathLike[st
         homes.append(folder.parent.parent / "blobs")
     target = Path(path).resolve()
     return not any(target.is_relative_to(home) for home in homes)
+
+
+def without_publishing(settings: Any) -> Any:
+    """Settings, nested ones too, without secrets and without those that only publish or report.
+
+    >>> without_publishing({"distill": {"max_steps": 4, "hub_token": "x"}, "push_to_hub": True})
+    {'distill': {'max_steps': 4}}
+    """
+    if isinstance(settings, Mapping):
+        return {name: without_publishing(value) for name, value in settings.items() if name not in PUBLISHING}
+    return [without_publishing(one) for one in settings] if isinstance(settings, list) else settings

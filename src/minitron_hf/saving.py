@@ -79,8 +79,8 @@ def save_model(
 
     An architecture that is new in version 5 still needs version 5. The files differ from those of
     `model.save_pretrained` in config keys that version 5 ignores, and in tokenizer files that are copied from where
-    the tokenizer was loaded. The plan of a student whose vocabulary was cut is written, too: comparisons with the
-    teacher need its ids.
+    the tokenizer was loaded. The plan of a student is written, too: comparisons with the teacher need the ids of a
+    vocabulary that was cut.
 
     Args:
         model: a student, or any other model.
@@ -98,7 +98,7 @@ def save_model(
         save_processing_class(processing_class, folder)
     add_older_keys(folder)
     plan: Any = getattr(model, "pruning_plan", None)
-    if getattr(plan, "vocabulary", None) is not None:
+    if plan is not None:
         plan.save_pretrained(folder)
 
 

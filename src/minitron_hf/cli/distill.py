@@ -72,10 +72,10 @@ def distill(
     from ..recipe.training import with_defaults
 
     check_reporters([checked], "--set ")
-    column = checked.dataset_text_field
-    corpora = [_corpus(train_data, split, column, "--train-data", images=train_images), None]
+    column, named = checked.dataset_text_field, "--set dataset_text_field=NAME"
+    corpora = [_corpus(train_data, split, column, "--train-data", images=train_images, named_with=named), None]
     if eval_data is not None:
-        corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data", images=eval_images)
+        corpora[1] = _corpus(eval_data, eval_split, column, "--eval-data", images=eval_images, named_with=named)
     rows = [getattr(corpus, "dataset", corpus) for corpus in corpora]  # of teacher caches
     if teacher is not None:
         configs = load_config(student), load_config(teacher)

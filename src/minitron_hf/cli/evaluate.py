@@ -48,10 +48,11 @@ def evaluate(
     named = {name: os.path.expanduser(model) for name, _, model in (one.partition("=") for one in models)}
     if not all(named) or not all(named.values()) or len(named) < len(models):
         raise DataError(f"Expected NAME=MODEL for every model, each name once, got {' '.join(models)}.")
-    rows = _corpus(data, split, settings.get("text_field", "text"), "--data", cached=False)
+    column, named_with = settings.get("text_field", "text"), "--set text_field=NAME"
+    rows = _corpus(data, split, column, "--data", cached=False, named_with=named_with)
     prompts = None
     if chat_prompts is not None:
-        prompts = _corpus(chat_prompts, split, settings.get("text_field", "text"), "--chat-prompts", cached=False)
+        prompts = _corpus(chat_prompts, split, column, "--chat-prompts", cached=False, named_with=named_with)
     tokenizer = _reader(next(iter(named.values())), rows)
     with locked_folder(output):
         wanted = [name for name in (tasks or "").split(",") if name]

@@ -126,7 +126,14 @@ def _texts(data: str, split: str, text_field: str, option: str = "--data") -> An
 
 
 def _corpus(
-    source: str, split: str, text_field: str, option: str, *, cached: bool = True, images: str | None = None
+    source: str,
+    split: str,
+    text_field: str,
+    option: str,
+    *,
+    cached: bool = True,
+    images: str | None = None,
+    named_with: str = "--text-field",
 ) -> Any:
     """Load a corpus or a teacher cache; refuse a corpus whose first rows hold no text.
 
@@ -137,6 +144,7 @@ def _corpus(
         option: that names the corpus, for messages.
         cached: whether a teacher cache may be given.
         images: corpus with the images of a teacher cache.
+        named_with: what names the column.
     """
     from ..data import load_text_dataset
     from ..distillation.teacher_cache import MANIFEST_NAME, load_teacher_cache
@@ -152,7 +160,7 @@ def _corpus(
             "none. Leave it out: a corpus has its own images."
         )
     rows = load_text_dataset(source, split=split)
-    require_text(read_rows(rows, min(64, len(rows)), option), source, text_field, option)
+    require_text(read_rows(rows, min(64, len(rows)), option), source, text_field, option, named_with=named_with)
     return rows
 
 

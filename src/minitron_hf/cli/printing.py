@@ -371,7 +371,9 @@ def _print_costs(folder: Path) -> bool:
         given("folder", folder)
         return True
     if (rows := _cost_table(costs)) is not None:
-        _console().print(_as_table(rows, "What it took"))
+        console = _console()
+        console.print(_as_table(rows, "What it took"))
+        console.print("Measured memory is that of the whole process, libraries included.", highlight=False)
     return False
 
 
@@ -406,5 +408,9 @@ def _console() -> Console:
 def _with_error(metric: Mapping[str, float] | None, digits: int) -> str:
     if not metric:
         return "–"
-    value = f"{metric['value']:.{digits}f}"
-    return value if metric["stderr"] is None else f"{value} ± {metric['stderr']:.{digits}f}"
+    from ..publishing.markdown import measured
+
+    value, stderr = f"{metric['value']:.{digits}f}", metric["stderr"]
+    if stderr and not float(f"{stderr:.{digits}f}"):  # small errors are no zeros
+        return measured(metric)
+    return value if stderr is None else f"{value} ± {stderr:.{digits}f}"

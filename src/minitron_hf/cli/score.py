@@ -114,7 +114,9 @@ def cache(
     refuse_uncacheable(args, num_draws=num_draws)
     _refuse_unserved(server, server_model, num_draws)
     _require_own(output, ("data-*.arrow", MANIFEST_NAME))
-    rows = _corpus(data, split, args.dataset_text_field, "--data", cached=False)
+    rows = _corpus(
+        data, split, args.dataset_text_field, "--data", cached=False, named_with="--set dataset_text_field=NAME"
+    )
     args = distillation_config(output, {**with_defaults(settings, rows), "eval_strategy": "no"}, "--set ")
     made = _plan_of_tokens(plan, teacher, served=server is not None, top_k=top_k)
     stored: Any = {"top_k": top_k, "dtype": dtype, "args": args}

@@ -43,6 +43,7 @@ SENTENCES: Mapping[str, str] = {
     ),
     "Name the text column with text_field=…": "Name the text column with --text-field.",
     "Name the column with text_field=…": "Name the column with --set text_field=NAME.",
+    "or set HF_TOKEN or pass token= with a token that has": "or set HF_TOKEN to a token that has",
     "Set tokenizer.chat_template.": "Save one beside the tokenizer (chat_template.jinja).",
     "Plan with PrunerConfig(repair=…).": "Plan with `minitron-hf plan --set repair=…`.",
     "lan with repair='least_squares'.": "lan with `minitron-hf plan --set repair=least_squares`.",

@@ -49,7 +49,7 @@ def row_limit(max_length: int | None, **configs: PretrainedConfig) -> tuple[int 
     context = contexts[role]
     if max_length is None:
         return context, f"max_length=None: rows have at most {context} tokens, the context of the {role}."
-    said = f"max_length={max_length} exceeds the context of the {role}, {context} tokens."
+    said = f"max_length is {max_length}, and the context of the {role} has {context} tokens."
     return context, f"{said} Rows have at most {context} tokens."
 
 

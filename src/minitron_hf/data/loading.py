@@ -76,7 +76,7 @@ def load_text_dataset(
             saved = _part(datasets.load_from_disk(str(path)), split, source)
             return saved.to_iterable_dataset() if streaming else saved
         return datasets.load_dataset(
-            str(path or source),
+            source if path is None else str(path.resolve()),  # it is named after the folder, and "." is no name
             name,
             split=split,
             revision=revision,

@@ -8,9 +8,9 @@ state and no such file; it is left alone.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.images import COLUMNS
 from ..errors import DivergedError, MismatchError, OutputError
-from ..files import digest, is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
+from ..files import is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
 from ..interruption import raise_if_interrupted
 from ..models import load_model
@@ -33,6 +33,7 @@ from ..pruning.stored_checkpoint import weight_names
 from .intermediate import PROJECTION
 from .parallel import trains_in_parts
 from .record import RECORDED_ARGUMENTS
+from .training_inputs import describe_difference
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,6 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 FREE_ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim")
 #: Arguments for the length of training; under a constant schedule a resumed run may be longer.
 LENGTH_ARGUMENTS = ("max_steps", "num_train_epochs")
-#: Number of rows of the data, and of values of a parameter, that are compared.
-SAMPLED_ROWS, SAMPLED_VALUES = 64, 1024
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -139,7 +138,7 @@ class CheckpointMixin(Trainer):
             return []  # written by the stock trainer
         names = sorted(before.keys() & self._inputs.keys())
         return [
-            _describe_difference(name, before[name], self._inputs[name])
+            describe_difference(name, before[name], self._inputs[name])
             for name in names
             if before[name] != self._inputs[name]
         ]
@@ -261,9 +260,28 @@ class CheckpointMixin(Trainer):
         callback = _RestoreProgress(self)
         self.add_callback(callback)
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            with self._intervals_in_steps(resume_from_checkpoint or None):
+                return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self.remove_callback(callback)
+
+    @contextlib.contextmanager
+    def _intervals_in_steps(self, checkpoint: str | None) -> Iterator[None]:
+        """Give intervals that are fractions of a training in the steps that a checkpoint counts.
+
+        The stock trainer takes them from the checkpoint, and would warn that 0.2 of 20 steps are not 4.
+        """
+        given = {name: getattr(self.args, name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        if checkpoint is not None and (path := Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in given.items():
+                if value is not None and value < 1 and math.ceil(value * state["max_steps"]) == state[name]:
+                    setattr(self.args, name, state[name])
+        try:
+            yield
+        finally:
+            for name, value in given.items():
+                setattr(self.args, name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -313,6 +331,7 @@ class CheckpointMixin(Trainer):
 
     def _restore_progress(self) -> None:
         """Set the counts to those of the checkpoint."""
+        self._find_best_checkpoint()
         progress = self._restored_progress
         if progress is None:
             return
@@ -326,6 +345,13 @@ class CheckpointMixin(Trainer):
         if progress["num_tokens"] is not None:
             self._total_train_tokens: int = progress["num_tokens"]
             self._metrics["train"].update(progress["metrics"])  # type: ignore[attr-defined] # of TRL's trainer
+
+    def _find_best_checkpoint(self) -> None:
+        """Find the best checkpoint in the output folder, where that was moved since it was written."""
+        step = self.state.best_global_step
+        if step and self.state.best_model_checkpoint is None:
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            self.state.best_model_checkpoint = str(folder) if is_complete(folder) else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does; the final mean loss is over all steps, not only those since the resume."""
@@ -379,57 +405,6 @@ def load_renamed(model: nn.Module, checkpoint: Path) -> None:
             "go on from it. Delete it, or choose another output folder, to start again."
         )
     model.load_state_dict({name: converted[name] for name in rest}, strict=False)
-
-
-# ---- What was trained ----
-
-
-def fingerprint(model: nn.Module | None) -> str | None:
-    """Digest of the names, shapes and a sample of the values of a model's weights, without a trained adapter.
-
-    Unlike `model_digest` it takes any model: values that are quantised, sharded or offloaded are left out.
-    """
-    if model is None:
-        return None
-    adapted = is_peft_model(model)
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if adapted and parameter.requires_grad:
-            continue
-        sha.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        values = parameter.data
-        if type(values) is Tensor and values.is_floating_point() and not values.is_meta:
-            stride = -(-values.numel() // SAMPLED_VALUES) | 1
-            sample = values.reshape(-1)[::stride].to(device="cpu", dtype=torch.float32)
-            sha.update(sample.contiguous().numpy().tobytes())
-    return f"sha256:{sha.hexdigest()}"
-
-
-def sampled_data(data: Any) -> dict[str, Any] | None:
-    """Number of rows, and a digest of some of them without their images; None for streams."""
-    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, Mapping):
-        return None
-    if images := [name for name in COLUMNS if name in getattr(data, "column_names", ())]:
-        data = data.remove_columns(images)
-    rows = []
-    for index in range(0, len(data), max(1, len(data) // SAMPLED_ROWS)):
-        row = data[index]
-        if isinstance(row, Mapping) and "input_ids" in row:  # rows of a teacher cache have large columns beside
-            row = {name: row[name] for name in ("input_ids", "labels") if name in row}
-        rows.append(json.dumps(row, sort_keys=True, default=_json_value))
-    return {"num_rows": len(data), "rows": digest(rows)}
-
-
-def _json_value(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
-
-
-def _describe_difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(now, str) and now.startswith("sha256:"):
-        return f"other weights of the {name}"
-    if isinstance(before, dict) or isinstance(now, dict):
-        return f"other {name}"
-    return f"{name}: {before} → {now}"
 
 
 @contextlib.contextmanager

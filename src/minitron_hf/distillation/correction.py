@@ -20,7 +20,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback, get_scheduler, set_seed
+from transformers import PrinterCallback, TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..compat import on_one_device, trains_on_images, without_checkpointing_warning
@@ -40,7 +40,7 @@ from ..names import public_name
 from ..saving import in_stored_dtype, save_model
 from .assistant_turns import AssistantTurnsMixin
 from .batches import RepeatedRowsMixin
-from .checkpoints import CheckpointMixin, fingerprint, sampled_data
+from .checkpoints import CheckpointMixin
 from .checks import refuse_uncorrectable
 from .config import checkpointing_field
 from .inputs import IMAGE_DEFAULTS, refuse_image_settings
@@ -48,6 +48,7 @@ from .packing import require_documents_apart
 from .parallel import gathered_model
 from .record import describe_data
 from .rows import StartTokensMixin, WithinContext, limit_to_context, refuse_empty
+from .training_inputs import fingerprint, sampled_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -224,6 +225,7 @@ class _Correction:
                 processing_class=processing_class,
                 peft_config=peft_config if self.method == "lora" else None,
             )
+        trainer.remove_callback(PrinterCallback)  # without bars it would print every log
         require_documents_apart(trainer, teacher=trainer.model)
         if trains_on_images(trainer):
             trainer.data_collator = ImageCollator.around(trainer.data_collator, processing_class, self.model.config)

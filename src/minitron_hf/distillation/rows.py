@@ -349,8 +349,12 @@ def _require_text(dataset: Any, first: dict[str, Any], text_field: str, name: st
                 f"The column {field!r} of the {name} dataset holds a {type(first[field]).__name__}, expected text. "
                 "Set dataset_text_field to the column that holds the text, or pass formatting_func."
             )
-        if isinstance(dataset, Dataset) and (absent := dataset.with_format("arrow")[:][field].null_count):
+        if not isinstance(dataset, Dataset):
+            continue
+        if absent := dataset.with_format("arrow")[:][field].null_count:
             raise DataError(f"The column {field!r} of the {name} dataset is empty in {absent} rows. Leave them out.")
+        if field != "prompt" and not any(text.strip() for text in dataset[field]):  # stops at the first text
+            raise DataError(f"The column {field!r} of the {name} dataset holds no text in any row. Pass more data.")
 
 
 def rows_with_targets(rows: Any, name: str, maps: Mapping[str, Any]) -> Any:

@@ -209,7 +209,9 @@ class SavingMixin(SFTTrainer):
             "num_processes": self.accelerator.num_processes,
             "peft": peft,
             "global_step": self.state.global_step,
-            "num_input_tokens_seen": self._num_tokens_seen(),
+            "num_input_tokens_seen": None
+            if self.args.include_num_input_tokens_seen == "no"
+            else self._num_tokens_seen(),
             "train_runtime": next(
                 (entry["train_runtime"] for entry in history[::-1] if "train_runtime" in entry), None
             ),

@@ -15,13 +15,13 @@ from ..hardware import one_dtype
 from ..losses.heads import check_output_head, gathered_head, output_head
 from ..losses.signals import DenseSignal, TeacherSignal, top_k_signal
 from ..models import load_model, make_fast
-from .checkpoints import fingerprint
 from .config import DistillationConfig
 from .correction import ConcurrentCorrection, cross_entropy_sum
 from .cut_vocabulary import KeptTokens
 from .intermediate import IntermediateLosses, needed_states
 from .parallel import forward_of_backbone, is_split, offload_layers, shard_teacher
 from .teacher_cache import TeacherCache
+from .training_inputs import fingerprint
 
 
 class TeacherMixin(SFTTrainer):

@@ -141,7 +141,7 @@ class TeacherCache:
         for name, value in wanted.items():
             if settings[name] != value:
                 raise MismatchError(
-                    f"The teacher cache was written with {name}={settings[name]!r}, this run has {value!r}. Set "
+                    f"The teacher cache was written with {name}={settings[name]!r}, this run has {value!r}. Pass "
                     f"{name}={settings[name]!r}, or cache the teacher again."
                 )
 

@@ -41,7 +41,7 @@ from .batches import (
     model_inputs,
 )
 from .cache_coding import SIGNAL_COLUMNS
-from .checkpoints import CheckpointMixin, fingerprint, sampled_data
+from .checkpoints import CheckpointMixin
 from .checks import (
     freeze_embeddings,
     refuse_data_parallel,
@@ -82,6 +82,7 @@ from .split_checkpoints import SplitCheckpointMixin
 from .teacher import TeacherMixin
 from .teacher_cache import TeacherCache, cached_signal, rows_and_caches
 from .token_means import COLUMNS, TokenMeansMixin
+from .training_inputs import fingerprint, sampled_data
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -405,6 +406,11 @@ class DistillationTrainer(
                 self._intermediate.add(scale * losses["divergence"].sum(), extra)
             losses["total"] = losses["total"] + (self._intermediate.weight or 0.0) * extra
         return losses, positions
+
+    def _restore_progress(self) -> None:
+        self._token_sums["train"] = self._zero_sums()  # a batch that did not fit may have left some
+        self._teacher_loss = None
+        super()._restore_progress()
 
     def compute_loss(
         self,

@@ -25,7 +25,7 @@ from ..models import load_config, load_for_compute, load_tokenizer
 from ..names import public_name
 from ..weights import model_digest
 from .decoding import Sampling, continue_prompts, end_tokens_of, length_batches, pad_token_of, reads_padding
-from .prompts import Prompt, Prompts
+from .prompts import Prompt, Prompts, require_count
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def read_prompts(
         DataError: if the settings do not fit the data or the tokenizer.
         MismatchError: if the lengths exceed the context.
     """
+    require_count(prompts, num_rows)
     return Prompts(
         prompts,
         processing_class,
@@ -193,10 +194,10 @@ def _prompt_length(config: PretrainedConfig, max_prompt_length: int | None, max_
     context = context_length(config)
     if max_prompt_length is None:
         max_prompt_length = DEFAULT_PROMPT_LENGTH if context is None else context - max_new_tokens
-        if max_prompt_length < 1:
+        if context is not None and max_prompt_length < 1:
             raise MismatchError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the teacher's context has {context} "
-                "tokens. Lower it."
+                f"max_new_tokens is {max_new_tokens} and leaves no room for a prompt: the teacher's context has "
+                f"{context} tokens. Pass less, such as max_new_tokens={max(context // 2, 1)}."
             )
     if max_prompt_length < 1:
         raise DataError(f"max_prompt_length={max_prompt_length}: expected at least 1.")

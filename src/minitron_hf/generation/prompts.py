@@ -107,8 +107,7 @@ class Prompts:
         return self.data
 
     def _require_own_start(self) -> None:
-        if self.num_rows is None:
-            raise DataError("There are no prompts, so num_rows has to say how many rows to generate.")
+        require_count(self.data, self.num_rows)
         if not separator_tokens(self.tokenizer):
             raise DataError("The tokenizer has neither a begin-of-text nor an end-of-text token. Pass prompts.")
 
@@ -168,3 +167,13 @@ def _without_answer(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     if not end:
         raise DataError("The conversation has no turn of a user to answer. Leave such rows out.")
     return [dict(message) for message in messages[:end]]
+
+
+def require_count(prompts: Iterable[Any] | None, num_rows: int | None) -> None:
+    """Refuse to generate without prompts and without a number of rows.
+
+    Raises:
+        DataError: if both are missing.
+    """
+    if prompts is None and num_rows is None:
+        raise DataError("There are no prompts, so num_rows has to say how many rows to generate.")

@@ -198,7 +198,7 @@ def _correction(own_corpus: bool, rate: float | None, tokens: float, schedule: D
             f"{reason} Give it as --teacher-learning-rate; without it the recipe has no correction.",
             source,
         )
-    correction = min(round(tokens), round(CORRECTION_TOKENS))
+    correction = max(min(round(tokens), round(CORRECTION_TOKENS)), 1)
     arguments = {
         name: schedule.settings[f"distill.{name}"]
         for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")

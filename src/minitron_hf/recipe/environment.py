@@ -220,7 +220,14 @@ def _first_rows(section: DatasetSection, where: str, load: Callable[[], Any]) ->
         raise
 
 
-def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, tokenizer: Any = None) -> None:
+def require_text(
+    rows: Sequence[Any],
+    source: str,
+    text_field: str,
+    where: str,
+    tokenizer: Any = None,
+    named_with: str = "text_field",
+) -> None:
     """Refuse rows without text.
 
     Args:
@@ -229,6 +236,7 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
         text_field: column that holds the text.
         where: what a message calls the corpus.
         tokenizer: None: texts are not tokenised.
+        named_with: what names the column.
 
     Raises:
         DataError: naming the columns that there are, or what a row holds.
@@ -239,7 +247,7 @@ def require_text(rows: Sequence[Any], source: str, text_field: str, where: str, 
     if not {text_field, "input_ids", "messages", "conversations", "prompt"} & set(columns):
         raise DataError(
             f"{where}: {source} has the columns {', '.join(columns)}, and no {text_field!r}."
-            f"{did_you_mean(text_field, columns)} Name the text column."
+            f"{did_you_mean(text_field, columns)} Name the text column with {named_with}."
         )
     if text_field not in columns:
         return

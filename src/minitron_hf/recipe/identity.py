@@ -42,15 +42,6 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-#: Settings that decide where results are published and reported, and by whom, but not what the results are.
-PUBLISHING = frozenset(
-    {
-        "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
-        "hub_revision", "token", "use_auth_token", "report_to", "run_name", "project", "trackio_space_id",
-        "trackio_bucket_id", "trackio_static_space_id",
-    }
-)  # fmt: skip
-
 #: Entry of a stage's settings → the class whose fields stand there (`formats.without_new_defaults`).
 FIELDS_OF: Mapping[str, type] = {
     "prune": PrunerConfig,
@@ -61,17 +52,6 @@ FIELDS_OF: Mapping[str, type] = {
     "generate": GenerateSection,
     **dict.fromkeys(("train", "eval", "data", "parts", "prompts"), DatasetSection),
 }
-
-
-def without_publishing(settings: Any) -> Any:
-    """Settings, nested ones too, without secrets and without those that only publish or report.
-
-    >>> without_publishing({"distill": {"max_steps": 4, "hub_token": "x"}, "push_to_hub": True})
-    {'distill': {'max_steps': 4}}
-    """
-    if isinstance(settings, Mapping):
-        return {name: without_publishing(value) for name, value in settings.items() if name not in PUBLISHING}
-    return [without_publishing(one) for one in settings] if isinstance(settings, list) else settings
 
 
 def model_identity(section: TeacherSection) -> Any:

@@ -22,7 +22,7 @@ from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import CARD, PUBLISH, Stage, stages_of, stages_until
+from .stages import CARD, PUBLISH, Stage, stages_of, stages_until, with_recorded_running
 from .usage import Usage, earlier_seconds, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
@@ -35,7 +35,8 @@ def stage_digests(recipe: Recipe, folder: Path | None = None) -> dict[str, str]:
     Args:
         recipe: the recipe.
         folder: run folder. A stage that an earlier version has done with the same settings has the digest that this
-            version gave it, although there are new settings now, if these have their defaults.
+            version gave it, although there are new settings now, if these have their defaults. So has one whose
+            training is only to run otherwise (`with_recorded_running`).
     """
     digests: dict[str, str] = {}
     for stage in stages_of(recipe):
@@ -48,9 +49,10 @@ def stage_digests(recipe: Recipe, folder: Path | None = None) -> dict[str, str]:
         with contextlib.suppress(MismatchError):  # a record that cannot be read is refused or redone later
             record = None if folder is None else _record(folder, stage.name)
         if record is not None:
-            earlier = digest(stage.name, without_new_defaults(settings, record["settings"], FIELDS_OF), above)
-            if record["digest"] == earlier:
-                digests[stage.name] = earlier
+            known = without_new_defaults(settings, record["settings"], FIELDS_OF)
+            for same in (known, with_recorded_running(known, record["settings"])):
+                if record["digest"] == (earlier := digest(stage.name, same, above)):
+                    digests[stage.name] = earlier
     return digests
 
 
@@ -335,6 +337,7 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     if not is_done and next(_checkpoints(folder, stage), None) is None:
         return  # an unfinished stage without checkpoints accepts corrected inputs
     settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
+    settings = with_recorded_running(settings, record["settings"])
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import DataError, did_you_mean
+from ..privacy import without_publishing
 from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
 from ..pruning.plan import INDICES_NAME, PLAN_NAME
 from ..scoring.scores import SCORES_NAME
@@ -35,7 +36,6 @@ from .identity import (
     model_identity,
     template_identity,
     training_identity,
-    without_publishing,
 )
 from .launching import require_launchable
 from .rules import OLD_NAMES
@@ -144,6 +144,37 @@ def _distill_settings(recipe: Recipe) -> Any:
     settings |= {name: folder_identity(settings[name]) for name in folders}
     rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
     return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
+
+
+#: Arguments of a training that decide its speed, its memory or its log, but not the student.
+RUNNING_ARGUMENTS = frozenset(
+    {
+        "activation_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs", "teacher_offload",
+        "per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "torch_compile",
+        "dataset_num_proc", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+        "dataloader_pin_memory", "disable_tqdm", "logging_steps", "logging_strategy", "logging_first_step",
+    }
+)  # fmt: skip
+#: Further ones, where no evaluation decides anything (`load_best_model_at_end`, `reduce_lr_on_plateau`).
+_INTERVALS = frozenset({"eval_steps", "eval_strategy", "eval_on_start", "save_steps", "save_total_limit"})
+
+
+def with_recorded_running(settings: Any, recorded: Any) -> Any:
+    """The settings of a stage, with those of a record where they decide only how a training runs.
+
+    A training that was killed goes on with smaller batches in evaluation, or with checkpointing of activations.
+
+    Args:
+        settings: of the stage.
+        recorded: those that it began with.
+    """
+    now, before = (one.get("distill") if isinstance(one, Mapping) else None for one in (settings, recorded))
+    if not isinstance(now, Mapping) or not isinstance(before, Mapping):
+        return settings
+    decides = now.get("load_best_model_at_end") or now.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    free = RUNNING_ARGUMENTS if decides else RUNNING_ARGUMENTS | _INTERVALS
+    kept = {name: value for name, value in now.items() if name not in free}
+    return {**settings, "distill": kept | {name: value for name, value in before.items() if name in free}}
 
 
 def num_processes(recipe: Recipe) -> int:

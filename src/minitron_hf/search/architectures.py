@@ -25,6 +25,7 @@ from ..evaluation.speed import measure_speed
 from ..files import digest
 from ..formats import without_new_defaults
 from ..locks import with_locked_folder
+from ..privacy import without_publishing
 from ..pruning.candidates import Candidate, Divergence, OwnScore, paired_gap
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import make_plan
@@ -171,7 +172,7 @@ def search_architectures(
         "budget": budgets,
         "tolerance": tolerance,
         "base": None if base is None else base.to_dict(),
-        "distillation": dict(distillation or {}),
+        "distillation": without_publishing(dict(distillation or {})),
         "rounds": [num_pruned, num_candidates, num_rounds, num_tokens, max_length],
         "distils": train_dataset is not None,
         "context_length": context_length,
@@ -185,7 +186,7 @@ def search_architectures(
     if repair_rows is not None:
         inputs = digest(inputs, repair_rows.digest)
     if train_dataset is not None:
-        from ..distillation.checkpoints import sampled_data  # the trainers of TRL take seconds to import
+        from ..distillation.training_inputs import sampled_data  # the trainers of TRL take seconds to import
 
         inputs = digest(inputs, sampled_data(train_dataset))
     if score is not None:

@@ -70,7 +70,8 @@ class BriefDistillation:
         self.teacher, self.processing_class = teacher, processing_class
         self.folder = folder / CANDIDATES_DIR
         self.train_dataset = on_disk(train_dataset, self.folder)
-        self.settings = {**DEFAULTS, **(IMAGE_DEFAULTS if holds_images(train_dataset) else {}), **settings}
+        own = IMAGE_DEFAULTS if holds_images(train_dataset) else {}
+        self.settings = {**DEFAULTS, **own, **settings, "push_to_hub": False}  # candidates are not published
 
     def __call__(self, name: str, plan: PruningPlan, num_tokens: int) -> PreTrainedModel:
         """The student of a plan after some tokens in all, resumed from its last checkpoint.
