@@ -42,7 +42,8 @@ def as_messages(row):
 
 def as_sharegpt(row):
     talk = as_messages(row)["messages"]
-    return {"conversations": [{"from": one["role"], "value": one["content"]} for one in talk]}
+    names = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[one["role"]], "value": one["content"]} for one in talk]}
 
 
 def as_completion(row):
@@ -101,6 +102,7 @@ def test_scores_repair_and_measurement_are_of_the_rendered_rows(teacher, tokeniz
 
 
 TALKS = [
+    {"messages": [turn("assistant", "hi"), turn("user", "b"), turn("assistant", "c")]},
     {"messages": [turn("system", "be"), turn("user", "ab"), turn("assistant", "xyz"), turn("user", "c"),
                   turn("assistant", "q")]},
     {"messages": [turn("user", "one"), turn("assistant", "two")]},
@@ -154,6 +156,33 @@ def test_a_prompt_beside_messages_is_left_out(teacher, tmp_path, template, turns
         found.append(token_rows(rows, tokenizer, max_length=64, packing=False, assistant_only=turns))
     assert trained[0] == trained[1]
     assert found[0] == found[1]
+
+
+def test_training_renders_the_roles_of_sharegpt(teacher, tmp_path, tokenizer):
+    student = pocket_model("llama", dtype=torch.float32, seed=1)
+    args = DistillationConfig(str(tmp_path), max_steps=1, report_to="none", bf16=False)
+    rows = []
+    for form in (as_messages, as_sharegpt):
+        data = Dataset.from_list([form(row) for row in GSM8K])
+        trainer = DistillationTrainer(student, teacher, args, train_dataset=data, processing_class=tokenizer)
+        rows.append(trainer.train_dataset["input_ids"][:])
+    assert rows[0] == rows[1]
+
+
+def test_templates_that_read_parts_alone_get_parts(tokenizer):
+    """Those of many models with images leave out a content that is a text."""
+    parts = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '</s>\\n' }}{% endfor %}"
+    )
+    both = [pocket_tokenizer(chat_template=template) for template in (parts, CHATML)]
+    rows = [token_rows([as_messages(row) for row in GSM8K], one, max_length=64, packing=False) for one in both]
+    assert rows[0].rows == rows[1].rows
+
+
+def test_a_prompt_of_messages_needs_a_completion_of_messages(tokenizer):
+    with pytest.raises(DataError, match=r"Document 0 .*expected two texts or two lists of messages"):
+        token_rows([{"prompt": [turn("user", "a")], "completion": "b"}], tokenizer, max_length=32)
 
 
 @pytest.mark.parametrize("data", [["a text"], [{"text": "a text"}], [[5, 6, 7]], [as_text_completion(GSM8K[0])]])

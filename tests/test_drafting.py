@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import JetMoeConfig, LlamaConfig, LlavaConfig
 
 from minitron_hf.errors import UnsupportedModelError, VerificationError
 from minitron_hf.families import ArchSpec, families, spec_for
@@ -136,6 +137,21 @@ def test_what_cannot_be_built_is_refused():
     config.hidden_act = "nothing"
     with pytest.raises(UnsupportedModelError, match="cannot build"):
         draft_family(config)
+
+
+def test_models_around_a_language_model_are_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"'llava' is a model around .*'llama'.*wrappers\.py"):
+        draft_family(LlavaConfig())
+
+
+def test_heads_beside_stacked_experts_are_drafted():
+    """Their tensors have three dimensions; `att` is in their names, too."""
+    config = JetMoeConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=24,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with contextlib.suppress(UnsupportedModelError):  # with the reason why it cannot be
+        assert "TODO" in draft_family(config)
 
 
 def test_a_draft_prints_no_warnings_about_special_tokens():

@@ -78,6 +78,12 @@ def test_a_model_that_reads_padding_is_noticed(monkeypatch, dtype):
     assert reads_padding(model, [5, 6, 7], 0)
 
 
+def test_padding_is_tried_within_the_context():
+    """Three times as many tokens would exceed the learned positions."""
+    model = pocket_model("gpt2", dtype=torch.float32)
+    assert not reads_padding(model, [5] * (model.config.n_positions // 2), 0)
+
+
 def test_sampled_tokens_are_the_inverse_of_the_distribution(teacher):
     sampling = Sampling(temperature=0.7, top_k=9, top_p=0.8, seed=3)
     prompts, indices = [[5, 6, 7], [8] * 5], [4, 9]
@@ -203,7 +209,7 @@ def test_prompts_of_conversations_end_before_the_answer(tokenizer):
     found = list(Prompts(data, tokenizer))
     assert [[m["content"] for m in prompt.messages] for prompt in found] == [["a", "b", "c"], ["e"]]
     assert found[1].columns == {"tools": '[{"name": "f"}]'}
-    assert tokenizer.decode(found[0].ids) == "<s>user: a</s><s>gpt: b</s><s>user: c</s><s>assistant: "
+    assert tokenizer.decode(found[0].ids) == "<s>user: a</s><s>assistant: b</s><s>user: c</s><s>assistant: "
     long = Prompts(data, tokenizer, max_length=20)
     assert [prompt.index for prompt in long] == []
     assert long.num_skipped == 2

@@ -24,7 +24,7 @@ from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.search import budget
 from minitron_hf.search.architectures import search_architectures
 from minitron_hf.sizes.request import PrunerConfig
-from pocket import pocket_model, pocket_tokenizer
+from pocket import pocket_model, pocket_tokenizer, starting_tokenizer
 from pocket_images import (
     IMAGE_LENGTH,
     TEMPLATE,
@@ -160,6 +160,22 @@ def test_texts_hold_the_marks_of_their_images(processor):
     assert [row.count(processor.tokenizer.image_token_id) for row in rows.rows] == [IMAGE_LENGTH] * 2
     with pytest.raises(DataError, match=r"Row 1 .*The processor cannot read the row"):
         token_rows([texts[0], {"text": "No mark", "image": images(1)[0]}], processor, max_length=64)
+
+
+def test_texts_begin_and_completions_end_as_without_images(processor):
+    """A tokenizer that adds a token in front of texts does so beside images, too."""
+    starting = pocket_processor()
+    starting.tokenizer = starting_tokenizer(
+        extra_special_tokens={"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    )
+    [image] = images(1)
+    [row] = token_rows([{"text": "<boi>abcd", "image": image}], starting, max_length=64).rows
+    [plain] = token_rows([{"text": "abcd", "images": []}], starting, max_length=64).rows
+    begin = starting.tokenizer.bos_token_id
+    assert row[0] == plain[0] == begin
+    assert (*row, *plain).count(begin) == 2
+    [row] = token_rows([{"prompt": "<boi>ab", "completion": "cd", "images": [image]}], starting, max_length=64).rows
+    assert (row[0], row[-1]) == (begin, starting.tokenizer.eos_token_id)
 
 
 def test_prompts_are_context(processor):
@@ -350,11 +366,16 @@ def as_llava(row: dict[str, Any]) -> dict[str, Any]:
     return {"conversations": turns, "image": row["images"][0]}
 
 
+def with_tools(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "tools": [{"name": "look"}]}
+
+
 BAD_ROWS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
     (other_images, r"2 image\(s\) and 1 part\(s\) of type 'image' in the messages of the row \{.*…\. Give"),
     (no_list, "expected a list of images"),
     (no_image, "expected a list of images"),
     (no_file, r"The processor cannot read the row \{'messages': .*What is 2.*…: "),
+    (with_tools, r"has images and tools, which TRL does not give to the chat template"),
     (as_llava, r"'conversations' \(ShareGPT's and LLaVA's format\), .* Write them as 'messages'"),
 ]
 

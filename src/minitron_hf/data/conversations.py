@@ -18,10 +18,21 @@ def is_conversation(value: Any) -> bool:
     return "role" in value[0] or {"from", "value"} <= set(value[0])
 
 
+#: What ShareGPT calls roles → their names in chat templates.
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
 def conversation_of(messages: Any) -> list[dict[str, Any]]:
-    """The messages with the keys `role` and `content`, which ShareGPT calls `from` and `value`."""
+    """The messages with the keys `role` and `content`, which ShareGPT calls `from` and `value`.
+
+    >>> conversation_of([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    """
     names = {"from": "role", "value": "content"}
-    return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+    return [
+        {names.get(key, key): _ROLES.get(value, value) if key == "from" else value for key, value in message.items()}
+        for message in messages
+    ]
 
 
 def render_conversation(
@@ -84,6 +95,13 @@ def _render(
         )
     messages = conversation_of(messages)
     refuse_image_parts(messages)
+    if _reads_parts(tokenizer, str(own_template or template or tokenizer.chat_template)):
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in messages
+        ]
     tools = row.get("tools")
     try:
         return tokenizer.apply_chat_template(
@@ -99,3 +117,28 @@ def _render(
             f"The chat template cannot render the conversation {cut_short(str(messages), 120)}: {error}. Check its "
             "roles and their order, or pass texts."
         ) from error
+
+
+#: Template → whether it reads contents as lists of parts alone.
+_PARTS: dict[str, bool] = {}
+
+
+def _reads_parts(tokenizer: Any, template: str) -> bool:
+    """Whether a template leaves out contents that are plain texts, and not those that are lists of parts.
+
+    Templates of many models with images do: TRL gives them parts.
+    """
+    if template not in _PARTS:
+        word = "minitron"
+
+        def shows(content: Any) -> bool:
+            try:
+                found = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}], chat_template=template, tokenize=False
+                )
+            except Exception:  # templates raise errors of Jinja, of their own, and of Python
+                return False
+            return word in str(found)
+
+        _PARTS[template] = not shows(word) and shows([{"type": "text", "text": word}])
+    return _PARTS[template]

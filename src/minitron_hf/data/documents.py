@@ -286,7 +286,7 @@ def _turns(document: Any, processing_class: Any, start: list[int]) -> Piece:
 def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int]) -> Piece:
     """A prompt, which is context alone, and its completion."""
     prompt, completion = row["prompt"], row["completion"]
-    if is_conversation(prompt):
+    if is_conversation(prompt) and is_conversation(completion):
         before = render_conversation(prompt, row, processing_class, add_generation_prompt=True)
         ids = render_conversation([*prompt, *completion], row, processing_class)
     elif isinstance(prompt, str) and isinstance(completion, str):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, cut_short
 from ..families import is_multimodal, text_config
-from .tokens import text_tokenizer
+from .tokens import start_tokens, text_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,8 +241,10 @@ class ImageCollator:
     def _batch(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL's collator changes the rows.
         rows = [{name: value for name, value in example.items() if name != PLACE} for example in examples]
+        text_field = getattr(self.collator, "dataset_text_field", "text")
         for row in rows:
-            _normalise(row, getattr(self.collator, "dataset_text_field", "text"))
+            _normalise(row, text_field)
+            _add_special_tokens(row, text_field, self.collator.processor)  # type: ignore[attr-defined] # of TRL
         try:
             batch = dict(self.collator(rows))
         except Exception as error:  # processors and templates raise errors of any kind
@@ -302,6 +304,11 @@ def _normalise(row: dict[str, Any], text_field: str) -> None:
             "[{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}, where the text had '<image>'; then "
             "'role': 'assistant'."
         )
+    if unread := [name for name in ("tools", "chat_template_kwargs") if row.get(name)]:
+        raise DataError(
+            f"{_shown([row])} has images and {unread[0]}, which TRL does not give to the chat template beside images. "
+            "Leave the column out, or write its contents into a system message."
+        )
     images = [row.pop("image")] if row.get("image") is not None else row.get("images")
     row.pop("image", None)
     images = row["images"] = [] if images is None else images
@@ -318,6 +325,22 @@ def _normalise(row: dict[str, Any], text_field: str) -> None:
             f"There are {len(images)} image(s) and {parts} part(s) of type 'image' in the messages of "
             f"{_shown([row])}. Give as many of one as of the other."
         )
+
+
+def _add_special_tokens(row: dict[str, Any], text_field: str, processing_class: Any) -> None:
+    """Begin texts with the tokens that the tokenizer adds, and end completions, as in rows without images.
+
+    Of rows with images, TRL's collator leaves both to the chat template, which texts do not have.
+    """
+    tokenizer = text_tokenizer(processing_class)
+    name = "prompt" if "prompt" in row else text_field
+    if "messages" in row or not isinstance(row.get(name), str):
+        return
+    start = str(tokenizer.decode(start_tokens(processing_class)))
+    row[name] = row[name] if row[name].startswith(start) else start + row[name]
+    completion, end = row.get("completion"), str(tokenizer.eos_token or "")
+    if isinstance(completion, str) and not completion.endswith(end):
+        row["completion"] = completion + end
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> str:

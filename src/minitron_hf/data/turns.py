@@ -89,7 +89,7 @@ def _span(
     messages: Sequence[Mapping[str, Any]], place: int, whole: str, row: Mapping[str, Any], processing_class: Any
 ) -> tuple[int, int]:
     """First and last character, exclusively, of a turn in the rendered conversation."""
-    before = render_text(messages[:place], row, processing_class, add_generation_prompt=True)
+    before = _before(messages, place, whole, row, processing_class)
     upto = whole if place + 1 == len(messages) else render_text(messages[: place + 1], row, processing_class)
     # Some templates close the last turn with a token of their own, so only the shared part is this turn's.
     end = next((i for i, (one, other) in enumerate(zip(whole, upto)) if one != other), min(len(whole), len(upto)))
@@ -103,6 +103,19 @@ def _span(
             "completion, or leave assistant_only_loss out."
         )
     return len(before), end
+
+
+def _before(
+    messages: Sequence[Mapping[str, Any]], place: int, whole: str, row: Mapping[str, Any], processing_class: Any
+) -> str:
+    """What is rendered before the content of a turn."""
+    if place:
+        return render_text(messages[:place], row, processing_class, add_generation_prompt=True)
+    # No template renders an empty conversation: another first content differs from where it begins.
+    content = str(messages[0].get("content"))
+    other = {**messages[0], "content": ("b" if content.startswith("a") else "a") + content}
+    changed = render_text([other, *messages[1:]], row, processing_class)
+    return whole[: next((i for i, (one, two) in enumerate(zip(whole, changed)) if one != two), len(whole))]
 
 
 def _is_inside(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:

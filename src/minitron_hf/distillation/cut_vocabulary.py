@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.vocabulary import refuse_other_tokenizers, stored_tokenizer
 from ..errors import KINDS, ArgumentError, MismatchError
-from ..families import VOCABULARY
+from ..families import VOCABULARY, is_multimodal
 from ..files import digest
 from ..losses.heads import base_model_of
 from ..pruning.plan import PLAN_NAME, PruningPlan
@@ -186,7 +186,10 @@ def checked_tokenizer(
         refuse_other_tokenizers(processing_class, student=student, teacher=teacher.model)
         return processing_class
     if processing_class is None and folder is not None:
-        processing_class = stored_tokenizer(folder)
+        is_plain = not is_multimodal(student_config)
+        processing_class = (
+            stored_tokenizer(folder) if is_plain else processing_class_of(student_config, args.trust_remote_code)
+        )
     processing_class = kept.tokenizer(processing_class)
     refuse_other_tokenizers(processing_class, student=student)
     return processing_class

@@ -15,7 +15,7 @@ from trl import is_conversational, is_conversational_from_value
 from ..compat import collates_images, column_names, trains_on_images
 from ..data import TokenRows
 from ..data.context import row_limit
-from ..data.conversations import is_conversation
+from ..data.conversations import conversation_of, is_conversation
 from ..data.images import (
     PLACE,
     ImageCollator,
@@ -158,21 +158,31 @@ def holds_conversation(row: Mapping[str, Any]) -> bool:
     return is_conversational(row) or is_conversational_from_value(row)
 
 
-def without_spare_prompt(data: Any) -> Any:
-    """Conversations without a column `prompt` that has no completion beside it; other data as it is.
+def standard_conversations(data: Any) -> Any:
+    """Conversations as TRL reads them: without a spare column `prompt`, and with the roles of chat templates.
 
-    Chat corpora repeat the first message there. TRL would take it for the prompt of a completion.
+    Chat corpora repeat the first message in a column `prompt` that has no completion beside it. TRL would take it for
+    the prompt of a completion. It would keep the roles of ShareGPT, which templates leave out.
 
     Args:
         data: a dataset, a stream, several by name, or None.
     """
     if isinstance(data, Mapping):
-        return {name: without_spare_prompt(part) for name, part in data.items()}
+        return {name: standard_conversations(part) for name, part in data.items()}
     if not isinstance(data, Dataset | IterableDataset):
         return data
     names = set(data.column_names or next(iter(data), {}))
-    is_spare = "prompt" in names and "completion" not in names and {"messages", "conversations"} & names
-    return data.remove_columns("prompt") if is_spare else data
+    if "prompt" in names and "completion" not in names and {"messages", "conversations"} & names:
+        data = data.remove_columns("prompt")
+    if "conversations" in names and not names & {"messages", "images", "image"}:
+        first: Any = next(iter(data), {"conversations": None})["conversations"]
+        if is_conversation(first) and "from" in first[0]:
+            return data.map(_with_messages, remove_columns="conversations")
+    return data
+
+
+def _with_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": conversation_of(row["conversations"])}
 
 
 class StartTokensMixin:
@@ -187,7 +197,7 @@ class StartTokensMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("formatting_func") is None:
             for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
-                kwargs[name] = without_spare_prompt(kwargs[name])
+                kwargs[name] = standard_conversations(kwargs[name])
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(

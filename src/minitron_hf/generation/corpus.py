@@ -25,7 +25,7 @@ from ..models import load_config, load_for_compute, load_tokenizer
 from ..names import public_name
 from ..weights import model_digest
 from .decoding import Sampling, continue_prompts, end_tokens_of, length_batches, pad_token_of, reads_padding
-from .prompts import Prompt, Prompts, require_count
+from .prompts import OTHER_PROMPTS, Prompt, Prompts, require_count
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -320,9 +320,7 @@ class _Corpus:
         whole = digest(digests)
         if shard.path.exists():
             if known is not None and known["digest"] != whole:
-                raise MismatchError(
-                    f"{shard.path} was generated from other prompts. Choose another folder, or the same prompts."
-                )
+                raise MismatchError(f"{shard.path} was generated from other prompts: {OTHER_PROMPTS}")
             bar.update(len(prompts))
             return dict(known) if known is not None else shard.entry(whole)
         done = shard.unfinished(prompts, digests)

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..data.context import context_length
 from ..errors import DataError
 from ..models import evaluating
 
@@ -207,9 +208,11 @@ def reads_padding(model: PreTrainedModel, ids: Sequence[int], pad_token_id: int)
 
     Args:
         model: the model.
-        ids: token ids of some text, at least one.
+        ids: token ids of some text, at least one; a part of them where three times as many exceed the context.
         pad_token_id: token that fills shorter prompts.
     """
+    if (context := context_length(model.config)) is not None:
+        ids = ids[: max((context - 1) // 3, 1)]
 
     def next_logits(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         output = _generate(model, prompts, 1, (), pad_token_id, Sampling(do_sample=False), range(len(prompts)))

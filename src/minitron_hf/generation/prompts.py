@@ -14,6 +14,11 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: What to do where a folder was begun with other prompts.
+OTHER_PROMPTS = (
+    "choose another folder, or the same prompts. A chat template that prints the date (strftime_now) renders others "
+    "on another day."
+)
 #: Roles of the model's own turns, in messages and in ShareGPT's conversations.
 ASSISTANT_ROLES = ("assistant", "gpt", "model")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import MismatchError, OutputError
 from ..files import remove, write_text
-from .prompts import Prompt
+from .prompts import OTHER_PROMPTS, Prompt
 
 
 class Shard:
@@ -50,10 +50,7 @@ class Shard:
                     f"{self.unfinished_path} is damaged ({error}). Delete it; its rows are generated again."
                 ) from error
             if expected.get(kept["row"]["index"]) != kept["prompt"]:
-                raise MismatchError(
-                    f"{self.unfinished_path} was generated from other prompts. Choose another folder, or the same "
-                    "prompts."
-                )
+                raise MismatchError(f"{self.unfinished_path} was generated from other prompts: {OTHER_PROMPTS}")
             self._rows[kept["row"]["index"]] = kept["row"]
         if self.unfinished_path.exists():  # without the torn line, which the next would be appended to
             self._truncate(sum(len(line) + 1 for line in lines))

@@ -13,6 +13,8 @@ from ..errors import DataError
 from ..models import first_line
 from .corpus_sections import DatasetSection
 
+#: Local files up to this size are read by a check; of larger ones, and of the Hub's, the first rows are.
+SMALL = 256 * 2**20
 #: Rows that are looked at.
 FIRST_ROWS = 64
 
@@ -100,3 +102,22 @@ def _length(section: DatasetSection, known: dict[str, int]) -> int | None:
         return section.num_rows
     length = sum(part.to - part.from_ for part in parts)
     return length if section.num_rows is None else min(length, section.num_rows)
+
+
+def first_rows(section: DatasetSection, where: str, load: Callable[[], Any]) -> list[Any] | str:
+    """The first rows of a corpus, or why they are not looked at.
+
+    Args:
+        section: the corpus.
+        where: where it stands in the recipe.
+        load: loads it, where it is a local one.
+    """
+    path = local_dataset(section.source)
+    if path is not None and path.is_file() and path.stat().st_size > SMALL:
+        return f"{section.source} is large, and is read when the run begins"
+    try:
+        return beginning(section, where, load).rows
+    except DataError:
+        if path is None and not is_remote(section):
+            return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
+        raise

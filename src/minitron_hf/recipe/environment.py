@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from ..data import token_rows
 from ..data.context import context_length
 from ..data.documents import is_conversation
 from ..data.images import holds_images
-from ..data.loading import local_dataset
 from ..distillation.assistant_turns import require_turns
 from ..distillation.checks import refuse_several_gpus
 from ..errors import DataError, HubError, MissingDependencyError, OutputError, did_you_mean
@@ -23,23 +22,20 @@ from ..names import is_repo_id
 from ..publishing.hub import check_push
 from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
-from .beginnings import beginning, is_remote
+from .beginnings import first_rows
 from .corpora import Part, require_one_format, require_one_kind
 from .costs import checkpoint_bytes, training_checkpoint_bytes
 from .generating import expected_text
 from .image_checks import check_images, require_images_in_training
 from .launching import require_launchable
 from .run import CACHE_DIR, place_of
-from .schema import DatasetSection, Recipe
+from .schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from ..distillation.config import DistillationConfig
     from .run import Run
-
-#: Local files up to this size are read by a check; of larger ones, and of the Hub's, the first rows are.
-SMALL = 256 * 2**20
 
 
 def check_environment(
@@ -115,7 +111,7 @@ def check_corpora(
             source = "the text of generate"
         else:
             section = part.dataset("")
-            rows, source = _first_rows(section, where, partial(run.part, number)), section.source
+            rows, source = first_rows(section, where, partial(run.part, number)), section.source
         if isinstance(rows, str):
             skipped.append(f"{where}: {rows}")
             continue
@@ -128,7 +124,7 @@ def check_corpora(
         if which == "calibration" and data.calibration is None:
             continue
         section = run.dataset_section(which)
-        rows = _first_rows(section, place_of(which), partial(run.dataset, which))
+        rows = first_rows(section, place_of(which), partial(run.dataset, which))
         if isinstance(rows, str):
             skipped.append(f"data.{which}: {rows}")
         else:
@@ -194,30 +190,11 @@ def check_chat_prompts(run: Run) -> list[str]:
             f"evaluate.chat.max_new_tokens={section.max_new_tokens}: the teacher's context has {context} tokens. "
             "Lower it."
         )
-    rows = _first_rows(section.prompts, where, partial(run.dataset, "chat"))
+    rows = first_rows(section.prompts, where, partial(run.dataset, "chat"))
     if isinstance(rows, str):
         return [f"{where}: {rows}"]
     require_text(rows, section.prompts.source, section.prompts.text_field, where)
     return []
-
-
-def _first_rows(section: DatasetSection, where: str, load: Callable[[], Any]) -> list[Any] | str:
-    """The first rows of a corpus, or why they are not looked at.
-
-    Args:
-        section: the corpus.
-        where: where it stands in the recipe.
-        load: loads it, where it is a local one.
-    """
-    path = local_dataset(section.source)
-    if path is not None and path.is_file() and path.stat().st_size > SMALL:
-        return f"{section.source} is large, and is read when the run begins"
-    try:
-        return beginning(section, where, load).rows
-    except DataError:
-        if path is None and not is_remote(section):
-            return f"{section.source} is not here, and the Hub is switched off (HF_HUB_OFFLINE)"
-        raise
 
 
 def require_text(

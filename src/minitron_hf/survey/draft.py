@@ -148,7 +148,7 @@ def _in_axes(expression: str, draft: Draft) -> str:
 
 def _guess_coupled_heads(draft: Draft) -> None:
     """Heads as wide together as the residual stream leave no trace in shapes: their projections are guessed."""
-    attention = [name for name in draft.layer if "att" in name.lower() and " " in draft.layer[name]]
+    attention = [name for name in draft.layer if "att" in name.lower() and draft.layer[name].count(" ") == 1]
     inner = "heads*head_dim"
     for name in attention:
         rows, columns = draft.layer[name].split()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..families import PRUNER_FIELDS, named_tensors
+from ..families import PRUNER_FIELDS, named_tensors, text_config
 from ..families import base as parts
 from ..models import empty_model
 
@@ -147,12 +147,22 @@ def probe(config: PretrainedConfig) -> Probe:
     Raises:
         UnsupportedModelError: if it cannot be built.
     """
+    if text_config(config) is not config:
+        raise UnsupportedModelError(
+            f"'{config.model_type}' is a model around a language model of type '{text_config(config).model_type}'. "
+            "Draft that one; families/wrappers.py says how wrappers are added."
+        )
     names = {name: (config.attribute_map or {}).get(name, name) for name in (*PRUNER_FIELDS, *FIXED_FIELDS)}
     values = {
         key: value for key, value in config.to_dict().items() if key not in ("model_type", "transformers_version")
     }
     depth_field = names["num_hidden_layers"]
-    depth = values[depth_field]
+    depth = values.get(depth_field)
+    if not isinstance(depth, int):
+        raise UnsupportedModelError(
+            f"The config of '{config.model_type}' has no number of layers (num_hidden_layers, or a name that its "
+            "attribute_map gives it), so no family file can be drafted from it."
+        )
     if depth > MOST_LAYERS:
         lists = [key for key, value in values.items() if isinstance(value, list) and len(value) == depth]
         values.update({key: values[key][:4] for key in lists}, **{depth_field: 4})
