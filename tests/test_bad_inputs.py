@@ -403,6 +403,11 @@ CASES = [
         ("key", "data.train=[{{source: {text}, wieght: 1}}]", "Did you mean 'weight'?"),
         ("key", "data.stopping_strategy=exhausted", "'all_exhausted'"),
         ("data", "data.streaming=true;distill.max_steps=-1", "distill.max_steps"),
+        (
+            "extra",
+            "data.streaming=true;distill.max_steps=1;distill.packing=false;distributed={{config: ddp}}",
+            "data.streaming with distributed",
+        ),
     ),
     *section(
         "output_dir",

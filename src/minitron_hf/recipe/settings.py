@@ -285,6 +285,12 @@ def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> 
         raise DataError("data.streaming: a stream has no length. Say with distill.max_steps how many steps to train.")
     if any("[" in part.split for part in recipe.data.parts):
         raise DataError("data.streaming: a stream has no slices of a split. Use num_rows.")
+    is_even = all(args.packing and args.packing_strategy == "wrapped" for args in arguments)
+    if recipe.distributed is not None and not is_even:
+        raise DataError(
+            "data.streaming with distributed: one process reads the rows for all, and joins them only if they have one "
+            "length. Set distill.packing to true and distill.packing_strategy to 'wrapped', or leave out one of both."
+        )
 
 
 @contextlib.contextmanager
