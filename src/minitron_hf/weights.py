@@ -155,6 +155,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few token ids, [1, 8], for passes that try how the modules of a model depend on each other."""
+    return torch.arange(8, device=input_device(model))[None]
+
+
 def put_on_one_device(model: torch.nn.Module, device: torch.device) -> None:
     """Put a model made of the tensors of another one, which `device_map` has spread, on one device.
 

@@ -31,7 +31,7 @@ from ..families.axes import CHANNELS, dimension_axes
 from ..models import evaluating
 from ..scoring.experts import reads_input
 from ..scoring.hook_points import norm_paths
-from ..weights import input_device, narrowed, set_tensor, tensor_values
+from ..weights import input_device, narrowed, probe_ids, set_tensor, tensor_values
 from .masking import subtracts_mean
 from .stored_layers import computing, tensors_in_memory
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from .plan import PruningPlan
 
-#: Tokens of the pass that finds the modules which read a norm.
-NUM_TRACED = 8
 #: Part of the energy of the logits that the replacement of a tied head's norm weights may change.
 TIED_TOLERANCE = 2e-3
 
@@ -189,7 +187,7 @@ def _find_readers(model: PreTrainedModel) -> dict[str, str]:
         for path, module in modules.items():
             if path not in norms and any(True for _ in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(look_up(path), with_kwargs=True).remove)
-        model(input_ids=torch.arange(NUM_TRACED, device=input_device(model))[None], use_cache=False)
+        model(input_ids=probe_ids(model), use_cache=False)
     return found
 
 
@@ -216,7 +214,7 @@ def principal_basis(model: PreTrainedModel, covariance: Tensor) -> np.ndarray:
     covariance, last = covariance.double()
     fixed = torch.zeros(len(covariance), dtype=torch.bool)
     if tensors.head is None:
-        fixed = _unlike_the_others(model, last, tensors.final_norm)
+        fixed = _channels_with_outlying_gain(model, last, tensors.final_norm)
     free = (~fixed).nonzero().flatten()
     energies, vectors = torch.linalg.eigh(covariance[free][:, free])
     basis = torch.zeros_like(covariance)
@@ -230,10 +228,11 @@ def principal_basis(model: PreTrainedModel, covariance: Tensor) -> np.ndarray:
     return basis[:, order].float().numpy()
 
 
-def _unlike_the_others(model: PreTrainedModel, covariance: Tensor, final_norm: str) -> Tensor:
-    """The fewest channels without which the final norm's weights are alike, up to `TIED_TOLERANCE`: bool [H].
+def _channels_with_outlying_gain(model: PreTrainedModel, covariance: Tensor, final_norm: str) -> Tensor:
+    """The fewest channels to leave unrotated so that one mean weight of the final norm fits all others: bool [H].
 
-    Measured by the energy Σ (U D x)² of the logits, for the difference D between the norm's weights and their mean.
+    It fits up to `TIED_TOLERANCE`, measured by the energy Σ (U D x)² of the logits, for the difference D between the
+    norm's weights and their mean.
     """
     gain = norm_weight(model, final_norm)
     head = model.get_output_embeddings()

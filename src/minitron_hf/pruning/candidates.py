@@ -87,16 +87,16 @@ class Candidate:
             return self.rounds[-1]["kl"]
         return self.pruned_kl_or_infinity
 
-    def rank(self, turn: int | None = None) -> float:
+    def sort_key(self, num_rounds: int | None = None) -> float:
         """What candidates are ordered by, lowest first: minus the score, or the KL where there are no scores.
 
         Args:
-            turn: rounds of distillation before the measurement; None: the last measurement.
+            num_rounds: rounds of distillation before the measurement; None: the last measurement.
         """
-        turn = len(self.rounds) if turn is None else turn
+        num_rounds = len(self.rounds) if num_rounds is None else num_rounds
         if self.scores:
-            return -self.scores[turn]
-        return self.rounds[turn - 1]["kl"] if turn else self.pruned_kl_or_infinity
+            return -self.scores[num_rounds]
+        return self.rounds[num_rounds - 1]["kl"] if num_rounds else self.pruned_kl_or_infinity
 
     @property
     def pruned_kl_or_infinity(self) -> float:

@@ -65,7 +65,7 @@ def iterate_importance(
 
     Returns:
         The scores of the last round for the teacher's units, for `make_plan` with the same `config`. Units that were
-        pruned in earlier rounds have NaN. A block that lacks layers that were dropped in earlier rounds has ∞, and the
+        pruned in earlier rounds get NaN. A block that lacks layers that were dropped in earlier rounds has ∞, and the
         block of exactly those -∞.
 
     Raises:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..families import spec_for
 from ..models import evaluating
 from ..scoring.hooks import first_input, with_first_input
-from ..weights import input_device
-from .repair_gaps import NUM_TRACED, Projection, linear_factor, stream_noise, stream_output, stream_writers
+from ..weights import probe_ids
+from .repair_gaps import Projection, linear_factor, stream_noise, stream_output, stream_writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class Writer:
 
 
 @dataclass
-class _Trace:
+class _LayerProbe:
     """One layer, which runs once as it is and then with changes.
 
     Attributes:
@@ -119,49 +119,49 @@ def layer_writers(model: PreTrainedModel, layers: list[int]) -> dict[int, list[W
         for layer in layers:
             path = f"{spec.layers_path}.{layer}"
             inner = {one.path.removeprefix(f"{path}."): one for one in stream_writers(model, layer)}
-            trace = _Trace(modules[path], inner)
+            probe = _LayerProbe(modules[path], inner)
             for name in inner:
-                hook = trace.on_projection(name)
+                hook = probe.on_projection(name)
                 stack.callback(modules[f"{path}.{name}"].register_forward_hook(hook).remove)
             for name, child in modules[path].named_children():
                 if isinstance(child, nn.Dropout | nn.Identity):  # hands on what it gets
                     continue
-                stack.callback(child.register_forward_hook(trace.on_child(name)).remove)
+                stack.callback(child.register_forward_hook(probe.on_child(name)).remove)
 
-            def on_layer(_: Any, args: Any, kwargs: Any, output: Any, layer: int = layer, trace: Any = trace) -> None:
-                if not trace.is_done:
-                    trace.is_done = True
-                    found[layer] = _writers(trace, args, kwargs, stream_output(output))
+            def on_layer(_: Any, args: Any, kwargs: Any, output: Any, layer: int = layer, probe: Any = probe) -> None:
+                if not probe.is_done:
+                    probe.is_done = True
+                    found[layer] = _writers(probe, args, kwargs, stream_output(output))
 
             stack.callback(modules[path].register_forward_hook(on_layer, with_kwargs=True).remove)
-        ids = torch.arange(NUM_TRACED, device=input_device(model))[None]
+        ids = probe_ids(model)
         model.base_model(input_ids=ids, use_cache=False)
     return found
 
 
-def _writers(trace: _Trace, args: Any, kwargs: Any, before: Tensor) -> list[Writer]:
+def _writers(probe: _LayerProbe, args: Any, kwargs: Any, before: Tensor) -> list[Writer]:
     """What the runs of a layer with changes say of its projections."""
     noise = stream_noise(before)
     state = first_input(args, kwargs)
-    if state.shape != before.shape or not trace.calls:  # several residual streams, or nothing to fit
+    if state.shape != before.shape or not probe.calls:  # several residual streams, or nothing to fit
         return []
     moved_args, moved_kwargs = with_first_input(args, kwargs, state + noise)
-    moved = trace.run(moved_args, moved_kwargs, changed=None, noise=None, is_frozen=True)
+    moved = probe.run(moved_args, moved_kwargs, changed=None, noise=None, is_frozen=True)
     factor = linear_factor(before, moved, noise)
     if factor is None or abs(factor - 1) > 0.01:
         return []
-    called = [name for name, _ in trace.calls]
+    called = [name for name, _ in probe.calls]
     found = []
-    for name, shape in trace.calls:
+    for name, shape in probe.calls:
         if called.count(name) > 1 or shape.numel() != before.numel():
             continue
-        alone = trace.run(args, kwargs, changed=name, noise=noise, is_frozen=True)
+        alone = probe.run(args, kwargs, changed=name, noise=noise, is_frozen=True)
         factor = linear_factor(before, alone, noise)
         if factor is None:
             continue
         is_last = False
         if name == called[-1]:
-            free = trace.run(args, kwargs, changed=name, noise=noise, is_frozen=False)
+            free = probe.run(args, kwargs, changed=name, noise=noise, is_frozen=False)
             is_last = linear_factor(before, free, noise) is not None
-        found.append(Writer(trace.projections[name], factor, is_last))
+        found.append(Writer(probe.projections[name], factor, is_last))
     return found

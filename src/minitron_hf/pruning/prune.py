@@ -293,7 +293,7 @@ def plan_for_target(
         raise PlanError(f"{wanted}: none of {len(shapes)} shapes can be cut: {refusals[0]}")
     if score is not None:
         candidates = score.require(candidates)
-    best, *others = sorted(candidates, key=Candidate.rank)
+    best, *others = sorted(candidates, key=Candidate.sort_key)
     for other in others:
         other.kl_above_best = paired_gap(other, best, rows)
     plan = make_plan(model, best.request, scores, token_counts=token_counts)

@@ -6,8 +6,8 @@ ones, H outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +22,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class SecondRun:
-    """Whether a layer runs for the second time, which the observers of other inputs leave aside."""
+class Pause:
+    """Lets a module run without being observed, such as a layer that runs again with other experts."""
 
     def __init__(self) -> None:
         self.is_on = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Pause the observers; the pause of a context around this one goes on after it."""
+        before, self.is_on = self.is_on, True
+        try:
+            yield
+        finally:
+            self.is_on = before
 
 
 def observe_experts(
@@ -34,7 +43,7 @@ def observe_experts(
     cuts: Sequence[CutInputs],
     watch: Batches,
     add: Callable[..., None],
-    second_run: SecondRun,
+    pause: Pause,
     stack: ExitStack,
 ) -> None:
     """Call a function with what `Moments.add` takes of the experts of one module, in every forward pass.
@@ -49,7 +58,7 @@ def observe_experts(
         cuts: the kept experts.
         watch: knows which tokens of the batch count.
         add: takes a cut, tensors and, by name, the `tokens` that they belong to.
-        second_run: is on meanwhile.
+        pause: of the other observers, while the layer runs again.
         stack: removes the hooks.
     """
     path, expert = cuts[0].projections[0].path, cuts[0].expert
@@ -59,19 +68,15 @@ def observe_experts(
     seen: dict[str, Tensor] = {}
 
     def on_experts(_: Any, __: Any, output: Tensor) -> None:
-        if not second_run.is_on:
+        if not pause.is_on:
             seen["output"] = output
 
     def on_layer(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
-        if second_run.is_on:
+        if pause.is_on:
             return
         reports: dict[int, RoutedActivations] = {}
-        second_run.is_on = True
-        try:
-            with expert.routing(), observed_experts({experts: reports.__setitem__}, transposed):
-                layer(*args, **kwargs)
-        finally:
-            second_run.is_on = False
+        with pause.on(), expert.routing(), observed_experts({experts: reports.__setitem__}, transposed):
+            layer(*args, **kwargs)
         _add_experts(cuts, reports, seen.pop("output"), watch, add)
 
     stack.callback(experts.register_forward_hook(on_experts).remove)

@@ -14,7 +14,7 @@ from transformers import Conv1D
 from ..families import ArchSpec, named_tensors, spec_for
 from ..families.axes import CHANNELS
 from ..models import evaluating
-from ..weights import input_device
+from ..weights import probe_ids
 from .stored_layers import computing
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from .plan import PruningPlan
 
-#: Tokens of the pass that tries what a layer does with the output of a projection.
-NUM_TRACED = 8
 #: Largest relative error of a layer's output, where a projection writes to it linearly: the rounding of bfloat16.
 LINEAR = 0.03
 
@@ -195,7 +193,7 @@ def _linear_writers(model: PreTrainedModel, spec: ArchSpec, layers: list[int]) -
                 stack.callback(modules[projection.path].register_forward_hook(on_projection(projection)).remove)
             handle = modules[f"{spec.layers_path}.{layer}"].register_forward_hook(on_layer(layer), with_kwargs=True)
             stack.callback(handle.remove)
-        ids = torch.arange(NUM_TRACED, device=input_device(model))[None]
+        ids = probe_ids(model)
         model.base_model(input_ids=ids, use_cache=False)
     return found
 

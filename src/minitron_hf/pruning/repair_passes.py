@@ -129,11 +129,12 @@ class Passes:
             for index, group in enumerate(groups):
                 watch = Batches(self.spec, self.model)
                 last = max(map(self.segment_of, group))
-                later = [self.segment_of(following[0]) for following in groups[index + 1 : index + 2]]
+                next_group = groups[index + 1] if index + 1 < len(groups) else None
+                needed_until = last if next_group is None else self.segment_of(next_group[0])
                 with observing(self.model, group, watch, probes) as observed:
                     while number <= last:
                         own = {cut.path for cut in group if self.segment_of(cut) == number}
-                        goes_on = number < last or (bool(later) and later[0] > number)
+                        goes_on = number < max(last, needed_until)
                         with self._segment(number):
                             self._test(number, watch, observed, tested)
                             self._observe(number, watch, observed, own, states, goes_on)
@@ -204,8 +205,6 @@ class Passes:
         expected = self._expected.pop(number, None)
         if expected is None:
             return
-        with ExitStack() as stack:
-            stack.callback(setattr, observed.pause, "is_on", observed.pause.is_on)
-            observed.pause.is_on = True
+        with observed.pause.on():
             segment, entry = self.segments[number], tested[0] if number else None
             tested[:] = [self.runs.require_alone(segment.start, segment.stop, entry, expected, watch)]

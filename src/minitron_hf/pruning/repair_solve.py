@@ -52,9 +52,9 @@ def warn_of_few_tokens(widest: int, num_tokens: int) -> None:
 def best_ridges(
     model: PreTrainedModel, probes: Sequence[CutInputs], sums: dict[str, Products]
 ) -> Iterator[tuple[str, float | None]]:
-    """Kind of each of some inputs, and the ridge with the smallest error on held-out rows after a fit to the others.
+    """For each probe: its kind, and the ridge whose fit to the other rows has the smallest error on the held-out ones.
 
-    None where no rows were held out.
+    The ridge is None where no rows were held out.
     """
     for cut in probes:
         products, projection = sums[cut.path], cut.projections[0]

@@ -20,7 +20,7 @@ from ..models import evaluating
 from ..scoring.batches import Batches, on_device
 from ..scoring.calibration import Calibration
 from ..scoring.hooks import first_input
-from .repair_experts import SecondRun, observe_experts
+from .repair_experts import Pause, observe_experts
 from .repair_gaps import stream_output
 from .repair_inputs import CutInputs
 
@@ -112,7 +112,7 @@ class Observed:
     sums: dict[str, Products] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     ends: bool = True
-    pause: SecondRun = field(default_factory=SecondRun)
+    pause: Pause = field(default_factory=Pause)
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _observe(
     cut: CutInputs,
     watch: Batches,
     add: Callable[..., None],
-    second_run: SecondRun,
+    pause: Pause,
     stack: ExitStack,
 ) -> None:
     """Call a function with what `Moments.add` takes of some inputs, in every forward pass.
@@ -233,7 +233,7 @@ def _observe(
         cut: the inputs.
         watch: knows which tokens of the batch count.
         add: takes `cut` and tensors.
-        second_run: whether a layer runs again, which is not observed.
+        pause: while it is on, nothing is observed.
         stack: removes the hooks.
     """
     seen: dict[str, Tensor] = {}
@@ -244,7 +244,7 @@ def _observe(
         return x.reshape(len(mask_N), -1)[mask_N]
 
     def on_inputs(_: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        if second_run.is_on:
+        if pause.is_on:
             return
         read = first_input(args, kwargs)  # the output of a projection is not read
         of_norm = () if cut.norm is None else (output, *args[1:2])  # a norm with a gate takes it second
@@ -255,11 +255,11 @@ def _observe(
             seen["inputs"] = x_N
 
     def before_gap(_: Any, args: Any, kwargs: Any) -> None:
-        if not second_run.is_on:
+        if not pause.is_on:
             seen["state"] = tokens(first_input(args, kwargs))
 
     def after_gap(_: Any, __: Any, output: Any) -> None:
-        if second_run.is_on:
+        if pause.is_on:
             return
         assert cut.gap is not None
         x_N = seen.pop("inputs")

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Files of a processor of images or sound, of which a folder may have either.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 
 
 @checks_kinds
@@ -238,7 +238,7 @@ def _companions(folder: Path, plan: PruningPlan) -> tuple[dict[str, Path], Any]:
     """The teacher's files to copy, and the student's tokenizer or processor where it is another one; else None."""
     if plan.vocabulary is None:
         return _copied_files(folder, COPIED_FILES), None
-    load = load_processor if any((folder / name).is_file() for name in PROCESSOR_FILES) else load_tokenizer
+    load = load_processor if any((folder / name).is_file() for name in PROCESSOR_CONFIGS) else load_tokenizer
     return _copied_files(folder, LEGAL_FILES), prune_tokenizer(load(folder), plan)
 
 

@@ -13,10 +13,11 @@ from .card_metadata import METRICS
 #: Metrics in the table of rounds and at the head of a report.
 ROUND_METRICS = ("loss", "kl_divergence", "top1_agreement")
 
-#: Titles of the axes in tables. Other axes are shown under their own names.
+#: Titles of the counts of parameters in tables.
 COUNT_TITLES = {
     key: f"Parameters {title}" if title.startswith("without") else title.capitalize() for key, title in TITLES.items()
 }
+#: Titles of the axes in tables. Other axes are shown under their own names.
 AXIS_TITLES = {
     "layers": "Layers",
     "hidden": "Hidden size",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Title of each axis. Other axes are shown under their own names.
-AXIS_TITLES = {
+PANEL_TITLES = {
     "hidden": "Embedding channels (one score for the whole network)",
     "ffn": "MLP neurons, by layer",
     "heads": "Attention heads, by layer",
@@ -61,7 +61,7 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
     """
     scores, plan = _scores_and_plan(run_dir)
     kept_indices = _kept_indices(run_dir)
-    known = (*AXIS_TITLES, *sorted(set(scores) - {*AXIS_TITLES, "blocks"}))
+    known = (*PANEL_TITLES, *sorted(set(scores) - {*PANEL_TITLES, "blocks"}))
     widths = [name for name in known if name in scores and not np.isnan(scores[name]).all()]
     if not widths:
         raise NothingToDrawError(f"{Path(run_dir) / 'scores.safetensors'} holds no width axis, only {sorted(scores)}.")
@@ -88,7 +88,7 @@ def plot_importance(run_dir: str | os.PathLike[str]) -> Figure:
             units = values.shape[-1]
             where = "" if values.ndim == 1 or not dropped_layers else " in each kept layer"
             cut = f"all {units:,} kept" if kept is None or kept == units else f"{kept:,} of {units:,} kept"
-            panel.set_title(f"{AXIS_TITLES.get(name, name)}\n{cut}{where}", loc="left")
+            panel.set_title(f"{PANEL_TITLES.get(name, name)}\n{cut}{where}", loc="left")
     return figure
 
 

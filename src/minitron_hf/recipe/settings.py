@@ -288,8 +288,8 @@ def _require_stream(recipe: Recipe, arguments: Sequence[DistillationConfig]) -> 
     is_even = all(args.packing and args.packing_strategy == "wrapped" for args in arguments)
     if recipe.distributed is not None and not is_even:
         raise DataError(
-            "data.streaming with distributed: one process reads the rows for all, and joins them only if they have one "
-            "length. Set distill.packing to true and distill.packing_strategy to 'wrapped', or leave out one of both."
+            "data.streaming with distributed: one process reads the rows for all, and joins them only if they have "
+            "one length. Set distill.packing to true and distill.packing_strategy to 'wrapped', or leave one out."
         )
 
 

@@ -298,11 +298,11 @@ class _Search:
     def select(self, shapes: Sequence[Shape], number: int) -> list[Candidate]:
         """A diverse selection of the candidates with a low KL."""
         by_shape = {shape.name: shape for shape in shapes}
-        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.rank(0))}
+        by_name = {one.name: one for one in sorted(self.record.candidates, key=lambda one: one.sort_key(0))}
         chosen = select_diverse(
             [by_shape[name] for name in by_name],
             number,
-            cost=lambda shape: by_name[shape.name].rank(0),
+            cost=lambda shape: by_name[shape.name].sort_key(0),
         )
         return [by_name[shape.name] for shape in chosen]
 
@@ -341,12 +341,12 @@ TOO_LARGE = "The layers that the scores keep hold more parameters than the budge
 
 def _better_half(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
     """The better half after a round; the larger half of an odd number."""
-    return sorted(candidates, key=lambda candidate: candidate.rank(turn + 1))[: -(-len(candidates) // 2)]
+    return sorted(candidates, key=lambda candidate: candidate.sort_key(turn + 1))[: -(-len(candidates) // 2)]
 
 
 def _rank(candidates: Sequence[Candidate], rows: TokenRows, held_out: TokenRows) -> list[Candidate]:
     """Candidates, best first, each with its gap to the best on the same rows."""
-    ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.rank()))
+    ranked = sorted(candidates, key=lambda candidate: (-len(candidate.rounds), candidate.sort_key()))
     for candidate in ranked:
         measured_on = held_out if candidate.rounds else rows
         candidate.kl_above_best = None if candidate is ranked[0] else paired_gap(candidate, ranked[0], measured_on)

@@ -173,7 +173,7 @@ def candidate_table(candidates: Sequence[Candidate]) -> Table:
     if scored:
         made.add_column("score")
     retrained = any(candidate.rounds for candidate in candidates)
-    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.rank())):
+    for candidate in sorted(candidates, key=lambda each: (-len(each.rounds), each.sort_key())):
         last = candidate.rounds[-1] if candidate.rounds else None
         gap = candidate.kl_above_best if last or not retrained else None
         made.add_row(

@@ -27,15 +27,17 @@ FEWEST_STEPS = 32
 
 @dataclass(frozen=True)
 class Groups:
-    """What a request makes of the groups of units.
+    """What a request makes of units in groups, such as query heads in groups that share keys and values.
 
     Attributes:
-        following: groups (inner, outer) whose outer size follows the inner one.
-        kinds: axis → number of groups, for every kind of layer that has others than the config says; and `{}`.
+        outer_follows_inner: pairs of axes (inner, outer) with one inner unit in each group, where only the inner size
+            is given: the outer one follows it.
+        sizes_of_layer_kinds: axis → number of groups, for every kind of layer that has another number than the config
+            says; and an empty entry, for the other layers.
     """
 
-    following: Collection[tuple[str, str]]
-    kinds: Sequence[Mapping[str, int]]
+    outer_follows_inner: Collection[tuple[str, str]]
+    sizes_of_layer_kinds: Sequence[Mapping[str, int]]
 
     @classmethod
     def of(cls, spec: ArchSpec, config: PretrainedConfig, given: Collection[str]) -> Groups:

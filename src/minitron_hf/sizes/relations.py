@@ -51,7 +51,7 @@ def fitting_sizes(
     found = {}
     for size in range(step, before[moving] + 1, step):
         tried = {**sizes, moving: size, follower: each * size // each_follower}
-        tried |= {outer: tried[inner] for inner, outer in groups.following if inner in (moving, follower)}
+        tried |= {outer: tried[inner] for inner, outer in groups.outer_follows_inner if inner in (moving, follower)}
         if tried[follower] <= before[follower] and _is_legal(spec, config, before, tried, groups):
             found[size] = tried[follower]
     return found
@@ -63,7 +63,7 @@ def _is_legal(
     if any(sizes[axis] % divisor for axis, divisor, _ in _required_divisors(spec, config, before, sizes)):
         return False
     with contextlib.suppress(PlanError):
-        for own in groups.kinds:
+        for own in groups.sizes_of_layer_kinds:
             _require_groups(spec, config, {**before, **own}, {**sizes, **own})
         _require_least(spec, config, before, sizes)
         return True
@@ -147,7 +147,7 @@ def _reason_against_groups(
     """The number of groups that a size cannot be shared out to; empty if it can."""
     before = spec.sizes(config)
     for inner, outer in spec.groups:
-        if inner == axis and (inner, outer) not in groups.following:
+        if inner == axis and (inner, outer) not in groups.outer_follows_inner:
             each, rest = divmod(sizes[inner], sizes[outer])
             if rest or each > before[inner] // before[outer]:
                 return f"{field_name(spec, outer)}={sizes[outer]}"

@@ -116,7 +116,7 @@ def resolve_sizes(
     if request.vocab_size is not None:
         after[VOCABULARY] = vocabulary_after(before[VOCABULARY], request)
     groups = Groups.of(spec, teacher_config, given)
-    notes = _round_fractions(spec, teacher_config, request, given, after, groups.following, may_stay)
+    notes = _round_fractions(spec, teacher_config, request, given, after, groups.outer_follows_inner, may_stay)
     _require_depth(spec, teacher_config, request, after["layers"])
     for inner, outer in spec.groups:
         most = _largest_size(spec, inner, before, after)
@@ -125,13 +125,13 @@ def resolve_sizes(
             notes.append(f"{FIELD_OF_AXIS[inner]} follows {FIELD_OF_AXIS[outer]} to {most}: whole groups are cut.")
     is_narrowed = spec.equal != student_spec.equal
     notes += follow_equal(spec, teacher_config, before, after, set(given), groups, portable=is_narrowed)
-    for inner, outer in groups.following:
+    for inner, outer in groups.outer_follows_inner:
         if after[inner] < after[outer]:
             after[outer] = after[inner]
             notes.append(
                 f"{FIELD_OF_AXIS[outer]} follows {FIELD_OF_AXIS[inner]} to {after[inner]}: there is one for each."
             )
-    for own in groups.kinds:
+    for own in groups.sizes_of_layer_kinds:
         _require_groups(spec, teacher_config, {**before, **own}, {**after, **own})
     _require_multiples(spec, teacher_config, before, after)
     _require_least(spec, teacher_config, before, after)
