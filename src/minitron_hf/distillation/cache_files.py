@@ -87,7 +87,7 @@ _OTHER: Mapping[str, str] = {
     "teacher": "another teacher, or other weights of this one",
     "tokenizer": "another tokenizer",
     "processor": "other settings of the processor, or another chat template",
-    "rows": "other rows of the corpus",
+    "rows": "other rows of the corpus (a chat template that prints the date renders others on another day)",
 }
 
 
