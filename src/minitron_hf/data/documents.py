@@ -17,7 +17,15 @@ from .conversations import is_conversation as is_conversation
 from .conversations import render_conversation as render_conversation
 from .conversations import render_text as render_text
 from .images import has_images
-from .tokens import added_tokens, missing_start, require_tokenizer, separator_tokens, start_tokens, tokenize
+from .tokens import (
+    added_tokens,
+    missing_start,
+    require_tokenizer,
+    separator_tokens,
+    start_tokens,
+    tokenize,
+    with_end,
+)
 from .turns import assistant_tokens
 
 #: Everything that `token_rows` reads: texts, conversations, token ids, or a dataset (or its rows) with such columns.
@@ -291,8 +299,7 @@ def _completion(row: Mapping[str, Any], processing_class: Any, start: list[int])
         ids = render_conversation([*prompt, *completion], row, processing_class)
     elif isinstance(prompt, str) and isinstance(completion, str):
         tokenizer = require_tokenizer(processing_class)
-        end = str(tokenizer.eos_token or "")
-        completion = completion if completion.endswith(end) else completion + end
+        completion = with_end(completion, tokenizer)
         before = tokenizer(prompt, verbose=False)["input_ids"]
         ids = tokenizer(prompt + completion, verbose=False)["input_ids"]
     else:

@@ -7,10 +7,8 @@ from typing import Any
 
 from ..errors import DataError
 from .conversations import is_conversation
-from .images import has_images
+from .images import TEMPLATE_COLUMNS, has_images
 
-#: Columns of a conversation or a prompt that go with its messages.
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 #: Format of rows without images → their columns.
 _OF_TEXT: Mapping[str, tuple[str, ...]] = {
     "token ids": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"),

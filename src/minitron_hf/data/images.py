@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, cut_short
 from ..families import is_multimodal, text_config
-from .tokens import start_tokens, text_tokenizer
+from .tokens import start_tokens, text_tokenizer, with_end
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+#: Columns of a conversation or a prompt that go with its messages.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 #: Columns that hold a row's images, or its only one.
 COLUMNS = ("images", "image")
 #: Where a row stands in its dataset, in words, for messages of `ImageCollator`.
@@ -242,9 +244,11 @@ class ImageCollator:
         # TRL's collator changes the rows.
         rows = [{name: value for name, value in example.items() if name != PLACE} for example in examples]
         text_field = getattr(self.collator, "dataset_text_field", "text")
+        processor = self.collator.processor  # type: ignore[attr-defined] # of TRL
+        start = str(text_tokenizer(processor).decode(start_tokens(processor)))
         for row in rows:
             _normalise(row, text_field)
-            _add_special_tokens(row, text_field, self.collator.processor)  # type: ignore[attr-defined] # of TRL
+            _add_special_tokens(row, text_field, processor, start)
         try:
             batch = dict(self.collator(rows))
         except Exception as error:  # processors and templates raise errors of any kind
@@ -304,7 +308,7 @@ def _normalise(row: dict[str, Any], text_field: str) -> None:
             "[{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}, where the text had '<image>'; then "
             "'role': 'assistant'."
         )
-    if unread := [name for name in ("tools", "chat_template_kwargs") if row.get(name)]:
+    if unread := [name for name in TEMPLATE_COLUMNS if row.get(name)]:
         raise DataError(
             f"{_shown([row])} has images and {unread[0]}, which TRL does not give to the chat template beside images. "
             "Leave the column out, or write its contents into a system message."
@@ -327,20 +331,17 @@ def _normalise(row: dict[str, Any], text_field: str) -> None:
         )
 
 
-def _add_special_tokens(row: dict[str, Any], text_field: str, processing_class: Any) -> None:
+def _add_special_tokens(row: dict[str, Any], text_field: str, processing_class: Any, start: str) -> None:
     """Begin texts with the tokens that the tokenizer adds, and end completions, as in rows without images.
 
     Of rows with images, TRL's collator leaves both to the chat template, which texts do not have.
     """
-    tokenizer = text_tokenizer(processing_class)
     name = "prompt" if "prompt" in row else text_field
     if "messages" in row or not isinstance(row.get(name), str):
         return
-    start = str(tokenizer.decode(start_tokens(processing_class)))
     row[name] = row[name] if row[name].startswith(start) else start + row[name]
-    completion, end = row.get("completion"), str(tokenizer.eos_token or "")
-    if isinstance(completion, str) and not completion.endswith(end):
-        row["completion"] = completion + end
+    if isinstance(row.get("completion"), str):
+        row["completion"] = with_end(row["completion"], processing_class)
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -65,6 +65,12 @@ def start_tokens(processing_class: Any) -> list[int]:
     return added_tokens(processing_class)[0]
 
 
+def with_end(completion: str, processing_class: Any) -> str:
+    """A completion that ends with the end-of-text token, if the tokenizer has one."""
+    end = str(text_tokenizer(processing_class).eos_token or "")
+    return completion if completion.endswith(end) else completion + end
+
+
 def separator_tokens(processing_class: Any) -> list[int]:
     """Token ids in front of every document: the start tokens, or else one separator if the tokenizer has one.
 

@@ -22,7 +22,6 @@ from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import DivergedError, MismatchError, OutputError
 from ..files import is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
@@ -350,8 +349,8 @@ class CheckpointMixin(Trainer):
         """Find the best checkpoint in the output folder, where that was moved since it was written."""
         step = self.state.best_global_step
         if step and self.state.best_model_checkpoint is None:
-            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            self.state.best_model_checkpoint = str(folder) if is_complete(folder) else None
+            of_step = (path for path in checkpoints(str(self.args.output_dir)) if step_of(path) == step)
+            self.state.best_model_checkpoint = next((str(path) for path in of_step if is_complete(path)), None)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does; the final mean loss is over all steps, not only those since the resume."""
