@@ -416,7 +416,7 @@ CASES = [
         ("missing", "output_dir=null", "expected text"),
         ("permission", "output_dir=/proc/run", "/proc"),
         ("permission", "output_dir={file}/run", "is a file"),
-        ("space", "output_dir={out}", "GB free"),
+        ("space", "output_dir={out}", "B free"),
     ),
     *section(
         "prune",
@@ -567,7 +567,7 @@ CASES = [
         ("missing", "distill.report_to=clearml", "not installed"),
         ("extra", "distill.output_dir=x", "output_dir is unknown"),
         ("type", "distill.teacher_model_init_kwargs={{use_safetensors: no}}", "write true or false"),
-        ("space", "distill.max_steps=9", "GB free"),
+        ("space", "distill.max_steps=9", "B free"),
         ("key", "distill.packing_strategy=bdf", "mean 'bfd'?"),
         ("key", "distill.log_level=loud", "'warning'"),
         ("range", "distill.max_length=100000", "context"),

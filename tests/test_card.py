@@ -86,8 +86,8 @@ def test_numbers_stand_beside_the_teacher(run_dir):
     assert measured["Loss, nats per token"] == ["2.500 ± 0.012", "2.750 ± 0.012", "5.500 ± 0.012"]
     assert measured["Perplexity, per token"][1] == f"{math.exp(2.75):.2f} ± {math.exp(2.75) * 0.0123:.2f}"
     assert measured["Top-1 agreement with the teacher"][1] == "71.20 ± 0.42 %"
-    assert measured["Checkpoint size"][:2] == ["1.91 MiB", "823.69 KiB (0.42×)"]
-    assert measured["KV cache per token"] == ["2.00 KiB", "1.50 KiB (0.75×)", "–"]
+    assert measured["Checkpoint size"][:2] == ["2.0 MB", "843.5 kB (0.42×)"]
+    assert measured["KV cache per token"] == ["2.0 kB", "1.5 kB (0.75×)", "–"]
     assert measured["Decode, tokens/s: median [quartiles]"] == ["200 [199–201]", "310 [307–311] (1.55×)", "–"]
     assert "± is the standard error over rows: documents, or parts of long ones." in found["Measurements"]
     assert "0.250 nats per token above" in found["Limitations"]
@@ -417,7 +417,7 @@ def test_workloads_become_rows(run_dir):
     shown = content.split("### Speed and memory")[1]
     assert "| Prompts | Tokens of each |  | Teacher | Student |" in shown
     assert "| 4 | 64 | decode, tokens/s | 400 [90–110] | 800 [90–110] (2.00×) |" in shown
-    assert "| 4 | 64 | KV cache | 8.00 KiB | 4.00 KiB (0.50×) |" in shown
+    assert "| 4 | 64 | KV cache | 8.2 kB | 4.1 kB (0.50×) |" in shown
     assert "peak memory |" not in shown
     assert "Medians over 3 rounds" in shown
 

@@ -431,4 +431,3 @@ def test_shells_complete_commands():
 
 def test_numbers_that_are_not_finite_are_null():
     assert output.plain({"a": float("nan"), "b": [float("inf"), 1.5]}) == {"a": None, "b": [None, 1.5]}
-    assert printing._bytes(0) == "0 B"

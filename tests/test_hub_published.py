@@ -195,7 +195,7 @@ def test_copies_tag_and_collection_follow_the_student(run_dir, hub_server, tmp_p
         assert check_card(content) == ([], [])
         data = ModelCard(content).data
         assert (data.base_model, data.get("base_model_relation"), data.license) == ("lab/tiny", "quantized", "mit")
-        assert "| Checkpoint size | 1.91 MiB | 823.69 KiB (0.42×) | 120.56 KiB (0.06×) |" in content
+        assert "| Checkpoint size | 2.0 MB | 843.5 kB (0.42×) | 123.5 kB (0.06×) |" in content
         assert "[LICENSE](LICENSE)" in content
 
     assert again["oid"] == first["oid"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from ..publishing.markdown import byte_size
 from .output import given, say
 
 #: Extra → the module that it installs.
@@ -42,7 +43,7 @@ def examine() -> dict[str, Any]:
     warnings = []
     if cache["free_bytes"] is not None and cache["free_bytes"] < LITTLE_SPACE:
         warnings.append(
-            f"The disk of the Hub's cache has {cache['free_bytes'] / 1e9:.1f} GB left; a model of 8B parameters "
+            f"The disk of the Hub's cache has {byte_size(cache['free_bytes'])} left; a model of 8B parameters "
             "alone takes 16 GB. For large models, free space or set HF_HOME to a folder on another disk."
         )
     return {
@@ -138,8 +139,6 @@ def _cache() -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from .printing import _bytes
-
     def line(name: str, text: str) -> None:
         say(f"{name:<10} {text}")
 
@@ -148,7 +147,7 @@ def _print(found: dict[str, Any]) -> None:
     for number, one in enumerate(found["devices"]):
         bf16 = "fast" if one["fast_bfloat16"] else "slow or none"
         line("devices" if not number else "", f"{one['device']}: {one['name']}")
-        line("", f"  {_bytes(one['free_bytes'])} free of {_bytes(one['memory_bytes'])}; bfloat16: {bf16}")
+        line("", f"  {byte_size(one['free_bytes'])} free of {byte_size(one['memory_bytes'])}; bfloat16: {bf16}")
     for number, (name, installed) in enumerate(found["extras"].items()):
         missing = "installed" if installed else f"not installed (pip install 'minitron-hf[{name}]')"
         line("extras" if not number else "", f"{name}: {missing}")
@@ -156,7 +155,7 @@ def _print(found: dict[str, Any]) -> None:
     line("Hub", f"{hub['endpoint']}{', switched off (HF_HUB_OFFLINE)' if hub['offline'] else ''}")
     line("", "a token is there" if hub["token"] else "no token: public repositories only (`hf auth login`)")
     cache = found["cache"]
-    free = "unknown" if cache["free_bytes"] is None else _bytes(cache["free_bytes"])
+    free = "unknown" if cache["free_bytes"] is None else byte_size(cache["free_bytes"])
     line("cache", f"{cache['folder']}{'' if cache['writable'] else ' (cannot be written)'}")
     line("", f"{free} free")
     for problem in found["problems"]:

@@ -84,15 +84,17 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
         return
     from rich.table import Table
 
+    from ..publishing.markdown import byte_size
+
     number = "" if setup.devices == 1 else f"each of {setup.devices} × "
     what = f"{number}{device}, {setup.sharding}, {setup.batch_size} × {found.max_length:,} tokens"
     table = Table("distilling takes", title_justify="left")
     table.add_column("memory", justify="right")
     for name, size in found.parts.items():
-        table.add_row(name, _bytes(size))
+        table.add_row(name, byte_size(size))
     table.add_section()
-    table.add_row(f"at the worst moment ({found.worst_moment})", _bytes(found.peak))
-    table.add_row("there is", _bytes(found.memory))
+    table.add_row(f"at the worst moment ({found.worst_moment})", byte_size(found.peak))
+    table.add_row("there is", byte_size(found.memory))
     console = _console()
     console.print(f"On {what}:", highlight=False)
     console.print(table)
@@ -107,18 +109,6 @@ def _print_capacity(found: Capacity, device: str | None, setup: Setup) -> None:
     console.print(f"Assumed: {'; '.join(found.assumptions)}.", highlight=False)
 
 
-def _bytes(size: float) -> str:
-    """A size in the unit that shows it.
-
-    >>> _bytes(22.08e9), _bytes(999_960), _bytes(356_000), _bytes(0)
-    ('22.1 GB', '1.0 MB', '356.0 kB', '0 B')
-    """
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.99995 * scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:.0f} B"
-
-
 def _print_estimate(estimate: Estimate) -> None:
     """Print what a run will cost, in 80 columns."""
     estimate = replace(estimate, notes=tuple(map(worded, estimate.notes)))
@@ -127,10 +117,10 @@ def _print_estimate(estimate: Estimate) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..publishing.markdown import duration
+    from ..publishing.markdown import byte_size, duration
 
     def size(number: float) -> str:
-        return "?" if math.isnan(number) else _bytes(number) if number else ""
+        return "?" if math.isnan(number) else byte_size(number) if number else ""
 
     machine = estimate.machine
     table = Table("stage", title=f"Estimate on this machine ({machine.device}, {machine.dtype})", title_justify="left")

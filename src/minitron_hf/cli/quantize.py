@@ -26,9 +26,10 @@ def quantize(
     Measure it beside its original: minitron-hf evaluate student=FOLDER int8=OUTPUT --data TEXT -o FOLDER2
     """
     from ..evaluation.speed import checkpoint_bytes
+    from ..publishing.markdown import byte_size
     from ..quantization import quantize_checkpoint
 
     folder = quantize_checkpoint(model, output, method, group_size=group_size, revision=revision, device=device)
     size = checkpoint_bytes(folder)
     given("checkpoint_bytes", size)
-    wrote(folder, f" ({(size or 0) / 1e6:,.1f} MB)")
+    wrote(folder, f" ({byte_size(size or 0)})")

@@ -121,7 +121,7 @@ def _cost_table(costs: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def _bytes_or_dash(value: float | None) -> str:
-    return md.binary_size(value) if value else "–"
+    return md.byte_size(value) if value else "–"
 
 
 def _architecture_table(plan: Mapping[str, Any]) -> list[list[str]]:
@@ -168,9 +168,9 @@ def measurement_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         add(title, [md.measured(models[name]["metrics"].get(key), factor, unit) for name in names])
     for title, key, shown in (
         *((COUNT_TITLES[key], key, md.count) for key in compared_counts(models)),
-        ("Checkpoint size", "checkpoint_bytes", md.binary_size),
-        ("KV cache per token", "kv_cache_bytes_per_token", md.binary_size),
-        ("Peak memory", "peak_memory_bytes", md.binary_size),
+        ("Checkpoint size", "checkpoint_bytes", md.byte_size),
+        ("KV cache per token", "kv_cache_bytes_per_token", md.byte_size),
+        ("Peak memory", "peak_memory_bytes", md.byte_size),
     ):
         add(title, [_with_ratio(models[name].get(key), reference.get(key), shown) for name in names])
     for title, key in (
@@ -212,7 +212,7 @@ def headline(
         tiles.append(("Decode, tokens/s", md.rate(speed), f"{speed / base:.2f}× the teacher" if base else ""))
     if size := student.get("checkpoint_bytes"):
         base = teacher.get("checkpoint_bytes")
-        tiles.append(("Checkpoint size", md.binary_size(size), f"teacher {md.binary_size(base)}" if base else ""))
+        tiles.append(("Checkpoint size", md.byte_size(size), f"teacher {md.byte_size(base)}" if base else ""))
     if share := ((average or {}).get("student") or {}).get("share"):
         tiles.append(("Benchmarks", md.measured(share, 100, " %"), "of the teacher's average"))
     return tiles
@@ -236,7 +236,7 @@ def speed_table(evaluation: Mapping[str, Any]) -> list[list[str]] | None:
             rows.append([*which, title, *cells])
         for title, key in (("KV cache", "kv_cache_bytes"), ("peak memory", "peak_memory_bytes")):
             sizes = [models[name][place][key] for name in names]
-            cells = [_with_ratio(size, base.get(key), md.binary_size) for size in sizes]
+            cells = [_with_ratio(size, base.get(key), md.byte_size) for size in sizes]
             rows += [[*which, title, *cells]] if {*cells} != {"–"} else []
     return rows
 

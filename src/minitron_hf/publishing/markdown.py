@@ -27,16 +27,16 @@ def short_count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def binary_size(value: float) -> str:
-    """Binary units.
+def byte_size(value: float) -> str:
+    """A size in decimal units, as the Hub shows it.
 
-    >>> binary_size(1536), binary_size(2_003_456), binary_size(12)
-    ('1.50 KiB', '1.91 MiB', '12 B')
+    >>> byte_size(22.08e9), byte_size(999_960), byte_size(356_000), byte_size(0)
+    ('22.1 GB', '1.0 MB', '356.0 kB', '0 B')
     """
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 1024**power:
-            return f"{value / 1024**power:.2f} {unit}"
-    return f"{value} B"
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= 0.99995 * scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value:.0f} B"
 
 
 def rate(value: float) -> str:

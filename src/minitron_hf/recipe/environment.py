@@ -20,6 +20,7 @@ from ..files import refuse_own_folder, require_creatable
 from ..models import count_parameters, read_chat_template
 from ..names import is_repo_id
 from ..publishing.hub import check_push
+from ..publishing.markdown import byte_size
 from ..publishing.releases import require_reference
 from ..quantization import require_quantizable
 from .beginnings import first_rows
@@ -421,9 +422,9 @@ def check_disk(
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     needed, free = sum(parts.values()) - there, shutil.disk_usage(_existing(folder)).free
     if needed > free:
-        listed = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
+        listed = ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
         raise OutputError(
-            f"The disk of {folder} has {free / 1e9:,.1f} GB free, and the run needs at least {needed / 1e9:,.1f} GB "
+            f"The disk of {folder} has {byte_size(free)} free, and the run needs at least {byte_size(needed)} "
             f"({listed}). Free space, or choose another output_dir."
         )
 

@@ -17,6 +17,7 @@ from ..distillation.config import checkpointing_field
 from ..distillation.rows import lower_to_context
 from ..families import spec_for
 from ..models import count_parameters
+from ..publishing.markdown import byte_size
 from ..scoring.calibration import default_max_length
 from ..scoring.metrics import find_metrics
 from ..sizes.student import student_config
@@ -316,7 +317,7 @@ def _cache(facts: Facts, number: int) -> StageCost:
     seconds += disk / facts.machine.disk_traffic
     if section.server is not None:
         sent = tokens * (section.most_tokens + 1) * JSON_BYTES
-        what = f"{tokens:,.0f} tokens, as fast as the server; it sends about {sent / 1e9:,.1f} GB"
+        what = f"{tokens:,.0f} tokens, as fast as the server; it sends about {byte_size(sent)}"
         return StageCost("cache", UNKNOWN, 0.0, disk, what)
     rows = facts.arguments[-1].per_device_eval_batch_size
     drawn = section.num_draws is not None
@@ -418,7 +419,7 @@ def _card(facts: Facts, number: int) -> StageCost:
 
 def _publish(facts: Facts, number: int) -> StageCost:
     size = count_parameters(facts.students[-1]) * facts.stored_bytes
-    return StageCost("publish", UNKNOWN, 0.0, 0.0, f"uploads {size / 1e9:,.2f} GB")
+    return StageCost("publish", UNKNOWN, 0.0, 0.0, f"uploads {byte_size(size)}")
 
 
 _FORMULAS: Mapping[str, Callable[[Facts, int], StageCost]] = {

@@ -20,6 +20,7 @@ from ..families import spec_for
 from ..hardware import free_memory, has_fast_bf16, synchronize, training_device
 from ..losses.heads import backbone_output
 from ..models import count_parameters, empty_model
+from ..publishing.markdown import byte_size
 from ..scoring.activations import ActivationPass
 from ..sizes.request import PrunerConfig
 from ..sizes.student import student_config
@@ -175,7 +176,7 @@ def _layer_rates(
     small = student_config(config, PrunerConfig(num_hidden_layers=1, keep_first_layers=0, keep_last_layers=0))
     needed = LAYER_BYTES * count_parameters(small, embeddings=False)
     if needed > LARGEST_SHARE * free_memory(device):
-        raise PlanError(f"A layer and its gradients take {needed / 1e9:.1f} GB, too much for a measurement.")
+        raise PlanError(f"A layer and its gradients take {byte_size(needed)}, too much for a measurement.")
     affordable = int(SECONDS * product / (12 * layer_flops(small, length)))  # tokens within the time of a measurement
     length = min(length, max(LEAST_LENGTH, affordable))
     rows = max(1, min(rows, affordable // length))
