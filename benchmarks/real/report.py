@@ -161,17 +161,22 @@ def claims_table(found: Sequence[Finding], last: str) -> list[str]:
     return lines
 
 
-def claims_section(found: Sequence[Finding], experiments: dict[str, Experiment], figure: str | None) -> list[str]:
-    """Verdicts, tendencies and the figure, as Markdown lines."""
+def claims_section(
+    found: Sequence[Finding], experiments: dict[str, Experiment], figure: str | None, others: Sequence[Finding]
+) -> list[str]:
+    """Verdicts, tendencies and the figure, as Markdown lines; `others` were computed in another dtype."""
     final, tendencies = by_strength(found)
     total = sum(len(experiment.claims) for experiment in experiments.values())
     seen = {id(finding.claim) for finding in found}
     decided = {id(finding.claim) for finding in final}
+    apart = {id(finding.claim) for finding in others} - seen
+    in_other = f"{len(apart)} measured in another dtype, " if apart else ""
+    num_missing = total - len(seen) - len(apart)
     lines = [
         "## Claims",
         "",
-        f"{total} claims: {len(decided)} with a verdict, {len(seen - decided)} with a tendency, {total - len(seen)} "
-        "not measured. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
+        f"{total} claims: {len(decided)} with a verdict, {len(seen - decided)} with a tendency, {in_other}"
+        f"{num_missing} not measured. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
         "value. Lower is better.",
         "",
     ]
@@ -274,11 +279,12 @@ def described(results: Results) -> str:
 def text(groups: Sequence[Results], experiments: dict[str, Experiment], figure: str | None, tasks: Path) -> str:
     """The generated region of the page; `tasks` is the folder of the scores on tasks."""
     parts = []
-    for results in groups:
-        found = list(findings(results, experiments))
+    found_in = [list(findings(results, experiments)) for results in groups]
+    for number, (results, found) in enumerate(zip(groups, found_in, strict=True)):
+        others = [one for other, ones in enumerate(found_in) if other != number for one in ones]
         parts += [described(results), ""]
         if found:
-            parts += claims_section(found, experiments, figure if results is groups[0] else None)
+            parts += claims_section(found, experiments, None if number else figure, others)
         parts += ["## Arms", "", *arms_table(results, experiments), ""]
         teacher = results.any["teacher"]
         models = [
