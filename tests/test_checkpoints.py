@@ -183,6 +183,7 @@ def test_a_finished_run_takes_no_further_step(finished, tmp_path):
         ({"student_seed": 5}, "other weights of the student"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: constant → cosine"),
         ({"per_device_train_batch_size": 4}, "rows_in_a_step: 2 → 4"),
+        ({"optim": "adafactor"}, "optim: adamw_torch → adafactor"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(finished, changes, words):

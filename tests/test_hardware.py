@@ -79,6 +79,8 @@ def test_the_old_name_of_dtype_means_the_same(saved):
 def test_unknown_dtypes_and_devices_are_refused_by_name(saved):
     with pytest.raises(DataError, match=r"dtype='bf61'.*'float32'"):
         load_model(saved[torch.float32], dtype="bf61")
+    with pytest.raises(DataError, match="dtype='float8_e4m3fn'"):  # weights would be cast without a scale
+        load_model(saved[torch.float32], dtype="float8_e4m3fn")
     with pytest.raises(DataError, match=r"device='gpu0'.*torch device"):
         load_for_compute(saved[torch.float32], device="gpu0")
     with pytest.raises(DataError, match=r"device='cuda:99': there is no such device here"):

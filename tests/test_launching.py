@@ -122,7 +122,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
             "bf16": False,
         },
         "lora": {"r": 2, "target_modules": "all-linear"},
-        "controls": ["random_init", "random_pruning", "cross_entropy"],
+        "controls": ["random_pruning", "cross_entropy"],
         "evaluate": {"num_rows": 4, "speed": False},
     }
     arguments = {"per_device_train_batch_size": 4, "max_length": 512, "bf16": False}
@@ -151,7 +151,7 @@ def test_a_run_in_two_processes_equals_a_run_in_one(tmp_path, monkeypatch):
     assert code == 0, errors
     assert "[correct] done before, skipped" in output
 
-    for folder in ("", "controls/random_init", "controls/random_pruning", "controls/cross_entropy"):
+    for folder in ("", "controls/random_pruning", "controls/cross_entropy"):
         expected = losses(tmp_path / "one" / folder)
         assert len(expected) == 6
         assert losses(tmp_path / "two" / folder) == [pytest.approx(entry, rel=1e-5) for entry in expected]

@@ -448,6 +448,7 @@ def test_a_folder_with_other_files_is_refused(values):
         ({"distill": {"learning_rat": 1}}, DataError, "learning_rat"),
         ({"distill": {"temperature": -1.0}}, DataError, "temperature"),
         ({"lora": {"rank": 3}}, DataError, "lora"),
+        ({"lora": {"r": 2}, "controls": ["random_init"]}, DataError, "random_init trains all weights"),
         ({"scores": {"num_row": 3}}, DataError, "num_row"),
         ({"search": {"space": {"num_hidden_layers": [3]}}}, PlanError, "needs a budget"),
         (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import GenerationConfig, HfArgumentParser, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from minitron_hf.distillation.cache_writer import cache_teacher_logits
@@ -423,3 +423,20 @@ def test_nothing_of_ours_warns_of_a_deprecated_attribute(tmp_path):
         trainer = make_trainer(tmp_path, *models("llama"), token_dataset(), peft_config=LoraConfig(), max_steps=1)
         trainer.train()
         trainer.save_student()
+
+
+def test_sampling_values_without_do_sample_end_no_training(tmp_path):
+    """Transformers saves them as they were loaded, but not once the trainer has added the tokenizer's ids."""
+    student, teacher = models(dtype=torch.float32)
+    student.generation_config = GenerationConfig(temperature=0.9, top_p=0.6)
+    trainer = make_trainer(
+        tmp_path, student, teacher, token_dataset(), max_steps=1, save_strategy="steps", save_steps=1, bf16=False
+    )
+    trainer.train()
+    trainer.save_student(tmp_path / "student")
+    saved = GenerationConfig.from_pretrained(tmp_path / "student")
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+
+    student.generation_config = GenerationConfig(num_beams=1, early_stopping=True, top_p=0.6)
+    with pytest.raises(DataError, match=r"(?s)cannot be saved: .*Mend its generation_config.json"):
+        make_trainer(tmp_path / "other", student, teacher, token_dataset(), bf16=False)

@@ -286,6 +286,7 @@ def test_generation_configs_are_renumbered():
     assert (new.eos_token_id, new.pad_token_id, new.suppress_tokens) == ([1], 0, [0])
     assert new.bad_words_ids == [[0, 1]]
     assert config.eos_token_id == [5, 6]
+    assert renumbered_generation_config(GenerationConfig(eos_token_id=5, top_p=0.6), {5: 1}, 7).do_sample
     with pytest.raises(PlanError, match="sequence_bias, whose token ids"):
         renumbered_generation_config(GenerationConfig(sequence_bias=[[[4], 1.0]]), {}, 7)
 

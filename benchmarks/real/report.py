@@ -176,8 +176,8 @@ def claims_section(
         "## Claims",
         "",
         f"{total} claims: {len(decided)} with a verdict, {len(seen - decided)} with a tendency, {in_other}"
-        f"{num_missing} not measured. A difference is that of two arms on the same held-out rows, as a part of the second arm's "
-        "value. Lower is better.",
+        f"{num_missing} not measured. A difference is that of two arms on the same held-out rows, as a part of the "
+        "second arm's value. Lower is better.",
         "",
     ]
     if figure:

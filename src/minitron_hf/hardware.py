@@ -22,14 +22,14 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     """A dtype by its name in torch, or by one of `SHORT_NAMES`.
 
     Raises:
-        DataError: if torch has no floating-point dtype of that name.
+        DataError: if it is no dtype that models are stored and computed in.
 
     >>> as_dtype("bfloat16")
     torch.bfloat16
     """
     plain = str(name).removeprefix("torch.")
     found = getattr(torch, SHORT_NAMES.get(plain, plain), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise DataError(f"dtype={name!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
 

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -352,6 +353,28 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"Transformers cannot build a {config.model_type!r} model from this config: {first_line(error)}"
         ) from error
+
+
+def savable_generation_config(config: GenerationConfig | None) -> GenerationConfig | None:
+    """A copy that Transformers saves, of the generation config of a published model.
+
+    Some have a temperature or the like without `do_sample=True`. Transformers saves them as they are, but not once a
+    trainer has added a token id to them.
+
+    Raises:
+        DataError: if it is invalid in another way.
+    """
+    config = copy.deepcopy(config)
+    if config is None:
+        return None
+    for do_sample in (config.do_sample, True):
+        config.do_sample = do_sample
+        try:
+            config.validate(strict=True)
+            return config
+        except ValueError as error:
+            invalid = error
+    raise DataError(f"The generation config of the model cannot be saved: {invalid}\nMend its generation_config.json.")
 
 
 def count_parameters(config_or_model: PretrainedConfig | PreTrainedModel, *, embeddings: bool = True) -> int:

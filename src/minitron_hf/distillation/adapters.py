@@ -79,7 +79,7 @@ def save_base_model(student: Any, output_dir: str | os.PathLike[str], *, writes:
 
 
 def with_adapters(model: Any, state_dict: Mapping[str, Tensor], config: Any) -> Any:
-    """Build a `PeftModel` again from weights that were gathered or dequantised.
+    """Build a `PeftModel` again from weights that were gathered.
 
     Args:
         model: the trained model, whose weights are not read.
@@ -109,15 +109,16 @@ def merged_copy(model: Any) -> Any:
         return copy.deepcopy(model).merge_and_unload()
     config = copy.deepcopy(base.config)
     del config.quantization_config
-    whole = empty_model(config)
-    names = add_adapter(whole, copy.deepcopy(model.peft_config[model.active_adapter])).state_dict().keys()
+    active = model.active_adapter
+    whole = add_adapter(empty_model(config), copy.deepcopy(model.peft_config[active]), adapter_name=active)
     state_dict = {}
-    for name in names:
+    for name in whole.state_dict():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = dequantised_weight(module) if leaf == "weight" else getattr(module, leaf)
         state_dict[name] = tensor.detach().clone()
-    return with_adapters(model, state_dict, config).merge_and_unload()
+    whole.load_state_dict(state_dict, assign=True)
+    return whole.merge_and_unload()
 
 
 def adapter_type(teacher: Any) -> dict[str, str]:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Dtypes in which small updates are lost.
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 def in_training_dtype(
     model: Any, args: DistillationConfig, config: PretrainedConfig, peft_config: Any, quantization_config: Any
@@ -56,8 +59,27 @@ def in_training_dtype(
     return model, args
 
 
+def upcast_trained(student: Any, args: DistillationConfig) -> None:
+    """Give float32 weights to half-precision modules that are trained whole beside an adapter (`modules_to_save`).
+
+    Only they become float32 where autocast joins them with the others, else the whole student does. Of quantised
+    students TRL sets the dtype.
+
+    Args:
+        student: with its adapter, before it is wrapped for training.
+        args: of the training.
+    """
+    if not args.upcast_student or is_quantised(base_model_of(student)):
+        return
+    halves = [one for one in student.parameters() if one.requires_grad and one.dtype in HALF_PRECISION]
+    if halves and not (args.bf16 or args.fp16):
+        student.float()
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+
+
 def _needs_float32(dtype: torch.dtype, args: DistillationConfig, trains_all: bool) -> bool:
-    upcast = trains_all and args.upcast_student and dtype in (torch.float16, torch.bfloat16)
+    upcast = trains_all and args.upcast_student and dtype in HALF_PRECISION
     return upcast or not is_fast(dtype, training_device(args.use_cpu))
 
 

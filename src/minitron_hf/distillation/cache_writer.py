@@ -44,6 +44,7 @@ from .batches import (
 )
 from .cache_coding import DTYPES, Coding, refuse_both
 from .cache_files import digest_of, require_same, write_manifest, write_rows
+from .checks import refuse_virtual_tokens
 from .config import DistillationConfig
 from .cut_vocabulary import KeptTokens, tokens_of_plan
 from .image_cache import ImageSources, image_settings, require_cacheable_images
@@ -141,6 +142,7 @@ def cache_teacher_logits(
     else:
         refuse_other_tokenizers(processing_class, teacher=teacher)
     model = load_model(teacher)
+    refuse_virtual_tokens(model)
     if with_images:
         refuse_image_settings(vars(args))
         require_cacheable_images(dataset, processing_class, model.config)

@@ -42,7 +42,7 @@ TRAINER_STATE_NAME = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 #: Recorded arguments that may differ in a resumed run: how rows are split, and what depends on the machine.
-FREE_ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim")
+FREE_ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
 #: Arguments for the length of training; under a constant schedule a resumed run may be longer.
 LENGTH_ARGUMENTS = ("max_steps", "num_train_epochs")
 
@@ -123,6 +123,7 @@ class CheckpointMixin(Trainer):
                 {
                     **what,
                     **{name: arguments.get(name) for name in names},
+                    "optim": str(arguments.get("optim")).removesuffix("_fused"),  # the same, with the same states
                     "rows_in_a_step": rows * self.accelerator.num_processes // self.get_tp_size(),
                 },
                 default=str,

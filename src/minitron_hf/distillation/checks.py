@@ -47,8 +47,10 @@ def refuse_pair(
         _refuse_unequal_vocabularies(student_config, teacher_config)
     refuse_split_model(student, "student")
     refuse_split_model(teacher, "teacher")
+    refuse_virtual_tokens(teacher)
     if isinstance(student, nn.Module):
         _refuse_shared_model(student, teacher)
+        refuse_injected_adapter(student)
         _refuse_unseen_adapters(student, peft_config)
     elif peft_config is not None:
         _refuse_prompt_learning(peft_config)
@@ -359,6 +361,38 @@ def _refuse_prompt_learning(peft_config: Any) -> None:
         raise UnsupportedModelError(
             f"{peft_config.peft_type.value} learns virtual tokens in front of the text, which shift every position "
             "and cannot be merged into a stock model. Use LoRA (peft.LoraConfig) instead."
+        )
+
+
+def refuse_virtual_tokens(teacher: Any) -> None:
+    """Refuse a teacher whose adapter puts virtual tokens into the rows: its states lie at other positions.
+
+    The keys and values of prefix tuning take no positions of the rows.
+
+    Raises:
+        UnsupportedModelError: if it is adapted so.
+    """
+    if not isinstance(teacher, nn.Module) or not is_peft_model(teacher):
+        return
+    adapter = teacher.peft_config[teacher.active_adapter]
+    if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type.value != "PREFIX_TUNING":
+        raise UnsupportedModelError(
+            f"The teacher has {adapter.peft_type.value}, which puts virtual tokens in front of the text, so its "
+            "states lie at other positions than the student's. Use a teacher without it, or with another adapter."
+        )
+
+
+def refuse_injected_adapter(student: Any) -> None:
+    """Refuse a student into which Transformers put an adapter: it could be trained, but not merged.
+
+    Raises:
+        UnsupportedModelError: saying what to use instead.
+    """
+    if getattr(base_model_of(student), "_hf_peft_config_loaded", False) and not is_peft_model(student):
+        raise UnsupportedModelError(
+            "The student has an adapter that Transformers added (`add_adapter`, or a folder with "
+            "adapter_config.json). Pass the model without it and peft_config=, or "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True)."
         )
 
 

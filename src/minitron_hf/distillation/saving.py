@@ -144,6 +144,8 @@ class SavingMixin(SFTTrainer):
         output_dir = Path(output_dir or output_dir_of(self.args))
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         dtype = None if dtype is None else as_dtype(dtype)
+        if callable(use_average := getattr(self.optimizer, "eval", None)):
+            use_average()  # a schedule-free optimizer swaps in the averaged weights, as before an evaluation
         base = self.accelerator.unwrap_model(self.model)
         if trains_in_parts(self):
             base = gathered_model(self)

@@ -47,8 +47,8 @@ class TeacherMixin(SFTTrainer):
         teacher_model = load_model(teacher_model, dtype=dtype, **init_kwargs)
         for cache in self._caches:
             cache.require_teacher(teacher_model)
-        self._teacher_fingerprint = fingerprint(teacher_model)
         teacher_model.requires_grad_(False)
+        self._teacher_fingerprint = fingerprint(teacher_model)  # with its adapter, as nothing of it is trained
         teacher_model.eval()
         if dtype in (None, "auto"):
             make_fast(teacher_model, self.accelerator.device)

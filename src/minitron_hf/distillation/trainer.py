@@ -23,6 +23,7 @@ from ..evaluation.callback import MeasurementCallback
 from ..files import refuse_own_folder, require_writable
 from ..losses.fused import next_token_positions
 from ..losses.heads import base_model_of, check_output_head
+from ..models import savable_generation_config
 from .adapters import disable_peft_card, refuse_split_tie, refuse_unmergeable, save_base_model, source_name
 from .arguments import (
     as_distillation_config,
@@ -31,15 +32,10 @@ from .arguments import (
     in_training_dtype,
     kwargs_dict,
     refuse_unused_loading_arguments,
+    upcast_trained,
 )
 from .assistant_turns import AssistantTurnsMixin
-from .batches import (
-    CACHED,
-    LABELS,
-    STATES,
-    RepeatedRowsMixin,
-    model_inputs,
-)
+from .batches import CACHED, LABELS, STATES, RepeatedRowsMixin, model_inputs
 from .cache_coding import SIGNAL_COLUMNS
 from .checkpoints import CheckpointMixin
 from .checks import (
@@ -47,6 +43,7 @@ from .checks import (
     refuse_data_parallel,
     refuse_frozen,
     refuse_frozen_embeddings,
+    refuse_injected_adapter,
     refuse_launch,
     refuse_pair,
     refuse_resized,
@@ -64,11 +61,7 @@ from .inputs import TeacherSource, TrainingData
 from .intermediate import needed_states
 from .intermediate_steps import IntermediateLossMixin
 from .packing import require_documents_apart
-from .parallel import (
-    LossRequest,
-    distilling_forward,
-    keep_losses_in_float32,
-)
+from .parallel import LossRequest, distilling_forward, keep_losses_in_float32
 from .rows import (
     StartTokensMixin,
     choose_rows,
@@ -278,9 +271,12 @@ class DistillationTrainer(
         student = base_model_of(self.model)
         refuse_resized(student.config, self._vocab_size)
         refuse_split_model(student, "student")
+        refuse_injected_adapter(self.model)
         refuse_wrapped_head(student)
         refuse_split_tie(student)
         refuse_frozen(self.model)
+        upcast_trained(self.model, self.args)
+        student.generation_config = savable_generation_config(student.generation_config)
         if self.args.freeze_embeddings:
             freeze_embeddings(self.model)
         disable_peft_card(self.model)

@@ -98,6 +98,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
             f"The checkpoint {str(folder)!r} is quantised, so its rows and columns are not units of the model. "
             "Prune the unquantised checkpoint, and quantise the student."
         )
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"The folder {str(folder)!r} has an adapter beside the model, which Transformers puts on top of it. Merge "
+            "it (`PeftModel.merge_and_unload`), save the model into another folder, and prune that."
+        )
     model = _load_lazily(folder, config)
     model.config.name_or_path = str(folder)
     try:

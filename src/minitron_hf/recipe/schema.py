@@ -241,7 +241,7 @@ class Recipe:
         distill: fields of `DistillationConfig`; they override `DISTILL_DEFAULTS`.
         lora: fields of `peft.LoraConfig`; the adapter is merged into the student. None: train all weights.
         controls: controls to train with the student's settings: `random_pruning`, `random_init` (which trains its
-            embeddings, too, if `freeze_embeddings` is set), `cross_entropy`.
+            embeddings, too, if `freeze_embeddings` is set; not with `lora`), `cross_entropy`.
         quantize: methods of `quantize_checkpoint` (`int8`, `int4`, `bnb_int8`, `bnb_nf4`): quantised copies of the
             student, in the folder `quantized`, which are measured beside it.
         distributed: several processes for the stages that train; None: one process. The results do not depend on it.
@@ -286,6 +286,11 @@ class Recipe:
         for where, names in (("controls", recipe.controls), ("quantize", recipe.quantize)):
             if len(set(names)) < len(names):
                 raise DataError(f"{where}={names}: expected each name once.")
+        if recipe.lora is not None and "random_init" in recipe.controls:
+            raise DataError(
+                "controls: random_init trains all weights, and with lora only an adapter on random ones. Leave out "
+                "one of them."
+            )
         for number, one in enumerate(recipe.rounds, 1):
             require_choice(one.teacher, ROUND_TEACHERS, f"rounds.{number}.teacher")
             if one.teacher == "previous" and recipe.teacher_cache is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
+from ..models import savable_generation_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -101,4 +102,4 @@ def renumbered_generation_config(
         if words := getattr(config, name, None):
             kept = [[new_ids[one] for one in word] for word in words if all(one in new_ids for one in word)]
             setattr(config, name, kept or None)
-    return config
+    return savable_generation_config(config)
