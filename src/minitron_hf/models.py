@@ -355,7 +355,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def savable_generation_config(config: GenerationConfig | None) -> GenerationConfig | None:
+def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
     """A copy that Transformers saves, of the generation config of a published model.
 
     Some have a temperature or the like without `do_sample=True`. Transformers saves them as they are, but not once a
@@ -365,8 +365,6 @@ def savable_generation_config(config: GenerationConfig | None) -> GenerationConf
         DataError: if it is invalid in another way.
     """
     config = copy.deepcopy(config)
-    if config is None:
-        return None
     for do_sample in (config.do_sample, True):
         config.do_sample = do_sample
         try:

@@ -47,7 +47,8 @@ def refuse_pair(
         _refuse_unequal_vocabularies(student_config, teacher_config)
     refuse_split_model(student, "student")
     refuse_split_model(teacher, "teacher")
-    refuse_virtual_tokens(teacher)
+    if isinstance(teacher, nn.Module):
+        refuse_virtual_tokens(teacher)
     if isinstance(student, nn.Module):
         _refuse_shared_model(student, teacher)
         refuse_injected_adapter(student)
@@ -372,7 +373,7 @@ def refuse_virtual_tokens(teacher: Any) -> None:
     Raises:
         UnsupportedModelError: if it is adapted so.
     """
-    if not isinstance(teacher, nn.Module) or not is_peft_model(teacher):
+    if not is_peft_model(teacher):
         return
     adapter = teacher.peft_config[teacher.active_adapter]
     if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type.value != "PREFIX_TUNING":

@@ -276,7 +276,8 @@ class DistillationTrainer(
         refuse_split_tie(student)
         refuse_frozen(self.model)
         upcast_trained(self.model, self.args)
-        student.generation_config = savable_generation_config(student.generation_config)
+        if student.generation_config is not None:
+            student.generation_config = savable_generation_config(student.generation_config)
         if self.args.freeze_embeddings:
             freeze_embeddings(self.model)
         disable_peft_card(self.model)
