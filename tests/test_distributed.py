@@ -76,7 +76,9 @@ def shard_on_cpus(config: str, **changes: str) -> None:
     AcceleratorState.__init__ = init
 
 
-def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, **changes) -> None:
+def train(
+    folder: Path, case: str, *, stop: bool = False, resume: bool = False, evaluate_first: bool = False, **changes
+) -> None:
     """Train into a folder; `stop` after the first checkpoint, or `resume` from it."""
     import torch
     from datasets import Dataset
@@ -148,6 +150,8 @@ def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, 
         peft_config=LoraConfig(r=2, lora_alpha=16, target_modules="all-linear") if lora else None,
         callbacks=[Watch()],
     )
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     if stop:
         return
@@ -212,14 +216,15 @@ def test_two_processes_equal_one(tmp_path):
     one, two = references(tmp_path / "one", cases), tmp_path / "two"
     train(two / "states_from_one", "states", stop=True)
     equal_one(one, two, cases, [
+        {"folder": "evaluated_first", "case": "states", "evaluate_first": True},
         {"folder": "states_from_one", "case": "states", "resume": True},
         {"folder": "states_to_one", "case": "states", "stop": True},
         {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True},
         {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "resume": True},
     ])  # fmt: skip
     train(two / "states_to_one", "states", resume=True)
-    for resumed in ("states_from_one", "states_to_one", "fsdp2_resumed"):
-        same(two / resumed, one / "states")
+    for other in ("evaluated_first", "states_from_one", "states_to_one", "fsdp2_resumed"):
+        same(two / other, one / "states")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from minitron_hf import hardware
+from minitron_hf.compat import forget_preparation
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.intermediate import IntermediateLosses
 from minitron_hf.distillation.token_means import TokenMeansMixin
@@ -274,6 +275,22 @@ def test_training_in_float32_after_half_precision_is_in_float32(tmp_path, models
     assert equal(again.model, expected.model)
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (again, expected)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_in_half_precision_after_another_training_is_in_half_precision(tmp_path, models, bf16):
+    student, teacher = models
+    first = trained(tmp_path / "first", student, teacher, bf16=bf16).model
+    first.save_pretrained(tmp_path / "saved")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    again, expected = (trained(tmp_path / "second", one, teacher, bf16=True, seed=1).model for one in (first, fresh))
+    assert equal(again, expected)
+    tokens = pocket_tokens(2, 9)
+    with torch.no_grad():
+        half, plain = again(tokens).logits, plain_model(again)(tokens).logits
+        assert not torch.equal(half, plain)
+        forget_preparation(again)
+        assert torch.equal(again(tokens).logits, plain)
 
 
 @pytest.mark.either_cpu
