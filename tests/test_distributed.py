@@ -250,7 +250,7 @@ def equal_one(one: Path, two: Path, cases: Sequence[str], others: Sequence[dict]
     sharded = [case for case in cases if case != "correction"]
     tasks = [{"folder": f"ddp_{case}", "case": case} for case in cases]
     tasks += [task for task in others if "kind" not in task]  # before FSDP2, after which a process does no DDP
-    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2"} for case in sharded]
+    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2", "eval_on_start": True} for case in sharded]
     in_processes(2, two, tasks + [task for task in others if "kind" in task])
     for case in cases:
         same(two / f"ddp_{case}", one / case)
