@@ -158,12 +158,26 @@ def train(
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_student(folder / "student")
+    assert (folder / "student" / "distillation.json").is_file()  # written last, and found by every process
     if trainer.is_world_process_zero():
         history = [{k: v for k, v in e.items() if k in LOGGED} for e in trainer.state.log_history if "grad_norm" in e]
         counted = {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_kl", "eval_ce", "eval_agreement")}
         tokens = trainer.state.num_input_tokens_seen
         result = {"history": history, "metrics": counted, "tokens": tokens, "held": held}
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def correct(folder: Path) -> None:
+    """Correct a teacher; it is there for every process."""
+    from datasets import Dataset
+
+    from minitron_hf.distillation.correction import correct_teacher
+    from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+
+    rows = Dataset.from_dict({"input_ids": [pocket_tokens(20, seed=i).tolist() for i in range(12)]})
+    settings = {"original_learning_rate": 1e-3, "num_tokens": 64, "max_length": 16, "use_cpu": True, "bf16": False}
+    correct_teacher(pocket_model("llama"), rows, folder, processing_class=pocket_tokenizer(), **settings)
+    assert (folder / "config.json").is_file()
 
 
 def in_processes(number: int, folder: Path, tasks: list[dict]) -> None:
@@ -184,6 +198,9 @@ def do_tasks(folder: Path) -> None:
         wanted, changes = task.pop("kind", "ddp"), task.pop("environment", {})
         if wanted != kind:
             shard_on_cpus(kind := wanted, **changes)
+        if task.get("case") == "correct":
+            correct(folder / task["folder"])
+            continue
         train(folder / task.pop("folder"), **task)
 
 
@@ -217,6 +234,7 @@ def test_two_processes_equal_one(tmp_path):
     train(two / "states_from_one", "states", stop=True)
     equal_one(one, two, cases, [
         {"folder": "evaluated_first", "case": "states", "evaluate_first": True},
+        {"folder": "corrected", "case": "correct"},
         {"folder": "states_from_one", "case": "states", "resume": True},
         {"folder": "states_to_one", "case": "states", "stop": True},
         {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True},

@@ -199,6 +199,7 @@ class _Correction:
         if trainer.is_world_process_zero():
             trained = trained.merge_and_unload() if is_peft_model(trained) else trained
             self._save(trained, stored, processing_class, described, trainer.state.log_history)
+        trainer.accelerator.wait_for_everyone()  # the others would find a folder without the teacher
 
     def _make_trainable(self) -> None:
         refuse_uncorrectable(self.model)

@@ -130,7 +130,7 @@ class SavingMixin(SFTTrainer):
     ) -> None:
         """Save the stock student: plain weights that `AutoModelForCausalLM.from_pretrained` loads, adapters merged.
 
-        To be called on all processes.
+        To be called on all processes, which return when the folder is complete.
 
         Args:
             output_dir: default: the output folder of the run.
@@ -149,8 +149,12 @@ class SavingMixin(SFTTrainer):
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
             base = merged_copy(base)
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._write_student(base, output_dir, dtype)
+        self.accelerator.wait_for_everyone()  # the others would find a folder without the student
+
+    def _write_student(self, base: Any, output_dir: Path, dtype: torch.dtype | None) -> None:
+        """Write the stock student: the weights of `base`, of which the stock model is built anew."""
         state_dict = base.state_dict()
         state_dict.pop(f"{PROJECTION}.weight", None)
         with self._stock_config():
