@@ -275,6 +275,9 @@ def equal_one(one: Path, two: Path, cases: Sequence[str], others: Sequence[dict]
         assert json.loads((two / f"ddp_{case}" / "distillation.json").read_text())["num_processes"] == 2
     for case in sharded:
         same(two / f"fsdp2_{case}", one / case)
+        # `save_model` writes the same: the shards of each process alone would be no model.
+        saved = [two / f"fsdp2_{case}" / name / "model.safetensors" for name in (".", "student")]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 @pytest.mark.slow

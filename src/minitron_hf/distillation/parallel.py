@@ -134,6 +134,11 @@ def trains_in_parts(trainer: Any) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1
 
 
+def saves_shards(trainer: Any) -> bool:
+    """Whether FSDP saves the shards of the model in checkpoints, and the stock trainer no weights beside them."""
+    return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+
+
 def gathered_model(trainer: Any) -> Any | None:
     """The model that was trained in parts (FSDP, DeepSpeed, tensor parallelism), gathered, with its adapter merged.
 
