@@ -79,7 +79,7 @@ def shard_on_cpus(config: str, **changes: str) -> None:
 def train(
     folder: Path, case: str, *, stop: bool = False, resume: bool = False, evaluate_first: bool = False, **changes
 ) -> None:
-    """Train into a folder; `stop` after the first checkpoint, or `resume` from it."""
+    """Train into a folder; `stop` after the first checkpoint, or `resume` from it; evaluate a stream before."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -151,7 +151,10 @@ def train(
         callbacks=[Watch()],
     )
     if evaluate_first:
-        trainer.evaluate()
+        rows_of_stream = trainer.eval_dataset.to_iterable_dataset(num_shards=2)  # of 4 and 3 rows
+        before = trainer.evaluate(), trainer.evaluate(rows_of_stream)
+        assert before[1]["eval_kl"] == pytest.approx(before[0]["eval_kl"], rel=1e-9)
+        trainer.eval_dataset = rows_of_stream
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     if stop:
         return
