@@ -21,7 +21,7 @@ from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.evaluation import quality
 from minitron_hf.evaluation.evaluate import evaluate_models
-from minitron_hf.evaluation.loading import in_float32
+from minitron_hf.evaluation.loading import common_device, in_float32
 from minitron_hf.generation import decoding
 from minitron_hf.losses import heads
 from minitron_hf.models import load_for_compute, load_model, plain_model
@@ -158,6 +158,17 @@ def test_students_of_a_path_are_cut_from_what_is_stored(saved, stored):
     student = prune_model(saved[stored], request, calibration_data=TEXTS, max_length=16, verify=True)
     assert student.dtype == stored
     assert equal(student, apply_plan(load_model(saved[stored]), student.pruning_plan))
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(4, "cuda:3"), (1, "cuda:0")])
+def test_each_of_several_processes_measures_on_its_own_gpu(monkeypatch, seen, expected):
+    """The CPU, from which a trainer places models, is for those that a trainer gets."""
+    for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: seen)
+    assert common_device({"teacher": "a path"}, None) == torch.device(expected)
+    assert hardware.default_device() == torch.device("cpu")
 
 
 # Figures
