@@ -315,7 +315,8 @@ class SavingMixin(SFTTrainer):
     def push_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Publish a complete checkpoint, if `push_to_hub` is set with the strategy `every_save`.
 
-        A Hub that cannot be reached does not end the training: the student is pushed at the end, too.
+        A Hub that cannot be reached does not end the training: the student is pushed at the end, too. Other processes
+        wait, and abort after `ddp_timeout`. Raise it for uploads that take longer, or use the strategy `end`.
         """
         wanted = self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE
         # An adapter or the shards of FSDP alone are not a student.
