@@ -76,8 +76,10 @@ def shard_on_cpus(config: str, **changes: str) -> None:
     AcceleratorState.__init__ = init
 
 
-def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, **changes) -> None:
-    """Train into a folder; `stop` after the first checkpoint, or `resume` from it."""
+def train(
+    folder: Path, case: str, *, stop: bool = False, resume: bool = False, evaluate_first: bool = False, **changes
+) -> None:
+    """Train into a folder; `stop` after the first checkpoint, or `resume` from it; evaluate a stream before."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -148,18 +150,37 @@ def train(folder: Path, case: str, *, stop: bool = False, resume: bool = False, 
         peft_config=LoraConfig(r=2, lora_alpha=16, target_modules="all-linear") if lora else None,
         callbacks=[Watch()],
     )
+    if evaluate_first:
+        rows_of_stream = trainer.eval_dataset.to_iterable_dataset(num_shards=2)  # of 4 and 3 rows
+        before = trainer.evaluate(), trainer.evaluate(rows_of_stream)
+        assert before[1]["eval_kl"] == pytest.approx(before[0]["eval_kl"], rel=1e-9)
+        trainer.eval_dataset = rows_of_stream
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     if stop:
         return
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_student(folder / "student")
+    assert (folder / "student" / "distillation.json").is_file()  # written last, and found by every process
     if trainer.is_world_process_zero():
         history = [{k: v for k, v in e.items() if k in LOGGED} for e in trainer.state.log_history if "grad_norm" in e]
         counted = {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_kl", "eval_ce", "eval_agreement")}
         tokens = trainer.state.num_input_tokens_seen
         result = {"history": history, "metrics": counted, "tokens": tokens, "held": held}
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def correct(folder: Path) -> None:
+    """Correct a teacher; it is there for every process."""
+    from datasets import Dataset
+
+    from minitron_hf.distillation.correction import correct_teacher
+    from pocket import pocket_model, pocket_tokenizer, pocket_tokens
+
+    rows = Dataset.from_dict({"input_ids": [pocket_tokens(20, seed=i).tolist() for i in range(12)]})
+    settings = {"original_learning_rate": 1e-3, "num_tokens": 64, "max_length": 16, "use_cpu": True, "bf16": False}
+    correct_teacher(pocket_model("llama"), rows, folder, processing_class=pocket_tokenizer(), **settings)
+    assert (folder / "config.json").is_file()
 
 
 def in_processes(number: int, folder: Path, tasks: list[dict]) -> None:
@@ -180,6 +201,9 @@ def do_tasks(folder: Path) -> None:
         wanted, changes = task.pop("kind", "ddp"), task.pop("environment", {})
         if wanted != kind:
             shard_on_cpus(kind := wanted, **changes)
+        if task.get("case") == "correct":
+            correct(folder / task["folder"])
+            continue
         train(folder / task.pop("folder"), **task)
 
 
@@ -212,14 +236,16 @@ def test_two_processes_equal_one(tmp_path):
     one, two = references(tmp_path / "one", cases), tmp_path / "two"
     train(two / "states_from_one", "states", stop=True)
     equal_one(one, two, cases, [
+        {"folder": "evaluated_first", "case": "states", "evaluate_first": True},
+        {"folder": "corrected", "case": "correct"},
         {"folder": "states_from_one", "case": "states", "resume": True},
         {"folder": "states_to_one", "case": "states", "stop": True},
         {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "stop": True},
         {"folder": "fsdp2_resumed", "case": "states", "kind": "fsdp2", "resume": True},
     ])  # fmt: skip
     train(two / "states_to_one", "states", resume=True)
-    for resumed in ("states_from_one", "states_to_one", "fsdp2_resumed"):
-        same(two / resumed, one / "states")
+    for other in ("evaluated_first", "states_from_one", "states_to_one", "fsdp2_resumed"):
+        same(two / other, one / "states")
 
 
 @pytest.mark.slow
@@ -245,13 +271,16 @@ def equal_one(one: Path, two: Path, cases: Sequence[str], others: Sequence[dict]
     sharded = [case for case in cases if case != "correction"]
     tasks = [{"folder": f"ddp_{case}", "case": case} for case in cases]
     tasks += [task for task in others if "kind" not in task]  # before FSDP2, after which a process does no DDP
-    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2"} for case in sharded]
+    tasks += [{"folder": f"fsdp2_{case}", "case": case, "kind": "fsdp2", "eval_on_start": True} for case in sharded]
     in_processes(2, two, tasks + [task for task in others if "kind" in task])
     for case in cases:
         same(two / f"ddp_{case}", one / case)
         assert json.loads((two / f"ddp_{case}" / "distillation.json").read_text())["num_processes"] == 2
     for case in sharded:
         same(two / f"fsdp2_{case}", one / case)
+        # `save_model` writes the same: the shards of each process alone would be no model.
+        saved = [two / f"fsdp2_{case}" / name / "model.safetensors" for name in (".", "student")]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from minitron_hf import hardware
+from minitron_hf.compat import forget_preparation
 from minitron_hf.distillation.config import DistillationConfig
 from minitron_hf.distillation.intermediate import IntermediateLosses
 from minitron_hf.distillation.token_means import TokenMeansMixin
@@ -20,7 +21,7 @@ from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, MismatchError, UnsupportedModelError
 from minitron_hf.evaluation import quality
 from minitron_hf.evaluation.evaluate import evaluate_models
-from minitron_hf.evaluation.loading import in_float32
+from minitron_hf.evaluation.loading import common_device, in_float32
 from minitron_hf.generation import decoding
 from minitron_hf.losses import heads
 from minitron_hf.models import load_for_compute, load_model, plain_model
@@ -161,6 +162,17 @@ def test_students_of_a_path_are_cut_from_what_is_stored(saved, stored):
     assert equal(student, apply_plan(load_model(saved[stored]), student.pruning_plan))
 
 
+@pytest.mark.parametrize(("seen", "expected"), [(4, "cuda:3"), (1, "cuda:0")])
+def test_each_of_several_processes_measures_on_its_own_gpu(monkeypatch, seen, expected):
+    """The CPU, from which a trainer places models, is for those that a trainer gets."""
+    for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: seen)
+    assert common_device({"teacher": "a path"}, None) == torch.device(expected)
+    assert hardware.default_device() == torch.device("cpu")
+
+
 # Figures
 
 
@@ -276,6 +288,22 @@ def test_training_in_float32_after_half_precision_is_in_float32(tmp_path, models
     assert equal(again.model, expected.model)
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (again, expected)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_in_half_precision_after_another_training_is_in_half_precision(tmp_path, models, bf16):
+    student, teacher = models
+    first = trained(tmp_path / "first", student, teacher, bf16=bf16).model
+    first.save_pretrained(tmp_path / "saved")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    again, expected = (trained(tmp_path / "second", one, teacher, bf16=True, seed=1).model for one in (first, fresh))
+    assert equal(again, expected)
+    tokens = pocket_tokens(2, 9)
+    with torch.no_grad():
+        half, plain = again(tokens).logits, plain_model(again)(tokens).logits
+        assert not torch.equal(half, plain)
+        forget_preparation(again)
+        assert torch.equal(again(tokens).logits, plain)
 
 
 @pytest.mark.either_cpu

@@ -8,7 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from minitron_hf.distillation.correction import correct_teacher, cross_entropy_sum, train_norms_only
+from minitron_hf.distillation.correction import (
+    average_gradients,
+    correct_teacher,
+    cross_entropy_sum,
+    train_norms_only,
+)
 from minitron_hf.errors import MismatchError, UnsupportedModelError
 from minitron_hf.files import read_json
 from minitron_hf.losses.heads import OutputHead
@@ -142,6 +147,26 @@ def test_a_teacher_that_learns_on_has_the_naive_gradient(tmp_path, batch, accumu
     steps = (dict(teacher.named_parameters())[name] - before[name]).abs()
     assert steps.max() < 2.01 * 1e-2
     assert steps.median() > 1e-3
+
+
+def test_a_process_whose_batch_has_no_images_averages_the_same_gradients(monkeypatch):
+    """Two processes, of which the other one is played: each has gradients that the other lacks, and one has none."""
+    mine, others = [1.0, None, 3.0, None], [5.0, 7.0, None, None]
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in mine]
+    for parameter, value in zip(parameters, mine, strict=True):
+        parameter.grad = None if value is None else torch.full((2,), value)
+    sent = [torch.tensor([value is not None for value in others], dtype=torch.int32)]
+    sent += [torch.full((2,), value or 0.0) for value in (5.0, 7.0, None)]  # as the other process sums them, in turn
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(sent.pop(0)))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    average_gradients(parameters)
+    assert not sent
+    assert [None if one.grad is None else one.grad.tolist() for one in parameters] == [
+        [3, 3],
+        [3.5, 3.5],
+        [1.5, 1.5],
+        None,
+    ]
 
 
 def test_a_teacher_that_learns_on_resumes_where_it_was(tmp_path):

@@ -318,6 +318,14 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path, packing, labels):
     assert labels or 0 < metrics["eval_agreement"] < 1
 
 
+def test_evaluation_of_a_student_that_is_not_sharded_yet_is_refused(tmp_path, monkeypatch):
+    student, teacher = models(dtype=torch.float32)
+    trainer = make_trainer(tmp_path, student, teacher, token_dataset(), token_dataset())
+    monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", True)
+    with pytest.raises(UnsupportedModelError, match=r"FSDP2 shards .* Call evaluate\(\) after train\(\)"):
+        trainer.evaluate()
+
+
 @pytest.mark.usefixtures("float64")
 def test_training_evaluates_some_rows_at_equal_distances(tmp_path):
     student, teacher = models()

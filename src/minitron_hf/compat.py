@@ -555,6 +555,18 @@ def forget_autocast(model: Any) -> None:
     model.__dict__.pop("_original_forward", None)
 
 
+@uses("accelerate 1.15", "accelerate.Accelerator._is_accelerate_prepared", "accelerate.Accelerator._original_forward")
+def forget_preparation(model: Any) -> None:
+    """Let `Accelerator.prepare` wrap a model that it has prepared before, for evaluation alone or for another trainer.
+
+    It would return the model as it is, without DDP. The forward method is the one before autocast again.
+    """
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    if (original := forward_before_autocast(model)) is not None:
+        model.forward = original
+        forget_autocast(model)
+
+
 @uses("accelerate 1.15", "accelerate.hooks._hf_hook")
 def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
     """The hooks by which Accelerate keeps the weights of a module elsewhere."""

@@ -115,6 +115,18 @@ def default_device() -> torch.device:
     return torch.device("cpu") if is_launched() else training_device()
 
 
+def process_device() -> torch.device:
+    """The device on which this process computes by itself, without a trainer that places its models.
+
+    Of several processes each has the accelerator of its rank on the machine.
+    """
+    device = training_device()
+    if device.type in ("cpu", "mps") or not is_launched():
+        return device
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(device.type, rank % torch.accelerator.device_count())  # a process may see its own alone
+
+
 def free_memory(device: str | torch.device) -> int:
     """Bytes that are free on a device now; on a CPU, what the system could give without swapping."""
     device = torch.device(device)

@@ -184,12 +184,32 @@ def without_repeated_rows(batch: Mapping[str, Any], accelerator: Any) -> Mapping
     return {**batch, **masked}
 
 
+def read_streams(data: Any) -> Any:
+    """The rows of a stream in a list; of several datasets by name those of each stream. Other data stay."""
+    if isinstance(data, Mapping):
+        return {name: read_streams(part) for name, part in data.items()}
+    return data if data is None or hasattr(data, "__len__") else list(data)
+
+
 class RepeatedRowsMixin:
     """Mixin for a `Trainer` that counts each row at the end of an epoch once, in any number of processes."""
 
     accelerator: Any
+    eval_dataset: Any
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of an optimiser step, and the number of tokens that count in them."""
         batches = (without_repeated_rows(batch, self.accelerator) for batch in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The batches of an evaluation; of several processes each reads a stream as a whole.
+
+        Accelerate would share out its shards, which are not equally long, and fill the last batch with repeated rows.
+        """
+        if self.accelerator.num_processes > 1:
+            if eval_dataset is None or isinstance(eval_dataset, str):  # the trainer's own, or one of them
+                self.eval_dataset = read_streams(self.eval_dataset)
+            else:
+                eval_dataset = read_streams(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]

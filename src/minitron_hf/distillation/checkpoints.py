@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..compat import forget_preparation
 from ..errors import DivergedError, MismatchError, OutputError
 from ..files import is_storage_error, is_working_file, read_json, remove, remove_abandoned, versions
 from ..formats import migrate, read_artefact, write_artefact
@@ -257,6 +258,8 @@ class CheckpointMixin(Trainer):
             if found := self.differences(resume_from_checkpoint):
                 logger.warning("%s belongs to another training: %s.", resume_from_checkpoint, "; ".join(found))
         raise_if_interrupted()  # `datasets` may have swallowed it while the rows were made
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not trains_in_parts(self):
+            forget_preparation(self.model)  # after an evaluation DDP would not wrap it, and each process train alone
         callback = _RestoreProgress(self)
         self.add_callback(callback)
         try:

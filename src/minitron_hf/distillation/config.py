@@ -38,6 +38,9 @@ class DistillationConfig(SFTConfig):
     By default `bf16` is on only if the hardware computes it, and `activation_checkpointing` and
     `dataloader_pin_memory` only with an accelerator. TRL turns all three on everywhere, which makes training on a CPU
     without bfloat16 units 50 to 100 times slower.
+
+    With `hub_strategy="every_save"`, other processes wait for each upload, and abort after `ddp_timeout` (1,800 s).
+    Raise it for uploads that take longer, or use `"end"`.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012 (as in the base class)

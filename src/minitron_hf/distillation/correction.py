@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -199,6 +199,7 @@ class _Correction:
         if trainer.is_world_process_zero():
             trained = trained.merge_and_unload() if is_peft_model(trained) else trained
             self._save(trained, stored, processing_class, described, trainer.state.log_history)
+        trainer.accelerator.wait_for_everyone()  # the others would find a folder without the teacher
 
     def _make_trainable(self) -> None:
         refuse_uncorrectable(self.model)
@@ -303,6 +304,24 @@ def cross_entropy_sum(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor) -> 
     return torch.stack(sums).sum() if sums else hidden_NH.sum() * 0
 
 
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients over all processes.
+
+    Batches without images have no gradients of what reads images. They count as zeros where another process has some;
+    where none has, there is still none, so that the optimizer leaves these weights as they are.
+    """
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    there = there.to(parameters[0].device)
+    torch.distributed.all_reduce(there)
+    for parameter, count in zip(parameters, there.tolist(), strict=True):
+        if not count:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= torch.distributed.get_world_size()
+
+
 class ConcurrentCorrection(TrainerCallback):
     """Trains the teacher by cross-entropy on the batches that the student learns from.
 
@@ -373,11 +392,8 @@ class ConcurrentCorrection(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take a step of the teacher's optimizer, after the student's."""
         assert self.optimizer is not None
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for gradient in gradients:
-                torch.distributed.all_reduce(gradient)
-                gradient /= torch.distributed.get_world_size()
+            average_gradients(list(self.parameters()))
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(list(self.parameters()), args.max_grad_norm)
         self.optimizer.step()

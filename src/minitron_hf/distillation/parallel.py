@@ -97,6 +97,19 @@ def is_split(model: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def refuse_unsharded(trainer: Any) -> None:
+    """Refuse to evaluate a student that FSDP2 has not sharded yet: Accelerate shards it with its optimizer.
+
+    Raises:
+        UnsupportedModelError: saying when to evaluate.
+    """
+    if trainer.accelerator.is_fsdp2 and not is_split(trainer.model):
+        raise UnsupportedModelError(
+            "Evaluation before training: FSDP2 shards the student together with its optimizer, when training begins. "
+            "Call evaluate() after train(), or set eval_on_start=True to evaluate before the first step."
+        )
+
+
 @contextlib.contextmanager
 def forward_of_backbone(model: Any) -> Iterator[None]:
     """Let calls of `model`, or of what wraps it (PEFT too), return the output of its backbone, without logits."""
@@ -119,6 +132,11 @@ def forward_of_backbone(model: Any) -> Iterator[None]:
 def trains_in_parts(trainer: Any) -> bool:
     """Whether the model is trained in parts (FSDP, DeepSpeed, tensor parallelism)."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.get_tp_size() > 1
+
+
+def saves_shards(trainer: Any) -> bool:
+    """Whether FSDP saves the shards of the model in checkpoints, and the stock trainer no weights beside them."""
+    return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
 
 def gathered_model(trainer: Any) -> Any | None:

@@ -38,6 +38,7 @@ from .intermediate import PROJECTION, IntermediateLosses
 from .parallel import (
     gathered_model,
     gathered_projection,
+    saves_shards,
     trains_in_parts,
 )
 from .record import RECORD_NAME, RECORDED_ARGUMENTS
@@ -109,12 +110,19 @@ class SavingMixin(SFTTrainer):
     def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
         """Save the student (or its adapter) in its training dtype, with its plan and `distillation.json`.
 
-        `save_student` writes the stock student to publish: adapters merged, in the dtype asked for.
+        `save_student` writes the stock student to publish: adapters merged, in the dtype asked for. So does this where
+        processes hold parts of the student and save them apart: tensor parallelism, and FSDP with sharded state dicts.
         """
         output_dir = os.fspath(output_dir or output_dir_of(self.args))
-        if self.get_tp_size() > 1:  # the base class would save the part of one process
-            self.save_student(output_dir)
-            return
+        if self.get_tp_size() > 1 or (saves_shards(self) and not _internal_call):
+            self.save_student(output_dir)  # the base class would save the part of one process, or nothing
+        else:
+            self._save_as_trained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_as_trained(self, output_dir: str) -> None:
+        """Save the student or its adapter as the base class does; of FSDP's shards, the record alone."""
         refuse_own_folder(output_dir, student=self._student_name, teacher=self._teacher_name)
         with self._stock_config(), _explained_write_errors(output_dir):
             if self.args.should_save:
@@ -122,15 +130,13 @@ class SavingMixin(SFTTrainer):
             super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             self._save_plan_and_record(Path(output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_student(
         self, output_dir: str | os.PathLike[str] | None = None, *, dtype: torch.dtype | str | None = None
     ) -> None:
         """Save the stock student: plain weights that `AutoModelForCausalLM.from_pretrained` loads, adapters merged.
 
-        To be called on all processes.
+        To be called on all processes, which return when the folder is complete.
 
         Args:
             output_dir: default: the output folder of the run.
@@ -151,8 +157,12 @@ class SavingMixin(SFTTrainer):
             base = gathered_model(self)
         elif is_peft_model(base) and self.args.should_save:
             base = merged_copy(base)
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._write_student(base, output_dir, dtype)
+        self.accelerator.wait_for_everyone()  # the others would find a folder without the student
+
+    def _write_student(self, base: Any, output_dir: Path, dtype: torch.dtype | None) -> None:
+        """Write the stock student: the weights of `base`, of which the stock model is built anew."""
         state_dict = base.state_dict()
         state_dict.pop(f"{PROJECTION}.weight", None)
         with self._stock_config():
@@ -307,7 +317,8 @@ class SavingMixin(SFTTrainer):
     def push_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Publish a complete checkpoint, if `push_to_hub` is set with the strategy `every_save`.
 
-        A Hub that cannot be reached does not end the training: the student is pushed at the end, too.
+        A Hub that cannot be reached does not end the training: the student is pushed at the end, too. Other processes
+        wait, and abort after `ddp_timeout`. Raise it for uploads that take longer, or use the strategy `end`.
         """
         wanted = self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE
         # An adapter or the shards of FSDP alone are not a student.

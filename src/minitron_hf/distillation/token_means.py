@@ -19,6 +19,7 @@ from .batches import (
 from .checks import refuse_not_finite
 from .config import DistillationConfig
 from .intermediate import IntermediateLosses
+from .parallel import refuse_unsharded
 
 #: Values that are summed over tokens and logged, beside the intermediate losses.
 COLUMNS = ("divergence", "kl", "ce", "agreement", "entropy", "mean_token_accuracy")
@@ -122,7 +123,12 @@ class TokenMeansMixin(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over the tokens of the evaluation set, instead of means of batch means."""
+        """Means over the tokens of the evaluation set, instead of means of batch means.
+
+        Raises:
+            UnsupportedModelError: under FSDP2, if the student is not sharded yet.
+        """
+        refuse_unsharded(self)
         self._token_sums["eval"] = self._zero_sums()
         with self._projection_attached():
             output = super().evaluation_loop(

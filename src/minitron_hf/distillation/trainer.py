@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..compat import without_checkpointing_warning
+from ..compat import forget_preparation, without_checkpointing_warning
 from ..data.context import shortest_context
 from ..data.images import PLACE
 from ..errors import DataError, MismatchError
@@ -283,6 +283,7 @@ class DistillationTrainer(
         disable_peft_card(self.model)
         if method := self.args.fake_quantization:
             fake_quantize(self.model, method, is_split=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        forget_preparation(self.model)  # by another trainer, with whose forward method autocast would be lost
         # Replaces TRL's own fused forward, which computes only a cross-entropy.
         student.forward = types.MethodType(distilling_forward(type(student)), student)
         # Tokens are always counted: `compute_loss` divides by the count over the accumulated batches.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from ..data import TokenRows
 from ..data.images import holds_images
 from ..errors import DataError, HubError, MismatchError
-from ..hardware import as_device, default_device
+from ..hardware import as_device, process_device
 from ..models import load_for_compute, load_processor, load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def in_float32(models: Iterable[PreTrainedModel]) -> Iterator[None]:
 
 
 def common_device(models: Mapping[str, Any], device: str | torch.device | None) -> torch.device:
-    """The device of the model objects; for paths alone the given device, else `hardware.default_device`.
+    """The device of the model objects; for paths alone the given device, else `hardware.process_device`.
 
     Raises:
         MismatchError: if the models are on several devices.
@@ -91,7 +91,7 @@ def common_device(models: Mapping[str, Any], device: str | torch.device | None) 
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} {where}" for name, where in found.items())
         raise MismatchError(f"The models are on different devices ({listed}). Move them to one device.")
-    return next(iter(found.values())) if found else _indexed(default_device())
+    return next(iter(found.values())) if found else _indexed(process_device())
 
 
 def _indexed(device: torch.device) -> torch.device:
