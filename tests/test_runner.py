@@ -31,6 +31,7 @@ from minitron_hf.recipe.identity import FIELDS_OF
 from minitron_hf.recipe.run import Run
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
+from minitron_hf.recipe.usage import Usage
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_config, pocket_model, pocket_tokenizer
 
@@ -123,6 +124,30 @@ def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
         assert runner.stage_digests(changed, folder) == digests
     slower = Recipe.from_dict({**values, "distill": {**values["distill"], "learning_rate": 1e-5}})
     assert runner.stage_digests(slower, folder)["distill"] != digests["distill"]
+
+
+def recorded(values, status="running"):
+    """The digests of a recipe, after its stages have written their records as the runner does."""
+    recipe, folder = Recipe.from_dict(values), Path(values["output_dir"])
+    folder.mkdir(exist_ok=True)
+    digests = runner.stage_digests(recipe, folder)
+    for stage in runner.stages_until(recipe):
+        runner._write_record(folder, stage, recipe, digests[stage.name], status, Usage())
+    return digests
+
+
+def with_distill(values, **settings):
+    return {**values, "distill": {**values["distill"], **settings}}
+
+
+def test_a_stage_that_goes_on_with_other_running_settings_keeps_its_digest(values):
+    """Its record says what it began with: with later settings beside it, the digest could not be made again."""
+    begun = recorded(values)
+    for settings in ({"logging_steps": 2, "activation_checkpointing": True}, {"logging_steps": 2}, {"save_steps": 3}):
+        changed = with_distill(values, **settings)
+        assert recorded(changed) == begun
+        assert recorded(changed, "done") == begun
+    assert recorded(values) == begun
 
 
 def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):
@@ -321,6 +346,7 @@ from minitron_hf.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
+from minitron_hf.recipe.usage import Usage
 from minitron_hf.pruning.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

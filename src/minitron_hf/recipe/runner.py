@@ -315,6 +315,11 @@ def _record(folder: Path, name: str) -> dict[str, Any] | None:
 def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, usage: Usage) -> None:
     path = _record_path(folder, stage.name)
     path.parent.mkdir(exist_ok=True)
+    before = _record(folder, stage.name)
+    if before is not None and before["digest"] == stage_digest:
+        settings = before["settings"]  # the digest is of these; those of today may differ in how a training runs
+    else:
+        settings = recorded_settings(stage.dependencies(recipe))
     write_artefact(
         path,
         {
@@ -322,7 +327,7 @@ def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str,
             "status": status,
             "digest": stage_digest,
             **asdict(usage),
-            "settings": recorded_settings(stage.dependencies(recipe)),
+            "settings": settings,
             "versions": versions(),
         },
         RECORD_KIND,
