@@ -25,8 +25,9 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
-from minitron_hf.recipe import environment, runner, training
+from minitron_hf.recipe import environment, runner, stages, training
 from minitron_hf.recipe import run as run_module
+from minitron_hf.recipe.actions import search_arguments
 from minitron_hf.recipe.identity import FIELDS_OF
 from minitron_hf.recipe.run import Run
 from minitron_hf.recipe.schema import Recipe
@@ -140,14 +141,45 @@ def with_distill(values, **settings):
     return {**values, "distill": {**values["distill"], **settings}}
 
 
-def test_a_stage_that_goes_on_with_other_running_settings_keeps_its_digest(values):
+def earlier_arguments(arguments, num_processes=1):
+    """The settings of a training as earlier versions recorded them."""
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    rows = arguments.get(batches[0], 8) * arguments.get(batches[1], 1) * num_processes
+    return {**{name: value for name, value in arguments.items() if name not in batches}, "rows_in_a_step": rows}
+
+
+def test_a_stage_that_goes_on_with_other_running_settings_keeps_its_digest(values, monkeypatch):
     """Its record says what it began with: with later settings beside it, the digest could not be made again."""
-    begun = recorded(values)
+    with monkeypatch.context() as older:
+        older.setattr(stages, "deciding_arguments", earlier_arguments)
+        begun = recorded(values)
     for settings in ({"logging_steps": 2, "activation_checkpointing": True}, {"logging_steps": 2}, {"save_steps": 3}):
         changed = with_distill(values, **settings)
         assert recorded(changed) == begun
         assert recorded(changed, "done") == begun
     assert recorded(values) == begun
+
+
+@pytest.mark.parametrize("of_earlier_version", [False, True])
+def test_a_search_is_not_repeated_because_of_the_memory_and_speed_of_its_training(
+    values, monkeypatch, of_earlier_version
+):
+    search = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "num_tokens": 64}
+    values |= {"prune": {}, "search": search}
+    with monkeypatch.context() as older:
+        if of_earlier_version:
+            older.setattr(stages, "_search_settings", search_arguments)
+        begun = recorded(values, "done")
+
+    def digests(**settings):
+        return runner.stage_digests(Recipe.from_dict(with_distill(values, **settings)), Path(values["output_dir"]))
+
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    for settings in (split, {"activation_checkpointing": True}, {"dataloader_num_workers": 1}, {"max_eval_rows": 3}):
+        assert digests(**settings) == begun, settings
+    for settings in ({"temperature": 2.0}, {"per_device_train_batch_size": 4}):
+        changed = digests(**settings)
+        assert [name for name in begun if changed[name] != begun[name]][:2] == ["search", "plan"]
 
 
 def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):

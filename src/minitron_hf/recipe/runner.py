@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..distillation.deciding import with_recorded_running
 from ..errors import MinitronError, MismatchError, OutputError, checks_kinds
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
 from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
@@ -22,7 +23,7 @@ from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import CARD, PUBLISH, Stage, stages_of, stages_until, with_recorded_running
+from .stages import CARD, PUBLISH, Stage, stages_of, stages_until
 from .usage import Usage, earlier_seconds, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..distillation.deciding import deciding_arguments
 from ..errors import DataError, did_you_mean
 from ..privacy import without_publishing
 from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
@@ -130,51 +131,18 @@ def _cache_settings(recipe: Recipe) -> Any:
     }
 
 
-#: Fields of `DistillationConfig` about tasks that are measured during training.
-_LOGGED_TASKS = ("eval_tasks", "eval_task_limit", "eval_task_data", "eval_include_path")
-
-
 def _distill_settings(recipe: Recipe) -> Any:
-    """The arguments that the student depends on; the split of a step's rows over processes and batches is none."""
+    """The arguments that the student depends on."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
-    if not settings.get("load_best_model_at_end") and settings["lr_scheduler_type"] != "reduce_lr_on_plateau":
-        for name in ("max_eval_rows", *_LOGGED_TASKS):  # change the log alone
-            settings.pop(name, None)
     folders = [name for name in ("eval_include_path", "eval_task_data") if name in settings]
     settings |= {name: folder_identity(settings[name]) for name in folders}
-    rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
-    return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
+    return deciding_arguments(settings, num_processes(recipe))
 
 
-#: Arguments of a training that decide its speed, its memory or its log, but not the student.
-RUNNING_ARGUMENTS = frozenset(
-    {
-        "activation_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs", "teacher_offload",
-        "per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "torch_compile",
-        "dataset_num_proc", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-        "dataloader_pin_memory", "disable_tqdm", "logging_steps", "logging_strategy", "logging_first_step",
-    }
-)  # fmt: skip
-#: Further ones, where no evaluation decides anything (`load_best_model_at_end`, `reduce_lr_on_plateau`).
-_INTERVALS = frozenset({"eval_steps", "eval_strategy", "eval_on_start", "save_steps", "save_total_limit"})
-
-
-def with_recorded_running(settings: Any, recorded: Any) -> Any:
-    """The settings of a stage, with those of a record where they decide only how a training runs.
-
-    A training that was killed goes on with smaller batches in evaluation, or with checkpointing of activations.
-
-    Args:
-        settings: of the stage.
-        recorded: those that it began with.
-    """
-    now, before = (one.get("distill") if isinstance(one, Mapping) else None for one in (settings, recorded))
-    if not isinstance(now, Mapping) or not isinstance(before, Mapping):
-        return settings
-    decides = now.get("load_best_model_at_end") or now.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    free = RUNNING_ARGUMENTS if decides else RUNNING_ARGUMENTS | _INTERVALS
-    kept = {name: value for name, value in now.items() if name not in free}
-    return {**settings, "distill": kept | {name: value for name, value in before.items() if name in free}}
+def _search_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that the shapes depend on; a search distils in one process."""
+    arguments = search_arguments(recipe)
+    return {**arguments, "distillation": deciding_arguments(arguments["distillation"])}
 
 
 def num_processes(recipe: Recipe) -> int:
@@ -236,7 +204,7 @@ STAGES: tuple[Stage, ...] = (
         "compare shapes: prune, distil a little, keep the better half",
         ("score",),
         lambda recipe: {
-            "search": search_arguments(recipe),
+            "search": _search_settings(recipe),
             "prune": recipe.pruner_config.to_dict(),
             "train": training_identity(recipe.data),
             "eval": dataset_identity(recipe.data.eval),
