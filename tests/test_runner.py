@@ -313,6 +313,25 @@ def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(value
     assert (folder / "pruned" / "model.safetensors").stat().st_size < old
 
 
+def test_redo_until_a_stage_leaves_no_results_of_the_former_student(values):
+    """They would lie beside the new one, and be pushed with it."""
+    recorded(values, "done")
+    folder = Path(values["output_dir"])
+    results = ("evaluation.json", "samples.json", "README.md", "report.html")
+    for name in results:
+        (folder / name).write_text("{}")
+    changed = Recipe.from_dict(with_distill(values, learning_rate=5e-4))
+
+    def clear(recipe):
+        digests = runner.stage_digests(recipe, folder)
+        runner._clear_unfinished(folder, runner.stages_until(recipe, "plan"), recipe, digests)
+        return {name for name in results if (folder / name).exists()}
+
+    assert clear(Recipe.from_dict(values)) == set(results), "with the same inputs they are up to date"
+    assert clear(changed) == set()
+    assert not (folder / "stages" / "evaluate.json").exists()
+
+
 @pytest.mark.slow
 def test_redo_leaves_nothing_of_what_the_recipe_no_longer_has(values):
     space = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "tolerance": 1.0}

@@ -245,7 +245,14 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
 
 
 def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
-    """Remove the files of unfinished and unreadable stages, and of those after an unreadable one."""
+    """Remove the files of unfinished and unreadable stages, of those after an unreadable one, and later stale ones.
+
+    Args:
+        folder: run folder.
+        stages: those that run now.
+        recipe: the recipe.
+        digests: digest of each stage. Later stages that were done for other inputs are of a student that goes.
+    """
     unreadable: set[str] = set()
     for stage in stages:
         try:
@@ -255,8 +262,18 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
         if not unreadable.isdisjoint(stage.inputs_in(recipe)):
             unreadable.add(stage.name)
         if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
-            _clear(folder, stage)
-            _record_path(folder, stage.name).unlink(missing_ok=True)
+            _forget(folder, stage)
+    for stage in stages_until(recipe)[len(stages) :]:
+        with contextlib.suppress(MismatchError):  # of a newer version, which may still use it
+            record = _record(folder, stage.name)
+            if record is not None and record["digest"] != digests[stage.name]:
+                _forget(folder, stage)
+
+
+def _forget(folder: Path, stage: Stage) -> None:
+    """Remove the files of a stage, and its record."""
+    _clear(folder, stage)
+    _record_path(folder, stage.name).unlink(missing_ok=True)
 
 
 def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
@@ -271,8 +288,7 @@ def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
         if stage.wanted(recipe) or not record.is_file():
             continue
         if not any(f"{folder.name}/{output}" in named for output in stage.outputs):
-            _clear(folder, stage)
-            record.unlink()
+            _forget(folder, stage)
 
 
 def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
