@@ -23,7 +23,7 @@ from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import CARD, PUBLISH, Stage, stages_of, stages_until
+from .stages import CARD, CONTROLS_STAGE, PUBLISH, Stage, stages_of, stages_until
 from .usage import Usage, earlier_seconds, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
@@ -133,7 +133,7 @@ def _run_stages(
                 report(f"[{stage.name}] done before, skipped")
             else:
                 rest = [one.name for one in wanted[number:] if not _is_done(run.folder, one, digests[one.name])]
-                _run_stage(run, stage, digests[stage.name], report, _time_left(run.folder, rest, digests))
+                _run_stage(run, stage, digests, report, _time_left(run.folder, rest, digests))
     return run.folder
 
 
@@ -186,14 +186,18 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     return shapes
 
 
-def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None], remark: str = "") -> None:
+def _run_stage(
+    run: Run, stage: Stage, digests: dict[str, str], report: Callable[[str], None], remark: str = ""
+) -> None:
     """Run a stage, or resume it; `remark` ends the line that announces it."""
-    record, earlier = _record(run.folder, stage.name), 0.0
-    if record is None or record["digest"] != stage_digest:
+    record, earlier, stage_digest = _record(run.folder, stage.name), 0.0, digests[stage.name]
+    if record is None or not _can_go_on(record, stage, run.recipe, digests):
         _clear(run.folder, stage)
     elif record["status"] == "running":
         begun = _record_path(run.folder, stage.name)
-        earlier = earlier_seconds(begun, record["seconds"], _checkpoints(run.folder, stage))
+        earlier = earlier_seconds(begun, record["seconds"], _resumable(run.folder, stage))
+    elif record["digest"] != stage_digest:  # of the controls that are done
+        earlier = record["seconds"] or 0.0
     raise_if_interrupted()
     report(f"[{stage.name}] {stage.help}{remark}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage(seconds=round(earlier, 2)))
@@ -261,12 +265,14 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
             unreadable.add(stage.name)
         if not unreadable.isdisjoint(stage.inputs_in(recipe)):
             unreadable.add(stage.name)
-        if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
+        record = None if stage.name in unreadable else _record(folder, stage.name)
+        kept = record is not None and _can_go_on(record, stage, recipe, digests)
+        if record is None or not kept or not _is_done(folder, stage, record["digest"]):
             _forget(folder, stage)
     for stage in stages_until(recipe)[len(stages) :]:
         with contextlib.suppress(MismatchError):  # of a newer version, which may still use it
             record = _record(folder, stage.name)
-            if record is not None and record["digest"] != digests[stage.name]:
+            if record is not None and not _can_go_on(record, stage, recipe, digests):
                 _forget(folder, stage)
 
 
@@ -301,7 +307,7 @@ def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: 
                 f"The stage '{stage.name}' cannot be skipped: {error} In this run, --redo does the stage and those "
                 "after it again."
             ) from error
-        _require_same_inputs(folder, stage, recipe, digests[stage.name])
+        _require_same_inputs(folder, stage, recipe, digests)
 
 
 def _require_readable(folder: Path, stage: Stage) -> None:
@@ -315,9 +321,19 @@ def _require_readable(folder: Path, stage: Stage) -> None:
             require_readable(path)
 
 
-def _checkpoints(folder: Path, stage: Stage) -> Iterator[Path]:
-    """Checkpoints that an interrupted stage left."""
-    return (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
+def _resumable(folder: Path, stage: Stage) -> Iterator[Path]:
+    """What an interrupted stage left to go on from."""
+    return (path for pattern in stage.resumable for path in folder.glob(pattern))
+
+
+def _can_go_on(record: dict[str, Any], stage: Stage, recipe: Recipe, digests: dict[str, str]) -> bool:
+    """Whether what a stage has done so far is of its inputs. Controls that are done stay when others are added."""
+    if record["digest"] == digests[stage.name]:
+        return True
+    if stage.name != CONTROLS_STAGE or not set(record["settings"].get("controls", ())) < set(recipe.controls):
+        return False
+    above = [digests.get(name) for name in stage.inputs_in(recipe)]
+    return bool(record["digest"] == digest(stage.name, record["settings"], above))
 
 
 def _record_path(folder: Path, name: str) -> Path:
@@ -351,13 +367,13 @@ def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str,
     )
 
 
-def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
+def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, digests: dict[str, str]) -> None:
     record = _record(folder, stage.name)
-    if record is None or record["digest"] == stage_digest:
+    if record is None or _can_go_on(record, stage, recipe, digests):
         return
     is_done = record["status"] == "done"
-    if not is_done and next(_checkpoints(folder, stage), None) is None:
-        return  # an unfinished stage without checkpoints accepts corrected inputs
+    if not is_done and next(_resumable(folder, stage), None) is None:
+        return  # an unfinished stage with nothing to go on from accepts corrected inputs
     settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
     settings = with_recorded_running(settings, record["settings"])
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))
@@ -365,8 +381,8 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"
     if not is_done:
         raise MismatchError(
-            f"The stage '{stage.name}' in {folder} was interrupted, and its checkpoints were made from other inputs "
-            f"({what}). Take these changes back to go on from the last one, or pass --redo to start the stage again."
+            f"The stage '{stage.name}' in {folder} was interrupted, and what it has done was made from other inputs "
+            f"({what}). Take these changes back to go on from there, or pass --redo to start the stage again."
         )
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "

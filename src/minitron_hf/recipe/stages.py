@@ -53,8 +53,8 @@ from .run import (
 )
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 
-#: The stage that lets the teacher write training text; those that publish.
-GENERATE, CARD, PUBLISH = "generate", "card", "publish"
+#: The stage that lets the teacher write training text; the one that trains controls; those that publish.
+GENERATE, CONTROLS_STAGE, CARD, PUBLISH = "generate", "controls", "card", "publish"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Stage:
         outputs: files or folders (relative) that exist once it is done.
         run: does the work.
         leftovers: patterns of other files that it may write; they are removed before it is repeated.
+        resumable: patterns of the work that an interrupted one goes on from; it is dropped on request alone.
         wanted: whether the recipe has this stage.
         corpora: corpora of the recipe that it reads, `train` or `calibration`.
     """
@@ -81,6 +82,7 @@ class Stage:
     run: Callable[[Run], None]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     leftovers: tuple[str, ...] = ()
+    resumable: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
 
     def inputs_in(self, recipe: Recipe) -> tuple[str, ...]:
@@ -189,6 +191,7 @@ STAGES: tuple[Stage, ...] = (
         (GENERATED_DIR,),
         _generate,
         lambda recipe: recipe.generate is not None,
+        resumable=(f"{GENERATED_DIR}/train-*", f"{GENERATED_DIR}/.unfinished-*"),
     ),
     Stage(
         "score",
@@ -213,6 +216,7 @@ STAGES: tuple[Stage, ...] = (
         _search,
         lambda recipe: recipe.search is not None,
         (CANDIDATES_DIR,),
+        (f"{CANDIDATES_DIR}/*/checkpoint-*",),
         ("train",),
     ),
     Stage(
@@ -244,6 +248,7 @@ STAGES: tuple[Stage, ...] = (
         (CORRECTED_DIR,),
         _correct,
         lambda recipe: recipe.teacher_correction is not None,
+        resumable=(f"{CORRECTED_DIR}/checkpoint-*",),
         corpora=("train",),
     ),
     Stage(
@@ -254,6 +259,7 @@ STAGES: tuple[Stage, ...] = (
         (CACHE_DIR,),
         _cache,
         lambda recipe: recipe.teacher_cache is not None,
+        resumable=(f"{CACHE_DIR}/*/data-*",),
         corpora=("train",),
     ),
     Stage(
@@ -270,16 +276,18 @@ STAGES: tuple[Stage, ...] = (
         ("config.json", "distillation.json"),
         _distill,
         leftovers=("checkpoint-*", "model*.safetensors*", UNFINISHED_DIR),
+        resumable=("checkpoint-*",),
         corpora=("train",),
     ),
     Stage(
-        "controls",
+        CONTROLS_STAGE,
         "train the controls with the same settings",
         ("distill",),
         lambda recipe: {"controls": recipe.controls},
         (CONTROLS_DIR,),
         _controls,
         lambda recipe: bool(recipe.controls),
+        resumable=(f"{CONTROLS_DIR}/*/checkpoint-*", f"{CONTROLS_DIR}/*/config.json"),
     ),
     Stage(
         "quantize",
@@ -382,5 +390,6 @@ def _in_round(stage: Stage, number: int, last: int) -> Stage:
         settings=settings,
         outputs=tuple(folder + output for output in stage.outputs),
         leftovers=tuple(folder + pattern for pattern in stage.leftovers),
+        resumable=tuple(folder + pattern for pattern in stage.resumable),
         run=lambda run: stage.run(run.in_round(number)),
     )
