@@ -25,6 +25,7 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
+from minitron_hf.publishing.readme import END_OF_CARD
 from minitron_hf.recipe import environment, runner, stages, training
 from minitron_hf.recipe import run as run_module
 from minitron_hf.recipe.actions import search_arguments
@@ -319,7 +320,7 @@ def test_redo_until_a_stage_leaves_no_results_of_the_former_student(values):
     folder = Path(values["output_dir"])
     results = ("evaluation.json", "samples.json", "README.md", "report.html")
     for name in results:
-        (folder / name).write_text("{}")
+        (folder / name).write_text(f"{{}}\n{END_OF_CARD}\n" if name == "README.md" else "{}")
     changed = Recipe.from_dict(with_distill(values, learning_rate=5e-4))
 
     def clear(recipe):
@@ -330,6 +331,24 @@ def test_redo_until_a_stage_leaves_no_results_of_the_former_student(values):
     assert clear(Recipe.from_dict(values)) == set(results), "with the same inputs they are up to date"
     assert clear(changed) == set()
     assert not (folder / "stages" / "evaluate.json").exists()
+
+
+def test_what_the_owner_wrote_beside_the_card_stays_when_it_is_made_anew(values):
+    folder = Path(values["output_dir"])
+    [card] = [stage for stage in STAGES if stage.name == "card"]
+    (folder / "plots").mkdir(parents=True)
+    for name in ("training.png", "mine.png"):
+        (folder / "plots" / name).touch()
+    for text, left in (
+        (f"# Card\n\n{END_OF_CARD}\nMine.\n", f"{END_OF_CARD}\nMine.\n"),
+        (f"# Card\n\n{END_OF_CARD}\n", None),
+        ("Not of this package.\n", "Not of this package.\n"),
+    ):
+        (folder / "README.md").write_text(text)
+        runner._clear(folder, card)
+        path = folder / "README.md"
+        assert (path.read_text() if path.exists() else None) == left
+    assert [path.name for path in (folder / "plots").iterdir()] == ["mine.png"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from ..locks import locked_folder
 from ..privacy import recorded_settings
 from ..progress import progress_bars, step
 from ..publishing.markdown import duration
+from ..publishing.readme import remove_card
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
@@ -403,7 +404,10 @@ def _clear(folder: Path, stage: Stage) -> None:
     """Remove files of an earlier run of a stage, so that they are not resumed or published."""
     for pattern in (*stage.outputs, *stage.leftovers):
         for path in folder.glob(pattern):
-            remove(path)
+            if stage.name == CARD and path.name == "README.md":
+                remove_card(path)
+            else:
+                remove(path)
 
 
 @contextlib.contextmanager

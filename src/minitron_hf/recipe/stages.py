@@ -12,6 +12,7 @@ from ..errors import DataError, did_you_mean
 from ..privacy import without_publishing
 from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
 from ..pruning.plan import INDICES_NAME, PLAN_NAME
+from ..publishing.plots import PLOTS
 from ..scoring.scores import SCORES_NAME
 from ..sizes.request import PRUNER_CONFIG_NAME
 from .actions import (
@@ -314,7 +315,7 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {},
         ("README.md", "report.html"),
         _card,
-        leftovers=("plots/*.png",),
+        leftovers=tuple(f"plots/{name}" for name in PLOTS),
     ),
     Stage(
         PUBLISH,
