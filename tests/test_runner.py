@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,34 @@ def test_a_search_is_not_repeated_because_of_the_memory_and_speed_of_its_trainin
     for settings in ({"temperature": 2.0}, {"per_device_train_batch_size": 4}):
         changed = digests(**settings)
         assert [name for name in begun if changed[name] != begun[name]][:2] == ["search", "plan"]
+
+
+@pytest.mark.parametrize("of_earlier_version", [False, True])
+def test_the_rows_in_a_step_decide_the_corrected_teacher_however_they_are_split(
+    values, monkeypatch, of_earlier_version
+):
+    """As many processes make as many rows; a record of an earlier version is taken for one of one process."""
+    monkeypatch.setattr(stages, "require_launchable", lambda config, num_processes: num_processes)
+    section = {"original_learning_rate": 1e-3, "num_tokens": 96}
+
+    def recipe(num_processes=1, **arguments):
+        several = {"distributed": {"config": "ddp", "num_processes": num_processes}} if num_processes > 1 else {}
+        correction = {**section, "arguments": arguments} if arguments else section
+        return Recipe.from_dict({**values, **several, "teacher_correction": correction})
+
+    def digest_of(*args, **arguments):
+        return runner.stage_digests(recipe(*args, **arguments), Path(values["output_dir"]))["correct"]
+
+    with monkeypatch.context() as older:
+        if of_earlier_version:
+            older.setattr(stages, "_correction_settings", lambda recipe: asdict(recipe.teacher_correction))
+        begun = recorded({**values, "teacher_correction": section})["correct"]
+    assert digest_of(1) == begun
+    assert digest_of(1, logging_steps=2) == begun
+    assert digest_of(2) != begun
+    assert digest_of(2, per_device_train_batch_size=4) == begun
+    assert digest_of(1, per_device_train_batch_size=2, gradient_accumulation_steps=4) == begun
+    assert digest_of(1, per_device_train_batch_size=4) != begun
 
 
 def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):

@@ -148,6 +148,14 @@ def _search_settings(recipe: Recipe) -> dict[str, Any]:
     return {**arguments, "distillation": deciding_arguments(arguments["distillation"])}
 
 
+def _correction_settings(recipe: Recipe) -> Any:
+    """The settings that the corrected teacher depends on. Its number of steps follows from the rows in one."""
+    if recipe.teacher_correction is None:
+        return None
+    settings = asdict(recipe.teacher_correction)
+    return {**settings, "arguments": deciding_arguments(settings["arguments"], num_processes(recipe))}
+
+
 def num_processes(recipe: Recipe) -> int:
     """Number of processes that train."""
     section = recipe.distributed
@@ -243,7 +251,7 @@ STAGES: tuple[Stage, ...] = (
         (),
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
-            "teacher_correction": None if recipe.teacher_correction is None else asdict(recipe.teacher_correction),
+            "teacher_correction": _correction_settings(recipe),
             "train": training_identity(recipe.data),
         },
         (CORRECTED_DIR,),
