@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_hf.data import token_rows
@@ -429,6 +430,24 @@ def test_a_stage_whose_files_cannot_be_read_is_not_skipped(values, number):
     assert not shapes  # nothing is announced before the refusal
     _, lines = run(values, until="prune", redo=True)
     assert ["skipped" in line for line in lines] == [True, False, False]
+
+
+@pytest.mark.parametrize("share", [0, 0.9])
+@pytest.mark.parametrize(("stage", "name"), [("prune", "pruned/model.safetensors"), ("distill", "model.safetensors")])
+def test_a_finished_stage_whose_weights_are_cut_is_not_skipped(values, stage, name, share):
+    """As a power cut leaves them."""
+    recorded(values, "done")
+    recipe, folder = Recipe.from_dict(values), Path(values["output_dir"])
+    digests, path = runner.stage_digests(recipe, folder), folder / name
+    path.parent.mkdir(exist_ok=True)
+    save_file({"weight": torch.ones(9)}, path)
+    runner._require_usable(folder, runner.stages_until(recipe), recipe, digests)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(MismatchError, match=rf"stage '{stage}' cannot be skipped: .*{name} is damaged.*--redo"):
+        runner._require_usable(folder, runner.stages_until(recipe), recipe, digests)
+    runner._clear_unfinished(folder, runner.stages_until(recipe, stage), recipe, digests)
+    assert not path.exists()
+    assert not (folder / "stages" / f"{stage}.json").exists()
 
 
 def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(values, tmp_path):

@@ -12,7 +12,13 @@ from typing import Any
 from ..distillation.deciding import with_recorded_running
 from ..errors import MinitronError, MismatchError, OutputError, checks_kinds
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
-from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
+from ..formats import (
+    read_artefact,
+    require_readable,
+    require_whole_weights,
+    without_new_defaults,
+    write_artefact,
+)
 from ..interruption import raise_if_interrupted
 from ..locks import locked_folder
 from ..privacy import recorded_settings
@@ -312,7 +318,7 @@ def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: 
 
 
 def _require_readable(folder: Path, stage: Stage) -> None:
-    """Refuse a finished stage if this version cannot read its files."""
+    """Refuse a finished stage if this version cannot read its files, or if weights are cut."""
     record = _record(folder, stage.name)
     if record is None or record["status"] != "done":
         return
@@ -320,6 +326,7 @@ def _require_readable(folder: Path, stage: Stage) -> None:
     for path in (*(folder / output for output in stage.outputs), *optional):
         if path.exists():
             require_readable(path)
+            require_whole_weights(path)
 
 
 def _resumable(folder: Path, stage: Stage) -> Iterator[Path]:
