@@ -261,13 +261,18 @@ def _is_abandoned(path: Path, *, alone: bool) -> bool:
         return alone
     if int(process) == os.getpid():  # of another process that had the same number, as in containers
         return path.name not in _WRITING
+    return not is_running(int(process))
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number on this machine; not for Windows, where asking ends it."""
     try:
-        os.kill(int(process), 0)  # sends nothing; asks whether it is there
+        os.kill(process, 0)  # sends nothing
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
-    return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def remove(path: str | os.PathLike[str], *, missing_ok: bool = False) -> None:
