@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from minitron_hf.recipe.estimates import estimate_recipe
 from minitron_hf.recipe.machine import Machine, constant_layers, measure_machine, scored_pass
 from minitron_hf.recipe.schema import DISTILL_DEFAULTS, CacheSection, CorrectionSection, DistributedSection, Recipe
 from minitron_hf.recipe.stages import STAGES
-from minitron_hf.recipe.usage import measured_usage
+from minitron_hf.recipe.usage import measured_usage, read_costs, write_costs, write_estimate
 from minitron_hf.scoring.activations import head_groups
 from minitron_hf.scoring.gradients import GradientPass
 from minitron_hf.sizes.request import PrunerConfig
@@ -481,6 +482,15 @@ def test_the_machine_is_measured_on_layers_of_the_model(name, tmp_path):
         assert 1e4 < getattr(found, field) < 1e16
     assert found.memory > 1e6
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_estimate_keeps_what_finished_stages_took(tmp_path):
+    """A change of words in the recipe is estimated anew, and may run no stage that would write it again."""
+    write_costs(tmp_path, [{"stage": "score", "seconds": 3.0}])
+    measured = read_costs(tmp_path)["stages"]
+    write_estimate(tmp_path, SimpleNamespace(to_dict=lambda: {"stages": []}))
+    assert [one["seconds"] for one in measured] == [3.0]
+    assert read_costs(tmp_path) == {"format": 1, "estimate": {"stages": []}, "stages": measured}
 
 
 def test_a_stage_is_measured(tmp_path):

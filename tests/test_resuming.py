@@ -21,13 +21,14 @@ from minitron_hf.errors import MismatchError, OutputError
 from minitron_hf.files import file_digest
 from minitron_hf.locks import locked_folder
 from minitron_hf.pruning.plan import PLAN_NAME, PruningPlan
-from minitron_hf.recipe import identity, runner
+from minitron_hf.recipe import actions, identity, runner
 from minitron_hf.recipe.estimates import StageCost
 from minitron_hf.recipe.identity import dataset_identity, model_identity
+from minitron_hf.recipe.run import Run
 from minitron_hf.recipe.schema import DatasetSection, Recipe, TeacherSection
 from minitron_hf.recipe.stages import stages_until
-from minitron_hf.recipe.usage import read_costs
-from test_runner import TEXTS, run, values, workshop  # noqa: F401 (fixtures)
+from minitron_hf.recipe.usage import Usage, read_costs
+from test_runner import TEXTS, recorded, run, values, workshop  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
@@ -217,6 +218,66 @@ def test_checkpoints_of_other_inputs_are_not_dropped_unasked(values, monkeypatch
     record = json.loads((folder / "distillation.json").read_text())
     assert (record["global_step"], record["arguments"]["learning_rate"]) == (4, 1e-4)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "work", "changes"),
+    [
+        ("generate", "generated/.unfinished-00000.jsonl", {"generate": {"num_rows": 9}}),
+        ("search", "candidates/one/checkpoint-3/x", {"prune": {"num_attention_heads": 6}}),
+        ("correct", "corrected_teacher/checkpoint-3/x", {"teacher_correction": {"num_tokens": 9}}),
+        ("cache", "teacher_cache/train/data-00000.arrow", {"teacher_cache": {"top_k": 9}}),
+        ("controls", "controls/random_init/config.json", {"controls": ["cross_entropy"]}),
+        ("controls", "controls/random_init/checkpoint-3/x", {"controls": ["cross_entropy"]}),
+    ],
+)
+def test_no_stage_drops_unasked_what_it_has_done(values, stage, work, changes):  # noqa: F811
+    values |= {
+        "data": {**values["data"], "train": [{"generated": True}, {"source": values["data"]["train"]}]},
+        "generate": {"num_rows": 8},
+        "prune": {},
+        "search": {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9},
+        "teacher_correction": {"original_learning_rate": 1e-3, "num_tokens": 64},
+        "teacher_cache": {"top_k": 4},
+        "controls": ["random_init"],
+    }
+    folder = Path(values["output_dir"])
+    recorded(values)
+    merged = {name: {**values[name], **one} if isinstance(one, dict) else one for name, one in changes.items()}
+    changed = Recipe.from_dict({**values, **merged})
+    digests = runner.stage_digests(changed, folder)
+    runner._require_usable(folder, runner.stages_until(changed, stage), changed, digests)  # nothing would be lost
+    (folder / work).parent.mkdir(parents=True)
+    (folder / work).write_text("hours")
+    with pytest.raises(MismatchError, match=rf"'{stage}' in .* was interrupted.*--redo"):
+        runner._require_usable(folder, runner.stages_until(changed, stage), changed, digests)
+
+
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_added_controls_keep_the_finished_ones(values, status, monkeypatch):  # noqa: F811
+    """Without `redo` where the stage was interrupted; with it where later stages were done without them."""
+    trained = []
+    monkeypatch.setattr(actions, "_train", lambda run, student, folder, **_: trained.append(folder.name))
+    monkeypatch.setattr(actions, "_save_student", lambda *args: None)
+    values["controls"] = ["cross_entropy"]
+    folder, _ = run(values, until="prune")
+    begun = recorded(values, "done")
+    finished = folder / "controls" / "cross_entropy" / "config.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    recipe = Recipe.from_dict(values)
+    [stage] = [one for one in runner.stages_of(recipe) if one.name == "controls"]
+    runner._write_record(folder, stage, recipe, begun["controls"], status, Usage(seconds=100.0))
+    values["controls"] = ["random_init", "cross_entropy"]
+    changed = Recipe.from_dict(values)
+    digests = runner.stage_digests(changed, folder)
+    runner._require_usable(folder, runner.stages_until(changed, "controls"), changed, digests)
+    if status == "done":
+        runner._clear_unfinished(folder, runner.stages_until(changed, "controls"), changed, digests)
+    runner._run_stage(Run(changed, show_progress=False), stage, digests, lambda line: None)
+    assert trained == ["random_init"]
+    assert finished.is_file()
+    assert json.loads((folder / "stages" / "controls.json").read_text())["seconds"] >= 100
 
 
 def test_an_edited_recipe_is_estimated_anew(values, monkeypatch):  # noqa: F811

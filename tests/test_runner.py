@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_hf.data import token_rows
@@ -25,12 +27,15 @@ from minitron_hf.pruning.repair import repaired_weights
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.publishing.card import write_model_card
 from minitron_hf.publishing.hub import uploaded_files
-from minitron_hf.recipe import environment, runner, training
+from minitron_hf.publishing.readme import END_OF_CARD
+from minitron_hf.recipe import environment, runner, stages, training
 from minitron_hf.recipe import run as run_module
+from minitron_hf.recipe.actions import search_arguments
 from minitron_hf.recipe.identity import FIELDS_OF
 from minitron_hf.recipe.run import Run
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
+from minitron_hf.recipe.usage import Usage
 from minitron_hf.sizes.request import PrunerConfig
 from pocket import pocket_config, pocket_model, pocket_tokenizer
 
@@ -123,6 +128,89 @@ def test_a_run_leaves_a_repository_and_is_skipped_the_second_time(values):
         assert runner.stage_digests(changed, folder) == digests
     slower = Recipe.from_dict({**values, "distill": {**values["distill"], "learning_rate": 1e-5}})
     assert runner.stage_digests(slower, folder)["distill"] != digests["distill"]
+
+
+def recorded(values, status="running"):
+    """The digests of a recipe, after its stages have written their records as the runner does."""
+    recipe, folder = Recipe.from_dict(values), Path(values["output_dir"])
+    folder.mkdir(exist_ok=True)
+    digests = runner.stage_digests(recipe, folder)
+    for stage in runner.stages_until(recipe):
+        runner._write_record(folder, stage, recipe, digests[stage.name], status, Usage())
+    return digests
+
+
+def with_distill(values, **settings):
+    return {**values, "distill": {**values["distill"], **settings}}
+
+
+def earlier_arguments(arguments, num_processes=1):
+    """The settings of a training as earlier versions recorded them."""
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    rows = arguments.get(batches[0], 8) * arguments.get(batches[1], 1) * num_processes
+    return {**{name: value for name, value in arguments.items() if name not in batches}, "rows_in_a_step": rows}
+
+
+def test_a_stage_that_goes_on_with_other_running_settings_keeps_its_digest(values, monkeypatch):
+    """Its record says what it began with: with later settings beside it, the digest could not be made again."""
+    with monkeypatch.context() as older:
+        older.setattr(stages, "deciding_arguments", earlier_arguments)
+        begun = recorded(values)
+    for settings in ({"logging_steps": 2, "activation_checkpointing": True}, {"logging_steps": 2}, {"save_steps": 3}):
+        changed = with_distill(values, **settings)
+        assert recorded(changed) == begun
+        assert recorded(changed, "done") == begun
+    assert recorded(values) == begun
+
+
+@pytest.mark.parametrize("of_earlier_version", [False, True])
+def test_a_search_is_not_repeated_because_of_the_memory_and_speed_of_its_training(
+    values, monkeypatch, of_earlier_version
+):
+    search = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "num_tokens": 64}
+    values |= {"prune": {}, "search": search}
+    with monkeypatch.context() as older:
+        if of_earlier_version:
+            older.setattr(stages, "_search_settings", search_arguments)
+        begun = recorded(values, "done")
+
+    def digests(**settings):
+        return runner.stage_digests(Recipe.from_dict(with_distill(values, **settings)), Path(values["output_dir"]))
+
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    for settings in (split, {"activation_checkpointing": True}, {"dataloader_num_workers": 1}, {"max_eval_rows": 3}):
+        assert digests(**settings) == begun, settings
+    for settings in ({"temperature": 2.0}, {"per_device_train_batch_size": 4}):
+        changed = digests(**settings)
+        assert [name for name in begun if changed[name] != begun[name]][:2] == ["search", "plan"]
+
+
+@pytest.mark.parametrize("of_earlier_version", [False, True])
+def test_the_rows_in_a_step_decide_the_corrected_teacher_however_they_are_split(
+    values, monkeypatch, of_earlier_version
+):
+    """As many processes make as many rows; a record of an earlier version is taken for one of one process."""
+    monkeypatch.setattr(stages, "require_launchable", lambda config, num_processes: num_processes)
+    section = {"original_learning_rate": 1e-3, "num_tokens": 96}
+
+    def recipe(num_processes=1, **arguments):
+        several = {"distributed": {"config": "ddp", "num_processes": num_processes}} if num_processes > 1 else {}
+        correction = {**section, "arguments": arguments} if arguments else section
+        return Recipe.from_dict({**values, **several, "teacher_correction": correction})
+
+    def digest_of(*args, **arguments):
+        return runner.stage_digests(recipe(*args, **arguments), Path(values["output_dir"]))["correct"]
+
+    with monkeypatch.context() as older:
+        if of_earlier_version:
+            older.setattr(stages, "_correction_settings", lambda recipe: asdict(recipe.teacher_correction))
+        begun = recorded({**values, "teacher_correction": section})["correct"]
+    assert digest_of(1) == begun
+    assert digest_of(1, logging_steps=2) == begun
+    assert digest_of(2) != begun
+    assert digest_of(2, per_device_train_batch_size=4) == begun
+    assert digest_of(1, per_device_train_batch_size=2, gradient_accumulation_steps=4) == begun
+    assert digest_of(1, per_device_train_batch_size=4) != begun
 
 
 def test_digests_do_not_depend_on_secrets_and_on_where_results_are_published(values):
@@ -256,6 +344,43 @@ def test_a_changed_recipe_is_refused_before_any_work_and_redone_on_request(value
     assert (folder / "pruned" / "model.safetensors").stat().st_size < old
 
 
+def test_redo_until_a_stage_leaves_no_results_of_the_former_student(values):
+    """They would lie beside the new one, and be pushed with it."""
+    recorded(values, "done")
+    folder = Path(values["output_dir"])
+    results = ("evaluation.json", "samples.json", "README.md", "report.html")
+    for name in results:
+        (folder / name).write_text(f"{{}}\n{END_OF_CARD}\n" if name == "README.md" else "{}")
+    changed = Recipe.from_dict(with_distill(values, learning_rate=5e-4))
+
+    def clear(recipe):
+        digests = runner.stage_digests(recipe, folder)
+        runner._clear_unfinished(folder, runner.stages_until(recipe, "plan"), recipe, digests)
+        return {name for name in results if (folder / name).exists()}
+
+    assert clear(Recipe.from_dict(values)) == set(results), "with the same inputs they are up to date"
+    assert clear(changed) == set()
+    assert not (folder / "stages" / "evaluate.json").exists()
+
+
+def test_what_the_owner_wrote_beside_the_card_stays_when_it_is_made_anew(values):
+    folder = Path(values["output_dir"])
+    [card] = [stage for stage in STAGES if stage.name == "card"]
+    (folder / "plots").mkdir(parents=True)
+    for name in ("training.png", "mine.png"):
+        (folder / "plots" / name).touch()
+    for text, left in (
+        (f"# Card\n\n{END_OF_CARD}\nMine.\n", f"{END_OF_CARD}\nMine.\n"),
+        (f"# Card\n\n{END_OF_CARD}\n", None),
+        ("Not of this package.\n", "Not of this package.\n"),
+    ):
+        (folder / "README.md").write_text(text)
+        runner._clear(folder, card)
+        path = folder / "README.md"
+        assert (path.read_text() if path.exists() else None) == left
+    assert [path.name for path in (folder / "plots").iterdir()] == ["mine.png"]
+
+
 @pytest.mark.slow
 def test_redo_leaves_nothing_of_what_the_recipe_no_longer_has(values):
     space = {"space": {"intermediate_size": [0.25, 0.5]}, "max_parameters": 1e9, "tolerance": 1.0}
@@ -307,6 +432,24 @@ def test_a_stage_whose_files_cannot_be_read_is_not_skipped(values, number):
     assert ["skipped" in line for line in lines] == [True, False, False]
 
 
+@pytest.mark.parametrize("share", [0, 0.9])
+@pytest.mark.parametrize(("stage", "name"), [("prune", "pruned/model.safetensors"), ("distill", "model.safetensors")])
+def test_a_finished_stage_whose_weights_are_cut_is_not_skipped(values, stage, name, share):
+    """As a power cut leaves them."""
+    recorded(values, "done")
+    recipe, folder = Recipe.from_dict(values), Path(values["output_dir"])
+    digests, path = runner.stage_digests(recipe, folder), folder / name
+    path.parent.mkdir(exist_ok=True)
+    save_file({"weight": torch.ones(9)}, path)
+    runner._require_usable(folder, runner.stages_until(recipe), recipe, digests)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(MismatchError, match=rf"stage '{stage}' cannot be skipped: .*{name} is damaged.*--redo"):
+        runner._require_usable(folder, runner.stages_until(recipe), recipe, digests)
+    runner._clear_unfinished(folder, runner.stages_until(recipe, stage), recipe, digests)
+    assert not path.exists()
+    assert not (folder / "stages" / f"{stage}.json").exists()
+
+
 def test_a_killed_distillation_resumes_and_ends_where_an_uninterrupted_one_ends(values, tmp_path):
     values["distill"] = {**values["distill"], "max_steps": 8, "save_steps": 2, "eval_strategy": "no", "bf16": False}
     whole, _ = run(values, until="distill")
@@ -321,6 +464,7 @@ from minitron_hf.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
+from minitron_hf.recipe.usage import Usage
 from minitron_hf.pruning.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

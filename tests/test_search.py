@@ -294,6 +294,9 @@ def test_a_folder_of_another_search_is_refused(find, tmp_path):
         find(output_dir=tmp_path, tolerance=0.8)
     with pytest.raises(OutputError, match="another search"):
         find(output_dir=tmp_path, calibration_data=HELD_OUT)
+    with pytest.raises(OutputError, match="another search"):
+        find(output_dir=tmp_path, distillation={"temperature": 2.0})
+    find(output_dir=tmp_path, distillation={"logging_steps": 2})  # of its training's log alone
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from minitron_hf.families.base import linear
 from minitron_hf.families.rules import PLAIN_STREAM
 from minitron_hf.pruning.plan import PruningPlan
 from minitron_hf.pruning.planning import make_plan
-from minitron_hf.pruning.prune import prune_model
+from minitron_hf.pruning.prune import prune_model, prune_with_plan
 from minitron_hf.pruning.surgery import apply_plan
 from minitron_hf.pruning.unit_masks import dimension_mask
 from minitron_hf.pruning.verification import verify_student
@@ -131,6 +131,14 @@ def test_the_gap_is_noted():
     plain = prune_model(teacher, request, metric="random")
     assert student.pruning_plan.digest == plain.pruning_plan.digest
     assert not any(note.startswith("Verified") for note in plain.pruning_plan.notes)
+
+
+def test_a_plan_that_is_verified_again_has_its_notes_once():
+    """As where a run prunes again because the student is gone."""
+    teacher = pocket_model("llama", dtype=torch.float32)
+    student = prune_model(teacher, everything("llama"), metric="random", verify=True)
+    again = prune_with_plan(teacher, student.pruning_plan, verify=True)
+    assert again.pruning_plan.notes == student.pruning_plan.notes
 
 
 def test_what_cannot_be_masked_is_refused():

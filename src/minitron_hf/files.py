@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -135,7 +136,9 @@ def replacing_file(path: str | os.PathLike[str], *, private: bool = False) -> It
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # some writers make the file anew, for its owner alone
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -152,6 +155,20 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         share_files(temporary)
         remove(path, missing_ok=True)
         os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk: a power cut could leave an empty file."""
+    if os.name == "nt":  # which does so for files that are open for writing alone
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot, such as those of networks for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def share_files(folder: str | os.PathLike[str]) -> None:
@@ -244,13 +261,18 @@ def _is_abandoned(path: Path, *, alone: bool) -> bool:
         return alone
     if int(process) == os.getpid():  # of another process that had the same number, as in containers
         return path.name not in _WRITING
+    return not is_running(int(process))
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number on this machine; not for Windows, where asking ends it."""
     try:
-        os.kill(int(process), 0)  # sends nothing; asks whether it is there
+        os.kill(process, 0)  # sends nothing
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
-    return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def remove(path: str | os.PathLike[str], *, missing_ok: bool = False) -> None:

@@ -183,6 +183,27 @@ def require_readable(path: str | os.PathLike[str]) -> None:
         migrate(_read_header(path, kind), path, kind)
 
 
+def require_whole_weights(path: str | os.PathLike[str]) -> None:
+    """Refuse a safetensors file, or a folder that holds one, that is empty or cut. Only headers are read.
+
+    Other files are passed over.
+
+    Raises:
+        MismatchError: naming the first such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    for one in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        if one.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(one, "np"):  # compares the header with the length of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise MismatchError(f"{one} is damaged ({error}). Its stage has to be done again.") from error
+
+
 def _read_header(path: Path, kind: str) -> Any:
     """The part of an artefact that holds its format number."""
     if path.suffix == ".json":

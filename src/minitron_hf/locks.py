@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from .errors import OutputError
 from .files import LOCK_NAME as LOCK_NAME
-from .files import remove_abandoned
+from .files import is_running, remove_abandoned
 
 try:
     import fcntl
@@ -117,7 +118,7 @@ def _acquire(folder: Path) -> int | None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                owner = _owner(descriptor)
                 os.close(descriptor)
                 raise OutputError(
                     f"{folder} is in use by {owner}. Wait until it ends, stop it, or choose another output folder."
@@ -133,6 +134,15 @@ def _acquire(folder: Path) -> int | None:
         return descriptor
     except OSError as error:
         raise OutputError(f"The output folder {folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _owner(descriptor: int) -> str:
+    """Who holds a lock. Processes that inherited it may have outlived the one that wrote its number."""
+    text = os.read(descriptor, 200).decode(errors="replace").strip()
+    found = re.fullmatch(r"process (\d+) on (.+)", text)
+    if found is not None and found[2] == socket.gethostname() and not is_running(int(found[1])):
+        return f"processes that {text} started before it ended"
+    return text or "another process"
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

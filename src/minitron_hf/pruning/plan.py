@@ -128,6 +128,10 @@ class PruningPlan:
         """This plan of a later round, with the cut of the vocabulary in an earlier one."""
         return replace(self, vocabulary=earlier.vocabulary, earlier_tokens=earlier.teacher_tokens)
 
+    def with_notes(self, *notes: str) -> PruningPlan:
+        """The plan with further notes, without those that it has from an earlier call."""
+        return replace(self, notes=(*self.notes, *(note for note in notes if note not in self.notes)))
+
     def with_whole_vocabulary(self) -> PruningPlan:
         """The same plan without its cut of the vocabulary: for comparisons on the teacher's tokens."""
         if VOCABULARY not in self.kept:

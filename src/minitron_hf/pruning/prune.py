@@ -442,7 +442,7 @@ def prune_with_plan(
             rows = {"processing_class": processing_class, "show_progress": show_progress, **row_arguments}
             repaired = dict(refit(model, plan, data, notes=notes, **rows))
         student = apply_plan(model, plan, repaired=repaired)
-        plan = replace(plan, notes=(*plan.notes, *notes))
+        plan = plan.with_notes(*notes)
     elif student is None:
         student = apply_plan(model, plan)
     student.pruning_plan = plan

@@ -161,7 +161,7 @@ def _build_student(
     for name, source, _ in spec_for(teacher.config).student_tensors(theirs, student.config, plan.layers_kept):
         set_tensor(student, name, tensor_values(student, name).detach().to(theirs[source].dtype))
     student.tie_weights()
-    return student, replace(plan, notes=(*plan.notes, *notes))
+    return student, plan.with_notes(*notes)
 
 
 def _require_data(plan: PruningPlan, data: DataSource | None, repair_arguments: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,11 +114,11 @@ def note_verification(teacher: PreTrainedModel, student: PreTrainedModel, plan: 
     """
     if plan.partners:
         note = "Not verified: with head_add_back the student is not the masked teacher."
-        return replace(plan, notes=(*plan.notes, note))
+        return plan.with_notes(note)
     gap = verify_student(teacher, student, plan)
     dtype = str(student.dtype).removeprefix("torch.")
     note = f"Verified: the logits are within {gap:.1e} of the masked teacher's, in {dtype}, relative to the largest."
-    return replace(plan, notes=(*plan.notes, note))
+    return plan.with_notes(note)
 
 
 def _relative_gap(found: Tensor, expected: Tensor, exact: bool) -> float:

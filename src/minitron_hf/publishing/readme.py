@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from ..files import write_text
 from ..privacy import is_outside_folder
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,17 @@ def text_below_card(path: Path) -> str | None:
     except UnicodeDecodeError:
         return None
     return below.removeprefix("\n") if line else None
+
+
+def remove_card(path: Path) -> None:
+    """Remove the card from a `README.md`. What its owner wrote below it stays, and so does a file of others."""
+    below = text_below_card(path)
+    if below is None:
+        return
+    if below.strip():
+        write_text(path, f"{END_OF_CARD}\n{below}")
+    else:
+        path.unlink()
 
 
 def keep_foreign_readme(path: Path) -> None:

@@ -9,20 +9,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..distillation.deciding import with_recorded_running
 from ..errors import MinitronError, MismatchError, OutputError, checks_kinds
 from ..files import digest, is_storage_error, is_working_file, remove, require_writable, versions, write_text
-from ..formats import read_artefact, require_readable, without_new_defaults, write_artefact
+from ..formats import (
+    read_artefact,
+    require_readable,
+    require_whole_weights,
+    without_new_defaults,
+    write_artefact,
+)
 from ..interruption import raise_if_interrupted
 from ..locks import locked_folder
 from ..privacy import recorded_settings
 from ..progress import progress_bars, step
 from ..publishing.markdown import duration
+from ..publishing.readme import remove_card
 from .checking import check_recipe
 from .estimates import Estimate, estimate_recipe
 from .identity import FIELDS_OF, hub_commit
 from .run import PRIVATE_RECIPE_NAME, RECIPE_NAME, STAGES_DIR, Run
 from .schema import ROUNDS_DIR, Recipe
-from .stages import CARD, PUBLISH, Stage, stages_of, stages_until, with_recorded_running
+from .stages import CARD, CONTROLS_STAGE, PUBLISH, Stage, stages_of, stages_until
 from .usage import Usage, earlier_seconds, measured_usage, read_costs, write_costs, write_estimate
 
 #: The records of the stages in `formats.FORMATS`.
@@ -132,7 +140,7 @@ def _run_stages(
                 report(f"[{stage.name}] done before, skipped")
             else:
                 rest = [one.name for one in wanted[number:] if not _is_done(run.folder, one, digests[one.name])]
-                _run_stage(run, stage, digests[stage.name], report, _time_left(run.folder, rest, digests))
+                _run_stage(run, stage, digests, report, _time_left(run.folder, rest, digests))
     return run.folder
 
 
@@ -185,14 +193,18 @@ def try_recipe(recipe: Recipe, *, until: str | None = None, redo: bool = False) 
     return shapes
 
 
-def _run_stage(run: Run, stage: Stage, stage_digest: str, report: Callable[[str], None], remark: str = "") -> None:
+def _run_stage(
+    run: Run, stage: Stage, digests: dict[str, str], report: Callable[[str], None], remark: str = ""
+) -> None:
     """Run a stage, or resume it; `remark` ends the line that announces it."""
-    record, earlier = _record(run.folder, stage.name), 0.0
-    if record is None or record["digest"] != stage_digest:
+    record, earlier, stage_digest = _record(run.folder, stage.name), 0.0, digests[stage.name]
+    if record is None or not _can_go_on(record, stage, run.recipe, digests):
         _clear(run.folder, stage)
     elif record["status"] == "running":
         begun = _record_path(run.folder, stage.name)
-        earlier = earlier_seconds(begun, record["seconds"], _checkpoints(run.folder, stage))
+        earlier = earlier_seconds(begun, record["seconds"], _resumable(run.folder, stage))
+    elif record["digest"] != stage_digest:  # of the controls that are done
+        earlier = record["seconds"] or 0.0
     raise_if_interrupted()
     report(f"[{stage.name}] {stage.help}{remark}")
     _write_record(run.folder, stage, run.recipe, stage_digest, "running", Usage(seconds=round(earlier, 2)))
@@ -244,7 +256,14 @@ def _is_done(folder: Path, stage: Stage, stage_digest: str) -> bool:
 
 
 def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
-    """Remove the files of unfinished and unreadable stages, and of those after an unreadable one."""
+    """Remove the files of unfinished and unreadable stages, of those after an unreadable one, and later stale ones.
+
+    Args:
+        folder: run folder.
+        stages: those that run now.
+        recipe: the recipe.
+        digests: digest of each stage. Later stages that were done for other inputs are of a student that goes.
+    """
     unreadable: set[str] = set()
     for stage in stages:
         try:
@@ -253,9 +272,21 @@ def _clear_unfinished(folder: Path, stages: list[Stage], recipe: Recipe, digests
             unreadable.add(stage.name)
         if not unreadable.isdisjoint(stage.inputs_in(recipe)):
             unreadable.add(stage.name)
-        if stage.name in unreadable or not _is_done(folder, stage, digests[stage.name]):
-            _clear(folder, stage)
-            _record_path(folder, stage.name).unlink(missing_ok=True)
+        record = None if stage.name in unreadable else _record(folder, stage.name)
+        kept = record is not None and _can_go_on(record, stage, recipe, digests)
+        if record is None or not kept or not _is_done(folder, stage, record["digest"]):
+            _forget(folder, stage)
+    for stage in stages_until(recipe)[len(stages) :]:
+        with contextlib.suppress(MismatchError):  # of a newer version, which may still use it
+            record = _record(folder, stage.name)
+            if record is not None and not _can_go_on(record, stage, recipe, digests):
+                _forget(folder, stage)
+
+
+def _forget(folder: Path, stage: Stage) -> None:
+    """Remove the files of a stage, and its record."""
+    _clear(folder, stage)
+    _record_path(folder, stage.name).unlink(missing_ok=True)
 
 
 def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
@@ -270,8 +301,7 @@ def _clear_unwanted(folder: Path, recipe: Recipe) -> None:
         if stage.wanted(recipe) or not record.is_file():
             continue
         if not any(f"{folder.name}/{output}" in named for output in stage.outputs):
-            _clear(folder, stage)
-            record.unlink()
+            _forget(folder, stage)
 
 
 def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: dict[str, str]) -> None:
@@ -284,11 +314,11 @@ def _require_usable(folder: Path, stages: list[Stage], recipe: Recipe, digests: 
                 f"The stage '{stage.name}' cannot be skipped: {error} In this run, --redo does the stage and those "
                 "after it again."
             ) from error
-        _require_same_inputs(folder, stage, recipe, digests[stage.name])
+        _require_same_inputs(folder, stage, recipe, digests)
 
 
 def _require_readable(folder: Path, stage: Stage) -> None:
-    """Refuse a finished stage if this version cannot read its files."""
+    """Refuse a finished stage if this version cannot read its files, or if weights are cut."""
     record = _record(folder, stage.name)
     if record is None or record["status"] != "done":
         return
@@ -296,11 +326,22 @@ def _require_readable(folder: Path, stage: Stage) -> None:
     for path in (*(folder / output for output in stage.outputs), *optional):
         if path.exists():
             require_readable(path)
+            require_whole_weights(path)
 
 
-def _checkpoints(folder: Path, stage: Stage) -> Iterator[Path]:
-    """Checkpoints that an interrupted stage left."""
-    return (path for one in stage.leftovers if "checkpoint" in one for path in folder.glob(one))
+def _resumable(folder: Path, stage: Stage) -> Iterator[Path]:
+    """What an interrupted stage left to go on from."""
+    return (path for pattern in stage.resumable for path in folder.glob(pattern))
+
+
+def _can_go_on(record: dict[str, Any], stage: Stage, recipe: Recipe, digests: dict[str, str]) -> bool:
+    """Whether what a stage has done so far is of its inputs. Controls that are done stay when others are added."""
+    if record["digest"] == digests[stage.name]:
+        return True
+    if stage.name != CONTROLS_STAGE or not set(record["settings"].get("controls", ())) < set(recipe.controls):
+        return False
+    above = [digests.get(name) for name in stage.inputs_in(recipe)]
+    return bool(record["digest"] == digest(stage.name, record["settings"], above))
 
 
 def _record_path(folder: Path, name: str) -> Path:
@@ -315,6 +356,11 @@ def _record(folder: Path, name: str) -> dict[str, Any] | None:
 def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str, status: str, usage: Usage) -> None:
     path = _record_path(folder, stage.name)
     path.parent.mkdir(exist_ok=True)
+    before = _record(folder, stage.name)
+    if before is not None and before["digest"] == stage_digest:
+        settings = before["settings"]  # the digest is of these; those of today may differ in how a training runs
+    else:
+        settings = recorded_settings(stage.dependencies(recipe))
     write_artefact(
         path,
         {
@@ -322,20 +368,20 @@ def _write_record(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str,
             "status": status,
             "digest": stage_digest,
             **asdict(usage),
-            "settings": recorded_settings(stage.dependencies(recipe)),
+            "settings": settings,
             "versions": versions(),
         },
         RECORD_KIND,
     )
 
 
-def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_digest: str) -> None:
+def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, digests: dict[str, str]) -> None:
     record = _record(folder, stage.name)
-    if record is None or record["digest"] == stage_digest:
+    if record is None or _can_go_on(record, stage, recipe, digests):
         return
     is_done = record["status"] == "done"
-    if not is_done and next(_checkpoints(folder, stage), None) is None:
-        return  # an unfinished stage without checkpoints accepts corrected inputs
+    if not is_done and next(_resumable(folder, stage), None) is None:
+        return  # an unfinished stage with nothing to go on from accepts corrected inputs
     settings = without_new_defaults(stage.dependencies(recipe), record["settings"], FIELDS_OF)
     settings = with_recorded_running(settings, record["settings"])
     old, new = _flatten(record["settings"]), _flatten(recorded_settings(settings))
@@ -343,8 +389,8 @@ def _require_same_inputs(folder: Path, stage: Stage, recipe: Recipe, stage_diges
     what = "; ".join(changed[:5]) or f"an earlier stage ({', '.join(stage.inputs_in(recipe))})"
     if not is_done:
         raise MismatchError(
-            f"The stage '{stage.name}' in {folder} was interrupted, and its checkpoints were made from other inputs "
-            f"({what}). Take these changes back to go on from the last one, or pass --redo to start the stage again."
+            f"The stage '{stage.name}' in {folder} was interrupted, and what it has done was made from other inputs "
+            f"({what}). Take these changes back to go on from there, or pass --redo to start the stage again."
         )
     raise MismatchError(
         f"The output folder {folder} holds another run: its stage '{stage.name}' was made from other inputs ({what}). "
@@ -365,7 +411,10 @@ def _clear(folder: Path, stage: Stage) -> None:
     """Remove files of an earlier run of a stage, so that they are not resumed or published."""
     for pattern in (*stage.outputs, *stage.leftovers):
         for path in folder.glob(pattern):
-            remove(path)
+            if stage.name == CARD and path.name == "README.md":
+                remove_card(path)
+            else:
+                remove(path)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..distillation.deciding import deciding_arguments
 from ..errors import DataError, did_you_mean
 from ..privacy import without_publishing
 from ..pruning.candidates import SEARCH_NAME, UNFINISHED_NAME
 from ..pruning.plan import INDICES_NAME, PLAN_NAME
+from ..publishing.plots import PLOTS
 from ..scoring.scores import SCORES_NAME
 from ..sizes.request import PRUNER_CONFIG_NAME
 from .actions import (
@@ -52,8 +54,8 @@ from .run import (
 )
 from .schema import DISTILL_DEFAULTS, ROUNDS_DIR, Recipe
 
-#: The stage that lets the teacher write training text; those that publish.
-GENERATE, CARD, PUBLISH = "generate", "card", "publish"
+#: The stage that lets the teacher write training text; the one that trains controls; those that publish.
+GENERATE, CONTROLS_STAGE, CARD, PUBLISH = "generate", "controls", "card", "publish"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Stage:
         outputs: files or folders (relative) that exist once it is done.
         run: does the work.
         leftovers: patterns of other files that it may write; they are removed before it is repeated.
+        resumable: patterns of the work that an interrupted one goes on from; it is dropped on request alone.
         wanted: whether the recipe has this stage.
         corpora: corpora of the recipe that it reads, `train` or `calibration`.
     """
@@ -80,6 +83,7 @@ class Stage:
     run: Callable[[Run], None]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     leftovers: tuple[str, ...] = ()
+    resumable: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
 
     def inputs_in(self, recipe: Recipe) -> tuple[str, ...]:
@@ -130,51 +134,26 @@ def _cache_settings(recipe: Recipe) -> Any:
     }
 
 
-#: Fields of `DistillationConfig` about tasks that are measured during training.
-_LOGGED_TASKS = ("eval_tasks", "eval_task_limit", "eval_task_data", "eval_include_path")
-
-
 def _distill_settings(recipe: Recipe) -> Any:
-    """The arguments that the student depends on; the split of a step's rows over processes and batches is none."""
+    """The arguments that the student depends on."""
     settings = {**DISTILL_DEFAULTS, **recipe.distill}
-    if not settings.get("load_best_model_at_end") and settings["lr_scheduler_type"] != "reduce_lr_on_plateau":
-        for name in ("max_eval_rows", *_LOGGED_TASKS):  # change the log alone
-            settings.pop(name, None)
     folders = [name for name in ("eval_include_path", "eval_task_data") if name in settings]
     settings |= {name: folder_identity(settings[name]) for name in folders}
-    rows = settings.pop("per_device_train_batch_size", 8) * settings.pop("gradient_accumulation_steps", 1)
-    return {**settings, "rows_in_a_step": rows * num_processes(recipe)}
+    return deciding_arguments(settings, num_processes(recipe))
 
 
-#: Arguments of a training that decide its speed, its memory or its log, but not the student.
-RUNNING_ARGUMENTS = frozenset(
-    {
-        "activation_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs", "teacher_offload",
-        "per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "torch_compile",
-        "dataset_num_proc", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-        "dataloader_pin_memory", "disable_tqdm", "logging_steps", "logging_strategy", "logging_first_step",
-    }
-)  # fmt: skip
-#: Further ones, where no evaluation decides anything (`load_best_model_at_end`, `reduce_lr_on_plateau`).
-_INTERVALS = frozenset({"eval_steps", "eval_strategy", "eval_on_start", "save_steps", "save_total_limit"})
+def _search_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that the shapes depend on; a search distils in one process."""
+    arguments = search_arguments(recipe)
+    return {**arguments, "distillation": deciding_arguments(arguments["distillation"])}
 
 
-def with_recorded_running(settings: Any, recorded: Any) -> Any:
-    """The settings of a stage, with those of a record where they decide only how a training runs.
-
-    A training that was killed goes on with smaller batches in evaluation, or with checkpointing of activations.
-
-    Args:
-        settings: of the stage.
-        recorded: those that it began with.
-    """
-    now, before = (one.get("distill") if isinstance(one, Mapping) else None for one in (settings, recorded))
-    if not isinstance(now, Mapping) or not isinstance(before, Mapping):
-        return settings
-    decides = now.get("load_best_model_at_end") or now.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    free = RUNNING_ARGUMENTS if decides else RUNNING_ARGUMENTS | _INTERVALS
-    kept = {name: value for name, value in now.items() if name not in free}
-    return {**settings, "distill": kept | {name: value for name, value in before.items() if name in free}}
+def _correction_settings(recipe: Recipe) -> Any:
+    """The settings that the corrected teacher depends on. Its number of steps follows from the rows in one."""
+    if recipe.teacher_correction is None:
+        return None
+    settings = asdict(recipe.teacher_correction)
+    return {**settings, "arguments": deciding_arguments(settings["arguments"], num_processes(recipe))}
 
 
 def num_processes(recipe: Recipe) -> int:
@@ -221,6 +200,7 @@ STAGES: tuple[Stage, ...] = (
         (GENERATED_DIR,),
         _generate,
         lambda recipe: recipe.generate is not None,
+        resumable=(f"{GENERATED_DIR}/train-*", f"{GENERATED_DIR}/.unfinished-*"),
     ),
     Stage(
         "score",
@@ -236,7 +216,7 @@ STAGES: tuple[Stage, ...] = (
         "compare shapes: prune, distil a little, keep the better half",
         ("score",),
         lambda recipe: {
-            "search": search_arguments(recipe),
+            "search": _search_settings(recipe),
             "prune": recipe.pruner_config.to_dict(),
             "train": training_identity(recipe.data),
             "eval": dataset_identity(recipe.data.eval),
@@ -245,6 +225,7 @@ STAGES: tuple[Stage, ...] = (
         _search,
         lambda recipe: recipe.search is not None,
         (CANDIDATES_DIR,),
+        (f"{CANDIDATES_DIR}/*/checkpoint-*",),
         ("train",),
     ),
     Stage(
@@ -270,12 +251,13 @@ STAGES: tuple[Stage, ...] = (
         (),
         lambda recipe: {
             "teacher": model_identity(recipe.teacher),
-            "teacher_correction": None if recipe.teacher_correction is None else asdict(recipe.teacher_correction),
+            "teacher_correction": _correction_settings(recipe),
             "train": training_identity(recipe.data),
         },
         (CORRECTED_DIR,),
         _correct,
         lambda recipe: recipe.teacher_correction is not None,
+        resumable=(f"{CORRECTED_DIR}/checkpoint-*",),
         corpora=("train",),
     ),
     Stage(
@@ -286,6 +268,7 @@ STAGES: tuple[Stage, ...] = (
         (CACHE_DIR,),
         _cache,
         lambda recipe: recipe.teacher_cache is not None,
+        resumable=(f"{CACHE_DIR}/*/data-*",),
         corpora=("train",),
     ),
     Stage(
@@ -302,16 +285,18 @@ STAGES: tuple[Stage, ...] = (
         ("config.json", "distillation.json"),
         _distill,
         leftovers=("checkpoint-*", "model*.safetensors*", UNFINISHED_DIR),
+        resumable=("checkpoint-*",),
         corpora=("train",),
     ),
     Stage(
-        "controls",
+        CONTROLS_STAGE,
         "train the controls with the same settings",
         ("distill",),
         lambda recipe: {"controls": recipe.controls},
         (CONTROLS_DIR,),
         _controls,
         lambda recipe: bool(recipe.controls),
+        resumable=(f"{CONTROLS_DIR}/*/checkpoint-*", f"{CONTROLS_DIR}/*/config.json"),
     ),
     Stage(
         "quantize",
@@ -338,7 +323,7 @@ STAGES: tuple[Stage, ...] = (
         lambda recipe: {},
         ("README.md", "report.html"),
         _card,
-        leftovers=("plots/*.png",),
+        leftovers=tuple(f"plots/{name}" for name in PLOTS),
     ),
     Stage(
         PUBLISH,
@@ -414,5 +399,6 @@ def _in_round(stage: Stage, number: int, last: int) -> Stage:
         settings=settings,
         outputs=tuple(folder + output for output in stage.outputs),
         leftovers=tuple(folder + pattern for pattern in stage.leftovers),
+        resumable=tuple(folder + pattern for pattern in stage.resumable),
         run=lambda run: stage.run(run.in_round(number)),
     )

@@ -92,8 +92,8 @@ def _peak() -> int | None:
 
 
 def write_estimate(folder: Path, estimate: Estimate) -> None:
-    """Keep an estimate in the run folder."""
-    write_artefact(folder / COSTS_NAME, {"estimate": estimate.to_dict(), "stages": []})
+    """Keep an estimate in the run folder, beside what the stages took that are done already."""
+    write_artefact(folder / COSTS_NAME, {"estimate": estimate.to_dict(), "stages": read_costs(folder)["stages"]})
 
 
 def read_costs(folder: Path) -> dict[str, Any]:

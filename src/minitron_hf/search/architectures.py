@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import DataSource, TokenRows, token_rows, tokenize_once
 from ..data.context import row_limit
+from ..distillation.deciding import deciding_arguments, with_recorded_running
 from ..errors import PlanError, accept_old_names, checks_kinds
 from ..evaluation.speed import measure_speed
 from ..files import digest
@@ -172,7 +173,7 @@ def search_architectures(
         "budget": budgets,
         "tolerance": tolerance,
         "base": None if base is None else base.to_dict(),
-        "distillation": without_publishing(dict(distillation or {})),
+        "distillation": deciding_arguments(without_publishing(dict(distillation or {}))),
         "rounds": [num_pruned, num_candidates, num_rounds, num_tokens, max_length],
         "distils": train_dataset is not None,
         "context_length": context_length,
@@ -181,7 +182,8 @@ def search_architectures(
             {} if score is None else {"score_func": getattr(score_func, "__qualname__", type(score_func).__qualname__)}
         ),
     }
-    known = without_new_defaults(settings, stored_settings(output_dir), {"base": PrunerConfig})
+    stored = stored_settings(output_dir)
+    known = with_recorded_running(without_new_defaults(settings, stored, {"base": PrunerConfig}), stored)
     inputs = digest(model_digest(model), scores.digest, known, rows.digest, held_out.digest)
     if repair_rows is not None:
         inputs = digest(inputs, repair_rows.digest)
@@ -193,7 +195,7 @@ def search_architectures(
         inputs = digest(inputs, score.identity)
     if token_counts is not None:
         inputs = digest(inputs, token_counts.counts.tobytes())
-    record = SearchRecord(output_dir, inputs, settings, show_progress)
+    record = SearchRecord(output_dir, inputs, known, show_progress)
     shapes = shapes_within_budget(
         model, found.shapes, budgets, tolerance, context_length=context_length, batch_size=batch_size, record=record
     )
