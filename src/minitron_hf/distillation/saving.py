@@ -136,7 +136,7 @@ class SavingMixin(SFTTrainer):
     ) -> None:
         """Save the stock student: plain weights that `AutoModelForCausalLM.from_pretrained` loads, adapters merged.
 
-        To be called on all processes, which return when the folder is complete.
+        To be called on all processes. Where each has a part of the student, they return when the folder is complete.
 
         Args:
             output_dir: default: the output folder of the run.
@@ -159,7 +159,8 @@ class SavingMixin(SFTTrainer):
             base = merged_copy(base)
         if self.args.should_save:
             self._write_student(base, output_dir, dtype)
-        self.accelerator.wait_for_everyone()  # the others would find a folder without the student
+        if trains_in_parts(self):  # else it may be called on the first process alone
+            self.accelerator.wait_for_everyone()  # the others would find a folder without the student
 
     def _write_student(self, base: Any, output_dir: Path, dtype: torch.dtype | None) -> None:
         """Write the stock student: the weights of `base`, of which the stock model is built anew."""
