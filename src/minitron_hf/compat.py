@@ -610,6 +610,12 @@ def add_adapter(model: Any, peft_config: Any, **kwargs: Any) -> Any:
         return get_peft_model(model, peft_config, **kwargs)
 
 
+@uses("transformers 5.23", "transformers.PreTrainedModel._hf_peft_config_loaded")
+def has_injected_adapter(model: Any) -> bool:
+    """Whether Transformers put an adapter into the layers of a model, which is then no `PeftModel`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 # ---- datasets and huggingface_hub ----
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
-from ..compat import is_target_module
+from ..compat import has_injected_adapter, is_target_module
 from ..errors import DistributedError, DivergedError, MismatchError, UnsupportedModelError
 from ..families import table_of
 from ..families.axes import dimension_axes
@@ -389,7 +389,7 @@ def refuse_injected_adapter(student: Any) -> None:
     Raises:
         UnsupportedModelError: saying what to use instead.
     """
-    if getattr(base_model_of(student), "_hf_peft_config_loaded", False) and not is_peft_model(student):
+    if has_injected_adapter(base_model_of(student)) and not is_peft_model(student):
         raise UnsupportedModelError(
             "The student has an adapter that Transformers added (`add_adapter`, or a folder with "
             "adapter_config.json). Pass the model without it and peft_config=, or "
