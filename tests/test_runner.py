@@ -464,7 +464,6 @@ from minitron_hf.progress import progress_bars
 from minitron_hf.distillation import trainer
 from minitron_hf.recipe.schema import Recipe
 from minitron_hf.recipe.stages import STAGES
-from minitron_hf.recipe.usage import Usage
 from minitron_hf.pruning.repair import repaired_weights
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
