@@ -160,7 +160,9 @@ def gathered_model(trainer: Any) -> Any | None:
     state_dict = {name: value for name, value in state_dict.items() if PROJECTION not in name.split(".")}
     whole: Any
     if is_peft_model(model):
-        whole = with_adapters(model, state_dict, base.config).merge_and_unload()
+        # Of one process the gathered tensors are those of the model itself, and merging adds to them.
+        copied = {name: value.clone() for name, value in state_dict.items()}
+        whole = with_adapters(model, copied, base.config).merge_and_unload()
     else:
         whole = empty_model(base.config)
         whole.load_state_dict(state_dict, assign=True)
