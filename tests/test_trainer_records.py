@@ -21,7 +21,7 @@ from minitron_hf.distillation.teacher_cache import load_teacher_cache
 from minitron_hf.distillation.trainer import DistillationTrainer
 from minitron_hf.errors import DataError, DivergedError, MismatchError, OutputError, UnsupportedModelError
 from minitron_hf.files import read_json, write_json
-from minitron_hf.models import load_model, load_tokenizer
+from minitron_hf.models import load_model, load_tokenizer, savable_generation_config
 from minitron_hf.pruning.prune import prune_model
 from minitron_hf.scoring.importance import estimate_importance
 from minitron_hf.sizes.request import PrunerConfig
@@ -437,6 +437,8 @@ def test_sampling_values_without_do_sample_end_no_training(tmp_path):
     saved = GenerationConfig.from_pretrained(tmp_path / "student")
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
 
+    greedy = savable_generation_config(GenerationConfig(do_sample=False, temperature=0.9, max_new_tokens=7))
+    assert (greedy.do_sample, greedy.temperature, greedy.max_new_tokens) == (False, None, 7)
     student.generation_config = GenerationConfig(num_beams=1, early_stopping=True, top_p=0.6)
     with pytest.raises(DataError, match=r"(?s)cannot be saved: .*Mend its generation_config.json"):
         make_trainer(tmp_path / "other", student, teacher, token_dataset(), bf16=False)

@@ -48,6 +48,9 @@ from .weights import require_complete, without_gguf_remains
 
 logger = logging.getLogger(__name__)
 
+#: Fields of a generation config that only sampling reads.
+SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+
 #: Config fields that do not define the network: its author, how it is run, stored or decoded.
 BOOKKEEPING_FIELDS = frozenset(
     {
@@ -358,15 +361,18 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
     """A copy that Transformers saves, of the generation config of a published model.
 
-    Some have a temperature or the like without `do_sample=True`. Transformers saves them as they are, but not once a
-    trainer has added a token id to them.
+    Some have a temperature or the like without `do_sample`, which is then set, or with `do_sample=False`, under which
+    these values have no effect and are left out. Transformers saves them as they are, but not once a trainer has added
+    a token id to them.
 
     Raises:
         DataError: if it is invalid in another way.
     """
     config = copy.deepcopy(config)
-    for do_sample in (config.do_sample, True):
-        config.do_sample = do_sample
+    greedy: dict[str, Any] = dict.fromkeys(SAMPLING_FIELDS)
+    for changes in ({}, {"do_sample": True} if config.do_sample is None else greedy):
+        for name, value in changes.items():
+            setattr(config, name, value)
         try:
             config.validate(strict=True)
             return config
