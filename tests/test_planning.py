@@ -302,6 +302,16 @@ def test_a_size_that_follows_is_noted():
     assert plan_of(pocket_config("mistral"), hidden_size=24).notes == ()
 
 
+def test_a_large_block_of_layers_is_noted():
+    deep = LlamaConfig(num_hidden_layers=12, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    [note] = plan_of(deep, num_hidden_layers=4).notes
+    assert "8 of 12 layers go as one block" in note
+    assert "contiguous=False" in note
+    for request in ({"num_hidden_layers": 5}, {"num_hidden_layers": 4, "contiguous": False}):
+        assert plan_of(deep, **request).notes == ()
+    assert plan_of(deep, layers_to_drop=list(range(2, 10))).notes == ()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_student_config_keeps_everything_else(name: str):
     teacher = pocket_config(name)

@@ -109,6 +109,14 @@ def test_the_published_depth_student():
     assert (chosen["distill.embedding_loss"], chosen["distill.intermediate_weight"]) == ("cosine", "dynamic")
 
 
+def test_single_layers_go_where_a_small_teacher_loses_many():
+    small = LlamaConfig(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9)
+    many, few = (settings(recommend(small, share, goal="latency", rounds=1)) for share in (0.7, 0.85))
+    assert (many["prune.num_hidden_layers"], few["prune.num_hidden_layers"]) == (18, 24)
+    assert (many["prune.contiguous"], "scores.depth_metric" in many) == (False, False)
+    assert (few["prune.contiguous"], few["scores.depth_metric"]) == (True, "perplexity")
+
+
 @pytest.mark.parametrize(("kept", "compared"), [(15, False), (13, False), (12, True), (11, True)])
 def test_states_and_embeddings_from_a_quarter_of_the_depth_on(kept, compared):
     target = count_parameters(student_config(DEEP, PrunerConfig(num_hidden_layers=kept)))

@@ -131,7 +131,7 @@ class Comparison:
 def table(folder: Path, experiments: dict[str, Experiment]) -> Iterator[str]:
     """The lines of the tables: one per target, with a row for every arm; what has no result is not measured."""
     path = folder / AGREEMENT_NAME
-    found = _measured(folder)
+    found = _measured(folder) | _measured(folder.parent / BEFORE.name)
     distilled = [one for part in (folder / DISTILLED, folder.parent / STARTS) for one in Results.read(part)]
     agreement = read_json(path)["criteria"] if path.is_file() else {}
     for experiment in experiments.values():

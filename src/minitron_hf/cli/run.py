@@ -32,10 +32,11 @@ def run(
     accelerate: Accelerate = None,
     num_processes: Processes = None,
 ) -> None:
-    """Run a recipe: generate, score, plan, prune, distill, controls, evaluate, card, publish.
+    """Run a recipe, from scores to the published student.
 
-    Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that train do
-    so in several processes (`distributed` in the recipe).
+    The stages: generate, score, search, plan, prune, correct, cache, distill, controls, quantize, evaluate, card,
+    publish. Stages that are done for the same inputs are skipped; a killed run resumes. With --accelerate, stages that
+    train do so in several processes (`distributed` in the recipe).
     """
     from ..hardware import is_launched
     from ..progress import step

@@ -10,7 +10,7 @@ PRESETS: Mapping[str, Mapping[str, int]] = {
     "minitron": {"winogrande": 5, "arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "gsm8k": 5},
     # The same table's task that executes code; needs `confirm_run_unsafe_code`.
     "minitron_code": {"humaneval": 0},
-    # Tasks on which models below a billion parameters are above chance.
+    # Tasks on most of which models below a billion parameters are above chance.
     "small": {
         "lambada_openai": 0,
         "arc_easy": 0,

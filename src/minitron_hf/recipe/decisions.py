@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..families import ArchSpec
+from ..pruning.choice_of_layers import LARGE_BLOCK
 from ..scoring.calibration import default_max_length
 from ..sizes.resolve import repaired_axes
 from ..sizes.shapes import Shape
@@ -26,6 +28,8 @@ SOURCES: Mapping[str, str] = {
     MODEL_OPTIMIZER: "examples/pruning/README.md",
     MEASURED_HERE: "the benchmarks of minitron-hf, in the files that are named",
 }
+#: Where the comparisons of shapes and layers at a short budget stand.
+STARTS_FILE = "docs/explanation/real-teachers.md, starts"
 #: From this share of dropped layers on, states and embeddings are compared too.
 MUCH_DEPTH = 1 / 4
 #: The largest teacher that width was compared with depth on, Nemotron-4 15B.
@@ -59,19 +63,6 @@ class Decision:
 PAPER_CALIBRATION, LEAST_CALIBRATION = 1024, 64
 #: Tokens of calibration data, as a share of the tokens to distil on.
 CALIBRATION_SHARE = 0.05
-LAYERS = Decision(
-    "layers",
-    "one contiguous block, first and last layer kept, by perplexity without it",
-    "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, before and "
-    "after retraining.",
-    f"{MINITRON_PAPER}, depth pruning; {PRUNING_PAPER}, practice 2",
-    {
-        "prune.contiguous": True,
-        "prune.keep_first_layers": 1,
-        "prune.keep_last_layers": 1,
-        "scores.depth_metric": "perplexity",
-    },
-)
 LOSS = Decision(
     "loss",
     "KL(teacher ‖ student) of the logits alone, T = 1, no cross-entropy",
@@ -88,6 +79,34 @@ LOSS = Decision(
 
 #: Measurements of the repair.
 _REPAIR_FILES, _LAYER_FILES = "benchmarks/results/*-repair.json", "benchmarks/results/real/layers/*.json"
+
+
+def layers_decision(total: int, depths: Sequence[int]) -> Decision:
+    """Which layers go: a block, or single layers where a small teacher loses many.
+
+    Args:
+        total: parameters of the teacher.
+        depths: layers of the teacher and of the students of all rounds.
+    """
+    kept = {"prune.keep_first_layers": 1, "prune.keep_last_layers": 1}
+    dropped = max(before - after for before, after in itertools.pairwise(depths))
+    if total < SMALL_TEACHER and dropped >= LARGE_BLOCK:
+        return Decision(
+            "layers",
+            "single layers, first and last layer kept, by cosine similarity",
+            "12 of 30 layers of SmolLM2-135M went: single ones left a KL of 1.63, a block 3.96. After distillation, "
+            "the first ended at 0.962 (246k tokens), a block at 1.163 (2M tokens; one seed each).",
+            f"{MEASURED_HERE}, {STARTS_FILE}",
+            {"prune.contiguous": False, **kept},
+        )
+    return Decision(
+        "layers",
+        "one contiguous block, first and last layer kept, by perplexity without it",
+        "The 16 single layers of least importance left Llama-3.1-8B at chance on WinoGrande, a block did not, before "
+        "and after retraining.",
+        f"{MINITRON_PAPER}, depth pruning; {PRUNING_PAPER}, practice 2",
+        {"prune.contiguous": True, **kept, "scores.depth_metric": "perplexity"},
+    )
 
 
 def teacher_decision(total: int, parameters: int) -> Decision:

@@ -20,7 +20,6 @@ from ..models import count_parameters
 from ..pruning.candidates import Candidate
 from ..sizes.shapes import Shape
 from .decisions import (
-    LAYERS,
     LOSS,
     MEASURED_HERE,
     MODEL_OPTIMIZER,
@@ -33,6 +32,7 @@ from .decisions import (
     _schedule,
     _search,
     _short,
+    layers_decision,
     teacher_decision,
 )
 from .reading import apply_overrides, write_yaml
@@ -207,7 +207,7 @@ def recommend(
             *choice.decisions,
             _round_decision(students, total, parameters, _Rounds(wanted, number, rounds is not None, plan.steps)),
             _importance(config, plan, tokens),
-            *([LAYERS] if dropped else []),
+            *([layers_decision(total, depths)] if dropped else []),
             *_repair(spec, config, students[-1]),
             _search(choice.candidates[1:], tokens),
             _correction(own_corpus, teacher_learning_rate, tokens / len(students), schedule),

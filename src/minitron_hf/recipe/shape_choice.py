@@ -21,7 +21,7 @@ from ..sizes.targets import (
     select_near_target,
     shapes_with_fewer_layers,
 )
-from .decisions import LARGEST_MEASURED, MEASURED_HERE, MINITRON_PAPER, PRUNING_PAPER, Decision, _short
+from .decisions import LARGEST_MEASURED, MEASURED_HERE, MINITRON_PAPER, PRUNING_PAPER, STARTS_FILE, Decision, _short
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,8 +35,7 @@ SHORT_BUDGET = 150e6
 #: SmolLM2-135M with 94.5M parameters, the best after 131k tokens had 26 of 30 layers and 960 of 1,536 neurons:
 #: log(0.87) is 0.3 of log(0.63).
 LAYERS_PART = 0.3
-#: Where the comparisons at a short budget stand.
-STARTS_FILE = "docs/explanation/real-teachers.md, starts"
+#: Where a comparison at a short budget stands.
 SHAPES_FILE = "docs/explanation/measurements.md, shapes of a real teacher"
 
 
