@@ -251,8 +251,8 @@ def _notes_on_sizes(
     if config.contiguous and config.layers_to_drop is None and dropped >= LARGE_BLOCK:
         notes.append(
             f"{dropped} of {before['layers']} layers go as one block. Of SmolLM2-135M, students that lost "
-            f"{LARGE_BLOCK} or more single layers (contiguous=False) were much closer to the teacher; of Llama-3.1-8B, "
-            "a block was better."
+            f"{LARGE_BLOCK} or more single layers (contiguous=False) were much closer to the teacher; of "
+            "Llama-3.1-8B, a block was better."
         )
     return notes if vocabulary is None else [*notes, vocabulary.note]
 
